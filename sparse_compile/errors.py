@@ -1,0 +1,45 @@
+"""One class per mistake. Each message says what was wrong, where, and what to write instead."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SparseCompileError(Exception):
+    """Base of every error this library raises on purpose."""
+
+
+class UnknownOption(SparseCompileError):
+    """An option name that does not exist."""
+
+    def __init__(self, name: str, known: Iterable[str]) -> None:
+        known = sorted(known)
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Known options: {', '.join(known)}."
+        super().__init__(f"sparse_compile: unknown option {name!r}. {hint}")
+
+
+class BadOption(SparseCompileError):
+    """An option whose value cannot be used."""
+
+    def __init__(self, name: str, value: object, allowed: str) -> None:
+        super().__init__(f"sparse_compile: option {name}={value!r} is not valid. Write {allowed}.")
+
+
+class BadShape(SparseCompileError):
+    """Query, key, value or mask shapes that do not fit together."""
+
+
+class UnsupportedDtype(SparseCompileError):
+    """A dtype that no kernel handles."""
+
+    def __init__(self, dtype: object) -> None:
+        super().__init__(
+            f"sparse_compile: attention in {dtype} is not supported. "
+            "Cast q, k and v to float32, float16 or bfloat16."
+        )
+
+
+class BadFactory(SparseCompileError):
+    """A ``pkg.module:factory`` that the command line cannot import or call."""

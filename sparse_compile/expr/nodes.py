@@ -1,0 +1,97 @@
+"""The vocabulary of mask predicates: coordinates, sizes, tables and integer division.
+
+A predicate is a sympy Boolean over the four coordinates ``b, h, q, kv`` of one attention score.
+Everything else it may mention is run-time data: sizes (integers known when the call is made) and
+tables (integer tensors indexed by coordinates, whose *values* are never baked in).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+
+
+def _coordinate(name: str) -> sympy.Symbol:
+    return sympy.Symbol(name, integer=True, nonnegative=True)
+
+
+#: Index of the batch entry, of the *query* head, of the query and of the key.
+B, H, Q, KV = (_coordinate(name) for name in ("b", "h", "q", "kv"))
+COORDINATES: tuple[sympy.Symbol, ...] = (B, H, Q, KV)
+
+#: Number of queries and of keys. Every predicate may use them.
+N_Q, N_KV = (sympy.Symbol(name, integer=True, positive=True) for name in ("n_q", "n_kv"))
+
+
+def size_symbol(index: int) -> sympy.Symbol:
+    """The ``index``-th run-time integer of a predicate, ``s0, s1, ...``; may be negative."""
+    return sympy.Symbol(f"s{index}", integer=True)
+
+
+def table(index: int) -> Any:
+    """The ``index``-th table of a predicate, as a function of its coordinates.
+
+    A bool table counts as 0 and 1.
+
+    >>> table(0)(B, KV)
+    t0(b, kv)
+    """
+    return sympy.Function(f"t{index}", integer=True)
+
+
+def is_table(expr: sympy.Basic) -> bool:
+    """Whether ``expr`` is a table lookup such as ``t0(b, kv)``."""
+    return isinstance(expr, sympy.core.function.AppliedUndef)
+
+
+def table_index(expr: sympy.Basic) -> int:
+    """Which table a lookup reads: 3 for ``t3(b, q)``."""
+    return int(expr.func.__name__[1:])
+
+
+class FloorDiv(sympy.Function):  # type: ignore[misc]  # sympy has no types
+    """Integer division rounding towards minus infinity, as in Python.
+
+    >>> FloorDiv(Q, 8).subs(Q, 17), FloorDiv(-1, 8), FloorDiv(Q, 1)
+    (2, -1, q)
+    """
+
+    nargs = 2
+    is_integer = True
+
+    @classmethod
+    def eval(cls, a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
+        """Fold constants and divisions by one."""
+        if a.is_Integer and b.is_Integer and b != 0:
+            return sympy.Integer(int(a) // int(b))
+        if b == 1 or a == 0:
+            return a
+        return None
+
+    def _eval_is_nonnegative(self) -> bool | None:
+        a, b = self.args
+        return True if a.is_nonnegative and b.is_positive else None
+
+
+class FloorMod(sympy.Function):  # type: ignore[misc]  # sympy has no types
+    """Remainder with the sign of the divisor, as in Python.
+
+    >>> FloorMod(Q, 8).subs(Q, 17), FloorMod(-1, 8)
+    (1, 7)
+    """
+
+    nargs = 2
+    is_integer = True
+
+    @classmethod
+    def eval(cls, a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
+        """Fold constants and remainders by one."""
+        if a.is_Integer and b.is_Integer and b != 0:
+            return sympy.Integer(int(a) % int(b))
+        if b == 1 or a == 0:
+            return sympy.Integer(0)
+        return None
+
+    def _eval_is_nonnegative(self) -> bool | None:
+        return True if self.args[1].is_positive else None

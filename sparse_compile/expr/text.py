@@ -1,0 +1,145 @@
+"""A stable spelling of predicates, as prefix s-expressions.
+
+>>> from sparse_compile.expr.nodes import KV, Q
+>>> to_text((KV <= Q) & (Q - KV < 8))
+'(and (<= kv q) (< (+ (* -1 kv) q) 8))'
+>>> from_text(to_text(KV <= Q)) == (KV <= Q)
+True
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import sympy
+
+from sparse_compile.expr.fold import fold
+from sparse_compile.expr.nodes import (
+    COORDINATES,
+    N_KV,
+    N_Q,
+    FloorDiv,
+    FloorMod,
+    size_symbol,
+    table,
+)
+
+_NAMED = {symbol.name: symbol for symbol in (*COORDINATES, N_Q, N_KV)}
+_BUILD: dict[str, Callable[..., Any]] = {
+    "+": sympy.Add,
+    "*": sympy.Mul,
+    "//": FloorDiv,
+    "%": FloorMod,
+    "abs": sympy.Abs,
+    "min": sympy.Min,
+    "max": sympy.Max,
+    "and": sympy.And,
+    "or": sympy.Or,
+    "not": sympy.Not,
+    "where": lambda c, a, b: sympy.Piecewise((a, c), (b, True)),
+    "<": sympy.Lt,
+    "<=": sympy.Le,
+    ">": sympy.Gt,
+    ">=": sympy.Ge,
+    "==": sympy.Eq,
+    "!=": sympy.Ne,
+}
+
+
+class _Spelling:
+    """The algebra whose values are strings."""
+
+    def integer(self, value: int) -> str:
+        return str(value)
+
+    def boolean(self, value: bool) -> str:
+        return "true" if value else "false"
+
+    def symbol(self, name: str) -> str:
+        return name
+
+    def table(self, index: int, args: Sequence[str], exprs: Sequence[sympy.Expr]) -> str:
+        return _join(f"t{index}", args)
+
+    def add(self, args: Sequence[str]) -> str:
+        return _join("+", sorted(args))
+
+    def mul(self, args: Sequence[str]) -> str:
+        return _join("*", sorted(args))
+
+    def floordiv(self, a: str, b: str, expr: sympy.Expr) -> str:
+        return _join("//", (a, b))
+
+    def mod(self, a: str, b: str, expr: sympy.Expr) -> str:
+        return _join("%", (a, b))
+
+    def absolute(self, a: str) -> str:
+        return _join("abs", (a,))
+
+    def minimum(self, args: Sequence[str]) -> str:
+        return _join("min", sorted(args))
+
+    def maximum(self, args: Sequence[str]) -> str:
+        return _join("max", sorted(args))
+
+    def select(self, condition: str, yes: str, no: str) -> str:
+        return _join("where", (condition, yes, no))
+
+    def compare(self, op: str, a: str, b: str) -> str:
+        return _join(op, (a, b))
+
+    def conjunction(self, args: Sequence[str]) -> str:
+        return _join("and", sorted(args, reverse=True))
+
+    def disjunction(self, args: Sequence[str]) -> str:
+        return _join("or", sorted(args, reverse=True))
+
+    def negation(self, a: str) -> str:
+        return _join("not", (a,))
+
+
+def _join(head: str, args: Sequence[str]) -> str:
+    return f"({head} {' '.join(args)})" if args else f"({head})"
+
+
+def to_text(expr: sympy.Basic) -> str:
+    """The s-expression of a predicate; equal predicates give equal text."""
+    return fold(expr, _Spelling())
+
+
+def from_text(text: str) -> sympy.Basic:
+    """The predicate that :func:`to_text` spelled."""
+    return _read(iter(re.findall(r"[()]|[^\s()]+", text)))
+
+
+def _read(tokens: Iterator[str]) -> sympy.Basic:
+    token = next(tokens)
+    return _read_list(tokens) if token == "(" else _atom(token)
+
+
+def _read_list(tokens: Iterator[str]) -> sympy.Basic:
+    head = next(tokens)
+    args: list[sympy.Basic] = []
+    for token in tokens:
+        if token == ")":
+            break
+        args.append(_read_list(tokens) if token == "(" else _atom(token))
+    return _apply(head, args)
+
+
+def _apply(head: str, args: list[sympy.Basic]) -> sympy.Basic:
+    if re.fullmatch(r"t\d+", head):
+        return table(int(head[1:]))(*args)
+    return _BUILD[head](*args)
+
+
+def _atom(token: str) -> sympy.Basic:
+    if token in ("true", "false"):
+        return sympy.true if token == "true" else sympy.false
+    if token in _NAMED:
+        return _NAMED[token]
+    if re.fullmatch(r"s\d+", token):
+        return size_symbol(int(token[1:]))
+    return sympy.Integer(int(token))

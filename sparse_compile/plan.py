@@ -1,0 +1,30 @@
+"""Plan: one attention site, what its mask means, and what will run in its place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparse_compile.site import AttentionSite, LiftedMask
+from sparse_compile.spec import AttentionSpec
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The decision for one site.
+
+    Attributes:
+        site: the attention.
+        lifted: its mask as a predicate.
+        spec: what the operators will compute.
+        executor: ``"triton"`` or ``"cpu"`` (block-sparse), or ``"sdpa"``: PyTorch's dense kernel
+            without a mask tensor, when the mask skips nothing that SDPA does not skip itself.
+        causal: for ``"sdpa"``: whether it runs with ``is_causal``.
+        reason: why this executor, in one sentence.
+    """
+
+    site: AttentionSite
+    lifted: LiftedMask
+    spec: AttentionSpec
+    executor: str
+    causal: bool = False
+    reason: str = ""

@@ -1,0 +1,134 @@
+"""AttentionSite: one attention found in a captured graph; LiftedMask: what its mask means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch.fx import GraphModule, Node
+
+from sparse_compile.expr import MaskExpr
+from sparse_compile.spec import EmptyRows
+
+
+@dataclass(frozen=True)
+class Scope:
+    """The graph a node lives in: the captured graph, or the body of a higher-order call in it.
+
+    Attributes:
+        gm: the graph.
+        parent: the scope of the call, None for the captured graph itself.
+        call: the node in ``parent`` that calls ``gm``, such as an activation checkpoint.
+        inputs: for each placeholder of ``gm`` in order, the node of ``parent`` that feeds it.
+    """
+
+    gm: GraphModule
+    parent: Scope | None = None
+    call: Node | None = None
+    inputs: tuple[Node, ...] = ()
+
+    def outer(self, placeholder: Node) -> Node | None:
+        """The node of ``parent`` that a placeholder of this scope stands for."""
+        if self.parent is None:
+            return None
+        names = [node for node in self.gm.graph.nodes if node.op == "placeholder"]
+        return self.inputs[names.index(placeholder)]
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor node and the meaning of its axes, in order.
+
+    ``axes`` are among ``b`` (batch), ``h`` (heads: query heads for q and out, key heads for k and
+    v), ``n`` (tokens) and ``d`` (features): ``("b", "n", "h", "d")`` for a [B, N, H, D] tensor.
+    An absent ``b`` or ``h`` means size one.
+    """
+
+    node: Node
+    axes: tuple[str, ...] = ("b", "h", "n", "d")
+
+
+@dataclass(frozen=True)
+class MaskOperand:
+    """One mask applied to the scores.
+
+    Attributes:
+        node: the mask tensor; broadcasts against the scores from the right.
+        role: ``"keep"``: bool, True attends and False gets ``fill``;
+            ``"drop"``: bool, True gets ``fill``; ``"add"``: floating, added to the scores.
+        fill: the score of masked entries for ``keep`` and ``drop``; unused for ``add``. A Node when
+            the program passes a 0-dim tensor.
+    """
+
+    node: Node
+    role: str
+    fill: float | Node = float("-inf")
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention in the graph, proven closed: nothing else reads its scores or weights.
+
+    Attributes:
+        scope: where it stands.
+        output: the node that this attention computes, and the order of its axes.
+        q, k, v: the operands, with repeat_kv undone (K and V keep their own number of heads).
+        scale: what the scores are multiplied with: a number, or a SymFloat or 0-dim tensor Node.
+        kind: ``"sdpa"`` or ``"eager"``.
+        causal: SDPA's ``is_causal`` (aligned to the upper left corner).
+        masks: the mask operands, in the order in which they are applied.
+        score_axes: the axes of the score tensor that masks broadcast against, among
+            ``("b", "h", "q", "kv")``, ``("b", "q", "kv")``, ``("q", "kv")``.
+        where: source lines in the user's code, innermost last, as ``file.py:12 in forward``.
+        region: every node that the rewrite makes dead, in graph order.
+    """
+
+    scope: Scope
+    output: Operand
+    q: Operand
+    k: Operand
+    v: Operand
+    scale: float | Node
+    kind: str
+    causal: bool = False
+    masks: tuple[MaskOperand, ...] = ()
+    score_axes: tuple[str, ...] = ("b", "h", "q", "kv")
+    where: tuple[str, ...] = ()
+    region: tuple[Node, ...] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """Why something was left as it was, and what would change that.
+
+    Attributes:
+        reason: one sentence a user understands, naming the value that stood in the way.
+        hint: what to write instead; may be empty.
+        where: as in :class:`AttentionSite`.
+        node: the node that looked like attention.
+    """
+
+    reason: str
+    hint: str = ""
+    where: tuple[str, ...] = ()
+    node: Node | None = None
+
+
+@dataclass(frozen=True)
+class LiftedMask:
+    """The meaning of a site's masks, and how to compute the run-time data it reads.
+
+    Attributes:
+        mask: the predicate, all mask operands and ``is_causal`` ANDed.
+        empty_rows: what a fully masked row yields in the original program. ``ZERO`` also when no
+            row can be empty.
+        program: a functional ATen graph from ``leaves`` to ``(*tables, *sizes)``; None when the
+            mask reads no run-time data beyond the lengths.
+        leaves: the inputs of ``program``: nodes of ``scope.gm``.
+        scope: where the leaves live: the site's scope or one of its parents.
+    """
+
+    mask: MaskExpr
+    empty_rows: EmptyRows = EmptyRows.ZERO
+    program: GraphModule | None = None
+    leaves: tuple[Node, ...] = ()
+    scope: Scope | None = None

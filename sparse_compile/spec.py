@@ -1,0 +1,106 @@
+"""AttentionSpec and KernelSpec: everything that determines the generated code."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from enum import Enum
+
+from sparse_compile.expr import MaskExpr
+
+
+class EmptyRows(str, Enum):
+    """What a query that may attend to nothing yields; each site keeps its program's own answer.
+
+    Attributes:
+        ZERO: 0, as SDPA gives with a bool or -inf mask. No gradient.
+        NAN: NaN, as eager softmax gives over a row of -inf.
+        MEAN: the mean of V over all keys, as ``masked_fill(mask, finfo.min)`` gives. The scores are
+            overwritten, so Q and K get no gradient.
+        MEAN_ADDED: the mean of V, as *adding* finfo.min gives. The scores are absorbed by rounding,
+            but autograd still sends the softmax gradient through them to Q and K.
+    """
+
+    ZERO = "zero"
+    NAN = "nan"
+    MEAN = "mean"
+    MEAN_ADDED = "mean_added"
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What one rewritten attention means, apart from its shapes and dtypes.
+
+    Its :attr:`text` travels in the graph as an argument of the operators, so it is part of
+    torch.compile's cache keys.
+
+    Attributes:
+        mask: who may attend to whom.
+        empty_rows: what a fully masked query yields.
+        block_q, block_kv: block shape of the layout, in tokens.
+        where: where the attention stands in the user's code, outermost frame first, for comments.
+    """
+
+    mask: MaskExpr
+    empty_rows: EmptyRows = EmptyRows.ZERO
+    block_q: int = 128
+    block_kv: int = 128
+    where: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def text(self) -> str:
+        """A stable one-line JSON spelling; :meth:`parse` reads it back."""
+        fields = {
+            "mask": self.mask.text,
+            "empty_rows": self.empty_rows.value,
+            "block": [self.block_q, self.block_kv],
+            "where": list(self.where),
+        }
+        return json.dumps(fields, separators=(",", ":"))
+
+    @staticmethod
+    @functools.lru_cache(maxsize=1024)
+    def parse(text: str) -> AttentionSpec:
+        """The spec that :attr:`text` spelled.
+
+        >>> from sparse_compile.expr import KV, Q
+        >>> spec = AttentionSpec(MaskExpr(KV <= Q), where=("model.py:12",))
+        >>> AttentionSpec.parse(spec.text) == spec
+        True
+        """
+        fields = json.loads(text)
+        return AttentionSpec(
+            MaskExpr.parse(fields["mask"]),
+            EmptyRows(fields["empty_rows"]),
+            *fields["block"],
+            where=tuple(fields["where"]),
+        )
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """Everything that determines the source of the kernels of one attention. It *is* the cache key.
+
+    Attributes:
+        attention: the mask, the block shape and where it came from.
+        head_dim: D of Q and K, 1 to 256.
+        value_dim: Dv of V and of the output, 1 to 256.
+        dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``, of Q, K, V and the output.
+        arch: what it is tuned for, ``"sm_90"``, or ``"interpreter"``.
+    """
+
+    attention: AttentionSpec
+    head_dim: int
+    value_dim: int
+    dtype: str
+    arch: str
+
+    @functools.cached_property
+    def name(self) -> str:
+        """A readable unique name for files and kernels, such as ``attention_d128_bf16_1f3a9c02``."""
+        short = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[self.dtype]
+        fields = {**asdict(replace(self, attention=None)), "attention": self.attention.text}  # type: ignore[arg-type]
+        digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
+        return f"attention_d{self.head_dim}_{short}_{digest}"
