@@ -1,0 +1,176 @@
+"""BlockLayout: which blocks of the score matrix are visited, by rows and by columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+#: How a block of the score matrix relates to the mask.
+EMPTY, PARTIAL, FULL = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class BlockLists:
+    """One direction of a layout: for each line of blocks, the blocks to visit on the other side.
+
+    A *line* is a row of blocks (all the key blocks of one query block) or, in the transpose, a
+    column. Line ``r`` of class ``c`` visits::
+
+        blocks = index[c, start[r] :][: counts[c, r].sum()]
+        partial, full = blocks[: counts[c, r, 0]], blocks[counts[c, r, 0] :]
+
+    Attributes:
+        start: int32 [lines + 1]; the room reserved for each line, the same for every class.
+        counts: int32 [classes, lines, 2]; how many PARTIAL and how many FULL blocks.
+        index: int32 [classes, start[-1]]; block numbers, each line's PARTIAL ones first, both kinds
+            ascending. Room that a class does not use holds 0 and is never read.
+    """
+
+    start: Tensor
+    counts: Tensor
+    index: Tensor
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``(start, counts, index)``."""
+        return self.start, self.counts, self.index
+
+    def entries(self, c: int) -> tuple[Tensor, Tensor, Tensor]:
+        """``(line, block, kind)`` of every visited block of class ``c``, int64 [visited] each.
+
+        By line, PARTIAL before FULL (synchronises with the device).
+        """
+        start = self.start.long()
+        line = torch.repeat_interleave(start.diff())
+        partial, full = self.counts[c].long().unbind(-1)
+        place = torch.arange(line.numel(), device=line.device) - start[line]
+        used = place < (partial + full)[line]
+        kind = torch.where(place < partial[line], PARTIAL, FULL)
+        return line[used], self.index[c].long()[used], kind[used]
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """The blocks of [n_q, n_kv] that a mask visits; int32, proportional to the non-empty blocks.
+
+    A *class* is a (batch, head) pair with its own lists: ``batches`` is 1 when the mask does not
+    depend on the batch entry, else the batch size; ``heads`` likewise for query heads. The class
+    of (b, h) is ``(b % batches) * heads + h % heads``.
+
+    Attributes:
+        n_q, n_kv: length of the sequences, in tokens.
+        block_q, block_kv: block shape, in tokens. The last block of a ragged length sticks out.
+        batches, heads: number of classes along each dimension.
+        rows: for each query block, its key blocks.
+        cols: for each key block, its query blocks: the exact transpose of ``rows``.
+    """
+
+    n_q: int
+    n_kv: int
+    block_q: int
+    block_kv: int
+    batches: int
+    heads: int
+    rows: BlockLists
+    cols: BlockLists
+
+    @property
+    def classes(self) -> int:
+        """Number of (batch, head) classes."""
+        return self.batches * self.heads
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Number of query blocks and of key blocks."""
+        return -(-self.n_q // self.block_q), -(-self.n_kv // self.block_kv)
+
+    @property
+    def nnz_blocks(self) -> int:
+        """Visited blocks, summed over classes (synchronises with the device)."""
+        return int(self.rows.counts.sum())
+
+    @property
+    def block_density(self) -> float:
+        """Visited blocks over all blocks."""
+        rows, cols = self.grid
+        return self.nnz_blocks / (self.classes * rows * cols)
+
+    @property
+    def visited_pairs(self) -> int:
+        """(q, kv) pairs inside visited blocks, counting only pairs that exist."""
+        return int((self.kinds().ne(EMPTY) * self._block_areas()).sum())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all index tensors."""
+        tensors = (*self.rows.tensors(), *self.cols.tensors())
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def kinds(self) -> Tensor:
+        """int8 [classes, query blocks, key blocks] of EMPTY, PARTIAL, FULL; for tests and pictures.
+
+        This is the only method that makes a rectangle.
+        """
+        dense = torch.zeros(self.classes, *self.grid, dtype=torch.int8)
+        for c in range(self.classes):
+            line, block, kind = (part.cpu() for part in self.rows.entries(c))
+            dense[c, line, block] = kind.to(torch.int8)
+        return dense
+
+    def _block_areas(self) -> Tensor:
+        n_rows, n_cols = self.grid
+        height = (self.n_q - torch.arange(n_rows) * self.block_q).clamp(max=self.block_q)
+        width = (self.n_kv - torch.arange(n_cols) * self.block_kv).clamp(max=self.block_kv)
+        return height[:, None] * width[None, :]
+
+    def to(self, device: torch.device | str) -> BlockLayout:
+        """The same layout on another device."""
+        rows = BlockLists(*(t.to(device) for t in self.rows.tensors()))
+        cols = BlockLists(*(t.to(device) for t in self.cols.tensors()))
+        return replace(self, rows=rows, cols=cols)
+
+    def pack(self) -> Tensor:
+        """All lists in one int32 vector, so that a layout is one tensor in a graph.
+
+        Layout of the vector: ``rows.start, cols.start, rows.counts, cols.counts, rows.index,
+        cols.index``; its length is a function of the sizes and of ``start[-1]`` alone, so
+        :meth:`unpack` reads nothing from the device.
+        """
+        parts = [
+            self.rows.start,
+            self.cols.start,
+            self.rows.counts,
+            self.cols.counts,
+            self.rows.index,
+            self.cols.index,
+        ]
+        return torch.cat([part.reshape(-1) for part in parts])
+
+    @staticmethod
+    def unpack(
+        packed: Tensor,
+        n_q: int,
+        n_kv: int,
+        block_q: int,
+        block_kv: int,
+        batches: int,
+        heads: int,
+    ) -> BlockLayout:
+        """Views into a :meth:`pack` vector; no copy, no synchronisation."""
+        rows, cols, classes = -(-n_q // block_q), -(-n_kv // block_kv), batches * heads
+        fixed = [rows + 1, cols + 1, classes * rows * 2, classes * cols * 2]
+        capacity = (packed.numel() - sum(fixed)) // 2
+        r_start, c_start, r_counts, c_counts, r_index, c_index = torch.split(
+            packed, [*fixed, capacity, capacity]
+        )
+        return BlockLayout(
+            n_q,
+            n_kv,
+            block_q,
+            block_kv,
+            batches,
+            heads,
+            BlockLists(r_start, r_counts.view(classes, rows, 2), r_index.view(classes, -1)),
+            BlockLists(c_start, c_counts.view(classes, cols, 2), c_index.view(classes, -1)),
+        )

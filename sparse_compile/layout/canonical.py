@@ -1,0 +1,69 @@
+"""Rewrite a predicate so that interval analysis loses less; the meaning stays the same.
+
+An interval forgets that two mentions of a coordinate are the same number, and that a remainder
+wraps. So comparisons that mention a coordinate on both sides become one difference, and
+comparisons of remainders become divisibility, where a wrap-around is harmless.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import sympy
+from sympy.core.relational import Eq, Ne, Relational
+
+from sparse_compile.expr import COORDINATES, FloorMod, is_table
+
+
+@functools.lru_cache(maxsize=1024)
+def canonical(predicate: sympy.Basic) -> sympy.Basic:
+    """An equal predicate on which interval analysis is at least as exact.
+
+    >>> from sparse_compile.expr import KV, Q
+    >>> canonical(Eq(FloorMod(Q, 8), FloorMod(KV, 8)))
+    Eq(FloorMod(-kv + q, 8), 0)
+    >>> canonical(Eq(FloorMod(KV, 8), 3))
+    Eq(FloorMod(kv - 3, 8), 0)
+    >>> canonical(Q + KV < 2 * Q)
+    kv - q < 0
+    """
+    if isinstance(predicate, (Eq, Ne)):
+        predicate = _divisibility(predicate)
+    if isinstance(predicate, Relational):
+        return _difference(predicate)
+    if isinstance(predicate, sympy.logic.boolalg.BooleanFunction):
+        return predicate.func(*(canonical(arg) for arg in predicate.args))
+    return predicate
+
+
+def _divisibility(relation: Relational) -> Relational:
+    """``x % m == y % m`` and ``x % m == r`` as ``(x - y) % m == 0``; likewise ``!=``."""
+    left, right = relation.args
+    if not isinstance(left, FloorMod):
+        left, right = right, left
+    if not isinstance(left, FloorMod):
+        return relation
+    x, modulus = left.args
+    if isinstance(right, FloorMod) and right.args[1] == modulus:
+        x = sympy.expand(x - right.args[0])
+    elif right.is_Integer and modulus.is_Integer and 0 <= right < modulus:
+        x = x - right
+    else:
+        return relation
+    return type(relation)(FloorMod(x, modulus), 0, evaluate=False)
+
+
+def _difference(relation: Relational) -> sympy.Basic:
+    left, right = relation.args
+    if not _coordinates_outside_lookups(left) & _coordinates_outside_lookups(right):
+        return relation
+    return relation.func(sympy.expand(left - right), 0)
+
+
+def _coordinates_outside_lookups(expr: sympy.Basic) -> set[sympy.Symbol]:
+    if is_table(expr):
+        return set()
+    if expr in COORDINATES:
+        return {expr}
+    parts = [_coordinates_outside_lookups(arg) for arg in expr.args]
+    return set().union(*parts)

@@ -1,0 +1,93 @@
+"""Layouts on a CUDA device: equal to those of the CPU, and built without waiting for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import sympy
+import torch
+
+from sparse_compile.expr import KV, B, FloorDiv, H, MaskExpr, Q, size_symbol, table
+from sparse_compile.layout import BlockLayout, build_layout, mask_pairs, picture
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+T0, T1 = table(0), table(1)
+BATCH, HEADS, TOKENS = 3, 4, 1000
+SHAPE = dict(batch=BATCH, heads=HEADS, n_q=TOKENS, n_kv=TOKENS, block_q=64, block_kv=32)
+DTYPES = ("int64", "int32")
+
+PREDICATES = {
+    "static": (KV <= Q) & (Q - KV < 300),
+    "documents": (KV <= Q) & sympy.Eq(T0(B, Q), T0(B, KV)),
+    "per-head window": (KV <= Q) & (Q - KV < T1(H)),
+    "both": (Q - KV < T1(H)) & sympy.Eq(T0(B, Q), T0(B, KV)) & (KV <= Q + size_symbol(0)),
+    "coarse table": sympy.Ne(T0(B, FloorDiv(KV, 4) + 3), 1),
+    "whole axis": T0(B, sympy.Abs(Q - KV)) < 2,
+    "arithmetic": T0(B, KV) * 3 - Q < T1(H),
+}
+
+
+def tables() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    documents = torch.randint(0, 5, (BATCH, TOKENS), generator=generator).sort(-1)[0]
+    return [documents, torch.tensor([1, 50, 400, 2000], dtype=torch.int32)]
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def equal(left: BlockLayout, right: BlockLayout) -> bool:
+    pairs = zip(
+        (*left.rows.tensors(), *left.cols.tensors()),
+        (*right.rows.tensors(), *right.cols.tensors()),
+        strict=True,
+    )
+    return all(torch.equal(x.cpu(), y.cpu()) for x, y in pairs)
+
+
+@pytest.mark.parametrize("name", PREDICATES)
+def test_the_gpu_builds_what_the_cpu_builds_without_synchronising(name: str) -> None:
+    mask = MaskExpr(PREDICATES[name], DTYPES, 1)
+    arguments = dict(**SHAPE, sizes=[100])
+    expected = build_layout(mask, **arguments, tables=tables())
+    on_device = [entry.cuda() for entry in tables()]
+    # The first call moves the superset to the device, once.
+    build_layout(mask, **arguments, tables=on_device, device="cuda")
+    with no_waiting():
+        layout = build_layout(mask, **arguments, tables=on_device, device="cuda")
+        packed = layout.pack()
+    assert packed.is_cuda
+    assert equal(layout, expected)
+    assert picture(layout) == picture(expected)
+    pairs = mask_pairs(mask, expected, BATCH, HEADS, tables(), [100])
+    assert mask_pairs(mask, layout, BATCH, HEADS, on_device, [100]) == pairs
+
+
+def test_a_captured_build_follows_its_tables() -> None:
+    """In a CUDA graph: new documents in the same storage give a new layout on replay."""
+    mask = MaskExpr(PREDICATES["documents"], ("int64",))
+    documents = tables()[0].cuda()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        build_layout(mask, **SHAPE, tables=[documents], device="cuda")
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layout = build_layout(mask, **SHAPE, tables=[documents], device="cuda")
+    changed = (torch.arange(TOKENS) // 90).expand(BATCH, TOKENS)
+    documents.copy_(changed)
+    graph.replay()
+    assert equal(layout, build_layout(mask, **SHAPE, tables=[changed]))

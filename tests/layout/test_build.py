@@ -1,0 +1,346 @@
+"""Layouts against the dense meaning of the mask."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import pytest
+import sympy
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparse_compile.expr import (
+    KV,
+    B,
+    FloorDiv,
+    FloorMod,
+    H,
+    MaskExpr,
+    Q,
+    evaluate,
+    size_symbol,
+    table,
+)
+from sparse_compile.layout import (
+    EMPTY,
+    FULL,
+    PARTIAL,
+    BlockLayout,
+    Problem,
+    build_layout,
+    density,
+    mask_pairs,
+    packed_length,
+)
+
+CAUSAL = KV <= Q
+S0 = size_symbol(0)
+DOCS, PADDING, WINDOWS = table(0), table(1), table(2)
+TABLE_DTYPES = ("int64", "bool", "int32")
+
+
+@dataclass(frozen=True)
+class Case:
+    predicate: sympy.Basic
+    n_q: int
+    n_kv: int
+    block_q: int = 8
+    block_kv: int = 8
+    batch: int = 2
+    heads: int = 2
+    offset: int = 0
+    seed: int = 0
+    mask: MaskExpr = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mask", MaskExpr(self.predicate, TABLE_DTYPES, 1))
+
+    def tables(self) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(self.seed)
+        tokens = max(self.n_q, self.n_kv, 1)
+        documents = torch.randint(0, 4, (self.batch, tokens), generator=generator).sort(-1)[0]
+        kept = torch.randint(0, tokens + 1, (self.batch, 1), generator=generator)
+        padding = torch.arange(tokens)[None] < kept
+        windows = torch.randint(0, tokens, (self.heads,), generator=generator, dtype=torch.int32)
+        return [documents, padding, windows]
+
+    def layout(self) -> BlockLayout:
+        return build_layout(self.mask, **self.shape(), tables=self.tables(), sizes=[self.offset])
+
+    def shape(self) -> dict[str, int]:
+        names = ("batch", "heads", "n_q", "n_kv", "block_q", "block_kv")
+        return {name: getattr(self, name) for name in names}
+
+    def dense(self) -> Tensor:
+        """bool [batch, heads, n_q, n_kv], from the definition."""
+        where = {
+            "b": torch.arange(self.batch)[:, None, None, None],
+            "h": torch.arange(self.heads)[:, None, None],
+            "q": torch.arange(self.n_q)[:, None],
+            "kv": torch.arange(self.n_kv),
+        }
+        allowed = evaluate(self.mask, where, self.n_q, self.n_kv, self.tables(), [self.offset])
+        return allowed.expand(self.batch, self.heads, self.n_q, self.n_kv)
+
+    def blocks(self) -> tuple[Tensor, Tensor]:
+        """What each block holds: any, and all of block_q x block_kv; [batch, heads, rows, cols]."""
+        dense = self.dense()
+        pad = (0, -self.n_kv % self.block_kv, 0, -self.n_q % self.block_q)
+        padded = torch.nn.functional.pad(dense, pad)
+        tiles = padded.unflatten(-1, (-1, self.block_kv)).unflatten(2, (-1, self.block_q))
+        tiles = tiles.transpose(3, 4)
+        return tiles.any(-1).any(-1), tiles.all(-1).all(-1)
+
+
+def atoms() -> st.SearchStrategy[sympy.Basic]:
+    small, stride = st.integers(0, 40), st.integers(1, 40)
+    return st.one_of(
+        st.just(CAUSAL),
+        st.just(KV <= Q + S0),
+        st.builds(lambda w: (KV <= Q) & (Q - KV < w), small),
+        st.builds(lambda w: sympy.Abs(Q - KV) <= w, small),
+        st.builds(lambda c: sympy.Eq(FloorDiv(Q, c), FloorDiv(KV, c)), stride),
+        st.builds(lambda s, r: sympy.Eq(FloorMod(Q - KV, s), r), stride, small),
+        st.builds(lambda s: sympy.Eq(FloorMod(Q, s), FloorMod(KV, s)), stride),
+        st.builds(lambda s, r: FloorMod(KV, s) < r, stride, small),
+        st.builds(lambda p: KV < p, small),
+        st.builds(lambda w: sympy.Max(FloorMod(KV, w), Q - KV) < w, stride),
+        st.just(sympy.Eq(DOCS(B, Q), DOCS(B, KV))),
+        st.just(sympy.Ne(PADDING(B, KV), 0)),
+        st.just(Q - KV < WINDOWS(H)),
+        st.builds(lambda c: sympy.Ne(PADDING(B, FloorDiv(KV, c) * 2 + S0), 0), stride),
+        st.just(DOCS(B, sympy.Abs(Q - KV)) > 1),
+        st.builds(lambda w: Q - KV < sympy.Piecewise((w, sympy.Eq(H, 0)), (2, True)), small),
+    )
+
+
+def predicates() -> st.SearchStrategy[sympy.Basic]:
+    def extend(inner: st.SearchStrategy[sympy.Basic]) -> st.SearchStrategy[sympy.Basic]:
+        pair = st.tuples(inner, inner)
+        return st.one_of(
+            pair.map(lambda p: sympy.And(*p)),
+            pair.map(lambda p: sympy.Or(*p)),
+            inner.map(sympy.Not),
+        )
+
+    return st.recursive(atoms(), extend, max_leaves=4)
+
+
+def cases() -> st.SearchStrategy[Case]:
+    length, block = st.integers(1, 80), st.sampled_from([8, 13, 16, 32])
+    offset = st.integers(-20, 60)
+    return st.builds(
+        Case, predicates(), length, length, block, block, offset=offset, seed=st.integers(0, 9)
+    )
+
+
+def check_meaning(case: Case, layout: BlockLayout) -> None:
+    some, every = case.blocks()
+    kinds = layout.kinds().view(layout.batches, layout.heads, *layout.grid).expand(some.shape)
+    assert not (some & (kinds == EMPTY)).any(), "an unlisted block holds an allowed pair"
+    assert not (~every & (kinds == FULL)).any(), "a FULL block holds a forbidden or missing pair"
+
+
+def check_lists(layout: BlockLayout) -> None:
+    for lists, across in ((layout.rows, layout.grid[1]), (layout.cols, layout.grid[0])):
+        assert {tensor.dtype for tensor in lists.tensors()} == {torch.int32}
+        assert all(tensor.is_contiguous() for tensor in lists.tensors())
+        assert lists.index.shape == (layout.classes, int(lists.start[-1]))
+        assert bool((lists.counts.sum(-1) <= lists.start.diff()).all())
+        for c in range(layout.classes):
+            line, block, kind = lists.entries(c)
+            place = (line * 3 + kind) * (across + 1) + block
+            assert bool((place.diff() > 0).all()), "not ascending, PARTIAL before FULL"
+            assert int(lists.index[c].count_nonzero()) <= line.numel(), "unused room is not 0"
+
+
+def check_transpose(layout: BlockLayout) -> None:
+    for c in range(layout.classes):
+        by_rows = {tuple(entry) for entry in torch.stack(layout.rows.entries(c), 1).tolist()}
+        by_cols = {tuple(entry) for entry in torch.stack(layout.cols.entries(c), 1).tolist()}
+        assert by_rows == {(r, k, kind) for k, r, kind in by_cols}
+
+
+@settings(max_examples=300, deadline=None)
+@given(cases())
+def test_a_layout_means_its_mask(case: Case) -> None:
+    layout = case.layout()
+    check_meaning(case, layout)
+    check_lists(layout)
+    check_transpose(layout)
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases())
+def test_pack_round_trip_and_length(case: Case) -> None:
+    layout = case.layout()
+    packed = layout.pack()
+    shape = case.shape()
+    mask, lengths = case.mask, (case.n_q, case.n_kv)
+    blocks = (case.block_q, case.block_kv)
+    problem = Problem.of(mask, (case.offset,), case.batch, case.heads, lengths, blocks)
+    assert packed.numel() == packed_length(problem)
+    shape.update(batches=layout.batches, heads=layout.heads)
+    shape.pop("batch")
+    again = BlockLayout.unpack(packed, **shape)
+    for left, right in ((layout.rows, again.rows), (layout.cols, again.cols)):
+        assert all(map(torch.equal, left.tensors(), right.tensors()))
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases())
+def test_pairs_are_counted_exactly(case: Case) -> None:
+    layout, dense = case.layout(), case.dense()
+    arguments = (case.mask, layout, case.batch, case.heads, case.tables(), [case.offset])
+    assert mask_pairs(*arguments) == int(dense.sum())
+    assert density(*arguments) == pytest.approx(dense.double().mean().item())
+
+
+EXACT = {
+    "causal": CAUSAL,
+    "window": CAUSAL & (Q - KV < 20),
+    "band": sympy.Abs(Q - KV) <= 9,
+    "chunks": sympy.Eq(FloorDiv(Q, 12), FloorDiv(KV, 12)),
+    "strided": sympy.Eq(FloorMod(Q - KV, 24), 0),
+    "strided by classes": sympy.Eq(FloorMod(Q, 24), FloorMod(KV, 24)),
+    "one column in 30": sympy.Eq(FloorMod(KV, 30), 17),
+    "columns": FloorMod(KV, 24) < 5,
+    "prefix": CAUSAL | (KV < 21),
+    "offset": KV <= Q + S0,
+    "documents": sympy.Eq(DOCS(B, Q), DOCS(B, KV)),
+    "causal documents": CAUSAL & sympy.Eq(DOCS(B, Q), DOCS(B, KV)),
+    "padding": CAUSAL & sympy.Ne(PADDING(B, KV), 0),
+    "per-head window": CAUSAL & (Q - KV < WINDOWS(H)),
+    "both sides": Q + KV < 2 * Q - 7,
+    "scaled": sympy.Eq(4 * Q - 4 * KV, 2),
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("lengths", [(96, 96), (75, 90), (1, 70)])
+@pytest.mark.parametrize("blocks", [(8, 8), (16, 8), (8, 32)])
+def test_simple_masks_are_exact(
+    name: str, lengths: tuple[int, int], blocks: tuple[int, int]
+) -> None:
+    """No PARTIAL block of a simple mask is really empty, or really full."""
+    case = Case(EXACT[name], *lengths, *blocks, offset=13, seed=3)
+    layout = case.layout()
+    some, every = case.blocks()
+    kinds = layout.kinds().view(layout.batches, layout.heads, *layout.grid)
+    expected = some.to(torch.int8) + every.to(torch.int8)
+    if name == "documents" and lengths[0] == lengths[1]:
+        # Sorted documents: neighbours in a block have neighbouring numbers, or there is a gap that
+        # intervals cannot see.
+        assert bool((kinds.expand(expected.shape) >= expected).all())
+        return
+    assert torch.equal(kinds.expand(expected.shape), expected)
+
+
+def test_a_picture_of_every_kind_of_block() -> None:
+    """Drawn by hand: a window of 16 over blocks of 8, 28 tokens."""
+    window = build_layout(
+        MaskExpr(CAUSAL & (Q - KV < 16)),
+        batch=3, heads=5, n_q=28, n_kv=28, block_q=8, block_kv=8,
+    )  # fmt: skip
+    assert window.kinds().tolist() == [[[1, 0, 0, 0], [2, 1, 0, 0], [1, 2, 1, 0], [0, 1, 1, 1]]]
+    assert window.rows.start.tolist() == [0, 1, 3, 6, 9]
+    assert window.rows.counts.tolist() == [[[1, 0], [1, 1], [2, 1], [3, 0]]]
+    assert window.rows.index.tolist() == [[0, 1, 0, 0, 2, 1, 1, 2, 3]]
+    assert window.cols.index.tolist() == [[0, 2, 1, 1, 3, 2, 2, 3, 3]]
+
+
+@pytest.mark.parametrize(
+    ("predicate", "classes"),
+    [
+        (CAUSAL, (1, 1)),
+        (sympy.Ne(PADDING(B, KV), 0), (3, 1)),
+        (Q - KV < WINDOWS(H), (1, 4)),
+        ((Q - KV < WINDOWS(H)) & sympy.Ne(PADDING(B, KV), 0), (3, 4)),
+        (Q - KV < 8 * H, (1, 4)),
+    ],
+)
+def test_classes_follow_the_coordinates(predicate: sympy.Basic, classes: tuple[int, int]) -> None:
+    case = Case(predicate, 40, 40, batch=3, heads=4)
+    layout = case.layout()
+    assert (layout.batches, layout.heads) == classes
+    check_meaning(case, layout)
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_constant_masks(value: bool) -> None:
+    layout = build_layout(
+        MaskExpr(sympy.true if value else sympy.false),
+        batch=1, heads=1, n_q=20, n_kv=16, block_q=8, block_kv=8,
+    )  # fmt: skip
+    expected = [[2, 2], [2, 2], [1, 1]] if value else [[0, 0]] * 3
+    assert layout.kinds().tolist() == [expected]
+
+
+@pytest.mark.parametrize("lengths", [(0, 16), (16, 0), (0, 0)])
+@pytest.mark.parametrize("predicate", [CAUSAL, sympy.Ne(PADDING(B, KV), 0) & CAUSAL])
+def test_no_tokens(lengths: tuple[int, int], predicate: sympy.Basic) -> None:
+    layout = Case(predicate, *lengths).layout()
+    assert layout.nnz_blocks == 0
+    check_lists(layout)
+
+
+def test_documents_far_apart_are_never_visited() -> None:
+    tokens, block = 4096, 64
+    documents = (torch.arange(tokens) // 512)[None]
+    mask = MaskExpr(CAUSAL & sympy.Eq(DOCS(B, Q), DOCS(B, KV)), ("int64",))
+    layout = build_layout(
+        mask, batch=1, heads=1, n_q=tokens, n_kv=tokens,
+        block_q=block, block_kv=block, tables=[documents],
+    )  # fmt: skip
+    assert layout.nnz_blocks == 8 * (8 * 9 // 2)
+    assert int(layout.rows.counts[..., 0].sum()) == tokens // block
+
+
+def test_extreme_table_values_prove_nothing_false() -> None:
+    """int64 arithmetic on table values may wrap; the proof must hold for what really happens."""
+    offsets = torch.tensor([[(1 << 63) - 1, -(1 << 63), 1 << 61, 5]]).repeat_interleave(8, 1)
+    mask = MaskExpr((DOCS(B, KV) + Q < 2 * KV) | (3 * DOCS(B, KV) > Q), ("int64",))
+    where = {"q": torch.arange(32)[:, None], "kv": torch.arange(32), "b": torch.zeros(1).long()}
+    dense = evaluate(mask, where, 32, 32, [offsets])
+    layout = build_layout(
+        mask, batch=1, heads=1, n_q=32, n_kv=32, block_q=8, block_kv=8, tables=[offsets]
+    )
+    tiles = dense.view(4, 8, 4, 8).transpose(1, 2)
+    assert not (tiles.any(-1).any(-1) & (layout.kinds()[0] == EMPTY)).any()
+    assert not (~tiles.all(-1).all(-1) & (layout.kinds()[0] == FULL)).any()
+
+
+def test_classes_are_split_to_bound_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    predicate = CAUSAL & (Q - KV < WINDOWS(H)) & sympy.Ne(PADDING(B, KV), 0)
+    case = Case(predicate, 60, 60, batch=3, heads=5)
+    whole = case.layout()
+    monkeypatch.setattr("sparse_compile.layout.build._BLOCKS_AT_ONCE", 70)
+    split = case.layout()
+    assert all(map(torch.equal, whole.rows.tensors(), split.rows.tensors()))
+    assert all(map(torch.equal, whole.cols.tensors(), split.cols.tensors()))
+
+
+def test_cost_follows_the_mask() -> None:
+    """A window over a million tokens: 2^26 blocks, of which 2^18 are visited."""
+    tokens = 1 << 20
+    mask = MaskExpr(CAUSAL & (Q - KV < 4096))
+    begin = time.perf_counter()
+    layout = build_layout(
+        mask, batch=1, heads=1, n_q=tokens, n_kv=tokens, block_q=128, block_kv=128
+    )
+    # Usually 10 ms; evaluating every block takes many seconds.
+    assert time.perf_counter() - begin < 2
+    partial, full = layout.rows.counts[0].long().sum(0).tolist()
+    rows, window = tokens // 128, 4096 // 128
+    assert partial == rows + rows - window
+    assert full == rows * (window - 1) - window * (window - 1) // 2
+
+
+def test_static_layouts_are_cached() -> None:
+    arguments = dict(batch=2, heads=2, n_q=48, n_kv=48, block_q=16, block_kv=16)
+    first = build_layout(MaskExpr(CAUSAL), **arguments)
+    assert build_layout(MaskExpr(KV <= Q), **arguments) is first
+    assert int((first.kinds() == PARTIAL).sum()) == 3
