@@ -1,0 +1,13 @@
+"""The exception that carries a reason out of a match; it becomes a Rejection, never an error."""
+
+from __future__ import annotations
+
+
+class Refusal(Exception):
+    """The subgraph is not an attention that may be rewritten, and why, in the user's words."""
+
+    def __init__(self, reason: str, hint: str = "") -> None:
+        """Both are plain sentences; ``hint`` says what to write instead."""
+        super().__init__(reason)
+        self.reason = reason
+        self.hint = hint
