@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 
 from sparse_compile.expr import MaskExpr
@@ -74,7 +74,8 @@ class AttentionSpec:
         return AttentionSpec(
             MaskExpr.parse(fields["mask"]),
             EmptyRows(fields["empty_rows"]),
-            *fields["block"],
+            block_q=fields["block"][0],
+            block_kv=fields["block"][1],
             where=tuple(fields["where"]),
         )
 
@@ -99,8 +100,9 @@ class KernelSpec:
 
     @functools.cached_property
     def name(self) -> str:
-        """A readable unique name for files and kernels, such as ``attention_d128_bf16_1f3a9c02``."""
+        """A readable unique name for its file, such as ``attention_d128_bf16_1f3a9c02``."""
         short = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[self.dtype]
-        fields = {**asdict(replace(self, attention=None)), "attention": self.attention.text}  # type: ignore[arg-type]
-        digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
+        shape = [self.head_dim, self.value_dim, self.dtype, self.arch]
+        identity = json.dumps([self.attention.text, *shape])
+        digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
         return f"attention_d{self.head_dim}_{short}_{digest}"

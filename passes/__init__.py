@@ -1,0 +1,21 @@
+"""The passes, in the order in which they run."""
+
+from sparse_compile.passes.choose_layout import choose_layout
+from sparse_compile.passes.find_attention import find_attention
+from sparse_compile.passes.lift_mask import LiftCache, lift_mask
+from sparse_compile.passes.rewrite import Rewriter
+from sparse_compile.plan import Plan
+from sparse_compile.site import Rejection
+
+Decision = Plan | Rejection
+
+__all__ = [
+    "Decision",
+    "LiftCache",
+    "Plan",
+    "Rejection",
+    "Rewriter",
+    "choose_layout",
+    "find_attention",
+    "lift_mask",
+]

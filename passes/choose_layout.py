@@ -1,0 +1,62 @@
+"""choose_layout: from a site and its mask to what runs in its place.
+
+The one place where dense and sparse are weighed against each other.
+"""
+
+from __future__ import annotations
+
+import sympy
+import torch
+
+from sparse_compile.expr import KV, Q
+from sparse_compile.options import Options
+from sparse_compile.plan import Plan
+from sparse_compile.site import AttentionSite, LiftedMask, Rejection
+from sparse_compile.spec import AttentionSpec, EmptyRows
+
+#: Block shapes of the layouts. A GPU program owns 128 queries; on a CPU small blocks waste less of
+#: a narrow mask, and a tile of 32 queries still fills the vector units.
+_BLOCKS = {"cuda": (128, 128), "cpu": (32, 32)}
+
+
+def choose_layout(
+    site: AttentionSite, lifted: LiftedMask, device: torch.device, options: Options
+) -> Plan | Rejection:
+    """Decide what computes ``site``.
+
+    Returns a :class:`Rejection` when the program's own SDPA call is already the best answer.
+    """
+    if device.type not in _BLOCKS:
+        return Rejection(
+            f"there is no executor for {device.type} tensors",
+            "run the model on a CUDA device or on the CPU",
+            site.where,
+            site.output.node,
+        )
+    block_q, block_kv = options.block or _BLOCKS[device.type]
+    spec = AttentionSpec(lifted.mask, lifted.empty_rows, block_q, block_kv, site.where)
+    causal = lifted.mask.predicate == sympy.Le(KV, Q)
+    skips_nothing = lifted.mask.predicate == sympy.true
+    if (causal or skips_nothing) and _hand_to_sdpa(lifted, options):
+        return _dense(site, lifted, spec, causal)
+    executor = "triton" if device.type == "cuda" else "cpu"
+    return Plan(site, lifted, spec, executor, reason="its mask skips blocks that SDPA would visit")
+
+
+def _hand_to_sdpa(lifted: LiftedMask, options: Options) -> bool:
+    return options.dense == "sdpa" and lifted.empty_rows is EmptyRows.ZERO
+
+
+def _dense(
+    site: AttentionSite, lifted: LiftedMask, spec: AttentionSpec, causal: bool
+) -> Plan | Rejection:
+    what = "is causal" if causal else "lets every query see every key"
+    if site.kind == "sdpa" and not site.masks:
+        return Rejection(
+            f"its mask {what}, and PyTorch's own kernel already skips what that allows",
+            'options={"dense": "rewrite"} uses block-sparse kernels all the same',
+            site.where,
+            site.output.node,
+        )
+    reason = f"its mask {what}: SDPA's dense kernel is fastest, without the mask tensor"
+    return Plan(site, lifted, spec, "sdpa", causal, reason)

@@ -1,0 +1,80 @@
+"""Inserting nodes into a Dynamo graph so that everything downstream still believes in it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+
+def example_value(node: Node) -> Any:
+    """The fake tensor or symbolic integer that Dynamo recorded for a node."""
+    return node.meta["example_value"]
+
+
+def constant(value: Any) -> Any:
+    """A concrete int where a size is not symbolic, else the SymInt itself."""
+    return int(value) if isinstance(value, int) else value
+
+
+class Inserter:
+    """Appends nodes before an anchor node, each with the ``example_value`` torch.compile expects.
+
+    Values are computed under the fake mode of the anchor's own value: any other mode would not mix
+    with the graph's, and nodes without a value make AOTAutograd's cache refuse the graph.
+    """
+
+    def __init__(self, gm: GraphModule, anchor: Node) -> None:
+        self.gm, self.anchor = gm, anchor
+        self._fake_mode = example_value(anchor).fake_mode
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+        """A ``call_function`` node."""
+        return self._insert("call_function", target, args, kwargs)
+
+    def method(self, name: str, *args: Any, **kwargs: Any) -> Node:
+        """A ``call_method`` node on ``args[0]``."""
+        return self._insert("call_method", name, args, kwargs)
+
+    def size(self, node: Node, dim: int) -> int | Node:
+        """Size of a tensor node along ``dim``: an int where it is static, else a node."""
+        size = example_value(node).shape[dim]
+        return int(size) if isinstance(size, int) else self.method("size", node, dim)
+
+    def _insert(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
+        with self.gm.graph.inserting_before(self.anchor):
+            node = self.gm.graph.create_node(op, target, args, kwargs)
+        fake_args = map_arg(args, example_value)
+        fake_kwargs = map_arg(kwargs, example_value)
+        with self._fake_mode, _fresh_sizes_allowed(self._fake_mode):
+            if op == "call_method":
+                value = getattr(fake_args[0], target)(*fake_args[1:], **fake_kwargs)
+            else:
+                value = target(*fake_args, **fake_kwargs)
+        node.meta["example_value"] = value
+        for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "custom"):
+            if key in self.anchor.meta:
+                node.meta[key] = self.anchor.meta[key]
+        return node
+
+
+@contextlib.contextmanager
+def _fresh_sizes_allowed(fake_mode: Any) -> Iterator[None]:
+    # A layout's length is a new symbolic size. Dynamo has finished binding such sizes by the time
+    # a backend runs; AOTAutograd traces the graph anew and binds its own.
+    shape_env = fake_mode.shape_env
+    if shape_env is None:
+        yield
+        return
+    with shape_env.ignore_fresh_unbacked_symbols():
+        yield
+
+
+def device_of(node: Node) -> torch.device:
+    """The device of a tensor node."""
+    device: torch.device = example_value(node).device
+    return device

@@ -1,0 +1,117 @@
+"""realise_tables: the tables that a lifted mask reads, as nodes of the graph that reads them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from sparse_compile.passes.graph_edit import example_value
+from sparse_compile.site import LiftedMask, Scope
+
+
+class RealisedTables:
+    """What was already inserted into the graphs of one backend call."""
+
+    def __init__(self) -> None:
+        self.outputs: dict[GraphModule, tuple[Node, ...]] = {}
+        self.inputs: dict[tuple[Node, GraphModule], Node] = {}
+
+
+def realise(
+    lifted: LiftedMask, scope: Scope, cache: RealisedTables
+) -> tuple[list[Node], list[int | Node]]:
+    """Insert a mask's program and hand its results down to ``scope``.
+
+    The program stands right after the last of its leaves, once for all sites that share it. Each
+    table is memory of its own, so later writes to a leaf do not change it.
+
+    Args:
+        lifted: the mask.
+        scope: where the results are needed: the scope of the leaves or one inside it.
+        cache: shared by the sites of one backend call.
+
+    Returns:
+        nodes of ``scope.gm``: the tables, and the sizes.
+    """
+    if lifted.program is None:
+        return [], []
+    assert lifted.scope is not None
+    if lifted.program not in cache.outputs:
+        cache.outputs[lifted.program] = _inline(lifted.program, lifted.leaves, lifted.scope.gm)
+    nodes = [_hand_down(node, lifted.scope, scope, cache) for node in cache.outputs[lifted.program]]
+    count = len(lifted.mask.tables)
+    return nodes[:count], list(nodes[count:])
+
+
+def _inline(program: GraphModule, leaves: tuple[Node, ...], gm: GraphModule) -> tuple[Node, ...]:
+    copies = dict(zip(_placeholders(program.graph), leaves, strict=True))
+    fake_mode = _fake_mode(gm.graph)
+    with gm.graph.inserting_before(_place(gm.graph, leaves)), fake_mode:
+        for node in program.graph.nodes:
+            if node.op == "get_attr":
+                copies[node] = _literal(gm.graph, getattr(program, str(node.target)))
+            elif node.op == "call_function":
+                copies[node] = gm.graph.node_copy(node, copies.__getitem__)
+                copies[node].meta.clear()
+            else:
+                continue
+            copies[node].meta["example_value"] = _value(copies[node])
+    (output,) = (node for node in program.graph.nodes if node.op == "output")
+    return tuple(copies[node] for node in output.args[0])
+
+
+def _literal(graph: Graph, value: torch.Tensor) -> Node:
+    """A constant as the call that makes it: torch.compile knows no other kind in this graph."""
+    options = {"dtype": value.dtype, "device": value.device}
+    return graph.call_function(torch.tensor, (value.tolist(),), options)
+
+
+def _value(node: Node) -> Any:
+    args, kwargs = map_arg((node.args, node.kwargs), example_value)
+    assert callable(node.target)
+    with torch.no_grad():
+        return node.target(*args, **kwargs)
+
+
+def _place(graph: Graph, leaves: tuple[Node, ...]) -> Node:
+    """The node before which the program goes: after all leaves, and after all placeholders."""
+    missing = set(leaves)
+    for node in graph.nodes:
+        if not missing and node.op != "placeholder":
+            return node
+        missing.discard(node)
+    raise AssertionError("a leaf stands after the graph's output")
+
+
+def _placeholders(graph: Graph) -> list[Node]:
+    return [node for node in graph.nodes if node.op == "placeholder"]
+
+
+def _fake_mode(graph: Graph) -> Any:
+    for node in graph.nodes:
+        mode = getattr(node.meta.get("example_value"), "fake_mode", None)
+        if mode is not None:
+            return mode
+    raise AssertionError("a graph with attention has tensors")
+
+
+def _hand_down(node: Node, source: Scope, scope: Scope, cache: RealisedTables) -> Node:
+    """The node of ``scope`` that holds ``node`` of an outer scope, passed in at each call."""
+    if scope.gm is source.gm:
+        return node
+    assert scope.parent is not None
+    assert scope.call is not None
+    outer = _hand_down(node, source, scope.parent, cache)
+    key = (outer, scope.gm)
+    if key not in cache.inputs:
+        graph = scope.gm.graph
+        first = next(n for n in graph.nodes if n.op != "placeholder")
+        with graph.inserting_before(first):
+            inner = graph.placeholder(outer.name)
+        inner.meta["example_value"] = example_value(outer)
+        scope.call.args = (*scope.call.args, outer)
+        cache.inputs[key] = inner
+    return cache.inputs[key]

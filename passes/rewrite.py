@@ -1,0 +1,167 @@
+"""rewrite: put the planned operators in the place of the attention they compute."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import GraphModule, Node
+
+from sparse_compile import ops
+from sparse_compile.passes.graph_edit import Inserter, device_of, example_value
+from sparse_compile.passes.realise_tables import RealisedTables, realise
+from sparse_compile.plan import Plan
+from sparse_compile.site import AttentionSite, Operand, Scope
+from sparse_compile.spec import AttentionSpec
+
+_CANONICAL = ("b", "h", "n", "d")
+
+
+class Rewriter:
+    """Rewrites the sites of one captured graph; those that share a mask share its data.
+
+    The nodes that computed the old attention are left for AOTAutograd, which removes what is dead
+    and knows which mutations are visible from outside.
+    """
+
+    def __init__(self) -> None:
+        self._tables = RealisedTables()
+        self._layouts: dict[tuple[Any, ...], Node] = {}
+        self._changed: dict[GraphModule, None] = {}
+
+    def apply(self, plan: Plan) -> None:
+        """Replace one site."""
+        site = plan.site
+        self._note_change(site.scope)
+        insert = Inserter(site.scope.gm, site.output.node)
+        q, k, v = (self._operand(insert, site, operand) for operand in (site.q, site.k, site.v))
+        q, scale = _scale(insert, site, q)
+        if plan.executor == "sdpa":
+            out = _call_sdpa(insert, plan, q, k, v, scale)
+        else:
+            out = self._call_sparse(insert, plan, q, k, v, scale)
+        out = _restore_axes(insert, site, out)
+        site.output.node.replace_all_uses_with(out)
+        site.scope.gm.graph.erase_node(site.output.node)
+
+    def _note_change(self, scope: Scope | None) -> None:
+        while scope is not None:
+            self._changed[scope.gm] = None
+            scope = scope.parent
+
+    def finish(self) -> None:
+        """Check and recompile the graphs that were changed."""
+        for gm in self._changed:
+            gm.graph.lint()
+            gm.recompile()
+
+    def _operand(self, insert: Inserter, site: AttentionSite, operand: Operand) -> Node:
+        node = operand.node
+        dtype = example_value(site.output.node).dtype
+        if example_value(node).dtype != dtype:
+            # Autocast, or an upcast inside the attention: the program computes in this dtype.
+            node = insert.method("to", node, dtype)
+        order = [operand.axes.index(axis) for axis in _CANONICAL if axis in operand.axes]
+        if order != sorted(order):
+            node = insert.method("permute", node, *order)
+        for position, axis in enumerate(_CANONICAL):
+            if axis not in operand.axes:
+                node = insert.method("unsqueeze", node, position)
+        return node
+
+    def _call_sparse(
+        self, insert: Inserter, plan: Plan, q: Node, k: Node, v: Node, scale: float | Node
+    ) -> Node:
+        tables, sizes = realise(plan.lifted, plan.site.scope, self._tables)
+        layout = None
+        if plan.spec.mask.uses_table:
+            layout = self._layout(insert, plan.spec, q, k, tables, sizes)
+        text = plan.spec.text
+        call = insert.call(
+            ops.ATTENTION, q, k, v, tables, sizes, layout, scale, text
+        )
+        return insert.call(operator.getitem, call, 0)
+
+    def _layout(
+        self,
+        insert: Inserter,
+        spec: AttentionSpec,
+        q: Node,
+        k: Node,
+        tables: list[Node],
+        sizes: list[int | Node],
+    ) -> Node:
+        dims = [(q, 0), (q, 1), (q, 2), (k, 2)]
+        shape = tuple(str(example_value(node).shape[dim]) for node, dim in dims)
+        # The layout does not depend on where the attention stands: drop it, so that layers share.
+        text = AttentionSpec(spec.mask, block_q=spec.block_q, block_kv=spec.block_kv).text
+        key = (insert.gm, text, shape, device_of(q), tuple(tables), tuple(sizes))
+        if key not in self._layouts:
+            lengths = [insert.size(node, dim) for node, dim in dims]
+            self._layouts[key] = insert.call(
+                ops.BLOCK_LAYOUT,
+                tables,
+                sizes,
+                *lengths,
+                text,
+                device_of(q),
+            )
+        return self._layouts[key]
+
+
+def _scale(insert: Inserter, site: AttentionSite, q: Node) -> tuple[Node, float | Node]:
+    """The scale as an operator argument; a tensor is multiplied into q, keeping its gradient."""
+    if not isinstance(site.scale, Node):
+        return q, float(site.scale)
+    if isinstance(example_value(site.scale), torch.Tensor):
+        scaled = insert.call(operator.mul, q, site.scale)
+        return insert.method("to", scaled, example_value(q).dtype), 1.0
+    return q, site.scale
+
+
+def _call_sdpa(
+    insert: Inserter, plan: Plan, q: Node, k: Node, v: Node, scale: float | Node
+) -> Node:
+    grouped = example_value(q).shape[1] != example_value(k).shape[1]
+    return insert.call(
+        F.scaled_dot_product_attention,
+        q,
+        k,
+        v,
+        is_causal=plan.causal,
+        scale=scale,
+        **({"enable_gqa": True} if grouped else {}),
+    )
+
+
+def _restore_axes(insert: Inserter, site: AttentionSite, out: Node) -> Node:
+    """Back to the axes, and where a later view relies on it the memory order, of the old output."""
+    axes = site.output.axes
+    absent = [axis for axis in _CANONICAL if axis not in axes]
+    for axis in reversed(absent):
+        out = insert.method("squeeze", out, _CANONICAL.index(axis))
+    kept = [axis for axis in _CANONICAL if axis in axes]
+    order = [kept.index(axis) for axis in axes]
+    if order != sorted(order):
+        out = insert.method("permute", out, *order)
+    if _relies_on_order(site.output.node, example_value(out)):
+        out = insert.method("contiguous", out)
+    return out
+
+
+def _relies_on_order(old: Node, new: torch.Tensor) -> bool:
+    if not example_value(old).is_contiguous() or new.is_contiguous():
+        return False
+    return not all(_swaps_heads_and_tokens(user) for user in old.users)
+
+
+def _swaps_heads_and_tokens(user: Node) -> bool:
+    """Whether a user reads [B, H, N, D] as [B, N, H, D]: then our memory order is its own."""
+    if user.op != "call_method":
+        return False
+    dims = [dim % 4 if isinstance(dim, int) else dim for dim in user.args[1:]]
+    if user.target in ("transpose", "swapaxes"):
+        return sorted(map(str, dims)) == ["1", "2"]
+    return user.target == "permute" and dims == [0, 2, 1, 3]

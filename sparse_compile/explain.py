@@ -1,0 +1,270 @@
+"""explain: capture a call with torch.compile, plan every graph, run it eagerly, and report.
+
+Nothing is compiled. The call runs once, as it is, so that graphs after a break are seen too and the
+densities are those of the real lengths and the real padding.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from sparse_compile.backend import plan_graph
+from sparse_compile.layout import BlockLayout, build_layout, density
+from sparse_compile.options import Options
+from sparse_compile.passes import Decision
+from sparse_compile.passes.graph_edit import device_of, example_value
+from sparse_compile.plan import Plan
+from sparse_compile.readable import readable
+from sparse_compile.report import Report, SiteReport
+from sparse_compile.site import AttentionSite, LiftedMask, Operand, Rejection
+from sparse_compile.spec import KernelSpec
+
+Shape = dict[str, int]
+_NOTHING_SKIPPED = "in this call every block holds an allowed pair, so nothing is skipped"
+
+
+def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Report:
+    """What ``torch.compile(model, backend="sparse_compile")`` does with the attention of a call.
+
+    The model runs once, eagerly, in its own training mode and grad mode; the random number
+    generators are left where they were.
+
+    Args:
+        model: a module or a function; a compiled one is looked through.
+        *args: what it is called with.
+        **kwargs: what it is called with. See :func:`explain_with` for options of the backend.
+    """
+    return explain_with()(model, *args, **kwargs)
+
+
+def explain_with(options: Mapping[str, Any] | None = None) -> Callable[..., Report]:
+    """:func:`explain` under the backend's ``options``: ``explain_with({...})(model, *args)``.
+
+    Raises:
+        UnknownOption, BadOption: as the backend does.
+    """
+    Options.parse(options)
+    return partial(_explain, dict(options or {}))
+
+
+def _explain(
+    options: dict[str, Any], model: Callable[..., Any], /, *args: Any, **kwargs: Any
+) -> Report:
+    sites, graphs = examine(model, args, kwargs, options)
+    return Report(tuple(site.report() for site in sites), graphs)
+
+
+@dataclass(frozen=True)
+class Examined:
+    """One decision, with what the call that was explained had in its place.
+
+    Attributes:
+        decision: the plan, or why there is none.
+        shape: sizes ``b, h, h_kv, q, kv`` of the call; None if they are not known.
+        tables: the tensors of the mask in this call; None if they are not known.
+        sizes: the integers of the mask in this call.
+    """
+
+    decision: Decision
+    shape: Shape | None = None
+    tables: tuple[Tensor, ...] | None = None
+    sizes: tuple[int, ...] = ()
+
+    def report(self) -> SiteReport:
+        """The site as users see it."""
+        if isinstance(self.decision, Rejection):
+            rejected = self.decision
+            where = place(rejected.node, rejected.where)
+            return SiteReport(where, False, rejected.reason, rejected.hint)
+        plan, layout = self.decision, self.layout()
+        blocks = _block_density(plan, layout)
+        return SiteReport(
+            where=place(plan.site.output.node, plan.site.where),
+            rewritten=True,
+            reason=plan.reason,
+            hint=_NOTHING_SKIPPED if blocks == 1.0 else "",
+            mask=readable(plan.lifted.mask.predicate),
+            density=None if layout is None else self._density(plan, layout),
+            block_density=blocks,
+            executor=plan.executor,
+            kernel=kernel_spec(plan).name if plan.executor == "triton" else None,
+        )
+
+    def layout(self) -> BlockLayout | None:
+        """The blocks that hold a pair of this call's mask; None if its values are not known."""
+        if isinstance(self.decision, Rejection) or self.shape is None or self.tables is None:
+            return None
+        spec, shape = self.decision.spec, self.shape
+        return build_layout(
+            spec.mask,
+            batch=shape["b"],
+            heads=shape["h"],
+            n_q=shape["q"],
+            n_kv=shape["kv"],
+            block_q=spec.block_q,
+            block_kv=spec.block_kv,
+            tables=self.tables,
+            sizes=self.sizes,
+            device=device_of(self.decision.site.q.node),
+        )
+
+    def _density(self, plan: Plan, layout: BlockLayout) -> float:
+        shape = self.shape or {}
+        mask = plan.spec.mask
+        return density(mask, layout, shape["b"], shape["h"], self.tables or (), self.sizes)
+
+
+def _block_density(plan: Plan, layout: BlockLayout | None) -> float | None:
+    # SDPA's dense kernels have blocks of their own.
+    if layout is None or plan.executor == "sdpa" or 0 in layout.grid:
+        return None
+    return layout.block_density
+
+
+def kernel_spec(plan: Plan, arch: str | None = None) -> KernelSpec:
+    """What determines the generated kernel of a plan.
+
+    Args:
+        plan: a plan.
+        arch: as ``"sm_90"``; default the GPU that the tensors are on.
+    """
+    from sparse_compile.codegen.triton.executor import arch_of  # needs triton
+
+    site = plan.site
+    sizes = [
+        example_value(operand.node).shape[operand.axes.index("d")] for operand in (site.q, site.v)
+    ]
+    dtype = str(example_value(site.output.node).dtype).removeprefix("torch.")
+    arch = arch or arch_of(device_of(site.q.node))
+    return KernelSpec(plan.spec, int(sizes[0]), int(sizes[1]), dtype, arch)
+
+
+def place(node: Node | None, where: Sequence[str]) -> str:
+    """Where a node stands: its module, then its source line."""
+    stack = {} if node is None else node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values()]
+    # Dynamo's path starts at a local or global variable: L['self'].layers.0
+    module = re.sub(r"^[LG]\['(?:(?:self|fn)'\]\.?|(\w+)'\])", r"\1", paths[-1]) if paths else ""
+    return ", ".join(part for part in (module, where[-1] if where else "") if part) or "unknown"
+
+
+#: Where the graphs that run during one :func:`examine` report their values. Dynamo keeps a captured
+#: graph for later calls with the same guards, so a graph must find the call it runs in by itself.
+_RUNNING: ContextVar[list[_Run] | None] = ContextVar("_RUNNING", default=None)
+
+
+def examine(
+    model: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    options: Mapping[str, Any] | None = None,
+) -> tuple[tuple[Examined, ...], int]:
+    """Every decision on a call, with the call's values, and the number of captured graphs."""
+    compiled = torch.compile(_uncompiled(model), backend=_capture, options=dict(options or {}))
+    runs: list[_Run] = []
+    token = _RUNNING.set(runs)
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            compiled(*args, **kwargs)
+    finally:
+        _RUNNING.reset(token)
+    first = {run.graph: run for run in reversed(runs)}
+    ordered = [run for run in runs if first[run.graph] is run]
+    return tuple(site for run in ordered for site in run.sites), len(ordered)
+
+
+def _uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:
+    """The model behind ``torch.compile(model)`` or ``model.compile()``."""
+    model = getattr(model, "_orig_mod", model)
+    if getattr(model, "_compiled_call_impl", None) is not None:
+        model = copy.copy(model)  # shares parameters and buffers; a copy is not compiled
+    return model
+
+
+def _capture(
+    gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """A backend that decides like ours and then runs the graph as it was."""
+    return _Graph(gm, plan_graph(gm, example_inputs, Options.parse(options)))
+
+
+class _Graph:
+    """A captured graph that runs eagerly and notes what its decisions read."""
+
+    def __init__(self, gm: GraphModule, decisions: tuple[Decision, ...]) -> None:
+        self.gm, self.decisions = gm, decisions
+
+    def __call__(self, *inputs: Any) -> Any:
+        runs = _RUNNING.get()
+        if runs is None:
+            return self.gm(*inputs)
+        values = _Values(self.gm, self.decisions)
+        result = values.run(*inputs)
+        sites = tuple(values.examined(decision) for decision in self.decisions)
+        runs.append(_Run(self, sites))
+        return result
+
+
+@dataclass(frozen=True)
+class _Run:
+    graph: _Graph
+    sites: tuple[Examined, ...]
+
+
+class _Values(Interpreter):
+    """Runs a graph and keeps the shapes of attention operands and the leaves of masks."""
+
+    def __init__(self, gm: GraphModule, decisions: Sequence[Decision]) -> None:
+        super().__init__(gm)
+        plans = [decision for decision in decisions if isinstance(decision, Plan)]
+        self._leaves = {leaf for plan in plans for leaf in plan.lifted.leaves}
+        self._operands = {x.node for plan in plans for x in (plan.site.q, plan.site.k)}
+        self._kept: dict[Node, Any] = {}
+        self._shapes: dict[Node, tuple[int, ...]] = {}
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if n in self._leaves:
+            # The program may change it in place later on.
+            self._kept[n] = value.detach().clone() if isinstance(value, Tensor) else value
+        if n in self._operands and isinstance(value, Tensor):
+            self._shapes[n] = tuple(value.shape)
+        return value
+
+    def examined(self, decision: Decision) -> Examined:
+        """The decision with what was kept for it."""
+        if isinstance(decision, Rejection):
+            return Examined(decision)
+        tables, sizes = self._mask_data(decision.lifted)
+        return Examined(decision, self._shape(decision.site), tables, sizes)
+
+    def _mask_data(self, lifted: LiftedMask) -> tuple[tuple[Tensor, ...] | None, tuple[int, ...]]:
+        if lifted.program is None:
+            return (), ()
+        if not all(leaf in self._kept for leaf in lifted.leaves):
+            return None, ()  # in the body of a higher-order call, whose values are not seen here
+        with torch.no_grad():
+            data = lifted.program(*(self._kept[leaf] for leaf in lifted.leaves))
+        n_tables = len(lifted.mask.tables)
+        return tuple(data[:n_tables]), tuple(int(size) for size in data[n_tables:])
+
+    def _shape(self, site: AttentionSite) -> Shape | None:
+        q, k = self._sizes(site.q), self._sizes(site.k)
+        batch, heads = q.get("b", 1), q.get("h", 1)
+        shape = {"b": batch, "h": heads, "h_kv": k.get("h", 1), "q": q["n"], "kv": k["n"]}
+        known = all(isinstance(size, int) for size in shape.values())
+        return shape if known else None
+
+    def _sizes(self, operand: Operand) -> dict[str, Any]:
+        shape = self._shapes.get(operand.node, example_value(operand.node).shape)
+        return dict(zip(operand.axes, shape, strict=True))

@@ -1,0 +1,259 @@
+"""The operators that rewritten graphs call: layout, attention forward and backward.
+
+Each is a ``torch.library`` operator with a fake, so torch.compile, export and opcheck know its
+shapes; what it means travels in one argument, the text of an :class:`AttentionSpec`. Layouts that
+depend on tensor values are graph values made by :func:`block_layout`; layouts that depend on sizes
+alone are looked up in a cache, so that nothing is rebuilt and nothing is stored on a module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_compile.codegen import empty_rows, executor_for
+from sparse_compile.errors import BadShape, UnsupportedDtype
+from sparse_compile.fresh_size import fresh_size
+from sparse_compile.layout import BlockLayout, Problem, build_layout
+from sparse_compile.spec import AttentionSpec, EmptyRows
+
+SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@torch.library.custom_op("sparse_compile::block_layout", mutates_args=())
+def block_layout(
+    tables: Sequence[Tensor],
+    sizes: Sequence[int],
+    batch: int,
+    heads: int,
+    n_q: int,
+    n_kv: int,
+    spec: str,
+    device: torch.device,
+) -> Tensor:
+    """The layout of a mask that reads tensors, packed into one int32 vector.
+
+    Built on ``device`` without synchronising; its length depends on the sizes alone.
+
+    Args:
+        tables: the tensors ``t0, t1, ...`` of the mask.
+        sizes: the integers ``s0, s1, ...`` of the mask.
+        batch: batch size B.
+        heads: number of query heads Hq.
+        n_q: number of queries.
+        n_kv: number of keys.
+        spec: the text of an :class:`AttentionSpec`.
+        device: where the layout will be used.
+    """
+    parsed = AttentionSpec.parse(spec)
+    layout = build_layout(
+        parsed.mask,
+        batch=batch,
+        heads=heads,
+        n_q=n_q,
+        n_kv=n_kv,
+        block_q=parsed.block_q,
+        block_kv=parsed.block_kv,
+        tables=tables,
+        sizes=sizes,
+        device=device,
+    )
+    return layout.pack()
+
+
+@block_layout.register_fake
+def _(
+    tables: Sequence[Tensor],
+    sizes: Sequence[int],
+    batch: int,
+    heads: int,
+    n_q: int,
+    n_kv: int,
+    spec: str,
+    device: torch.device,
+) -> Tensor:
+    # How many blocks a mask touches is known when the lengths are, not when the graph is traced.
+    return torch.empty([fresh_size()], dtype=torch.int32, device=device)
+
+
+@torch.library.custom_op("sparse_compile::attention", mutates_args=())
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables: Sequence[Tensor],
+    sizes: Sequence[int],
+    layout: Tensor | None,
+    scale: float,
+    spec: str,
+) -> tuple[Tensor, Tensor]:
+    """Block-sparse attention.
+
+    Args:
+        q: [B, Hq, Nq, D], float32, float16 or bfloat16.
+        k: [B, Hkv, Nkv, D], same dtype; Hkv divides Hq.
+        v: [B, Hkv, Nkv, Dv], same dtype.
+        tables: the tensors ``t0, t1, ...`` of the mask.
+        sizes: the integers ``s0, s1, ...`` of the mask.
+        layout: result of :func:`block_layout`; None for a mask that reads no tensors.
+        scale: factor on the scores.
+        spec: the text of an :class:`AttentionSpec`.
+
+    Returns:
+        out [B, Hq, Nq, Dv] in q's dtype, stored as [B, Nq, Hq, Dv]; and the natural log-sum-exp
+        [B, Hq, Nq] in fp32, -inf where a query may attend to nothing.
+    """
+    check_operands(q, k, v)
+    parsed = AttentionSpec.parse(spec)
+    executor = executor_for(q.device)
+    blocks = _layout_of(parsed, q, k, sizes, layout)
+    out, lse = executor.forward(q, k, v, tables, sizes, blocks, scale, parsed)
+    out = empty_rows.apply_forward(out, lse, v, parsed.empty_rows)
+    # A no-op for executors that store it so: what a projection back to [B, N, Hq * Dv] reads.
+    return out.transpose(1, 2).contiguous().transpose(1, 2), lse
+
+
+@attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables: Sequence[Tensor],
+    sizes: Sequence[int],
+    layout: Tensor | None,
+    scale: float,
+    spec: str,
+) -> tuple[Tensor, Tensor]:
+    check_operands(q, k, v)
+    batch, heads, n_q, _ = q.shape
+    out = q.new_empty([batch, n_q, heads, v.shape[-1]]).transpose(1, 2)
+    return out, q.new_empty([batch, heads, n_q], dtype=torch.float32)
+
+
+@torch.library.custom_op("sparse_compile::attention_backward", mutates_args=())
+def attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    tables: Sequence[Tensor],
+    sizes: Sequence[int],
+    layout: Tensor | None,
+    scale: float,
+    spec: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`attention` with respect to q, k and v, in their dtypes, contiguous."""
+    parsed = AttentionSpec.parse(spec)
+    executor = executor_for(q.device)
+    blocks = _layout_of(parsed, q, k, sizes, layout)
+    kept_grad, kept_out = grad_out, out
+    if parsed.empty_rows is not EmptyRows.ZERO:
+        # Rows without a key are not the kernel's: it must see neither their mean nor their NaN.
+        empty = lse.eq(float("-inf")).unsqueeze(-1)
+        kept_grad, kept_out = grad_out.masked_fill(empty, 0), out.masked_fill(empty, 0)
+    grads = executor.backward(
+        kept_grad, grad_lse, q, k, v, kept_out, lse, tables, sizes, blocks, scale, parsed
+    )
+    dq, dk, dv = empty_rows.apply_backward(grad_out, q, k, v, lse, scale, parsed.empty_rows, *grads)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+@attention_backward.register_fake
+def _(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    tables: Sequence[Tensor],
+    sizes: Sequence[int],
+    layout: Tensor | None,
+    scale: float,
+    spec: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, tables, sizes, layout, scale, spec = inputs
+    ctx.save_for_backward(q, k, v, *output, layout, *tables)
+    ctx.sizes, ctx.scale, ctx.spec = sizes, scale, spec
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, out, lse, layout, *tables = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    grads = attention_backward(
+        grad_out, grad_lse, q, k, v, out, lse, tables, ctx.sizes, layout, ctx.scale, ctx.spec
+    )
+    return (*grads, [None] * len(tables), [None] * len(ctx.sizes), None, None, None)
+
+
+attention.register_autograd(_backward, setup_context=_setup_context)
+
+#: The operators as nodes of a graph call them.
+ATTENTION = torch.ops.sparse_compile.attention.default
+BLOCK_LAYOUT = torch.ops.sparse_compile.block_layout.default
+
+
+def check_operands(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise before anything runs if q, k and v do not fit together.
+
+    Raises:
+        UnsupportedDtype: the dtype is not float32, float16 or bfloat16.
+        BadShape: ranks, batch, head counts, lengths or feature sizes disagree.
+    """
+    if q.dtype not in SUPPORTED_DTYPES:
+        raise UnsupportedDtype(q.dtype)
+    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    if not q.dtype == k.dtype == v.dtype:
+        dtypes = f"q {q.dtype}, k {k.dtype}, v {v.dtype}"
+        raise BadShape(f"sparse_compile: q, k and v must have one dtype, got {dtypes}. Cast them.")
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise BadShape(
+            f"sparse_compile: q, k and v must be [B, H, N, D], got {shapes}. "
+            "Use unsqueeze to add the missing dimension."
+        )
+    if q.shape[1] % k.shape[1] or k.shape[1] != v.shape[1]:
+        raise BadShape(
+            f"sparse_compile: {q.shape[1]} query heads cannot share {k.shape[1]} key and "
+            f"{v.shape[1]} value heads. The number of query heads must be a multiple of both."
+        )
+    if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
+        raise BadShape(
+            "sparse_compile: q [B, Hq, Nq, D], k [B, Hkv, Nkv, D] and v [B, Hkv, Nkv, Dv] must "
+            f"agree in B, Hkv, Nkv and D, got {shapes}."
+        )
+    if not 1 <= q.shape[3] <= 256 or not 1 <= v.shape[3] <= 256:
+        raise BadShape(f"sparse_compile: head dims must lie in 1 to 256, got {shapes}.")
+
+
+def _layout_of(
+    spec: AttentionSpec, q: Tensor, k: Tensor, sizes: Sequence[int], packed: Tensor | None
+) -> BlockLayout:
+    batch, heads, n_q, _ = q.shape
+    n_kv, blocks = k.shape[2], (spec.block_q, spec.block_kv)
+    if packed is not None:
+        problem = Problem.of(spec.mask, tuple(sizes), batch, heads, (n_q, n_kv), blocks)
+        return BlockLayout.unpack(packed, n_q, n_kv, *blocks, problem.batches, problem.heads)
+    return build_layout(
+        spec.mask,
+        batch=batch,
+        heads=heads,
+        n_q=n_q,
+        n_kv=n_kv,
+        block_q=spec.block_q,
+        block_kv=spec.block_kv,
+        sizes=sizes,
+        device=q.device,
+    )

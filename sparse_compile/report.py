@@ -1,0 +1,155 @@
+"""Report: what was found in a model, what became of it and why, as a value that prints well."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+
+_WIDTH = 100
+_LABEL = 12
+_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One attention of the model.
+
+    Attributes:
+        where: the module and the source line, as ``layers.0.attn, model.py:12 in forward``.
+        rewritten: whether something else runs in its place.
+        reason: why it was rewritten, or why not.
+        hint: what to change or to know; may be empty.
+        mask: its mask over ``b, h, q, kv``; None if it was not read.
+        density: pairs that may attend over all pairs, in this call; None if unknown.
+        block_density: blocks that are visited over all blocks, in this call; None if unknown.
+        executor: ``"triton"``, ``"cpu"``, ``"sdpa"`` (PyTorch's dense kernel, without the mask
+            tensor) or ``"unchanged"``.
+        kernel: name of the generated kernel; None where none is.
+    """
+
+    where: str
+    rewritten: bool
+    reason: str
+    hint: str = ""
+    mask: str | None = None
+    density: float | None = None
+    block_density: float | None = None
+    executor: str = "unchanged"
+    kernel: str | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`sparse_compile.explain` found; ``print`` it, or read its fields.
+
+    Attributes:
+        sites: every attention, and everything that looked like one, in program order.
+        graphs: how many graphs torch.compile captured; more than one means graph breaks.
+
+    >>> site = SiteReport("model.py:3 in forward", True, "its mask is narrow", mask="kv <= q")
+    >>> Report.from_json(Report((site,), 1).to_json()).sites[0] == site
+    True
+    """
+
+    sites: tuple[SiteReport, ...]
+    graphs: int
+
+    @property
+    def rewritten(self) -> int:
+        """How many attentions are rewritten."""
+        return sum(site.rewritten for site in self.sites)
+
+    def to_json(self) -> str:
+        """JSON text, keys in the order of the fields: ``{"graphs": 1, "sites": [{...}]}``."""
+        return json.dumps({"graphs": self.graphs, "sites": [asdict(s) for s in self.sites]})
+
+    @staticmethod
+    def from_json(text: str) -> Report:
+        """The report that :meth:`to_json` wrote."""
+        read = json.loads(text)
+        return Report(tuple(SiteReport(**site) for site in read["sites"]), read["graphs"])
+
+    def __str__(self) -> str:
+        """The summary, then each attention with what became of it."""
+        blocks = [self._summary()]
+        blocks += ["\n".join(_site_lines(numbers, sites)) for numbers, sites in self._groups()]
+        return "\n\n".join(blocks)
+
+    def _summary(self) -> str:
+        found = f"{self.rewritten} of {_count(len(self.sites), 'attention')} rewritten"
+        if not self.sites:
+            found = "no attention found"
+        breaks = max(self.graphs - 1, 0)
+        broken = f" ({_count(breaks, 'graph break')})" if breaks else ""
+        return f"sparse_compile: {found}, in {_count(self.graphs, 'graph')}{broken}"
+
+    def _groups(self) -> Iterator[tuple[list[int], list[SiteReport]]]:
+        """Sites that differ only in where they stand, such as the layers of a model, together."""
+        groups: dict[SiteReport, list[int]] = {}
+        for number, site in enumerate(self.sites):
+            groups.setdefault(replace(site, where=""), []).append(number)
+        for numbers in groups.values():
+            yield numbers, [self.sites[number] for number in numbers]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _site_lines(numbers: list[int], sites: list[SiteReport]) -> Iterator[str]:
+    site = sites[0]
+    places = [f"[{number}] {s.where}" for number, s in zip(numbers, sites, strict=True)]
+    yield from places[:_SHOWN]
+    if len(places) > _SHOWN:
+        yield f"    and {len(places) - _SHOWN} more like these: {_ranges(numbers[_SHOWN:])}"
+    yield from _field("rewritten", f"{'yes' if site.rewritten else 'no'}: {site.reason}")
+    if site.hint:
+        yield from _field("hint", site.hint)
+    if site.mask is not None:
+        yield from _field("mask", site.mask)
+    if site.density is not None:
+        yield from _field("density", f"{_percent(site.density)} of the pairs may attend")
+    if site.block_density is not None:
+        yield from _field("blocks", f"{_percent(site.block_density)} of the blocks are visited")
+    yield from _field("executor", site.executor)
+    if site.kernel is not None:
+        yield from _field("kernel", site.kernel)
+
+
+def _field(label: str, text: str) -> list[str]:
+    indent = " " * (4 + _LABEL)
+    return textwrap.wrap(
+        text,
+        width=_WIDTH,
+        initial_indent=f"    {label:<{_LABEL}}",
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _percent(share: float) -> str:
+    """Two significant digits, so that a narrow mask does not print as 0.
+
+    >>> _percent(0.5), _percent(0.00012), _percent(1.0), _percent(0.0)
+    ('50 %', '0.012 %', '100 %', '0 %')
+    """
+    digits = f"{100 * share:.2g}"
+    return f"{float(digits):f}".rstrip("0").rstrip(".") + " %"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Consecutive numbers joined.
+
+    >>> _ranges([4, 5, 6, 9])
+    '4-6, 9'
+    """
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
