@@ -153,10 +153,10 @@ def rectangles(problem: Problem) -> Rectangles:
     found = []
     while True:
         full, partial = _classify(problem, r, c, size)
-        found.append(_cut(problem, r[full], c[full], size, True))
+        found.append(_squares(r[full], c[full], size, True))
         r, c = r[partial], c[partial]
         if size == 1 or not r.numel():
-            found.append(_cut(problem, r, c, size, False))
+            found.append(_squares(r, c, size, False))
             break
         size //= 2
         r, c = _children(problem, r, c, size)
@@ -182,10 +182,9 @@ def _children(problem: Problem, r: Tensor, c: Tensor, size: int) -> tuple[Tensor
     return r[exists], c[exists]
 
 
-def _cut(problem: Problem, r: Tensor, c: Tensor, size: int, full: bool) -> Rectangles:
-    rows, cols = problem.grid
-    ends = (r + size).clamp(max=rows), (c + size).clamp(max=cols)
-    return Rectangles(r, ends[0], c, ends[1], torch.full_like(r, full, dtype=torch.bool))
+def _squares(r: Tensor, c: Tensor, size: int, full: bool) -> Rectangles:
+    # Large ones are FULL, so whole, so inside the grid.
+    return Rectangles(r, r + size, c, c + size, torch.full_like(r, full, dtype=torch.bool))
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,7 @@ def test_congruence_excludes_what_intervals_allow() -> None:
 WRAPPING: dict[str, Callable[[Tensor], Tensor]] = {
     "sum": lambda x: x + 5,
     "difference": lambda x: 7 - x,
-    "scaled": lambda x: x * 3,
+    "scaled": lambda x: x * 100,
     "negated": lambda x: x * -1,
     "absolute": torch.abs,
     "square": lambda x: x * x,
@@ -192,7 +192,7 @@ def test_wide_arithmetic_covers_what_wraps(name: str, value: int) -> None:
     exprs = {
         "sum": entry + 5,
         "difference": 7 - entry,
-        "scaled": 3 * entry,
+        "scaled": 100 * entry,
         "negated": -entry,
         "absolute": sympy.Abs(entry),
         "square": entry**2,

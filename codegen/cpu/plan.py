@@ -1,0 +1,248 @@
+"""From block lists to few large calls: runs of adjacent key blocks, batched over query tiles.
+
+A *tile* is a few adjacent query blocks. The keys of a tile are cut into *segments*, runs of
+adjacent key blocks. Segments that advance by a constant step from tile to tile form one
+:class:`Strided` batch, which reads Q, K and V through overlapping views and copies nothing. What is
+left over, the scattered short segments, is gathered: one :class:`Gathered` batch for the tiles with
+about the same number of blocks. Partial results of a tile merge by log-sum-exp.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from sparse_compile.codegen.cpu.batches import Batch, Gathered, Strided
+from sparse_compile.codegen.cpu.segments import CALL, Segment, TileBlocks, choose_tiles, segments_of
+from sparse_compile.layout import BlockLayout
+
+#: A batch of fewer scores than this, per head, does not repay a call of its own ...
+SMALL_BATCH = 1 << 15
+#: ... unless there are only a few of them.
+FEW_SMALL_BATCHES = 16
+#: Tiles with more segments than this merge too often: their short segments are gathered.
+MANY_SEGMENTS = 6
+SHORT_SEGMENT = 128
+
+_Shape = tuple[int, int, bool]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The calls for one class of a layout, in order.
+
+    Attributes:
+        batches: what to run; those with ``merge`` come after the ones they merge into.
+        merges: whether any batch merges, so that partial results are needed in fp32.
+        complete: whether every query belongs to some batch.
+    """
+
+    batches: tuple[Batch, ...]
+    merges: bool
+    complete: bool
+
+    @property
+    def gathers(self) -> bool:
+        """Whether any batch is gathered, so that keys must be stored in whole blocks."""
+        return any(isinstance(batch, Gathered) for batch in self.batches)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, about."""
+        return sum(batch.nbytes for batch in self.batches)
+
+
+def make_plan(layout: BlockLayout, index: int) -> Plan:
+    """The plan of class ``index`` of a layout on the CPU."""
+    tiles = choose_tiles(layout, index)
+    segments = segments_of(tiles)
+    stacked, runs = _stack(join(segments, tiles.rows), segments, tiles.rows)
+    regular, small = _split(runs, len(segments), tiles)
+    batches = stacked + _batches(tiles, regular, small)
+    if sum(isinstance(batch, Gathered) for batch in batches) * 4 > len(small):
+        # Hardly anything to batch: gathering does not pay.
+        batches = stacked + _batches(tiles, runs, [])
+    batches.sort(key=lambda batch: batch.merge)
+    complete = len({segment.tile for segment in segments}) == tiles.lines.numel()
+    return Plan(tuple(batches), any(batch.merge for batch in batches), complete)
+
+
+def _batches(tiles: TileBlocks, regular: list[Strided], small: list[Strided]) -> list[Batch]:
+    batches: list[Batch] = []
+    covered: set[int] = set()
+    for run in sorted(regular, key=lambda run: -run.tiles):
+        members = list(_members(run, tiles.rows))
+        batches += _mark_merges(run, [tile in covered for tile in members])
+        covered.update(members)
+    scattered = [segment for run in small for segment in _segments(run, tiles.rows)]
+    batches += _gather(tiles, scattered, covered)
+    return batches
+
+
+@dataclass
+class _Singles:
+    """Runs of one tile so far, by shape and by where their keys start or their rank."""
+
+    by_start: dict[tuple[_Shape, int], Strided] = field(default_factory=dict)
+    by_rank: dict[tuple[_Shape, int], int] = field(default_factory=dict)
+
+    def add(self, shape: _Shape, rank: int, run: Strided) -> None:
+        self.by_start[shape, run.kv_start] = run
+        self.by_rank[shape, rank] = run.kv_start
+
+    def before(self, shape: _Shape, segment: Segment, tile_rows: int) -> Strided | None:
+        """The run that ``segment`` most likely continues: same keys, the diagonal, same rank."""
+        likely = [segment.kv_start, segment.kv_start - tile_rows]
+        start = self.by_rank.get((shape, segment.rank), -1)
+        if 0 <= start <= segment.kv_start:
+            likely.append(start)
+        for start in likely:
+            run = self.by_start.pop((shape, start), None)
+            if run is not None:
+                return run
+        return None
+
+
+def join(segments: list[Segment], tile_rows: int) -> list[Strided]:
+    """Join segments of equal shape whose keys advance by a constant step from tile to tile."""
+    done: list[Strided] = []
+    expected: dict[tuple[_Shape, int, int], Strided] = {}
+    above, here, tile = _Singles(), _Singles(), -1
+    for segment in segments:
+        if segment.tile != tile:
+            done += above.by_start.values()
+            if segment.tile != tile + 1:
+                done += here.by_start.values()
+                here = _Singles()
+            above, here, tile = here, _Singles(), segment.tile
+        shape = (segment.rows, segment.length, segment.masked)
+        run = expected.pop((shape, tile, segment.kv_start), None)
+        if run is not None:
+            run = replace(run, tiles=run.tiles + 1)
+        elif (run := above.before(shape, segment, tile_rows)) is not None:
+            run = replace(run, tiles=2, kv_step=segment.kv_start - run.kv_start)
+        else:
+            run = Strided(segment.q_start, tile_rows, segment.kv_start, 0, 1, *shape, merge=False)
+            here.add(shape, segment.rank, run)
+            continue
+        key = (shape, tile + 1, segment.kv_start + run.kv_step)
+        if key in expected:
+            done.append(expected[key])
+        expected[key] = run
+    return [*done, *above.by_start.values(), *here.by_start.values(), *expected.values()]
+
+
+def _stack(
+    runs: list[Strided], segments: list[Segment], tile_rows: int
+) -> tuple[list[Batch], list[Strided]]:
+    """Stack adjacent tiles of one small run each, such as the upper end of a window, into one.
+
+    Returns:
+        the stacks, each one masked tile over the union of the keys, and the other runs.
+    """
+    alone = {tile for tile, n in Counter(segment.tile for segment in segments).items() if n == 1}
+    singles = {run.q_start // tile_rows: run for run in runs if run.tiles == 1}
+    stacks: list[list[Strided]] = []
+    for tile in sorted(singles.keys() & alone):
+        run = singles[tile]
+        if stacks and _stacked([*stacks[-1], run]) is not None:
+            stacks[-1].append(run)
+        else:
+            stacks.append([run])
+    batches = [_stacked(stack) for stack in stacks if len(stack) > 1]
+    taken = {id(run) for stack in stacks if len(stack) > 1 for run in stack}
+    return [b for b in batches if b is not None], [run for run in runs if id(run) not in taken]
+
+
+def _stacked(runs: list[Strided]) -> Strided | None:
+    """One tile in place of several; None if they are not adjacent or it does not pay."""
+    q_start = runs[0].q_start
+    rows = sum(run.rows for run in runs)
+    start = min(run.kv_start for run in runs)
+    length = max(run.kv_start + run.length for run in runs) - start
+    adjacent = runs[-1].q_start + runs[-1].rows == q_start + rows
+    apart = sum(run.rows * run.length + CALL for run in runs)
+    if not adjacent or rows * length > min(apart, 2 * SMALL_BATCH):
+        return None
+    return Strided(q_start, rows, start, 0, 1, rows, length, masked=True, merge=False)
+
+
+def _split(
+    runs: list[Strided], n_segments: int, tiles: TileBlocks
+) -> tuple[list[Strided], list[Strided]]:
+    """Which runs are worth a call of their own, and which are not."""
+    crowded = n_segments > MANY_SEGMENTS * tiles.lines.numel()
+    regular: list[Strided] = []
+    small: list[Strided] = []
+    for run in runs:
+        short = crowded and run.length <= SHORT_SEGMENT
+        large = run.tiles * run.rows * run.length >= SMALL_BATCH
+        (regular if large and not short else small).append(run)
+    return (regular, small) if len(small) > FEW_SMALL_BATCHES else (runs, [])
+
+
+def _members(run: Strided, tile_rows: int) -> range:
+    first = run.q_start // tile_rows
+    return range(first, first + run.tiles)
+
+
+def _segments(run: Strided, tile_rows: int) -> Iterator[Segment]:
+    for i, tile in enumerate(_members(run, tile_rows)):
+        start = run.kv_start + i * run.kv_step
+        yield Segment(tile, tile * tile_rows, run.rows, start, run.length, run.masked)
+
+
+def _mark_merges(run: Strided, merges: list[bool]) -> Iterator[Strided]:
+    """Cut a run where it changes between tiles that have a partial result already and not."""
+    cuts = [0, *(i for i in range(1, len(merges)) if merges[i] != merges[i - 1]), len(merges)]
+    for low, high in itertools.pairwise(cuts):
+        yield replace(run.part(low, high), merge=merges[low])
+
+
+def _gather(tiles: TileBlocks, scattered: list[Segment], covered: set[int]) -> Iterator[Gathered]:
+    blocks: dict[int, list[tuple[int, bool]]] = {}
+    for segment in scattered:
+        first = segment.kv_start // tiles.block_kv
+        end = -(-(segment.kv_start + segment.length) // tiles.block_kv)
+        listed = blocks.setdefault(segment.tile, [])
+        for block in range(first, end):
+            ragged = (block + 1) * tiles.block_kv > tiles.n_kv
+            listed.append((block, segment.masked or ragged))
+    groups: dict[tuple[int, int, bool], list[int]] = {}
+    for tile, listed in sorted(blocks.items()):
+        key = (tiles.rows_of(tile), _padded(len(listed)), tile in covered)
+        groups.setdefault(key, []).append(tile)
+    for (rows, width, merge), members in groups.items():
+        yield _gathered(tiles, {tile: blocks[tile] for tile in members}, rows, width, merge)
+
+
+def _padded(count: int) -> int:
+    """``count`` rounded up by at most a quarter, so that few widths occur.
+
+    >>> [_padded(count) for count in (1, 7, 9, 33)]
+    [1, 7, 10, 40]
+    """
+    unit = 1 << max(0, count.bit_length() - 3)
+    return -(-count // unit) * unit
+
+
+def _gathered(
+    tiles: TileBlocks,
+    listed: dict[int, list[tuple[int, bool]]],
+    rows: int,
+    width: int,
+    merge: bool,
+) -> Gathered:
+    blocks = torch.zeros(len(listed), width, dtype=torch.int64)
+    present = torch.zeros(len(listed), width, dtype=torch.bool)
+    partial = torch.zeros(len(listed), width, dtype=torch.bool)
+    for i, line in enumerate(listed.values()):
+        blocks[i, : len(line)] = torch.tensor([block for block, _ in line])
+        partial[i, : len(line)] = torch.tensor([masked for _, masked in line])
+        present[i, : len(line)] = True
+    starts = torch.tensor(list(listed)) * tiles.rows
+    return Gathered(starts, rows, tiles.rows, blocks, present, partial, tiles.block_kv, merge)

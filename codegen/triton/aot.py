@@ -1,0 +1,139 @@
+"""Compile kernels for an architecture without a GPU, and read what they use."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sparse_compile.codegen import cache
+from sparse_compile.codegen.triton.source import kernel_source, mask_parameters, table_ranks
+from sparse_compile.codegen.triton.tiles import Tile, padded, tiles_for
+from sparse_compile.spec import KernelSpec
+
+_SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+_FLOATS = ("LSE", "GRAD_LSE", "STATISTICS")
+_LISTS = ("start", "counts", "index")
+_TABLES = {"bool": "*i1", "int32": "*i32", "int64": "*i64"}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel uses.
+
+    Attributes:
+        registers: per thread.
+        spills: bytes of local memory per thread; 0 when everything fits in registers.
+        shared: bytes of shared memory per program.
+        ptx: its assembly.
+    """
+
+    registers: int
+    spills: int
+    shared: int
+    ptx: str
+
+
+def compile_ahead_of_time(
+    spec: KernelSpec, arch: int | str | None = None, group: int = 1
+) -> dict[str, Resources]:
+    """Compile the kernels of a spec. Needs no GPU; needs kernels not to be interpreted.
+
+    Args:
+        spec: what to generate.
+        arch: compute capability, ``90`` or ``"sm_90"``; default that of the spec. The kernels are
+            those that the spec would get on that architecture.
+        group: query heads per key head.
+
+    Returns:
+        The resources of ``forward``, ``backward_query`` and ``backward_key_value``.
+    """
+    capability = int(str(arch or spec.arch).removeprefix("sm_"))
+    spec = replace(spec, arch=f"sm_{capability}")
+    module = cache.load_module(spec.name, kernel_source(spec))
+    tiles = tiles_for(spec)
+    named = {
+        "forward": tiles.forward,
+        "backward_query": tiles.backward_query,
+        "backward_key_value": tiles.backward_key_value,
+    }
+    return {
+        name: _compiled(getattr(module, name), spec, tile, capability, group)
+        for name, tile in named.items()
+    }
+
+
+def _compiled(kernel: Any, spec: KernelSpec, tile: Tile, capability: int, group: int) -> Resources:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    # As the launcher would find: contiguous tables, aligned pointers, strides multiples of 16.
+    rows = table_ranks(spec.attention.mask).items()
+    constants = {f"t{number}_stride{rank - 1}": 1 for number, rank in rows}
+    constants |= {"GROUP": group, "HAS_GRAD_LSE": True}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    signature = {
+        name: "constexpr" if name in constants else _type_of(name, spec, tile)
+        for name in kernel.arg_names
+    }
+    aligned = [
+        position
+        for position, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*") or ("_stride_" in name and not name.startswith("t"))
+    ]
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs=constants,
+        attrs={(position,): [["tt.divisibility", 16]] for position in aligned},
+    )
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    registers, spills = _usage(result.asm["cubin"])
+    return Resources(registers, spills, result.metadata.shared, result.asm["ptx"])
+
+
+def _type_of(name: str, spec: KernelSpec, tile: Tile) -> str:
+    tables, _ = mask_parameters(spec.attention.mask)
+    pointers = {group[0] for group in tables}
+    if name == "STATISTICS_TILES":
+        return f"tensordesc<fp32[1, 1, 1, {tile.m}]>"
+    if name.endswith("_TILES"):
+        rows = tile.m if name in ("Q_TILES", "GRAD_OUT_TILES") else tile.n
+        width = padded(spec.head_dim if name in ("Q_TILES", "K_TILES") else spec.value_dim)
+        return f"tensordesc<{_SHORT[spec.dtype]}[1, 1, {rows}, {width}]>"
+    if name in pointers:
+        return _TABLES[spec.attention.mask.tables[int(name[1:])]]
+    if name in _LISTS:
+        return "*i32"
+    if name == "scale":
+        return "fp32"
+    if name.isupper():
+        return "*fp32" if name in _FLOATS else f"*{_SHORT[spec.dtype]}"
+    return "i32"
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of local memory of a compiled kernel, by the wheel's own cuobjdump."""
+    import triton
+
+    assert triton.__file__ is not None
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run(
+            [str(tool), "--dump-resource-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", done.stdout)
+    if found is None:
+        raise RuntimeError(f"cuobjdump gave no resource usage: {done.stdout}{done.stderr}")
+    registers, stack, local = map(int, found.groups())
+    return registers, stack + local

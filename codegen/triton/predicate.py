@@ -1,0 +1,262 @@
+"""Predicates as Triton source: lookups and shared terms named once, outside the loop if possible.
+
+Coordinates broadcast: with ``q`` of shape [M, 1] and ``kv`` of shape [1, N] (or transposed) the
+same text gives an [M, N] tile.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import sympy
+
+from sparse_compile.expr import KV, MaskExpr, Q, fold
+
+# Python's precedence of the operators used, loosest first.
+_COMPARE, _OR, _AND, _ADD, _MUL, _UNARY, _ATOM = range(7)
+
+# Signed bits a value needs. Lengths, batch and heads are checked at launch to fit COORDINATE_BITS.
+COORDINATE_BITS = 26
+_INT32_BITS, _INT64_BITS = 31, 63
+
+
+@dataclass(frozen=True)
+class Term:
+    """One node of a printed predicate.
+
+    Attributes:
+        pieces: alternating literal text and operands; a name replaces an operand's text.
+        precedence: how tightly the text binds.
+        axes: which of ``q`` and ``kv`` it varies with.
+        bits: signed magnitude in bits; more than 31 means the value is int64.
+        named: whether it deserves a line of its own: a lookup or a helper call.
+        hint: what to call it, if named.
+    """
+
+    pieces: tuple[str | Term, ...]
+    precedence: int = _ATOM
+    axes: frozenset[str] = frozenset()
+    bits: int = 0
+    named: bool = False
+    hint: str = ""
+
+    def text(self, names: dict[Term, str] | None = None) -> str:
+        """Source of this term, with named operands by name."""
+        names = names or {}
+        parts = (p if isinstance(p, str) else names.get(p) or p.text(names) for p in self.pieces)
+        return "".join(parts)
+
+    def operands(self) -> Iterator[Term]:
+        """The terms it reads directly."""
+        return (piece for piece in self.pieces if isinstance(piece, Term))
+
+
+@dataclass(frozen=True)
+class Printed:
+    """A predicate as source lines.
+
+    Attributes:
+        before: assignments that belong before the loop.
+        inside: assignments that belong in it.
+        keep: expression for the whole predicate; empty when it is always true.
+        helpers: which of ``floor_div``, ``floor_mod`` and ``table_offset`` the lines call.
+    """
+
+    before: tuple[str, ...]
+    inside: tuple[str, ...]
+    keep: str
+    helpers: frozenset[str]
+
+
+def print_predicate(mask: MaskExpr, loop_axis: str) -> Printed:
+    """Source of ``mask`` for a kernel whose loop runs over ``loop_axis`` (``"q"`` or ``"kv"``).
+
+    >>> from sparse_compile.expr import KV, Q
+    >>> print_predicate(MaskExpr((KV <= Q) & (Q - KV < 8)), "kv").keep
+    '(kv <= q) & (q - kv < 8)'
+    """
+    if mask.predicate == sympy.true:
+        return Printed((), (), "", frozenset())
+    root = fold(mask.predicate, _Printer(mask.tables))
+    if not root.axes and root.precedence == _ATOM and root.text() == "False":
+        root = Term(("kv < 0",), _COMPARE, frozenset({"kv"}))
+    uses = Counter(term for node in _unique(root) for term in node.operands())
+    chosen = [t for t in _unique(root) if t.named or (uses[t] > 1 and t.precedence < _ATOM)]
+    names: dict[Term, str] = {}
+    before, inside = [], []
+    for term in chosen:
+        line = term.text(names)
+        names[term] = _fresh(term.hint or "x", names)
+        (inside if loop_axis in term.axes else before).append(f"{names[term]} = {line}")
+    text = "\n".join([*before, *inside, names.get(root, root.text(names))])
+    helpers = frozenset(h for h in ("floor_div", "floor_mod", "table_offset") if f"{h}(" in text)
+    return Printed(tuple(before), tuple(inside), names.get(root, root.text(names)), helpers)
+
+
+def _unique(root: Term) -> list[Term]:
+    """Every distinct term once, operands before the terms that read them."""
+    order: dict[Term, None] = {}
+
+    def visit(term: Term) -> None:
+        if term not in order:
+            for operand in term.operands():
+                visit(operand)
+            order[term] = None
+
+    visit(root)
+    return list(order)
+
+
+def _fresh(hint: str, names: dict[Term, str]) -> str:
+    taken = set(names.values())
+    if hint not in taken and hint != "x":
+        return hint
+    return next(f"{hint}_{i}" for i in range(len(taken) + 1) if f"{hint}_{i}" not in taken)
+
+
+def _axes(terms: Sequence[Term]) -> frozenset[str]:
+    return frozenset().union(*(term.axes for term in terms))
+
+
+def _wrap(term: Term, precedence: int) -> tuple[str | Term, ...]:
+    """The operand, in parentheses unless it binds at least as tightly as ``precedence``."""
+    return (term,) if term.precedence >= precedence else ("(", term, ")")
+
+
+def _join(op: str, terms: Sequence[Term], precedence: int) -> tuple[str | Term, ...]:
+    pieces: list[str | Term] = []
+    for term in terms:
+        pieces += [op, *_wrap(term, precedence)] if pieces else _wrap(term, precedence)
+    return tuple(pieces)
+
+
+def _call(name: str, terms: Sequence[Term]) -> tuple[str | Term, ...]:
+    return (f"{name}(", *_join(", ", terms, _COMPARE), ")")
+
+
+class _Printer:
+    """The algebra whose values are :class:`Term`."""
+
+    def __init__(self, table_dtypes: Sequence[str]) -> None:
+        self.table_dtypes = table_dtypes
+
+    def integer(self, value: int) -> Term:
+        return Term((str(value),), _ATOM if value >= 0 else _UNARY, bits=value.bit_length())
+
+    def boolean(self, value: bool) -> Term:
+        return Term((str(value),))
+
+    def symbol(self, name: str) -> Term:
+        axes = frozenset({name} & {"q", "kv"})
+        return Term((name,), axes=axes, bits=_INT32_BITS if name[0] == "s" else COORDINATE_BITS)
+
+    def table(self, index: int, args: Sequence[Term], exprs: Sequence[sympy.Expr]) -> Term:
+        pieces: list[str | Term] = [f"tl.load(t{index}"]
+        bounds = []
+        for axis, (arg, expr) in enumerate(zip(args, exprs, strict=True)):
+            if expr in (Q, KV):
+                # Neighbours stay neighbours, so the addresses cost nothing.
+                pieces += [" + ", arg, f".to(tl.int64) * t{index}_stride{axis}"]
+                bounds.append(f"({expr} < n_{expr})")
+            else:
+                rest = f", t{index}_size{axis}, t{index}_stride{axis})"
+                pieces += [" + table_offset(", arg, rest]
+        if bounds:
+            pieces.append(f", mask={' & '.join(dict.fromkeys(bounds))}, other=0")
+        dtype = self.table_dtypes[index]
+        pieces.append(").to(tl.int32)" if dtype == "bool" else ")")
+        bits = {"bool": 1, "int32": _INT32_BITS, "int64": _INT64_BITS}[dtype]
+        plain = all(isinstance(expr, sympy.Symbol) for expr in exprs)
+        hint = "_".join([f"t{index}", *(str(e) for e in exprs)]) if plain else f"t{index}_at"
+        return Term(tuple(pieces), axes=_axes(args), bits=bits, named=True, hint=hint)
+
+    def add(self, args: Sequence[Term]) -> Term:
+        bits = max(arg.bits for arg in args) + (len(args) - 1).bit_length()
+        ordered = sorted(args, key=lambda t: (t.text().startswith("-"), t.text()))
+        ordered, bits = _widened(ordered, bits)
+        pieces: list[str | Term] = list(_wrap(ordered[0], _ADD))
+        for term in ordered[1:]:
+            pieces += _subtracted(term) or (" + ", *_wrap(term, _MUL))
+        return Term(tuple(pieces), _ADD, _axes(args), bits)
+
+    def mul(self, args: Sequence[Term]) -> Term:
+        ordered = sorted(args, key=lambda t: (not t.text().lstrip("-").isdigit(), t.text()))
+        ordered, bits = _widened(ordered, sum(arg.bits for arg in args))
+        if ordered[0].text() == "-1" and len(ordered) > 1:
+            pieces: tuple[str | Term, ...] = ("-", *_join(" * ", ordered[1:], _UNARY))
+        else:
+            pieces = _join(" * ", ordered, _UNARY)
+        return Term(pieces, _MUL, _axes(args), bits)
+
+    def floordiv(self, a: Term, b: Term, expr: sympy.Expr) -> Term:
+        return self._division("//", "floor_div", a, b, expr, a.bits)
+
+    def mod(self, a: Term, b: Term, expr: sympy.Expr) -> Term:
+        return self._division("%", "floor_mod", a, b, expr, b.bits)
+
+    def _division(
+        self, op: str, helper: str, a: Term, b: Term, expr: sympy.Expr, bits: int
+    ) -> Term:
+        # On tensors Triton's // and % truncate towards zero, as in C.
+        if expr.args[0].is_nonnegative and expr.args[1].is_positive:
+            pieces = (*_wrap(a, _MUL), f" {op} ", *_wrap(b, _UNARY))
+            return Term(pieces, _MUL, _axes([a, b]), bits)
+        return Term(_call(helper, [a, b]), axes=_axes([a, b]), bits=bits, named=True)
+
+    def absolute(self, a: Term) -> Term:
+        return Term(_call("tl.abs", [a]), axes=a.axes, bits=a.bits)
+
+    def minimum(self, args: Sequence[Term]) -> Term:
+        return self._extreme("tl.minimum", args)
+
+    def maximum(self, args: Sequence[Term]) -> Term:
+        return self._extreme("tl.maximum", args)
+
+    def _extreme(self, name: str, args: Sequence[Term]) -> Term:
+        first, *rest = sorted(args, key=Term.text)
+        for term in rest:
+            axes, bits = _axes([first, term]), max(first.bits, term.bits)
+            first = Term(_call(name, [first, term]), axes=axes, bits=bits)
+        return first
+
+    def select(self, condition: Term, yes: Term, no: Term) -> Term:
+        args = [condition, yes, no]
+        return Term(_call("tl.where", args), axes=_axes(args), bits=max(yes.bits, no.bits))
+
+    def compare(self, op: str, a: Term, b: Term) -> Term:
+        return Term(_join(f" {op} ", [a, b], _OR), _COMPARE, _axes([a, b]))
+
+    def conjunction(self, args: Sequence[Term]) -> Term:
+        ordered = sorted(args, key=Term.text)
+        return Term(_join(" & ", ordered, _AND), _AND, _axes(args))
+
+    def disjunction(self, args: Sequence[Term]) -> Term:
+        ordered = sorted(args, key=Term.text)
+        return Term(_join(" | ", ordered, _OR), _OR, _axes(args))
+
+    def negation(self, a: Term) -> Term:
+        return Term(("~", *_wrap(a, _ATOM)), _UNARY, a.axes)
+
+
+def _subtracted(term: Term) -> tuple[str | Term, ...]:
+    """`` - x`` for a term spelled ``-x``; empty for others."""
+    head = term.pieces[0]
+    if term.named or not isinstance(head, str) or not head.startswith("-"):
+        return ()
+    rest = (head[1:], *term.pieces[1:]) if head != "-" else term.pieces[1:]
+    return (" - ", Term(rest, _MUL, term.axes, term.bits))
+
+
+def _widened(terms: list[Term], bits: int) -> tuple[list[Term], int]:
+    """The operands with one made int64 and put first, if the result may not fit int32."""
+    if bits <= _INT32_BITS:
+        return terms, bits
+    if any(term.bits > _INT32_BITS for term in terms):
+        # Evaluation runs from left to right: all of it happens in int64.
+        return sorted(terms, key=lambda t: t.bits <= _INT32_BITS), min(bits, _INT64_BITS)
+    tensors = [term for term in terms if not term.text().lstrip("-").isdigit()]
+    narrow = min(tensors, key=lambda t: (len(t.axes), t.text()))
+    wide = Term((*_wrap(narrow, _ATOM), ".to(tl.int64)"), _ATOM, narrow.axes, _INT32_BITS + 1)
+    return [wide, *(term for term in terms if term is not narrow)], min(bits, _INT64_BITS)

@@ -1,0 +1,112 @@
+"""Tile shapes: which piece of the score matrix a program holds at a time, by architecture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from sparse_compile.spec import KernelSpec
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one kernel is compiled.
+
+    Attributes:
+        m: queries per tile.
+        n: keys per tile.
+        warps: warps per program.
+        stages: depth of the software pipeline.
+        descriptors: load the tiles of the loop by tensor descriptors (TMA) instead of pointers.
+    """
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+    descriptors: bool = False
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The tiles of the three kernels."""
+
+    forward: Tile
+    backward_query: Tile
+    backward_key_value: Tile
+
+
+def _by_tma(m: int, n: int, warps: int, stages: int) -> Tile:
+    return Tile(m, n, warps, stages, descriptors=True)
+
+
+# Keyed by feature dimension, rounded up. sm_90: swept on an H200 at 64 and 128, where two programs
+# of four warps share a multiprocessor and hide each other's latencies; 256 and the other tables are
+# chosen by registers, spills and shared memory.
+_HALF_SM90 = {
+    64: Tiles(_by_tma(64, 128, 4, 2), _by_tma(64, 64, 4, 3), _by_tma(64, 64, 4, 3)),
+    128: Tiles(_by_tma(64, 64, 4, 3), _by_tma(64, 64, 4, 2), _by_tma(64, 64, 4, 2)),
+    256: Tiles(_by_tma(128, 64, 8, 2), _by_tma(64, 64, 8, 2), _by_tma(32, 64, 8, 2)),
+}
+# 228 KB of shared memory, but rows that descriptors cannot describe; and sm_100.
+_HALF_LARGE = {
+    64: Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
+    128: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2)),
+    256: Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
+}
+# At most 99 KB of shared memory, as sm_86, sm_89 and sm_120 have.
+_HALF_SMALL = {
+    64: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(64, 64, 4, 2)),
+    128: Tiles(Tile(128, 32, 8, 3), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+    256: Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 32, 8, 1)),
+}
+_SINGLE = {
+    64: Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+    128: Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+    256: Tiles(Tile(32, 16, 4, 2), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
+}
+_INTERPRETER = Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
+
+
+def tiles_for(spec: KernelSpec) -> Tiles:
+    """The tiles of a spec's kernels; each divides the layout's block.
+
+    >>> from sparse_compile.expr import KV, MaskExpr, Q
+    >>> from sparse_compile.spec import AttentionSpec
+    >>> spec = KernelSpec(AttentionSpec(MaskExpr(KV <= Q), block_q=32), 64, 64, "float16", "sm_90")
+    >>> tiles_for(spec).forward.m
+    32
+    """
+    block_q, block_kv = spec.attention.block_q, spec.attention.block_kv
+    tiles = _chosen(spec)
+    return Tiles(
+        *(
+            _within(tile, block_q, block_kv)
+            for tile in (tiles.forward, tiles.backward_query, tiles.backward_key_value)
+        )
+    )
+
+
+def _chosen(spec: KernelSpec) -> Tiles:
+    if spec.arch == "interpreter":
+        return _INTERPRETER
+    width = max(64, padded(max(spec.head_dim, spec.value_dim)))
+    if spec.dtype == "float32":
+        return _SINGLE[width]
+    if spec.arch not in ("sm_90", "sm_100"):
+        return _HALF_SMALL[width]
+    # A descriptor's strides are multiples of 16 bytes.
+    describable = spec.head_dim % 8 == 0 and spec.value_dim % 8 == 0
+    return (_HALF_SM90 if spec.arch == "sm_90" and describable else _HALF_LARGE)[width]
+
+
+def _within(tile: Tile, block_q: int, block_kv: int) -> Tile:
+    m, n = min(tile.m, block_q), min(tile.n, block_kv)
+    warps = tile.warps
+    while warps > 1 and m * n < warps * 512 and (m, n) != (tile.m, tile.n):
+        warps //= 2
+    return replace(tile, m=m, n=n, warps=warps)
+
+
+def padded(dim: int) -> int:
+    """The power of two, at least 16, that holds ``dim`` features."""
+    return max(16, 1 << (dim - 1).bit_length())

@@ -1,0 +1,272 @@
+"""lift_mask: slice, normalise, lift, judge empty rows, make tables, verify."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import GraphModule, Node
+
+from sparse_compile.expr import KV, N_KV, N_Q, B, H, MaskExpr, Q, size_symbol
+from sparse_compile.options import Options
+from sparse_compile.passes.lift_mask.empty_rows import (
+    coordinate_ranges,
+    empty_row_policy,
+    never_empty,
+)
+from sparse_compile.passes.lift_mask.explain import dense_reason
+from sparse_compile.passes.lift_mask.lift import Lifter
+from sparse_compile.passes.lift_mask.normalize import normalise
+from sparse_compile.passes.lift_mask.operands import Keep, Refused, read_operand
+from sparse_compile.passes.lift_mask.simplify import Simplifier
+from sparse_compile.passes.lift_mask.sizes import size_expr, solve_for_symbol
+from sparse_compile.passes.lift_mask.slice import CannotSlice, Slice, Slicer, Wanted
+from sparse_compile.passes.lift_mask.tables import DenseData, Tabler, build_program
+from sparse_compile.passes.lift_mask.value import Lifted, Unliftable
+from sparse_compile.passes.lift_mask.verify import Check, Examples, verify
+from sparse_compile.site import AttentionSite, LiftedMask, Operand, Rejection, Scope
+
+Lengths = Mapping[sympy.Symbol, sympy.Expr]
+
+
+@dataclass
+class LiftCache:
+    """Work shared by the sites of one backend call: layers usually share one mask."""
+
+    slicer: Slicer = field(default_factory=Slicer)
+    traced: dict[Any, tuple[GraphModule, Lifter]] = field(default_factory=dict)
+    lifted: dict[Any, LiftedMask | Refused] = field(default_factory=dict)
+
+
+def lift_mask(
+    site: AttentionSite, example_inputs: Sequence[Any], options: Options, cache: LiftCache
+) -> LiftedMask | Rejection:
+    """The meaning of a site's masks as one predicate.
+
+    Args:
+        site: the attention.
+        example_inputs: the captured graph's inputs, as Dynamo passes them to a backend.
+        options: ``finite_fill`` and ``verify_bytes`` matter here.
+        cache: shared by the sites of one backend call.
+    """
+    try:
+        if not site.masks:
+            return LiftedMask(MaskExpr(sympy.Le(KV, Q) if site.causal else sympy.true))
+        work = _Work.of(site, cache)
+        key = (work.key, options.finite_fill)
+        if key not in cache.lifted:
+            cache.lifted[key] = _attempt(work, example_inputs, options, cache)
+        lifted = cache.lifted[key]
+        if isinstance(lifted, Refused):
+            raise lifted
+        return lifted
+    except CannotSlice as error:
+        return Rejection(str(error), "", site.where, site.output.node)
+    except Refused as refused:
+        return Rejection(refused.reason, refused.hint, site.where, site.output.node)
+    except Exception as error:  # A mistake of ours must not stop the user's program: it is told.
+        reason = f"internal error while reading its mask: {type(error).__name__}: {error}"
+        return Rejection(reason, "please report this mask", site.where, site.output.node)
+
+
+def _attempt(
+    work: _Work, example_inputs: Sequence[Any], options: Options, cache: LiftCache
+) -> LiftedMask | Refused:
+    try:
+        return _lift(work, example_inputs, options, cache)
+    except Refused as refused:
+        return Refused(refused.reason, _float_hint(work.part) or refused.hint)
+    except CannotSlice as error:
+        return Refused(str(error))
+
+
+def _float_hint(part: Slice) -> str:
+    """What helps when torch.compile made a Python float of the mask a run-time value."""
+    values = (node.meta.get("example_value") for node in (*part.leaves, *part.nodes))
+    if any(isinstance(value, torch.SymFloat) for value in values):
+        return "set torch._dynamo.config.specialize_float = True: the mask reads a Python float"
+    return ""
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a site asks for, with what is the same for sites that share a mask made equal.
+
+    Attributes:
+        site: one of the sites.
+        part: the slice that computes the operands, then the fills that are nodes.
+        lengths: number of batch entries, heads, queries and keys, in torch's size symbols.
+        dtype: of the scores when they are masked.
+    """
+
+    site: AttentionSite
+    part: Slice
+    lengths: Lengths
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(site: AttentionSite, cache: LiftCache) -> _Work:
+        wanted = [Wanted(mask.node, _reader(site, mask.node)) for mask in site.masks]
+        wanted += [
+            Wanted(mask.fill, _reader(site, mask.fill))
+            for mask in site.masks
+            if isinstance(mask.fill, Node)
+        ]
+        part = cache.slicer(wanted, site.scope)
+        return _Work(site, part, _lengths(site), _score_dtype(site))
+
+    @property
+    def key(self) -> Any:
+        site = self.site
+        roles = tuple((mask.role, mask.fill) for mask in site.masks)
+        plan = (site.kind, site.causal, site.score_axes, self.dtype)
+        return (self.part.nodes, self.part.outputs, roles, plan, tuple(self.lengths.items()))
+
+    @property
+    def trace_key(self) -> Any:
+        return (self.part.nodes, self.part.leaves, self.part.outputs)
+
+
+def _reader(site: AttentionSite, node: Node) -> Node:
+    """The first node of the attention that reads a mask."""
+    region = {site.output.node, *site.region}
+    user: Node
+    for user in site.scope.gm.graph.nodes:
+        if user in node.users and user in region:
+            return user
+    return site.output.node
+
+
+def _score_dtype(site: AttentionSite) -> torch.dtype:
+    first = site.masks[0].node
+    reader = _reader(site, first)
+    value = reader.meta.get("example_value")
+    if site.kind == "sdpa" or not isinstance(value, torch.Tensor):
+        value = site.q.node.meta["example_value"]
+    dtype: torch.dtype = value.dtype
+    return dtype
+
+
+def _size(operand: Operand, axis: str) -> sympy.Expr:
+    if axis not in operand.axes:
+        return sympy.S.One
+    return size_expr(operand.node.meta["example_value"].shape[operand.axes.index(axis)])
+
+
+def _lengths(site: AttentionSite) -> Lengths:
+    """Sizes of the coordinates, preferring a mask's own symbols: layers may differ in theirs."""
+    sizes = {"b": _size(site.q, "b"), "h": _size(site.q, "h")}
+    sizes |= {"q": _size(site.q, "n"), "kv": _size(site.k, "n")}
+    for mask in reversed(site.masks):
+        shape = mask.node.meta["example_value"].shape
+        for axis, size in zip(reversed(site.score_axes), reversed(shape), strict=False):
+            if size_expr(size) != 1:
+                sizes[axis] = size_expr(size)
+    symbols = {"b": B, "h": H, "q": Q, "kv": KV}
+    return {symbols[axis]: size for axis, size in sizes.items()}
+
+
+def _lift(
+    work: _Work, example_inputs: Sequence[Any], options: Options, cache: LiftCache
+) -> LiftedMask:
+    if work.trace_key not in cache.traced:
+        traced = normalise(work.part)
+        cache.traced[work.trace_key] = (traced, Lifter(traced))
+    traced, lifter = cache.traced[work.trace_key]
+    # Tracing may have fixed a size, as when a slice is compared with the length it is cut from.
+    work = replace(work, lengths=_lengths(work.site))
+    keeps = _keeps(work, traced, lifter)
+    simplify = Simplifier(coordinate_ranges(work.lengths))
+    conditions = [keep.condition for keep in keeps]
+    conditions += [sympy.Le(KV, Q)] if work.site.causal else []
+    predicate = simplify(sympy.And(*(simplify(condition) for condition in conditions)))
+    can_be_empty = not never_empty(predicate, work.lengths, simplify)
+    lifted = _tabled(work, traced, lifter, predicate, simplify)
+    policy = empty_row_policy(
+        work.site.kind, work.site.causal, keeps, work.dtype, can_be_empty, options.finite_fill
+    )
+    lifted = replace(lifted, empty_rows=policy)
+    fills = [keep.fills for keep in keeps]
+    site = work.site
+    check = Check(work.part, site.masks, fills, site.score_axes, site.causal, work.lengths)
+    examples = Examples.of(work.site.scope, example_inputs)
+    verify(check, lifted, examples, options.verify_bytes)
+    return lifted
+
+
+def _keeps(work: _Work, traced: GraphModule, lifter: Lifter) -> list[Keep]:
+    (output,) = (node for node in traced.graph.nodes if node.op == "output")
+    tensors = [_read(lifter, node) for node in output.args[0]]
+    fills = iter(tensors[len(work.site.masks) :])
+    keeps = []
+    for mask, tensor in zip(work.site.masks, tensors, strict=False):
+        fill = next(fills) if isinstance(mask.fill, Node) else None
+        keeps.append(read_operand(mask, tensor, fill, work.site.score_axes))
+    return keeps
+
+
+def _read(lifter: Lifter, node: Node) -> Lifted:
+    try:
+        return lifter.tensor(node)
+    except Unliftable as error:
+        raise Refused(f"its mask is not understood: {error}") from error
+
+
+def _tabled(
+    work: _Work,
+    traced: GraphModule,
+    lifter: Lifter,
+    predicate: sympy.Basic,
+    simplify: Simplifier,
+) -> LiftedMask:
+    """The predicate with run-time data as tables and sizes, and the program that computes them."""
+    tabler = Tabler(lifter, same_length=work.lengths[Q] == work.lengths[KV])
+    try:
+        tabled = tabler(predicate)
+    except DenseData as dense:
+        raise Refused(*dense_reason(dense, traced, work.part.leaves)) from dense
+    named, sizes = _named_sizes(simplify(tabled.predicate), work.lengths)
+    if not tabled.contents and not sizes:
+        return LiftedMask(MaskExpr(named))
+    holders = _size_holders(work.part.scope)
+    extra = [s for s in holders if holders[s] not in work.part.leaves]
+    try:
+        program, origins, dtypes = build_program(traced, lifter, tabled, sizes, work.lengths, extra)
+    except Unliftable as error:
+        raise Refused(f"its mask is not understood: {error}") from error
+    leaves = tuple(work.part.leaves[n] if n >= 0 else holders[extra[-1 - n]] for n in origins)
+    mask = MaskExpr(named, dtypes, len(sizes))
+    return LiftedMask(mask, program=program, leaves=leaves, scope=work.part.scope)
+
+
+def _named_sizes(
+    predicate: sympy.Basic, lengths: Lengths
+) -> tuple[sympy.Basic, tuple[sympy.Symbol, ...]]:
+    """The predicate with n_q and n_kv, and s0, s1, ... for the other sizes, which are returned."""
+    names: dict[sympy.Basic, sympy.Expr] = {}
+    for coordinate, length in ((KV, N_KV), (Q, N_Q)):
+        solved = solve_for_symbol(lengths[coordinate], length)
+        if solved is not None:
+            names.setdefault(*solved)
+    known = {B, H, Q, KV}
+    rest = sorted((s for s in predicate.free_symbols if s not in known | names.keys()), key=str)
+    names |= {symbol: size_symbol(number) for number, symbol in enumerate(rest)}
+    return predicate.xreplace(names), tuple(rest)
+
+
+def _size_holders(scope: Scope) -> dict[sympy.Symbol, Node]:
+    """The inputs of a graph that hold a size symbol."""
+    found: dict[sympy.Symbol, Node] = {}
+    for node in scope.gm.graph.nodes:
+        value = node.meta.get("example_value")
+        if node.op == "placeholder" and isinstance(value, torch.SymInt):
+            expr = size_expr(value)
+            if expr.is_Symbol:
+                found.setdefault(expr, node)
+    return found
+
+
+__all__ = ["LiftCache", "lift_mask"]

@@ -1,0 +1,171 @@
+"""From lookups of run-time data to tables: outputs of a program that the kernels read.
+
+A predicate may read run-time data along queries or along keys, but not both at once: then it would
+be a dense matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import sympy
+from torch.fx import GraphModule, Node
+
+from sparse_compile.expr import KV, B, H, Q, table
+from sparse_compile.passes.lift_mask.emit import Emitter
+from sparse_compile.passes.lift_mask.lift import Lifter
+from sparse_compile.passes.lift_mask.value import is_data, reads_data
+
+_ORDER = (B, H, Q, KV)
+
+
+class DenseData(Exception):
+    """The mask reads run-time data that varies along queries and keys together.
+
+    Attributes:
+        node: the ATen node whose elements are read.
+        why: why the node could not be understood any further.
+    """
+
+    def __init__(self, node: Node, why: str) -> None:
+        super().__init__(why)
+        self.node, self.why = node, why
+
+
+@dataclass(frozen=True)
+class Tabled:
+    """A predicate over tables, and the expressions that the tables hold.
+
+    Attributes:
+        predicate: in terms of ``t0(...), t1(...), ...``.
+        contents: for each table, its element and the coordinates that it is indexed with.
+    """
+
+    predicate: sympy.Basic
+    contents: tuple[tuple[sympy.Basic, tuple[sympy.Symbol, ...]], ...]
+
+
+class Tabler:
+    """Replaces the run-time parts of a predicate by tables, as large parts as possible."""
+
+    def __init__(self, lifter: Lifter, same_length: bool) -> None:
+        self._lifter, self._same_length = lifter, same_length
+        self._tables: dict[tuple[sympy.Basic, tuple[sympy.Symbol, ...]], int] = {}
+
+    def __call__(self, predicate: sympy.Basic) -> Tabled:
+        """The predicate over tables.
+
+        Raises:
+            DenseData: when data is read at queries and keys together.
+        """
+        replaced = self._replace(predicate)
+        return Tabled(replaced, tuple(self._tables))
+
+    def _replace(self, expr: sympy.Basic) -> sympy.Basic:
+        if not reads_data(expr):
+            return expr
+        if isinstance(expr, (sympy.And, sympy.Or)):
+            return expr.func(*self._gathered(expr))
+        if isinstance(expr, sympy.core.relational.Relational) and _worth_a_table(expr):
+            return sympy.Ne(self._table(expr), 0)
+        if is_data(expr):
+            if _both(expr):
+                number = int(expr.func.__name__[1:])
+                raise DenseData(self._lifter.data[number], self._lifter.why[number])
+            return self._table(expr)
+        return expr.func(*map(self._replace, expr.args))
+
+    def _gathered(self, expr: sympy.Basic) -> list[sympy.Basic]:
+        """The arguments of an And or Or replaced, those that one table can hold together."""
+        rest: list[sympy.Basic] = []
+        sides: dict[tuple[sympy.Symbol, ...], list[sympy.Basic]] = {}
+        for arg in expr.args:
+            if reads_data(arg) and _worth_a_table(arg):
+                sides.setdefault(_coordinates(arg), []).append(arg)
+            else:
+                rest.append(arg)
+        replaced = [self._replace(arg) for arg in rest]
+        return replaced + [sympy.Ne(self._table(expr.func(*group)), 0) for group in sides.values()]
+
+    def _table(self, expr: sympy.Basic) -> sympy.Expr:
+        coordinates = _coordinates(expr)
+        key = (expr, coordinates)
+        shared = self._along_keys(expr, coordinates)
+        if shared is not None:
+            key = shared
+        number = self._tables.setdefault(key, len(self._tables))
+        return table(number)(*coordinates)
+
+    def _along_keys(
+        self, expr: sympy.Basic, coordinates: tuple[sympy.Symbol, ...]
+    ) -> tuple[sympy.Basic, tuple[sympy.Symbol, ...]] | None:
+        """What is read by query as the same read by key, so that both sides share one table."""
+        if Q not in coordinates:
+            return None
+        lookup = expr.args[0] if isinstance(expr, sympy.Ne) else expr
+        plain = is_data(lookup) and _is_permutation(lookup, coordinates)
+        if not (plain or self._same_length):
+            return None
+        swap = {Q: KV}
+        return expr.xreplace(swap), tuple(swap.get(c, c) for c in coordinates)
+
+
+def _is_permutation(lookup: sympy.Basic, coordinates: tuple[sympy.Symbol, ...]) -> bool:
+    """Whether a lookup is a tensor read at these coordinates, each once: then it is the table."""
+    named = [arg for arg in lookup.args if arg != 0]
+    return sorted(named, key=str) == sorted(coordinates, key=str)
+
+
+def _coordinates(expr: sympy.Basic) -> tuple[sympy.Symbol, ...]:
+    return tuple(c for c in _ORDER if c in expr.free_symbols)
+
+
+def _worth_a_table(expr: sympy.Basic) -> bool:
+    """Whether a condition is best read from a table of its own.
+
+    Not if it reads queries and keys, nor if it compares a position with less data than positions:
+    ``kv < length[b]`` says more than a table over b and kv would.
+    """
+    lookups = [node for node in sympy.preorder_traversal(expr) if is_data(node)]
+    coordinates = _coordinates(expr)
+    return not _both(expr) and any(_coordinates(node) == coordinates for node in lookups)
+
+
+def _both(expr: sympy.Basic) -> bool:
+    return bool({Q, KV} <= expr.free_symbols)
+
+
+def build_program(
+    traced: GraphModule,
+    lifter: Lifter,
+    tabled: Tabled,
+    sizes: Sequence[sympy.Symbol],
+    lengths: Mapping[sympy.Symbol, sympy.Expr],
+    extra: Sequence[sympy.Symbol],
+) -> tuple[GraphModule, tuple[int, ...], tuple[str, ...]]:
+    """The program that computes tables and sizes.
+
+    Args:
+        traced: the functional ATen graph of the slice.
+        lifter: its lifted nodes.
+        tabled: what the tables hold.
+        sizes: torch size symbols to output after the tables.
+        lengths: number of batch entries, heads, queries and keys, in torch's size symbols.
+        extra: torch size symbols that the program may take as further inputs.
+
+    Returns:
+        the program; for each of its placeholders, which placeholder of ``traced`` it is, or
+        ``-1 - i`` for the i-th of ``extra``; and the dtypes of the tables.
+
+    Raises:
+        Unliftable: when a size is not at hand.
+    """
+    (output,) = (node for node in traced.graph.nodes if node.op == "output")
+    device = output.args[0][0].meta["val"].device
+    emitter = Emitter(traced, lifter, lengths, extra, device)
+    tables = [emitter.table(element, coordinates) for element, coordinates in tabled.contents]
+    outputs = [node for node, _ in tables] + [emitter.size_node(symbol) for symbol in sizes]
+    origins = emitter.finish(outputs)
+    dtypes = tuple(str(dtype).removeprefix("torch.") for _, dtype in tables)
+    return GraphModule(traced, emitter.graph), origins, dtypes

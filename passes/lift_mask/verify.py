@@ -1,0 +1,267 @@
+"""Checking a lifted mask against the original computation, on example and on random inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+from torch.fx import Interpreter, Node
+
+from sparse_compile.expr import KV, Q, evaluate
+from sparse_compile.passes.lift_mask.operands import Refused
+from sparse_compile.passes.lift_mask.sizes import size_expr
+from sparse_compile.passes.lift_mask.slice import Slice
+from sparse_compile.site import LiftedMask, MaskOperand, Scope
+
+_ORDER = ("b", "h", "q", "kv")
+_CHUNK = 1 << 22
+_MOST_RANDOM = 1 << 24
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Concrete values for a captured graph's inputs and sizes.
+
+    Attributes:
+        values: of the outermost graph's placeholders: tensors, or ints.
+        symbols: of torch's size symbols.
+    """
+
+    values: Mapping[Node, Any]
+    symbols: Mapping[sympy.Symbol, int]
+
+    @staticmethod
+    def of(scope: Scope, example_inputs: Sequence[Any]) -> Examples:
+        """From what Dynamo passes to a backend."""
+        while scope.parent is not None:
+            scope = scope.parent
+        holders = [node for node in scope.gm.graph.nodes if node.op == "placeholder"]
+        values = dict(zip(holders, example_inputs, strict=True))
+        symbols: dict[sympy.Symbol, int] = {}
+        for node, value in values.items():
+            symbols.update(_symbols(node.meta.get("example_value"), value))
+        for node, value in values.items():
+            if isinstance(value, torch.SymInt):
+                values[node] = int(size_expr(value).xreplace(symbols))
+        return Examples(values, symbols)
+
+    def size(self, size: Any) -> int:
+        """The example value of a size."""
+        expr = size if isinstance(size, sympy.Basic) else size_expr(size)
+        return int(expr.xreplace(self.symbols))
+
+
+def _symbols(fake: Any, value: Any) -> Iterator[tuple[sympy.Symbol, int]]:
+    if isinstance(fake, torch.SymInt):
+        symbol = fake.node.expr
+        # Integer inputs come as SymInts too; what they were in this call is their hint.
+        number = value if isinstance(value, int) else value.node.hint
+        if symbol.is_Symbol and number is not None:
+            yield symbol, int(number)
+    elif isinstance(fake, Tensor) and isinstance(value, Tensor):
+        for size, number in zip(fake.shape, value.shape, strict=True):
+            yield from _symbols(size, int(number))
+
+
+@dataclass(frozen=True)
+class Check:
+    """One mask to be checked.
+
+    Attributes:
+        part: the slice whose first outputs are the operands' tensors.
+        operands: the mask operands.
+        fills: for each operand, the scores it gives to masked entries.
+        axes: the axes of the scores.
+        causal: SDPA's ``is_causal``.
+        lengths: number of batch entries, heads, queries and keys.
+    """
+
+    part: Slice
+    operands: Sequence[MaskOperand]
+    fills: Sequence[Sequence[float]]
+    axes: Sequence[str]
+    causal: bool
+    lengths: Mapping[sympy.Symbol, sympy.Expr]
+
+
+def verify(check: Check, lifted: LiftedMask, examples: Examples, verify_bytes: int) -> None:
+    """Compare the lifted mask with the program's own mask tensors.
+
+    Raises:
+        Refused: when they differ, or when the tensors are too large to be computed for a check.
+    """
+    needed = _bytes(check, examples)
+    if needed > verify_bytes:
+        raise Refused(
+            f"checking its mask takes {needed / 2**30:.1f} GiB, more than verify_bytes allows",
+            f'options={{"verify_bytes": {needed}}} allows it; or compile with a shorter example',
+        )
+    leaves = [_example(leaf, examples) for leaf in check.part.leaves]
+    try:
+        masks = _run(check, leaves)
+    except Refused:
+        raise
+    except Exception as error:  # The user's operators: anything can be raised.
+        raise Refused(f"its mask could not be computed for a check: {error}") from error
+    _compare(check, lifted, leaves, masks, examples)
+    for draw in _draws(leaves) if needed <= _MOST_RANDOM else ():
+        leaves = [draw(leaf) for leaf in leaves]
+        try:
+            masks = _run(check, leaves)
+        except Refused:
+            raise
+        except Exception:  # Random inputs that the program itself refuses.
+            continue
+        _compare(check, lifted, leaves, masks, examples)
+
+
+def _bytes(check: Check, examples: Examples) -> int:
+    largest = 0
+    for operand in check.operands:
+        fake = operand.node.meta["example_value"]
+        count = fake.dtype.itemsize
+        for size, stride in zip(fake.shape, fake.stride(), strict=True):
+            count *= 1 if isinstance(stride, int) and stride == 0 else examples.size(size)
+        largest = max(largest, count)
+    return largest
+
+
+def _example(leaf: Node, examples: Examples) -> Any:
+    """The example value of a leaf; made up for results of operations that are not run here."""
+    if leaf in examples.values:
+        return examples.values[leaf]
+    fake = leaf.meta["example_value"]
+    if not isinstance(fake, Tensor):
+        return examples.size(fake) if size_expr(fake).free_symbols <= set(examples.symbols) else 1
+    shape = [examples.size(size) for size in fake.shape]
+    if fake.dtype.is_floating_point:
+        return torch.randn(shape, device=fake.device).to(fake.dtype)
+    return torch.randint(0, 2, shape, device=fake.device).to(fake.dtype)
+
+
+def _run(check: Check, leaves: Sequence[Any]) -> list[Tensor]:
+    """For each operand, which scores it keeps, over [b, h, q, kv]."""
+    with torch.no_grad():
+        outputs = Interpreter(check.part.graph_module()).run(*leaves)
+    masks = []
+    for operand, fills, mask in zip(check.operands, check.fills, outputs, strict=False):
+        for dim in range(mask.dim()):
+            if mask.stride(dim) == 0 and mask.shape[dim] > 1:
+                mask = mask.narrow(dim, 0, 1)
+        if operand.role == "add":
+            _check_fills(mask, fills)
+        keep = mask == 0 if operand.role == "add" else mask.bool()
+        keep = ~keep if operand.role == "drop" else keep
+        masks.append(_on_axes(keep, check.axes))
+    return masks
+
+
+def _check_fills(mask: Tensor, fills: Sequence[float]) -> None:
+    known = mask == 0
+    for fill in fills:
+        known |= mask == fill
+    if not bool(known.all()):
+        raise Refused(
+            f"internal check failed: it adds {mask[~known][0].item()}, which was not understood",
+            "please report this mask",
+        )
+
+
+def _on_axes(mask: Tensor, axes: Sequence[str]) -> Tensor:
+    while mask.dim() > len(axes):
+        mask = mask.squeeze(0)
+    mask = mask[(None,) * (len(axes) - mask.dim())]
+    for position, name in enumerate(_ORDER):
+        if name not in axes:
+            mask = mask.unsqueeze(position)
+    return mask
+
+
+def _compare(
+    check: Check,
+    lifted: LiftedMask,
+    leaves: Sequence[Any],
+    masks: Sequence[Tensor],
+    examples: Examples,
+) -> None:
+    lengths = {symbol: examples.size(expr) for symbol, expr in check.lengths.items()}
+    tables, sizes = _run_program(check, lifted, leaves, examples)
+    device = masks[0].device
+    shape = torch.broadcast_tensors(*masks)[0].shape
+    rows = max(1, _CHUNK // max(1, shape[0] * shape[1] * lengths[KV]))
+    for start in range(0, lengths[Q], rows):
+        coordinates = _coordinates(shape, start, min(start + rows, lengths[Q]), lengths[KV], device)
+        found = evaluate(lifted.mask, coordinates, lengths[Q], lengths[KV], tables, sizes)
+        expected = torch.ones((), dtype=torch.bool, device=device)
+        for mask in masks:
+            expected = expected & (mask[:, :, start : start + rows] if mask.shape[2] > 1 else mask)
+        if check.causal:
+            expected = expected & (coordinates["kv"] <= coordinates["q"])
+        _raise_if_different(found, expected, start)
+
+
+def _run_program(
+    check: Check, lifted: LiftedMask, leaves: Sequence[Any], examples: Examples
+) -> tuple[list[Tensor], list[int]]:
+    if lifted.program is None:
+        return [], []
+    values = dict(zip(check.part.leaves, leaves, strict=True))
+    inputs = [values[leaf] if leaf in values else examples.values[leaf] for leaf in lifted.leaves]
+    with torch.no_grad():
+        outputs = Interpreter(lifted.program).run(*inputs)
+    count = len(lifted.mask.tables)
+    return list(outputs[:count]), [int(size) for size in outputs[count:]]
+
+
+def _coordinates(
+    shape: Sequence[int], start: int, stop: int, n_kv: int, device: torch.device
+) -> dict[str, Tensor]:
+    return {
+        "b": torch.arange(shape[0], device=device)[:, None, None, None],
+        "h": torch.arange(shape[1], device=device)[:, None, None],
+        "q": torch.arange(start, stop, device=device)[:, None],
+        "kv": torch.arange(n_kv, device=device),
+    }
+
+
+def _raise_if_different(found: Tensor, expected: Tensor, start: int) -> None:
+    wrong = found != expected
+    if not bool(wrong.any()):
+        return
+    wrong = wrong[(None,) * (4 - wrong.dim())]
+    b, h, q, kv = (int(i) for i in wrong.nonzero()[0])
+    raise Refused(
+        f"internal check failed: its mask as understood differs from the program's at "
+        f"(b={b}, h={h}, q={q + start}, kv={kv})",
+        "please report this mask",
+    )
+
+
+def _draws(leaves: Sequence[Any]) -> list[Callable[[Any], Any]]:
+    """Ways to make other inputs. On a GPU only values that occurred: an index out of range there
+    would end the process."""
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if not tensors:
+        return []
+    generator = torch.Generator().manual_seed(0)
+    small = all(leaf.device.type == "cpu" for leaf in tensors)
+
+    def shuffled(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf.numel() == 0:
+            return leaf
+        if leaf.dtype == torch.bool:
+            return torch.randint(0, 2, leaf.shape, generator=generator).bool().to(leaf.device)
+        order = torch.randint(0, leaf.numel(), leaf.shape, generator=generator)
+        return leaf.detach().reshape(-1)[order.to(leaf.device)]
+
+    def little(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf.dtype.is_floating_point or leaf.dtype.is_complex:
+            return shuffled(leaf)
+        high = 2 if leaf.dtype == torch.bool else 3
+        return torch.randint(0, high, leaf.shape, generator=generator).to(leaf.dtype)
+
+    return [shuffled, little, little] if small else [shuffled, shuffled]

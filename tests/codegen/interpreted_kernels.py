@@ -1,0 +1,11 @@
+"""The kernels in Triton's interpreter; run by test_triton_interpreter.py in a process of its own."""
+
+import pytest
+import torch
+
+from tests.codegen.kernel_cases import CASES, Case, check
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_case(case: Case) -> None:
+    check(case, torch.device("cpu"))

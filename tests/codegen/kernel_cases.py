@@ -1,0 +1,230 @@
+"""Attention problems for the Triton kernels, and the check that they all pass: forward and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import sympy
+import torch
+from torch import Tensor
+
+from sparse_compile import reference
+from sparse_compile.codegen.triton import executor
+from sparse_compile.expr import KV, N_KV, N_Q, B, FloorDiv, FloorMod, H, MaskExpr, Q, evaluate
+from sparse_compile.expr import size_symbol as size
+from sparse_compile.expr import table
+from sparse_compile.layout import build_layout
+from sparse_compile.spec import AttentionSpec
+from tests.tolerance import assert_close_as_eager, relative_error
+
+T0, T1 = table(0), table(1)
+S0, S1 = size(0), size(1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem. ``tables`` makes the mask's tensors on a device."""
+
+    name: str
+    mask: MaskExpr
+    heads: tuple[int, int] = (2, 2)
+    n: tuple[int, int] = (150, 150)
+    dims: tuple[int, int] = (32, 32)
+    dtype: torch.dtype = torch.float32
+    batch: int = 1
+    block: tuple[int, int] = (64, 64)
+    tables: Callable[[Case, torch.device], list[Tensor]] = lambda case, device: []
+    sizes: tuple[int, ...] = ()
+    scale: float = 0.2
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.name}-b{self.batch}-h{self.heads}-n{self.n}-d{self.dims}-{dtype}"
+
+
+def documents(case: Case, device: torch.device) -> list[Tensor]:
+    """int64 [B, N]: documents of other lengths in each batch entry."""
+    position = torch.arange(max(case.n), device=device)
+    shift = 17 * torch.arange(case.batch, device=device)[:, None]
+    return [(position + shift) // (max(case.n) // 3)]
+
+
+def windows(case: Case, device: torch.device) -> list[Tensor]:
+    """int32 [Hq]: a window per query head."""
+    heads = torch.arange(case.heads[0], device=device, dtype=torch.int32)
+    return [heads * 25 + 20]
+
+
+def padding(case: Case, device: torch.device) -> list[Tensor]:
+    """bool [B, N]: left padding, and one batch entry that is nothing else."""
+    position = torch.arange(max(case.n), device=device)
+    start = 40 * torch.arange(1, case.batch + 1, device=device)[:, None]
+    return [position >= start]
+
+
+def distances(case: Case, device: torch.device) -> list[Tensor]:
+    """bool [200] by distance, and a strided int32 table of both coordinates."""
+    generator = torch.Generator().manual_seed(5)
+    near = torch.rand(200, generator=generator) < 0.6
+    both = torch.randint(-3, 4, (case.n[1], 2 * case.n[0]), generator=generator, dtype=torch.int32)
+    return [near.to(device), both.to(device).mT[::2]]
+
+
+CAUSAL = MaskExpr(KV <= Q)
+EVERYTHING = MaskExpr(sympy.true)
+OFFSET = MaskExpr((KV <= Q + S0) & (KV > Q + S0 - S1), n_sizes=2)
+
+CASES = [
+    Case("causal", CAUSAL, heads=(3, 1), dims=(72, 40)),
+    Case("everything", EVERYTHING, n=(70, 90), heads=(4, 4)),
+    Case("window", MaskExpr((KV <= Q) & (Q - KV < 40)), dtype=torch.bfloat16, dims=(80, 80)),
+    Case(
+        "documents",
+        MaskExpr((KV <= Q) & sympy.Eq(T0(B, Q), T0(B, KV)), ("int64",)),
+        batch=2,
+        tables=documents,
+        dtype=torch.float16,
+        block=(32, 64),
+    ),
+    Case(
+        "window per head",
+        MaskExpr((KV <= Q) & (Q - KV < T0(H)), ("int32",)),
+        heads=(4, 1),
+        tables=windows,
+        dims=(32, 64),
+    ),
+    Case(
+        "padding",
+        MaskExpr(sympy.Ne(T0(B, KV), 0) & (KV <= Q), ("bool",)),
+        batch=4,
+        heads=(1, 1),
+        tables=padding,
+        dtype=torch.bfloat16,
+    ),
+    Case("chunks", MaskExpr(sympy.Eq(FloorDiv(Q, 48), FloorDiv(KV, 48))), block=(64, 32)),
+    Case(
+        "negative division",
+        MaskExpr(sympy.Eq(FloorDiv(Q - KV, 32), -1) | sympy.Eq(FloorMod(Q - KV, 7), 3)),
+        n=(90, 130),
+    ),
+    Case(
+        "division by a negative size",
+        MaskExpr(sympy.Ne(FloorMod(KV - Q, S0), -1) & (FloorDiv(Q - KV, S0) < S1), n_sizes=2),
+        n=(100, 70),
+        sizes=(-5, 4),
+    ),
+    Case("offset", OFFSET, n=(37, 190), sizes=(153, 60), dtype=torch.float16, heads=(4, 1)),
+    Case("empty rows", OFFSET, n=(150, 60), sizes=(-30, 80), block=(32, 32)),
+    Case("huge size", OFFSET, n=(60, 150), sizes=(2**31 - 1, 2**31 + 50)),
+    Case("nothing", MaskExpr(sympy.false), n=(40, 50), heads=(1, 1)),
+    Case("lengths", MaskExpr(Q * N_KV >= KV * N_Q), n=(60, 190), heads=(6, 2), scale=-0.3),
+    Case(
+        "tables of differences",
+        MaskExpr(sympy.Ne(T0(sympy.Abs(Q - KV)), 0) & (T1(Q, KV) < 2), ("bool", "int32")),
+        tables=distances,
+        block=(16, 16),
+        n=(50, 70),
+    ),
+    Case("min and max", MaskExpr(sympy.Min(Q, 40) >= sympy.Max(KV - 60, 5)), n=(80, 130)),
+    Case("zero scale", CAUSAL, n=(50, 50), scale=0.0, heads=(1, 1)),
+]
+
+
+def check(case: Case, device: torch.device) -> None:
+    """Output, log-sum-exp and all gradients against fp64, by the rule of tests/tolerance.py."""
+    q, k, v, grad_out, grad_lse = _inputs(case, device)
+    tables = case.tables(case, device)
+    spec = AttentionSpec(case.mask, block_q=case.block[0], block_kv=case.block[1])
+    layout = build_layout(
+        case.mask,
+        batch=case.batch,
+        heads=case.heads[0],
+        n_q=case.n[0],
+        n_kv=case.n[1],
+        block_q=case.block[0],
+        block_kv=case.block[1],
+        tables=tables,
+        sizes=case.sizes,
+        device=device,
+    )
+    mask = dense(case, tables, device)
+    arguments = (tables, case.sizes, layout, case.scale, spec)
+    out, lse = executor.forward(q, k, v, *arguments)
+    empty = ~mask.any(-1)
+    weigh_lse = not bool(empty.any())  # the log-sum-exp of an empty row has no gradient
+    ours = executor.backward(
+        grad_out, grad_lse if weigh_lse else None, q, k, v, out, lse, *arguments
+    )
+
+    exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    truth, true_lse = reference.attention(*exact, mask, case.scale)
+    eager_inputs = [t.detach().clone().requires_grad_() for t in (q, k, v)]
+    eager, eager_lse = _dense_eager(*eager_inputs, mask, case.scale)
+    true_grads = _gradients(truth, true_lse, exact, grad_out, grad_lse if weigh_lse else None)
+    eager_grads = _gradients(
+        eager, eager_lse, eager_inputs, grad_out, grad_lse if weigh_lse else None
+    )
+
+    assert torch.equal(lse.isinf(), empty.expand(lse.shape))
+    assert not out[empty.expand(lse.shape)].any()
+    assert relative_error(lse[~lse.isinf()], true_lse[~lse.isinf()]) <= 1e-5
+    assert_close_as_eager("out", out, eager, truth)
+    for name, value, e, t, source in zip(
+        ("dq", "dk", "dv"), ours, eager_grads, true_grads, (q, k, v), strict=True
+    ):
+        assert value.is_contiguous()
+        assert value.dtype == source.dtype
+        assert_close_as_eager(name, value, e, t)
+
+
+def _inputs(case: Case, device: torch.device) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    (q_heads, kv_heads), (n_q, n_kv), (dim, value_dim) = case.heads, case.n, case.dims
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    # As models make them: [B, N, H, D] seen as [B, H, N, D]; K and V two halves of one tensor.
+    q = normal(case.batch, n_q, q_heads, dim).transpose(1, 2)
+    both = normal(case.batch, n_kv, kv_heads, dim + value_dim).transpose(1, 2)
+    grad_out = normal(case.batch, q_heads, n_q, value_dim)
+    cast = [t.to(device, case.dtype) for t in (q, both, grad_out)]
+    grad_lse = normal(case.batch, q_heads, n_q).to(device)
+    return [cast[0], cast[1][..., :dim], cast[1][..., dim:], cast[2], grad_lse]
+
+
+def dense(case: Case, tables: list[Tensor], device: torch.device) -> Tensor:
+    """bool [B or 1, Hq or 1, Nq, Nkv]: the mask, by its definition."""
+    shape = (case.batch, case.heads[0], *case.n)
+    coordinates = {
+        name: torch.arange(n, device=device).view([-1 if i == axis else 1 for i in range(4)])
+        for axis, (name, n) in enumerate(zip(("b", "h", "q", "kv"), shape, strict=True))
+    }
+    mask = evaluate(case.mask, coordinates, *case.n, tables, case.sizes)
+    return mask.broadcast_to(torch.broadcast_shapes(mask.shape, (1, 1, *case.n)))
+
+
+def _dense_eager(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """What a model would do, in the dtype of its inputs."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    empty = ~mask.any(-1, keepdim=True)
+    scores = (q @ k.mT * scale).masked_fill(~mask & ~empty, float("-inf"))
+    return (scores.softmax(-1) @ v).masked_fill(empty, 0.0), scores.float().logsumexp(-1)
+
+
+def _gradients(
+    out: Tensor, lse: Tensor, inputs: list[Tensor], grad_out: Tensor, grad_lse: Tensor | None
+) -> tuple[Tensor, ...]:
+    loss = (out * grad_out).sum()
+    if grad_lse is not None:
+        loss = loss + (lse * grad_lse).sum()
+    return torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+
+
+def in_dtype(case: Case, dtype: torch.dtype) -> Case:
+    """The same problem in another precision."""
+    return replace(case, dtype=dtype)
