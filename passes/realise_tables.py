@@ -65,7 +65,7 @@ def _inline(program: GraphModule, leaves: tuple[Node, ...], gm: GraphModule) -> 
 
 def _literal(graph: Graph, value: torch.Tensor) -> Node:
     """A constant as the call that makes it: torch.compile knows no other kind in this graph."""
-    options = {"dtype": value.dtype, "device": value.device}
+    options: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
     return graph.call_function(torch.tensor, (value.tolist(),), options)
 
 
@@ -79,6 +79,7 @@ def _value(node: Node) -> Any:
 def _place(graph: Graph, leaves: tuple[Node, ...]) -> Node:
     """The node before which the program goes: after all leaves, and after all placeholders."""
     missing = set(leaves)
+    node: Node
     for node in graph.nodes:
         if not missing and node.op != "placeholder":
             return node

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from typing import TypeAlias
 
 import sympy
 
 from sparse_compile.expr import FloorDiv, FloorMod
 
-Bound = sympy.Expr | None
+Bound: TypeAlias = sympy.Expr | None
 #: Lower and upper bound, both attained or not; None is unbounded.
-Interval = tuple[Bound, Bound]
+Interval: TypeAlias = tuple[Bound, Bound]
 
 _UNKNOWN: Interval = (None, None)
 

@@ -19,9 +19,9 @@ def recognise(tensor: Tensor) -> Element | None:
     """The element of a constant tensor as an expression in its coordinates, or None.
 
     >>> recognise(torch.tensor([3, 5, 7]))
-    ((true, 2*d0 + 3),)
+    ((True, 2*d0 + 3),)
     >>> recognise(torch.eye(3, dtype=torch.bool))
-    Eq(d0, d1)
+    Eq(-d0 + d1, 0)
     """
     tensor = tensor.detach().cpu()
     if tensor.numel() == 0:

@@ -144,9 +144,9 @@ def _score_dtype(site: AttentionSite) -> torch.dtype:
     first = site.masks[0].node
     reader = _reader(site, first)
     value = reader.meta.get("example_value")
-    if site.kind == "sdpa" or not isinstance(value, torch.Tensor):
-        value = site.q.node.meta["example_value"]
-    dtype: torch.dtype = value.dtype
+    if site.kind == "eager" and isinstance(value, torch.Tensor) and value.is_floating_point():
+        return value.dtype
+    dtype: torch.dtype = site.q.node.meta["example_value"].dtype
     return dtype
 
 

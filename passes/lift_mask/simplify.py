@@ -140,7 +140,7 @@ class Simplifier:
         literals = [
             part for part in literals if not any(_settled(part, n, conjunction) for n in nested)
         ]
-        result = kind(*self._substitute(literals, plain + nested, conjunction))
+        result = _factored(kind(*self._substitute(literals, plain + nested, conjunction)))
         # Once more while it shrinks, so that this ends.
         shrank = sympy.count_ops(result) < sympy.count_ops(joined)
         return self(result) if shrank else result
@@ -193,14 +193,37 @@ class _Facts:
         if arg in self.literals:
             return True
         form = linear(arg) if isinstance(arg, Relational) else None
-        if not isinstance(form, Linear) or form.kind != "le" or form.terms not in self.bounds:
+        if not isinstance(form, Linear):
             return False
-        known = self.bounds[form.terms]
-        return known <= form.bound if self.conjunction else form.bound <= known
+        above, below = self.bounds.get(form.terms), self.bounds.get(-form.terms)
+        if form.kind == "le" and above is not None:
+            return above <= form.bound if self.conjunction else form.bound <= above
+        if form.kind == ("ne" if self.conjunction else "eq"):
+            # x <= 3 says x != 4; x == 3 says x <= 3.
+            margin = 1 if self.conjunction else 0
+            sign = 1 if self.conjunction else -1
+            return (above is not None and sign * (form.bound - above) >= margin) or (
+                below is not None and sign * (-form.bound - below) >= margin
+            )
+        return False
 
     def refute(self, arg: sympy.Basic) -> bool:
         """Whether the opposite of ``arg`` is settled."""
         return self.settle(sympy.Not(arg))
+
+
+def _factored(expr: sympy.Basic) -> sympy.Basic:
+    """``(a and b) or (a and c)`` as ``a and (b or c)``, and dually."""
+    if not isinstance(expr, (sympy.And, sympy.Or)):
+        return expr
+    other = sympy.Or if isinstance(expr, sympy.And) else sympy.And
+    if not all(isinstance(part, other) for part in expr.args):
+        return expr
+    common = set.intersection(*(set(part.args) for part in expr.args))
+    if not common:
+        return expr
+    rest = [other(*(arg for arg in part.args if arg not in common)) for part in expr.args]
+    return other(*common, expr.func(*rest))
 
 
 def _without_implied(parts: list[sympy.Basic], conjunction: bool) -> list[sympy.Basic]:

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 import sympy
 from torch.fx import GraphModule, Node
 
-from sparse_compile.expr import KV, B, H, Q, table
+from sparse_compile.expr import KV, B, FloorDiv, FloorMod, H, Q, table
 from sparse_compile.passes.lift_mask.emit import Emitter
 from sparse_compile.passes.lift_mask.lift import Lifter
 from sparse_compile.passes.lift_mask.value import is_data, reads_data
 
 _ORDER = (B, H, Q, KV)
+#: What a table holds ready-made. Sums stay in the predicate, so that their terms can be shared.
+_NOT_LINEAR = (FloorDiv, FloorMod, sympy.Abs, sympy.Min, sympy.Max)
 
 
 class DenseData(Exception):
@@ -69,6 +71,8 @@ class Tabler:
             return expr.func(*self._gathered(expr))
         if isinstance(expr, sympy.core.relational.Relational) and _worth_a_table(expr):
             return sympy.Ne(self._table(expr), 0)
+        if isinstance(expr, _NOT_LINEAR) and _worth_a_table(expr):
+            return self._table(expr)
         if is_data(expr):
             if _both(expr):
                 number = int(expr.func.__name__[1:])

@@ -13,6 +13,7 @@ import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import sympy
 import torch
@@ -21,12 +22,12 @@ DIMS: tuple[sympy.Symbol, ...] = tuple(
     sympy.Symbol(f"d{i}", integer=True, nonnegative=True) for i in range(16)
 )
 
-Number = int | float | bool
-Value = int | float | bool | sympy.Expr
-Case = tuple[sympy.Basic, Value]
-Cases = tuple[Case, ...]
-Element = sympy.Basic | Cases
-Shape = tuple[sympy.Expr, ...]
+Number: TypeAlias = int | float | bool
+Value: TypeAlias = int | float | bool | sympy.Expr
+Case: TypeAlias = tuple[sympy.Basic, Value]
+Cases: TypeAlias = tuple[Case, ...]
+Element: TypeAlias = sympy.Basic | Cases
+Shape: TypeAlias = tuple[sympy.Expr, ...]
 
 _MOST_CASES = 64
 

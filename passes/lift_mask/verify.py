@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -191,7 +193,7 @@ def _compare(
     lengths = {symbol: examples.size(expr) for symbol, expr in check.lengths.items()}
     tables, sizes = _run_program(check, lifted, leaves, examples)
     device = masks[0].device
-    shape = torch.broadcast_tensors(*masks)[0].shape
+    shape = functools.reduce(operator.and_, (mask[:, :, :1, :1] for mask in masks)).shape
     rows = max(1, _CHUNK // max(1, shape[0] * shape[1] * lengths[KV]))
     for start in range(0, lengths[Q], rows):
         coordinates = _coordinates(shape, start, min(start + rows, lengths[Q]), lengths[KV], device)
