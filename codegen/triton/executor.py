@@ -99,8 +99,7 @@ def forward(
         kernels.module.forward[(-(-n_q // tile.m), q_heads, batch)](
             *(q, k, v, out, lse),
             *_strides(q, k, v, out),
-            *_lists(layout, layout.rows),
-            *(n_q, n_kv, scale),
+            *_lists(layout, layout.rows, scale),
             *_descriptors(tile, tile.n, k, v),
             *_mask_arguments(kernels, tables, sizes, n_q, n_kv),
             GROUP=group,
@@ -137,43 +136,37 @@ def backward(
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     if not q.numel() or not k.numel():
         return dq.zero_(), dk.zero_(), dv.zero_()
-    tiles = kernels.tiles
+    over_keys, over_queries = kernels.tiles.backward_query, kernels.tiles.backward_key_value
     sign, scale = _positive(scale)
     q, k, v, grad_out = (
-        _operand(t, tiles.backward_query, tiles.backward_key_value)
+        _operand(t, over_keys, over_queries)
         for t in (q if sign == 1 else q * sign, k, v, grad_out.to(q.dtype))
     )
     out, lse = _operand(out), lse.contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
     n_lines = len(layout.rows.start) - 1
     statistics = lse.new_empty(2, batch, q_heads, n_lines * layout.block_q)
-    shared: dict[str, Any] = {"GROUP": group}
-    data = _mask_arguments(kernels, tables, sizes, n_q, n_kv)
+    mask_data = _mask_arguments(kernels, tables, sizes, n_q, n_kv)
     with _current(q.device):
-        tile = tiles.backward_query
-        kernels.module.backward_query[(n_lines * (layout.block_q // tile.m), q_heads, batch)](
-            *(q, k, v, out, grad_out, lse),
-            lse if grad_lse is None else grad_lse.to(torch.float32).contiguous(),
-            *(statistics, dq),
+        kernels.module.backward_query[(n_lines * (layout.block_q // over_keys.m), q_heads, batch)](
+            *(q, k, v, out, grad_out, lse, lse if grad_lse is None else grad_lse, statistics, dq),
             *_strides(q, k, v, out, grad_out),
-            *_lists(layout, layout.rows),
-            *(n_q, n_kv, scale),
-            *_descriptors(tile, tile.n, k, v),
-            *data,
+            *_lists(layout, layout.rows, scale),
+            *_descriptors(over_keys, over_keys.n, k, v),
+            *mask_data,
             HAS_GRAD_LSE=grad_lse is not None,
-            **shared,
-            **_options(tile),
+            GROUP=group,
+            **_options(over_keys),
         )
-        tile = tiles.backward_key_value
-        kernels.module.backward_key_value[(-(-n_kv // tile.n), k.shape[1], batch)](
+        kernels.module.backward_key_value[(-(-n_kv // over_queries.n), k.shape[1], batch)](
             *(q, k, v, grad_out, statistics, dk, dv),
             *_strides(q, k, v, grad_out),
-            *_lists(layout, layout.cols),
-            *(n_q, n_kv, scale),
-            *_descriptors(tile, tile.m, q, grad_out),
-            *_statistics_descriptor(tile, statistics),
-            *data,
-            **shared,
-            **_options(tile),
+            *_lists(layout, layout.cols, scale),
+            *_descriptors(over_queries, over_queries.m, q, grad_out),
+            *_statistics_descriptor(over_queries, statistics),
+            *mask_data,
+            GROUP=group,
+            **_options(over_queries),
         )
     return dq if sign == 1 else dq.mul_(sign), dk, dv
 
@@ -242,9 +235,10 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for t in tensors for stride in t.stride()[:3]]
 
 
-def _lists(layout: BlockLayout, lists: BlockLists) -> tuple[Any, ...]:
-    """Arguments start, counts, index, room, batches, heads."""
-    return *lists.tensors(), lists.index.shape[1], layout.batches, layout.heads
+def _lists(layout: BlockLayout, lists: BlockLists, scale: float) -> tuple[Any, ...]:
+    """Arguments start, counts, index, room, batches, heads, n_q, n_kv, scale."""
+    classes = layout.batches, layout.heads
+    return *lists.tensors(), lists.index.shape[1], *classes, layout.n_q, layout.n_kv, scale
 
 
 def _mask_arguments(

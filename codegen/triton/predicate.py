@@ -83,9 +83,10 @@ def print_predicate(mask: MaskExpr, loop_axis: str) -> Printed:
     if not root.axes and root.precedence == _ATOM and root.text() == "False":
         root = Term(("kv < 0",), _COMPARE, frozenset({"kv"}))
     uses = Counter(term for node in _unique(root) for term in node.operands())
-    chosen = [t for t in _unique(root) if t.named or (uses[t] > 1 and t.precedence < _ATOM)]
+    chosen = [t for t in _unique(root) if t.named or (uses[t] > 1 and any(t.operands()))]
     names: dict[Term, str] = {}
-    before, inside = [], []
+    before: list[str] = []
+    inside: list[str] = []
     for term in chosen:
         line = term.text(names)
         names[term] = _fresh(term.hint or "x", names)
@@ -259,4 +260,6 @@ def _widened(terms: list[Term], bits: int) -> tuple[list[Term], int]:
     tensors = [term for term in terms if not term.text().lstrip("-").isdigit()]
     narrow = min(tensors, key=lambda t: (len(t.axes), t.text()))
     wide = Term((*_wrap(narrow, _ATOM), ".to(tl.int64)"), _ATOM, narrow.axes, _INT32_BITS + 1)
-    return [wide, *(term for term in terms if term is not narrow)], min(bits, _INT64_BITS)
+    rest = list(terms)
+    rest.remove(narrow)  # once: in q * q it stands twice
+    return [wide, *rest], min(bits, _INT64_BITS)

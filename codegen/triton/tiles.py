@@ -95,7 +95,7 @@ def _chosen(spec: KernelSpec) -> Tiles:
     if spec.arch not in ("sm_90", "sm_100"):
         return _HALF_SMALL[width]
     # A descriptor's strides are multiples of 16 bytes.
-    describable = spec.head_dim % 8 == 0 and spec.value_dim % 8 == 0
+    describable = all(dim % 8 == 0 and dim >= 32 for dim in (spec.head_dim, spec.value_dim))
     return (_HALF_SM90 if spec.arch == "sm_90" and describable else _HALF_LARGE)[width]
 
 
@@ -104,7 +104,8 @@ def _within(tile: Tile, block_q: int, block_kv: int) -> Tile:
     warps = tile.warps
     while warps > 1 and m * n < warps * 512 and (m, n) != (tile.m, tile.n):
         warps //= 2
-    return replace(tile, m=m, n=n, warps=warps)
+    # Buffers of fewer than 32 rows or statistics would not be aligned as descriptors need.
+    return replace(tile, m=m, n=n, warps=warps, descriptors=tile.descriptors and min(m, n) >= 32)
 
 
 def padded(dim: int) -> int:

@@ -1,4 +1,4 @@
-"""The kernels in Triton's interpreter; run by test_triton_interpreter.py in a process of its own."""
+"""The kernels in Triton's interpreter; test_triton_interpreter.py runs this in a process."""
 
 import pytest
 import torch

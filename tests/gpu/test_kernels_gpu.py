@@ -1,4 +1,4 @@
-"""The Triton kernels on a GPU: every case of the interpreter's, and more shapes than it could run."""
+"""The Triton kernels on a GPU: every case of the interpreter's, and many more shapes."""
 
 from __future__ import annotations
 

@@ -74,6 +74,13 @@ def refused(
     return found
 
 
+def _argument(args: Mapping[str, Tensor], placeholder: str) -> Tensor:
+    """The argument that a placeholder stands for; older torch numbers those of ``*args``."""
+    name = placeholder.removeprefix("L_").removesuffix("_")
+    number = name.removeprefix("args_")
+    return list(args.values())[int(number)] if name != number else args[name]
+
+
 def rebound(captured: Captured, args: Mapping[str, Tensor], number: int = 0) -> dict[Node, Any]:
     """Values of a graph's inputs for other arguments, given by name; sizes follow.
 
@@ -85,7 +92,7 @@ def rebound(captured: Captured, args: Mapping[str, Tensor], number: int = 0) -> 
     for node in holders:
         fake = node.meta["example_value"]
         if isinstance(fake, Tensor):
-            values[node] = args[str(node.target).removeprefix("L_").removesuffix("_")]
+            values[node] = _argument(args, str(node.target))
             for size, number in zip(fake.shape, values[node].shape, strict=True):
                 symbols[str(size)] = number
     for node in holders:
