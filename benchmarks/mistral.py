@@ -90,7 +90,8 @@ def measure(args: argparse.Namespace, peer: str) -> tuple[dict[str, Any], Tensor
     model = build(args, implementation)
     # The body alone: the loss of a language-model head over 32k tokens is not what is compared.
     body = model.model
-    compiled = torch.compile(body, backend=backend)
+    options = {"block": tuple(args.block)} if args.block and backend == "sparse_compile" else {}
+    compiled = torch.compile(body, backend=backend, options=options)
     ids = torch.randint(0, 32000, (1, args.n), device=args.device)
 
     def forward() -> Tensor:
@@ -126,6 +127,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--block", type=int, nargs=2, help="block shape of the layouts")
     parser.add_argument("--peers", default=",".join(PEERS))
     parser.add_argument("--out", default="mistral.json")
     args = parser.parse_args()

@@ -20,16 +20,11 @@ _PACKAGE = "sparse_compile_kernels"
 def cache_dir() -> Path:
     """Where generated files go.
 
-    ``$SPARSE_COMPILE_CACHE_DIR``, else a folder beside Inductor's own when
-    ``$TORCHINDUCTOR_CACHE_DIR`` is set, else ``~/.cache/sparse_compile/kernels``.
+    ``$SPARSE_COMPILE_CACHE_DIR``, else ``~/.cache/sparse_compile/kernels``. (Not beside Inductor's
+    cache: torch sets ``$TORCHINDUCTOR_CACHE_DIR`` itself at some point, so the place would move.)
     """
     own = os.environ.get("SPARSE_COMPILE_CACHE_DIR")
-    if own:
-        return Path(own)
-    inductor = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    if inductor:
-        return Path(inductor) / "sparse_compile"
-    return Path.home() / ".cache" / "sparse_compile" / "kernels"
+    return Path(own) if own else Path.home() / ".cache" / "sparse_compile" / "kernels"
 
 
 def source_path(name: str) -> Path:

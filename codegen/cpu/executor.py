@@ -23,8 +23,8 @@ from sparse_compile.codegen.cpu.plan import Plan, make_plan
 from sparse_compile.layout import BlockLayout
 from sparse_compile.spec import AttentionSpec
 
-#: Bytes that the gathered keys, or the gradients of the keys, of one call may take: half a cache.
-CHUNK_BYTES = 1 << 24
+#: Bytes that the gathered keys, or the gradients of the keys, of one call may take.
+CHUNK_BYTES = 1 << 25
 #: Scores whose mask is evaluated at once.
 CHUNK_SCORES = 1 << 21
 

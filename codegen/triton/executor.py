@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -143,13 +144,12 @@ def backward(
         for t in (q if sign == 1 else q * sign, k, v, grad_out.to(q.dtype))
     )
     out, lse = _operand(out), lse.contiguous()
-    grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
-    n_lines = len(layout.rows.start) - 1
+    n_lines = layout.grid[0]
     statistics = lse.new_empty(2, batch, q_heads, n_lines * layout.block_q)
     mask_data = _mask_arguments(kernels, tables, sizes, n_q, n_kv)
     with _current(q.device):
         kernels.module.backward_query[(n_lines * (layout.block_q // over_keys.m), q_heads, batch)](
-            *(q, k, v, out, grad_out, lse, lse if grad_lse is None else grad_lse, statistics, dq),
+            *(q, k, v, out, grad_out, lse, _single(grad_lse, lse), statistics, dq),
             *_strides(q, k, v, out, grad_out),
             *_lists(layout, layout.rows, scale),
             *_descriptors(over_keys, over_keys.n, k, v),
@@ -205,6 +205,10 @@ def _operand(t: Tensor, *tiles: Tile) -> Tensor:
     if usable and any(tile.descriptors for tile in tiles):
         usable = t.data_ptr() % 16 == 0 and all(s > 0 and s % unit == 0 for s in t.stride()[:3])
     return t if usable else t.clone(memory_format=torch.contiguous_format)
+
+
+def _single(grad_lse: Tensor | None, unused: Tensor) -> Tensor:
+    return unused if grad_lse is None else grad_lse.to(torch.float32).contiguous()
 
 
 def _descriptors(tile: Tile, rows: int, *tensors: Tensor) -> list[Any]:
@@ -268,4 +272,4 @@ def _options(tile: Tile) -> dict[str, Any]:
 
 def _current(device: torch.device) -> Any:
     """Make ``device`` the current one, where it matters."""
-    return torch.cuda.device(device) if device.type == "cuda" else torch.no_grad()
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

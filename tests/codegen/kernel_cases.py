@@ -70,7 +70,7 @@ def windows(case: Case, device: torch.device) -> list[Tensor]:
 def padding(case: Case, device: torch.device) -> list[Tensor]:
     """bool [B, N]: left padding, and one batch entry that is nothing else."""
     position = torch.arange(max(case.n), device=device)
-    start = 40 * torch.arange(1, case.batch + 1, device=device)[:, None]
+    start = 40 * torch.arange(case.batch, 0, -1, device=device)[:, None]
     return [position >= start]
 
 
