@@ -79,9 +79,7 @@ class Rewriter:
         if plan.spec.mask.uses_table:
             layout = self._layout(insert, plan.spec, q, k, tables, sizes)
         text = plan.spec.text
-        call = insert.call(
-            ops.ATTENTION, q, k, v, tables, sizes, layout, scale, text
-        )
+        call = insert.call(ops.ATTENTION, q, k, v, tables, sizes, layout, scale, text)
         return insert.call(operator.getitem, call, 0)
 
     def _layout(
