@@ -42,7 +42,7 @@ def apply_forward(out: Tensor, lse: Tensor, v: Tensor, policy: EmptyRows) -> Ten
     if policy is EmptyRows.ZERO:
         return out
     empty = lse.eq(-math.inf).unsqueeze(-1)
-    if policy is EmptyRows.NAN:
+    if policy in (EmptyRows.NAN, EmptyRows.NAN_ADDED):
         return out.masked_fill(empty, math.nan)
     mean = v.mean(2, keepdim=True, dtype=_wide(v)).repeat_interleave(_group(out, v), dim=1)
     return torch.where(empty, mean.to(out.dtype), out)
@@ -73,19 +73,19 @@ def apply_backward(
         dq, dk, dv: the gradients through the other rows, in the shapes of q, k, v.
 
     Returns:
-        dq, dk and dv, in the dtypes given. With NAN, dq is NaN on the empty rows, and dk and dv are
-        NaN for every key head that has one, as NaN weights make them.
+        dq, dk and dv, in the dtypes given. With NAN, dv is NaN for every key head that has an empty
+        row, as NaN weights make it; with NAN_ADDED also dk, and dq on the empty rows.
     """
     if policy is EmptyRows.ZERO:
         return dq, dk, dv
     group = _group(q, k)
     empty = lse.eq(-math.inf).unsqueeze(-1)
-    if policy is EmptyRows.NAN:
+    if policy in (EmptyRows.NAN, EmptyRows.NAN_ADDED):
         touched = _by_key_head(empty, group).any(2, keepdim=True)
-        return tuple(  # type: ignore[return-value]
-            x.masked_fill(where, math.nan)
-            for x, where in ((dq, empty), (dk, touched), (dv, touched))
-        )
+        dv = dv.masked_fill(touched, math.nan)
+        if policy is EmptyRows.NAN_ADDED:
+            dq, dk = dq.masked_fill(empty, math.nan), dk.masked_fill(touched, math.nan)
+        return dq, dk, dv
     with _full_precision(q.device.type):
         wide, n_kv = _wide(v), k.shape[2]
         grads = _by_key_head(grad_out.to(wide).masked_fill(~empty, 0.0), group)

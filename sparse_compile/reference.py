@@ -29,9 +29,9 @@ def attention(
         v: [B, Hkv, Nkv, Dv].
         mask: bool, broadcastable to [B, Hq, Nq, Nkv]; True may attend. None: all may.
         scale: factor on the scores; default 1 / sqrt(D).
-        empty_rows: what a row without any True yields: ``"zero"``, ``"nan"``, ``"mean"`` (of V
-            over all keys, no gradient to the scores) or ``"mean_added"`` (the same value, with the
-            softmax gradient flowing to the scores).
+        empty_rows: what a row without any True yields: ``"zero"``; ``"nan"``; ``"mean"`` of V over
+            all keys, no gradient to the scores; ``"nan_added"`` or ``"mean_added"``: the same
+            values, with the softmax gradient flowing to the scores.
 
     Returns:
         fp64 out [B, Hq, Nq, Dv] and natural-log log-sum-exp [B, Hq, Nq], -inf on empty rows.
@@ -49,7 +49,8 @@ def attention(
     empty = ~mask.any(-1, keepdim=True)
     lse = scores.masked_fill(~mask, -math.inf).logsumexp(-1)
     absorbed = scores - scores.detach()
-    fill = {"zero": scores * 0, "mean": torch.zeros_like(scores), "nan": absorbed + math.nan}
+    fill = {"zero": scores * 0, "mean": torch.zeros_like(scores), "nan": scores.detach() * math.nan}
+    fill["nan_added"] = absorbed + math.nan
     chosen = torch.where(empty, fill.get(empty_rows, absorbed), scores)
     kept = chosen.masked_fill(~mask & ~empty, -math.inf)
     out = kept.softmax(-1) @ v

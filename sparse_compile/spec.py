@@ -16,7 +16,9 @@ class EmptyRows(str, Enum):
 
     Attributes:
         ZERO: 0, as SDPA gives with a bool or -inf mask. No gradient.
-        NAN: NaN, as eager softmax gives over a row of -inf.
+        NAN: NaN, as eager softmax gives over a row that ``masked_fill(mask, -inf)`` filled. V's
+            gradient is NaN; the scores are overwritten, so Q and K get none.
+        NAN_ADDED: NaN, as *adding* -inf gives. The NaN reaches the gradients of Q and K, too.
         MEAN: the mean of V over all keys, as ``masked_fill(mask, finfo.min)`` gives. The scores are
             overwritten, so Q and K get no gradient.
         MEAN_ADDED: the mean of V, as *adding* finfo.min gives. The scores are absorbed by rounding,
@@ -25,6 +27,7 @@ class EmptyRows(str, Enum):
 
     ZERO = "zero"
     NAN = "nan"
+    NAN_ADDED = "nan_added"
     MEAN = "mean"
     MEAN_ADDED = "mean_added"
 

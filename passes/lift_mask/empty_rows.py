@@ -85,14 +85,16 @@ def empty_row_policy(
             "their scores, and rows may be fully masked",
             'mask with float("-inf"), use bfloat16, or set options={"finite_fill": "minus_inf"}',
         )
-    if kinds == {"inf"}:
-        return EmptyRows.ZERO if kind == "sdpa" else EmptyRows.NAN
+    if kinds == {"inf"} and kind == "sdpa":
+        return EmptyRows.ZERO
+    if kinds == {"inf"} and len({keep.adds for keep in keeps}) == 1:
+        return EmptyRows.NAN_ADDED if keeps[0].adds else EmptyRows.NAN
     if kinds == {"absorbing"} and len(keeps) == 1 and len(fills) == 1:
         return EmptyRows.MEAN_ADDED if keeps[0].adds else EmptyRows.MEAN
     if kinds == {"absorbing"} and len(fills) == 1 and not any(keep.adds for keep in keeps):
         return EmptyRows.MEAN
     raise Refused(
-        "it masks several times, with finfo.min, and rows may be fully masked: what such a row "
+        "it masks several times, in different ways, and rows may be fully masked: what such a row "
         "yields depends on which mask hides which key",
         "combine the masks as bool tensors before turning them into scores",
     )

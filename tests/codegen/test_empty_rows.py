@@ -102,8 +102,16 @@ PROGRAMS: dict[str, tuple[EmptyRows, Callable[[Tensor], Callable[..., Tensor]]]]
         lambda mask: _eager(lambda s: s + _additive(mask, LOWEST)),
     ),
     "adding -inf": (
-        EmptyRows.NAN,
+        EmptyRows.NAN_ADDED,
         lambda mask: _eager(lambda s: s + _additive(mask, -math.inf)),
+    ),
+    "masked_fill with -inf": (
+        EmptyRows.NAN,
+        lambda mask: _eager(lambda s: s.masked_fill(~mask, -math.inf)),
+    ),
+    "where with -inf": (
+        EmptyRows.NAN,
+        lambda mask: _eager(lambda s: torch.where(mask, s, -math.inf)),
     ),
     "SDPA, bool mask": (
         EmptyRows.ZERO,
@@ -161,6 +169,8 @@ def test_half_precision(policy: EmptyRows) -> None:
                 ~mask, torch.finfo(dtype).min
             )
         if policy is EmptyRows.NAN:
+            scores = scores.masked_fill(~mask, -math.inf)
+        if policy is EmptyRows.NAN_ADDED:
             scores = scores + torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, -math.inf)
         if policy is EmptyRows.ZERO:
             empty = ~mask.any(-1, keepdim=True)

@@ -87,7 +87,7 @@ POLICIES: list[tuple[Form, EmptyRows]] = [
     (sdpa_bool, EmptyRows.ZERO),
     (sdpa_added(INF), EmptyRows.ZERO),
     (sdpa_added(None), EmptyRows.MEAN_ADDED),
-    (added(INF), EmptyRows.NAN),
+    (added(INF), EmptyRows.NAN_ADDED),
     (added(None), EmptyRows.MEAN_ADDED),
     (filled(INF), EmptyRows.NAN),
     (filled(None), EmptyRows.MEAN),
@@ -106,13 +106,22 @@ def test_policy_gives_what_the_program_gives(form: Form, policy: EmptyRows) -> N
     p = x.clone().requires_grad_()
     actual, _ = reference.attention(p, p, p, keep(pad), 0.5, policy.value)
     torch.testing.assert_close(actual.float(), expected, equal_nan=True)
-    if policy is not EmptyRows.NAN:
+    if policy not in (EmptyRows.NAN, EmptyRows.NAN_ADDED):
         # SDPA's fused backward on the CPU rounds these rows' log-sum-exp away; the plain one is
         # what the program means.
         with sdpa_kernel(SDPBackend.MATH):
             (of_program,) = torch.autograd.grad(form(q, pad).square().sum(), q)
         (of_policy,) = torch.autograd.grad(actual.square().sum(), p)
         torch.testing.assert_close(of_policy.float(), of_program, rtol=1e-4, atol=1e-5)
+
+
+def test_adding_and_filling_minus_infinity_is_refused() -> None:
+    def both(x: Tensor, pad: Tensor) -> Tensor:
+        i = torch.arange(N)
+        causal = torch.where(i[None] > i[:, None], INF, 0.0)
+        return eager(x, lambda s: (s + causal).masked_fill(~pad[:, None, None], INF))
+
+    assert "different ways" in refused(both, *data()).reason
 
 
 @pytest.mark.parametrize("form", [form for form, _ in POLICIES])
@@ -130,7 +139,7 @@ def test_bfloat16_minimum_absorbs() -> None:
 
 def test_float32_minimum_in_bfloat16_is_minus_infinity() -> None:
     form = added(torch.finfo(torch.float32).min)
-    assert lifted(form, *data(torch.bfloat16)).empty_rows is EmptyRows.NAN
+    assert lifted(form, *data(torch.bfloat16)).empty_rows is EmptyRows.NAN_ADDED
 
 
 def test_float16_minimum_does_not_absorb() -> None:
