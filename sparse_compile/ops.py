@@ -23,7 +23,12 @@ from sparse_compile.spec import AttentionSpec, EmptyRows
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@torch.library.custom_op("sparse_compile::block_layout", mutates_args=())
+#: Layouts are cached across calls and their lengths are only known at run time: neither may live in
+#: the memory of a CUDA graph. Inductor records graphs around these operators, not over them.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
+
+
+@torch.library.custom_op("sparse_compile::block_layout", mutates_args=(), tags=_TAGS)
 def block_layout(
     tables: Sequence[Tensor],
     sizes: Sequence[int],
@@ -79,7 +84,7 @@ def _(
     return torch.empty([fresh_size()], dtype=torch.int32, device=device)
 
 
-@torch.library.custom_op("sparse_compile::attention", mutates_args=())
+@torch.library.custom_op("sparse_compile::attention", mutates_args=(), tags=_TAGS)
 def attention(
     q: Tensor,
     k: Tensor,
@@ -133,7 +138,7 @@ def _(
     return out, q.new_empty([batch, heads, n_q], dtype=torch.float32)
 
 
-@torch.library.custom_op("sparse_compile::attention_backward", mutates_args=())
+@torch.library.custom_op("sparse_compile::attention_backward", mutates_args=(), tags=_TAGS)
 def attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
