@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 import textwrap
@@ -355,8 +356,6 @@ _TWO_PROCESSES = """
 
 @pytest.mark.slow
 def test_second_process_hits_both_caches(tmp_path) -> None:
-    import os
-
     env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     runs = []
     for _ in range(2):
@@ -367,3 +366,44 @@ def test_second_process_hits_both_caches(tmp_path) -> None:
     assert runs[0]["autograd_cache_miss"] == 1
     assert runs[1]["autograd_cache_hit"] == 1
     assert runs[1]["fxgraph_cache_hit"] >= 1
+
+
+def several_masks() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """A model whose masks have many terms, so that an unstable order would show."""
+
+    class Several(nn.Module):
+        def forward(self, q: Tensor, documents: Tensor) -> Tensor:
+            i = torch.arange(q.shape[2])
+            same = documents[:, None, :, None] == documents[:, None, None, :]
+            near = (i[:, None] - i[None]).abs() < 9
+            prefix = (i[None] < 4) | (i[:, None] % 7 == 3)
+            for mask in (same & near, same & (near | prefix), (i[None] <= i[:, None]) & prefix):
+                q = F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+            return q
+
+    return Several(), (torch.randn(1, 2, 64, 16), torch.arange(64)[None] // 10)
+
+
+@pytest.mark.slow
+def test_two_processes_generate_identical_kernel_files(tmp_path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "sparse_compile.cli",
+        "code",
+        "tests.test_backend:several_masks",
+    ]
+    files = []
+    for seed in ("1", "2"):
+        folder = tmp_path / seed
+        env = {
+            **os.environ,
+            "PYTHONHASHSEED": seed,
+            "SPARSE_COMPILE_CACHE_DIR": str(folder),
+            "OMP_NUM_THREADS": "1",
+        }
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        files.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert len(files[0]) == 3
+    assert files[0] == files[1]
