@@ -10,6 +10,7 @@ import torch
 
 from sparse_compile.expr import KV, Q
 from sparse_compile.options import Options
+from sparse_compile.passes.graph_edit import example_value
 from sparse_compile.plan import Plan
 from sparse_compile.site import AttentionSite, LiftedMask, Rejection
 from sparse_compile.spec import AttentionSpec, EmptyRows
@@ -27,20 +28,35 @@ def choose_layout(
     Returns a :class:`Rejection` when the program's own SDPA call is already the best answer.
     """
     if device.type not in _BLOCKS:
-        return Rejection(
-            f"there is no executor for {device.type} tensors",
-            "run the model on a CUDA device or on the CPU",
-            site.where,
-            site.output.node,
-        )
+        reason = f"there is no executor for {device.type} tensors"
+        return _left_alone(site, reason, "run the model on a CUDA device or on the CPU")
     block_q, block_kv = options.block or _BLOCKS[device.type]
     spec = AttentionSpec(lifted.mask, lifted.empty_rows, block_q, block_kv, site.where)
     causal = lifted.mask.predicate == sympy.Le(KV, Q)
     skips_nothing = lifted.mask.predicate == sympy.true
     if (causal or skips_nothing) and _hand_to_sdpa(lifted, options):
         return _dense(site, lifted, spec, causal)
+    too_large = _too_large(site)
+    if too_large:
+        return _left_alone(site, too_large, "")
     executor = "triton" if device.type == "cuda" else "cpu"
     return Plan(site, lifted, spec, executor, reason="its mask skips blocks that SDPA would visit")
+
+
+def _too_large(site: AttentionSite) -> str:
+    """Which static size is beyond the kernels, in words; empty if none is."""
+    for axis, limit, name in (("d", 256, "head dim"), ("b", 65535, "batch"), ("h", 65535, "heads")):
+        for operand in (site.q, site.v):
+            if axis not in operand.axes:
+                continue
+            size = example_value(operand.node).shape[operand.axes.index(axis)]
+            if isinstance(size, int) and size > limit:
+                return f"its {name} of {size} is beyond the {limit} that the kernels handle"
+    return ""
+
+
+def _left_alone(site: AttentionSite, reason: str, hint: str) -> Rejection:
+    return Rejection(reason, hint, site.where, site.output.node)
 
 
 def _hand_to_sdpa(lifted: LiftedMask, options: Options) -> bool:
@@ -52,11 +68,8 @@ def _dense(
 ) -> Plan | Rejection:
     what = "is causal" if causal else "lets every query see every key"
     if site.kind == "sdpa" and not site.masks:
-        return Rejection(
-            f"its mask {what}, and PyTorch's own kernel already skips what that allows",
-            'options={"dense": "rewrite"} uses block-sparse kernels all the same',
-            site.where,
-            site.output.node,
-        )
+        reason = f"its mask {what}, and PyTorch's own kernel already skips what that allows"
+        hint = 'options={"dense": "rewrite"} uses block-sparse kernels all the same'
+        return _left_alone(site, reason, hint)
     reason = f"its mask {what}: SDPA's dense kernel is fastest, without the mask tensor"
     return Plan(site, lifted, spec, "sdpa", causal, reason)

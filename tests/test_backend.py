@@ -284,6 +284,19 @@ def test_near_miss_is_left_alone(program: Callable[[Tensor], object]) -> None:
     assert report.sites or program is _sigmoid
 
 
+def test_a_head_dim_beyond_the_kernels_is_left_alone() -> None:
+    def program(q: Tensor) -> Tensor:
+        mask = window_mask(q.shape[2], q.device)
+        return F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+
+    q = torch.randn(1, 2, 40, 300)
+    (site,) = sparse_compile.explain(program, q).sites
+    assert not site.rewritten
+    assert "300" in site.reason
+    compiled = torch.compile(program, backend="sparse_compile")
+    assert relative_error(compiled(q), program(q)) <= 1e-5
+
+
 def test_mask_mutated_after_its_use() -> None:
     def program(q: Tensor) -> tuple[Tensor, Tensor]:
         mask = window_mask(q.shape[2], q.device)
