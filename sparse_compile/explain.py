@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from sparse_compile.backend import plan_graph
+from sparse_compile.diagnose import bad_attention
 from sparse_compile.layout import BlockLayout, build_layout, density
 from sparse_compile.options import Options
 from sparse_compile.passes import Decision
@@ -176,6 +177,11 @@ def examine(
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             compiled(*args, **kwargs)
+    except Exception as error:
+        clearer = bad_attention(_uncompiled(model), args, kwargs)
+        if clearer is None:
+            raise
+        raise clearer from error
     finally:
         _RUNNING.reset(token)
     first = {run.graph: run for run in reversed(runs)}

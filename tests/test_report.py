@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_compile import Report, SiteReport, explain, explain_with
-from sparse_compile.errors import BadOption, UnknownOption
+from sparse_compile.errors import BadOption, SparseCompileError, UnknownOption
 from sparse_compile.expr import (
     KV,
     N_KV,
@@ -333,3 +333,23 @@ def test_a_printed_mask_means_what_the_mask_means(predicate: sympy.Basic) -> Non
     for b, q, kv in itertools.product(range(2), range(n), range(n)):
         point = {**names, "b": b, "q": q, "kv": kv}
         assert bool(eval(printed, point)) == bool(dense[b, q, kv]), (printed, b, q, kv)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda q: F.scaled_dot_product_attention(q, q, q, attn_mask=torch.ones(31, 32).bool()),
+            r"mask of shape \[31, 32\].*make it 32 or 1",
+        ),
+        (
+            lambda q: F.scaled_dot_product_attention(q, q[:, :3], q[:, :3], enable_gqa=True),
+            "4 query heads cannot share 3 key",
+        ),
+        (lambda q: F.scaled_dot_product_attention(*[q.int()] * 3), "Cast q, k and v"),
+    ],
+)
+def test_calls_that_cannot_work_get_one_clear_error(call: object, message: str) -> None:
+    with pytest.raises(SparseCompileError, match=message) as caught:
+        explain(call, torch.randn(1, 4, 32, 16))
+    assert "test_report.py" in str(caught.value)

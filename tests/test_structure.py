@@ -31,6 +31,7 @@ RANK = {
     "codegen": 5,
     "fresh_size": 5,
     "ops": 6,
+    "diagnose": 7,
     "passes": 7,
     "inductor": 8,
     "backend": 9,
