@@ -40,7 +40,9 @@ def choose_layout(
     if too_large:
         return _left_alone(site, too_large, "")
     executor = "triton" if device.type == "cuda" else "cpu"
-    return Plan(site, lifted, spec, executor, reason="its mask skips blocks that SDPA would visit")
+    return Plan(
+        site, lifted, spec, executor, reason="only the blocks that its mask allows are visited"
+    )
 
 
 def _too_large(site: AttentionSite) -> str:

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from torch.fx import GraphModule, Node
 
 from sparse_compile.passes.find_attention.canonical import canonical, op_name
-from sparse_compile.passes.find_attention.dataflow import Dataflow, bodies
+from sparse_compile.passes.find_attention.dataflow import Dataflow
 from sparse_compile.passes.find_attention.eager import match_eager
 from sparse_compile.passes.find_attention.provenance import where
 from sparse_compile.passes.find_attention.sdpa import match_sdpa
+from sparse_compile.passes.mutation import bodies
 from sparse_compile.site import AttentionSite, Rejection, Scope
 
 __all__ = ["find_attention"]

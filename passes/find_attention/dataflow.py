@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-import operator
 from collections.abc import Iterable, Iterator
 
-import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
 from sparse_compile.passes.find_attention import values
 from sparse_compile.passes.find_attention.canonical import (
@@ -20,12 +16,7 @@ from sparse_compile.passes.find_attention.canonical import (
     source,
 )
 from sparse_compile.passes.find_attention.refusal import Refusal
-
-_IN_PLACE_OPERATORS = frozenset(
-    getattr(operator, name)
-    for name in "setitem iadd isub imul itruediv ifloordiv imod ipow iand ior ixor imatmul "
-    "ilshift irshift delitem".split()
-)
+from sparse_compile.passes.mutation import written_inputs
 
 
 class Dataflow:
@@ -37,7 +28,7 @@ class Dataflow:
         self._root = _alias_roots(graph, aliases)
         self._mutations: dict[object, list[tuple[Node, Node]]] = {}
         for node in graph.nodes:
-            for target in mutated_inputs(node):
+            for target in written_inputs(node):
                 self._mutations.setdefault(self._root[target], []).append((node, target))
 
     def current(self, node: Node, reader: Node) -> Node:
@@ -146,102 +137,4 @@ def _may_alias(node: Node) -> Iterator[Node]:
         yield start
     if op_name(node) in ("dropout", "detach", "select", "narrow", "getitem"):
         yield start
-    yield from mutated_inputs(node)
-
-
-def mutated_inputs(node: Node) -> tuple[Node, ...]:
-    """The tensors that a node overwrites, judged by how in-place ops are written."""
-    first = node.args[:1]
-    if node.op == "call_method":
-        name = str(node.target)
-        in_place = name.endswith("_") and not name.startswith("__")
-        return _tensors(first) if in_place or name.startswith("__i") else ()
-    if node.op != "call_function":
-        return ()
-    found: list[object] = [node.kwargs.get("out")]
-    if node.target in _IN_PLACE_OPERATORS:
-        found += first
-    elif isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-        found += _schema_writes(node)
-    elif op_name(node).endswith("_") and not op_name(node).startswith("_"):
-        found += first
-    elif _asks_in_place(node):
-        found += first
-    found += _body_writes(node)
-    return _tensors(found)
-
-
-def _asks_in_place(node: Node) -> bool:
-    if "inplace" in node.kwargs:
-        return bool(node.kwargs["inplace"])
-    parameters = _parameters(node.target)
-    if "inplace" not in parameters:
-        return False
-    position = parameters.index("inplace")
-    return len(node.args) > position and bool(node.args[position])
-
-
-@functools.lru_cache(maxsize=1024)
-def _parameters(function: object) -> tuple[str, ...]:
-    try:
-        return tuple(inspect.signature(function).parameters)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return ()
-
-
-def _schema_writes(node: Node) -> list[object]:
-    target = node.target
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        target = getattr(target, target.overloads()[0])  # type: ignore[no-untyped-call]
-    assert isinstance(target, torch._ops.OpOverload)
-    arguments = target._schema.arguments
-    written = [i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write]
-    names = {arguments[i].name for i in written}
-    positional = [node.args[i] for i in written if i < len(node.args)]
-    return [*positional, *(value for name, value in node.kwargs.items() if name in names)]
-
-
-def _body_writes(node: Node) -> list[object]:
-    """What a higher-order call overwrites: the inputs that its body overwrites."""
-    written: list[object] = []
-    for body, inputs in bodies(node):
-        placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
-        if len(placeholders) != len(inputs):
-            continue
-        roots = _alias_roots(body.graph)
-        mutated = {roots[t] for n in body.graph.nodes for t in mutated_inputs(n)}
-        written += [
-            outer
-            for inner, outer in zip(placeholders, inputs, strict=True)
-            if roots[inner] in mutated
-        ]
-    return written
-
-
-def bodies(node: Node) -> list[tuple[GraphModule, tuple[object, ...]]]:
-    """The GraphModules that a node is called with, each with the arguments that follow it."""
-    found: list[tuple[GraphModule, tuple[object, ...]]] = []
-    for index, argument in enumerate(node.args):
-        if isinstance(argument, Node) and argument.op == "get_attr":
-            body = _attribute(argument)
-            if isinstance(body, GraphModule):
-                rest = [a for a in node.args[index + 1 :] if not isinstance(a, str)]
-                found.append((body, tuple(rest)))
-    return found
-
-
-def _attribute(node: Node) -> object:
-    owner: object = node.graph.owning_module
-    for name in str(node.target).split("."):
-        owner = getattr(owner, name, None)
-    return owner
-
-
-def _tensors(arguments: Iterable[object]) -> tuple[Node, ...]:
-    found: list[Node] = []
-    for argument in arguments:
-        if isinstance(argument, (tuple, list)):
-            found += _tensors(argument)
-        elif isinstance(argument, Node):
-            found.append(argument)
-    return tuple(found)
+    yield from written_inputs(node)

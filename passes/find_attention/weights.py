@@ -11,10 +11,10 @@ from torch.fx import Node
 from sparse_compile.passes.find_attention import values
 from sparse_compile.passes.find_attention.canonical import canonical, is_reshape, op_name
 from sparse_compile.passes.find_attention.contraction import Contraction, Letters, contraction
-from sparse_compile.passes.find_attention.dataflow import mutated_inputs
 from sparse_compile.passes.find_attention.provenance import where
 from sparse_compile.passes.find_attention.refusal import Refusal
 from sparse_compile.passes.find_attention.scores import check_no_dropout
+from sparse_compile.passes.mutation import written_inputs
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ _HINTS = {
 
 def _only_reader(node: Node) -> Node:
     readers = list(node.users)
-    overwriting = next((r for r in readers if node in mutated_inputs(r)), None)
+    overwriting = next((r for r in readers if node in written_inputs(r)), None)
     if overwriting is not None:
         raise Refusal(
             f"the attention weights are changed in place after the softmax "

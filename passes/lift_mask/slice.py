@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from sparse_compile.passes.lift_mask.aliasing import Memory, written_inputs
+from sparse_compile.passes.mutation import Memory, written_inputs
 from sparse_compile.site import Scope
 
 #: Function and method names whose results a mask is computed *from*: they are expensive, random,
@@ -143,9 +143,7 @@ class _Graph:
         self.nodes = list(gm.graph.nodes)
         self.position = {node: i for i, node in enumerate(self.nodes)}
         self.memory = Memory(gm)
-        self.writes = {
-            node: written for node in self.nodes if (written := written_inputs(node, gm))
-        }
+        self.writes = {node: written for node in self.nodes if (written := written_inputs(node))}
         self.brackets = _brackets(self.nodes)
         self.lazy_loads = [node for node in self.nodes if _name(node) == _LAZY_LOAD]
 

@@ -1,7 +1,8 @@
-"""Which nodes of a Dynamo graph share memory, and which write to it."""
+"""Which nodes of a Dynamo graph share memory, and which write to it: FX edges show neither."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 from collections.abc import Iterable, Iterator
@@ -10,50 +11,41 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-_IN_PLACE_OPERATORS = {
-    getattr(operator, name)
-    for name in (
-        "iadd iand iconcat ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor"
-    ).split()
-}
-_IN_PLACE_METHODS = {
-    f"__{name}__"
-    for name in (
-        "setitem iadd iand ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor"
-    ).split()
-}
+_DUNDERS = (
+    "iadd iand ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor setitem"
+)
+_IN_PLACE_OPERATORS = frozenset(
+    getattr(operator, name) for name in (*_DUNDERS.split(), "iconcat", "delitem")
+)
+_IN_PLACE_METHODS = frozenset(f"__{name}__" for name in (*_DUNDERS.split(), "delitem"))
 
 
-def written_inputs(node: Node, owner: GraphModule) -> tuple[Node, ...]:
+def written_inputs(node: Node) -> tuple[Node, ...]:
     """The input nodes whose memory a node may write to.
 
-    Args:
-        node: a node of a Dynamo graph.
-        owner: its graph module, to look into the bodies of higher-order calls.
+    In doubt a node writes: a module call, or a higher-order body that cannot be looked into, may
+    write to everything it is given.
     """
     if node.op == "call_module":
         return tuple(node.all_input_nodes)
-    written: list[Any] = []
-    if isinstance(node.kwargs.get("out"), (Node, list, tuple)):
-        written += _flat(node.kwargs["out"])
+    written: list[Any] = _flat(node.kwargs.get("out"))
     if node.op == "call_method":
         name = str(node.target)
         if name in _IN_PLACE_METHODS or (name.endswith("_") and not name.endswith("__")):
             written.append(node.args[0])
     elif node.op == "call_function":
-        written += _written_by_function(node, owner)
+        written += _written_by_function(node)
     return tuple(arg for arg in written if isinstance(arg, Node))
 
 
-def _written_by_function(node: Node, owner: GraphModule) -> Iterable[Any]:
+def _written_by_function(node: Node) -> Iterable[Any]:
     target = node.target
-    if target is operator.setitem or target in _IN_PLACE_OPERATORS:
+    if target in _IN_PLACE_OPERATORS:
         return node.args[:1]
     if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         return _written_by_schema(node)
     if isinstance(target, torch._ops.HigherOrderOperator):
-        writes = any(_body_writes(body) for body in _bodies(node, owner))
-        return node.all_input_nodes if writes else ()
+        return _written_by_bodies(node)
     name = getattr(target, "__name__", "")
     # torch.relu_ writes; operator.and_ only avoids a keyword.
     if name.endswith("_") and not name.endswith("__") and not hasattr(operator, name):
@@ -78,34 +70,55 @@ def _written_by_schema(node: Node) -> Iterable[Any]:
 
 def _asks_in_place(node: Node) -> bool:
     """Whether a function such as ``F.relu`` is told ``inplace=True``."""
-    if node.kwargs.get("inplace"):
-        return True
-    if len(node.args) < 2 or not inspect.isfunction(node.target):
+    if "inplace" in node.kwargs:
+        return bool(node.kwargs["inplace"])
+    if len(node.args) < 2:
         return False
-    names = list(inspect.signature(node.target).parameters)
-    if "inplace" not in names:
-        return False
-    position = names.index("inplace")
+    names = _parameters(node.target)
+    position = names.index("inplace") if "inplace" in names else len(node.args)
     return position < len(node.args) and bool(node.args[position])
 
 
-def _bodies(node: Node, owner: GraphModule) -> Iterator[GraphModule]:
-    for arg in node.all_input_nodes:
-        if arg.op == "get_attr":
-            body = getattr(owner, str(arg.target), None)
+@functools.lru_cache(maxsize=1024)
+def _parameters(function: Any) -> tuple[str, ...]:
+    try:
+        return tuple(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return ()
+
+
+def bodies(node: Node) -> list[tuple[GraphModule, tuple[object, ...]]]:
+    """The GraphModules that a node is called with, each with the arguments that follow it."""
+    found: list[tuple[GraphModule, tuple[object, ...]]] = []
+    for index, argument in enumerate(node.args):
+        if isinstance(argument, Node) and argument.op == "get_attr":
+            body = _attribute(argument)
             if isinstance(body, GraphModule):
-                yield body
+                rest = [a for a in node.args[index + 1 :] if not isinstance(a, str)]
+                found.append((body, tuple(rest)))
+    return found
 
 
-def _body_writes(body: GraphModule) -> bool:
-    """Whether a higher-order body may write to what it was given."""
-    memory = Memory(body)
-    given = {memory.of(node) for node in body.graph.nodes if node.op == "placeholder"}
-    return any(
-        memory.of(target) in given
-        for node in body.graph.nodes
-        for target in written_inputs(node, body)
-    )
+def _attribute(node: Node) -> object:
+    owner: object = node.graph.owning_module
+    for name in str(node.target).split("."):
+        owner = getattr(owner, name, None)
+    return owner
+
+
+def _written_by_bodies(node: Node) -> Iterable[Any]:
+    """The inputs that the bodies of a higher-order call write to."""
+    written: list[Any] = []
+    for body, inputs in bodies(node):
+        placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
+        memory = Memory(body)
+        touched = {memory.of(t) for n in body.graph.nodes for t in written_inputs(n)}
+        hit = [memory.of(placeholder) in touched for placeholder in placeholders]
+        if len(placeholders) == len(inputs):
+            written += [arg for arg, is_hit in zip(inputs, hit, strict=True) if is_hit]
+        elif any(hit):
+            return node.all_input_nodes
+    return written
 
 
 def _flat(value: Any) -> list[Any]:
