@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sparse_compile.layout import BlockLayout
+from sparse_compile.layout import Layout
 from sparse_compile.spec import AttentionSpec
 
 
@@ -23,7 +23,7 @@ class Executor(Protocol):
         v: Tensor,
         tables: Sequence[Tensor],
         sizes: Sequence[int],
-        layout: BlockLayout,
+        layout: Layout,
         scale: float,
         spec: AttentionSpec,
     ) -> tuple[Tensor, Tensor]:
@@ -41,7 +41,7 @@ class Executor(Protocol):
         lse: Tensor,
         tables: Sequence[Tensor],
         sizes: Sequence[int],
-        layout: BlockLayout,
+        layout: Layout,
         scale: float,
         spec: AttentionSpec,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,6 +54,6 @@ def executor_for(device: torch.device) -> Executor:
 
     Imported on first use, so that a machine without triton still runs the CPU executor.
     """
-    room = "triton" if device.type == "cuda" else "cpu"
-    executor: Executor = importlib.import_module(f"sparse_compile.codegen.{room}.executor")
+    room = "triton.executor" if device.type == "cuda" else "cpu.views"
+    executor: Executor = importlib.import_module(f"sparse_compile.codegen.{room}")
     return executor

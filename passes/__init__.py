@@ -1,5 +1,11 @@
 """The passes, in the order in which they run."""
 
+from sparse_compile.passes.annotations import (
+    check_fit,
+    promised_mask,
+    restricted_mask,
+    with_annotation,
+)
 from sparse_compile.passes.choose_layout import choose_layout
 from sparse_compile.passes.find_attention import find_attention
 from sparse_compile.passes.lift_mask import LiftCache, lift_mask
@@ -15,7 +21,11 @@ __all__ = [
     "Plan",
     "Rejection",
     "Rewriter",
+    "check_fit",
     "choose_layout",
     "find_attention",
     "lift_mask",
+    "promised_mask",
+    "restricted_mask",
+    "with_annotation",
 ]

@@ -69,7 +69,8 @@ def _dense(
     site: AttentionSite, lifted: LiftedMask, spec: AttentionSpec, causal: bool
 ) -> Plan | Rejection:
     what = "is causal" if causal else "lets every query see every key"
-    if site.kind == "sdpa" and not site.masks:
+    # Unless a restriction made it so, in which case the call still has to be told.
+    if site.kind == "sdpa" and not site.masks and site.causal == causal:
         reason = f"its mask {what}, and PyTorch's own kernel already skips what that allows"
         hint = 'options={"dense": "rewrite"} uses block-sparse kernels all the same'
         return _left_alone(site, reason, hint)

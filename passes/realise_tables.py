@@ -23,7 +23,7 @@ class RealisedTables:
 def realise(
     lifted: LiftedMask, scope: Scope, cache: RealisedTables
 ) -> tuple[list[Node], list[int | Node]]:
-    """Insert a mask's program and hand its results down to ``scope``.
+    """Insert the program of a lifted mask and hand its results down to ``scope``.
 
     The program stands right after the last of its leaves, once for all sites that share it. Each
     table is memory of its own, so later writes to a leaf do not change it.
@@ -42,7 +42,7 @@ def realise(
     if lifted.program not in cache.outputs:
         cache.outputs[lifted.program] = _inline(lifted.program, lifted.leaves, lifted.scope.gm)
     nodes = [_hand_down(node, lifted.scope, scope, cache) for node in cache.outputs[lifted.program]]
-    count = len(lifted.mask.tables)
+    count = lifted.n_lifted_tables
     return nodes[:count], list(nodes[count:])
 
 

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
-from sparse_compile import ops
+from sparse_compile import ops, pattern_ops
 from sparse_compile.passes.graph_edit import Inserter, device_of, example_value
 from sparse_compile.passes.realise_tables import RealisedTables, realise
 from sparse_compile.plan import Plan
-from sparse_compile.site import AttentionSite, Operand, Scope
+from sparse_compile.site import AttentionSite, Operand, PatternTable, Scope
 from sparse_compile.spec import AttentionSpec
 
 _CANONICAL = ("b", "h", "n", "d")
@@ -26,9 +26,11 @@ class Rewriter:
     and knows which mutations are visible from outside.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, check_promises: bool = False) -> None:
+        self._check_promises = check_promises
         self._tables = RealisedTables()
-        self._layouts: dict[tuple[Any, ...], Node] = {}
+        self._made: dict[tuple[Any, ...], Node] = {}
+        self._layouts: dict[tuple[Any, ...], list[Node]] = {}
         self._changed: dict[GraphModule, None] = {}
 
     def apply(self, plan: Plan) -> None:
@@ -38,6 +40,8 @@ class Rewriter:
         insert = Inserter(site.scope.gm, site.output.node)
         q, k, v = (self._operand(insert, site, operand) for operand in (site.q, site.k, site.v))
         q, scale = _scale(insert, site, q)
+        if self._check_promises:
+            q = _checked(insert, site, q, k)
         if plan.executor == "sdpa":
             out = _call_sdpa(insert, plan, q, k, v, scale)
         else:
@@ -75,12 +79,32 @@ class Rewriter:
         self, insert: Inserter, plan: Plan, q: Node, k: Node, v: Node, scale: float | Node
     ) -> Node:
         tables, sizes = realise(plan.lifted, plan.site.scope, self._tables)
-        layout = None
+        tables += [self._pattern_table(insert, made, q, k) for made in plan.lifted.extra]
+        layout: list[Node] = []
         if plan.spec.mask.uses_table:
             layout = self._layout(insert, plan.spec, q, k, tables, sizes)
         text = plan.spec.text
         call = insert.call(ops.ATTENTION, q, k, v, tables, sizes, layout, scale, text)
         return insert.call(operator.getitem, call, 0)
+
+    def _pattern_table(self, insert: Inserter, made: PatternTable, q: Node, k: Node) -> Node:
+        """A table that an annotation's pattern makes, once for all sites of one shape."""
+        dims = [(q, 0), (q, 1), (q, 2), (k, 2)]
+        shape = tuple(str(example_value(node).shape[dim]) for node, dim in dims)
+        key = (insert.gm, made, shape, device_of(q))
+        if key not in self._made:
+            dtype = getattr(torch, made.dtype)
+            lengths = [insert.size(node, dim) for node, dim in dims]
+            self._made[key] = insert.call(
+                pattern_ops.PATTERN_TABLE,
+                made.key,
+                made.index,
+                made.rank,
+                dtype,
+                *lengths,
+                device_of(q),
+            )
+        return self._made[key]
 
     def _layout(
         self,
@@ -90,7 +114,7 @@ class Rewriter:
         k: Node,
         tables: list[Node],
         sizes: list[int | Node],
-    ) -> Node:
+    ) -> list[Node]:
         dims = [(q, 0), (q, 1), (q, 2), (k, 2)]
         shape = tuple(str(example_value(node).shape[dim]) for node, dim in dims)
         # The layout does not depend on where the attention stands: drop it, so that layers share.
@@ -98,15 +122,23 @@ class Rewriter:
         key = (insert.gm, text, shape, device_of(q), tuple(tables), tuple(sizes))
         if key not in self._layouts:
             lengths = [insert.size(node, dim) for node, dim in dims]
-            self._layouts[key] = insert.call(
-                ops.BLOCK_LAYOUT,
-                tables,
-                sizes,
-                *lengths,
-                text,
-                device_of(q),
-            )
+            call = insert.call(ops.BLOCK_LAYOUT, tables, sizes, *lengths, text, device_of(q))
+            views = range(len(example_value(call)))
+            self._layouts[key] = [insert.call(operator.getitem, call, view) for view in views]
         return self._layouts[key]
+
+
+def _checked(insert: Inserter, site: AttentionSite, q: Node, k: Node) -> Node:
+    """The queries, after a check of what the user promised about the mask."""
+    note = site.annotation
+    if note is None or not note.promise:
+        return q
+    masks = [mask.node for mask in site.masks]
+    shown = f"{note.pattern!r} on {note.target}, {site.where[-1] if site.where else 'unknown'}"
+    plan = pattern_ops.promise_plan(
+        [mask.role for mask in site.masks], site.score_axes, site.causal, shown
+    )
+    return insert.call(pattern_ops.CHECK_PROMISE, q, masks, insert.size(k, 2), note.key, plan)
 
 
 def _scale(insert: Inserter, site: AttentionSite, q: Node) -> tuple[Node, float | Node]:

@@ -17,7 +17,10 @@ from sparse_compile import errors
 from sparse_compile.options import Options
 
 if TYPE_CHECKING:
+    from sparse_compile import patterns
+    from sparse_compile.annotate import mask
     from sparse_compile.backend import backend
+    from sparse_compile.direct import attention
     from sparse_compile.explain import explain, explain_with
     from sparse_compile.report import Report, SiteReport
 
@@ -27,22 +30,29 @@ __all__ = [
     "Report",
     "SiteReport",
     "__version__",
+    "attention",
     "backend",
     "errors",
     "explain",
     "explain_with",
+    "mask",
+    "patterns",
 ]
 
 _HOMES = {
     "Report": "report",
     "SiteReport": "report",
+    "attention": "direct",
     "backend": "backend",
     "explain": "explain",
     "explain_with": "explain",
+    "mask": "annotate",
 }
 
 
 def __getattr__(name: str) -> Any:
+    if name == "patterns":
+        return importlib.import_module(f"{__name__}.patterns")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch.fx import GraphModule
 
+from sparse_compile.errors import RestrictionFailed
 from sparse_compile.inductor import compile_with_inductor
 from sparse_compile.options import Options
 from sparse_compile.passes import (
     Decision,
     LiftCache,
     Rewriter,
+    check_fit,
     choose_layout,
     find_attention,
     lift_mask,
+    promised_mask,
+    restricted_mask,
+    with_annotation,
 )
 from sparse_compile.passes.graph_edit import device_of
 from sparse_compile.plan import Plan
@@ -39,6 +45,7 @@ def backend(
 
     Raises:
         UnknownOption, BadOption: before anything is compiled.
+        BadPattern, RestrictionFailed: an annotation does not fit, or cannot be honoured.
     """
     parsed = Options.parse(options)
     plan_and_rewrite(gm, example_inputs, parsed)
@@ -55,10 +62,12 @@ def plan_and_rewrite(
         says why it was left alone.
     """
     decisions = plan_graph(gm, example_inputs, options)
-    rewriter = Rewriter()
+    rewriter = Rewriter(options.check_promises)
     for decision in decisions:
         if isinstance(decision, Plan):
             rewriter.apply(decision)
+        elif decision.unmet:
+            raise _restriction_failed(decision)
     rewriter.finish()
     return decisions
 
@@ -77,9 +86,25 @@ def _decide(
     options: Options,
     cache: LiftCache,
 ) -> Decision:
+    found = with_annotation(found)
     if isinstance(found, Rejection):
         return found
-    lifted = lift_mask(found, example_inputs, options, cache)
+    check_fit(found)
+    lifted = promised_mask(found) or lift_mask(found, example_inputs, options, cache)
     if isinstance(lifted, Rejection):
-        return lifted
-    return choose_layout(found, lifted, device_of(found.q.node), options)
+        return with_annotation(lifted)
+    restricted = restricted_mask(found, lifted)
+    decision = choose_layout(found, restricted, device_of(found.q.node), options)
+    if isinstance(decision, Rejection) and restricted is lifted:
+        return replace(decision, annotation=found.annotation)  # left alone, it already obeys
+    return with_annotation(decision)
+
+
+def _restriction_failed(rejected: Rejection) -> RestrictionFailed:
+    assert rejected.annotation is not None
+    where = rejected.where[-1] if rejected.where else "an unknown place"
+    hint = f" To have it rewritten, {rejected.hint}." if rejected.hint else ""
+    return RestrictionFailed(
+        f"sparse_compile: {rejected.annotation.shown()} cannot be honoured at {where}: "
+        f"{rejected.reason}.{hint} Or remove the annotation."
+    )

@@ -41,5 +41,21 @@ class UnsupportedDtype(SparseCompileError):
         )
 
 
+class PatternMisuse(SparseCompileError, TypeError):
+    """Patterns combined or used in a way that has no meaning, such as with ``and``."""
+
+
+class BadPattern(SparseCompileError, ValueError):
+    """A pattern whose parameters make no sense, or do not fit the lengths it is used with."""
+
+
+class RestrictionFailed(SparseCompileError):
+    """An attention that the user restricted to a pattern, and that cannot be rewritten."""
+
+
+class BrokenPromise(SparseCompileError):
+    """A mask that the user promised to be a pattern, and that is not."""
+
+
 class BadFactory(SparseCompileError):
     """A ``pkg.module:factory`` that the command line cannot import or call."""

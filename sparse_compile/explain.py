@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
+from sparse_compile.annotation import Annotation, bound_mask_named
 from sparse_compile.backend import plan_graph
 from sparse_compile.diagnose import bad_attention
+from sparse_compile.errors import SparseCompileError
 from sparse_compile.layout import BlockLayout, build_layout, density
 from sparse_compile.options import Options
 from sparse_compile.passes import Decision
@@ -86,7 +88,8 @@ class Examined:
         if isinstance(self.decision, Rejection):
             rejected = self.decision
             where = place(rejected.node, rejected.where)
-            return SiteReport(where, False, rejected.reason, rejected.hint)
+            said = _said(rejected.annotation, rejected.node)
+            return SiteReport(where, False, rejected.reason, rejected.hint, annotation=said)
         plan, layout = self.decision, self.layout()
         blocks = _block_density(plan, layout)
         return SiteReport(
@@ -99,6 +102,7 @@ class Examined:
             block_density=blocks,
             executor=plan.executor,
             kernel=kernel_spec(plan).name if plan.executor == "triton" else None,
+            annotation=_said(plan.site.annotation, plan.site.output.node),
         )
 
     def layout(self) -> BlockLayout | None:
@@ -154,9 +158,37 @@ def place(node: Node | None, where: Sequence[str]) -> str:
     """Where a node stands: its module, then its source line."""
     stack = {} if node is None else node.meta.get("nn_module_stack") or {}
     paths = [path for path, _ in stack.values()]
-    # Dynamo's path starts at a local or global variable: L['self'].layers.0
-    module = re.sub(r"^[LG]\['(?:(?:self|fn)'\]\.?|(\w+)'\])", r"\1", paths[-1]) if paths else ""
+    module = _readable_path(paths[-1]) if paths else ""
     return ", ".join(part for part in (module, where[-1] if where else "") if part) or "unknown"
+
+
+def _readable_path(path: str) -> str:
+    # Dynamo's path starts at a local or global variable: L['self'].layers.0
+    # and goes through the wrapper that annotates a module.
+    path = path.replace(".forward.__self__", "")
+    return re.sub(r"^[LG]\['(?:(?:self|fn)'\]\.?|(\w+)'\])", r"\1", path)
+
+
+def _said(annotation: Annotation | None, node: Node | None) -> str | None:
+    if annotation is None:
+        return None
+    stack = {} if node is None else node.meta.get("nn_module_stack") or {}
+    keys = [key for key in stack if key.split("@")[0] == str(annotation.module)]
+    return annotation.shown(_readable_path(stack[keys[-1]][0]) if keys else "")
+
+
+def _pattern_tables(plan: Plan, shape: Shape | None) -> list[Tensor] | None:
+    """The tables that an annotation's pattern makes for this call."""
+    if shape is None:
+        return None
+    lengths = shape["q"], shape["kv"], shape["b"], shape["h"]
+    device = device_of(plan.site.q.node)
+    made = []
+    for extra in plan.lifted.extra:
+        bound = bound_mask_named(extra.key)
+        assert bound is not None, "the model that is explained keeps its annotations"
+        made.append(bound.makers[extra.index](device, *lengths).detach().clone())
+    return made
 
 
 #: Where the graphs that run during one :func:`examine` report their values. Dynamo keeps a captured
@@ -178,6 +210,9 @@ def examine(
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             compiled(*args, **kwargs)
     except Exception as error:
+        ours = getattr(error, "inner_exception", None)  # what a backend raised, as torch wraps it
+        if isinstance(ours, SparseCompileError):
+            raise ours from None
         clearer = bad_attention(_uncompiled(model), args, kwargs)
         if clearer is None:
             raise
@@ -252,7 +287,11 @@ class _Values(Interpreter):
         if isinstance(decision, Rejection):
             return Examined(decision)
         tables, sizes = self._mask_data(decision.lifted)
-        return Examined(decision, self._shape(decision.site), tables, sizes)
+        shape = self._shape(decision.site)
+        if decision.lifted.extra and tables is not None:
+            made = _pattern_tables(decision, shape)
+            tables = None if made is None else (*tables, *made)
+        return Examined(decision, shape, tables, sizes)
 
     def _mask_data(self, lifted: LiftedMask) -> tuple[tuple[Tensor, ...] | None, tuple[int, ...]]:
         if lifted.program is None:
@@ -261,7 +300,7 @@ class _Values(Interpreter):
             return None, ()  # in the body of a higher-order call, whose values are not seen here
         with torch.no_grad():
             data = lifted.program(*(self._kept[leaf] for leaf in lifted.leaves))
-        n_tables = len(lifted.mask.tables)
+        n_tables = lifted.n_lifted_tables
         return tuple(data[:n_tables]), tuple(int(size) for size in data[n_tables:])
 
     def _shape(self, site: AttentionSite) -> Shape | None:

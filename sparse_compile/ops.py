@@ -17,7 +17,7 @@ from torch import Tensor
 from sparse_compile.codegen import empty_rows, executor_for
 from sparse_compile.errors import BadShape, UnsupportedDtype
 from sparse_compile.fresh_size import fresh_size
-from sparse_compile.layout import BlockLayout, Problem, build_layout
+from sparse_compile.layout import Layout, build, static_layout, unpack
 from sparse_compile.spec import AttentionSpec, EmptyRows
 
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -38,10 +38,10 @@ def block_layout(
     n_kv: int,
     spec: str,
     device: torch.device,
-) -> Tensor:
-    """The layout of a mask that reads tensors, packed into one int32 vector.
+) -> list[Tensor]:
+    """The layout of a mask that reads tensors: for each of its views, one packed int32 vector.
 
-    Built on ``device`` without synchronising; its length depends on the sizes alone.
+    Built on ``device`` without synchronising; their lengths depend on the sizes alone.
 
     Args:
         tables: the tensors ``t0, t1, ...`` of the mask.
@@ -53,20 +53,17 @@ def block_layout(
         spec: the text of an :class:`AttentionSpec`.
         device: where the layout will be used.
     """
-    parsed = AttentionSpec.parse(spec)
-    layout = build_layout(
-        parsed.mask,
+    layout = build(
+        AttentionSpec.parse(spec),
         batch=batch,
         heads=heads,
         n_q=n_q,
         n_kv=n_kv,
-        block_q=parsed.block_q,
-        block_kv=parsed.block_kv,
         tables=tables,
         sizes=sizes,
         device=device,
     )
-    return layout.pack()
+    return [view.pack() for view in layout.views]
 
 
 @block_layout.register_fake
@@ -79,9 +76,12 @@ def _(
     n_kv: int,
     spec: str,
     device: torch.device,
-) -> Tensor:
+) -> list[Tensor]:
     # How many blocks a mask touches is known when the lengths are, not when the graph is traced.
-    return torch.empty([fresh_size()], dtype=torch.int32, device=device)
+    return [
+        torch.empty([fresh_size()], dtype=torch.int32, device=device)
+        for _ in AttentionSpec.parse(spec).parts
+    ]
 
 
 @torch.library.custom_op("sparse_compile::attention", mutates_args=(), tags=_TAGS)
@@ -91,7 +91,7 @@ def attention(
     v: Tensor,
     tables: Sequence[Tensor],
     sizes: Sequence[int],
-    layout: Tensor | None,
+    layout: Sequence[Tensor],
     scale: float,
     spec: str,
 ) -> tuple[Tensor, Tensor]:
@@ -103,7 +103,7 @@ def attention(
         v: [B, Hkv, Nkv, Dv], same dtype.
         tables: the tensors ``t0, t1, ...`` of the mask.
         sizes: the integers ``s0, s1, ...`` of the mask.
-        layout: result of :func:`block_layout`; None for a mask that reads no tensors.
+        layout: result of :func:`block_layout`; empty for a mask that reads no tensors.
         scale: factor on the scores.
         spec: the text of an :class:`AttentionSpec`.
 
@@ -114,7 +114,7 @@ def attention(
     check_operands(q, k, v)
     parsed = AttentionSpec.parse(spec)
     executor = executor_for(q.device)
-    blocks = _layout_of(parsed, q, k, sizes, layout)
+    blocks = _layout_of(parsed, q, k, tables, sizes, layout)
     out, lse = executor.forward(q, k, v, tables, sizes, blocks, scale, parsed)
     out = empty_rows.apply_forward(out, lse, v, parsed.empty_rows)
     # A no-op for executors that store it so: what a projection back to [B, N, Hq * Dv] reads.
@@ -128,7 +128,7 @@ def _(
     v: Tensor,
     tables: Sequence[Tensor],
     sizes: Sequence[int],
-    layout: Tensor | None,
+    layout: Sequence[Tensor],
     scale: float,
     spec: str,
 ) -> tuple[Tensor, Tensor]:
@@ -149,14 +149,14 @@ def attention_backward(
     lse: Tensor,
     tables: Sequence[Tensor],
     sizes: Sequence[int],
-    layout: Tensor | None,
+    layout: Sequence[Tensor],
     scale: float,
     spec: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`attention` with respect to q, k and v, in their dtypes, contiguous."""
     parsed = AttentionSpec.parse(spec)
     executor = executor_for(q.device)
-    blocks = _layout_of(parsed, q, k, sizes, layout)
+    blocks = _layout_of(parsed, q, k, tables, sizes, layout)
     kept_grad, kept_out = grad_out, out
     if parsed.empty_rows is not EmptyRows.ZERO:
         # Rows without a key are not the kernel's: it must see neither their mean nor their NaN.
@@ -180,7 +180,7 @@ def _(
     lse: Tensor,
     tables: Sequence[Tensor],
     sizes: Sequence[int],
-    layout: Tensor | None,
+    layout: Sequence[Tensor],
     scale: float,
     spec: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -189,19 +189,21 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, tables, sizes, layout, scale, spec = inputs
-    ctx.save_for_backward(q, k, v, *output, layout, *tables)
-    ctx.sizes, ctx.scale, ctx.spec = sizes, scale, spec
+    ctx.save_for_backward(q, k, v, *output, *layout, *tables)
+    ctx.views, ctx.sizes, ctx.scale, ctx.spec = len(layout), sizes, scale, spec
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, out, lse, layout, *tables = ctx.saved_tensors
+    q, k, v, out, lse, *data = ctx.saved_tensors
+    layout, tables = data[: ctx.views], data[ctx.views :]
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     grads = attention_backward(
         grad_out, grad_lse, q, k, v, out, lse, tables, ctx.sizes, layout, ctx.scale, ctx.spec
     )
-    return (*grads, [None] * len(tables), [None] * len(ctx.sizes), None, None, None)
+    nothing = [None] * len(tables), [None] * len(ctx.sizes), [None] * len(layout)
+    return (*grads, *nothing, None, None)
 
 
 attention.register_autograd(_backward, setup_context=_setup_context)
@@ -244,21 +246,14 @@ def check_operands(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _layout_of(
-    spec: AttentionSpec, q: Tensor, k: Tensor, sizes: Sequence[int], packed: Tensor | None
-) -> BlockLayout:
-    batch, heads, n_q, _ = q.shape
-    n_kv, blocks = k.shape[2], (spec.block_q, spec.block_kv)
-    if packed is not None:
-        problem = Problem.of(spec.mask, tuple(sizes), batch, heads, (n_q, n_kv), blocks)
-        return BlockLayout.unpack(packed, n_q, n_kv, *blocks, problem.batches, problem.heads)
-    return build_layout(
-        spec.mask,
-        batch=batch,
-        heads=heads,
-        n_q=n_q,
-        n_kv=n_kv,
-        block_q=spec.block_q,
-        block_kv=spec.block_kv,
-        sizes=sizes,
-        device=q.device,
-    )
+    spec: AttentionSpec,
+    q: Tensor,
+    k: Tensor,
+    tables: Sequence[Tensor],
+    sizes: Sequence[int],
+    packed: Sequence[Tensor],
+) -> Layout:
+    shape = {"batch": q.shape[0], "heads": q.shape[1], "n_q": q.shape[2], "n_kv": k.shape[2]}
+    if packed:
+        return unpack(spec, packed, **shape, tables=tables, sizes=sizes)
+    return static_layout(spec, sizes=tuple(map(int, sizes)), **shape, device=q.device)

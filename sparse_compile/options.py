@@ -25,6 +25,8 @@ class Options:
             masks are not rewritten; ``"minus_inf"`` reads every fill <= -1e4 as minus infinity.
         verify_bytes: a lifted mask is checked against the program's own mask tensor, evaluated
             once while compiling, if that tensor takes at most this many bytes.
+        check_promises: whether masks that ``mask(pattern, promise=True)`` promises to be a pattern
+            are compared with it in every call. For debugging: it reads the whole masks.
         inductor: options handed to Inductor, which compiles the rest of the graph.
 
     >>> Options.parse({"finite_fill": "minus_inf"}).finite_fill
@@ -35,6 +37,7 @@ class Options:
     block: tuple[int, int] | None = None
     finite_fill: str = "exact"
     verify_bytes: int = 16 * 2**30
+    check_promises: bool = False
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     @staticmethod
@@ -69,6 +72,8 @@ class Options:
             raise BadOption("block", self.block, allowed)
         if isinstance(self.verify_bytes, bool) or not isinstance(self.verify_bytes, int):
             raise BadOption("verify_bytes", self.verify_bytes, "a number of bytes, as in 2**30")
+        if not isinstance(self.check_promises, bool):
+            raise BadOption("check_promises", self.check_promises, "True or False")
         self._check_inductor()
 
     def _check_inductor(self) -> None:

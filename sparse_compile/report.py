@@ -27,6 +27,8 @@ class SiteReport:
         executor: ``"triton"``, ``"cpu"``, ``"sdpa"`` (PyTorch's dense kernel, without the mask
             tensor) or ``"unchanged"``.
         kernel: name of the generated kernel; None where none is.
+        annotation: what the user's innermost annotation says of it, and on what it is, as
+            ``restrict SlidingWindow(512), on class Block``; None without one.
     """
 
     where: str
@@ -38,6 +40,7 @@ class SiteReport:
     block_density: float | None = None
     executor: str = "unchanged"
     kernel: str | None = None
+    annotation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,8 @@ def _site_lines(numbers: list[int], sites: list[SiteReport]) -> Iterator[str]:
     yield from _field("rewritten", f"{'yes' if site.rewritten else 'no'}: {site.reason}")
     if site.hint:
         yield from _field("hint", site.hint)
+    if site.annotation is not None:
+        yield from _field("annotated", site.annotation)
     if site.mask is not None:
         yield from _field("mask", site.mask)
     if site.density is not None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch.fx import GraphModule, Node
 
+from sparse_compile.annotation import Annotation
 from sparse_compile.expr import MaskExpr
 from sparse_compile.spec import EmptyRows
 
@@ -80,6 +81,7 @@ class AttentionSite:
             ``("b", "h", "q", "kv")``, ``("b", "q", "kv")``, ``("q", "kv")``.
         where: source lines in the user's code, innermost last, as ``file.py:12 in forward``.
         region: every node that the rewrite makes dead, in graph order.
+        annotation: the innermost pattern that the user attached to this code.
     """
 
     scope: Scope
@@ -94,6 +96,7 @@ class AttentionSite:
     score_axes: tuple[str, ...] = ("b", "h", "q", "kv")
     where: tuple[str, ...] = ()
     region: tuple[Node, ...] = field(default=(), repr=False)
+    annotation: Annotation | None = None
 
 
 @dataclass(frozen=True)
@@ -105,12 +108,33 @@ class Rejection:
         hint: what to write instead; may be empty.
         where: as in :class:`AttentionSite`.
         node: the node that looked like attention.
+        annotation: as in :class:`AttentionSite`.
+        unmet: whether the annotation restricts, so that leaving the program as it was is wrong.
     """
 
     reason: str
     hint: str = ""
     where: tuple[str, ...] = ()
     node: Node | None = None
+    annotation: Annotation | None = None
+    unmet: bool = False
+
+
+@dataclass(frozen=True)
+class PatternTable:
+    """A table that a pattern makes in each call, when the operator of its node runs.
+
+    Attributes:
+        key: of the mask, see :func:`sparse_compile.annotation.bound_mask_named`.
+        index: which of its tables.
+        rank: number of dimensions.
+        dtype: ``"bool"``, ``"int32"`` or ``"int64"``.
+    """
+
+    key: str
+    index: int
+    rank: int
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -125,6 +149,8 @@ class LiftedMask:
             mask reads no run-time data beyond the lengths.
         leaves: the inputs of ``program``: nodes of ``scope.gm``.
         scope: where the leaves live: the site's scope or one of its parents.
+        extra: the last tables of ``mask``, which an annotation's pattern makes; ``program`` does
+            not return these.
     """
 
     mask: MaskExpr
@@ -132,3 +158,9 @@ class LiftedMask:
     program: GraphModule | None = None
     leaves: tuple[Node, ...] = ()
     scope: Scope | None = None
+    extra: tuple[PatternTable, ...] = ()
+
+    @property
+    def n_lifted_tables(self) -> int:
+        """How many tables ``program`` returns."""
+        return len(self.mask.tables) - len(self.extra)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from sparse_compile.expr import MaskExpr
+from sparse_compile.view import Order, View, natural
 
 
 class EmptyRows(str, Enum):
@@ -44,6 +45,8 @@ class AttentionSpec:
         empty_rows: what a fully masked query yields.
         block_q, block_kv: block shape of the layout, in tokens.
         where: where the attention stands in the user's code, outermost frame first, for comments.
+        views: disjoint parts of the mask, each in orders in which it is blockwise dense; all with
+            the block shape above. None: the whole mask in plain order.
     """
 
     mask: MaskExpr
@@ -51,6 +54,30 @@ class AttentionSpec:
     block_q: int = 128
     block_kv: int = 128
     where: tuple[str, ...] = ()
+    views: tuple[View, ...] = ()
+
+    @functools.cached_property
+    def parts(self) -> tuple[View, ...]:
+        """The views, or the whole mask as one."""
+        plain = View(self.mask.predicate, natural(self.block_q), natural(self.block_kv))
+        return self.views or (plain,)
+
+    def sections(self, axis: str) -> tuple[tuple[int, ...], ...]:
+        """The numbers of the views that share an order of ``axis``, ``"q"`` or ``"kv"``.
+
+        Each section is one launch, and a program works through all views of its section. Sections
+        run one after another, each adding to the rows that earlier ones wrote; one that reaches
+        every token comes first, if there is any.
+        """
+        found: dict[Order, list[int]] = {}
+        for number, view in enumerate(self.parts):
+            found.setdefault(view.q if axis == "q" else view.kv, []).append(number)
+        orders = sorted(found, key=lambda order: not order.is_complete)
+        return tuple(tuple(found[order]) for order in orders)
+
+    def part_mask(self, view: View) -> MaskExpr:
+        """The predicate of one view, with the tables and sizes of the mask."""
+        return MaskExpr(view.predicate, self.mask.tables, self.mask.n_sizes)
 
     @functools.cached_property
     def text(self) -> str:
@@ -60,6 +87,7 @@ class AttentionSpec:
             "empty_rows": self.empty_rows.value,
             "block": [self.block_q, self.block_kv],
             "where": list(self.where),
+            "views": [view.fields for view in self.views],
         }
         return json.dumps(fields, separators=(",", ":"))
 
@@ -80,6 +108,7 @@ class AttentionSpec:
             block_q=fields["block"][0],
             block_kv=fields["block"][1],
             where=tuple(fields["where"]),
+            views=tuple(map(View.of_fields, fields["views"])),
         )
 
 
@@ -93,6 +122,8 @@ class KernelSpec:
         value_dim: Dv of V and of the output, 1 to 256.
         dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``, of Q, K, V and the output.
         arch: what it is tuned for, ``"sm_90"``, or ``"interpreter"``.
+        exact: whether the lengths are multiples of the radices of all views, so that the rows of a
+            block can be described to the copy engine as a box.
     """
 
     attention: AttentionSpec
@@ -100,12 +131,13 @@ class KernelSpec:
     value_dim: int
     dtype: str
     arch: str
+    exact: bool = True
 
     @functools.cached_property
     def name(self) -> str:
         """A readable unique name for its file, such as ``attention_d128_bf16_1f3a9c02``."""
         short = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[self.dtype]
-        shape = [self.head_dim, self.value_dim, self.dtype, self.arch]
+        shape = [self.head_dim, self.value_dim, self.dtype, self.arch, self.exact]
         identity = json.dumps([self.attention.text, *shape])
         digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
         return f"attention_d{self.head_dim}_{short}_{digest}"

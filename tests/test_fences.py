@@ -7,6 +7,9 @@ import inspect
 import pytest
 import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.traceback import annotate
+
+from sparse_compile import annotate as annotate_module
 
 
 def test_compile_fx_takes_a_dynamo_graph_and_patches() -> None:
@@ -32,3 +35,45 @@ def test_fresh_size_works_where_dynamo_forbids_dynamic_output_shapes(allowed: bo
         packed = torch.ops.sparse_compile.block_layout(*args)
     assert isinstance(packed.shape[0], torch.SymInt)
     assert packed.shape[0] >= 0
+
+
+def test_annotations_reach_the_captured_graph() -> None:
+    """``torch.fx.traceback.annotate`` is experimental; sparse_compile/annotate.py relies on this:
+    its values are in ``meta["custom"]``, the innermost context wins, other keys are kept.
+    """
+    seen = []
+
+    def backend(gm: torch.fx.GraphModule, _: list[object]) -> object:
+        calls = [node for node in gm.graph.nodes if node.op == "call_function"]
+        seen.extend(node.meta.get("custom") for node in calls)
+        return gm
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        with annotate({"ours": "a", "other": "c"}):
+            x = torch.sin(x)
+            with annotate({"ours": "b"}):
+                x = torch.cos(x)
+            x = torch.tan(x)
+        return torch.exp(x)
+
+    torch.compile(run, backend=backend, fullgraph=True)(torch.ones(3))
+    outer = {"ours": "a", "other": "c"}
+    assert seen == [outer, {**outer, "ours": "b"}, outer, None]
+
+
+def test_frames_that_were_not_captured_are_known() -> None:
+    """The callback for new frames is set there, and only there. Without the function that tells,
+    annotations work as before, but nothing warns when a graph break separates one.
+    """
+    seen = []
+
+    def uncaptured() -> None:
+        if not torch.compiler.is_dynamo_compiling():
+            seen.append(callable(annotate_module._frame_callback()))
+        with annotate({"ours": "a"}):
+            torch._dynamo.graph_break()
+
+    uncaptured()
+    torch.compile(uncaptured, backend="eager")()
+    torch.compiler.disable(uncaptured)()
+    assert seen == [False, True, False]

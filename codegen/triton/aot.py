@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from sparse_compile.codegen import cache
+from sparse_compile.codegen.triton.sections import described_box, sections_of
 from sparse_compile.codegen.triton.source import kernel_source, mask_parameters, table_ranks
 from sparse_compile.codegen.triton.tiles import Tile, padded, tiles_for
 from sparse_compile.spec import KernelSpec
 
 _SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-_FLOATS = ("LSE", "GRAD_LSE", "STATISTICS")
-_LISTS = ("start", "counts", "index")
+_FLOATS = ("LSE", "GRAD_LSE", "STATISTICS", "PART")
+_LISTS = ("start_", "counts_", "index_", "q_bases_", "kv_bases_")
 _TABLES = {"bool": "*i1", "int32": "*i32", "int64": "*i64"}
 
 
@@ -49,24 +50,37 @@ def compile_ahead_of_time(
         group: query heads per key head.
 
     Returns:
-        The resources of ``forward``, ``backward_query`` and ``backward_key_value``.
+        The resources of each kernel of the module, by its name and, after the first, section.
     """
     capability = int(str(arch or spec.arch).removeprefix("sm_"))
     spec = replace(spec, arch=f"sm_{capability}")
     module = cache.load_module(spec.name, kernel_source(spec))
     tiles = tiles_for(spec)
+    small = Tile(64, 64, 4, 1)
     named = {
         "forward": tiles.forward,
+        "merge_forward": small,
+        "backward_prepare": small,
         "backward_query": tiles.backward_query,
+        "merge_query": small,
         "backward_key_value": tiles.backward_key_value,
+        "merge_key_value": small,
     }
+    over_queries = len(sections_of(spec.attention, "kv"))
+    sections = {"backward_key_value": over_queries, "merge_key_value": over_queries}
+    by_query = len(sections_of(spec.attention, "q"))
     return {
-        name: _compiled(getattr(module, name), spec, tile, capability, group)
+        f"{name}, section {section}" if section else name: _compiled(
+            getattr(module, name), spec, tile, capability, group, section
+        )
         for name, tile in named.items()
+        for section in range(1 if name == "backward_prepare" else sections.get(name, by_query))
     }
 
 
-def _compiled(kernel: Any, spec: KernelSpec, tile: Tile, capability: int, group: int) -> Resources:
+def _compiled(
+    kernel: Any, spec: KernelSpec, tile: Tile, capability: int, group: int, section: int
+) -> Resources:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -74,7 +88,9 @@ def _compiled(kernel: Any, spec: KernelSpec, tile: Tile, capability: int, group:
     # As the launcher would find: contiguous tables, aligned pointers, strides multiples of 16.
     rows = table_ranks(spec.attention.mask).items()
     constants = {f"t{number}_stride{rank - 1}": 1 for number, rank in rows}
-    constants |= {"GROUP": group, "HAS_GRAD_LSE": True}
+    width = padded(spec.head_dim)
+    constants |= {"GROUP": group, "HAS_GRAD_LSE": True, "DIM": spec.head_dim, "PAD": width}
+    constants["SECTION"] = section
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {
         name: "constexpr" if name in constants else _type_of(name, spec, tile)
@@ -100,21 +116,33 @@ def _compiled(kernel: Any, spec: KernelSpec, tile: Tile, capability: int, group:
 def _type_of(name: str, spec: KernelSpec, tile: Tile) -> str:
     tables, _ = mask_parameters(spec.attention.mask)
     pointers = {group[0] for group in tables}
-    if name == "STATISTICS_TILES":
-        return f"tensordesc<fp32[1, 1, 1, {tile.m}]>"
-    if name.endswith("_TILES"):
-        rows = tile.m if name in ("Q_TILES", "GRAD_OUT_TILES") else tile.n
-        width = padded(spec.head_dim if name in ("Q_TILES", "K_TILES") else spec.value_dim)
-        return f"tensordesc<{_SHORT[spec.dtype]}[1, 1, {rows}, {width}]>"
+    if "_TILES" in name:
+        return _descriptor_type(name, spec, tile)
     if name in pointers:
         return _TABLES[spec.attention.mask.tables[int(name[1:])]]
-    if name in _LISTS:
+    if name in ("items", "merges") or name.startswith(_LISTS):
         return "*i32"
     if name == "scale":
         return "fp32"
     if name.isupper():
-        return "*fp32" if name in _FLOATS else f"*{_SHORT[spec.dtype]}"
+        single = name.startswith(_FLOATS)
+        return "*fp32" if single else f"*{_SHORT[spec.dtype]}"
     return "i32"
+
+
+def _descriptor_type(name: str, spec: KernelSpec, tile: Tile) -> str:
+    tensor, _, number = name.partition("_TILES")
+    if tensor == "STATISTICS":
+        return f"tensordesc<fp32[1, 1, 1, {tile.m}]>"
+    over_queries = tensor in ("Q", "GRAD_OUT")
+    rows: tuple[int, ...] | None = (tile.m if over_queries else tile.n,)
+    if number:
+        view = spec.attention.parts[int(number[1:])]
+        rows = described_box(view.q if over_queries else view.kv, rows[0])
+    assert rows is not None
+    width = padded(spec.head_dim if tensor in ("Q", "K") else spec.value_dim)
+    shape = ", ".join(map(str, (1, 1, *rows, width)))
+    return f"tensordesc<{_SHORT[spec.dtype]}[{shape}]>"
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:

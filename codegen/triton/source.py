@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from sparse_compile.codegen import cache
-from sparse_compile.codegen.triton import templates
+from sparse_compile.codegen.triton.fill import fill
+from sparse_compile.codegen.triton.operands import OVER_KEYS, OVER_QUERIES, Operand, Statistic
 from sparse_compile.codegen.triton.predicate import Printed, print_predicate
+from sparse_compile.codegen.triton.sections import (
+    Blocks,
+    Lines,
+    Section,
+    base_parameters,
+    described_views,
+    descriptors_usable,
+    list_parameters,
+    sections_of,
+    statistic_parameters,
+    title,
+)
+from sparse_compile.codegen.triton.text import backward, common, forward, merge
 from sparse_compile.codegen.triton.tiles import Tile, padded, tiles_for
 from sparse_compile.expr import KV, MaskExpr, Q, table_index
 from sparse_compile.spec import KernelSpec
@@ -16,22 +29,68 @@ from sparse_compile.spec import KernelSpec
 # A new length, layout or size must not compile anything. (Lists are views into one vector, so their
 # alignment changes with the lengths.)
 _UNSPECIALIZED = (
-    *("start", "counts", "index", "room", "batches", "heads"),
-    *("n_q", "n_kv"),
+    *("start", "counts", "index", "room", "lines", "batches", "heads"),
+    *("items", "n_items", "heavy", "batch", "n_q", "n_kv", "rows"),
+)
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """One of the three kernels that loop over blocks.
+
+    Attributes:
+        text, section, view, merge: its templates.
+        lines: side of the tile that a program holds; it loops over the other side.
+        heads: parameter that counts the heads of the lines.
+        operands: what the loop reads.
+    """
+
+    text: str
+    section: str
+    view: str
+    merge: str
+    lines: str
+    heads: str
+    operands: tuple[Operand | Statistic, ...]
+
+    @property
+    def across(self) -> str:
+        """Side that the loop runs over."""
+        return "kv" if self.lines == "q" else "q"
+
+
+_FORWARD = _Kernel(
+    *(forward.KERNEL, forward.SECTION, forward.VIEW, forward.MERGE),
+    *("q", "q_heads", OVER_KEYS),
+)
+_QUERY = _Kernel(
+    *(backward.QUERY, backward.QUERY_SECTION, backward.QUERY_VIEW, backward.QUERY_MERGE),
+    *("q", "q_heads", OVER_KEYS),
+)
+_KEY_VALUE = _Kernel(
+    *(backward.KEY_VALUE, backward.KEY_VALUE_SECTION),
+    *(backward.KEY_VALUE_VIEW, backward.KEY_VALUE_MERGE),
+    *("kv", "kv_heads", OVER_QUERIES),
 )
 
 
 def kernel_source(spec: KernelSpec) -> str:
-    """The module of a spec: kernels ``forward``, ``backward_query`` and ``backward_key_value``."""
-    over_keys = print_predicate(spec.attention.mask, "kv")
-    over_queries = print_predicate(spec.attention.mask, "q")
+    """The module of a spec: ``forward``, ``backward_*`` and the kernels that merge."""
     tiles = tiles_for(spec)
+    masks = [spec.attention.part_mask(view) for view in spec.attention.parts]
+    over_keys = [print_predicate(mask, "kv") for mask in masks]
+    over_queries = [print_predicate(mask, "q") for mask in masks]
+    helpers = frozenset().union(*(printed.helpers for printed in (*over_keys, *over_queries)))
     parts = [
         _header(spec),
-        *(templates.HELPERS[name] for name in sorted(over_keys.helpers | over_queries.helpers)),
-        _kernel(templates.FORWARD, spec, tiles.forward, over_keys),
-        _kernel(templates.BACKWARD_QUERY, spec, tiles.backward_query, over_keys),
-        _kernel(templates.BACKWARD_KEY_VALUE, spec, tiles.backward_key_value, over_queries),
+        *(common.HELPERS[name] for name in sorted(helpers)),
+        _kernel(_FORWARD, spec, tiles.forward, over_keys),
+        _merge(merge.FORWARD, spec, tiles.forward, "q"),
+        backward.PREPARE,
+        _kernel(_QUERY, spec, tiles.backward_query, over_keys),
+        _merge(merge.SUM, spec, tiles.backward_query, "q"),
+        _kernel(_KEY_VALUE, spec, tiles.backward_key_value, over_queries),
+        _merge(merge.SUM, spec, tiles.backward_key_value, "kv"),
     ]
     return "\n\n".join(parts)
 
@@ -70,11 +129,13 @@ def mask_parameters(mask: MaskExpr) -> tuple[list[list[str]], list[str]]:
 
 def _header(spec: KernelSpec) -> str:
     where = [f"at       {line}" for line in spec.attention.where]
-    return _fill(
-        templates.HEADER,
+    views = [f"view {v}   {view.predicate}" for v, view in enumerate(spec.attention.views)]
+    return fill(
+        common.HEADER,
         NAME=spec.name,
         ARCH=spec.arch,
         MASK=_escaped(str(spec.attention.mask)),
+        VIEWS=[_escaped(line) for line in views],
         WHERE=[*map(_escaped, where), ""],
         SYMBOLS=_legend(spec.attention.mask),
         HEAD_DIM=str(spec.head_dim),
@@ -102,40 +163,104 @@ def _legend(mask: MaskExpr) -> list[str]:
     return lines + [f"  {f's{i}':<12} size, a run-time integer" for i in range(mask.n_sizes)]
 
 
-def _kernel(template: str, spec: KernelSpec, tile: Tile, mask: Printed) -> str:
-    tables, sizes = mask_parameters(spec.attention.mask)
+def _kernel(kernel: _Kernel, spec: KernelSpec, tile: Tile, masks: list[Printed]) -> str:
+    attention = spec.attention
+    tables, sizes = mask_parameters(attention.mask)
+    lists = list_parameters(attention, kernel.lines)
+    if kernel is _KEY_VALUE:
+        lists += statistic_parameters(attention)
+    names = [name.strip() for line in lists for name in line.split(",") if name.strip()]
+    signature = kernel.text.partition("):")[0]
     unspecialized = [
-        *_UNSPECIALIZED,
+        *(name for name in (*_UNSPECIALIZED, kernel.heads) if f" {name}," in signature),
+        *names,
         *(name for group in tables for name in group if "_size" in name),
         *sizes,
     ]
-    over_queries = template is templates.BACKWARD_KEY_VALUE
-    operands: tuple[_Operand | _Statistic, ...] = _OVER_QUERIES if over_queries else _OVER_KEYS
+    tensors = dict.fromkeys(operand.tensor for operand in kernel.operands)
+    described = [
+        ", ".join(f"{tensor}_TILES{suffix}" for tensor in tensors) + ",  # tensor descriptors"
+        for suffix, _ in described_views(spec, kernel.across, tile)
+    ]
+    sections = sections_of(attention, kernel.lines)
+    bodies = [_section(kernel, spec, tile, masks, section) for section in sections]
+    return fill(
+        kernel.text,
+        UNSPECIALIZED="[" + ", ".join(f'"{name}"' for name in unspecialized) + "]",
+        LISTS=lists,
+        DESCRIPTORS=described,
+        PARAMETERS=[", ".join(group) + "," for group in [*tables, sizes] if group],
+        SHAPE=_shape(spec, tile, kernel.lines),
+        SECTIONS=_dispatched(bodies),
+        **_operand_bases(kernel, spec, tile),
+    )
+
+
+def _operand_bases(kernel: _Kernel, spec: KernelSpec, tile: Tile) -> dict[str, list[str]]:
+    """Lines that find the head of each operand, where some view loads it by pointers."""
+    views = spec.attention.parts
+    pointers = not all(descriptors_usable(spec, v, kernel.across, tile) for v in views)
+    return {
+        f"{operand.name}_BASE": operand.base() if pointers else [] for operand in kernel.operands
+    }
+
+
+def _dispatched(bodies: list[str]) -> list[str]:
+    """The bodies one after another, each for its section."""
+    if len(bodies) == 1:
+        return bodies[0].splitlines()
+    lines: list[str] = []
+    for number, body in enumerate(bodies):
+        lines += [f"if SECTION == {number}:", *(f"    {line}" for line in body.splitlines()), ""]
+    return lines[:-1]
+
+
+def _section(
+    kernel: _Kernel,
+    spec: KernelSpec,
+    tile: Tile,
+    masks: list[Printed],
+    section: Section,
+) -> str:
+    extent = tile.m if kernel.lines == "q" else tile.n
+    views = [_view(kernel, spec, tile, masks[v], v) for v in section.views]
+    lines = Lines(section, kernel.lines, extent).holes
+    earlier = fill(kernel.merge, WIDE=lines["WIDE"]).splitlines() if section.number else []
+    return fill(
+        kernel.section,
+        TITLE=f"Section {section.number}: blocks of "
+        f"{'queries' if kernel.lines == 'q' else 'keys'} in {section.order}.",
+        VIEWS="\n\n".join(views).splitlines(),
+        MERGE=earlier,
+        **lines,
+        **_operand_bases(kernel, spec, tile),
+    )
+
+
+def _view(kernel: _Kernel, spec: KernelSpec, tile: Tile, mask: Printed, number: int) -> str:
+    view = spec.attention.parts[number]
+    order, extent = (view.kv, tile.n) if kernel.across == "kv" else (view.q, tile.m)
+    described = descriptors_usable(spec, view, kernel.across, tile)
+    blocks = Blocks(number, order, kernel.across, extent, described)
     inside, masked = list(mask.inside), []
-    kept = [] if over_queries else ["(kv < n_kv)"]
+    kept = ["(kv < n_kv)"] if kernel.across == "kv" else []
     if mask.keep:
         inside.append(f"keep = {mask.keep}")
         kept.insert(0, "keep")
     if kept:
         masked.append(f'score = tl.where({" & ".join(kept)}, score, float("-inf"))')
-    holes: dict[str, str | list[str]] = {}
-    for operand in operands:
-        holes[f"{operand.name}_BASE"] = operand.base(tile)
-        holes[f"LOAD_{operand.name}"] = operand.load(tile, checked=False)
-        holes[f"LOAD_{operand.name}_CHECKED"] = operand.load(tile, checked=True)
-    described = dict.fromkeys(f"{operand.tensor}_TILES" for operand in operands)
-    descriptors = [", ".join(described) + ",  # tensor descriptors"] if tile.descriptors else []
-    return _fill(
-        template,
-        UNSPECIALIZED=_listed(unspecialized),
-        PARAMETERS=[", ".join(group) + "," for group in [*tables, sizes] if group],
+    holes: dict[str, str | list[str]] = blocks.holes()
+    for operand in kernel.operands:
+        holes[f"LOAD_{operand.name}"] = operand.load(blocks, checked=False)
+        holes[f"LOAD_{operand.name}_CHECKED"] = operand.load(blocks, checked=True)
+    return fill(
+        kernel.view,
+        TITLE=title(view, number, len(spec.attention.parts)),
         BEFORE=list(mask.before),
         PARTIAL_RANGE=_partial_range(mask, tile),
-        SHAPE=_shape(spec, tile, over_queries),
         INSIDE=inside,
         MASKED=masked,
         PRECISION=', input_precision="ieee"' if spec.dtype == "float32" else "",
-        DESCRIPTORS=descriptors,
         **holes,
     )
 
@@ -145,113 +270,37 @@ def _partial_range(mask: Printed, tile: Tile) -> str:
     somewhere, or fewer programs fit a multiprocessor."""
     looks_up = any("tl.load" in line for line in mask.inside)
     if looks_up and tile.stages > 2:
-        return f"tl.range(0, n_partial * STEPS, num_stages={tile.stages - 1})"
-    return "range(0, n_partial * STEPS)"
+        return f"tl.range(begin * STEPS, end * STEPS, num_stages={tile.stages - 1})"
+    return "range(begin * STEPS, end * STEPS)"
 
 
-def _shape(spec: KernelSpec, tile: Tile, over_queries: bool) -> list[str]:
+def _shape(spec: KernelSpec, tile: Tile, lines: str) -> list[str]:
     attention = spec.attention
-    steps = attention.block_q // tile.m if over_queries else attention.block_kv // tile.n
+    counts = {"q": attention.block_q // tile.m, "kv": attention.block_kv // tile.n}
+    across = "kv" if lines == "q" else "q"
     return [
         f"TILE_M: tl.constexpr = {tile.m}  # {tile.warps} warps, {tile.stages} stages",
         f"TILE_N: tl.constexpr = {tile.n}",
-        f"STEPS: tl.constexpr = {steps}  # tiles to a block",
+        f"STEPS: tl.constexpr = {counts[across]}  # tiles to a block of the loop",
+        f"SUBTILES: tl.constexpr = {counts[lines]}  # programs to a line",
     ]
 
 
-def _listed(names: list[str]) -> str:
-    return "[" + ", ".join(f'"{name}"' for name in names) + "]"
-
-
-@dataclass(frozen=True)
-class _Operand:
-    """A matrix whose tiles a loop reads.
-
-    Attributes:
-        name: parameter that holds it.
-        dim: which of the feature dimensions it has.
-        head: which of its heads a program reads.
-        first, n, tile: first row of a tile, number of rows, rows of a tile.
-    """
-
-    name: str
-    dim: str
-    head: str
-    first: str
-    n: str
-    tile: str
-
-    @property
-    def tensor(self) -> str:
-        """Parameter that holds it."""
-        return self.name
-
-    def base(self, tile: Tile) -> list[str]:
-        """Lines before the loop."""
-        if tile.descriptors:
-            return []
-        strides = f"{self.name.lower()}_stride_b, {self.name.lower()}_stride_h"
-        return [f"{self.name}_HEAD = head({self.name}, b, {self.head}, {strides})"]
-
-    def load(self, tile: Tile, checked: bool) -> str:
-        """Expression for a tile."""
-        if tile.descriptors:
-            where, shape = f"[b, {self.head}, {self.first}, 0]", f"[{self.tile}, {self.dim}_PAD]"
-            return f"{self.name}_TILES.load({where}).reshape({shape})"
-        rows = f"{self.first}, {self.n}, {self.name.lower()}_stride_n, {self.tile}"
-        return f"load_tile({self.name}_HEAD, {rows}, {self.dim}_DIM, {self.dim}_PAD, {checked})"
-
-
-@dataclass(frozen=True)
-class _Statistic:
-    """A number per query that a loop over queries reads; STATISTICS holds one after another.
-
-    Attributes:
-        name: what it is called.
-        number: which statistic it is.
-    """
-
-    name: str
-    number: int
-    tensor: str = "STATISTICS"
-
-    def base(self, tile: Tile) -> list[str]:
-        """Lines before the loop."""
-        if tile.descriptors:
-            return []
-        row = f"({self.number} * tl.num_programs(2) + b) * tl.num_programs(1) * GROUP + h"
-        rows = "tl.cdiv(n_q, BLOCK_Q).to(tl.int64) * BLOCK_Q"
-        return [f"{self.name} = STATISTICS + ({row}) * ({rows})"]
-
-    def load(self, tile: Tile, checked: bool) -> str:
-        """Expression for those of a tile. They exist for whole blocks: nothing to check."""
-        if tile.descriptors:
-            return f"STATISTICS_TILES.load([{self.number}, b, h, q0]).reshape([TILE_M])"
-        return f"tl.load({self.name} + rows)"
-
-
-_OVER_KEYS = (
-    _Operand("K", "HEAD", "h // GROUP", "kv0", "n_kv", "TILE_N"),
-    _Operand("V", "VALUE", "h // GROUP", "kv0", "n_kv", "TILE_N"),
-)
-_OVER_QUERIES = (
-    _Operand("Q", "HEAD", "h", "q0", "n_q", "TILE_M"),
-    _Operand("GRAD_OUT", "VALUE", "h", "q0", "n_q", "TILE_M"),
-    _Statistic("LSE", 0),
-    _Statistic("DELTA", 1),
-)
-
-
-def _fill(template: str, **holes: str | list[str]) -> str:
-    """The template with its holes filled; a list fills whole lines, indented like the hole."""
-
-    def filled(match: re.Match[str]) -> str:
-        indent, alone, inline = match.groups()
-        if inline:
-            return str(holes[inline])
-        value = holes[alone]
-        block = [value] if isinstance(value, str) else value
-        return "".join(f"{indent}{line}".rstrip() + "\n" for line in block)
-
-    # One pass, so that what fills a hole is never searched for holes.
-    return re.sub(r"^( *)\$([A-Z_]+)\n|\$([A-Z_]+)", filled, template, flags=re.MULTILINE)
+def _merge(template: str, spec: KernelSpec, tile: Tile, lines: str) -> str:
+    """A kernel that merges the parts of split lines; their rows follow from the section."""
+    extent = tile.m if lines == "q" else tile.n
+    rows: list[str] = []
+    sections = sections_of(spec.attention, lines)
+    for section in sections:
+        holes = Lines(section, lines, extent).holes
+        body = [f"first = {holes['FIRST']}", f"row = {holes['ROW']}"]
+        if len(sections) > 1:
+            body = [f"if SECTION == {section.number}:", *(f"    {line}" for line in body)]
+        rows += body
+    return fill(
+        template,
+        WHAT="query" if lines == "q" else "key_value",
+        SHAPE=[*_shape(spec, tile, lines), f"TILE: tl.constexpr = {extent}"],
+        BASES=base_parameters(spec.attention),
+        ROWS=rows,
+    )

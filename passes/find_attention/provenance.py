@@ -8,8 +8,11 @@ import re
 import torch
 from torch.fx import Node
 
+from sparse_compile import annotate
+
 _FRAME = re.compile(r'File "(?P<path>[^"]+)", line (?P<line>\d+), in (?P<function>.+)')
 _TORCH = os.path.dirname(torch.__file__) + os.sep
+_WRAPPER = annotate.__file__
 _KEPT = 3
 
 
@@ -19,6 +22,6 @@ def where(node: Node) -> tuple[str, ...]:
     lines = [
         f"{os.path.basename(frame['path'])}:{frame['line']} in {frame['function'].strip()}"
         for frame in frames
-        if not frame["path"].startswith(_TORCH)
+        if not frame["path"].startswith(_TORCH) and frame["path"] != _WRAPPER
     ]
     return tuple(lines[-_KEPT:])

@@ -1,6 +1,9 @@
 """Predicates over attention coordinates: nodes, folding, text, evaluation."""
 
-from sparse_compile.expr.evaluate import evaluate
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from sparse_compile.expr.fold import Algebra, UnsupportedNode, fold
 from sparse_compile.expr.mask_expr import MaskExpr
 from sparse_compile.expr.nodes import (
@@ -19,6 +22,9 @@ from sparse_compile.expr.nodes import (
     table_index,
 )
 from sparse_compile.expr.text import from_text, to_text
+
+if TYPE_CHECKING:
+    from sparse_compile.expr.evaluation import evaluate
 
 __all__ = [
     "COORDINATES",
@@ -42,3 +48,12 @@ __all__ = [
     "table_index",
     "to_text",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Evaluation needs torch; predicates, and the patterns made of them, do not.
+    if name != "evaluate":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from sparse_compile.expr.evaluation import evaluate
+
+    return evaluate

@@ -3,7 +3,9 @@
 from sparse_compile.layout.block_layout import EMPTY, FULL, PARTIAL, BlockLayout, BlockLists
 from sparse_compile.layout.build import build_layout, packed_length
 from sparse_compile.layout.density import density, mask_pairs
+from sparse_compile.layout.layout import Layout, build, static_layout, unpack
 from sparse_compile.layout.picture import picture
+from sparse_compile.layout.schedule import Schedule, make_schedule
 from sparse_compile.layout.superset import Problem
 
 __all__ = [
@@ -12,10 +14,16 @@ __all__ = [
     "PARTIAL",
     "BlockLayout",
     "BlockLists",
+    "Layout",
     "Problem",
+    "Schedule",
+    "build",
     "build_layout",
     "density",
+    "make_schedule",
     "mask_pairs",
     "packed_length",
     "picture",
+    "static_layout",
+    "unpack",
 ]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+
+from sparse_compile.view import Order, natural
 
 #: How a block of the score matrix relates to the mask.
 EMPTY, PARTIAL, FULL = 0, 1, 2
@@ -26,11 +28,14 @@ class BlockLists:
         counts: int32 [classes, lines, 2]; how many PARTIAL and how many FULL blocks.
         index: int32 [classes, start[-1]]; block numbers, each line's PARTIAL ones first, both kinds
             ascending. Room that a class does not use holds 0 and is never read.
+        room: int64 [lines] on the CPU: the most blocks that a class visits in each line, where that
+            is known without asking the device.
     """
 
     start: Tensor
     counts: Tensor
     index: Tensor
+    room: Tensor | None = field(default=None, repr=False, compare=False)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """``(start, counts, index)``."""
@@ -60,7 +65,8 @@ class BlockLayout:
 
     Attributes:
         n_q, n_kv: length of the sequences, in tokens.
-        block_q, block_kv: block shape, in tokens. The last block of a ragged length sticks out.
+        q, kv: how the tokens of each side are put into blocks. Where the length does not fill
+            them, blocks stick out.
         batches, heads: number of classes along each dimension.
         rows: for each query block, its key blocks.
         cols: for each key block, its query blocks: the exact transpose of ``rows``.
@@ -68,12 +74,22 @@ class BlockLayout:
 
     n_q: int
     n_kv: int
-    block_q: int
-    block_kv: int
+    q: Order
+    kv: Order
     batches: int
     heads: int
     rows: BlockLists
     cols: BlockLists
+
+    @property
+    def block_q(self) -> int:
+        """Queries per block."""
+        return self.q.block
+
+    @property
+    def block_kv(self) -> int:
+        """Keys per block."""
+        return self.kv.block
 
     @property
     def classes(self) -> int:
@@ -83,7 +99,11 @@ class BlockLayout:
     @property
     def grid(self) -> tuple[int, int]:
         """Number of query blocks and of key blocks."""
-        return -(-self.n_q // self.block_q), -(-self.n_kv // self.block_kv)
+        return self.q.blocks(self.n_q), self.kv.blocks(self.n_kv)
+
+    def rooms(self, axis: str) -> Tensor | None:
+        """:attr:`BlockLists.room` of the lines that are blocks of ``axis``."""
+        return (self.rows if axis == "q" else self.cols).room
 
     @property
     def nnz_blocks(self) -> int:
@@ -99,7 +119,12 @@ class BlockLayout:
     @property
     def visited_pairs(self) -> int:
         """(q, kv) pairs inside visited blocks, counting only pairs that exist."""
-        return int((self.kinds().ne(EMPTY) * self._block_areas()).sum())
+        height, width = existing(self.q, self.n_q), existing(self.kv, self.n_kv)
+        total = 0
+        for c in range(self.classes):
+            line, block, _ = (part.cpu() for part in self.rows.entries(c))
+            total += int((height[line] * width[block]).sum())
+        return total
 
     @property
     def nbytes(self) -> int:
@@ -117,12 +142,6 @@ class BlockLayout:
             line, block, kind = (part.cpu() for part in self.rows.entries(c))
             dense[c, line, block] = kind.to(torch.int8)
         return dense
-
-    def _block_areas(self) -> Tensor:
-        n_rows, n_cols = self.grid
-        height = (self.n_q - torch.arange(n_rows) * self.block_q).clamp(max=self.block_q)
-        width = (self.n_kv - torch.arange(n_cols) * self.block_kv).clamp(max=self.block_kv)
-        return height[:, None] * width[None, :]
 
     def to(self, device: torch.device | str) -> BlockLayout:
         """The same layout on another device."""
@@ -152,13 +171,14 @@ class BlockLayout:
         packed: Tensor,
         n_q: int,
         n_kv: int,
-        block_q: int,
-        block_kv: int,
+        q: Order | int,
+        kv: Order | int,
         batches: int,
         heads: int,
     ) -> BlockLayout:
         """Views into a :meth:`pack` vector; no copy, no synchronisation."""
-        rows, cols, classes = -(-n_q // block_q), -(-n_kv // block_kv), batches * heads
+        q, kv = (natural(order) if isinstance(order, int) else order for order in (q, kv))
+        rows, cols, classes = q.blocks(n_q), kv.blocks(n_kv), batches * heads
         fixed = [rows + 1, cols + 1, classes * rows * 2, classes * cols * 2]
         capacity = (packed.numel() - sum(fixed)) // 2
         r_start, c_start, r_counts, c_counts, r_index, c_index = torch.split(
@@ -167,10 +187,18 @@ class BlockLayout:
         return BlockLayout(
             n_q,
             n_kv,
-            block_q,
-            block_kv,
+            q,
+            kv,
             batches,
             heads,
             BlockLists(r_start, r_counts.view(classes, rows, 2), r_index.view(classes, -1)),
             BlockLists(c_start, c_counts.view(classes, cols, 2), c_index.view(classes, -1)),
         )
+
+
+def existing(order: Order, n: int) -> Tensor:
+    """int64 [blocks]: how many tokens of each block exist in a sequence of ``n``."""
+    if order.is_natural:
+        return (n - torch.arange(order.blocks(n)) * order.block).clamp(max=order.block)
+    base = order.base(torch.arange(order.blocks(n)), n)
+    return (base[:, None] + torch.tensor(order.offsets()) < n).sum(1)

@@ -20,6 +20,7 @@ from sparse_compile.layout.candidates import Candidates, candidates
 from sparse_compile.layout.intervals import Bound, Span
 from sparse_compile.layout.superset import Problem, static_layout
 from sparse_compile.layout.table_bounds import BlockBounds
+from sparse_compile.view import Order
 
 #: Classes are classified together up to this many blocks, to bound the temporaries.
 _BLOCKS_AT_ONCE = 1 << 22
@@ -32,8 +33,8 @@ def build_layout(
     heads: int,
     n_q: int,
     n_kv: int,
-    block_q: int,
-    block_kv: int,
+    block_q: int | Order,
+    block_kv: int | Order,
     tables: Sequence[Tensor] = (),
     sizes: Sequence[int] = (),
     device: torch.device | str = "cpu",
@@ -50,8 +51,8 @@ def build_layout(
         heads: number of query heads; likewise.
         n_q: number of queries, 0 or more.
         n_kv: number of keys, 0 or more.
-        block_q: queries per block.
-        block_kv: keys per block.
+        block_q: queries per block, or the order that puts them into blocks.
+        block_kv: keys per block, likewise.
         tables: the tensors ``t0, t1, ...`` on ``device``, bool or integer.
         sizes: the integers ``s0, s1, ...``.
         device: where the lists are made.
@@ -81,9 +82,10 @@ def packed_length(problem: Problem) -> int:
     """Elements of :meth:`BlockLayout.pack` of a problem's layout, from host values alone.
 
     >>> from sparse_compile.expr import KV, Q
-    >>> sizes = dict(n_q=64, n_kv=64, block_q=16, block_kv=32)
-    >>> problem = Problem(MaskExpr(KV <= Q).text, (), 1, 1, **sizes)
-    >>> layout = build_layout(MaskExpr(KV <= Q), batch=1, heads=1, **sizes)
+    >>> problem = Problem.of(MaskExpr(KV <= Q), (), 1, 1, (64, 64), (16, 32))
+    >>> layout = build_layout(
+    ...     MaskExpr(KV <= Q), batch=1, heads=1, n_q=64, n_kv=64, block_q=16, block_kv=32
+    ... )
     >>> packed_length(problem) == layout.pack().numel()
     True
     """
@@ -112,7 +114,7 @@ def _kinds(
 ) -> Tensor:
     """int8 [k, n]: the kinds of the classes with the coordinates int64 ``b, h`` [k, 1]."""
     must, may = problem.verdict(
-        found.tokens,
+        found.digits,
         Span(b, b, 0, problem.batches),
         Span(h, h, 0, problem.heads),
         functools.partial(bounds.lookup, {Q: found.r, KV: found.c}),
@@ -156,8 +158,8 @@ def _assembled(problem: Problem, found: Candidates, counts: Tensor, index: Tenso
     return BlockLayout(
         problem.n_q,
         problem.n_kv,
-        problem.block_q,
-        problem.block_kv,
+        problem.q,
+        problem.kv,
         problem.batches,
         problem.heads,
         BlockLists(found.row_start, row_counts, row_index),

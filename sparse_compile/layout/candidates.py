@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_compile.layout.superset import Problem, line_starts, rectangles, runs
+from sparse_compile.layout.superset import Digits, Problem, line_starts, rectangles, runs
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Candidates:
     Attributes:
         b, h: int64 [classes, 1]; the coordinates of each class.
         r, c: int64 [n]; the blocks, by rows.
-        tokens: int64 [n] each; the first and last query and the first and last key of each block.
+        digits: bounds of the digits of the queries and keys of each block.
         whole: bool [n]; which blocks do not stick out.
         source: int64 [2n]; which candidate stands at each place.
         line: int64 [2n]; the line of each place.
@@ -34,7 +34,7 @@ class Candidates:
     h: Tensor
     r: Tensor
     c: Tensor
-    tokens: tuple[Tensor, Tensor, Tensor, Tensor]
+    digits: Digits
     whole: Tensor
     source: Tensor
     line: Tensor
@@ -50,9 +50,7 @@ class Candidates:
 
     def to(self, device: torch.device) -> Candidates:
         """The same candidates on another device."""
-        moved = {name: part.to(device) for name, part in vars(self).items() if name != "tokens"}
-        q_first, q_last, kv_first, kv_last = (part.to(device) for part in self.tokens)
-        return Candidates(tokens=(q_first, q_last, kv_first, kv_last), **moved)
+        return Candidates(**{name: part.to(device) for name, part in vars(self).items()})
 
 
 @functools.lru_cache(maxsize=64)
@@ -72,7 +70,7 @@ def candidates(problem: Problem, device: torch.device) -> Candidates:
         number % max(problem.heads, 1),
         r,
         c,
-        problem.tokens(r, c),
+        problem.digits(r, c),
         problem.whole(r, c),
         torch.cat([torch.arange(r.numel()), by_col]),
         torch.cat([r, c[by_col] + rows]),

@@ -13,6 +13,16 @@ import sympy
 from sympy.core.relational import Eq, Ne, Relational
 
 from sparse_compile.expr import COORDINATES, FloorMod, is_table
+from sparse_compile.expr.digits import in_digits
+from sparse_compile.view import Order
+
+
+def canonical_in(predicate: sympy.Basic, q: Order, kv: Order) -> sympy.Basic:
+    """:func:`canonical`, over the digits of these orders."""
+    plain = canonical(predicate)
+    if q.is_natural and kv.is_natural:
+        return plain
+    return in_digits(plain, q.radices, kv.radices, q.windows, kv.windows)
 
 
 @functools.lru_cache(maxsize=1024)

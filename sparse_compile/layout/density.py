@@ -62,13 +62,13 @@ def _partial_pairs(
     r, k, kind = layout.rows.entries(c)
     r, k = r[kind == PARTIAL], k[kind == PARTIAL]
     b, h = (torch.tensor(value, device=r.device) for value in divmod(c, layout.heads))
-    within_q = torch.arange(layout.block_q, device=r.device)[:, None]
-    within_kv = torch.arange(layout.block_kv, device=r.device)
+    within_q = torch.tensor(layout.q.offsets(), device=r.device)[:, None]
+    within_kv = torch.tensor(layout.kv.offsets(), device=r.device)
     at_once = max(1, _PAIRS_AT_ONCE // (layout.block_q * layout.block_kv))
     total = 0
     for rows, cols in zip(torch.split(r, at_once), torch.split(k, at_once), strict=True):
-        q = rows[:, None, None] * layout.block_q + within_q
-        kv = cols[:, None, None] * layout.block_kv + within_kv
+        q = layout.q.base(rows, layout.n_q)[:, None, None] + within_q
+        kv = layout.kv.base(cols, layout.n_kv)[:, None, None] + within_kv
         where = {"b": b, "h": h, "q": q, "kv": kv}
         allowed = evaluate(mask, where, layout.n_q, layout.n_kv, tables, sizes)
         total += int(((q < layout.n_q) & (kv < layout.n_kv) & allowed).sum())

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from sparse_compile.expr import B, H, MaskExpr
+from sparse_compile.expr.digits import digit_names
 from sparse_compile.layout.block_layout import BlockLayout, BlockLists
-from sparse_compile.layout.canonical import canonical
+from sparse_compile.layout.canonical import canonical_in
 from sparse_compile.layout.intervals import Bound, Lookup, Span, dtype_span, point, span
+from sparse_compile.view import Order, natural
 
 #: Subdivision starts with about this many rectangles: fewer cost the same time in one launch.
 _FIRST_RECTANGLES = 4096
@@ -30,7 +32,8 @@ class Problem:
         text: the mask, as :attr:`MaskExpr.text`.
         sizes: the values of ``s0, s1, ...``.
         batches, heads: the number of values that ``b`` and ``h`` take; 1 if the mask ignores them.
-        n_q, n_kv, block_q, block_kv: as in :class:`BlockLayout`.
+        n_q, n_kv: as in :class:`BlockLayout`.
+        q, kv: how the tokens of each side are put into blocks.
     """
 
     text: str
@@ -39,8 +42,8 @@ class Problem:
     heads: int
     n_q: int
     n_kv: int
-    block_q: int
-    block_kv: int
+    q: Order
+    kv: Order
 
     @staticmethod
     def of(
@@ -49,12 +52,13 @@ class Problem:
         batch: int,
         heads: int,
         lengths: tuple[int, int],
-        blocks: tuple[int, int],
+        blocks: tuple[int | Order, int | Order],
     ) -> Problem:
-        """The problem of a call."""
+        """The problem of a call; a number in ``blocks`` means runs of that many tokens."""
         by_batch, by_head = _class_coordinates(mask.text)
         batches, heads = batch if by_batch else 1, heads if by_head else 1
-        return Problem(mask.text, sizes, batches, heads, *lengths, *blocks)
+        q, kv = (natural(order) if isinstance(order, int) else order for order in blocks)
+        return Problem(mask.text, sizes, batches, heads, *lengths, q, kv)
 
     @property
     def mask(self) -> MaskExpr:
@@ -64,7 +68,7 @@ class Problem:
     @property
     def grid(self) -> tuple[int, int]:
         """Number of query blocks and of key blocks."""
-        return -(-self.n_q // self.block_q), -(-self.n_kv // self.block_kv)
+        return self.q.blocks(self.n_q), self.kv.blocks(self.n_kv)
 
     @property
     def classes(self) -> int:
@@ -76,19 +80,15 @@ class Problem:
         """Whether the layout is known before any tensor is read, and the same for every class."""
         return self.classes == 1 and not self.mask.tables
 
-    def tokens(self, r: Tensor, c: Tensor, size: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``(q_first, q_last, kv_first, kv_last)`` of squares of ``size`` blocks at block (r, c).
-
-        Cut at the lengths.
-        """
-        q_last = ((r + size) * self.block_q).clamp(max=self.n_q) - 1
-        kv_last = ((c + size) * self.block_kv).clamp(max=self.n_kv) - 1
-        return r * self.block_q, q_last, c * self.block_kv, kv_last
+    def digits(self, r: Tensor, c: Tensor, size: int = 1) -> Digits:
+        """The digits of the tokens in squares of ``size`` blocks at block (r, c)."""
+        q = _cut(self.q, self.n_q, _digits(self.q, self.n_q, r, size))
+        kv = _cut(self.kv, self.n_kv, _digits(self.kv, self.n_kv, c, size))
+        return Digits(q, kv)
 
     def whole(self, r: Tensor, c: Tensor, size: int = 1) -> Tensor:
         """Which of these squares lie inside the lengths, no block sticking out."""
-        inside_q = (r + size) * self.block_q <= self.n_q
-        return inside_q & ((c + size) * self.block_kv <= self.n_kv)
+        return _whole(self.q, self.n_q, r, size) & _whole(self.kv, self.n_kv, c, size)
 
     def scalars(self) -> dict[str, Span]:
         """The spans of ``n_q``, ``n_kv`` and the sizes."""
@@ -98,22 +98,84 @@ class Problem:
 
     def verdict(
         self,
-        tokens: tuple[Tensor, Tensor, Tensor, Tensor],
+        digits: Digits,
         b: Span,
         h: Span,
         lookup: Lookup,
     ) -> tuple[Bound, Bound]:
-        """Whether the predicate must and may hold in each rectangle of :meth:`tokens`."""
-        q_first, q_last, kv_first, kv_last = tokens
-        symbols = {
-            "b": b,
-            "h": h,
-            "q": Span(q_first, q_last, 1, self.n_q),
-            "kv": Span(kv_first, kv_last, 1, self.n_kv),
-            **self.scalars(),
-        }
-        truth = span(canonical(self.mask.predicate), symbols, lookup)
+        """Whether the predicate must and may hold in each square of :meth:`digits`."""
+        symbols = {"b": b, "h": h, **self.scalars()}
+        for axis, side, order, n in (
+            ("q", digits.q, self.q, self.n_q),
+            ("kv", digits.kv, self.kv, self.n_kv),
+        ):
+            # Lookups are indexed by tokens, everything else is in digits.
+            low, high = (
+                sum(end * stride for end, stride in zip(ends, order.strides, strict=True))
+                for ends in zip(*side, strict=True)
+            )
+            symbols[axis] = Span(low, high, 1, n + order.strides[0])
+            symbols |= {
+                name: Span(lo, hi, 1, n + 1)
+                for name, (lo, hi) in zip(digit_names(axis, len(side)), side, strict=True)
+            }
+        truth = span(canonical_in(self.mask.predicate, self.q, self.kv), symbols, lookup)
         return truth.lo, truth.hi
+
+
+#: For each digit of one side, its least and greatest value in each square; int64 [n] each.
+Side = tuple[tuple[Tensor, Tensor], ...]
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Bounds of the digits of queries and keys in squares of blocks."""
+
+    q: Side
+    kv: Side
+
+    def to(self, device: torch.device) -> Digits:
+        """The same bounds on another device."""
+        moved = (
+            tuple((lo.to(device), hi.to(device)) for lo, hi in side) for side in (self.q, self.kv)
+        )
+        return Digits(*moved)
+
+
+def _digits(order: Order, n: int, first: Tensor, size: int) -> Side:
+    """Bounds of the digits in blocks ``first, ..., first + size - 1``, existing or not."""
+    counts = order.counts(n)
+    low, high = first, first + (size - 1)
+    ends: dict[int, tuple[Tensor, Tensor]] = {}
+    for position in reversed(range(1, len(order.nesting))):
+        k = order.nesting[position]
+        count = max(counts[k], 1)
+        lower, upper, low, high = low % count, high % count, low // count, high // count
+        # Blocks of several outer digits run through all of the inner one.
+        one_turn = low == high
+        ends[k] = torch.where(one_turn, lower, 0), torch.where(one_turn, upper, count - 1)
+    ends[order.nesting[0]] = low, high
+    starts = (0, *(lo for lo, _ in order.windows))
+    return tuple(
+        (start + ends[k][0] * extent, start + ends[k][1] * extent + (extent - 1))
+        for k, (start, extent) in enumerate(zip(starts, order.box, strict=True))
+    )
+
+
+def _cut(order: Order, n: int, side: Side) -> Side:
+    """The same bounds without what lies beyond the length."""
+    last = -(-n // order.strides[0]) - 1
+    highest = (last, *(hi - 1 for _, hi in order.windows))
+    return tuple((lo, hi.clamp(max=most)) for (lo, hi), most in zip(side, highest, strict=True))
+
+
+def _whole(order: Order, n: int, first: Tensor, size: int) -> Tensor:
+    """Whether these blocks, and all their tokens, exist."""
+    side = _digits(order, n, first, size)
+    last = torch.zeros_like(first)
+    for (_, hi), stride in zip(side, order.strides, strict=True):
+        last = last + hi * stride
+    return (first + size <= order.blocks(n)) & (last < n)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -168,8 +230,9 @@ def _classify(problem: Problem, r: Tensor, c: Tensor, size: int) -> tuple[Tensor
     b = Span(0, problem.batches - 1, 1, problem.batches)
     h = Span(0, problem.heads - 1, 1, problem.heads)
     dtypes = problem.mask.tables
-    tokens = problem.tokens(r, c, size)
-    must, may = problem.verdict(tokens, b, h, lambda index, *_: dtype_span(dtypes[index]))
+    must, may = problem.verdict(
+        problem.digits(r, c, size), b, h, lambda index, *_: dtype_span(dtypes[index])
+    )
     full = problem.whole(r, c, size) & must
     return full, torch.ones_like(full) & may & ~full
 
@@ -245,8 +308,8 @@ def static_layout(problem: Problem, device: torch.device) -> BlockLayout:
     return BlockLayout(
         problem.n_q,
         problem.n_kv,
-        problem.block_q,
-        problem.block_kv,
+        problem.q,
+        problem.kv,
         1,
         1,
         _lists(rects, rows, cols),

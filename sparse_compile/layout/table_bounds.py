@@ -12,6 +12,7 @@ from torch import Tensor
 from sparse_compile.expr import KV, B, FloorDiv, FloorMod, H, Q
 from sparse_compile.layout.intervals import WIDE, Span, point, span
 from sparse_compile.layout.superset import Problem
+from sparse_compile.view import Order
 
 _ARITHMETIC = (sympy.Add, sympy.Mul, sympy.Abs, sympy.Min, sympy.Max)
 
@@ -78,12 +79,11 @@ class BlockBounds:
         self, axis: sympy.Symbol, expr: sympy.Expr, lo: Tensor, hi: Tensor, dim: int
     ) -> tuple[Tensor, Tensor]:
         problem = self.problem
-        length, block = problem.n_kv, problem.block_kv
-        if axis == Q:
-            length, block = problem.n_q, problem.block_q
-        count = -(-length // block)
-        if expr != axis or lo.shape[dim] != length or length % block:
-            tokens = torch.arange(count * block, device=lo.device).clamp(max=length - 1)
+        length, order = (problem.n_q, problem.q) if axis == Q else (problem.n_kv, problem.kv)
+        count, block = order.blocks(length), order.block
+        if not (order.is_natural and expr == axis and lo.shape[dim] == length == count * block):
+            # Tokens that do not exist count as a neighbour that does.
+            tokens = tokens_of(order, length, lo.device).flatten()
             symbols = {axis.name: point(tokens, length), **problem.scalars()}
             # Over a rectangle of one token an interval is the value itself.
             read = span(expr, symbols).lo
@@ -124,3 +124,11 @@ def _is_exact(node: sympy.Basic) -> bool:
     if isinstance(node, (FloorDiv, FloorMod)):
         return not node.args[1].free_symbols & {B, H, Q, KV}
     return node.is_Symbol or node.is_Integer or isinstance(node, _ARITHMETIC)
+
+
+@functools.lru_cache(maxsize=64)
+def tokens_of(order: Order, n: int, device: torch.device) -> Tensor:
+    """int64 [blocks, block]: the tokens of every block, those past the end as the block's first."""
+    base = order.base(torch.arange(order.blocks(n)), n)[:, None]
+    tokens = base + torch.tensor(order.offsets())
+    return torch.where(tokens < n, tokens, base.clamp(max=n - 1)).to(device)

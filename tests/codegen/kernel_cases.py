@@ -25,8 +25,9 @@ from sparse_compile.expr import (
     table,
 )
 from sparse_compile.expr import size_symbol as size
-from sparse_compile.layout import build_layout
+from sparse_compile.layout import build
 from sparse_compile.spec import AttentionSpec
+from sparse_compile.view import Order, View, natural
 from tests.tolerance import assert_close_as_eager, relative_error
 
 T0, T1 = table(0), table(1)
@@ -48,6 +49,7 @@ class Case:
     tables: Callable[[Case, torch.device], list[Tensor]] = lambda case, device: []
     sizes: tuple[int, ...] = ()
     scale: float = 0.2
+    views: tuple[View, ...] = ()
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -147,19 +149,103 @@ CASES = [
 ]
 
 
+def residues(s: int, block: int) -> Order:
+    """The residue classes modulo ``s``."""
+    return Order((block, 1), (s,), (1, 0))
+
+
+def _views(block: int = 32) -> list[Case]:
+    """Masks in views: their orders of queries, of keys and of both differ from the plain one."""
+    plain, classes = natural(block), residues(5, block)
+    near, strided = CAUSAL.predicate & (Q - KV < 12), sympy.Eq(FloorMod(Q - KV, 5), 0) & (KV <= Q)
+    chunk = sympy.Eq(FloorDiv(Q, 40), FloorDiv(KV, 40))
+    columns = Order((block // 8, 8), (40,), (0, 1), ((32, 40),))
+    summary = FloorMod(KV, 40) >= 32
+    row, column = (
+        sympy.Eq(digit(Q, 12), digit(KV, 12)) for digit in (FloorDiv, FloorMod)
+    )
+    tile = Order((block // 4, 4), (12,), (0, 1))
+    square = (sympy.Abs(FloorDiv(Q, 12) - FloorDiv(KV, 12)) <= 1) & (
+        sympy.Abs(FloorMod(Q, 12) - FloorMod(KV, 12)) <= 2
+    )
+    whole = square & sympy.Eq(T0(B, Q), T0(B, KV))
+    shared = {"block": (block, block), "n": (150, 150)}
+    return [
+        Case(
+            "strided in two views",
+            MaskExpr(near | strided),
+            views=(View(near, plain, plain), View(strided & ~near, classes, classes)),
+            heads=(4, 2),
+            **shared,
+        ),
+        Case(
+            "residues alone",
+            MaskExpr(strided),
+            views=(View(strided, classes, classes),),
+            dtype=torch.bfloat16,
+            **shared,
+        ),
+        Case(
+            "columns with the same queries",
+            MaskExpr(CAUSAL.predicate & (chunk | summary)),
+            views=(
+                View(CAUSAL.predicate & chunk, plain, plain),
+                View(CAUSAL.predicate & summary & ~chunk, plain, columns),
+            ),
+            dtype=torch.float16,
+            heads=(3, 1),
+            **shared,
+        ),
+        Case(
+            "axial",
+            MaskExpr(row | column),
+            views=(
+                View(row, plain, plain),
+                View(column & ~row, residues(12, block), residues(12, block)),
+            ),
+            **shared,
+        ),
+        Case(
+            "tiles of a grid, and documents",
+            MaskExpr(whole, ("int64",)),
+            views=(View(whole, tile, tile),),
+            tables=documents,
+            batch=2,
+            **shared,
+        ),
+        Case(
+            "rows of a few queries",
+            MaskExpr(summary.subs(KV, Q)),
+            views=(View(summary.subs(KV, Q), columns, plain),),
+            **shared,
+        ),
+    ]
+
+
+CASES += [
+    *_views(),
+    Case(
+        "global tokens, split",
+        MaskExpr((sympy.Abs(Q - KV) <= 4) | (Q < 3) | (KV < 3)),
+        n=(700, 700),
+        block=(16, 16),
+        heads=(1, 1),
+    ),
+]
+
+
 def check(case: Case, device: torch.device) -> None:
     """Output, log-sum-exp and all gradients against fp64, by the rule of tests/tolerance.py."""
     q, k, v, grad_out, grad_lse = _inputs(case, device)
     tables = case.tables(case, device)
-    spec = AttentionSpec(case.mask, block_q=case.block[0], block_kv=case.block[1])
-    layout = build_layout(
-        case.mask,
+    block_q, block_kv = case.block
+    spec = AttentionSpec(case.mask, block_q=block_q, block_kv=block_kv, views=case.views)
+    layout = build(
+        spec,
         batch=case.batch,
         heads=case.heads[0],
         n_q=case.n[0],
         n_kv=case.n[1],
-        block_q=case.block[0],
-        block_kv=case.block[1],
         tables=tables,
         sizes=case.sizes,
         device=device,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparse_compile.codegen.triton import executor
-from sparse_compile.layout import BlockLayout, build_layout
+from sparse_compile.layout import build, unpack
 from sparse_compile.spec import AttentionSpec
 from tests.codegen.kernel_cases import (
     CASES,
@@ -80,19 +80,10 @@ def _run(case: Case) -> list[torch.Tensor]:
         for n in (case.n[0], case.n[1], case.n[1])
     )
     spec = AttentionSpec(case.mask)
-    layout = build_layout(
-        case.mask,
-        batch=1,
-        heads=2,
-        n_q=case.n[0],
-        n_kv=case.n[1],
-        block_q=128,
-        block_kv=128,
-        sizes=case.sizes,
-        device=device,
-    )
+    shape = {"batch": 1, "heads": 2, "n_q": case.n[0], "n_kv": case.n[1], "sizes": case.sizes}
+    layout = build(spec, **shape, device=device)
     # As the operators get it: lists that are views into one vector.
-    layout = BlockLayout.unpack(layout.pack(), *case.n, 128, 128, layout.batches, layout.heads)
+    layout = unpack(spec, [view.pack() for view in layout.views], **shape)
     out, lse = executor.forward(q, k, v, [], case.sizes, layout, 0.1, spec)
     grads = executor.backward(
         torch.ones_like(out), None, q, k, v, out, lse, [], case.sizes, layout, 0.1, spec

@@ -212,6 +212,7 @@ def test_pack_round_trip_and_length(case: Case) -> None:
     assert packed.numel() == packed_length(problem)
     shape.update(batches=layout.batches, heads=layout.heads)
     shape.pop("batch")
+    shape.update(q=shape.pop("block_q"), kv=shape.pop("block_kv"))
     again = BlockLayout.unpack(packed, **shape)
     for left, right in ((layout.rows, again.rows), (layout.cols, again.cols)):
         assert all(map(torch.equal, left.tensors(), right.tensors()))

@@ -1,0 +1,222 @@
+"""Masks in several views on the CPU: each view in tokens put in its own order, merged afterwards.
+
+The executor of one view reads runs of adjacent tokens. So the tokens of a view that is not in plain
+order are gathered in the order of its blocks, O(n) of them, and its results put back. Tokens that
+fill up the last block of a class stand for none: the mask of the gathered problem says so.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import sympy
+import torch
+from torch import Tensor
+
+from sparse_compile.codegen.cpu import executor
+from sparse_compile.expr import KV, MaskExpr, Q, is_table, table
+from sparse_compile.layout import BlockLayout, Layout
+from sparse_compile.spec import AttentionSpec
+from sparse_compile.view import Order, View, natural
+
+
+@torch.no_grad()
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables: Sequence[Tensor],
+    sizes: Sequence[int],
+    layout: Layout,
+    scale: float,
+    spec: AttentionSpec,
+) -> tuple[Tensor, Tensor]:
+    """Attention over the visited blocks of all views.
+
+    Args:
+        q: [B, Hq, Nq, D], floating; any strides.
+        k: [B, Hkv, Nkv, D].
+        v: [B, Hkv, Nkv, Dv].
+        tables, sizes: what the mask reads.
+        layout: the blocks to visit; on the CPU.
+        scale: factor on the scores.
+        spec: the mask and its views.
+
+    Returns:
+        out [B, Hq, Nq, Dv] in q.dtype, and lse fp32 [B, Hq, Nq]; 0 and -inf on rows without a key.
+    """
+    results = [
+        _in_order(part, view, spec, q, k, v, tables, sizes, scale)
+        for part, view in zip(spec.parts, layout.views, strict=True)
+    ]
+    if len(results) == 1:
+        return results[0]
+    outs, lses = zip(*results, strict=True)
+    lse = torch.stack(lses).logsumexp(0)
+    known = lse.masked_fill(lse == -math.inf, 0.0)
+    out = torch.zeros_like(outs[0], dtype=lse.dtype)
+    for part_out, part_lse in results:
+        out += part_out * (part_lse - known).exp().unsqueeze(-1)
+    return out.to(q.dtype), lse
+
+
+@torch.no_grad()
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    tables: Sequence[Tensor],
+    sizes: Sequence[int],
+    layout: Layout,
+    scale: float,
+    spec: AttentionSpec,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`forward`; each view uses the merged ``out`` and ``lse``."""
+    totals: list[Tensor] | None = None
+    for part, view in zip(spec.parts, layout.views, strict=True):
+        at = _Reordered.of(part, view, spec)
+        rows = [at.queries(x) for x in (q, out, grad_out)]
+        weights = [
+            at.queries(x.unsqueeze(-1), fill).squeeze(-1)
+            for x, fill in ((lse, -math.inf), (grad_lse, 0.0))
+            if x is not None
+        ]
+        grads = executor.backward(
+            rows[2],
+            weights[1] if grad_lse is not None else None,
+            rows[0],
+            *(at.keys(x) for x in (k, v)),
+            rows[1],
+            weights[0],
+            at.tables(tables),
+            sizes,
+            at.layout,
+            scale,
+            at.spec,
+        )
+        if at.plain and len(spec.parts) == 1:
+            return grads
+        whole = [at.queries_back(grads[0], q), *(at.keys_back(g, k) for g in grads[1:])]
+        totals = whole if totals is None else [a + b for a, b in zip(totals, whole, strict=True)]
+    assert totals is not None
+    dq, dk, dv = (total.to(q.dtype) for total in totals)
+    return dq, dk, dv
+
+
+def _in_order(
+    part: View,
+    view: BlockLayout,
+    spec: AttentionSpec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables: Sequence[Tensor],
+    sizes: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    at = _Reordered.of(part, view, spec)
+    out, lse = executor.forward(
+        *(at.queries(q), at.keys(k), at.keys(v)),
+        *(at.tables(tables), sizes, at.layout, scale, at.spec),
+    )
+    if at.plain:
+        return out, lse
+    back = at.queries_back(lse.unsqueeze(-1), q, -math.inf).squeeze(-1)
+    return at.queries_back(out, q).to(q.dtype), back
+
+
+@dataclass(frozen=True)
+class _Reordered:
+    """One view as a problem in plain order.
+
+    Attributes:
+        layout: the same blocks, in runs of gathered tokens.
+        spec: the same part of the mask, of gathered tokens.
+        q_tokens, kv_tokens: which token stands at each place; as many as there are for none.
+        plain: whether the view is in plain order, and nothing is gathered.
+    """
+
+    layout: BlockLayout
+    spec: AttentionSpec
+    q_tokens: Tensor
+    kv_tokens: Tensor
+    plain: bool
+
+    @staticmethod
+    def of(part: View, view: BlockLayout, spec: AttentionSpec) -> _Reordered:
+        """The problem of a view."""
+        nothing = torch.empty(0, dtype=torch.int64)
+        if part.q.is_natural and part.kv.is_natural:
+            alone = replace(spec, mask=spec.part_mask(part), views=())
+            return _Reordered(view, alone, nothing, nothing, True)
+        q, kv = _tokens(part.q, view.n_q), _tokens(part.kv, view.n_kv)
+        runs = natural(view.block_q), natural(view.block_kv)
+        moved = replace(view, q=runs[0], kv=runs[1], n_q=q.numel(), n_kv=kv.numel())
+        mask = _of_tokens(spec.part_mask(part), view.n_q, view.n_kv)
+        return _Reordered(moved, replace(spec, mask=mask, views=()), q, kv, False)
+
+    def tables(self, tables: Sequence[Tensor]) -> list[Tensor]:
+        """What the mask of gathered tokens reads."""
+        return list(tables) if self.plain else [*tables, self.q_tokens, self.kv_tokens]
+
+    def queries(self, x: Tensor, absent: float = 0.0) -> Tensor:
+        """[B, H, Nq, ...] in the order of the view."""
+        return x if self.plain else _gathered(x, self.q_tokens, absent)
+
+    def keys(self, x: Tensor) -> Tensor:
+        """[B, H, Nkv, ...] in the order of the view."""
+        return x if self.plain else _gathered(x, self.kv_tokens, 0.0)
+
+    def queries_back(self, x: Tensor, like: Tensor, absent: float = 0.0) -> Tensor:
+        """The reverse of :meth:`queries`, fp32."""
+        return x.float() if self.plain else _put_back(x, self.q_tokens, like.shape[2], absent)
+
+    def keys_back(self, x: Tensor, like: Tensor) -> Tensor:
+        """The reverse of :meth:`keys`, fp32."""
+        return x.float() if self.plain else _put_back(x, self.kv_tokens, like.shape[2], 0.0)
+
+
+@functools.lru_cache(maxsize=64)
+def _tokens(order: Order, n: int) -> Tensor:
+    base = order.base(torch.arange(order.blocks(n)), n)[:, None]
+    return (base + torch.tensor(order.offsets())).clamp(max=n).flatten()
+
+
+@functools.lru_cache(maxsize=256)
+def _of_tokens(mask: MaskExpr, n_q: int, n_kv: int) -> MaskExpr:
+    """The predicate at the tokens that two further tables name; false where there is none."""
+    q, kv = (table(len(mask.tables) + i) for i in (0, 1))
+    at = mask.predicate.xreplace({Q: q(Q), KV: kv(KV)})
+    exists = (q(Q) < n_q) & (kv(KV) < n_kv)
+    # Lengths stay those of the tokens, not of the gathered problem.
+    at = at.xreplace({symbol: value for symbol, value in _lengths(mask, n_q, n_kv)})
+    return MaskExpr(sympy.And(at, exists), (*mask.tables, "int64", "int64"), mask.n_sizes)
+
+
+def _lengths(mask: MaskExpr, n_q: int, n_kv: int) -> list[tuple[sympy.Symbol, sympy.Integer]]:
+    known = {"n_q": n_q, "n_kv": n_kv}
+    return [
+        (symbol, sympy.Integer(known[symbol.name]))
+        for symbol in mask.predicate.free_symbols
+        if symbol.name in known and not is_table(symbol)
+    ]
+
+
+def _gathered(x: Tensor, tokens: Tensor, absent: float) -> Tensor:
+    n = x.shape[2]
+    taken = x.index_select(2, tokens.clamp(max=max(n - 1, 0)))
+    missing = (tokens >= n).view(1, 1, -1, *[1] * (x.dim() - 3))
+    return taken.masked_fill(missing, absent) if bool(missing.any()) else taken
+
+
+def _put_back(x: Tensor, tokens: Tensor, n: int, absent: float) -> Tensor:
+    shape = (*x.shape[:2], n + 1, *x.shape[3:])
+    result = x.new_full(shape, absent, dtype=torch.float32)
+    return result.index_copy_(2, tokens, x.float())[:, :, :n]

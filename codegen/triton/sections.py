@@ -1,0 +1,238 @@
+"""Sections and loops of the kernels: which views a program works through, and how it reads them.
+
+A *section* holds the views with the same order on the side of the lines: a program loads its tile
+once and goes through the blocks of each of these views in turn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparse_compile.codegen.triton.tiles import Tile
+from sparse_compile.spec import AttentionSpec, KernelSpec
+from sparse_compile.view import Order, View
+
+
+@dataclass(frozen=True)
+class Section:
+    """The views that one program works through.
+
+    Attributes:
+        number: of the section.
+        order: of the lines.
+        views: numbers of the views, in order.
+    """
+
+    number: int
+    order: Order
+    views: tuple[int, ...]
+
+
+def sections_of(spec: AttentionSpec, axis: str) -> tuple[Section, ...]:
+    """The sections of a kernel whose lines are blocks of ``axis``, ``"q"`` or ``"kv"``.
+
+    >>> from sparse_compile.expr import KV, MaskExpr, Q
+    >>> [section.views for section in sections_of(AttentionSpec(MaskExpr(KV <= Q)), "q")]
+    [(0,)]
+    """
+    sections = []
+    for number, views in enumerate(spec.sections(axis)):
+        first = spec.parts[views[0]]
+        sections.append(Section(number, first.q if axis == "q" else first.kv, views))
+    return tuple(sections)
+
+
+def list_parameters(spec: AttentionSpec, axis: str) -> list[str]:
+    """Parameters that carry the lists of each view, one line of the signature each."""
+    lines = [
+        f"start_{v}, counts_{v}, index_{v}, room_{v}, lines_{v}, batches_{v}, heads_{v},"
+        for v in range(len(spec.parts))
+    ]
+    return lines + base_parameters(spec)
+
+
+def base_parameters(spec: AttentionSpec) -> list[str]:
+    """Parameters that hold the first token of each block, for orders that are not natural."""
+    names = [name for name, _ in ordered_bases(spec)]
+    return [", ".join(names) + ","] if names else []
+
+
+def statistic_parameters(spec: AttentionSpec) -> list[str]:
+    """Parameters that hold the statistics in the order of a view, and its number of blocks."""
+    return [
+        f"STATISTICS_{v}, lines_{v}_q,"
+        for v, view in enumerate(spec.parts)
+        if not view.q.is_natural
+    ]
+
+
+def ordered_bases(spec: AttentionSpec) -> list[tuple[str, Order]]:
+    """Name and order of each :func:`base_parameters`."""
+    return [
+        (f"{axis}_bases_{v}", order)
+        for v, view in enumerate(spec.parts)
+        for axis, order in (("q", view.q), ("kv", view.kv))
+        if not order.is_natural
+    ]
+
+
+def offset_text(order: Order, x: str) -> str:
+    """Source of the token that stands at place ``x`` of a block, counted from its first one.
+
+    >>> offset_text(Order((8, 8), (128,), (0, 1), ((120, 128),)), "x")
+    'x // 8 * 128 + x % 8'
+    >>> offset_text(Order((64, 1), (128,), (1, 0)), "x"), offset_text(Order((4,)), "x")
+    ('x * 128', 'x')
+    """
+    terms, inner = [], order.block
+    name = x if x.isidentifier() else f"({x})"
+    for extent, stride in zip(order.box, order.strides, strict=True):
+        outer, inner = inner, inner // extent
+        if extent == 1:
+            continue
+        text = name if inner == 1 else f"{name} // {inner}"
+        if outer != order.block:
+            text = f"{text} % {extent}"
+        terms.append(text if stride == 1 else f"{text} * {stride}")
+    return " + ".join(terms) or f"{name} * 0"
+
+
+@dataclass(frozen=True)
+class Lines:
+    """The holes of a section: the tile that a program holds."""
+
+    section: Section
+    axis: str
+    tile: int
+
+    @property
+    def holes(self) -> dict[str, str]:
+        """``FIRST``, ``ROW`` and ``WIDE``."""
+        order, tile = self.section.order, "TILE_M" if self.axis == "q" else "TILE_N"
+        if order.is_natural:
+            first = f"number * {order.block} + sub * {tile}"
+            return {"FIRST": first, "ROW": f"tl.arange(0, {tile})", "WIDE": ""}
+        place = f"tl.arange(0, {tile})"
+        if self.tile < order.block:
+            place = f"sub * {tile} + {place}"
+        first = f"tl.load({self.axis}_bases_{self.section.views[0]} + number)"
+        return {"FIRST": first, "ROW": offset_text(order, place), "WIDE": ".to(tl.int64)"}
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The holes of a loop over the blocks of a view.
+
+    Attributes:
+        number: of the view.
+        order: of the blocks.
+        axis: side of the blocks, ``"q"`` or ``"kv"``.
+        tile: tokens of a tile.
+        described: whether tiles are loaded by tensor descriptors.
+    """
+
+    number: int
+    order: Order
+    axis: str
+    tile: int
+    described: bool
+
+    @property
+    def row(self) -> str:
+        """Source of the rows of a tile, counted from its first token, for loads."""
+        return self._places if self.order.is_natural else f"{self.axis}_row.to(tl.int64)"
+
+    @property
+    def suffix(self) -> str:
+        """What tells the descriptors of this view from those of others."""
+        return "" if self.order.is_natural else f"_{self.number}"
+
+    @property
+    def digits(self) -> str:
+        """Source of the first digits of a tile, for loads by descriptors."""
+        first, steps = f"{self.axis}0", self.order.block // self.tile
+        if self.order.is_natural:
+            return first
+        outer = f"{first} // {self.order.strides[0]}"
+        if steps > 1:
+            outer += f" + i % STEPS * {self.order.box[0] // steps}"
+        return f"{outer}, {first} % {self.order.strides[0]}"
+
+    @property
+    def _name(self) -> str:
+        return "TILE_M" if self.axis == "q" else "TILE_N"
+
+    @property
+    def _places(self) -> str:
+        return f"tl.arange(0, {self._name})"
+
+    def holes(self) -> dict[str, str | list[str]]:
+        """Where blocks begin, the tile of a step, and its tokens."""
+        holes: dict[str, str | list[str]] = {"V": str(self.number)}
+        for kind, blocks, count in (
+            ("PARTIAL", "blocks", "n_partial"),
+            ("FULL", "full_blocks", "n_full"),
+        ):
+            for when, place in (("BEGIN", "begin"), ("NEXT", "(i + 1) // STEPS")):
+                holes[f"{kind}_{when}"] = self._base(f"block_at({blocks}, {place}, {count})")
+        first = f"{self.axis}0"
+        if self.order.is_natural:
+            holes["STEP"] = [f"{first} = base + i % STEPS * {self._name}"]
+            holes["KV"] = f"({first} + {self._places})"
+        else:
+            place = self._places
+            if self.tile < self.order.block:
+                place = f"i % STEPS * {self._name} + {place}"
+            holes["STEP"] = [
+                f"{first} = base",
+                f"{self.axis}_row = {offset_text(self.order, place)}",
+            ]
+            if self.axis == "q":
+                holes["STEP"].insert(1, f"q_at = block * BLOCK_Q + i % STEPS * {self._name}")
+            holes["KV"] = f"({first} + {self.axis}_row)"
+        return holes
+
+    def _base(self, block: str) -> list[str]:
+        if self.order.is_natural:
+            return [f"base = {block} * {self.order.block}"]
+        bases = f"{self.axis}_bases_{self.number}"
+        return [f"block = {block}", f"base = tl.load({bases} + block)"]
+
+
+def title(view: View, number: int, of: int) -> str:
+    """What a view is, in a comment."""
+    plain = view.q.is_natural and view.kv.is_natural
+    what = "plain order" if plain else f"queries in {view.q}, keys in {view.kv}"
+    return f"View {number} of {of}: {what}."
+
+
+def descriptors_usable(spec: KernelSpec, view: View, axis: str, tile: Tile) -> bool:
+    """Whether the tiles of the loop, blocks of ``axis``, are loaded by tensor descriptors."""
+    order, extent = (view.q, tile.m) if axis == "q" else (view.kv, tile.n)
+    return tile.descriptors and (
+        order.is_natural or (spec.exact and described_box(order, extent) is not None)
+    )
+
+
+def described_box(order: Order, tile: int) -> tuple[int, ...] | None:
+    """The extents along the digits of a tile of a block; None if it cannot be described.
+
+    Descriptors have at most five dimensions: batch, head, features, and two for the token.
+
+    >>> described_box(Order((64, 1), (128,), (1, 0)), 32)
+    (32, 1)
+    """
+    steps = order.block // tile
+    if len(order.box) != 2 or order.box[0] % steps:
+        return None
+    return order.box[0] // steps, order.box[1]
+
+
+def described_views(spec: KernelSpec, axis: str, tile: Tile) -> list[tuple[str, Order]]:
+    """Suffix and order of the descriptors of a kernel that loops over blocks of ``axis``."""
+    found: dict[str, Order] = {}
+    for number, view in enumerate(spec.attention.parts):
+        order = view.q if axis == "q" else view.kv
+        if descriptors_usable(spec, view, axis, tile):
+            found["" if order.is_natural else f"_{number}"] = order
+    return list(found.items())

@@ -1,0 +1,253 @@
+"""The backward kernels: what queries need, GRAD_Q by queries, GRAD_K and GRAD_V by keys."""
+
+PREPARE = '''\
+@triton.jit(do_not_specialize=["n_q", "rows"])
+def backward_prepare(
+    OUT, GRAD_OUT, LSE, GRAD_LSE, STATISTICS,
+    out_stride_b, out_stride_h, out_stride_n,
+    grad_out_stride_b, grad_out_stride_h, grad_out_stride_n,
+    n_q, rows,
+    HAS_GRAD_LSE: tl.constexpr,
+):
+    """What the backward needs of each query.
+
+    STATISTICS is [2, B, Hq, rows], rows at least n_q: the log-sum-exp in base 2 (+inf where there
+    is nothing to weigh), and delta = sum(OUT * GRAD_OUT) - GRAD_LSE.
+    """
+    TILE: tl.constexpr = 64
+    h, b = tl.program_id(1), tl.program_id(2)
+    OUT = head(OUT, b, h, out_stride_b, out_stride_h)
+    GRAD_OUT = head(GRAD_OUT, b, h, grad_out_stride_b, grad_out_stride_h)
+    first, row = tl.program_id(0) * TILE, tl.arange(0, TILE)
+    out = load_tile(OUT, first, row, n_q, out_stride_n, VALUE_DIM, VALUE_PAD, True)
+    grad_out = load_tile(GRAD_OUT, first, row, n_q, grad_out_stride_n, VALUE_DIM, VALUE_PAD, True)
+    delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
+    q = first + row
+    number = (b * tl.num_programs(1) + h).to(tl.int64)
+    lse = tl.load(LSE + number * n_q + q, mask=q < n_q, other=float("-inf"))
+    empty = lse == float("-inf")
+    if HAS_GRAD_LSE:
+        delta -= tl.load(GRAD_LSE + number * n_q + q, mask=q < n_q, other=0.0)
+    delta = tl.where(empty, 0.0, delta)
+    lse = tl.where(empty, float("inf"), lse * LOG2_E)
+    tl.store(STATISTICS + number * rows + q, lse, mask=q < rows)
+    number += tl.num_programs(1).to(tl.int64) * tl.num_programs(2)
+    tl.store(STATISTICS + number * rows + q, delta, mask=q < rows)
+'''
+
+QUERY = '''\
+@triton.jit(do_not_specialize=$UNSPECIALIZED)
+def backward_query(
+    Q, K, V, GRAD_OUT, STATISTICS, GRAD_Q, PART_GRAD_Q,
+    q_stride_b, q_stride_h, q_stride_n,
+    k_stride_b, k_stride_h, k_stride_n,
+    v_stride_b, v_stride_h, v_stride_n,
+    grad_out_stride_b, grad_out_stride_h, grad_out_stride_n,
+    items, n_items, heavy, q_heads, batch, n_q, n_kv, rows, scale,
+    $LISTS
+    $DESCRIPTORS
+    $PARAMETERS
+    SECTION: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """GRAD_Q. Both statistics of a query come from :func:`backward_prepare`."""
+    $SHAPE
+    number, lo, hi, slot, sub, h, b = work(items, n_items, heavy, q_heads, batch, SUBTILES)
+    Q = head(Q, b, h, q_stride_b, q_stride_h)
+    GRAD_OUT = head(GRAD_OUT, b, h, grad_out_stride_b, grad_out_stride_h)
+    place = (b * q_heads + h).to(tl.int64)
+    GRAD_Q += place * n_q * HEAD_DIM
+    LSE = STATISTICS + place * rows
+    DELTA = LSE + (batch * q_heads).to(tl.int64) * rows
+    $K_BASE
+    $V_BASE
+    factor = scale * LOG2_E
+    $SECTIONS
+'''
+
+QUERY_SECTION = """\
+# $TITLE
+first = $FIRST
+row = $ROW
+query = load_tile(Q, first, row$WIDE, n_q, q_stride_n, HEAD_DIM, HEAD_PAD, True)
+grad_out = load_tile(
+    GRAD_OUT, first, row$WIDE, n_q, grad_out_stride_n, VALUE_DIM, VALUE_PAD, True
+)
+lse = tl.load(LSE + first + row, mask=first + row < n_q, other=float("inf"))
+delta = tl.load(DELTA + first + row, mask=first + row < n_q, other=0.0)
+q = (first + row)[:, None]
+grad_q = tl.zeros([TILE_M, HEAD_PAD], tl.float32)
+
+$VIEWS
+
+grad_q *= scale
+if slot < 0:
+    $MERGE
+    store_tile(GRAD_Q, grad_q, first, row$WIDE, n_q, HEAD_DIM, HEAD_DIM, HEAD_PAD)
+else:
+    store_part(PART_GRAD_Q, grad_q, slot, sub, h, b, q_heads, batch, SUBTILES)
+"""
+
+QUERY_VIEW = """\
+# $TITLE
+member = (b % batches_$V) * heads_$V + h % heads_$V
+blocks, n_partial, full_blocks, n_full = line(
+    start_$V, counts_$V, index_$V, room_$V, lines_$V, member, number
+)
+$BEFORE
+
+# PARTIAL blocks: the mask decides entry by entry.
+begin, end = tl.maximum(lo, 0), tl.minimum(hi, n_partial)
+$PARTIAL_BEGIN
+for i in $PARTIAL_RANGE:
+    $STEP
+    $PARTIAL_NEXT
+    key = $LOAD_K_CHECKED
+    score = tl.dot(query, key.T$PRECISION)
+    kv = $KV[None, :]
+    $INSIDE
+    $MASKED
+    weight = tl.exp2(score * factor - lse[:, None])
+    value = $LOAD_V_CHECKED
+    grad_weight = tl.dot(grad_out, value.T$PRECISION)
+    grad_score = weight * (grad_weight - delta[:, None])
+    grad_q = tl.dot(grad_score.to(key.dtype), key, grad_q$PRECISION)
+lo, hi = lo - n_partial, hi - n_partial
+
+# FULL blocks: no mask, no bounds.
+begin, end = tl.maximum(lo, 0), tl.minimum(hi, n_full)
+$FULL_BEGIN
+for i in range(begin * STEPS, end * STEPS):
+    $STEP
+    $FULL_NEXT
+    key = $LOAD_K
+    score = tl.dot(query, key.T$PRECISION)
+    weight = tl.exp2(score * factor - lse[:, None])
+    value = $LOAD_V
+    grad_weight = tl.dot(grad_out, value.T$PRECISION)
+    grad_score = weight * (grad_weight - delta[:, None])
+    grad_q = tl.dot(grad_score.to(key.dtype), key, grad_q$PRECISION)
+lo, hi = lo - n_full, hi - n_full
+"""
+
+KEY_VALUE = '''\
+@triton.jit(do_not_specialize=$UNSPECIALIZED)
+def backward_key_value(
+    Q, K, V, GRAD_OUT, STATISTICS, GRAD_K, GRAD_V, PART_GRAD_K, PART_GRAD_V,
+    q_stride_b, q_stride_h, q_stride_n,
+    k_stride_b, k_stride_h, k_stride_n,
+    v_stride_b, v_stride_h, v_stride_n,
+    grad_out_stride_b, grad_out_stride_h, grad_out_stride_n,
+    items, n_items, heavy, kv_heads, batch, n_q, n_kv, rows, scale,
+    $LISTS
+    $DESCRIPTORS
+    $PARAMETERS
+    SECTION: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """GRAD_K and GRAD_V, summed over the query heads that share them.
+
+    Lines are blocks of keys, and tiles are transposed.
+    """
+    $SHAPE
+    number, lo, hi, slot, sub, kv_head, b = work(items, n_items, heavy, kv_heads, batch, SUBTILES)
+    K = head(K, b, kv_head, k_stride_b, k_stride_h)
+    V = head(V, b, kv_head, v_stride_b, v_stride_h)
+    place = (b * kv_heads + kv_head).to(tl.int64) * n_kv
+    GRAD_K += place * HEAD_DIM
+    GRAD_V += place * VALUE_DIM
+    factor = scale * LOG2_E
+    $SECTIONS
+'''
+
+KEY_VALUE_SECTION = """\
+# $TITLE
+first = $FIRST
+row = $ROW
+key = load_tile(K, first, row$WIDE, n_kv, k_stride_n, HEAD_DIM, HEAD_PAD, True)
+value = load_tile(V, first, row$WIDE, n_kv, v_stride_n, VALUE_DIM, VALUE_PAD, True)
+kv = (first + row)[:, None]
+grad_k = tl.zeros([TILE_N, HEAD_PAD], tl.float32)
+grad_v = tl.zeros([TILE_N, VALUE_PAD], tl.float32)
+part_lo, part_hi = lo, hi
+for shared in range(0, GROUP):
+    h = kv_head * GROUP + shared
+    lo, hi = part_lo, part_hi
+    $Q_BASE
+    $GRAD_OUT_BASE
+    $LSE_BASE
+    $DELTA_BASE
+
+    $VIEWS
+
+grad_k *= scale
+if slot < 0:
+    $MERGE
+    store_tile(GRAD_K, grad_k, first, row$WIDE, n_kv, HEAD_DIM, HEAD_DIM, HEAD_PAD)
+    store_tile(GRAD_V, grad_v, first, row$WIDE, n_kv, VALUE_DIM, VALUE_DIM, VALUE_PAD)
+else:
+    store_part(PART_GRAD_K, grad_k, slot, sub, kv_head, b, kv_heads, batch, SUBTILES)
+    store_part(PART_GRAD_V, grad_v, slot, sub, kv_head, b, kv_heads, batch, SUBTILES)
+"""
+
+KEY_VALUE_VIEW = """\
+# $TITLE
+member = (b % batches_$V) * heads_$V + h % heads_$V
+blocks, n_partial, full_blocks, n_full = line(
+    start_$V, counts_$V, index_$V, room_$V, lines_$V, member, number
+)
+$BEFORE
+
+# PARTIAL blocks: the mask decides entry by entry.
+begin, end = tl.maximum(lo, 0), tl.minimum(hi, n_partial)
+$PARTIAL_BEGIN
+for i in $PARTIAL_RANGE:
+    $STEP
+    $PARTIAL_NEXT
+    query = $LOAD_Q_CHECKED
+    lse = $LOAD_LSE_CHECKED
+    score = tl.dot(key, query.T$PRECISION)
+    q = $KV[None, :]
+    $INSIDE
+    $MASKED
+    weight = tl.exp2(score * factor - lse[None, :])
+    grad_out = $LOAD_GRAD_OUT_CHECKED
+    grad_v = tl.dot(weight.to(grad_out.dtype), grad_out, grad_v$PRECISION)
+    delta = $LOAD_DELTA_CHECKED
+    grad_weight = tl.dot(value, grad_out.T$PRECISION)
+    grad_score = weight * (grad_weight - delta[None, :])
+    grad_k = tl.dot(grad_score.to(query.dtype), query, grad_k$PRECISION)
+lo, hi = lo - n_partial, hi - n_partial
+
+# FULL blocks: no mask, no bounds.
+begin, end = tl.maximum(lo, 0), tl.minimum(hi, n_full)
+$FULL_BEGIN
+for i in range(begin * STEPS, end * STEPS):
+    $STEP
+    $FULL_NEXT
+    query = $LOAD_Q
+    lse = $LOAD_LSE
+    score = tl.dot(key, query.T$PRECISION)
+    weight = tl.exp2(score * factor - lse[None, :])
+    grad_out = $LOAD_GRAD_OUT
+    grad_v = tl.dot(weight.to(grad_out.dtype), grad_out, grad_v$PRECISION)
+    delta = $LOAD_DELTA
+    grad_weight = tl.dot(value, grad_out.T$PRECISION)
+    grad_score = weight * (grad_weight - delta[None, :])
+    grad_k = tl.dot(grad_score.to(query.dtype), query, grad_k$PRECISION)
+lo, hi = lo - n_full, hi - n_full
+"""
+
+QUERY_MERGE = """\
+# What earlier sections found for these queries.
+earlier = load_tile(GRAD_Q, first, row$WIDE, n_q, HEAD_DIM, HEAD_DIM, HEAD_PAD, True)
+grad_q += earlier.to(tl.float32)
+"""
+
+KEY_VALUE_MERGE = """\
+# What earlier sections found for these keys.
+earlier = load_tile(GRAD_K, first, row$WIDE, n_kv, HEAD_DIM, HEAD_DIM, HEAD_PAD, True)
+grad_k += earlier.to(tl.float32)
+earlier = load_tile(GRAD_V, first, row$WIDE, n_kv, VALUE_DIM, VALUE_DIM, VALUE_PAD, True)
+grad_v += earlier.to(tl.float32)
+"""

@@ -1,0 +1,100 @@
+"""The forward kernel: one program computes one tile of queries, or a part of a split one."""
+
+KERNEL = '''\
+@triton.jit(do_not_specialize=$UNSPECIALIZED)
+def forward(
+    Q, K, V, OUT, LSE, PART_OUT, PART_LSE,
+    q_stride_b, q_stride_h, q_stride_n,
+    k_stride_b, k_stride_h, k_stride_n,
+    v_stride_b, v_stride_h, v_stride_n,
+    out_stride_b, out_stride_h, out_stride_n,
+    items, n_items, heavy, q_heads, batch, n_q, n_kv, scale,
+    $LISTS
+    $DESCRIPTORS
+    $PARAMETERS
+    SECTION: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """OUT = softmax(scale * Q K^T where mask) V, and its natural log-sum-exp."""
+    $SHAPE
+    number, lo, hi, slot, sub, h, b = work(items, n_items, heavy, q_heads, batch, SUBTILES)
+    Q = head(Q, b, h, q_stride_b, q_stride_h)
+    OUT = head(OUT, b, h, out_stride_b, out_stride_h)
+    LSE += (b * q_heads + h).to(tl.int64) * n_q
+    $K_BASE
+    $V_BASE
+    factor = scale * LOG2_E
+    $SECTIONS
+'''
+
+SECTION = """\
+# $TITLE
+first = $FIRST
+row = $ROW
+query = load_tile(Q, first, row$WIDE, n_q, q_stride_n, HEAD_DIM, HEAD_PAD, True)
+q = (first + row)[:, None]
+peak = tl.full([TILE_M], float("-inf"), tl.float32)
+total = tl.zeros([TILE_M], tl.float32)
+out = tl.zeros([TILE_M, VALUE_PAD], tl.float32)
+
+$VIEWS
+
+# A query without any key: 0, and -inf.
+empty = total == 0.0
+total = tl.where(empty, 1.0, total)
+lse = tl.where(empty, float("-inf"), (peak + tl.log2(total)) * LN_2)
+out = out / total[:, None]
+if slot < 0:
+    $MERGE
+    tl.store(LSE + first + row, lse, mask=first + row < n_q)
+    store_tile(OUT, out, first, row$WIDE, n_q, out_stride_n, VALUE_DIM, VALUE_PAD)
+else:
+    store_part(PART_OUT, out, slot, sub, h, b, q_heads, batch, SUBTILES)
+    store_part(PART_LSE, lse[:, None], slot, sub, h, b, q_heads, batch, SUBTILES)
+
+"""
+
+VIEW = """\
+# $TITLE
+member = (b % batches_$V) * heads_$V + h % heads_$V
+blocks, n_partial, full_blocks, n_full = line(
+    start_$V, counts_$V, index_$V, room_$V, lines_$V, member, number
+)
+$BEFORE
+
+# PARTIAL blocks: the mask decides entry by entry.
+begin, end = tl.maximum(lo, 0), tl.minimum(hi, n_partial)
+$PARTIAL_BEGIN
+for i in $PARTIAL_RANGE:
+    $STEP
+    $PARTIAL_NEXT
+    key = $LOAD_K_CHECKED
+    score = tl.dot(query, key.T$PRECISION)
+    kv = $KV[None, :]
+    $INSIDE
+    $MASKED
+    weight, shrink, peak, total = softmax_step(score, peak, total, factor, True)
+    value = $LOAD_V_CHECKED
+    out = tl.dot(weight.to(value.dtype), value, out * shrink[:, None]$PRECISION)
+lo, hi = lo - n_partial, hi - n_partial
+
+# FULL blocks: no mask, no bounds.
+begin, end = tl.maximum(lo, 0), tl.minimum(hi, n_full)
+$FULL_BEGIN
+for i in range(begin * STEPS, end * STEPS):
+    $STEP
+    $FULL_NEXT
+    key = $LOAD_K
+    score = tl.dot(query, key.T$PRECISION)
+    weight, shrink, peak, total = softmax_step(score, peak, total, factor, False)
+    value = $LOAD_V
+    out = tl.dot(weight.to(value.dtype), value, out * shrink[:, None]$PRECISION)
+lo, hi = lo - n_full, hi - n_full
+"""
+
+MERGE = """\
+# What earlier sections found for these queries.
+earlier = load_tile(OUT, first, row$WIDE, n_q, out_stride_n, VALUE_DIM, VALUE_PAD, True)
+earlier_lse = tl.load(LSE + first + row, mask=first + row < n_q, other=float("-inf"))
+out, lse = combine(out, lse, earlier.to(tl.float32), earlier_lse)
+"""

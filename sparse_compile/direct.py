@@ -1,0 +1,225 @@
+"""attention: block-sparse attention as a function of q, k, v and a mask."""
+
+from __future__ import annotations
+
+import math
+import operator
+import weakref
+from typing import Any
+
+import sympy
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_compile import ops
+from sparse_compile.annotation import name_mask
+from sparse_compile.errors import BadShape, PatternMisuse
+from sparse_compile.expr import COORDINATES, KV, MaskExpr, Q, table, table_index
+from sparse_compile.pattern_ops import PATTERN_TABLE
+from sparse_compile.patterns.base import Pattern
+from sparse_compile.spec import AttentionSpec
+
+#: As passes/choose_layout has them.
+_BLOCKS = {"cuda": (64, 64), "cpu": (32, 32)}
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Pattern | Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention that computes only what its mask allows; differentiable.
+
+    It can be called anywhere, also in code that torch.compile compiles, with any backend. There, a
+    pattern that holds tensors must come from outside: from a global, an argument or a module.
+
+    Args:
+        q: [B, Hq, Nq, D], float32, float16 or bfloat16.
+        k: [B, Hkv, Nkv, D], same dtype; Hkv divides Hq.
+        v: [B, Hkv, Nkv, Dv], same dtype.
+        mask: who may attend to whom: a pattern, or a bool tensor that broadcasts to
+            [B, Hq, Nq, Nkv], True to attend. None: everyone to everyone.
+        scale: factor on the scores; 1 / sqrt(D) unless given.
+
+    Returns:
+        [B, Hq, Nq, Dv]; 0 for a query that may attend to nothing.
+
+    Raises:
+        BadShape, UnsupportedDtype: q, k, v and the mask do not fit together.
+        BadPattern: the pattern does not fit these lengths.
+        PatternMisuse: the mask is of another kind.
+
+    >>> from sparse_compile import patterns
+    >>> q = torch.randn(1, 2, 100, 16)
+    >>> attention(q, q, q, patterns.SlidingWindow(15, 0)).shape
+    torch.Size([1, 2, 100, 16])
+    """
+    if not torch.compiler.is_compiling():
+        # The operators repeat the check of the operands while they are compiled.
+        ops.check_operands(q, k, v)
+        if isinstance(mask, Pattern):
+            mask.check(q.shape[2], k.shape[2], q.shape[0], q.shape[1])
+    factor = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if isinstance(mask, Tensor):
+        return _by_tensor(q, k, v, mask, factor)
+    if mask is not None and not isinstance(mask, Pattern):
+        raise PatternMisuse(_no_mask(mask))
+    plan = _NOTHING_HIDDEN if mask is None else _plan(mask, q.device.type)
+    if not plan[0]:
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=plan[3], scale=factor, enable_gqa=grouped
+        )
+    lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+    tables = [PATTERN_TABLE(plan[1], *made, *lengths, q.device) for made in plan[2]]
+    return _run(q, k, v, tables, plan[0], factor)
+
+
+#: Text of the spec, empty to leave it to SDPA; key of the mask; index, rank and dtype of each
+#: table; whether SDPA is causal. Plain values, which torch.compile takes for constants.
+_Direct = tuple[str, str, tuple[tuple[int, int, torch.dtype], ...], bool]
+_NOTHING_HIDDEN: _Direct = ("", "", (), False)
+
+
+def _plan(pattern: Pattern, device: str) -> _Direct:
+    # torch.compile runs this: it sees the parameters even of a pattern that the compiled code makes
+    # itself, and guards on them. Of a tensor it would bake the values in; it guards on the identity
+    # of a pattern that holds one.
+    if _is_plain(pattern):
+        plan: _Direct = _plan_of_spelled(_spelled(pattern), device)
+    else:
+        plan = _plan_of_object(pattern, device)
+    return plan
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a parameter of a pattern is made of numbers, words and tuples only."""
+    if isinstance(value, Pattern):
+        names = getattr(type(value), "__dataclass_fields__", None)
+        return names is not None and all([_is_plain(getattr(value, name)) for name in names])
+    if isinstance(value, tuple):
+        return all([_is_plain(item) for item in value])
+    return value is None or isinstance(value, (int, float, str))
+
+
+def _spelled(value: Any) -> Any:
+    """A plain parameter as nested tuples, types first."""
+    if isinstance(value, Pattern):
+        names = type(value).__dataclass_fields__  # type: ignore[attr-defined]
+        return (type(value), tuple([_spelled(getattr(value, name)) for name in names]))
+    if isinstance(value, tuple):
+        return (tuple, tuple([_spelled(item) for item in value]))
+    # A number that torch.compile would keep symbolic becomes a constant, with a guard.
+    return operator.index(value) if isinstance(value, int) else value
+
+
+def _unspelled(spelled: Any) -> Any:
+    if not isinstance(spelled, tuple):
+        return spelled
+    kind, values = spelled
+    values = tuple(map(_unspelled, values))
+    if kind is tuple:
+        return values
+    pattern = object.__new__(kind)
+    for name, value in zip(kind.__dataclass_fields__, values, strict=True):
+        object.__setattr__(pattern, name, value)
+    return pattern
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _plan_of_spelled(spelled: Any, device: str) -> _Direct:
+    key = (spelled, device)
+    if key not in _PLANS:
+        pattern = _unspelled(spelled)
+        _KEPT.append(pattern)  # graphs may name its tables from now on
+        _PLANS[key] = plan_direct(pattern, device)
+    return _PLANS[key]
+
+
+_KEPT: list[Pattern] = []
+
+#: By the spelling of a pattern, and of one with tensors by its identity: equal tensors may come to
+#: differ.
+_PLANS: dict[tuple[Any, str], _Direct] = {}
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _plan_of_object(pattern: Pattern, device: str) -> _Direct:
+    key = (id(pattern), device)
+    if key not in _PLANS:
+        if not vars(pattern) and getattr(pattern, "__dataclass_fields__", None):
+            raise PatternMisuse(
+                f"sparse_compile: attention() got a {type(pattern).__name__} that the compiled "
+                "code makes from tensors. Make it outside, and change its tensors in place."
+            )
+        _PLANS[key] = plan_direct(pattern, device)
+        weakref.finalize(pattern, _PLANS.pop, key, None)
+    return _PLANS[key]
+
+
+def plan_direct(pattern: Pattern, device: str) -> _Direct:
+    """What runs for a pattern on a type of device."""
+    bound = pattern.bound()
+    expr = bound.expr
+    causal = expr.predicate == sympy.Le(KV, Q)
+    if causal or expr.predicate == sympy.true:
+        return "", "", (), causal
+    rank = {table_index(lookup): len(lookup.args) for lookup in expr.lookups}
+    # A table that simplification left unread still has to have its place.
+    tables = tuple(
+        (index, rank.get(index, 0), getattr(torch, dtype))
+        for index, dtype in enumerate(expr.tables)
+    )
+    key = name_mask(bound, pattern) if tables else ""
+    return _text(expr, device), key, tables, False
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _plan_of_tensor(shared: tuple[bool, ...], device: str) -> str:
+    """The spec of a mask tensor; ``shared`` says of each of four axes whether it has size one."""
+    axes = zip(shared, COORDINATES, strict=True)
+    lookup = table(0)(*(sympy.S.Zero if one else coordinate for one, coordinate in axes))
+    return _text(MaskExpr(sympy.Ne(lookup, 0), ("bool",)), device)
+
+
+def _text(expr: MaskExpr, device: str) -> str:
+    block_q, block_kv = _BLOCKS.get(device, _BLOCKS["cpu"])
+    return AttentionSpec(expr, block_q=block_q, block_kv=block_kv).text
+
+
+def _by_tensor(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    if mask.dtype != torch.bool:
+        raise PatternMisuse(
+            f"sparse_compile: attention() got a mask of {mask.dtype}. Pass a bool tensor, True to "
+            "attend, as in mask == 0 for one that is added to the scores."
+        )
+    wanted = [q.shape[0], q.shape[1], q.shape[2], k.shape[2]]
+    while mask.dim() < 4:
+        mask = mask.unsqueeze(0)
+    fits = [size in (1, want) for size, want in zip(mask.shape, wanted, strict=False)]
+    if mask.dim() != 4 or not all(fits):
+        raise BadShape(
+            f"sparse_compile: attention() got a mask of shape {list(mask.shape)}, which does not "
+            f"broadcast to [B, Hq, Nq, Nkv] = {wanted}. Use unsqueeze to add missing axes."
+        )
+    shared = tuple([size == 1 for size in mask.shape])
+    return _run(q, k, v, [mask], _plan_of_tensor(shared, q.device.type), scale)
+
+
+def _run(q: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], text: str, scale: float) -> Tensor:
+    layout: list[Tensor] = []
+    if tables:
+        lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+        layout = ops.BLOCK_LAYOUT(tables, [], *lengths, text, q.device)
+    out: Tensor = ops.ATTENTION(q, k, v, tables, [], layout, scale, text)[0]
+    return out
+
+
+def _no_mask(mask: object) -> str:
+    return (
+        f"sparse_compile: attention() got a mask of type {type(mask).__name__}. Pass a pattern of "
+        "sparse_compile.patterns, a bool tensor, or None."
+    )

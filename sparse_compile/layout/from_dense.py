@@ -1,0 +1,287 @@
+"""Masks that arrive as dense tensors: their layout and their bits, in one pass over the mask."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+
+from sparse_compile.errors import BadPattern
+from sparse_compile.expr import KV, B, H, MaskExpr, Q, table
+from sparse_compile.layout.block_layout import EMPTY, FULL, PARTIAL, BlockLayout, BlockLists
+from sparse_compile.view import natural
+
+#: The CPU reads bands of about this many entries, to bound the temporaries.
+_ENTRIES_AT_ONCE = 1 << 24
+#: Times eight bools in an int64, shifted down by 56: the eight bits, first bool lowest.
+_GATHER_EIGHT = 0x0102040810204080
+
+
+@dataclass(frozen=True, eq=False)
+class DenseBlocks:
+    """What :func:`dense_layout` finds out about a mask; holds no reference to it.
+
+    Attributes:
+        layout: the visited blocks; a PARTIAL block attends somewhere and not everywhere.
+        words: int32 [classes, n_q, ceil(n_kv / 32)]: bit ``i`` of word ``w`` is key ``32 * w + i``.
+        biased: whether an additive mask holds something other than 0 and -inf.
+    """
+
+    layout: BlockLayout
+    words: Tensor
+    biased: bool
+
+
+@dataclass(frozen=True, eq=False)
+class DenseMask:
+    """A dense mask with its layout; see :func:`dense_layout`.
+
+    Attributes:
+        mask: the mask [1 or batch, 1 or heads, n_q, n_kv], a view of the tensor that was given.
+        blocks: what was found out about it.
+
+    >>> found = dense_layout(torch.ones(2, 1, 4, 4, dtype=torch.bool), 16, 16)
+    >>> print(found.expr)
+    Ne(t0(b, 0, q, kv), 0)
+    """
+
+    mask: Tensor
+    blocks: DenseBlocks
+
+    @property
+    def layout(self) -> BlockLayout:
+        """The visited blocks, exact."""
+        return self.blocks.layout
+
+    @property
+    def words(self) -> Tensor:
+        """The mask as bits, see :class:`DenseBlocks`."""
+        return self.blocks.words
+
+    def check(self) -> None:
+        """Raise if the tensor is a bias: whether a pair attends is all that a layout can say."""
+        if self.blocks.biased:
+            raise BadPattern(
+                "sparse_compile: this attention mask is a bias: it holds values other than 0 and "
+                "-inf, which change scores and cannot become a block layout. Pass a bool mask, "
+                "such as mask > -1e4 where very negative values mean 'do not attend'."
+            )
+
+    @functools.cached_property
+    def expr(self) -> MaskExpr:
+        """The mask as a predicate that reads the one table of :attr:`tables`."""
+        b, h = (
+            coordinate if size > 1 else sympy.Integer(0)
+            for coordinate, size in zip((B, H), self.mask.shape[:2], strict=True)
+        )
+        return MaskExpr(sympy.Ne(table(0)(b, h, Q, KV), 0), ("bool",))
+
+    @functools.cached_property
+    def tables(self) -> tuple[Tensor, ...]:
+        """The tensors that :attr:`expr` reads: the mask itself if it is bool, else a bool copy."""
+        return (_attends(self.mask),)
+
+
+def dense_layout(mask: Tensor, block_q: int, block_kv: int) -> DenseMask:
+    """Read a dense mask once, on its device, and find its blocks.
+
+    Waits for the device once, for the number of visited blocks.
+
+    Args:
+        mask: [n_q, n_kv], with up to two dimensions for heads and batch in front, 1 where all share
+            it. Bool: True attends. Floating: added to the scores, 0 attends and -inf does not; what
+            else it may hold, :meth:`DenseMask.check` reports, and the layout counts as attending.
+            Any strides; a dimension expanded by ``expand`` is read once.
+        block_q: queries per block.
+        block_kv: keys per block.
+
+    >>> causal = torch.ones(48, 48, dtype=torch.bool).tril()
+    >>> dense_layout(causal, 16, 16).layout.kinds().tolist()
+    [[[1, 0, 0], [2, 1, 0], [2, 2, 1]]]
+    """
+    mask = _four_dimensional(mask)
+    return DenseMask(mask, _read(mask, block_q, block_kv))
+
+
+def cached_dense_layout(mask: Tensor, block_q: int, block_kv: int) -> DenseMask:
+    """:func:`dense_layout`, remembered as long as the tensor lives and is not modified.
+
+    Changes that autograd does not see, through ``mask.data`` or another library, go unnoticed, as
+    they do in autograd. Inference tensors count no modifications and are read every time.
+
+    >>> mask = torch.ones(16, 16, dtype=torch.bool)
+    >>> first = cached_dense_layout(mask, 16, 16).blocks
+    >>> cached_dense_layout(mask, 16, 16).blocks is first
+    True
+    >>> _ = mask[0].fill_(False)
+    >>> cached_dense_layout(mask, 16, 16).blocks is first
+    False
+    """
+    if mask.is_inference():
+        return dense_layout(mask, block_q, block_kv)
+    state = (mask._version, mask.data_ptr(), tuple(mask.shape), mask.stride(), mask.dtype)
+    known = _remembered(mask, state)
+    if (block_q, block_kv) not in known:
+        known[block_q, block_kv] = dense_layout(mask, block_q, block_kv).blocks
+    return DenseMask(_four_dimensional(mask), known[block_q, block_kv])
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """What is known of one tensor, in one state; by block shape."""
+
+    of: weakref.ref[Tensor]
+    state: tuple[Any, ...]
+    blocks: dict[tuple[int, int], DenseBlocks]
+
+
+#: By id, because tensors compare entry by entry. An entry goes when its tensor does.
+_MEMORIES: dict[int, _Memory] = {}
+
+
+def _remembered(mask: Tensor, state: tuple[Any, ...]) -> dict[tuple[int, int], DenseBlocks]:
+    number = id(mask)
+    memory = _MEMORIES.get(number)
+    if memory is not None and memory.of() is mask and memory.state == state:
+        return memory.blocks
+
+    def forget(of: weakref.ref[Tensor]) -> None:
+        # Another tensor may have got the same id since.
+        entry = _MEMORIES.get(number)
+        if entry is not None and entry.of is of:
+            del _MEMORIES[number]
+
+    memory = _Memory(weakref.ref(mask, forget), state, {})
+    _MEMORIES[number] = memory
+    return memory.blocks
+
+
+def _four_dimensional(mask: Tensor) -> Tensor:
+    """The mask [1 or batch, 1 or heads, n_q, n_kv]; an expanded dimension has size 1, too."""
+    if not 2 <= mask.dim() <= 4:
+        raise BadPattern(
+            f"sparse_compile: a dense mask of shape {tuple(mask.shape)} has {mask.dim()} "
+            "dimensions. Write [n_q, n_kv], or [batch or 1, heads or 1, n_q, n_kv]."
+        )
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise BadPattern(
+            f"sparse_compile: a dense mask of {mask.dtype} is ambiguous. Write mask.bool() if "
+            "non-zero means attend, or a floating mask of 0 and -inf to be added."
+        )
+    mask = mask.detach()
+    mask = mask[(None,) * (4 - mask.dim())]
+    for dim in (0, 1):
+        if mask.stride(dim) == 0 and mask.shape[dim] > 1:
+            mask = mask.narrow(dim, 0, 1)
+    return mask
+
+
+def _read(mask: Tensor, block_q: int, block_kv: int) -> DenseBlocks:
+    batches, heads, n_q, n_kv = mask.shape
+    words, kinds, biased = _pass_over(mask, block_q, block_kv)
+    visited = (kinds != EMPTY).any(0)
+    rows, cols = _Places.of(kinds, visited), _Places.of(kinds.mT, visited.T)
+    # The one wait for the device, once it has been given all that can be done before.
+    room, is_biased = torch.stack([rows.start[-1], biased[0]]).tolist()
+    orders = natural(block_q), natural(block_kv)
+    lists = rows.lists(room), cols.lists(room)
+    layout = BlockLayout(n_q, n_kv, *orders, batches, heads, *lists)
+    return DenseBlocks(layout, words, bool(is_biased))
+
+
+def _pass_over(mask: Tensor, block_q: int, block_kv: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``(words, kinds, biased)``: int32 and int8 by class, see DenseBlocks, and int32 [1]."""
+    if mask.is_cuda and mask.numel() and mask.dtype != torch.float64:
+        # Needs Triton, which the CPU does not.
+        from sparse_compile.layout import dense_kernel
+
+        if dense_kernel.supports(block_q, block_kv):
+            return dense_kernel.read_dense(mask, block_q, block_kv)
+    return read_dense_in_torch(mask, block_q, block_kv)
+
+
+def read_dense_in_torch(mask: Tensor, block_q: int, block_kv: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`sparse_compile.layout.dense_kernel.read_dense` returns, for any device."""
+    batches, heads, n_q, n_kv = mask.shape
+    classes, cols = batches * heads, -(-n_kv // block_kv)
+    band = max(1, _ENTRIES_AT_ONCE // max(1, classes * n_kv * block_q)) * block_q
+    words, kinds = [], []
+    biased = torch.zeros(1, dtype=torch.int32, device=mask.device)
+    for part in torch.split(mask, band, dim=2) if mask.numel() else ():
+        attends = _attends(part).flatten(0, 1)
+        words.append(_packed(attends))
+        kinds.append(_kinds(attends, block_q, block_kv))
+        if mask.is_floating_point():
+            biased += (attends & (part != 0).flatten(0, 1)).any()
+    if not words:
+        rows = -(-n_q // block_q)
+        words = [torch.zeros(classes, n_q, -(-n_kv // 32), dtype=torch.int32, device=mask.device)]
+        kinds = [torch.zeros(classes, rows, cols, dtype=torch.int8, device=mask.device)]
+    return torch.cat(words, 1), torch.cat(kinds, 1), biased
+
+
+def _attends(mask: Tensor) -> Tensor:
+    """The mask as bools; what a bias holds attends."""
+    return mask if mask.dtype == torch.bool else mask != float("-inf")
+
+
+def _packed(attends: Tensor) -> Tensor:
+    """Bool [classes, n, n_kv] as int32 words [classes, n, ceil(n_kv / 32)]."""
+    # A bool that came from elsewhere may be any byte that is not zero.
+    ones = (attends.view(torch.uint8) != 0).view(torch.uint8)
+    padded = torch.nn.functional.pad(ones, (0, -ones.shape[-1] % 32))
+    eights = padded.contiguous().view(torch.int64)
+    return ((eights * _GATHER_EIGHT) >> 56).to(torch.uint8).view(torch.int32)
+
+
+def _kinds(attends: Tensor, block_q: int, block_kv: int) -> Tensor:
+    """EMPTY, PARTIAL or FULL of each block, int8 [classes, rows, cols]."""
+    classes, n_q, n_kv = attends.shape
+    padded = torch.nn.functional.pad(attends, (0, -n_kv % block_kv, 0, -n_q % block_q))
+    rows, cols = -(-n_q // block_q), -(-n_kv // block_kv)
+    tiles = padded.reshape(classes, rows, block_q, cols, block_kv)
+    some, every = tiles.any(2).any(-1), tiles.all(2).all(-1)
+    # EMPTY, PARTIAL and FULL are 0, 1 and 2.
+    return some.to(torch.int8).add_(every)
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where each block goes in the lists of one direction; EMPTY blocks go before the first place.
+
+    Attributes:
+        start, counts: as in :class:`BlockLists`.
+        place: int64 [classes, lines * blocks]; the place in the index, plus one.
+        blocks: how many blocks a line has.
+    """
+
+    start: Tensor
+    counts: Tensor
+    place: Tensor
+    blocks: int
+
+    @staticmethod
+    def of(kinds: Tensor, visited: Tensor) -> _Places:
+        """Those of kinds [classes, lines, blocks]; a line has room for what any class visits."""
+        start = torch.nn.functional.pad(visited.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+        chosen = torch.stack([kinds == PARTIAL, kinds == FULL])
+        counts = chosen.sum(-1, dtype=torch.int32)
+        place = chosen.cumsum(-1)
+        place[1] += counts[0, :, :, None]
+        place += start[:-1, None]
+        place = (place * chosen).sum(0).flatten(1)
+        return _Places(start, counts.permute(1, 2, 0).contiguous(), place, kinds.shape[2])
+
+    def lists(self, room: int) -> BlockLists:
+        """The lists, with ``room`` places in the index of each class."""
+        classes, places = self.place.shape
+        index = torch.zeros(classes, room + 1, dtype=torch.int32, device=self.place.device)
+        if places:
+            block = torch.arange(self.blocks, dtype=torch.int32, device=self.place.device)
+            index.scatter_(1, self.place, block.repeat(places // self.blocks).expand(classes, -1))
+        return BlockLists(self.start, self.counts, index[:, 1:].contiguous())

@@ -1,0 +1,238 @@
+"""Layout: the blocks that every view of a mask visits."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sparse_compile.layout import superset
+from sparse_compile.layout.block_layout import BlockLayout
+from sparse_compile.layout.build import build_layout
+from sparse_compile.layout.candidates import candidates
+from sparse_compile.layout.density import mask_pairs
+from sparse_compile.layout.schedule import Schedule, make_schedule
+from sparse_compile.layout.superset import Problem
+from sparse_compile.spec import AttentionSpec
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The blocks of each view of a mask; views are disjoint and together are the mask.
+
+    Attributes:
+        spec: the mask and its views.
+        views: for each view, its blocks.
+        batch, heads: of the problem.
+        tables: the tensors that the mask reads.
+        sizes: the integers that it reads.
+    """
+
+    spec: AttentionSpec
+    views: tuple[BlockLayout, ...]
+    batch: int
+    heads: int
+    tables: tuple[Tensor, ...] = field(default=(), repr=False)
+    sizes: tuple[int, ...] = ()
+
+    @property
+    def n_q(self) -> int:
+        """Number of queries."""
+        return self.views[0].n_q
+
+    @property
+    def n_kv(self) -> int:
+        """Number of keys."""
+        return self.views[0].n_kv
+
+    @property
+    def nnz_blocks(self) -> int:
+        """Visited blocks, summed over views and classes (synchronises with the device)."""
+        return sum(view.nnz_blocks for view in self.views)
+
+    @property
+    def visited_pairs(self) -> int:
+        """(b, h, q, kv) inside visited blocks, counting only those that exist."""
+        return sum(
+            view.visited_pairs * (self.batch // view.batches) * (self.heads // view.heads)
+            for view in self.views
+        )
+
+    @property
+    def allowed_pairs(self) -> int:
+        """(b, h, q, kv) that the mask allows, counted exactly; follows the visited blocks."""
+        return sum(
+            mask_pairs(
+                self.spec.part_mask(part), view, self.batch, self.heads, self.tables, self.sizes
+            )
+            for part, view in zip(self.spec.parts, self.views, strict=True)
+        )
+
+    @property
+    def density(self) -> float:
+        """Allowed pairs over all pairs."""
+        return self.allowed_pairs / self._everything
+
+    @property
+    def block_density(self) -> float:
+        """Pairs inside visited blocks over all pairs: what the attention costs."""
+        return self.visited_pairs / self._everything
+
+    @property
+    def _everything(self) -> int:
+        return max(self.batch * self.heads * self.n_q * self.n_kv, 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all index tensors."""
+        return sum(view.nbytes for view in self.views)
+
+    @functools.cached_property
+    def _made(self) -> dict[tuple[str, int, int], tuple[Schedule, ...]]:
+        return {}
+
+    def schedules(
+        self, axis: str, members: int, workers: int, device: torch.device
+    ) -> tuple[Schedule, ...]:
+        """The worklists of the sections of a kernel whose lines are blocks of ``axis``; made once.
+
+        Args:
+            axis: ``"q"`` or ``"kv"``.
+            members: heads times batch entries that the kernel runs for.
+            workers: programs that run at a time.
+            device: where the kernel runs.
+        """
+        key = axis, members, workers
+        if key not in self._made:
+            self._made[key] = _schedules(self, axis, members, workers, device)
+        return self._made[key]
+
+    def problems(self) -> tuple[Problem, ...]:
+        """What each view's blocks follow from."""
+        lengths = self.n_q, self.n_kv
+        return tuple(
+            Problem.of(
+                self.spec.part_mask(part),
+                self.sizes,
+                self.batch,
+                self.heads,
+                lengths,
+                (part.q, part.kv),
+            )
+            for part in self.spec.parts
+        )
+
+
+def _schedules(
+    layout: Layout, axis: str, members: int, workers: int, device: torch.device
+) -> tuple[Schedule, ...]:
+    rooms = [view.rooms(axis) for view in layout.views]
+    sections = layout.spec.sections(axis)
+    if any(room is None for room in rooms):
+        return _static_schedules(layout.problems(), axis, sections, members, workers, device)
+    return tuple(
+        make_schedule(sum(rooms[v] for v in section), members, workers).to(device)
+        for section in sections
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _static_schedules(
+    problems: tuple[Problem, ...],
+    axis: str,
+    sections: tuple[tuple[int, ...], ...],
+    members: int,
+    workers: int,
+    device: torch.device,
+) -> tuple[Schedule, ...]:
+    rooms = [torch.stack([_room(problems[v], axis) for v in views]).sum(0) for views in sections]
+    return tuple(make_schedule(room, members, workers).to(device) for room in rooms)
+
+
+def _room(problem: Problem, axis: str) -> Tensor:
+    """int64 [lines]: how many blocks each line visits at most, known on the host."""
+    cpu = torch.device("cpu")
+    if problem.is_static:
+        layout = superset.static_layout(problem, cpu)
+        start = (layout.rows if axis == "q" else layout.cols).start
+    else:
+        found = candidates(problem, cpu)
+        start = found.row_start if axis == "q" else found.col_start
+    return start.long().diff()
+
+
+def build(
+    spec: AttentionSpec,
+    *,
+    batch: int,
+    heads: int,
+    n_q: int,
+    n_kv: int,
+    tables: Sequence[Tensor] = (),
+    sizes: Sequence[int] = (),
+    device: torch.device | str = "cpu",
+) -> Layout:
+    """The layout of a spec's mask, view by view.
+
+    Args:
+        spec: the mask and its views.
+        batch, heads: of the problem; heads counts query heads.
+        n_q, n_kv: lengths.
+        tables, sizes: what the mask reads, as for :func:`build_layout`.
+        device: where the lists are made.
+    """
+    views = tuple(
+        build_layout(
+            spec.part_mask(part),
+            batch=batch,
+            heads=heads,
+            n_q=n_q,
+            n_kv=n_kv,
+            block_q=part.q,
+            block_kv=part.kv,
+            tables=tables,
+            sizes=sizes,
+            device=device,
+        )
+        for part in spec.parts
+    )
+    return Layout(spec, views, batch, heads, tuple(tables), tuple(map(int, sizes)))
+
+
+def unpack(
+    spec: AttentionSpec,
+    packed: Sequence[Tensor],
+    *,
+    batch: int,
+    heads: int,
+    n_q: int,
+    n_kv: int,
+    tables: Sequence[Tensor] = (),
+    sizes: Sequence[int] = (),
+) -> Layout:
+    """The layout whose views were packed by :meth:`BlockLayout.pack`."""
+    sizes = tuple(map(int, sizes))
+    views = []
+    for part, vector in zip(spec.parts, packed, strict=True):
+        blocks = part.q, part.kv
+        problem = Problem.of(spec.part_mask(part), sizes, batch, heads, (n_q, n_kv), blocks)
+        views.append(BlockLayout.unpack(vector, n_q, n_kv, *blocks, problem.batches, problem.heads))
+    return Layout(spec, tuple(views), batch, heads, tuple(tables), sizes)
+
+
+@functools.lru_cache(maxsize=64)
+def static_layout(
+    spec: AttentionSpec,
+    *,
+    batch: int,
+    heads: int,
+    n_q: int,
+    n_kv: int,
+    sizes: tuple[int, ...],
+    device: torch.device,
+) -> Layout:
+    """:func:`build` for a mask that reads no tensors; cached, so do not change its tensors."""
+    return build(spec, batch=batch, heads=heads, n_q=n_q, n_kv=n_kv, sizes=sizes, device=device)

@@ -1,0 +1,111 @@
+"""Schedule: the order in which tiles of a kernel are handed out, and how heavy lines are split.
+
+The hardware starts the programs of a launch in order, each as soon as a multiprocessor has room: a
+dynamic queue. So the worklist is sorted by cost, largest first, and a line that would outlast the
+others (the row of a global token sees every key) is cut into parts, which leave their results in
+*slots* and are merged afterwards.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+#: What starting and finishing a tile costs, in blocks.
+TILE_COST = 2
+#: No part is smaller than this many blocks: its partial result has to repay being merged.
+SMALLEST_PART = 16
+#: A line that takes more than this share of a worker's time is split.
+LARGEST_SHARE = 0.25
+#: Lines whose costs differ by less than a part in so many keep their order, and so their locality.
+COST_LEVELS = 8
+EVERYTHING = (1 << 31) - 1
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The worklist of one kernel.
+
+    Attributes:
+        items: int32 [n, 4]: line, first and end of the blocks to visit, slot or -1.
+        heavy: the first so many items are handed out for all heads before any other.
+        merges: int32 [m, 3]: line, first slot and number of parts of each split line.
+        slots: number of slots.
+        costs: int64 [n] on the CPU: blocks of each item, with :data:`TILE_COST`.
+    """
+
+    items: Tensor
+    heavy: int
+    merges: Tensor
+    slots: int
+    costs: Tensor
+
+    def to(self, device: torch.device) -> Schedule:
+        """The same schedule for a kernel on ``device``."""
+        items, merges = self.items.to(device), self.merges.to(device)
+        return Schedule(items, self.heavy, merges, self.slots, self.costs)
+
+    def utilisation(self, members: int, workers: int) -> float:
+        """Modelled: busy time of all workers over their number times the makespan.
+
+        Args:
+            members: heads times batch entries that the worklist is repeated for.
+            workers: programs that run at a time.
+
+        >>> even = make_schedule(torch.full([8], 14), members=4, workers=16)
+        >>> even.utilisation(members=4, workers=16)
+        1.0
+        """
+        costs = self.costs.tolist()
+        heavy = [cost for cost in costs[: self.heavy] for _ in range(members)]
+        free = [0] * workers
+        for cost in [*heavy, *costs[self.heavy :] * members]:
+            heapq.heapreplace(free, free[0] + cost)
+        return sum(free) / (workers * max(free)) if max(free) else 1.0
+
+
+def make_schedule(room: Tensor, members: int, workers: int) -> Schedule:
+    """The worklist of the lines of a section.
+
+    Args:
+        room: int64 [lines] on the CPU: blocks that each line visits, or may visit where that is
+            only known on the device.
+        members: heads times batch entries.
+        workers: programs that run at a time.
+
+    >>> one_heavy = make_schedule(torch.tensor([900, 9, 9, 9]), members=1, workers=4)
+    >>> one_heavy.slots, one_heavy.heavy, one_heavy.merges.tolist()
+    (16, 16, [[0, 0, 16]])
+    """
+    line = torch.arange(room.numel())
+    share = int((room + TILE_COST).sum()) * members / workers
+    largest = max(SMALLEST_PART, int(share * LARGEST_SHARE))
+    parts = (-(-room // largest)).clamp(min=1)
+    split = parts > 1
+    slots = torch.where(split, parts, 0)
+    first_slot = slots.cumsum(0) - slots
+    of = torch.repeat_interleave(parts)
+    number = torch.arange(of.numel()) - (parts.cumsum(0) - parts)[of]
+    size = -(-room // parts)
+    lo = number * size[of]
+    hi = torch.where(split[of], lo + size[of], EVERYTHING)
+    slot = torch.where(split[of], first_slot[of] + number, -1)
+    costs = torch.where(split[of], size[of], room[of]) + TILE_COST
+    order, heavy = _order(costs, split[of])
+    items = torch.stack([line[of], lo, hi, slot], 1)[order].to(torch.int32)
+    merges = torch.stack([line, first_slot, parts], 1)[split].to(torch.int32)
+    return Schedule(items, heavy, merges, int(slots.sum()), costs[order])
+
+
+def _order(costs: Tensor, split: Tensor) -> tuple[Tensor, int]:
+    """The items in the order to start them, and how many come first for all heads."""
+    typical = int(costs.median()) if costs.numel() else 0
+    heavy = split | (costs > 4 * typical)
+    level = costs * COST_LEVELS // max(int(costs.max()), 1) if costs.numel() else costs
+    # Later lines first among equals: under a causal mask they have more to do.
+    place = torch.arange(costs.numel() - 1, -1, -1)
+    key = (heavy.long() * (COST_LEVELS + 1) + level) * (costs.numel() + 1) - place
+    return key.argsort(descending=True), int(heavy.sum())

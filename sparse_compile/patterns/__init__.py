@@ -1,0 +1,59 @@
+"""The mask algebra: patterns that name who may attend to whom, and how they combine.
+
+>>> from sparse_compile import patterns as P
+>>> P.SlidingWindow(512) & P.Causal() | P.Global(64)
+((SlidingWindow(512) & Causal()) | Global(64))
+
+A pattern is a value: it prints as what makes it, and compares by what it holds. Combine patterns
+with ``&``, ``|`` and ``~``. Making one needs neither torch nor triton.
+"""
+
+from sparse_compile.patterns import presets
+from sparse_compile.patterns.axial import Axial
+from sparse_compile.patterns.base import BoundMask, Pattern, Tables
+from sparse_compile.patterns.bigbird import BigBird
+from sparse_compile.patterns.blocks import BlockLocal, BlockSparse
+from sparse_compile.patterns.documents import Documents
+from sparse_compile.patterns.global_ import Global
+from sparse_compile.patterns.local import Causal, Dilated, SlidingWindow
+from sparse_compile.patterns.logic import All, And, Not, Or
+from sparse_compile.patterns.longformer import Longformer
+from sparse_compile.patterns.neighborhood import Neighborhood
+from sparse_compile.patterns.padding import Padding
+from sparse_compile.patterns.per_head import Heads, heads
+from sparse_compile.patterns.predicate import Predicate
+from sparse_compile.patterns.prefix import PrefixLM
+from sparse_compile.patterns.random_ import Random
+from sparse_compile.patterns.sliding_tile import SlidingTile
+from sparse_compile.patterns.strided import Fixed, Strided
+
+__all__ = [
+    "All",
+    "And",
+    "Axial",
+    "BigBird",
+    "BlockLocal",
+    "BlockSparse",
+    "BoundMask",
+    "Causal",
+    "Dilated",
+    "Documents",
+    "Fixed",
+    "Global",
+    "Heads",
+    "Longformer",
+    "Neighborhood",
+    "Not",
+    "Or",
+    "Padding",
+    "Pattern",
+    "Predicate",
+    "PrefixLM",
+    "Random",
+    "SlidingTile",
+    "SlidingWindow",
+    "Strided",
+    "Tables",
+    "heads",
+    "presets",
+]

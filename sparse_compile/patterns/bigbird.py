@@ -1,0 +1,111 @@
+"""BigBird: window, global and random blocks."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+
+from sparse_compile.expr.nodes import KV, FloorDiv, Q
+from sparse_compile.patterns.base import Pattern, Tables
+from sparse_compile.patterns.checks import bad, blocks, store, whole
+from sparse_compile.patterns.random_ import chosen, draw
+
+
+@dataclass(frozen=True, repr=False)
+class BigBird(Pattern):
+    """The pattern of BigBird: window, global and random attention, all in blocks.
+
+    Zaheer et al. 2020, https://arxiv.org/abs/2007.14062 (the internal transformer construction).
+    The global blocks are the first ones. The random blocks of a block of queries are outside its
+    window and not global, so that each adds something; they depend on the seed and the lengths.
+
+    Args:
+        block: tokens per block, of queries and of keys.
+        random: random blocks of keys for each block of queries.
+        global_: how many blocks at the start see, and are seen by, all.
+        window: the width of the window in blocks, the query's own among them; odd.
+        seed: of the random choice.
+
+    >>> BigBird(block=2, random=1, global_=1, window=3).dense(16, 16).sum(-1)[0, 0].tolist()
+    [16, 16, 8, 8, 10, 10, 10, 10, 10, 10, 10, 10, 10, 10, 8, 8]
+    """
+
+    block: int
+    random: int
+    global_: int
+    window: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        window = whole("BigBird: window", self.window, 1)
+        if window % 2 == 0:
+            raise bad(
+                f"BigBird: window is {window} blocks, but the query's own is in the middle",
+                f"Write an odd number, such as {window + 1}.",
+            )
+        store(
+            self,
+            block=whole("BigBird: block", self.block, 1),
+            random=whole("BigBird: random", self.random, 0),
+            global_=whole("BigBird: global_", self.global_, 0),
+            window=window,
+            seed=whole("BigBird: seed", self.seed, 0),
+        )
+
+    def check(self, n_q: int, n_kv: int, batch: int, heads: int) -> None:
+        """There must be room for the random blocks outside window and global blocks."""
+        columns = blocks(n_kv, self.block)
+        if self.global_ > columns:
+            raise bad(
+                f"BigBird: {self.global_} global blocks of the {columns} that {n_kv} keys make",
+                f"Write global_={columns} or fewer, or smaller blocks.",
+            )
+        for row in self._local_rows(n_q):
+            free = len(self._free(row, columns))
+            if free < self.random:
+                raise bad(
+                    f"BigBird: {self.random} random blocks, but of the {columns} blocks that "
+                    f"{n_kv} keys make only {free} are neither global nor in the window of block "
+                    f"{row}",
+                    f"Write random={free} or fewer, or smaller blocks.",
+                )
+
+    def predicate(self, tables: Tables) -> sympy.Basic:
+        """In the window, or global, or chosen."""
+        row, column = FloorDiv(Q, self.block), FloorDiv(KV, self.block)
+        half, tokens = self.window // 2, self.global_ * self.block
+        near = sympy.Eq(column, row)
+        if half:
+            near = sympy.And(sympy.Le(row - column, half), sympy.Le(column - row, half))
+        terms = [near]
+        if tokens:
+            terms += [sympy.Lt(Q, tokens), sympy.Lt(KV, tokens)]
+        if self.random:
+            lookup = tables.add(self, "int32", self._table)
+            terms.append(chosen(lambda slot: lookup(row, slot), self))
+        return sympy.Or(*terms)
+
+    def _local_rows(self, n_q: int) -> range:
+        """Blocks of queries that are not global."""
+        return range(self.global_, blocks(n_q, self.block))
+
+    def _free(self, row: int, columns: int) -> list[int]:
+        """Blocks of keys that ``row`` does not see anyway."""
+        half = self.window // 2
+        before = range(self.global_, min(row - half, columns))
+        after = range(max(row + half + 1, self.global_), columns)
+        return [*before, *after]
+
+    def _table(self, device: Any, n_q: int, n_kv: int, batch: int, heads: int) -> Any:
+        import torch
+
+        rng, columns = random.Random(self.seed), blocks(n_kv, self.block)
+        # Global rows see everything, so what they choose is of no matter.
+        choice = [[0] * self.random for _ in range(min(self.global_, blocks(n_q, self.block)))]
+        choice += [
+            draw(rng, self._free(row, columns), self.random) for row in self._local_rows(n_q)
+        ]
+        return torch.tensor(choice, dtype=torch.int32, device=device)

@@ -1,0 +1,80 @@
+"""What the constructors of patterns share: checked parameters, and where a query stands."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import sympy
+
+from sparse_compile.errors import BadPattern
+from sparse_compile.expr.nodes import N_KV, N_Q, Q
+
+UPPER_LEFT, LOWER_RIGHT = "upper_left", "lower_right"
+
+
+def bad(what: str, instead: str) -> BadPattern:
+    """The error of a pattern that makes no sense: what is wrong, and what to write instead."""
+    return BadPattern(f"sparse_compile: {what}. {instead}")
+
+
+def store(pattern: Any, **values: Any) -> None:
+    """Set parameters of a frozen pattern while it is being made."""
+    for name, value in values.items():
+        object.__setattr__(pattern, name, value)
+
+
+def whole(where: str, value: Any, least: int) -> int:
+    """``value`` as an int of at least ``least``; ``where`` names it, as in ``"Dilated: window"``.
+
+    >>> whole("Dilated: window", 3, 1)
+    3
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise bad(f"{where} must be a whole number, not {value!r}", f"Write {least} or more.")
+    if number < least:
+        raise bad(f"{where} is {number}", f"Write {least} or more.")
+    return number
+
+
+def flag(where: str, value: Any) -> bool:
+    """``value`` as a bool; ``where`` names it."""
+    if not isinstance(value, bool):
+        raise bad(f"{where} is {value!r}", "Write True or False.")
+    return value
+
+
+def choice(where: str, value: Any, allowed: Iterable[str]) -> str:
+    """``value`` if it is one of the ``allowed`` words; ``where`` names it."""
+    names = list(allowed)
+    if value not in names:
+        raise bad(f"{where} is {value!r}", f"Write {' or '.join(map(repr, names))}.")
+    return str(value)
+
+
+def alignment(where: str, align: Any) -> str:
+    """``align`` if it names a corner in which the diagonal starts."""
+    return choice(f"{where}: align", align, (UPPER_LEFT, LOWER_RIGHT))
+
+
+def position(align: str) -> sympy.Expr:
+    """Where query ``q`` stands among the keys.
+
+    >>> position("upper_left"), position("lower_right")
+    (q, n_kv - n_q + q)
+    """
+    return Q if align == UPPER_LEFT else Q + N_KV - N_Q
+
+
+def blocks(length: int, block: int) -> int:
+    """How many blocks cover ``length`` tokens; the last may be ragged.
+
+    >>> blocks(100, 64), blocks(128, 64)
+    (2, 2)
+    """
+    return -(-length // block)

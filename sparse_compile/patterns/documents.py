@@ -1,0 +1,141 @@
+"""Documents: packed sequences that do not see each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+
+from sparse_compile.expr.nodes import KV, B, Q
+from sparse_compile.patterns.base import Pattern, Tables
+from sparse_compile.patterns.checks import bad, store
+from sparse_compile.patterns.data import (
+    HoldsData,
+    along,
+    dtype_of,
+    frozen,
+    is_tensor,
+    key_of,
+    on_device,
+    shape_of,
+    values_now,
+)
+
+_IDS, _Q_IDS, _CU = "Documents: ids", "Documents: q_ids", "Documents: cu_seqlens"
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Documents(HoldsData, Pattern):
+    """A token attends to the tokens of its own document.
+
+    Args:
+        ids: the document of each token, ``[tokens]`` or ``[batch, tokens]``; a tensor or tuples.
+        cu_seqlens: instead of ids, where each document starts, and the end of the last:
+            ``(0, 3, 8)`` is one of 3 tokens and one of 5.
+        q_ids: the documents of the queries, when they are other tokens than the keys.
+
+    >>> Documents((0, 0, 1)).dense(3, 3).int().tolist()
+    [[[[1, 1, 0], [1, 1, 0], [0, 0, 1]]]]
+    >>> Documents(cu_seqlens=(0, 2, 3)).dense(3, 3).int().tolist()
+    [[[[1, 1, 0], [1, 1, 0], [0, 0, 1]]]]
+    """
+
+    ids: Any = None
+    cu_seqlens: Any = None
+    q_ids: Any = None
+
+    def __post_init__(self) -> None:
+        if (self.ids is None) == (self.cu_seqlens is None):
+            raise bad(
+                "Documents needs ids or cu_seqlens, and not both",
+                "Write Documents(ids) or Documents(cu_seqlens=(0, 3, 8)).",
+            )
+        if self.cu_seqlens is not None:
+            store(self, cu_seqlens=_checked_starts(self.cu_seqlens))
+        for name in ("ids", "q_ids"):
+            value = getattr(self, name)
+            if value is not None:
+                store(self, **{name: _checked_ids(f"Documents: {name}", value)})
+
+    def check(self, n_q: int, n_kv: int, batch: int, heads: int) -> None:
+        """Every token must have a document."""
+        if self.q_ids is not None:
+            _check_length(_Q_IDS, self.q_ids, n_q, "queries", batch)
+        elif n_q != n_kv:
+            raise bad(
+                f"Documents: {n_q} queries and {n_kv} keys cannot have the same documents",
+                "Write q_ids= for the documents of the queries.",
+            )
+        if self.ids is not None:
+            _check_length(_IDS, self.ids, n_kv, "keys", batch)
+            return
+        starts = values_now(self.cu_seqlens)
+        if starts is not None and starts[-1] != n_kv:
+            raise bad(
+                f"Documents: cu_seqlens ends at {starts[-1]}, but there are {n_kv} keys",
+                "The last entry is the number of tokens of all documents.",
+            )
+
+    def predicate(self, tables: Tables) -> sympy.Basic:
+        """``ids[q] == ids[kv]``."""
+        if self.ids is None:
+            key = "starts", key_of(self.cu_seqlens)
+            of_key = tables.add(key, "int32", _ids_of(self.cu_seqlens))
+        else:
+            of_key = _reading(tables, self.ids)
+        of_query = of_key if self.q_ids is None else _reading(tables, self.q_ids)
+        return sympy.Eq(of_query(Q), of_key(KV))
+
+
+def _reading(tables: Tables, ids: Any) -> Callable[[sympy.Expr], sympy.Expr]:
+    dtype = dtype_of(ids)
+    lookup = tables.add(("ids", key_of(ids)), dtype, on_device(ids, dtype))
+    leading = [along(B, size) for size in shape_of(_IDS, ids)[:-1]]
+    return lambda token: lookup(*leading, token)
+
+
+def _ids_of(starts: Any) -> Callable[..., Any]:
+    """The document of each key, computed on the device that the starts are on."""
+
+    def make(device: Any, n_q: int, n_kv: int, batch: int, heads: int) -> Any:
+        import torch
+
+        ends = on_device(starts, "int64")(device, n_q, n_kv, batch, heads)[1:]
+        tokens = torch.arange(n_kv, device=device)
+        return torch.searchsorted(ends, tokens, right=True).to(torch.int32)
+
+    return make
+
+
+def _checked_ids(where: str, ids: Any) -> Any:
+    ids = frozen(where, ids)
+    shape = shape_of(where, ids)
+    if len(shape) not in (1, 2):
+        raise bad(f"{where} has the sizes {list(shape)}", "Write [tokens] or [batch, tokens].")
+    return ids
+
+
+def _checked_starts(starts: Any) -> Any:
+    starts = frozen(_CU, starts)
+    shape = shape_of(_CU, starts)
+    if len(shape) != 1 or shape[0] < 2:
+        raise bad(f"{_CU} has the sizes {list(shape)}", "Write the starts and the end: (0, 3, 8).")
+    known = None if is_tensor(starts) else starts
+    if known is not None and (known[0] != 0 or list(known) != sorted(known)):
+        raise bad(f"{_CU} is {known}", "Start at 0 and write growing numbers, such as (0, 3, 8).")
+    return starts
+
+
+def _check_length(where: str, ids: Any, tokens: int, name: str, batch: int) -> None:
+    *leading, length = shape_of(where, ids)
+    if length != tokens:
+        raise bad(
+            f"{where} names the documents of {length} tokens, but there are {tokens} {name}",
+            f"Write {tokens} ids.",
+        )
+    if leading and leading[0] not in (1, batch):
+        raise bad(
+            f"{where} has {leading[0]} rows for a batch of {batch}", f"Write {batch} rows, or one."
+        )

@@ -1,0 +1,84 @@
+"""The patterns of published models, with their published settings.
+
+>>> from sparse_compile import patterns as P
+>>> P.presets.longformer_base_4096()
+Longformer(512)
+"""
+
+from __future__ import annotations
+
+from sparse_compile.patterns.axial import Axial
+from sparse_compile.patterns.base import Pattern
+from sparse_compile.patterns.bigbird import BigBird
+from sparse_compile.patterns.blocks import BlockLocal
+from sparse_compile.patterns.checks import bad, whole
+from sparse_compile.patterns.longformer import Longformer
+from sparse_compile.patterns.per_head import heads
+from sparse_compile.patterns.strided import Fixed, Strided
+
+#: Heads of BlockBERT that use each of the permutations, by the number of blocks.
+_BLOCKBERT_HEADS = {2: (10, 2), 3: (8, 2, 2)}
+
+
+def longformer_base_4096() -> Pattern:
+    """Longformer-base: windows of 512 tokens and a global first token, for 4096 tokens.
+
+    Beltagy et al. 2020, https://arxiv.org/abs/2004.05150. For question answering the tokens of the
+    question are global too: ``Longformer(512, global_=n)``.
+    """
+    return Longformer(512)
+
+
+def bigbird_base_4096() -> Pattern:
+    """BigBird-base, internal construction: blocks of 64, three random, two global, for 4096 tokens.
+
+    Zaheer et al. 2020, https://arxiv.org/abs/2007.14062. The window is three blocks wide.
+    """
+    return BigBird(block=64, random=3, global_=2, window=3)
+
+
+def sparse_transformer_strided() -> Pattern:
+    """The Sparse Transformer for images: stride 128, for 3072 or 12288 bytes.
+
+    Child et al. 2019, https://arxiv.org/abs/1904.10509 (CIFAR-10 and ImageNet 64 x 64).
+    """
+    return Strided(128)
+
+
+def sparse_transformer_fixed(summary: int = 8) -> Pattern:
+    """The Sparse Transformer for text: blocks of 128 that end in ``summary`` tokens.
+
+    Child et al. 2019, https://arxiv.org/abs/1904.10509, who recommend 8, 16 or 32; their model of
+    Enwik8 uses 32, for 12288 bytes.
+    """
+    return Fixed(128, summary)
+
+
+def blockbert(length: int = 512, blocks: int = 2) -> Pattern:
+    """BlockBERT: 12 heads, most of them local to a block, the others to a shifted one.
+
+    Qiu et al. 2020, https://arxiv.org/abs/1911.02972. With two blocks the heads are split 10:2,
+    with three 8:2:2. The sequence has ``length`` tokens, 512 or 1024 in the paper.
+
+    >>> blockbert(512, 3).patterns[-1]
+    BlockLocal(171, permutation=(2, 0, 1))
+    """
+    if blocks not in _BLOCKBERT_HEADS:
+        raise bad(f"blockbert of {blocks} blocks", "Write 2 or 3, as in the paper.")
+    size = -(-whole("blockbert: length", length, blocks) // blocks)
+    shifts = [shift for shift, count in enumerate(_BLOCKBERT_HEADS[blocks]) for _ in range(count)]
+    return heads([_shifted(size, shift, blocks) for shift in shifts])
+
+
+def _shifted(size: int, shift: int, blocks: int) -> BlockLocal:
+    if not shift:
+        return BlockLocal(size)
+    return BlockLocal(size, tuple((block + shift) % blocks for block in range(blocks)))
+
+
+def axial_transformer_64() -> Pattern:
+    """The Axial Transformer on images of 64 x 64: rows and columns, for 4096 tokens.
+
+    Ho et al. 2019, https://arxiv.org/abs/1912.12180.
+    """
+    return Axial((64, 64))

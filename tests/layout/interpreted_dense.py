@@ -1,0 +1,29 @@
+"""The dense-mask kernel in Triton's interpreter; test_from_dense.py runs this in a process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparse_compile.layout import dense_kernel
+from tests.layout.dense_cases import CASES, DenseCase, check_pass
+
+
+@pytest.fixture(autouse=True)
+def _small_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that small masks have several strips and several steps down."""
+    monkeypatch.setattr(dense_kernel, "STRIP", 64)
+    monkeypatch.setattr(dense_kernel, "ROWS", 4)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_case(case: DenseCase) -> None:
+    mask = case.mask(torch.device("cpu"))
+    check_pass(dense_kernel.read_dense(mask, *case.block), mask, case.block)
+
+
+def test_any_byte_that_is_not_zero_attends() -> None:
+    odd = torch.tensor([[0, 1, 2, 128, 255, 0, 7, 64] * 8] * 8, dtype=torch.uint8)
+    mask = odd.view(torch.bool)[None, None]
+    assert dense_kernel._in_fours(mask)
+    check_pass(dense_kernel.read_dense(mask, 8, 32), (odd != 0)[None, None], (8, 32))
