@@ -9,15 +9,17 @@ import sympy
 import torch
 
 from sparse_compile.expr import KV, Q
+from sparse_compile.layout.choose import choose_views
+from sparse_compile.layout.split_views import Split
 from sparse_compile.options import Options
 from sparse_compile.passes.graph_edit import example_value
 from sparse_compile.plan import Plan
-from sparse_compile.site import AttentionSite, LiftedMask, Rejection
+from sparse_compile.site import AttentionSite, LiftedMask, Operand, Rejection
 from sparse_compile.spec import AttentionSpec, EmptyRows
 
-#: Block shapes of the layouts. Small blocks waste less of a narrow mask. On an H200 64 beat 128 by
-#: up to 12 % (benchmarks/results/kernels_h200.json); on a CPU 32 rows still fill the vector units.
-_BLOCKS = {"cuda": (64, 64), "cpu": (32, 32)}
+_DEVICES = ("cuda", "cpu")
+#: Stands for a length, batch or head count that is only known when the graph runs.
+_UNKNOWN = 4096
 
 
 def choose_layout(
@@ -27,11 +29,10 @@ def choose_layout(
 
     Returns a :class:`Rejection` when the program's own SDPA call is already the best answer.
     """
-    if device.type not in _BLOCKS:
+    if device.type not in _DEVICES:
         reason = f"there is no executor for {device.type} tensors"
         return _left_alone(site, reason, "run the model on a CUDA device or on the CPU")
-    block_q, block_kv = options.block or _BLOCKS[device.type]
-    spec = AttentionSpec(lifted.mask, lifted.empty_rows, block_q, block_kv, site.where)
+    spec, split = _spec(site, lifted, device, options)
     causal = lifted.mask.predicate == sympy.Le(KV, Q)
     skips_nothing = lifted.mask.predicate == sympy.true
     if (causal or skips_nothing) and _hand_to_sdpa(lifted, options):
@@ -40,9 +41,37 @@ def choose_layout(
     if too_large:
         return _left_alone(site, too_large, "")
     executor = "triton" if device.type == "cuda" else "cpu"
-    return Plan(
-        site, lifted, spec, executor, reason="only the blocks that its mask allows are visited"
+    reason = "only the blocks that its mask allows are visited"
+    return Plan(site, lifted, spec, executor, reason=reason, split=split)
+
+
+def _spec(
+    site: AttentionSite, lifted: LiftedMask, device: torch.device, options: Options
+) -> tuple[AttentionSpec, Split]:
+    """What to compute, in the views that cost least at the lengths of the example."""
+    return choose_views(
+        lifted.mask,
+        n_q=_size(site.q, "n"),
+        n_kv=_size(site.k, "n"),
+        batch=_size(site.q, "b"),
+        heads=_size(site.q, "h"),
+        # Run-time integers are offsets and windows; which, only their values would tell.
+        sizes=(0,) * lifted.mask.n_sizes,
+        block=options.block,
+        device_type=device.type,
+        empty_rows=lifted.empty_rows,
+        where=site.where,
     )
+
+
+def _size(operand: Operand, axis: str) -> int:
+    if axis not in operand.axes:
+        return 1
+    size = example_value(operand.node).shape[operand.axes.index(axis)]
+    if isinstance(size, torch.SymInt):
+        hint = size.node.hint  # what the graph was captured with; None if nothing is known
+        return _UNKNOWN if hint is None else int(hint)
+    return int(size)
 
 
 def _too_large(site: AttentionSite) -> str:

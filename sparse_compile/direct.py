@@ -16,12 +16,13 @@ from sparse_compile import ops
 from sparse_compile.annotation import name_mask
 from sparse_compile.errors import BadShape, PatternMisuse
 from sparse_compile.expr import COORDINATES, KV, MaskExpr, Q, table, table_index
+from sparse_compile.layout.choose import choose_views
 from sparse_compile.pattern_ops import PATTERN_TABLE
 from sparse_compile.patterns.base import Pattern
 from sparse_compile.spec import AttentionSpec
 
-#: As passes/choose_layout has them.
-_BLOCKS = {"cuda": (64, 64), "cpu": (32, 32)}
+#: Stands for lengths and head counts that torch.compile knows by name only.
+_UNKNOWN = 4096
 
 
 def attention(
@@ -67,7 +68,7 @@ def attention(
         return _by_tensor(q, k, v, mask, factor)
     if mask is not None and not isinstance(mask, Pattern):
         raise PatternMisuse(_no_mask(mask))
-    plan = _NOTHING_HIDDEN if mask is None else _plan(mask, q.device.type)
+    plan = _NOTHING_HIDDEN if mask is None else _plan(mask, q.device.type, _sizes(q, k))
     if not plan[0]:
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(
@@ -81,17 +82,31 @@ def attention(
 #: Text of the spec, empty to leave it to SDPA; key of the mask; index, rank and dtype of each
 #: table; whether SDPA is causal. Plain values, which torch.compile takes for constants.
 _Direct = tuple[str, str, tuple[tuple[int, int, torch.dtype], ...], bool]
+#: n_q, n_kv, batch and heads.
+_Sizes = tuple[int, int, int, int]
 _NOTHING_HIDDEN: _Direct = ("", "", (), False)
 
 
-def _plan(pattern: Pattern, device: str) -> _Direct:
+def _sizes(q: Tensor, k: Tensor) -> _Sizes:
+    """What views are chosen for: n_q, n_kv, batch and heads.
+
+    Only their cost depends on it: lengths are rounded, and code that is being compiled, which may
+    run at any lengths, gets views for usual ones.
+    """
+    if torch.compiler.is_compiling():
+        return _UNKNOWN, _UNKNOWN, 1, 1
+    n_q, n_kv = (1 << max(t.shape[2] - 1, 0).bit_length() for t in (q, k))
+    return n_q, n_kv, q.shape[0], q.shape[1]
+
+
+def _plan(pattern: Pattern, device: str, sizes: _Sizes) -> _Direct:
     # torch.compile runs this: it sees the parameters even of a pattern that the compiled code makes
     # itself, and guards on them. Of a tensor it would bake the values in; it guards on the identity
     # of a pattern that holds one.
     if _is_plain(pattern):
-        plan: _Direct = _plan_of_spelled(_spelled(pattern), device)
+        plan: _Direct = _plan_of_spelled(_spelled(pattern), device, sizes)
     else:
-        plan = _plan_of_object(pattern, device)
+        plan = _plan_of_object(pattern, device, sizes)
     return plan
 
 
@@ -130,12 +145,12 @@ def _unspelled(spelled: Any) -> Any:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _plan_of_spelled(spelled: Any, device: str) -> _Direct:
-    key = (spelled, device)
+def _plan_of_spelled(spelled: Any, device: str, sizes: _Sizes) -> _Direct:
+    key = (spelled, device, sizes)
     if key not in _PLANS:
         pattern = _unspelled(spelled)
         _KEPT.append(pattern)  # graphs may name its tables from now on
-        _PLANS[key] = plan_direct(pattern, device)
+        _PLANS[key] = plan_direct(pattern, device, sizes)
     return _PLANS[key]
 
 
@@ -143,25 +158,25 @@ _KEPT: list[Pattern] = []
 
 #: By the spelling of a pattern, and of one with tensors by its identity: equal tensors may come to
 #: differ.
-_PLANS: dict[tuple[Any, str], _Direct] = {}
+_PLANS: dict[tuple[Any, str, _Sizes], _Direct] = {}
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _plan_of_object(pattern: Pattern, device: str) -> _Direct:
-    key = (id(pattern), device)
+def _plan_of_object(pattern: Pattern, device: str, sizes: _Sizes) -> _Direct:
+    key = (id(pattern), device, sizes)
     if key not in _PLANS:
         if not vars(pattern) and getattr(pattern, "__dataclass_fields__", None):
             raise PatternMisuse(
                 f"sparse_compile: attention() got a {type(pattern).__name__} that the compiled "
                 "code makes from tensors. Make it outside, and change its tensors in place."
             )
-        _PLANS[key] = plan_direct(pattern, device)
+        _PLANS[key] = plan_direct(pattern, device, sizes)
         weakref.finalize(pattern, _PLANS.pop, key, None)
     return _PLANS[key]
 
 
-def plan_direct(pattern: Pattern, device: str) -> _Direct:
-    """What runs for a pattern on a type of device."""
+def plan_direct(pattern: Pattern, device: str, sizes: _Sizes) -> _Direct:
+    """What runs for a pattern on a type of device, at about these sizes."""
     bound = pattern.bound()
     expr = bound.expr
     causal = expr.predicate == sympy.Le(KV, Q)
@@ -174,7 +189,7 @@ def plan_direct(pattern: Pattern, device: str) -> _Direct:
         for index, dtype in enumerate(expr.tables)
     )
     key = name_mask(bound, pattern) if tables else ""
-    return _text(expr, device), key, tables, False
+    return _text(expr, device, sizes), key, tables, False
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -182,12 +197,13 @@ def _plan_of_tensor(shared: tuple[bool, ...], device: str) -> str:
     """The spec of a mask tensor; ``shared`` says of each of four axes whether it has size one."""
     axes = zip(shared, COORDINATES, strict=True)
     lookup = table(0)(*(sympy.S.Zero if one else coordinate for one, coordinate in axes))
-    return _text(MaskExpr(sympy.Ne(lookup, 0), ("bool",)), device)
+    return _text(MaskExpr(sympy.Ne(lookup, 0), ("bool",)), device, (_UNKNOWN, _UNKNOWN, 1, 1))
 
 
-def _text(expr: MaskExpr, device: str) -> str:
-    block_q, block_kv = _BLOCKS.get(device, _BLOCKS["cpu"])
-    return AttentionSpec(expr, block_q=block_q, block_kv=block_kv).text
+def _text(expr: MaskExpr, device: str, sizes: _Sizes) -> str:
+    n_q, n_kv, batch, heads = sizes
+    spec, _ = choose_views(expr, n_q=n_q, n_kv=n_kv, batch=batch, heads=heads, device_type=device)
+    return spec.text
 
 
 def _by_tensor(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sparse_compile.layout.split_views import Split
 from sparse_compile.site import AttentionSite, LiftedMask
 from sparse_compile.spec import AttentionSpec
 
@@ -20,6 +21,7 @@ class Plan:
             without a mask tensor, when the mask skips nothing that SDPA does not skip itself.
         causal: for ``"sdpa"``: whether it runs with ``is_causal``.
         reason: why this executor, in one sentence.
+        split: the views of its mask, and what they cost; None where they were not weighed.
     """
 
     site: AttentionSite
@@ -28,3 +30,4 @@ class Plan:
     executor: str
     causal: bool = False
     reason: str = ""
+    split: Split | None = None

@@ -5,11 +5,15 @@ from __future__ import annotations
 import inspect
 
 import pytest
+import sympy
 import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.traceback import annotate
 
 from sparse_compile import annotate as annotate_module
+from sparse_compile.expr import KV, B, MaskExpr
+from sparse_compile.expr import table as lookup
+from sparse_compile.spec import AttentionSpec
 
 
 def test_compile_fx_takes_a_dynamo_graph_and_patches() -> None:
@@ -31,8 +35,10 @@ def test_fresh_size_works_where_dynamo_forbids_dynamic_output_shapes(allowed: bo
     env = ShapeEnv(allow_dynamic_output_shape_ops=allowed)
     with FakeTensorMode(shape_env=env) as mode, env.ignore_fresh_unbacked_symbols():
         table = mode.from_tensor(torch.ones(1, 8, dtype=torch.bool))
-        args = ([table], [], 1, 1, 8, 8, "{}", torch.device("cpu"))
-        packed = torch.ops.sparse_compile.block_layout(*args)
+        padding = MaskExpr(sympy.Ne(lookup(0)(B, KV), 0), ("bool",))
+        text = AttentionSpec(padding, block_q=16, block_kv=16).text
+        args = ([table], [], 1, 1, 8, 8, text, torch.device("cpu"))
+        (packed,) = torch.ops.sparse_compile.block_layout(*args)
     assert isinstance(packed.shape[0], torch.SymInt)
     assert packed.shape[0] >= 0
 

@@ -39,7 +39,7 @@ def packed() -> Tensor:
 
 def test_opcheck_forward() -> None:
     q, k, v = operands()
-    torch.library.opcheck(ops.attention, (q, k, v, [], [], None, 0.25, WINDOW.text))
+    torch.library.opcheck(ops.attention, (q, k, v, [], [], [], 0.25, WINDOW.text))
     torch.library.opcheck(ops.attention, (q, k, v, [keep()], [], packed(), 0.25, DOCS.text))
 
 
@@ -54,7 +54,7 @@ def test_opcheck_backward_and_layout() -> None:
 
 def test_lse_is_differentiable() -> None:
     q, k, v = operands()
-    out, lse = ops.attention(q, k, v, [], [], None, 0.25, WINDOW.text)
+    out, lse = ops.attention(q, k, v, [], [], [], 0.25, WINDOW.text)
     i = torch.arange(50)
     mask = (i[None] <= i[:, None]) & (i[:, None] - i[None] < 20)
     exact, exact_lse = reference(q, k, v, mask, 0.25)
@@ -102,4 +102,4 @@ def test_bad_dtypes_are_named() -> None:
     with pytest.raises(BadShape, match="one dtype"):
         check_operands(half, half, half.float())
     with pytest.raises(BadShape, match="one dtype"):
-        ops.attention(half, half, half.float(), [], [], None, 0.25, WINDOW.text)
+        ops.attention(half, half, half.float(), [], [], [], 0.25, WINDOW.text)

@@ -24,6 +24,7 @@ RANK = {
     "patterns": 2,
     "reference": 1,
     "spec": 2,
+    "view": 2,
     "options": 2,
     "layout": 3,
     "annotation": 3,
@@ -126,7 +127,7 @@ def test_imports_without_triton() -> None:
         "from sparse_compile.spec import AttentionSpec\n"
         "q = torch.randn(1, 2, 40, 16)\n"
         "text = AttentionSpec(MaskExpr(KV <= Q), block_q=16, block_kv=16).text\n"
-        "print(torch.ops.sparse_compile.attention(q, q, q, [], [], None, 0.25, text)[0].shape)\n"
+        "print(torch.ops.sparse_compile.attention(q, q, q, [], [], [], 0.25, text)[0].shape)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -92,7 +92,8 @@ def backward(
             rows[2],
             weights[1] if grad_lse is not None else None,
             rows[0],
-            *(at.keys(x) for x in (k, v)),
+            at.keys(k),
+            at.keys(v),
             rows[1],
             weights[0],
             at.tables(tables),
@@ -106,7 +107,7 @@ def backward(
         whole = [at.queries_back(grads[0], q), *(at.keys_back(g, k) for g in grads[1:])]
         totals = whole if totals is None else [a + b for a, b in zip(totals, whole, strict=True)]
     assert totals is not None
-    dq, dk, dv = (total.to(q.dtype) for total in totals)
+    dq, dk, dv = (total.to(q.dtype).contiguous() for total in totals)
     return dq, dk, dv
 
 
@@ -122,9 +123,9 @@ def _in_order(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     at = _Reordered.of(part, view, spec)
+    own = at.tables(tables)
     out, lse = executor.forward(
-        *(at.queries(q), at.keys(k), at.keys(v)),
-        *(at.tables(tables), sizes, at.layout, scale, at.spec),
+        at.queries(q), at.keys(k), at.keys(v), own, sizes, at.layout, scale, at.spec
     )
     if at.plain:
         return out, lse
@@ -185,7 +186,7 @@ class _Reordered:
 
 @functools.lru_cache(maxsize=64)
 def _tokens(order: Order, n: int) -> Tensor:
-    base = order.base(torch.arange(order.blocks(n)), n)[:, None]
+    base: Tensor = order.base(torch.arange(order.blocks(n)), n)[:, None]
     return (base + torch.tensor(order.offsets())).clamp(max=n).flatten()
 
 

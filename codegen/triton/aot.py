@@ -135,10 +135,11 @@ def _descriptor_type(name: str, spec: KernelSpec, tile: Tile) -> str:
     if tensor == "STATISTICS":
         return f"tensordesc<fp32[1, 1, 1, {tile.m}]>"
     over_queries = tensor in ("Q", "GRAD_OUT")
-    rows: tuple[int, ...] | None = (tile.m if over_queries else tile.n,)
+    extent = tile.m if over_queries else tile.n
+    rows: tuple[int, ...] | None = (extent,)
     if number:
         view = spec.attention.parts[int(number[1:])]
-        rows = described_box(view.q if over_queries else view.kv, rows[0])
+        rows = described_box(view.q if over_queries else view.kv, extent)
     assert rows is not None
     width = padded(spec.head_dim if tensor in ("Q", "K") else spec.value_dim)
     shape = ", ".join(map(str, (1, 1, *rows, width)))

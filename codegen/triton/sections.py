@@ -183,12 +183,10 @@ class Blocks:
             place = self._places
             if self.tile < self.order.block:
                 place = f"i % STEPS * {self._name} + {place}"
-            holes["STEP"] = [
-                f"{first} = base",
-                f"{self.axis}_row = {offset_text(self.order, place)}",
-            ]
+            step = [f"{first} = base", f"{self.axis}_row = {offset_text(self.order, place)}"]
             if self.axis == "q":
-                holes["STEP"].insert(1, f"q_at = block * BLOCK_Q + i % STEPS * {self._name}")
+                step.append(f"q_at = block * BLOCK_Q + i % STEPS * {self._name}")
+            holes["STEP"] = step
             holes["KV"] = f"({first} + {self.axis}_row)"
         return holes
 

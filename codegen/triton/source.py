@@ -60,17 +60,25 @@ class _Kernel:
 
 
 _FORWARD = _Kernel(
-    *(forward.KERNEL, forward.SECTION, forward.VIEW, forward.MERGE),
-    *("q", "q_heads", OVER_KEYS),
+    forward.KERNEL, forward.SECTION, forward.VIEW, forward.MERGE, "q", "q_heads", OVER_KEYS
 )
 _QUERY = _Kernel(
-    *(backward.QUERY, backward.QUERY_SECTION, backward.QUERY_VIEW, backward.QUERY_MERGE),
-    *("q", "q_heads", OVER_KEYS),
+    text=backward.QUERY,
+    section=backward.QUERY_SECTION,
+    view=backward.QUERY_VIEW,
+    merge=backward.QUERY_MERGE,
+    lines="q",
+    heads="q_heads",
+    operands=OVER_KEYS,
 )
 _KEY_VALUE = _Kernel(
-    *(backward.KEY_VALUE, backward.KEY_VALUE_SECTION),
-    *(backward.KEY_VALUE_VIEW, backward.KEY_VALUE_MERGE),
-    *("kv", "kv_heads", OVER_QUERIES),
+    text=backward.KEY_VALUE,
+    section=backward.KEY_VALUE_SECTION,
+    view=backward.KEY_VALUE_VIEW,
+    merge=backward.KEY_VALUE_MERGE,
+    lines="kv",
+    heads="kv_heads",
+    operands=OVER_QUERIES,
 )
 
 

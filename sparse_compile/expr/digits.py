@@ -94,46 +94,104 @@ def divided(
 ) -> sympy.Expr:
     """``a // b`` or ``a % b`` with the multiples of ``b`` taken out of ``a``.
 
-    >>> i, r = digit("q", 0), digit("q", 1)
-    >>> divided(FloorDiv, 8 * i + r, sympy.Integer(8), {r: (0, 7)})
-    q_0
-    >>> divided(FloorMod, 8 * i + r + 3, sympy.Integer(8), {r: (0, 7)})
-    FloorMod(q_1 + 3, 8)
+    >>> h, i, r = digit("q", 0), digit("q", 1), digit("q", 2)
+    >>> ranges = {i: (0, 3), r: (0, 7)}
+    >>> divided(FloorDiv, 8 * i + r, sympy.Integer(8), ranges)
+    q_1
+    >>> divided(FloorMod, 8 * i + r + 3, sympy.Integer(8), ranges)
+    FloorMod(q_2 + 3, 8)
+
+    Digits too small to change the quotient are left out of it:
+
+    >>> divided(FloorDiv, 32 * h + 8 * i + r, sympy.Integer(96), ranges)
+    FloorDiv(q_0, 3)
+    >>> divided(FloorMod, 32 * h + 8 * i + r, sympy.Integer(96), ranges)
+    8*q_1 + q_2 + 32*FloorMod(q_0, 3)
     """
     if not (b.is_Integer and b > 0):
         return kind(a, b)
-    multiples, rest = [], []
-    for term in sympy.Add.make_args(sympy.expand(a)):
-        coefficient, _ = term.as_coeff_Mul()
-        whole = coefficient.is_Integer and coefficient % b == 0
-        (multiples if whole else rest).append(term)
-    left = sympy.Add(*rest)
+    multiples, left = _multiples(sympy.expand(a), int(b))
+    whole = multiples / b
     bounds = bounds_of(left, ranges)
-    inside = bounds is not None and bounds[0] >= 0 and bounds[1] < b
-    if kind is FloorMod:
-        return left if inside else FloorMod(left, b)
-    whole = sympy.Add(*(term / b for term in multiples))
-    return whole if inside else whole + FloorDiv(left, b)
+    if bounds is not None and bounds[0] >= 0 and bounds[1] < b:
+        return left if kind is FloorMod else whole
+    for unit in _units(left, int(b)):
+        coarse, fine = _multiples(left, unit)
+        bounds = bounds_of(fine, ranges)
+        if bounds is not None and bounds[0] >= 0 and bounds[1] < unit:
+            inner = divided(kind, coarse / unit, b / unit, ranges)
+            return unit * inner + fine if kind is FloorMod else whole + inner
+    return FloorMod(left, b) if kind is FloorMod else whole + FloorDiv(left, b)
 
 
 def divisible(relation: Relational, ranges: dict[sympy.Symbol, Extent]) -> sympy.Basic:
-    """``x % m == 0`` as ``x == 0`` where ``|x| < m``; likewise ``!=``.
+    """``x % m == 0`` or ``x == 0`` as equations of single digits; likewise ``!=``.
 
     >>> a, b = digit("q", 1), digit("kv", 1)
-    >>> divisible(Eq(FloorMod(a - b, 8), 0), {a: (0, 7), b: (0, 7)})
+    >>> ranges = {a: (0, 7), b: (0, 7)}
+    >>> divisible(Eq(FloorMod(a - b, 8), 0), ranges)
     Eq(-kv_1 + q_1, 0)
+    >>> divisible(Eq(8 * digit("q", 0) + a, 8 * digit("kv", 0) + b), ranges)
+    Eq(-kv_0 + q_0, 0) & Eq(-kv_1 + q_1, 0)
     """
     left, right = relation.args
     if isinstance(right, FloorMod):
         left, right = right, left
     if isinstance(left, FloorMod) and right == 0:
         x, modulus = left.args
-        bounds = bounds_of(x, ranges)
-        if modulus.is_Integer and bounds is not None:
-            if max(abs(bounds[0]), abs(bounds[1])) < modulus:
-                return relation.func(x, 0)
-        return relation.func(left, right)
-    return _collected(relation)
+        if not (modulus.is_Integer and modulus > 0):
+            return relation.func(left, right)
+        equal = _vanishing(sympy.expand(x), int(modulus), ranges)
+    else:
+        x = sympy.expand(left - right)
+        equal = _vanishing(x, 0, ranges)
+        if equal == Eq(x, 0):
+            return _collected(relation)
+    return equal if isinstance(relation, Eq) else sympy.Not(equal)
+
+
+def _vanishing(x: sympy.Expr, modulus: int, ranges: dict[sympy.Symbol, Extent]) -> sympy.Basic:
+    """Whether ``x`` is a multiple of ``modulus``; of 0: whether it is 0.
+
+    In ``x = g * high + low`` with ``g`` a divisor of the modulus, ``low`` must be a multiple of
+    ``g``. Where its bounds leave only one, both parts are equations of their own.
+    """
+    for unit in [modulus, *_units(x, modulus)] if modulus else _units(x, 0):
+        high, low = _multiples(x, unit)
+        bounds = bounds_of(low, ranges)
+        if bounds is None:
+            continue
+        first = -(-bounds[0] // unit)
+        if first * unit > bounds[1]:
+            return sympy.false
+        if (first + 1) * unit > bounds[1]:
+            rest = _vanishing(low - first * unit, 0, ranges)
+            if unit == modulus:
+                return rest
+            return sympy.And(rest, _vanishing(high / unit + first, modulus // unit, ranges))
+    return Eq(FloorMod(x, modulus) if modulus else x, 0)
+
+
+def _multiples(x: sympy.Expr, unit: int) -> tuple[sympy.Expr, sympy.Expr]:
+    """The terms of a sum that are multiples of ``unit``, and the others."""
+    multiples: list[sympy.Expr] = []
+    rest: list[sympy.Expr] = []
+    for term in sympy.Add.make_args(x):
+        coefficient, _ = term.as_coeff_Mul()
+        whole = coefficient.is_Integer and coefficient % unit == 0
+        (multiples if whole else rest).append(term)
+    return sympy.Add(*multiples), sympy.Add(*rest)
+
+
+def _units(x: sympy.Expr, modulus: int) -> list[int]:
+    """What the coefficients of a sum have in common with ``modulus``, without 1; largest first."""
+    terms = (term.as_coeff_Mul() for term in sympy.Add.make_args(x))
+    found = {
+        math.gcd(int(coefficient), modulus)
+        for coefficient, rest in terms
+        if rest != 1 and coefficient.is_Integer
+    }
+    return sorted(found - {1, modulus}, reverse=True)
 
 
 def _collected(relation: Relational) -> sympy.Basic:

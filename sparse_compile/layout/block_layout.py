@@ -200,5 +200,5 @@ def existing(order: Order, n: int) -> Tensor:
     """int64 [blocks]: how many tokens of each block exist in a sequence of ``n``."""
     if order.is_natural:
         return (n - torch.arange(order.blocks(n)) * order.block).clamp(max=order.block)
-    base = order.base(torch.arange(order.blocks(n)), n)
+    base: Tensor = order.base(torch.arange(order.blocks(n)), n)
     return (base[:, None] + torch.tensor(order.offsets()) < n).sum(1)

@@ -129,14 +129,12 @@ class Layout:
 def _schedules(
     layout: Layout, axis: str, members: int, workers: int, device: torch.device
 ) -> tuple[Schedule, ...]:
-    rooms = [view.rooms(axis) for view in layout.views]
     sections = layout.spec.sections(axis)
-    if any(room is None for room in rooms):
+    rooms = [room for view in layout.views if (room := view.rooms(axis)) is not None]
+    if len(rooms) < len(layout.views):
         return _static_schedules(layout.problems(), axis, sections, members, workers, device)
-    return tuple(
-        make_schedule(sum(rooms[v] for v in section), members, workers).to(device)
-        for section in sections
-    )
+    summed = [torch.stack([rooms[v] for v in views]).sum(0) for views in sections]
+    return tuple(make_schedule(room, members, workers).to(device) for room in summed)
 
 
 @functools.lru_cache(maxsize=256)

@@ -1,11 +1,14 @@
-"""Patterns on actual sizes: the dense mask."""
+"""Patterns on actual sizes: the dense mask, and the blocks to visit."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from sparse_compile.errors import BadPattern
 from sparse_compile.expr import COORDINATES, evaluate
+from sparse_compile.layout.choose import choose_views
+from sparse_compile.layout.layout import Layout, build
 from sparse_compile.patterns.base import Pattern
 
 
@@ -50,3 +53,40 @@ def dense(
     }
     mask = evaluate(bound.expr, where, n_q, n_kv, tables)
     return mask.expand(extents).contiguous()
+
+
+def layout(
+    pattern: Pattern,
+    n_q: int,
+    n_kv: int,
+    block: tuple[int, int] | None,
+    device: torch.device | str | None,
+    batch: int,
+    heads: int,
+) -> Layout:
+    """The blocks that a pattern visits, in the views that cost least; see :meth:`Pattern.layout`.
+
+    Args:
+        pattern: what may attend to what.
+        n_q, n_kv: lengths.
+        block: queries and keys per block; None to choose.
+        device: where the lists are made; default the CPU.
+        batch, heads: of the problem; heads counts query heads.
+
+    Raises:
+        BadPattern: the pattern does not fit these lengths, or a block is not 16, 32, 64 or 128.
+    """
+    pattern.check(n_q, n_kv, batch, heads)
+    if block is not None and not (len(block) == 2 and all(b in (16, 32, 64, 128) for b in block)):
+        raise BadPattern(
+            f"sparse_compile: layout() got block={block!r}. Give two of 16, 32, 64 and 128, as in "
+            "(64, 64), or None to let the library choose."
+        )
+    device = torch.device(device or "cpu")
+    bound = pattern.bound()
+    # Without a block, the one that the kernels would have: what is shown is what runs on a GPU.
+    spec, _ = choose_views(
+        bound.expr, n_q=n_q, n_kv=n_kv, batch=batch, heads=heads, block=block, device_type="cuda"
+    )
+    tables = bound.tables(device, n_q, n_kv, batch, heads)
+    return build(spec, batch=batch, heads=heads, n_q=n_q, n_kv=n_kv, tables=tables, device=device)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from sparse_compile import reference
-from sparse_compile.codegen.triton import executor
+from sparse_compile.codegen import Executor
+from sparse_compile.codegen.triton import executor as triton_executor
 from sparse_compile.expr import (
     KV,
     N_KV,
@@ -234,7 +235,7 @@ CASES += [
 ]
 
 
-def check(case: Case, device: torch.device) -> None:
+def check(case: Case, device: torch.device, executor: Executor = triton_executor) -> None:
     """Output, log-sum-exp and all gradients against fp64, by the rule of tests/tolerance.py."""
     q, k, v, grad_out, grad_lse = _inputs(case, device)
     tables = case.tables(case, device)

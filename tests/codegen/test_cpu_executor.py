@@ -30,6 +30,7 @@ from sparse_compile.expr import (
     table,
 )
 from sparse_compile.layout import BlockLayout, BlockLists, build_layout
+from sparse_compile.view import natural
 from sparse_compile.spec import AttentionSpec
 from tests.tolerance import assert_close_as_eager, relative_error
 
@@ -276,7 +277,7 @@ def all_partial(n_q: int, n_kv: int, block: int) -> BlockLayout:
         return BlockLists(start.int(), counts.int(), index.int())
 
     rows, columns = -(-n_q // block), -(-n_kv // block)
-    return BlockLayout(n_q, n_kv, block, block, 1, 1, lists(rows, columns), lists(columns, rows))
+    return BlockLayout(n_q, n_kv, natural(block), natural(block), 1, 1, lists(rows, columns), lists(columns, rows))
 
 
 def test_one_layout_serves_different_masks() -> None:

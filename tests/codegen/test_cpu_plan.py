@@ -14,6 +14,7 @@ from sparse_compile.codegen.cpu.segments import segments_of
 from sparse_compile.codegen.cpu.shift import is_shift_invariant
 from sparse_compile.expr import KV, B, FloorDiv, FloorMod, H, MaskExpr, Q, evaluate, table
 from sparse_compile.layout import EMPTY, FULL, PARTIAL, BlockLayout, BlockLists, build_layout
+from sparse_compile.view import natural
 
 
 def layout_from(kinds: Tensor, n_q: int, n_kv: int, block: int) -> BlockLayout:
@@ -29,7 +30,7 @@ def layout_from(kinds: Tensor, n_q: int, n_kv: int, block: int) -> BlockLayout:
         start = torch.cat([torch.zeros(1, dtype=torch.int64), totals])
         return BlockLists(start.int(), torch.tensor([counts]).int(), torch.cat(parts)[None].int())
 
-    return BlockLayout(n_q, n_kv, block, block, 1, 1, lists(kinds), lists(kinds.T))
+    return BlockLayout(n_q, n_kv, natural(block), natural(block), 1, 1, lists(kinds), lists(kinds.T))
 
 
 def visits(batch: Batch, n_q: int, n_kv: int) -> tuple[Tensor, Tensor]:

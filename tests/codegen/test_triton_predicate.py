@@ -92,7 +92,7 @@ def language(tables: list[Tensor]) -> dict[str, object]:
 
 
 def helpers() -> str:
-    from sparse_compile.codegen.triton.templates import HELPERS
+    from sparse_compile.codegen.triton.text.common import HELPERS
 
     texts = [HELPERS[name] for name in ("floor_div", "floor_mod")]
     return "\n".join(texts).replace("@triton.jit\n", "")

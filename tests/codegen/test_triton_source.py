@@ -19,7 +19,9 @@ from sparse_compile.codegen.triton.tiles import tiles_for
 from sparse_compile.expr import KV, B, FloorDiv, FloorMod, H, MaskExpr, Q, table
 from sparse_compile.expr import size_symbol as size
 from sparse_compile.spec import AttentionSpec, KernelSpec
+from sparse_compile.view import Order, View, natural
 
+LOOPS = ("forward", "backward_query", "backward_key_value")
 T0, T1 = table(0), table(1)
 CAUSAL = MaskExpr(KV <= Q)
 DOCUMENTS = MaskExpr((KV <= Q) & sympy.Eq(T0(B, Q), T0(B, KV)), ("int64",))
@@ -73,7 +75,10 @@ def test_header_names_the_mask_and_where_it_came_from() -> None:
 
 
 def test_full_blocks_have_no_mask() -> None:
-    for kernel in kernel_source(spec_of(EVERYTHING)).split("@triton.jit(")[1:]:
+    kernels = kernel_source(spec_of(EVERYTHING)).split("@triton.jit(")[1:]
+    looping = [kernel for kernel in kernels if "# FULL blocks" in kernel]
+    assert len(looping) == 3
+    for kernel in looping:
         partial, full = kernel.split("# FULL blocks: no mask, no bounds.")
         assert "keep = " in partial
         for word in ("keep", "tl.where(keep", "t0_b", "floor_", ", True)\n        value"):
@@ -141,7 +146,24 @@ def test_tiles_divide_the_block(block: int, arch: str) -> None:
 
 
 SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+NEAR, STRIDED = CAUSAL.predicate & (Q - KV < 128), sympy.Eq(FloorMod(Q - KV, 128), 0) & (KV <= Q)
+CHUNK, SUMMARY = sympy.Eq(FloorDiv(Q, 128), FloorDiv(KV, 128)), FloorMod(KV, 128) >= 120
+PLAIN, RESIDUES = natural(64), Order((64, 1), (128,), (1, 0))
+COLUMNS = Order((8, 8), (128,), (0, 1), ((120, 128),))
+
+
+def in_views(*views: View, exact: bool = True) -> KernelSpec:
+    mask = MaskExpr(sympy.Or(*(view.predicate for view in views)))
+    attention = AttentionSpec(mask, block_q=64, block_kv=64, views=views)
+    return KernelSpec(attention, 128, 128, "bfloat16", "sm_90", exact)
+
+
+SPARSE = in_views(View(NEAR, PLAIN, PLAIN), View(STRIDED & ~NEAR, RESIDUES, RESIDUES))
+FIXED = in_views(View(CHUNK, PLAIN, PLAIN), View(SUMMARY & ~CHUNK, PLAIN, COLUMNS))
 COMPILED = [
+    *((arch, replace(SPARSE, arch=f"sm_{arch}")) for arch in (80, 90, 100)),
+    *((arch, replace(FIXED, arch=f"sm_{arch}")) for arch in (80, 90, 100)),
+    (90, replace(SPARSE, exact=False)),
     *((arch, spec_of(EVERYTHING, dims)) for arch in (80, 90, 100) for dims in (64, 128)),
     *((arch, spec_of(CAUSAL, 256)) for arch in (89, 90)),
     *((arch, spec_of(CAUSAL, 128, "float32")) for arch in (89, 90)),
@@ -156,11 +178,12 @@ COMPILED = [
 )
 def test_compiles_ahead_of_time(arch: int, spec: KernelSpec) -> None:
     resources = compile_ahead_of_time(spec, arch, group=4)
-    assert set(resources) == {"forward", "backward_query", "backward_key_value"}
+    assert set(LOOPS) < set(resources)
     for name, used in resources.items():
         assert used.shared <= SHARED_MEMORY[arch], name
         assert 0 < used.registers <= 255
-        if arch == 90 and spec.dtype != "float32":
+        loops = name.partition(",")[0] in LOOPS
+        if arch == 90 and spec.dtype != "float32" and loops:
             assert "wgmma.mma_async" in used.ptx, name
 
 
@@ -178,3 +201,32 @@ def test_hot_loops_fit_in_registers(mask: MaskExpr, dims: int) -> None:
     for used in resources.values():
         assert 2 * (used.shared + 1024) <= 228 * 1024
         assert used.registers * 128 * 2 <= 65536
+
+
+def test_sections_are_launches_and_views_of_one_section_share_them() -> None:
+    resources = compile_ahead_of_time(SPARSE)
+    assert {"forward, section 1", "backward_key_value, section 1"} < set(resources)
+    resources = compile_ahead_of_time(FIXED)
+    # The queries have one order: nothing is merged. The keys have two.
+    assert "forward, section 1" not in resources
+    assert "backward_query, section 1" not in resources
+    assert "backward_key_value, section 1" in resources
+
+
+@pytest.mark.parametrize("spec", [SPARSE, FIXED], ids=["strided", "fixed"])
+def test_views_are_read_by_the_copy_engine_and_fit_in_registers(spec: KernelSpec) -> None:
+    resources = compile_ahead_of_time(spec)
+    for name, used in resources.items():
+        if name.startswith(("forward", "backward_query")):
+            assert "cp.async.bulk.tensor.5d" in used.ptx or "section" not in name
+            if triton.__version__.startswith("3.6."):
+                assert used.spills == 0
+    # Lengths that are no multiples of the radix are read by pointers.
+    by_pointers = compile_ahead_of_time(replace(spec, exact=False))
+    assert "cp.async.bulk.tensor.5d" not in by_pointers["forward"].ptx
+
+
+def test_kernels_name_their_views() -> None:
+    source = kernel_source(SPARSE)
+    assert "# View 1 of 2: queries in boxes of 64 x 1 over radix 128" in source
+    assert "view 0   (kv <= q) & (-kv + q < 128)" in source
