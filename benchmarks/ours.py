@@ -15,7 +15,7 @@ from torch import Tensor
 import sparse_compile
 from benchmarks.accuracy import Problem, Run
 from sparse_compile.direct import plan_direct
-from sparse_compile.layout import Layout, build
+from sparse_compile.layout import Layout, build_views
 from sparse_compile.patterns import Pattern
 from sparse_compile.spec import AttentionSpec
 
@@ -58,7 +58,7 @@ def ours(pattern: Pattern, n: int, heads: int, device: str = "cuda") -> Ours:
 def layout_of_spec(
     spec: AttentionSpec, tables: list[Tensor], n: int, heads: int, device: str
 ) -> Layout:
-    return build(spec, batch=1, heads=heads, n_q=n, n_kv=n, tables=tables, device=device)
+    return build_views(spec, batch=1, heads=heads, n_q=n, n_kv=n, tables=tables, device=device)
 
 
 def layout_of(pattern: Pattern, n: int, device: str) -> Layout:

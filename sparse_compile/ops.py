@@ -17,7 +17,9 @@ from torch import Tensor
 from sparse_compile.codegen import empty_rows, executor_for
 from sparse_compile.errors import BadShape, UnsupportedDtype
 from sparse_compile.fresh_size import fresh_size
-from sparse_compile.layout import Layout, build, static_layout, unpack
+from sparse_compile.expr import WORD
+from sparse_compile.layout import Layout, build_views, static_layout, unpack
+from sparse_compile.layout.dense_tables import DenseCall, DenseRead
 from sparse_compile.spec import AttentionSpec, EmptyRows
 
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -53,7 +55,7 @@ def block_layout(
         spec: the text of an :class:`AttentionSpec`.
         device: where the layout will be used.
     """
-    layout = build(
+    layout = build_views(
         AttentionSpec.parse(spec),
         batch=batch,
         heads=heads,
@@ -82,6 +84,67 @@ def _(
         torch.empty([fresh_size()], dtype=torch.int32, device=device)
         for _ in AttentionSpec.parse(spec).parts
     ]
+
+
+@torch.library.custom_op("sparse_compile::dense_layout", mutates_args=(), tags=_TAGS)
+def dense_layout(
+    tables: Sequence[Tensor],
+    reads: str,
+    sizes: Sequence[int],
+    batch: int,
+    heads: int,
+    n_q: int,
+    n_kv: int,
+    spec: str,
+    device: torch.device,
+) -> list[Tensor]:
+    """Like :func:`block_layout`, for a mask that reads mask tensors as tables of bits.
+
+    Waits for the device once for each mask tensor that is new or was modified.
+
+    Args:
+        tables: the tensors ``t0, t1, ...`` of the mask; those of ``reads`` are mask tensors.
+        reads: the text of some :class:`sparse_compile.layout.dense_tables.DenseRead`.
+        sizes, batch, heads, n_q, n_kv, spec, device: as for :func:`block_layout`.
+
+    Returns:
+        for each of ``reads`` its table of bits; then the packed layouts.
+    """
+    call = DenseCall(
+        AttentionSpec.parse(spec),
+        DenseRead.parse(reads),
+        tuple(tables),
+        tuple(map(int, sizes)),
+        batch,
+        heads,
+        n_q,
+        n_kv,
+        device,
+    )
+    words, packed = call.run()
+    return words + packed
+
+
+@dense_layout.register_fake
+def _(
+    tables: Sequence[Tensor],
+    reads: str,
+    sizes: Sequence[int],
+    batch: int,
+    heads: int,
+    n_q: int,
+    n_kv: int,
+    spec: str,
+    device: torch.device,
+) -> list[Tensor]:
+    made = []
+    for read in DenseRead.parse(reads):
+        rows, columns = (n_q if "q" in read.axes else 1), (n_kv if "kv" in read.axes else 1)
+        # Where batch entries or heads turn out to share their mask, the table has size one.
+        shape = [fresh_size(), fresh_size(), rows, -(-columns // WORD)]
+        made.append(torch.empty(shape, dtype=torch.int32, device=device))
+    views = AttentionSpec.parse(spec).parts
+    return made + [torch.empty([fresh_size()], dtype=torch.int32, device=device) for _ in views]
 
 
 @torch.library.custom_op("sparse_compile::attention", mutates_args=(), tags=_TAGS)
@@ -211,6 +274,7 @@ attention.register_autograd(_backward, setup_context=_setup_context)
 #: The operators as nodes of a graph call them.
 ATTENTION = torch.ops.sparse_compile.attention.default
 BLOCK_LAYOUT = torch.ops.sparse_compile.block_layout.default
+DENSE_LAYOUT = torch.ops.sparse_compile.dense_layout.default
 
 
 def check_operands(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -9,7 +9,7 @@ import sympy
 
 from sparse_compile.expr import fold
 
-_OR, _AND, _NOT, _COMPARE, _SUM, _PRODUCT, _ATOM = range(7)
+_OR, _AND, _NOT, _COMPARE, _BITS, _SUM, _PRODUCT, _ATOM = range(8)
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,9 @@ class _Infix:
 
     def mod(self, a: _Text, b: _Text, expr: sympy.Expr) -> _Text:
         return _Text(f"{a.within(_PRODUCT)} % {b.within(_PRODUCT)}", _PRODUCT)
+
+    def bit(self, word: _Text, index: _Text) -> _Text:
+        return _Text(f"{word.within(_BITS)} >> {index.within(_BITS)} & 1", _BITS)
 
     def absolute(self, a: _Text) -> _Text:
         return _Text(f"abs({a.text})")

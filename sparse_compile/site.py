@@ -138,6 +138,23 @@ class PatternTable:
 
 
 @dataclass(frozen=True)
+class DenseTable:
+    """A table of bits that is made of a mask tensor in each call.
+
+    Attributes:
+        axes: what each axis of the tensor is: ``"b"``, ``"h"``, ``"q"`` or ``"kv"``, or ``""`` for
+            one of size one.
+        given: whether the tensor comes from outside the captured graph, so that it may well be the
+            same, unmodified, in the next call.
+        shown: the tensor in words, as ``tensor [1, 1, 4096, 4096]``.
+    """
+
+    axes: tuple[str, ...]
+    given: bool
+    shown: str
+
+
+@dataclass(frozen=True)
 class LiftedMask:
     """The meaning of a site's masks, and how to compute the run-time data it reads.
 
@@ -145,10 +162,12 @@ class LiftedMask:
         mask: the predicate, all mask operands and ``is_causal`` ANDed.
         empty_rows: what a fully masked row yields in the original program. ``ZERO`` also when no
             row can be empty.
-        program: a functional ATen graph from ``leaves`` to ``(*tables, *sizes)``; None when the
-            mask reads no run-time data beyond the lengths.
+        program: a functional ATen graph from ``leaves`` to ``(*tables, *dense, *sizes)``; None when
+            the mask reads no run-time data beyond the lengths.
         leaves: the inputs of ``program``: nodes of ``scope.gm``.
         scope: where the leaves live: the site's scope or one of its parents.
+        dense: the tables of ``mask`` after those, of which ``program`` returns the mask tensors
+            that they are made of.
         extra: the last tables of ``mask``, which an annotation's pattern makes; ``program`` does
             not return these.
     """
@@ -158,9 +177,15 @@ class LiftedMask:
     program: GraphModule | None = None
     leaves: tuple[Node, ...] = ()
     scope: Scope | None = None
+    dense: tuple[DenseTable, ...] = ()
     extra: tuple[PatternTable, ...] = ()
 
     @property
     def n_lifted_tables(self) -> int:
-        """How many tables ``program`` returns."""
+        """How many tables and mask tensors ``program`` returns."""
         return len(self.mask.tables) - len(self.extra)
+
+    @property
+    def first_dense(self) -> int:
+        """The number of the first of the ``dense`` tables."""
+        return self.n_lifted_tables - len(self.dense)

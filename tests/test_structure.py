@@ -20,6 +20,7 @@ SOURCES = sorted(
 #: Rooms from the innermost outwards; a room imports only rooms of a smaller number.
 RANK = {
     "errors": 0,
+    "generated": 0,
     "expr": 1,
     "patterns": 2,
     "reference": 1,

@@ -67,6 +67,9 @@ class _Shift:
         whole = b.value and a.step is not None and a.step % b.value == 0
         return _STILL if whole else _if_still([a, b])
 
+    def bit(self, word: _Growth, index: _Growth) -> _Growth:
+        return _if_still([word, index])
+
     def absolute(self, a: _Growth) -> _Growth:
         return _if_still([a])
 

@@ -206,6 +206,10 @@ class _Printer:
             return Term(pieces, _MUL, _axes([a, b]), bits)
         return Term(_call(helper, [a, b]), axes=_axes([a, b]), bits=bits, named=True)
 
+    def bit(self, word: Term, index: Term) -> Term:
+        shifted = (*_wrap(word, _ATOM), " >> ", *_wrap(index, _ATOM))
+        return Term(("(", *shifted, ") & 1"), _AND, _axes([word, index]), bits=1)
+
     def absolute(self, a: Term) -> Term:
         return Term(_call("tl.abs", [a]), axes=a.axes, bits=a.bits)
 

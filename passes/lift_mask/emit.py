@@ -131,6 +131,32 @@ class Emitter:
         options: dict[str, Any] = {"memory_format": torch.contiguous_format}
         return self.graph.call_function(aten.clone.default, (node,), options), dtype
 
+    def mask(
+        self, element: sympy.Basic, coordinates: tuple[sympy.Symbol, ...]
+    ) -> tuple[Node, tuple[str, ...], int | None]:
+        """A bool tensor with the given element: what its axes are, and which input it is, if one.
+
+        An input itself, not a view of it: then what was found out about it can be remembered.
+        """
+        lookup = element.args[0] if isinstance(element, sympy.Ne) else None
+        if lookup is not None and self._is_input(lookup, coordinates):
+            node = self.copy(self.data[int(lookup.func.__name__[1:])])
+            names = tuple("" if arg == 0 else arg.name for arg in lookup.args)
+            return node, names, self._origin[node]
+        node = fold(element, _Writer(self, element, coordinates))
+        return node, tuple(coordinate.name for coordinate in coordinates), None
+
+    def _is_input(self, lookup: sympy.Basic, coordinates: tuple[sympy.Symbol, ...]) -> bool:
+        """Whether a lookup reads a bool input at these coordinates, each once."""
+        if not isinstance(lookup, sympy.core.function.AppliedUndef):
+            return False
+        source = self.data[int(lookup.func.__name__[1:])]
+        value = source.meta["val"]
+        plain = source.op == "placeholder" and value.dtype == torch.bool
+        named = [arg for arg in lookup.args if arg != 0]
+        once = len(named) == len(coordinates) and set(named) == set(coordinates)
+        return plain and value.device == self.device and once
+
 
 class _Writer:
     """The algebra whose values are nodes (or numbers) that broadcast over the coordinates."""
@@ -266,6 +292,10 @@ class _Writer:
 
     def mod(self, a: Any, b: Any, expr: sympy.Expr) -> Any:
         return self._binary(aten.remainder, operator.mod, a, b)
+
+    def bit(self, word: Any, index: Any) -> Any:
+        shifted = self._binary(aten.bitwise_right_shift, operator.rshift, word, index)
+        return self._binary(aten.bitwise_and, operator.and_, shifted, 1)
 
     def absolute(self, a: Any) -> Any:
         return self._call(self.dtype_of(a), aten.abs.default, a)

@@ -1,18 +1,20 @@
 """From lookups of run-time data to tables: outputs of a program that the kernels read.
 
-A predicate may read run-time data along queries or along keys, but not both at once: then it would
-be a dense matrix.
+Run-time data is read along queries or along keys. What is read along both at once is a dense matrix:
+it may only say who attends to whom, and becomes a table of bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import sympy
+from sympy.core.function import AppliedUndef
 from torch.fx import GraphModule, Node
 
-from sparse_compile.expr import KV, B, FloorDiv, FloorMod, H, Q, table
+from sparse_compile.expr import KV, B, FloorDiv, FloorMod, H, Q, dense_bit, table
 from sparse_compile.passes.lift_mask.emit import Emitter
 from sparse_compile.passes.lift_mask.lift import Lifter
 from sparse_compile.passes.lift_mask.value import is_data, reads_data
@@ -23,7 +25,7 @@ _NOT_LINEAR = (FloorDiv, FloorMod, sympy.Abs, sympy.Min, sympy.Max)
 
 
 class DenseData(Exception):
-    """The mask reads run-time data that varies along queries and keys together.
+    """The mask reads numbers, only known at run time, that vary along queries and keys together.
 
     Attributes:
         node: the ATen node whose elements are read.
@@ -35,6 +37,10 @@ class DenseData(Exception):
         self.node, self.why = node, why
 
 
+#: An element over run-time data, and the coordinates that its table is indexed with.
+Content: TypeAlias = tuple[sympy.Basic, tuple[sympy.Symbol, ...]]
+
+
 @dataclass(frozen=True)
 class Tabled:
     """A predicate over tables, and the expressions that the tables hold.
@@ -42,10 +48,12 @@ class Tabled:
     Attributes:
         predicate: in terms of ``t0(...), t1(...), ...``.
         contents: for each table, its element and the coordinates that it is indexed with.
+        dense: the same for each of the tables of bits, which come last; the elements are Booleans.
     """
 
     predicate: sympy.Basic
-    contents: tuple[tuple[sympy.Basic, tuple[sympy.Symbol, ...]], ...]
+    contents: tuple[Content, ...]
+    dense: tuple[Content, ...]
 
 
 class Tabler:
@@ -53,7 +61,8 @@ class Tabler:
 
     def __init__(self, lifter: Lifter, same_length: bool) -> None:
         self._lifter, self._same_length = lifter, same_length
-        self._tables: dict[tuple[sympy.Basic, tuple[sympy.Symbol, ...]], int] = {}
+        self._tables: dict[Content, int] = {}
+        self._dense: dict[Content, sympy.Symbol] = {}
 
     def __call__(self, predicate: sympy.Basic) -> Tabled:
         """The predicate over tables.
@@ -62,15 +71,23 @@ class Tabler:
             DenseData: when data is read at queries and keys together.
         """
         replaced = self._replace(predicate)
-        return Tabled(replaced, tuple(self._tables))
+        first = len(self._tables)
+        bits = {
+            symbol: dense_bit(first + number, [c.name for c in coordinates])
+            for number, ((_, coordinates), symbol) in enumerate(self._dense.items())
+        }
+        return Tabled(replaced.xreplace(bits), tuple(self._tables), tuple(self._dense))
 
     def _replace(self, expr: sympy.Basic) -> sympy.Basic:
         if not reads_data(expr):
             return expr
         if isinstance(expr, (sympy.And, sympy.Or)):
             return expr.func(*self._gathered(expr))
-        if isinstance(expr, sympy.core.relational.Relational) and _worth_a_table(expr):
-            return sympy.Ne(self._table(expr), 0)
+        if isinstance(expr, sympy.core.relational.Relational):
+            if _worth_a_table(expr):
+                return sympy.Ne(self._table(expr), 0)
+            if any(_both(lookup) for lookup in expr.atoms(AppliedUndef)):
+                return sympy.Ne(self._bit(expr), 0)
         if isinstance(expr, _NOT_LINEAR) and _worth_a_table(expr):
             return self._table(expr)
         if is_data(expr):
@@ -91,6 +108,12 @@ class Tabler:
                 rest.append(arg)
         replaced = [self._replace(arg) for arg in rest]
         return replaced + [sympy.Ne(self._table(expr.func(*group)), 0) for group in sides.values()]
+
+    def _bit(self, relation: sympy.Basic) -> sympy.Expr:
+        """Stands for the bit of a table of bits, whose number is not known yet."""
+        key = relation, _coordinates(relation)
+        name = f"bit{len(self._dense)}"
+        return self._dense.setdefault(key, sympy.Symbol(name, integer=True, nonnegative=True))
 
     def _table(self, expr: sympy.Basic) -> sympy.Expr:
         coordinates = _coordinates(expr)
@@ -131,13 +154,32 @@ def _worth_a_table(expr: sympy.Basic) -> bool:
     Not if it reads queries and keys, nor if it compares a position with less data than positions:
     ``kv < length[b]`` says more than a table over b and kv would.
     """
-    lookups = [node for node in sympy.preorder_traversal(expr) if is_data(node)]
     coordinates = _coordinates(expr)
+    lookups = expr.atoms(AppliedUndef)
     return not _both(expr) and any(_coordinates(node) == coordinates for node in lookups)
 
 
 def _both(expr: sympy.Basic) -> bool:
     return bool({Q, KV} <= expr.free_symbols)
+
+
+@dataclass(frozen=True)
+class Program:
+    """The program that computes tables, mask tensors and sizes.
+
+    Attributes:
+        module: it.
+        origins: for each of its placeholders, which placeholder of the traced graph it is, or
+            ``-1 - i`` for the i-th of the extra sizes.
+        dtypes: of the tables.
+        dense: the axes of each mask tensor, and which placeholder of the traced graph it is; None
+            where it is computed.
+    """
+
+    module: GraphModule
+    origins: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    dense: tuple[tuple[tuple[str, ...], int | None], ...]
 
 
 def build_program(
@@ -147,20 +189,16 @@ def build_program(
     sizes: Sequence[sympy.Symbol],
     lengths: Mapping[sympy.Symbol, sympy.Expr],
     extra: Sequence[sympy.Symbol],
-) -> tuple[GraphModule, tuple[int, ...], tuple[str, ...]]:
-    """The program that computes tables and sizes.
+) -> Program:
+    """The program that computes tables, mask tensors and sizes.
 
     Args:
         traced: the functional ATen graph of the slice.
         lifter: its lifted nodes.
         tabled: what the tables hold.
-        sizes: torch size symbols to output after the tables.
+        sizes: torch size symbols to output last.
         lengths: number of batch entries, heads, queries and keys, in torch's size symbols.
         extra: torch size symbols that the program may take as further inputs.
-
-    Returns:
-        the program; for each of its placeholders, which placeholder of ``traced`` it is, or
-        ``-1 - i`` for the i-th of ``extra``; and the dtypes of the tables.
 
     Raises:
         Unliftable: when a size is not at hand.
@@ -169,7 +207,10 @@ def build_program(
     device = output.args[0][0].meta["val"].device
     emitter = Emitter(traced, lifter, lengths, extra, device)
     tables = [emitter.table(element, coordinates) for element, coordinates in tabled.contents]
-    outputs = [node for node, _ in tables] + [emitter.size_node(symbol) for symbol in sizes]
+    dense = [emitter.mask(element, coordinates) for element, coordinates in tabled.dense]
+    outputs = [node for node, *_ in tables] + [node for node, *_ in dense]
+    outputs += [emitter.size_node(symbol) for symbol in sizes]
     origins = emitter.finish(outputs)
     dtypes = tuple(str(dtype).removeprefix("torch.") for _, dtype in tables)
-    return GraphModule(traced, emitter.graph), origins, dtypes
+    read = tuple((axes, source) for _, axes, source in dense)
+    return Program(GraphModule(traced, emitter.graph), origins, dtypes, read)

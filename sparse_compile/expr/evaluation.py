@@ -60,6 +60,9 @@ class _Dense:
     def mod(self, a: Tensor, b: Tensor, expr: sympy.Expr) -> Tensor:
         return torch.remainder(a, b)
 
+    def bit(self, word: Tensor, index: Tensor) -> Tensor:
+        return word >> index & 1
+
     def absolute(self, a: Tensor) -> Tensor:
         return a.abs()
 

@@ -12,7 +12,7 @@ from typing import Generic, Protocol, TypeVar
 import sympy
 from sympy.logic.boolalg import BooleanFalse, BooleanTrue
 
-from sparse_compile.expr.nodes import FloorDiv, FloorMod, is_table, table_index
+from sparse_compile.expr.nodes import Bit, FloorDiv, FloorMod, is_table, table_index
 
 T = TypeVar("T")
 
@@ -50,6 +50,10 @@ class Algebra(Protocol, Generic[T]):
 
     def mod(self, a: T, b: T, expr: sympy.Expr) -> T:
         """Remainder with the sign of the divisor."""
+        ...
+
+    def bit(self, word: T, index: T) -> T:
+        """Bit ``index`` of an int32 word, 0 or 1."""
         ...
 
     def absolute(self, a: T) -> T:
@@ -134,6 +138,8 @@ def _operator(node: sympy.Basic, args: list[T], algebra: Algebra[T]) -> T:
         return algebra.negation(args[0])
     if isinstance(node, sympy.Abs):
         return algebra.absolute(args[0])
+    if isinstance(node, Bit):
+        return algebra.bit(args[0], args[1])
     for kind, method in (
         (sympy.Add, algebra.add),
         (sympy.Mul, algebra.mul),

@@ -7,6 +7,7 @@ tables (integer tensors indexed by coordinates, whose *values* are never baked i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import sympy
@@ -95,3 +96,42 @@ class FloorMod(sympy.Function):  # type: ignore[misc]  # sympy has no types
 
     def _eval_is_nonnegative(self) -> bool | None:
         return True if self.args[1].is_positive else None
+
+
+class Bit(sympy.Function):  # type: ignore[misc]  # sympy has no types
+    """Bit ``index`` of ``word``, 0 or 1: an int32 in two's complement, ``0 <= index < 32``.
+
+    >>> Bit(6, 1), Bit(6, 0), Bit(-1, 31)
+    (1, 0, 1)
+    """
+
+    nargs = 2
+    is_integer = True
+    is_nonnegative = True
+
+    @classmethod
+    def eval(cls, word: sympy.Expr, index: sympy.Expr) -> sympy.Expr | None:
+        """Fold constants, and words whose bits are all the same."""
+        if word.is_Integer and index.is_Integer:
+            return sympy.Integer(int(word) >> int(index) & 1)
+        if word in (0, -1):
+            return -word
+        return None
+
+
+#: Keys per word of a table of bits.
+WORD = 32
+
+
+def dense_bit(index: int, axes: Sequence[str]) -> sympy.Expr:
+    """Whether the pair attends, by a table of words over [b, h, q, kv // 32] made of a dense mask.
+
+    Args:
+        index: which table.
+        axes: the coordinates that the mask depends on; along others the table has size one.
+
+    >>> dense_bit(0, ["q", "kv"])
+    Bit(t0(0, 0, q, FloorDiv(kv, 32)), FloorMod(kv, 32))
+    """
+    b, h, q, kv = (symbol if symbol.name in axes else sympy.S.Zero for symbol in COORDINATES)
+    return Bit(table(index)(b, h, q, FloorDiv(kv, WORD)), FloorMod(kv, WORD))

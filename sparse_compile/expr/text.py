@@ -20,6 +20,7 @@ from sparse_compile.expr.nodes import (
     COORDINATES,
     N_KV,
     N_Q,
+    Bit,
     FloorDiv,
     FloorMod,
     size_symbol,
@@ -32,6 +33,7 @@ _BUILD: dict[str, Callable[..., Any]] = {
     "*": sympy.Mul,
     "//": FloorDiv,
     "%": FloorMod,
+    "bit": Bit,
     "abs": sympy.Abs,
     "min": sympy.Min,
     "max": sympy.Max,
@@ -74,6 +76,9 @@ class _Spelling:
 
     def mod(self, a: str, b: str, expr: sympy.Expr) -> str:
         return _join("%", (a, b))
+
+    def bit(self, word: str, index: str) -> str:
+        return _join("bit", (word, index))
 
     def absolute(self, a: str) -> str:
         return _join("abs", (a,))

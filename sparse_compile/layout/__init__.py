@@ -1,9 +1,9 @@
 """Block layouts: which blocks of the score matrix a mask visits."""
 
 from sparse_compile.layout.block_layout import EMPTY, FULL, PARTIAL, BlockLayout, BlockLists
-from sparse_compile.layout.build import build_layout, packed_length
+from sparse_compile.layout.build import build_layout
 from sparse_compile.layout.density import density, mask_pairs
-from sparse_compile.layout.layout import Layout, build, static_layout, unpack
+from sparse_compile.layout.layout import Layout, build_views, static_layout, unpack
 from sparse_compile.layout.picture import picture
 from sparse_compile.layout.schedule import Schedule, make_schedule
 from sparse_compile.layout.superset import Problem
@@ -17,12 +17,11 @@ __all__ = [
     "Layout",
     "Problem",
     "Schedule",
-    "build",
     "build_layout",
+    "build_views",
     "density",
     "make_schedule",
     "mask_pairs",
-    "packed_length",
     "picture",
     "static_layout",
     "unpack",

@@ -17,13 +17,16 @@ from torch import Tensor
 from sparse_compile.expr import KV, MaskExpr, Q
 from sparse_compile.layout.block_layout import FULL, PARTIAL, BlockLayout, BlockLists
 from sparse_compile.layout.candidates import Candidates, candidates
+from sparse_compile.layout.counted import counted_layout
 from sparse_compile.layout.intervals import Bound, Span
-from sparse_compile.layout.superset import Problem, static_layout
+from sparse_compile.layout.superset import Problem, is_narrow, static_layout
 from sparse_compile.layout.table_bounds import BlockBounds
 from sparse_compile.view import Order
 
 #: Classes are classified together up to this many blocks, to bound the temporaries.
 _BLOCKS_AT_ONCE = 1 << 22
+#: On the CPU so many classes are searched one by one; more are classified together.
+_FEW_CLASSES = 4
 
 
 def build_layout(
@@ -74,28 +77,10 @@ def build_layout(
     device = torch.device(device)
     if problem.is_static:
         return static_layout(problem, device)
+    if device.type == "cpu" and (problem.classes <= _FEW_CLASSES or not is_narrow(problem)):
+        return counted_layout(problem, tables)
     found = candidates(problem, device)
     return _partitioned(problem, found, _classified(problem, found, tables))
-
-
-def packed_length(problem: Problem) -> int:
-    """Elements of :meth:`BlockLayout.pack` of a problem's layout, from host values alone.
-
-    >>> from sparse_compile.expr import KV, Q
-    >>> problem = Problem.of(MaskExpr(KV <= Q), (), 1, 1, (64, 64), (16, 32))
-    >>> layout = build_layout(
-    ...     MaskExpr(KV <= Q), batch=1, heads=1, n_q=64, n_kv=64, block_q=16, block_kv=32
-    ... )
-    >>> packed_length(problem) == layout.pack().numel()
-    True
-    """
-    cpu = torch.device("cpu")
-    if problem.is_static:
-        room = static_layout(problem, cpu).rows.index.shape[1]
-    else:
-        room = candidates(problem, cpu).count
-    lines = sum(problem.grid)
-    return lines + 2 + 2 * problem.classes * (lines + room)
 
 
 def _classified(problem: Problem, found: Candidates, tables: Sequence[Tensor]) -> Tensor:

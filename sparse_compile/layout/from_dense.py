@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 import weakref
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import sympy
 import torch
 from torch import Tensor
 
 from sparse_compile.errors import BadPattern
-from sparse_compile.expr import KV, B, H, MaskExpr, Q, table
+from sparse_compile.expr import WORD, MaskExpr, dense_bit
 from sparse_compile.layout.block_layout import EMPTY, FULL, PARTIAL, BlockLayout, BlockLists
 from sparse_compile.view import natural
 
@@ -20,6 +21,8 @@ from sparse_compile.view import natural
 _ENTRIES_AT_ONCE = 1 << 24
 #: Times eight bools in an int64, shifted down by 56: the eight bits, first bool lowest.
 _GATHER_EIGHT = 0x0102040810204080
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +39,20 @@ class DenseBlocks:
     words: Tensor
     biased: bool
 
+    @property
+    def table(self) -> Tensor:
+        """The words by batch entry and head, [1 or batch, 1 or heads, n_q, ceil(n_kv / 32)]."""
+        return self.words.view(self.layout.batches, self.layout.heads, *self.words.shape[1:])
+
+    def check(self) -> None:
+        """Raise if the tensor is a bias: whether a pair attends is all that a layout can say."""
+        if self.biased:
+            raise BadPattern(
+                "sparse_compile: this attention mask is a bias: it holds values other than 0 and "
+                "-inf, which change scores and cannot become a block layout. Pass a bool mask, "
+                "such as mask > -1e4 where very negative values mean 'do not attend'."
+            )
+
 
 @dataclass(frozen=True, eq=False)
 class DenseMask:
@@ -47,7 +64,7 @@ class DenseMask:
 
     >>> found = dense_layout(torch.ones(2, 1, 4, 4, dtype=torch.bool), 16, 16)
     >>> print(found.expr)
-    Ne(t0(b, 0, q, kv), 0)
+    Ne(Bit(t0(b, 0, q, FloorDiv(kv, 32)), FloorMod(kv, 32)), 0)
     """
 
     mask: Tensor
@@ -64,27 +81,20 @@ class DenseMask:
         return self.blocks.words
 
     def check(self) -> None:
-        """Raise if the tensor is a bias: whether a pair attends is all that a layout can say."""
-        if self.blocks.biased:
-            raise BadPattern(
-                "sparse_compile: this attention mask is a bias: it holds values other than 0 and "
-                "-inf, which change scores and cannot become a block layout. Pass a bool mask, "
-                "such as mask > -1e4 where very negative values mean 'do not attend'."
-            )
+        """Raise if the tensor is a bias, see :meth:`DenseBlocks.check`."""
+        self.blocks.check()
 
     @functools.cached_property
     def expr(self) -> MaskExpr:
         """The mask as a predicate that reads the one table of :attr:`tables`."""
-        b, h = (
-            coordinate if size > 1 else sympy.Integer(0)
-            for coordinate, size in zip((B, H), self.mask.shape[:2], strict=True)
-        )
-        return MaskExpr(sympy.Ne(table(0)(b, h, Q, KV), 0), ("bool",))
+        batches, heads = self.mask.shape[:2]
+        axes = ["b"] * (batches > 1) + ["h"] * (heads > 1) + ["q", "kv"]
+        return MaskExpr(sympy.Ne(dense_bit(0, axes), 0), ("int32",))
 
     @functools.cached_property
     def tables(self) -> tuple[Tensor, ...]:
-        """The tensors that :attr:`expr` reads: the mask itself if it is bool, else a bool copy."""
-        return (_attends(self.mask),)
+        """The tensors that :attr:`expr` reads: the words."""
+        return (self.blocks.table,)
 
 
 def dense_layout(mask: Tensor, block_q: int, block_kv: int) -> DenseMask:
@@ -109,10 +119,7 @@ def dense_layout(mask: Tensor, block_q: int, block_kv: int) -> DenseMask:
 
 
 def cached_dense_layout(mask: Tensor, block_q: int, block_kv: int) -> DenseMask:
-    """:func:`dense_layout`, remembered as long as the tensor lives and is not modified.
-
-    Changes that autograd does not see, through ``mask.data`` or another library, go unnoticed, as
-    they do in autograd. Inference tensors count no modifications and are read every time.
+    """:func:`dense_layout`, remembered as :func:`remembered` says.
 
     >>> mask = torch.ones(16, 16, dtype=torch.bool)
     >>> first = cached_dense_layout(mask, 16, 16).blocks
@@ -122,33 +129,60 @@ def cached_dense_layout(mask: Tensor, block_q: int, block_kv: int) -> DenseMask:
     >>> cached_dense_layout(mask, 16, 16).blocks is first
     False
     """
-    if mask.is_inference():
-        return dense_layout(mask, block_q, block_kv)
+    key = dense_layout, block_q, block_kv
+    blocks = remembered(mask, key, lambda: dense_layout(mask, block_q, block_kv).blocks)
+    return DenseMask(_four_dimensional(mask), blocks)
+
+
+def remembered(mask: Tensor, key: Hashable, make: Callable[[], T]) -> T:
+    """What ``make`` found out about a tensor, as long as that lives and is not modified.
+
+    Changes that autograd does not see, through ``mask.data`` or another library, go unnoticed, as
+    they do in autograd. Where such changes are usual, nothing is remembered: inference tensors
+    count no modifications, and the results of a CUDA graph are overwritten by its next run.
+
+    Args:
+        mask: the tensor.
+        key: tells what ``make`` makes from anything else about the tensor.
+        make: makes it; the result must not refer to the tensor.
+    """
+    if mask.is_inference() or (mask.is_cuda and not _is_of_the_allocator(mask)):
+        return make()
     state = (mask._version, mask.data_ptr(), tuple(mask.shape), mask.stride(), mask.dtype)
-    known = _remembered(mask, state)
-    if (block_q, block_kv) not in known:
-        known[block_q, block_kv] = dense_layout(mask, block_q, block_kv).blocks
-    return DenseMask(_four_dimensional(mask), known[block_q, block_kv])
+    known = _known(mask, state)
+    if key not in known:
+        known[key] = make()
+    found: T = known[key]
+    return found
+
+
+def _is_of_the_allocator(mask: Tensor) -> bool:
+    """Whether PyTorch allocated the memory of a CUDA tensor for it alone.
+
+    Inductor's CUDA graphs hand out the same tensors again and again, made of a bare address, and
+    count no modification when they write to them.
+    """
+    return bool(torch._C._has_Standard_Deleter(mask.untyped_storage()._cdata))
 
 
 @dataclass(frozen=True)
 class _Memory:
-    """What is known of one tensor, in one state; by block shape."""
+    """What is known of one tensor, in one state."""
 
     of: weakref.ref[Tensor]
     state: tuple[Any, ...]
-    blocks: dict[tuple[int, int], DenseBlocks]
+    known: dict[Hashable, Any] = field(default_factory=dict)
 
 
 #: By id, because tensors compare entry by entry. An entry goes when its tensor does.
 _MEMORIES: dict[int, _Memory] = {}
 
 
-def _remembered(mask: Tensor, state: tuple[Any, ...]) -> dict[tuple[int, int], DenseBlocks]:
+def _known(mask: Tensor, state: tuple[Any, ...]) -> dict[Hashable, Any]:
     number = id(mask)
     memory = _MEMORIES.get(number)
     if memory is not None and memory.of() is mask and memory.state == state:
-        return memory.blocks
+        return memory.known
 
     def forget(of: weakref.ref[Tensor]) -> None:
         # Another tensor may have got the same id since.
@@ -156,9 +190,9 @@ def _remembered(mask: Tensor, state: tuple[Any, ...]) -> dict[tuple[int, int], D
         if entry is not None and entry.of is of:
             del _MEMORIES[number]
 
-    memory = _Memory(weakref.ref(mask, forget), state, {})
+    memory = _Memory(weakref.ref(mask, forget), state)
     _MEMORIES[number] = memory
-    return memory.blocks
+    return memory.known
 
 
 def _four_dimensional(mask: Tensor) -> Tensor:
@@ -220,7 +254,7 @@ def read_dense_in_torch(mask: Tensor, block_q: int, block_kv: int) -> tuple[Tens
             biased += (attends & (part != 0).flatten(0, 1)).any()
     if not words:
         rows = -(-n_q // block_q)
-        words = [torch.zeros(classes, n_q, -(-n_kv // 32), dtype=torch.int32, device=mask.device)]
+        words = [torch.zeros(classes, n_q, -(-n_kv // WORD), dtype=torch.int32, device=mask.device)]
         kinds = [torch.zeros(classes, rows, cols, dtype=torch.int8, device=mask.device)]
     return torch.cat(words, 1), torch.cat(kinds, 1), biased
 
@@ -234,7 +268,7 @@ def _packed(attends: Tensor) -> Tensor:
     """Bool [classes, n, n_kv] as int32 words [classes, n, ceil(n_kv / 32)]."""
     # A bool that came from elsewhere may be any byte that is not zero.
     ones = (attends.view(torch.uint8) != 0).view(torch.uint8)
-    padded = torch.nn.functional.pad(ones, (0, -ones.shape[-1] % 32))
+    padded = torch.nn.functional.pad(ones, (0, -ones.shape[-1] % WORD))
     eights = padded.contiguous().view(torch.int64)
     return ((eights * _GATHER_EIGHT) >> 56).to(torch.uint8).view(torch.int32)
 

@@ -4,9 +4,9 @@ Every node gets a :class:`Span`, a proof about all its values in the rectangle. 
 interval too, over False < True: ``lo`` is *must be true*, ``hi`` is *may be true*. A block is FULL
 when ``lo``, EMPTY when not ``hi``, and PARTIAL otherwise; PARTIAL is always a safe answer.
 
-Bounds are int64 tensors with one entry per rectangle, or Python ints where they are the same for
-all of them. Nothing here reads a tensor's values on the host, so the analysis runs on any device
-without synchronising.
+Bounds are int64 tensors with one entry per rectangle, Python ints where they are the same for all
+of them, or code that will compute them in a kernel. Nothing here reads a tensor's values on the
+host, so the analysis runs on any device without synchronising.
 """
 
 from __future__ import annotations
@@ -18,14 +18,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import sympy
-import torch
-from torch import Tensor
 
 from sparse_compile.expr import fold
+from sparse_compile.layout.bounds import Bound, greatest, least, negated, saturated, where
+from sparse_compile.layout.device.printed import INT64_MAX, INT64_MIN
 
-Bound = Tensor | int
+__all__ = [
+    "INT64_MAX",
+    "INT64_MIN",
+    "UNKNOWN",
+    "WIDE",
+    "Bound",
+    "Lookup",
+    "Span",
+    "dtype_span",
+    "point",
+    "span",
+]
 
-INT64_MIN, INT64_MAX = -(1 << 63), (1 << 63) - 1
 #: Sums and differences of numbers up to this size cannot overflow int64.
 LIMIT = 1 << 60
 #: The magnitude of a span whose values may be any int64.
@@ -86,6 +96,7 @@ def dtype_span(dtype: str) -> Span:
 def span(expr: sympy.Basic, symbols: Mapping[str, Span], lookup: Lookup | None = None) -> Span:
     """What ``expr`` can be when its symbols lie in the given spans.
 
+    >>> import torch
     >>> from sparse_compile.expr import KV, Q
     >>> q, kv = Span(torch.tensor([0, 8]), torch.tensor([7, 15])), Span(0, 7)
     >>> causal = span(KV <= Q, {"q": q, "kv": kv})
@@ -125,26 +136,31 @@ class _Intervals:
     def mod(self, a: Span, b: Span, expr: sympy.Expr) -> Span:
         return _mod(a, b)
 
+    def bit(self, word: Span, index: Span) -> Span:
+        # All bits of 0 and of -1 are the same.
+        must, never = ((word.lo == same) & (word.hi == same) for same in (-1, 0))
+        return Span(where(must, 1, 0), where(never, 0, 1), 1, 1)
+
     def absolute(self, a: Span) -> Span:
         if a.step == 0 and isinstance(a.lo, int):
             return point(abs(a.lo))
         fits = _fits(a, LIMIT)
-        lo = _greatest(_greatest(a.lo, _negative(a.hi)), 0)
-        hi = _greatest(_negative(a.lo), a.hi)
+        lo = greatest(greatest(a.lo, _negative(a.hi)), 0)
+        hi = greatest(_negative(a.lo), a.hi)
         return _guarded(fits, lo, hi, 0 if a.step == 0 else 1, a.magnitude)
 
     def minimum(self, args: Sequence[Span]) -> Span:
-        return functools.reduce(functools.partial(_extreme, _least), args)
+        return functools.reduce(functools.partial(_extreme, least), args)
 
     def maximum(self, args: Sequence[Span]) -> Span:
-        return functools.reduce(functools.partial(_extreme, _greatest), args)
+        return functools.reduce(functools.partial(_extreme, greatest), args)
 
     def select(self, condition: Span, yes: Span, no: Span) -> Span:
         if isinstance(condition.lo, bool) and condition.lo is condition.hi:
             return yes if condition.lo else no
         must, may = condition.lo, condition.hi
-        lo = _where(must, yes.lo, _where(may, _least(yes.lo, no.lo), no.lo))
-        hi = _where(must, yes.hi, _where(may, _greatest(yes.hi, no.hi), no.hi))
+        lo = where(must, yes.lo, where(may, least(yes.lo, no.lo), no.lo))
+        hi = where(must, yes.hi, where(may, greatest(yes.hi, no.hi), no.hi))
         return Span(lo, hi, 1, max(yes.magnitude, no.magnitude))
 
     def compare(self, op: str, a: Span, b: Span) -> Span:
@@ -157,7 +173,7 @@ class _Intervals:
         # All four bounds coincide exactly when these two pairs do, since lo <= hi on both sides.
         must = (a.lo == b.hi) & (a.hi == b.lo)
         may = (a.lo <= b.hi) & (b.lo <= a.hi) & _congruent(a, b)
-        return _truth(must, may) if op == "==" else _truth(_not(may), _not(must))
+        return _truth(must, may) if op == "==" else _truth(negated(may), negated(must))
 
     def conjunction(self, args: Sequence[Span]) -> Span:
         return _truth(*(functools.reduce(operator.and_, side) for side in _sides(args)))
@@ -166,7 +182,7 @@ class _Intervals:
         return _truth(*(functools.reduce(operator.or_, side) for side in _sides(args)))
 
     def negation(self, a: Span) -> Span:
-        return _truth(_not(a.hi), _not(a.lo))
+        return _truth(negated(a.hi), negated(a.lo))
 
 
 # Booleans
@@ -178,10 +194,6 @@ def _truth(must: Bound, may: Bound) -> Span:
 
 def _sides(args: Sequence[Span]) -> tuple[list[Bound], list[Bound]]:
     return [arg.lo for arg in args], [arg.hi for arg in args]
-
-
-def _not(value: Bound) -> Bound:
-    return ~value if isinstance(value, Tensor) else not value
 
 
 def _congruent(a: Span, b: Span) -> Bound:
@@ -212,7 +224,7 @@ def _mul(a: Span, b: Span) -> Span:
         step = a.step * abs(factor)
         return _guarded(fits, _product(lo, factor), _product(hi, factor), step, magnitude)
     corners = [_product(x, y) for x in (a.lo, a.hi) for y in (b.lo, b.hi)]
-    lo, hi = functools.reduce(_least, corners), functools.reduce(_greatest, corners)
+    lo, hi = functools.reduce(least, corners), functools.reduce(greatest, corners)
     return _guarded(fits, lo, hi, 0 if a.step == b.step == 0 else 1, magnitude)
 
 
@@ -223,9 +235,9 @@ def _floordiv(a: Span, b: Span) -> Span:
     if divisor is not None and divisor > 0:
         step = a.step // divisor if a.step % divisor == 0 else 1
         return Span(a.lo // divisor, a.hi // divisor, step, a.magnitude)
-    positive, least = b.lo > 0, _greatest(b.lo, 1)
-    corners = [x // y for x in (a.lo, a.hi) for y in (least, _greatest(b.hi, 1))]
-    lo, hi = functools.reduce(_least, corners), functools.reduce(_greatest, corners)
+    positive, divisors = b.lo > 0, (greatest(b.lo, 1), greatest(b.hi, 1))
+    corners = [x // y for x in (a.lo, a.hi) for y in divisors]
+    lo, hi = functools.reduce(least, corners), functools.reduce(greatest, corners)
     return _guarded(positive, lo, hi, 1, a.magnitude)
 
 
@@ -238,13 +250,13 @@ def _mod(a: Span, m: Span) -> Span:
     residue = a.lo % common if common > 1 else 0
     if modulus is not None and common == modulus:
         return Span(residue, residue, 0, modulus)
-    divisor = _greatest(m.lo, 1)
+    divisor = greatest(m.lo, 1)
     one_turn = (m.lo == m.hi) & (a.lo // divisor == a.hi // divisor)
-    lo = _where(one_turn, a.lo % divisor, residue)
-    hi = _where(one_turn, a.hi % divisor, _sum(m.hi, residue - common))
+    lo = where(one_turn, a.lo % divisor, residue)
+    hi = where(one_turn, a.hi % divisor, _sum(m.hi, residue - common))
     if modulus is None:
         unchanged = (a.lo >= 0) & (a.hi < divisor)
-        lo, hi = _where(unchanged, a.lo, lo), _where(unchanged, a.hi, hi)
+        lo, hi = where(unchanged, a.lo, lo), where(unchanged, a.hi, hi)
     return _guarded(m.lo > 0, lo, hi, common, m.magnitude)
 
 
@@ -266,40 +278,16 @@ def _guarded(sound: Bound, lo: Bound, hi: Bound, step: int, magnitude: int) -> S
         return Span(lo, hi, step, magnitude)
     if sound is False:
         return UNKNOWN
-    return Span(_where(sound, lo, INT64_MIN), _where(sound, hi, INT64_MAX))
+    return Span(where(sound, lo, INT64_MIN), where(sound, hi, INT64_MAX))
 
 
 def _sum(a: Bound, b: Bound) -> Bound:
-    return _saturated(a + b)
+    return saturated(a + b)
 
 
 def _product(a: Bound, b: Bound) -> Bound:
-    return _saturated(a * b)
+    return saturated(a * b)
 
 
 def _negative(a: Bound) -> Bound:
-    return _saturated(-a)
-
-
-def _saturated(value: Bound) -> Bound:
-    # Python ints are unbounded and torch rejects those beyond int64; tensors wrap. Neither matters
-    # to the result: _guarded drops every entry that could overflow.
-    return max(INT64_MIN, min(value, INT64_MAX)) if isinstance(value, int) else value
-
-
-def _least(a: Bound, b: Bound) -> Bound:
-    if isinstance(a, Tensor):
-        return torch.minimum(a, b) if isinstance(b, Tensor) else a.clamp(max=b)
-    return b.clamp(max=a) if isinstance(b, Tensor) else min(a, b)
-
-
-def _greatest(a: Bound, b: Bound) -> Bound:
-    if isinstance(a, Tensor):
-        return torch.maximum(a, b) if isinstance(b, Tensor) else a.clamp(min=b)
-    return b.clamp(min=a) if isinstance(b, Tensor) else max(a, b)
-
-
-def _where(condition: Bound, yes: Bound, no: Bound) -> Bound:
-    if isinstance(condition, Tensor):
-        return torch.where(condition, yes, no)
-    return yes if condition else no
+    return saturated(-a)

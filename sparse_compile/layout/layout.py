@@ -162,7 +162,7 @@ def _room(problem: Problem, axis: str) -> Tensor:
     return start.long().diff()
 
 
-def build(
+def build_views(
     spec: AttentionSpec,
     *,
     batch: int,
@@ -232,5 +232,7 @@ def static_layout(
     sizes: tuple[int, ...],
     device: torch.device,
 ) -> Layout:
-    """:func:`build` for a mask that reads no tensors; cached, so do not change its tensors."""
-    return build(spec, batch=batch, heads=heads, n_q=n_q, n_kv=n_kv, sizes=sizes, device=device)
+    """:func:`build_views` for a mask that reads no tensors; cached, so do not change its tensors."""
+    return build_views(
+        spec, batch=batch, heads=heads, n_q=n_q, n_kv=n_kv, sizes=sizes, device=device
+    )

@@ -8,7 +8,7 @@ from torch import Tensor
 from sparse_compile.errors import BadPattern
 from sparse_compile.expr import COORDINATES, evaluate
 from sparse_compile.layout.choose import choose_views
-from sparse_compile.layout.layout import Layout, build
+from sparse_compile.layout.layout import Layout, build_views
 from sparse_compile.patterns.base import Pattern
 
 
@@ -89,4 +89,6 @@ def layout(
         bound.expr, n_q=n_q, n_kv=n_kv, batch=batch, heads=heads, block=block, device_type="cuda"
     )
     tables = bound.tables(device, n_q, n_kv, batch, heads)
-    return build(spec, batch=batch, heads=heads, n_q=n_q, n_kv=n_kv, tables=tables, device=device)
+    return build_views(
+        spec, batch=batch, heads=heads, n_q=n_q, n_kv=n_kv, tables=tables, device=device
+    )

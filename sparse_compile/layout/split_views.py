@@ -207,7 +207,7 @@ class Search:
             for part, kept in zip(parts, found, strict=True)
         ]
         chosen = _assignments(costs)
-        splits = [self._views(parts, assignment) for assignment in chosen]
+        splits = [self.views(parts, assignment) for assignment in chosen]
         return list(dict.fromkeys(splits))
 
     def _orders(self, part: sympy.Basic) -> list[Orders]:
@@ -223,14 +223,15 @@ class Search:
             costs.update(near)
             closest = min(near, key=near.__getitem__, default=best)
             # Less is within the error of the estimate.
-            if costs[closest] > 0.97 * costs[best]:
+            if costs[closest] >= 0.97 * costs[best]:
                 break
             best = closest
         return sorted(costs, key=costs.__getitem__)[:_KEPT]
 
-    def _views(
+    def views(
         self, parts: Sequence[sympy.Basic], assignment: tuple[Orders, ...]
     ) -> tuple[View, ...]:
+        """The terms as disjoint views, each in its orders; terms in the same ones share a view."""
         groups: dict[Orders, list[sympy.Basic]] = {}
         for part, orders in zip(parts, assignment, strict=True):
             groups.setdefault(orders, []).append(part)

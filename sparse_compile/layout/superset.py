@@ -8,6 +8,7 @@ one rectangle until its blocks are listed.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,13 +16,17 @@ from torch import Tensor
 
 from sparse_compile.expr import B, H, MaskExpr
 from sparse_compile.expr.digits import digit_names
+from sparse_compile.layout import extents
 from sparse_compile.layout.block_layout import BlockLayout, BlockLists
 from sparse_compile.layout.canonical import canonical_in
+from sparse_compile.layout.extents import Side
 from sparse_compile.layout.intervals import Bound, Lookup, Span, dtype_span, point, span
 from sparse_compile.view import Order, natural
 
 #: Subdivision starts with about this many rectangles: fewer cost the same time in one launch.
 _FIRST_RECTANGLES = 4096
+#: A superset of more PARTIAL blocks is not listed; what the tables hold narrows it down first.
+_NARROW = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -82,13 +87,16 @@ class Problem:
 
     def digits(self, r: Tensor, c: Tensor, size: int = 1) -> Digits:
         """The digits of the tokens in squares of ``size`` blocks at block (r, c)."""
-        q = _cut(self.q, self.n_q, _digits(self.q, self.n_q, r, size))
-        kv = _cut(self.kv, self.n_kv, _digits(self.kv, self.n_kv, c, size))
+        q = extents.cut(self.q, self.n_q, extents.digits(self.q, self.n_q, r, size))
+        kv = extents.cut(self.kv, self.n_kv, extents.digits(self.kv, self.n_kv, c, size))
         return Digits(q, kv)
 
     def whole(self, r: Tensor, c: Tensor, size: int = 1) -> Tensor:
         """Which of these squares lie inside the lengths, no block sticking out."""
-        return _whole(self.q, self.n_q, r, size) & _whole(self.kv, self.n_kv, c, size)
+        whole_q = extents.whole(self.q, self.n_q, r, size)
+        both = whole_q & extents.whole(self.kv, self.n_kv, c, size)
+        assert isinstance(both, Tensor)
+        return both
 
     def scalars(self) -> dict[str, Span]:
         """The spans of ``n_q``, ``n_kv`` and the sizes."""
@@ -123,59 +131,21 @@ class Problem:
         return truth.lo, truth.hi
 
 
-#: For each digit of one side, its least and greatest value in each square; int64 [n] each.
-Side = tuple[tuple[Tensor, Tensor], ...]
-
-
 @dataclass(frozen=True)
 class Digits:
-    """Bounds of the digits of queries and keys in squares of blocks."""
+    """Bounds of the digits of queries and keys in squares of blocks; int64 [n] each."""
 
     q: Side
     kv: Side
 
     def to(self, device: torch.device) -> Digits:
         """The same bounds on another device."""
-        moved = (
-            tuple((lo.to(device), hi.to(device)) for lo, hi in side) for side in (self.q, self.kv)
-        )
-        return Digits(*moved)
 
+        def moved(end: Bound) -> Bound:
+            return end.to(device) if isinstance(end, Tensor) else end
 
-def _digits(order: Order, n: int, first: Tensor, size: int) -> Side:
-    """Bounds of the digits in blocks ``first, ..., first + size - 1``, existing or not."""
-    counts = order.counts(n)
-    low, high = first, first + (size - 1)
-    ends: dict[int, tuple[Tensor, Tensor]] = {}
-    for position in reversed(range(1, len(order.nesting))):
-        k = order.nesting[position]
-        count = max(counts[k], 1)
-        lower, upper, low, high = low % count, high % count, low // count, high // count
-        # Blocks of several outer digits run through all of the inner one.
-        one_turn = low == high
-        ends[k] = torch.where(one_turn, lower, 0), torch.where(one_turn, upper, count - 1)
-    ends[order.nesting[0]] = low, high
-    starts = (0, *(lo for lo, _ in order.windows))
-    return tuple(
-        (start + ends[k][0] * extent, start + ends[k][1] * extent + (extent - 1))
-        for k, (start, extent) in enumerate(zip(starts, order.box, strict=True))
-    )
-
-
-def _cut(order: Order, n: int, side: Side) -> Side:
-    """The same bounds without what lies beyond the length."""
-    last = -(-n // order.strides[0]) - 1
-    highest = (last, *(hi - 1 for _, hi in order.windows))
-    return tuple((lo, hi.clamp(max=most)) for (lo, hi), most in zip(side, highest, strict=True))
-
-
-def _whole(order: Order, n: int, first: Tensor, size: int) -> Tensor:
-    """Whether these blocks, and all their tokens, exist."""
-    side = _digits(order, n, first, size)
-    last = torch.zeros_like(first)
-    for (_, hi), stride in zip(side, order.strides, strict=True):
-        last = last + hi * stride
-    return (first + size <= order.blocks(n)) & (last < n)
+        sides = (tuple((moved(lo), moved(hi)) for lo, hi in side) for side in (self.q, self.kv))
+        return Digits(*sides)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -204,8 +174,25 @@ class Rectangles:
         return Rectangles(self.c0, self.c1, self.r0, self.r1, self.full)
 
 
+#: Which squares of ``size`` blocks at (r, c) are FULL and which PARTIAL, as bool [n] each.
+Classify = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+
 def rectangles(problem: Problem) -> Rectangles:
     """The superset of non-empty blocks, with ``b``, ``h`` and the tables abstract; on the CPU."""
+    found = subdivided(problem, functools.partial(_classify, problem))
+    assert found is not None
+    return found
+
+
+def subdivided(problem: Problem, classify: Classify, most: int | None = None) -> Rectangles | None:
+    """The non-empty rectangles of a grid by subdividing the PARTIAL ones; on the CPU.
+
+    Args:
+        problem: whose grid.
+        classify: what is known of squares.
+        most: give up, and return None, beyond so many PARTIAL squares of one size.
+    """
     rows, cols = problem.grid
     size = 1
     while -(-rows // size) * -(-cols // size) > _FIRST_RECTANGLES:
@@ -214,9 +201,11 @@ def rectangles(problem: Problem) -> Rectangles:
     r, c = first.unbind(1)
     found = []
     while True:
-        full, partial = _classify(problem, r, c, size)
+        full, partial = classify(r, c, size)
         found.append(_squares(r[full], c[full], size, True))
         r, c = r[partial], c[partial]
+        if most is not None and r.numel() > most:
+            return None
         if size == 1 or not r.numel():
             found.append(_squares(r, c, size, False))
             break
@@ -224,6 +213,12 @@ def rectangles(problem: Problem) -> Rectangles:
         r, c = _children(problem, r, c, size)
     parts = zip(*(vars(part).values() for part in found), strict=True)
     return Rectangles(*(torch.cat(part) for part in parts))
+
+
+@functools.lru_cache(maxsize=256)
+def is_narrow(problem: Problem) -> bool:
+    """Whether the superset is small enough to be listed and classified block by block."""
+    return subdivided(problem, functools.partial(_classify, problem), _NARROW) is not None
 
 
 def _classify(problem: Problem, r: Tensor, c: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -290,7 +285,8 @@ def line_starts(counts: Tensor) -> Tensor:
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
 
 
-def _lists(rects: Rectangles, n_lines: int, n_across: int) -> BlockLists:
+def block_lists(rects: Rectangles, n_lines: int, n_across: int) -> BlockLists:
+    """The lists of one class."""
     lines = runs(rects, n_across, partial_first=True)
     counts = torch.zeros(n_lines * 2, dtype=torch.int64)
     counts = counts.index_add_(0, lines.line * 2 + lines.full, lines.length).view(n_lines, 2)
@@ -312,6 +308,6 @@ def static_layout(problem: Problem, device: torch.device) -> BlockLayout:
         problem.kv,
         1,
         1,
-        _lists(rects, rows, cols),
-        _lists(rects.transposed(), cols, rows),
+        block_lists(rects, rows, cols),
+        block_lists(rects.transposed(), cols, rows),
     )

@@ -40,21 +40,26 @@ class BlockBounds:
 
         ``blocks[Q]`` and ``blocks[KV]`` are the int64 block numbers of each rectangle.
         """
-        key = index, tuple(exprs)
-        if key not in self._reduced:
-            self._reduced[key] = self._reduce(*key)
-        lo, hi = self._reduced[key]
+        lo, hi = self.reduced_once(index, tuple(exprs))
         where = tuple(
             self._place(blocks, arg, expr, size)
             for arg, expr, size in zip(args, exprs, lo.shape, strict=True)
         )
-        return Span(lo[where], hi[where], 1, _magnitude(self.tables[index].dtype))
+        return Span(lo[where], hi[where], 1, magnitude_of(self.tables[index].dtype))
+
+    def reduced_once(self, index: int, exprs: tuple[sympy.Expr, ...]) -> tuple[Tensor, Tensor]:
+        """:meth:`reduced` as int64, kept."""
+        key = index, exprs
+        if key not in self._reduced:
+            lo, hi = self.reduced(index, exprs)
+            self._reduced[key] = lo.to(torch.int64), hi.to(torch.int64)
+        return self._reduced[key]
 
     def _place(
         self, blocks: Mapping[sympy.Symbol, Tensor], arg: Span, expr: sympy.Expr, size: int
     ) -> Tensor | int:
         """Where in the reduced axis a rectangle reads."""
-        axis = _axis(expr)
+        axis = axis_of(expr)
         if axis in (Q, KV):
             return blocks[axis]
         if axis is None:
@@ -65,15 +70,20 @@ class BlockBounds:
             )
         return max(0, min(arg.lo, size - 1))
 
-    def _reduce(self, index: int, exprs: tuple[sympy.Expr, ...]) -> tuple[Tensor, Tensor]:
+    def reduced(self, index: int, exprs: tuple[sympy.Expr, ...]) -> tuple[Tensor, Tensor]:
+        """Least and greatest entries that a lookup reads, in the dtype of its table.
+
+        An axis indexed along the queries or keys has one entry per block, one indexed by a point
+        of ``b, h`` is as it was, any other has length 1.
+        """
         lo = hi = self.tables[index]
         for dim, expr in enumerate(exprs):
-            axis = _axis(expr)
+            axis = axis_of(expr)
             if axis in (Q, KV):
                 lo, hi = self._per_block(axis, expr, lo, hi, dim)
             elif axis is None:
                 lo, hi = lo.amin(dim, keepdim=True), hi.amax(dim, keepdim=True)
-        return lo.to(torch.int64), hi.to(torch.int64)
+        return lo, hi
 
     def _per_block(
         self, axis: sympy.Symbol, expr: sympy.Expr, lo: Tensor, hi: Tensor, dim: int
@@ -98,7 +108,44 @@ class BlockBounds:
         return lo.reshape(shape).amin(dim + 1), hi.reshape(shape).amax(dim + 1)
 
 
-def _magnitude(dtype: torch.dtype) -> int:
+class Pyramid:
+    """Bounds of table lookups over squares of 1, 2, 4, ... blocks."""
+
+    def __init__(self, blocks: BlockBounds) -> None:
+        """Squares of the blocks of ``blocks``."""
+        self.levels = {1: blocks}
+
+    def of_squares(self, size: int) -> BlockBounds:
+        """Bounds whose blocks are ``size``, a power of two, adjacent ones."""
+        if size not in self.levels:
+            self.levels[size] = _Coarser(self.of_squares(size // 2))
+        return self.levels[size]
+
+
+class _Coarser(BlockBounds):
+    """Bounds over pairs of the blocks of others."""
+
+    def __init__(self, finer: BlockBounds) -> None:
+        super().__init__(finer.problem, finer.tables)
+        self.finer = finer
+
+    def reduced(self, index: int, exprs: tuple[sympy.Expr, ...]) -> tuple[Tensor, Tensor]:
+        lo, hi = self.finer.reduced_once(index, exprs)
+        for dim, expr in enumerate(exprs):
+            if axis_of(expr) in (Q, KV):
+                lo, hi = _pairs(lo, dim).amin(dim + 1), _pairs(hi, dim).amax(dim + 1)
+        return lo, hi
+
+
+def _pairs(x: Tensor, dim: int) -> Tensor:
+    """Adjacent entries along ``dim`` as an axis after it; a last one alone stands twice."""
+    if x.shape[dim] % 2:
+        x = torch.cat([x, x.narrow(dim, x.shape[dim] - 1, 1)], dim)
+    return x.unflatten(dim, (-1, 2))
+
+
+def magnitude_of(dtype: torch.dtype) -> int:
+    """No entry of a table of this dtype is larger."""
     if dtype == torch.bool:
         return 1
     bits = torch.iinfo(dtype).bits
@@ -106,7 +153,7 @@ def _magnitude(dtype: torch.dtype) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def _axis(expr: sympy.Expr) -> sympy.Symbol | None:
+def axis_of(expr: sympy.Expr) -> sympy.Symbol | None:
     """The coordinate that an index runs along: ``Q``, ``KV``, or ``B`` for a point of ``b, h``.
 
     None when the index cannot be evaluated exactly for each value of one coordinate.

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import sympy
 import torch
 
-from sparse_compile.expr import KV, FloorDiv, FloorMod, H, MaskExpr, Q, evaluate, is_table
+from sparse_compile.expr import KV, Bit, FloorDiv, FloorMod, H, MaskExpr, Q, evaluate, is_table
 
 #: A predicate with more terms than this keeps the last of them together.
 MOST_TERMS = 8
@@ -78,7 +78,9 @@ def periods(expr: sympy.Basic) -> frozenset[int]:
     [64, 1024]
     """
     found = set()
-    for node in expr.atoms(FloorMod):
+    # Where a word ends says nothing about the mask.
+    of_words = {node for bit in expr.atoms(Bit) for node in bit.atoms(FloorMod)}
+    for node in expr.atoms(FloorMod) - of_words:
         x, modulus = node.args
         if modulus.is_Integer and modulus > 1 and x.free_symbols & {Q, KV}:
             unit = _unit(x)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_compile.expr import MaskExpr
 from sparse_compile.layout.intervals import Bound, Span, dtype_span
 from sparse_compile.layout.superset import Problem
 

@@ -26,7 +26,7 @@ from sparse_compile.expr import (
     table,
 )
 from sparse_compile.expr import size_symbol as size
-from sparse_compile.layout import build
+from sparse_compile.layout import build_views
 from sparse_compile.spec import AttentionSpec
 from sparse_compile.view import Order, View, natural
 from tests.tolerance import assert_close_as_eager, relative_error
@@ -241,7 +241,7 @@ def check(case: Case, device: torch.device, executor: Executor = triton_executor
     tables = case.tables(case, device)
     block_q, block_kv = case.block
     spec = AttentionSpec(case.mask, block_q=block_q, block_kv=block_kv, views=case.views)
-    layout = build(
+    layout = build_views(
         spec,
         batch=case.batch,
         heads=case.heads[0],

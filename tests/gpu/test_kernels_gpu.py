@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparse_compile.codegen.triton import executor
-from sparse_compile.layout import build, unpack
+from sparse_compile.layout import build_views, unpack
 from sparse_compile.spec import AttentionSpec
 from tests.codegen.kernel_cases import (
     CASES,
@@ -81,7 +81,7 @@ def _run(case: Case) -> list[torch.Tensor]:
     )
     spec = AttentionSpec(case.mask)
     shape = {"batch": 1, "heads": 2, "n_q": case.n[0], "n_kv": case.n[1], "sizes": case.sizes}
-    layout = build(spec, **shape, device=device)
+    layout = build_views(spec, **shape, device=device)
     # As the operators get it: lists that are views into one vector.
     layout = unpack(spec, [view.pack() for view in layout.views], **shape)
     out, lse = executor.forward(q, k, v, [], case.sizes, layout, 0.1, spec)

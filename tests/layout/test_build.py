@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass, field
 from unittest import mock
@@ -32,12 +33,10 @@ from sparse_compile.layout import (
     FULL,
     PARTIAL,
     BlockLayout,
-    Problem,
     build_layout,
     candidates,
     density,
     mask_pairs,
-    packed_length,
     superset,
 )
 
@@ -200,16 +199,24 @@ def test_subdivision_finds_the_same_blocks(case: Case, rectangles: int) -> None:
     assert torch.equal(layout.kinds(), flat.kinds())
 
 
+@settings(max_examples=100, deadline=None)
+@given(cases())
+def test_classes_together_are_what_they_are_one_by_one(case: Case) -> None:
+    """Two ways to the same blocks: narrowed down by the tables, or classified all at once."""
+    alone = case.layout()
+    with mock.patch.object(sys.modules["sparse_compile.layout.build"], "_FEW_CLASSES", 0):
+        together = case.layout()
+    check_lists(together)
+    check_transpose(together)
+    assert torch.equal(alone.kinds(), together.kinds())
+
+
 @settings(max_examples=40, deadline=None)
 @given(cases())
-def test_pack_round_trip_and_length(case: Case) -> None:
+def test_pack_round_trip(case: Case) -> None:
     layout = case.layout()
     packed = layout.pack()
     shape = case.shape()
-    mask, lengths = case.mask, (case.n_q, case.n_kv)
-    blocks = (case.block_q, case.block_kv)
-    problem = Problem.of(mask, (case.offset,), case.batch, case.heads, lengths, blocks)
-    assert packed.numel() == packed_length(problem)
     shape.update(batches=layout.batches, heads=layout.heads)
     shape.pop("batch")
     shape.update(q=shape.pop("block_q"), kv=shape.pop("block_kv"))
@@ -342,6 +349,7 @@ def test_classes_are_split_to_bound_memory(monkeypatch: pytest.MonkeyPatch) -> N
     case = Case(predicate, 60, 60, batch=3, heads=5)
     whole = case.layout()
     monkeypatch.setattr("sparse_compile.layout.build._BLOCKS_AT_ONCE", 70)
+    monkeypatch.setattr("sparse_compile.layout.build._FEW_CLASSES", 0)
     split = case.layout()
     assert all(map(torch.equal, whole.rows.tensors(), split.rows.tensors()))
     assert all(map(torch.equal, whole.cols.tensors(), split.cols.tensors()))

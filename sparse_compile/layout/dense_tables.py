@@ -1,0 +1,190 @@
+"""Tables of bits: mask tensors that a predicate reads, and the layout that follows from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch import Tensor
+
+from sparse_compile.expr import dense_bit
+from sparse_compile.layout.block_layout import BlockLayout, BlockLists
+from sparse_compile.layout.from_dense import DenseBlocks, dense_layout, remembered
+from sparse_compile.layout.layout import Layout, build_views
+from sparse_compile.spec import AttentionSpec
+
+_ORDER = ("b", "h", "q", "kv")
+
+
+@dataclass(frozen=True)
+class DenseRead:
+    """How a predicate reads a mask tensor through a table of bits.
+
+    Attributes:
+        table: the number of the table.
+        axes: what each axis of the tensor is: ``"b"``, ``"h"``, ``"q"`` or ``"kv"``, or ``""`` for
+            one of size one that it does not depend on.
+        remember: whether to reuse what was found while the tensor is not modified. Not for tensors
+            that compiled code makes, whose memory it reuses as it likes.
+
+    >>> reads = (DenseRead(1, ("", "", "q", "kv"), True),)
+    >>> DenseRead.parse(DenseRead.text(reads)) == reads
+    True
+    """
+
+    table: int
+    axes: tuple[str, ...]
+    remember: bool
+
+    @staticmethod
+    def text(reads: Sequence[DenseRead]) -> str:
+        """What :meth:`parse` reads; an argument of an operator."""
+        return json.dumps([[read.table, read.axes, read.remember] for read in reads])
+
+    @staticmethod
+    def parse(text: str) -> tuple[DenseRead, ...]:
+        """The reads that :meth:`text` spelled."""
+        return tuple(
+            DenseRead(number, tuple(axes), kept) for number, axes, kept in json.loads(text)
+        )
+
+    @property
+    def bit(self) -> sympy.Expr:
+        """Whether a pair attends, 0 or 1."""
+        return dense_bit(self.table, self.axes)
+
+    def view(self, mask: Tensor, n_q: int, n_kv: int) -> Tensor:
+        """The mask as [1 or batch, 1 or heads, 1 or n_q, 1 or n_kv]; a view.
+
+        >>> DenseRead(0, ("kv", "", "b"), True).view(torch.ones(9, 1, 2), 4, 8).shape
+        torch.Size([2, 1, 1, 8])
+        """
+        present = [at for at, name in enumerate(self.axes) if name]
+        names = [self.axes[at] for at in present]
+        mask = mask.detach().squeeze([at for at, name in enumerate(self.axes) if not name])
+        mask = mask.permute([names.index(name) for name in _ORDER if name in names])
+        for at, name in enumerate(_ORDER):
+            if name not in names:
+                mask = mask.unsqueeze(at)
+        for at, length in ((2, n_q), (3, n_kv)):
+            # Rows beyond the lengths are never read, as in mask[:, :, :n] of a longer buffer.
+            if mask.shape[at] > length:
+                mask = mask.narrow(at, 0, length)
+        return mask
+
+    def found(self, mask: Tensor, spec: AttentionSpec, n_q: int, n_kv: int) -> DenseBlocks:
+        """The bits of the mask, and its blocks.
+
+        Raises:
+            BadPattern: the mask is floating, and not all of it is 0 or -inf.
+        """
+        view = self.view(mask, n_q, n_kv)
+        shape = spec.block_q, spec.block_kv
+
+        def read() -> DenseBlocks:
+            return dense_layout(view, *shape).blocks
+
+        found = remembered(mask, (self.axes, n_q, n_kv, shape), read) if self.remember else read()
+        found.check()
+        return found
+
+
+@dataclass(frozen=True)
+class DenseCall:
+    """A call of an attention whose mask reads mask tensors.
+
+    Attributes:
+        spec: what is computed.
+        reads: which tables are mask tensors.
+        tables: what the mask reads; for ``reads`` the mask tensors.
+        sizes: the integers that it reads.
+        batch, heads: of the problem.
+        n_q, n_kv: lengths.
+        device: where the layout will be used.
+    """
+
+    spec: AttentionSpec
+    reads: tuple[DenseRead, ...]
+    tables: tuple[Tensor, ...]
+    sizes: tuple[int, ...]
+    batch: int
+    heads: int
+    n_q: int
+    n_kv: int
+    device: torch.device
+
+    def run(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The words of each of ``reads``, and the packed layout of each view.
+
+        The memory of all of them is new: what compiles a graph may reuse it for other tensors.
+        """
+        found = {
+            read.table: read.found(self.tables[read.table], self.spec, self.n_q, self.n_kv)
+            for read in self.reads
+        }
+        words = [found[read.table].table.to(self.device, copy=True) for read in self.reads]
+        read = self.reads[0]
+        if len(self.tables) > 1 or not read.remember:
+            return words, self._packed(words, found)
+        # The layout follows from one mask tensor alone.
+        key = (self.spec.mask.text, self.spec.views, self.spec.block_q, self.spec.block_kv)
+        key += (self.batch, self.heads, self.n_q, self.n_kv, self.sizes)
+        mask = self.tables[read.table]
+        packed = remembered(mask, key, lambda: self._packed(words, found))
+        return words, [vector.clone() for vector in packed]
+
+    def _packed(self, words: Sequence[Tensor], found: dict[int, DenseBlocks]) -> list[Tensor]:
+        return [view.to(self.device).pack() for view in self._views(words, found)]
+
+    def _views(
+        self, words: Sequence[Tensor], found: dict[int, DenseBlocks]
+    ) -> tuple[BlockLayout, ...]:
+        read = self.reads[0]
+        whole = self.spec.mask.predicate == sympy.Ne(read.bit, 0)
+        if whole and not self.spec.views and {"q", "kv"} <= set(read.axes):
+            # The pass over the mask has listed just the blocks that it visits.
+            batches = self.batch if "b" in read.axes else 1
+            heads = self.heads if "h" in read.axes else 1
+            return (_for_classes(found[read.table].layout, batches, heads),)
+        tables = list(self.tables)
+        for read, own in zip(self.reads, words, strict=True):
+            tables[read.table] = own
+        return self._built(tables).views
+
+    def _built(self, tables: Sequence[Tensor]) -> Layout:
+        return build_views(
+            self.spec,
+            batch=self.batch,
+            heads=self.heads,
+            n_q=self.n_q,
+            n_kv=self.n_kv,
+            tables=tables,
+            sizes=self.sizes,
+            device=self.device,
+        )
+
+
+def words_of(mask: Tensor, read: DenseRead, n_q: int, n_kv: int) -> Tensor:
+    """The table of a mask tensor, without a layout."""
+    return dense_layout(read.view(mask, n_q, n_kv), 128, 128).blocks.table
+
+
+def _for_classes(layout: BlockLayout, batches: int, heads: int) -> BlockLayout:
+    """The layout with the lists of each class that a problem has, where several share some.
+
+    A mask made by ``expand`` is read once, and has fewer classes than its shape says.
+    """
+    if (layout.batches, layout.heads) == (batches, heads):
+        return layout
+    device = layout.rows.start.device
+    b, h = torch.arange(batches, device=device), torch.arange(heads, device=device)
+    b, h = b.clamp(max=layout.batches - 1), h.clamp(max=layout.heads - 1)
+    of = (b[:, None] * layout.heads + h).flatten()
+    rows, cols = (
+        BlockLists(lists.start, lists.counts[of], lists.index[of])
+        for lists in (layout.rows, layout.cols)
+    )
+    return BlockLayout(layout.n_q, layout.n_kv, layout.q, layout.kv, batches, heads, rows, cols)

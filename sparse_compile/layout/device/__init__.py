@@ -1,0 +1,1 @@
+"""Layouts built on a GPU: the interval analysis printed as Triton kernels."""
