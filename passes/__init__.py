@@ -7,6 +7,7 @@ from sparse_compile.passes.annotations import (
     with_annotation,
 )
 from sparse_compile.passes.choose_layout import choose_layout
+from sparse_compile.passes.dense_tables import remember_given
 from sparse_compile.passes.find_attention import find_attention
 from sparse_compile.passes.lift_mask import LiftCache, lift_mask
 from sparse_compile.passes.rewrite import Rewriter
@@ -26,6 +27,7 @@ __all__ = [
     "find_attention",
     "lift_mask",
     "promised_mask",
+    "remember_given",
     "restricted_mask",
     "with_annotation",
 ]

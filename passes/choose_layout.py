@@ -12,6 +12,7 @@ from sparse_compile.expr import KV, Q
 from sparse_compile.layout.choose import choose_views
 from sparse_compile.layout.split_views import Split
 from sparse_compile.options import Options
+from sparse_compile.passes.dense_tables import dense_reason
 from sparse_compile.passes.graph_edit import example_value
 from sparse_compile.plan import Plan
 from sparse_compile.site import AttentionSite, LiftedMask, Operand, Rejection
@@ -41,7 +42,7 @@ def choose_layout(
     if too_large:
         return _left_alone(site, too_large, "")
     executor = "triton" if device.type == "cuda" else "cpu"
-    reason = "only the blocks that its mask allows are visited"
+    reason = dense_reason(lifted) or "only the blocks that its mask allows are visited"
     return Plan(site, lifted, spec, executor, reason=reason, split=split)
 
 

@@ -10,6 +10,8 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from sparse_compile.site import AttentionSite
+
 
 def example_value(node: Node) -> Any:
     """The fake tensor or symbolic integer that Dynamo recorded for a node."""
@@ -78,3 +80,16 @@ def device_of(node: Node) -> torch.device:
     """The device of a tensor node."""
     device: torch.device = example_value(node).device
     return device
+
+
+def first_reader(site: AttentionSite, *nodes: Node) -> Node:
+    """The first node of an attention that reads one of some tensors, such as its masks.
+
+    Writes to them after this do not count.
+    """
+    region = {site.output.node, *site.region}
+    user: Node
+    for user in site.scope.gm.graph.nodes:
+        if user in region and any(user in node.users for node in nodes):
+            return user
+    return site.output.node

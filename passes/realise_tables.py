@@ -26,7 +26,7 @@ def realise(
     """Insert the program of a lifted mask and hand its results down to ``scope``.
 
     The program stands right after the last of its leaves, once for all sites that share it. Each
-    table is memory of its own, so later writes to a leaf do not change it.
+    table is memory of its own, so later writes to a leaf do not change it; mask tensors are not.
 
     Args:
         lifted: the mask.
@@ -34,7 +34,7 @@ def realise(
         cache: shared by the sites of one backend call.
 
     Returns:
-        nodes of ``scope.gm``: the tables, and the sizes.
+        nodes of ``scope.gm``: the tables (for tables of bits, the mask tensors), and the sizes.
     """
     if lifted.program is None:
         return [], []
@@ -108,11 +108,25 @@ def _hand_down(node: Node, source: Scope, scope: Scope, cache: RealisedTables) -
     outer = _hand_down(node, source, scope.parent, cache)
     key = (outer, scope.gm)
     if key not in cache.inputs:
-        graph = scope.gm.graph
-        first = next(n for n in graph.nodes if n.op != "placeholder")
-        with graph.inserting_before(first):
-            inner = graph.placeholder(outer.name)
-        inner.meta["example_value"] = example_value(outer)
-        scope.call.args = (*scope.call.args, outer)
-        cache.inputs[key] = inner
+        cache.inputs[key] = _given(outer, scope) or _passed_in(outer, scope)
     return cache.inputs[key]
+
+
+def _given(outer: Node, scope: Scope) -> Node | None:
+    """The placeholder that stands for an outer node already."""
+    holders = _placeholders(scope.gm.graph)
+    return next(
+        (n for n, given in zip(holders, scope.inputs, strict=False) if given is outer), None
+    )
+
+
+def _passed_in(outer: Node, scope: Scope) -> Node:
+    """A new placeholder for an outer node."""
+    assert scope.call is not None
+    graph = scope.gm.graph
+    first = next(n for n in graph.nodes if n.op != "placeholder")
+    with graph.inserting_before(first):
+        inner = graph.placeholder(f"outer_{outer.name}")
+    inner.meta["example_value"] = example_value(outer)
+    scope.call.args = (*scope.call.args, outer)
+    return inner

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,11 +11,13 @@ import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
 from sparse_compile import ops, pattern_ops
-from sparse_compile.passes.graph_edit import Inserter, device_of, example_value
+from sparse_compile.layout.dense_tables import DenseRead
+from sparse_compile.passes.dense_tables import dense_reads
+from sparse_compile.passes.graph_edit import Inserter, device_of, example_value, first_reader
 from sparse_compile.passes.realise_tables import RealisedTables, realise
 from sparse_compile.plan import Plan
 from sparse_compile.site import AttentionSite, Operand, PatternTable, Scope
-from sparse_compile.spec import AttentionSpec
+from sparse_compile.spec import EmptyRows
 
 _CANONICAL = ("b", "h", "n", "d")
 
@@ -32,10 +35,12 @@ class Rewriter:
         self._made: dict[tuple[Any, ...], Node] = {}
         self._layouts: dict[tuple[Any, ...], list[Node]] = {}
         self._changed: dict[GraphModule, None] = {}
+        self._replaced: dict[Node, Node] = {}
 
     def apply(self, plan: Plan) -> None:
         """Replace one site."""
-        site = plan.site
+        site = self._current(plan.site)
+        plan = replace(plan, site=site)
         self._note_change(site.scope)
         insert = Inserter(site.scope.gm, site.output.node)
         q, k, v = (self._operand(insert, site, operand) for operand in (site.q, site.k, site.v))
@@ -48,7 +53,16 @@ class Rewriter:
             out = self._call_sparse(insert, plan, q, k, v, scale)
         out = _restore_axes(insert, site, out)
         site.output.node.replace_all_uses_with(out)
+        self._replaced[site.output.node] = out
         site.scope.gm.graph.erase_node(site.output.node)
+
+    def _current(self, site: AttentionSite) -> AttentionSite:
+        """The site with operands that other sites computed as they are now."""
+        q, k, v = (
+            replace(operand, node=self._replaced.get(operand.node, operand.node))
+            for operand in (site.q, site.k, site.v)
+        )
+        return replace(site, q=q, k=k, v=v)
 
     def _note_change(self, scope: Scope | None) -> None:
         while scope is not None:
@@ -79,53 +93,90 @@ class Rewriter:
         self, insert: Inserter, plan: Plan, q: Node, k: Node, v: Node, scale: float | Node
     ) -> Node:
         tables, sizes = realise(plan.lifted, plan.site.scope, self._tables)
-        tables += [self._pattern_table(insert, made, q, k) for made in plan.lifted.extra]
+        early = _where_masks_are_read(insert, plan, tables)
+        tables += [self._pattern_table(early, made, plan.site) for made in plan.lifted.extra]
         layout: list[Node] = []
         if plan.spec.mask.uses_table:
-            layout = self._layout(insert, plan.spec, q, k, tables, sizes)
+            reads = dense_reads(plan.lifted)
+            made = self._layout(early, plan, reads, tables, sizes)
+            for read, words in zip(reads, made, strict=False):
+                tables[read.table] = words
+            layout = made[len(reads) :]
         text = plan.spec.text
         call = insert.call(ops.ATTENTION, q, k, v, tables, sizes, layout, scale, text)
         return insert.call(operator.getitem, call, 0)
 
-    def _pattern_table(self, insert: Inserter, made: PatternTable, q: Node, k: Node) -> Node:
+    def _pattern_table(self, insert: Inserter, made: PatternTable, site: AttentionSite) -> Node:
         """A table that an annotation's pattern makes, once for all sites of one shape."""
-        dims = [(q, 0), (q, 1), (q, 2), (k, 2)]
-        shape = tuple(str(example_value(node).shape[dim]) for node, dim in dims)
-        key = (insert.gm, made, shape, device_of(q))
-        if key not in self._made:
-            dtype = getattr(torch, made.dtype)
-            lengths = [insert.size(node, dim) for node, dim in dims]
+        device = device_of(site.q.node)
+        key = (insert.gm, made, _shape(site), device)
+        if key not in self._made or not self._made[key] < insert.anchor:
             self._made[key] = insert.call(
                 pattern_ops.PATTERN_TABLE,
                 made.key,
                 made.index,
                 made.rank,
-                dtype,
-                *lengths,
-                device_of(q),
+                getattr(torch, made.dtype),
+                *_lengths(insert, site),
+                device,
             )
         return self._made[key]
 
     def _layout(
         self,
         insert: Inserter,
-        spec: AttentionSpec,
-        q: Node,
-        k: Node,
+        plan: Plan,
+        reads: tuple[DenseRead, ...],
         tables: list[Node],
         sizes: list[int | Node],
     ) -> list[Node]:
-        dims = [(q, 0), (q, 1), (q, 2), (k, 2)]
-        shape = tuple(str(example_value(node).shape[dim]) for node, dim in dims)
+        """The tables of bits, if the mask reads mask tensors, and the packed layouts."""
+        site, device = plan.site, device_of(plan.site.q.node)
         # The layout does not depend on where the attention stands: drop it, so that layers share.
-        text = AttentionSpec(spec.mask, block_q=spec.block_q, block_kv=spec.block_kv).text
-        key = (insert.gm, text, shape, device_of(q), tuple(tables), tuple(sizes))
+        text = replace(plan.spec, where=(), empty_rows=EmptyRows.ZERO).text
+        key = (insert.gm, text, _shape(site), device, reads, tuple(tables), tuple(sizes))
         if key not in self._layouts:
-            lengths = [insert.size(node, dim) for node, dim in dims]
-            call = insert.call(ops.BLOCK_LAYOUT, tables, sizes, *lengths, text, device_of(q))
-            views = range(len(example_value(call)))
-            self._layouts[key] = [insert.call(operator.getitem, call, view) for view in views]
+            rest = sizes, *_lengths(insert, site), text, device
+            if reads:
+                call = insert.call(ops.DENSE_LAYOUT, tables, DenseRead.text(reads), *rest)
+            else:
+                call = insert.call(ops.BLOCK_LAYOUT, tables, *rest)
+            parts = range(len(example_value(call)))
+            self._layouts[key] = [insert.call(operator.getitem, call, part) for part in parts]
         return self._layouts[key]
+
+
+def _where_masks_are_read(insert: Inserter, plan: Plan, tables: list[Node]) -> Inserter:
+    """What inserts where the program reads its masks: it may write to a mask tensor later."""
+    site, lifted = plan.site, plan.lifted
+    if not lifted.dense:
+        return insert
+    early = Inserter(insert.gm, first_reader(site, *(mask.node for mask in site.masks)))
+    if all(operand.node < early.anchor for operand in (site.q, site.k)):
+        return early
+    for read in dense_reads(lifted):
+        tables[read.table] = early.method("clone", tables[read.table])
+    return insert
+
+
+def _dims(site: AttentionSite) -> list[tuple[Operand, str]]:
+    """Where batch, heads and both lengths are found."""
+    return [(site.q, "b"), (site.q, "h"), (site.q, "n"), (site.k, "n")]
+
+
+def _lengths(insert: Inserter, site: AttentionSite) -> list[int | Node]:
+    """Batch, heads and both lengths, as arguments."""
+    return [
+        insert.size(x.node, x.axes.index(axis)) if axis in x.axes else 1 for x, axis in _dims(site)
+    ]
+
+
+def _shape(site: AttentionSite) -> tuple[str, ...]:
+    """The same as they were captured."""
+    return tuple(
+        str(example_value(x.node).shape[x.axes.index(axis)]) if axis in x.axes else "1"
+        for x, axis in _dims(site)
+    )
 
 
 def _checked(insert: Inserter, site: AttentionSite, q: Node, k: Node) -> Node:

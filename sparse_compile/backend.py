@@ -20,6 +20,7 @@ from sparse_compile.passes import (
     find_attention,
     lift_mask,
     promised_mask,
+    remember_given,
     restricted_mask,
     with_annotation,
 )
@@ -62,6 +63,7 @@ def plan_and_rewrite(
         says why it was left alone.
     """
     decisions = plan_graph(gm, example_inputs, options)
+    remember_given(gm)
     rewriter = Rewriter(options.check_promises)
     for decision in decisions:
         if isinstance(decision, Plan):

@@ -134,7 +134,7 @@ def _show_layout(sites: tuple[Examined, ...], say: Callable[[str], None]) -> Non
         layout = site.layout()
         if layout is not None:
             say("Blocks of the score matrix (█ full, ▒ partly masked, · never visited):")
-            say(picture(layout, width=32) + "\n")
+            say(picture(layout.views[0], width=32) + "\n")
             return
 
 

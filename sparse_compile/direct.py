@@ -15,11 +15,11 @@ from torch import Tensor
 from sparse_compile import ops
 from sparse_compile.annotation import name_mask
 from sparse_compile.errors import BadShape, PatternMisuse
-from sparse_compile.expr import COORDINATES, KV, MaskExpr, Q, table, table_index
+from sparse_compile.expr import COORDINATES, KV, MaskExpr, Q, table_index
 from sparse_compile.layout.choose import choose_views
+from sparse_compile.layout.dense_tables import DenseRead
 from sparse_compile.pattern_ops import PATTERN_TABLE
 from sparse_compile.patterns.base import Pattern
-from sparse_compile.spec import AttentionSpec
 
 #: Stands for lengths and head counts that torch.compile knows by name only.
 _UNKNOWN = 4096
@@ -41,8 +41,10 @@ def attention(
         q: [B, Hq, Nq, D], float32, float16 or bfloat16.
         k: [B, Hkv, Nkv, D], same dtype; Hkv divides Hq.
         v: [B, Hkv, Nkv, Dv], same dtype.
-        mask: who may attend to whom: a pattern, or a bool tensor that broadcasts to
-            [B, Hq, Nq, Nkv], True to attend. None: everyone to everyone.
+        mask: who may attend to whom: a pattern, or a tensor that broadcasts to [B, Hq, Nq, Nkv]:
+            bool, True to attend, or floating, added to the scores, of 0 and -inf alone. Its blocks
+            are found in one pass over it, and reused while it is not modified. None: everyone to
+            everyone.
         scale: factor on the scores; 1 / sqrt(D) unless given.
 
     Returns:
@@ -50,7 +52,7 @@ def attention(
 
     Raises:
         BadShape, UnsupportedDtype: q, k, v and the mask do not fit together.
-        BadPattern: the pattern does not fit these lengths.
+        BadPattern: the pattern does not fit these lengths, or the tensor is a bias.
         PatternMisuse: the mask is of another kind.
 
     >>> from sparse_compile import patterns
@@ -193,11 +195,19 @@ def plan_direct(pattern: Pattern, device: str, sizes: _Sizes) -> _Direct:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _plan_of_tensor(shared: tuple[bool, ...], device: str) -> str:
-    """The spec of a mask tensor; ``shared`` says of each of four axes whether it has size one."""
-    axes = zip(shared, COORDINATES, strict=True)
-    lookup = table(0)(*(sympy.S.Zero if one else coordinate for one, coordinate in axes))
-    return _text(MaskExpr(sympy.Ne(lookup, 0), ("bool",)), device, (_UNKNOWN, _UNKNOWN, 1, 1))
+def _plan_of_tensor(shared: tuple[bool, ...], device: str, compiling: bool) -> tuple[str, str]:
+    """The spec of a mask tensor, and how it is read.
+
+    Args:
+        shared: of each of its axes, whether it has size one.
+        device: type of the device.
+        compiling: whether the tensor may be a result of compiled code.
+    """
+    names = [symbol.name for symbol in COORDINATES][4 - len(shared) :]
+    axes = tuple("" if one else name for one, name in zip(shared, names, strict=True))
+    read = DenseRead(0, axes, remember=not compiling)
+    expr = MaskExpr(sympy.Ne(read.bit, 0), ("int32",))
+    return _text(expr, device, (_UNKNOWN, _UNKNOWN, 1, 1)), DenseRead.text([read])
 
 
 def _text(expr: MaskExpr, device: str, sizes: _Sizes) -> str:
@@ -207,22 +217,30 @@ def _text(expr: MaskExpr, device: str, sizes: _Sizes) -> str:
 
 
 def _by_tensor(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    if mask.dtype != torch.bool:
+    if mask.dtype != torch.bool and not mask.is_floating_point():
         raise PatternMisuse(
             f"sparse_compile: attention() got a mask of {mask.dtype}. Pass a bool tensor, True to "
-            "attend, as in mask == 0 for one that is added to the scores."
+            "attend, or a floating one of 0 and -inf that is added to the scores."
         )
-    wanted = [q.shape[0], q.shape[1], q.shape[2], k.shape[2]]
-    while mask.dim() < 4:
-        mask = mask.unsqueeze(0)
+    if mask.requires_grad:
+        raise PatternMisuse(
+            "sparse_compile: attention() got a mask that requires grad. Only whether a pair "
+            "attends is read from it, which has no gradient: pass mask.detach()."
+        )
+    lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+    wanted = lengths[4 - mask.dim() :] if mask.dim() <= 4 else ()
     fits = [size in (1, want) for size, want in zip(mask.shape, wanted, strict=False)]
-    if mask.dim() != 4 or not all(fits):
+    if len(fits) < mask.dim() or not all(fits):
         raise BadShape(
             f"sparse_compile: attention() got a mask of shape {list(mask.shape)}, which does not "
-            f"broadcast to [B, Hq, Nq, Nkv] = {wanted}. Use unsqueeze to add missing axes."
+            f"broadcast to [B, Hq, Nq, Nkv] = {list(lengths)}. Use unsqueeze to add missing axes."
         )
     shared = tuple([size == 1 for size in mask.shape])
-    return _run(q, k, v, [mask], _plan_of_tensor(shared, q.device.type), scale)
+    compiling = torch.compiler.is_compiling()
+    text, reads = _plan_of_tensor(shared, q.device.type, compiling)
+    bits, *layout = ops.DENSE_LAYOUT([mask], reads, [], *lengths, text, q.device)
+    out: Tensor = ops.ATTENTION(q, k, v, [bits], [], layout, scale, text)[0]
+    return out
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], text: str, scale: float) -> Tensor:
@@ -237,5 +255,5 @@ def _run(q: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], text: str, scale
 def _no_mask(mask: object) -> str:
     return (
         f"sparse_compile: attention() got a mask of type {type(mask).__name__}. Pass a pattern of "
-        "sparse_compile.patterns, a bool tensor, or None."
+        "sparse_compile.patterns, a bool tensor, a floating one of 0 and -inf, or None."
     )

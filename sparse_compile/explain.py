@@ -22,9 +22,10 @@ from sparse_compile.annotation import Annotation, bound_mask_named
 from sparse_compile.backend import plan_graph
 from sparse_compile.diagnose import bad_attention
 from sparse_compile.errors import SparseCompileError
-from sparse_compile.layout import BlockLayout, build_layout, density
+from sparse_compile.layout import Layout, build_views
 from sparse_compile.options import Options
 from sparse_compile.passes import Decision
+from sparse_compile.passes.dense_tables import mask_data, shown_predicate
 from sparse_compile.passes.graph_edit import device_of, example_value
 from sparse_compile.plan import Plan
 from sparse_compile.readable import readable
@@ -91,49 +92,60 @@ class Examined:
             said = _said(rejected.annotation, rejected.node)
             return SiteReport(where, False, rejected.reason, rejected.hint, annotation=said)
         plan, layout = self.decision, self.layout()
-        blocks = _block_density(plan, layout)
+        blocks, (views, cost) = _block_density(plan, layout), _views(plan)
         return SiteReport(
             where=place(plan.site.output.node, plan.site.where),
             rewritten=True,
             reason=plan.reason,
             hint=_NOTHING_SKIPPED if blocks == 1.0 else "",
-            mask=readable(plan.lifted.mask.predicate),
-            density=None if layout is None else self._density(plan, layout),
+            mask=readable(shown_predicate(plan.lifted)),
+            density=None if layout is None else layout.density,
             block_density=blocks,
             executor=plan.executor,
             kernel=kernel_spec(plan).name if plan.executor == "triton" else None,
             annotation=_said(plan.site.annotation, plan.site.output.node),
+            views=views,
+            cost=cost,
+            utilisation=_utilisation(plan, layout),
         )
 
-    def layout(self) -> BlockLayout | None:
+    def layout(self) -> Layout | None:
         """The blocks that hold a pair of this call's mask; None if its values are not known."""
         if isinstance(self.decision, Rejection) or self.shape is None or self.tables is None:
             return None
-        spec, shape = self.decision.spec, self.shape
-        return build_layout(
-            spec.mask,
-            batch=shape["b"],
-            heads=shape["h"],
-            n_q=shape["q"],
-            n_kv=shape["kv"],
-            block_q=spec.block_q,
-            block_kv=spec.block_kv,
+        return build_views(
+            self.decision.spec,
+            batch=self.shape["b"],
+            heads=self.shape["h"],
+            n_q=self.shape["q"],
+            n_kv=self.shape["kv"],
             tables=self.tables,
             sizes=self.sizes,
             device=device_of(self.decision.site.q.node),
         )
 
-    def _density(self, plan: Plan, layout: BlockLayout) -> float:
-        shape = self.shape or {}
-        mask = plan.spec.mask
-        return density(mask, layout, shape["b"], shape["h"], self.tables or (), self.sizes)
 
-
-def _block_density(plan: Plan, layout: BlockLayout | None) -> float | None:
+def _block_density(plan: Plan, layout: Layout | None) -> float | None:
     # SDPA's dense kernels have blocks of their own.
-    if layout is None or plan.executor == "sdpa" or 0 in layout.grid:
+    if layout is None or plan.executor == "sdpa" or 0 in (layout.n_q, layout.n_kv):
         return None
     return layout.block_density
+
+
+def _views(plan: Plan) -> tuple[tuple[str, ...], str]:
+    """The views of a plan in words, and why they were chosen, where there was a choice."""
+    if plan.split is None or plan.executor == "sdpa":
+        return (), ""
+    return (() if plan.split.is_plain else plan.split.texts), plan.split.reason
+
+
+def _utilisation(plan: Plan, layout: Layout | None) -> float | None:
+    if layout is None or plan.executor != "triton":
+        return None
+    from sparse_compile.codegen.triton.executor import workers_of  # needs triton
+
+    members = layout.batch * layout.heads
+    return layout.utilisation(members, workers_of(device_of(plan.site.q.node)))
 
 
 def kernel_spec(plan: Plan, arch: str | None = None) -> KernelSpec:
@@ -286,22 +298,24 @@ class _Values(Interpreter):
         """The decision with what was kept for it."""
         if isinstance(decision, Rejection):
             return Examined(decision)
-        tables, sizes = self._mask_data(decision.lifted)
         shape = self._shape(decision.site)
+        tables, sizes = self._mask_data(decision.lifted, shape)
         if decision.lifted.extra and tables is not None:
             made = _pattern_tables(decision, shape)
             tables = None if made is None else (*tables, *made)
         return Examined(decision, shape, tables, sizes)
 
-    def _mask_data(self, lifted: LiftedMask) -> tuple[tuple[Tensor, ...] | None, tuple[int, ...]]:
+    def _mask_data(
+        self, lifted: LiftedMask, shape: Shape | None
+    ) -> tuple[tuple[Tensor, ...] | None, tuple[int, ...]]:
         if lifted.program is None:
             return (), ()
-        if not all(leaf in self._kept for leaf in lifted.leaves):
+        if shape is None or not all(leaf in self._kept for leaf in lifted.leaves):
             return None, ()  # in the body of a higher-order call, whose values are not seen here
         with torch.no_grad():
             data = lifted.program(*(self._kept[leaf] for leaf in lifted.leaves))
-        n_tables = lifted.n_lifted_tables
-        return tuple(data[:n_tables]), tuple(int(size) for size in data[n_tables:])
+        tables, sizes = mask_data(lifted, data, shape["q"], shape["kv"])
+        return tuple(tables), tuple(sizes)
 
     def _shape(self, site: AttentionSite) -> Shape | None:
         q, k = self._sizes(site.q), self._sizes(site.k)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from sparse_compile.codegen import empty_rows, executor_for
 from sparse_compile.errors import BadShape, UnsupportedDtype
-from sparse_compile.fresh_size import fresh_size
 from sparse_compile.expr import WORD
+from sparse_compile.fresh_size import fresh_size
 from sparse_compile.layout import Layout, build_views, static_layout, unpack
 from sparse_compile.layout.dense_tables import DenseCall, DenseRead
 from sparse_compile.spec import AttentionSpec, EmptyRows

@@ -29,6 +29,10 @@ class SiteReport:
         kernel: name of the generated kernel; None where none is.
         annotation: what the user's innermost annotation says of it, and on what it is, as
             ``restrict SlidingWindow(512), on class Block``; None without one.
+        views: the orders in which the parts of its mask are blockwise dense, in words; empty where
+            it is computed in plain order.
+        cost: why these, in a sentence; empty where no other order was in question.
+        utilisation: on a GPU, the modelled share of its multiprocessors' time that is busy.
     """
 
     where: str
@@ -41,6 +45,9 @@ class SiteReport:
     executor: str = "unchanged"
     kernel: str | None = None
     annotation: str | None = None
+    views: tuple[str, ...] = ()
+    cost: str = ""
+    utilisation: float | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,8 @@ class Report:
     def from_json(text: str) -> Report:
         """The report that :meth:`to_json` wrote."""
         read = json.loads(text)
-        return Report(tuple(SiteReport(**site) for site in read["sites"]), read["graphs"])
+        sites = (SiteReport(**{**site, "views": tuple(site["views"])}) for site in read["sites"])
+        return Report(tuple(sites), read["graphs"])
 
     def __str__(self) -> str:
         """The summary, then each attention with what became of it."""
@@ -118,6 +126,13 @@ def _site_lines(numbers: list[int], sites: list[SiteReport]) -> Iterator[str]:
         yield from _field("density", f"{_percent(site.density)} of the pairs may attend")
     if site.block_density is not None:
         yield from _field("blocks", f"{_percent(site.block_density)} of the blocks are visited")
+    for number, view in enumerate(site.views):
+        yield from _field("views" if number == 0 else "", view)
+    if site.cost:
+        yield from _field("cost", site.cost)
+    if site.utilisation is not None:
+        share = f"{_percent(site.utilisation)} of the multiprocessors' time is busy, by the model"
+        yield from _field("schedule", share)
     yield from _field("executor", site.executor)
     if site.kernel is not None:
         yield from _field("kernel", site.kernel)

@@ -56,6 +56,10 @@ class AttentionSpec:
     where: tuple[str, ...] = ()
     views: tuple[View, ...] = ()
 
+    def __hash__(self) -> int:
+        # Specs are looked up at every call; the text is made once.
+        return hash(self.text)
+
     @functools.cached_property
     def parts(self) -> tuple[View, ...]:
         """The views, or the whole mask as one."""
@@ -69,11 +73,18 @@ class AttentionSpec:
         run one after another, each adding to the rows that earlier ones wrote; one that reaches
         every token comes first, if there is any.
         """
-        found: dict[Order, list[int]] = {}
-        for number, view in enumerate(self.parts):
-            found.setdefault(view.q if axis == "q" else view.kv, []).append(number)
-        orders = sorted(found, key=lambda order: not order.is_complete)
-        return tuple(tuple(found[order]) for order in orders)
+        return self._sections[axis]
+
+    @functools.cached_property
+    def _sections(self) -> dict[str, tuple[tuple[int, ...], ...]]:
+        result = {}
+        for axis in ("q", "kv"):
+            found: dict[Order, list[int]] = {}
+            for number, view in enumerate(self.parts):
+                found.setdefault(view.q if axis == "q" else view.kv, []).append(number)
+            orders = sorted(found, key=lambda order: not order.is_complete)
+            result[axis] = tuple(tuple(found[order]) for order in orders)
+        return result
 
     def part_mask(self, view: View) -> MaskExpr:
         """The predicate of one view, with the tables and sizes of the mask."""

@@ -9,6 +9,7 @@ residue class, (8, 8) eight columns of eight periods, and on a grid a square til
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -59,12 +60,12 @@ class Order:
         """Whether every token belongs to a block."""
         return self.windows == tuple((0, radix) for radix in self.radices)
 
-    @property
+    @functools.cached_property
     def block(self) -> int:
         """Tokens per block."""
         return math.prod(self.box)
 
-    @property
+    @functools.cached_property
     def strides(self) -> tuple[int, ...]:
         """What one step of each digit adds to the token."""
         return tuple(math.prod(self.radices[k:]) for k in range(len(self.box)))

@@ -22,6 +22,7 @@ from sparse_compile.expr import (
     N_KV,
     N_Q,
     B,
+    Bit,
     FloorDiv,
     FloorMod,
     MaskExpr,
@@ -311,6 +312,7 @@ PREDICATES = [
     sympy.Eq(FloorDiv(Q - 5, 4), FloorDiv(KV - _T(B, KV), 4)),
     sympy.Le(sympy.Abs(2 * (Q - KV) * (Q + 1) - N_KV), 2 * sympy.Min(Q, KV + 3)),
     sympy.Le(sympy.Piecewise((Q - KV, KV < 5), (-(Q + KV) * 2, True)), -8),
+    sympy.Ne(Bit(_T(B, Q) - 2, FloorMod(KV + 1, 32)), 0) | (Bit(_T(B, KV), Q) + KV < 4),
     sympy.Ge(FloorDiv(Q, FloorDiv(KV, 3) + 1) * FloorMod(Q, 4), sympy.Max(2, KV - N_Q)),
 ]
 

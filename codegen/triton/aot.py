@@ -60,7 +60,6 @@ def compile_ahead_of_time(
     named = {
         "forward": tiles.forward,
         "merge_forward": small,
-        "backward_prepare": small,
         "backward_query": tiles.backward_query,
         "merge_query": small,
         "backward_key_value": tiles.backward_key_value,
@@ -74,7 +73,7 @@ def compile_ahead_of_time(
             getattr(module, name), spec, tile, capability, group, section
         )
         for name, tile in named.items()
-        for section in range(1 if name == "backward_prepare" else sections.get(name, by_query))
+        for section in range(sections.get(name, by_query))
     }
 
 

@@ -9,11 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sparse_compile.codegen.triton.sections import (
-    described_box,
-    described_views,
-    ordered_bases,
-)
+from sparse_compile.codegen.triton.sections import Described
 from sparse_compile.codegen.triton.tiles import Tile, padded
 from sparse_compile.layout import Layout, Schedule
 from sparse_compile.view import Order
@@ -42,22 +38,31 @@ def strides(*tensors: Tensor) -> list[int]:
     return [stride for t in tensors for stride in t.stride()[:3]]
 
 
-def lists(kernels: Kernels, layout: Layout, axis: str) -> list[Any]:
-    """For each view start, counts, index, room, lines, batches and heads; then the bases."""
+def lists(kernels: Kernels, layout: Layout, axis: str, section: int) -> list[Any]:
+    """For each view start, counts, index, room, lines, batches and heads; then the bases.
+
+    None for the views of other sections: every argument costs time at each launch.
+    """
+    own = kernels.spec.attention.sections(axis)[section]
     arguments: list[Any] = []
-    for view in layout.views:
-        lists = view.rows if axis == "q" else view.cols
-        lines = view.grid[0 if axis == "q" else 1]
-        arguments += [*lists.tensors(), lists.index.shape[1], lines, view.batches, view.heads]
-    return arguments + bases(kernels, layout)
+    for number, view in enumerate(layout.views):
+        if number in own:
+            side = view.rows if axis == "q" else view.cols
+            lines = view.grid[0 if axis == "q" else 1]
+            arguments += [*side.tensors(), side.index.shape[1], lines, view.batches, view.heads]
+        else:
+            arguments += [None] * 7
+    return arguments + bases(kernels, layout, own)
 
 
-def bases(kernels: Kernels, layout: Layout) -> list[Tensor]:
-    """The first token of each block, for orders that are not natural."""
+def bases(kernels: Kernels, layout: Layout, own: Sequence[int]) -> list[Tensor | None]:
+    """The first token of each block, for orders of the views ``own`` that are not natural."""
     device = layout.views[0].rows.start.device
     return [
-        _base_table(order, layout.n_q if name.startswith("q_") else layout.n_kv, device)
-        for name, order in ordered_bases(kernels.spec.attention)
+        _base_table(order, layout.n_q if axis == "q" else layout.n_kv, device)
+        if number in own
+        else None
+        for axis, number, order in kernels.bases
     ]
 
 
@@ -67,24 +72,26 @@ def _base_table(order: Order, n: int, device: torch.device) -> Tensor:
     return table.to(torch.int32)
 
 
-def ordered(kernels: Kernels, statistics: dict[str, Tensor], block: int) -> list[Any]:
-    """Arguments for :func:`statistic_parameters`."""
+def ordered(kernels: Kernels, statistics: dict[int, Tensor], own: Sequence[int]) -> list[Any]:
+    """Arguments for :func:`statistic_parameters`; None for other views than ``own``."""
     arguments: list[Any] = []
     for number, view in enumerate(kernels.spec.attention.parts):
         if not view.q.is_natural:
-            own = statistics[f"_{number}"]
-            arguments += [own, own.shape[3] // block]
+            theirs = statistics[number] if number in own else None
+            lines = None if theirs is None else theirs.shape[3] // view.q.block
+            arguments += [theirs, lines]
     return arguments
 
 
-def statistics_in_order(kernels: Kernels, statistics: Tensor, n_q: int) -> dict[str, Tensor]:
-    """The statistics of queries in plain order, and in the order of each view that has its own."""
-    found = {"": statistics}
-    for number, view in enumerate(kernels.spec.attention.parts):
-        if not view.q.is_natural:
-            places = _places(view.q, n_q, statistics.device)
-            found[f"_{number}"] = statistics.index_select(3, places)
-    return found
+def statistics_in_order(kernels: Kernels, statistics: Tensor, n_q: int) -> dict[int, Tensor]:
+    """For each view, the statistics of queries in its order."""
+    found: dict[Order, Tensor] = {}
+    for view in kernels.spec.attention.parts:
+        if view.q not in found:
+            natural = view.q.is_natural
+            places = None if natural else _places(view.q, n_q, statistics.device)
+            found[view.q] = statistics if places is None else statistics.index_select(3, places)
+    return {n: found[view.q] for n, view in enumerate(kernels.spec.attention.parts)}
 
 
 @functools.lru_cache(maxsize=64)
@@ -95,47 +102,58 @@ def _places(order: Order, n: int, device: torch.device) -> Tensor:
 
 
 def descriptors(
-    kernels: Kernels,
-    across: str,
-    tile: Tile,
+    described: Sequence[Described],
+    own: Sequence[int],
     tensors: tuple[Tensor, Tensor],
-    statistics: dict[str, Tensor] | None = None,
+    statistics: dict[int, Tensor] | None = None,
 ) -> list[Any]:
     """Descriptors of the tiles of each view, for kernels that load by them.
 
     Args:
-        kernels: whose views.
-        across: side that the kernel loops over.
-        tile: of the kernel.
+        described: what the kernel describes.
+        own: the views of this launch; others get None.
         tensors: what the loop reads, [B, H, N, D].
         statistics: the statistics of queries in the order of each view, if the loop reads them.
     """
     made: list[Any] = []
-    extent = tile.m if across == "q" else tile.n
-    for suffix, order in described_views(kernels.spec, across, tile):
-        box = (extent,) if order.is_natural else described_box(order, extent)
-        assert box is not None
-        made += [_described(t, order, box) for t in tensors]
+    for one in described:
+        number = next((number for number in one.views if number in own), None)
+        if number is None:
+            made += [None] * (2 if statistics is None else 3)
+            continue
+        made += [_of_boxes(t, one) for t in tensors]
         if statistics is not None:
-            made.append(_descriptor(statistics[suffix], [1, 1, 1, tile.m]))
+            theirs = statistics[number]
+            block = [1, 1, 1, one.extent]
+            made.append(_descriptor(theirs, list(theirs.shape), list(theirs.stride()), block))
     return made
 
 
-def _described(t: Tensor, order: Order, box: tuple[int, ...]) -> Any:
+def _of_boxes(t: Tensor, one: Described) -> Any:
     """A descriptor of boxes of tokens of [B, H, N, D], the token taken apart into its digits."""
-    if not order.is_natural:
-        sizes = [t.shape[2] // order.strides[0], *order.radices]
-        t = t.as_strided(
-            [*t.shape[:2], *sizes, t.shape[3]],
-            [*t.stride()[:2], *(s * t.stride(2) for s in order.strides), t.stride(3)],
-        )
-    return _descriptor(t, [1, 1, *box, padded(t.shape[-1])])
+    (batch, heads, n, dim), (by_batch, by_head, by_token, by_dim) = t.shape, t.stride()
+    order = one.order
+    sizes = [n // order.strides[0], *order.radices]
+    strides = [stride * by_token for stride in order.strides]
+    block = [1, 1, *one.box, padded(dim)]
+    shape = [batch, heads, *sizes, dim]
+    return _descriptor(t, shape, [by_batch, by_head, *strides, by_dim], block)
 
 
-def _descriptor(t: Tensor, block: list[int]) -> Any:
+def _descriptor(t: Tensor, shape: list[int], strides: list[int], block: list[int]) -> Any:
+    return _descriptor_class()(t, shape, strides, block)
+
+
+@functools.lru_cache(maxsize=1)
+def _descriptor_class() -> Any:
+    """Triton's host descriptor without its checks, which :func:`operand` makes for all of them."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor(t, list(t.shape), list(t.stride()), block)
+    class Unchecked(TensorDescriptor):  # type: ignore[misc]  # triton has no types
+        def __post_init__(self) -> None:
+            pass
+
+    return Unchecked
 
 
 def mask_arguments(

@@ -15,12 +15,18 @@ from torch import Tensor
 from sparse_compile.codegen import cache
 from sparse_compile.codegen.triton import arguments
 from sparse_compile.codegen.triton.predicate import COORDINATE_BITS
-from sparse_compile.codegen.triton.sections import sections_of
+from sparse_compile.codegen.triton.sections import (
+    Described,
+    described_views,
+    ordered_bases,
+    sections_of,
+)
 from sparse_compile.codegen.triton.source import direct_lookups, kernel_source, table_ranks
 from sparse_compile.codegen.triton.tiles import Tile, Tiles, padded, tiles_for
 from sparse_compile.errors import BadShape, UnsupportedDtype
 from sparse_compile.layout import Layout, Schedule
 from sparse_compile.spec import AttentionSpec, KernelSpec
+from sparse_compile.view import Order
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _LIMIT = 1 << COORDINATE_BITS
@@ -38,6 +44,8 @@ class Kernels:
     direct: tuple[tuple[int, int, str], ...]
     spec: KernelSpec
     complete: dict[str, bool]
+    bases: tuple[tuple[str, int, Order], ...]
+    described: dict[Tile, dict[str, tuple[Described, ...]]]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -50,7 +58,13 @@ def kernels_of(spec: KernelSpec) -> Kernels:
         axis: sections_of(spec.attention, axis)[0].order.is_complete for axis in ("q", "kv")
     }
     ranks = tuple(table_ranks(mask))
-    return Kernels(module, tiles_for(spec), ranks, direct, spec, complete)
+    tiles = tiles_for(spec)
+    described = {
+        tile: {axis: described_views(spec, axis, tile) for axis in ("q", "kv")}
+        for tile in (tiles.forward, tiles.backward_query, tiles.backward_key_value)
+    }
+    bases = ordered_bases(spec.attention)
+    return Kernels(module, tiles, ranks, direct, spec, complete, bases, described)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -68,6 +82,7 @@ def _kernels_for(
     return kernels_of(KernelSpec(spec, head_dim, value_dim, _DTYPES[dtype], arch, exact))
 
 
+@functools.lru_cache(maxsize=1024)
 def is_exact(spec: AttentionSpec, n_q: int, n_kv: int) -> bool:
     """Whether the lengths are multiples of the radices of all views."""
     return all(
@@ -125,13 +140,10 @@ def forward(
         arguments.operand(k, tile),
         arguments.operand(v, tile),
     )
-    shared = (
-        *arguments.lists(kernels, layout, "q"),
-        *arguments.descriptors(kernels, "kv", tile, (k, v)),
-        *arguments.mask_arguments(kernels, tables, sizes, n_q, n_kv),
-    )
+    described = kernels.described[tile]["kv"]
+    mask_data = arguments.mask_arguments(kernels, tables, sizes, n_q, n_kv)
     strides, subtiles = out.stride()[:3], spec.block_q // tile.m
-    works = layout.schedules("q", batch * q_heads, _workers(q.device), q.device)
+    works = layout.schedules("q", batch * q_heads, workers_of(q.device), q.device)
     with _current(q.device):
         for section, work in enumerate(works):
             part_out, part_lse = (
@@ -143,7 +155,9 @@ def forward(
                 *arguments.strides(q, k, v),
                 *strides,
                 *(work.items, work.items.shape[0], work.heavy, q_heads, batch, n_q, n_kv, scale),
-                *shared,
+                *arguments.lists(kernels, layout, "q", section),
+                *arguments.descriptors(described, spec.sections("q")[section], (k, v)),
+                *mask_data,
                 SECTION=section,
                 GROUP=group,
                 **arguments.options(tile),
@@ -152,7 +166,9 @@ def forward(
                 grid = arguments.merge_grid(work, subtiles, batch, q_heads)
                 kernels.module.merge_forward[grid](
                     *(part_out, part_lse, out, lse, work.merges),
-                    *(*strides, n_q, *arguments.bases(kernels, layout)),
+                    *strides,
+                    n_q,
+                    *arguments.bases(kernels, layout, spec.sections("q")[section]),
                     SECTION=section,
                 )
     return out, lse
@@ -198,18 +214,18 @@ def backward(
     rows = (n_q // 128 + 1) * 128  # at least one that does not exist
     statistics = lse.new_empty(2, batch, q_heads, rows)
     mask_data = arguments.mask_arguments(kernels, tables, sizes, n_q, n_kv)
+    if any(not view.q.is_natural for view in spec.parts):
+        # What stands for a query that does not exist: places that fill up a block read it.
+        statistics[0, ..., n_q:] = float("inf")
+        statistics[1, ..., n_q:] = 0.0
     call = _Backward(kernels, layout, (q, k, v, grad_out, statistics), scale, group, mask_data)
     with _current(q.device):
-        kernels.module.backward_prepare[(rows // 64, q_heads, batch)](
-            *(out, grad_out, lse, arguments.single(grad_lse, lse), statistics),
-            *arguments.strides(out, grad_out),
-            *(n_q, rows),
-            HAS_GRAD_LSE=grad_lse is not None,
-        )
-        by_query = layout.schedules("q", batch * q_heads, _workers(q.device), q.device)
-        call.run("query", "q", q_heads, over_keys, by_query, (dq,))
-        by_key = layout.schedules("kv", batch * k.shape[1], _workers(q.device), q.device)
-        call.run("key_value", "kv", k.shape[1], over_queries, by_key, (dk, dv))
+        by_query = layout.schedules("q", batch * q_heads, workers_of(q.device), q.device)
+        of_query = (out, grad_out, lse, arguments.single(grad_lse, lse), statistics)
+        flags = {"HAS_GRAD_LSE": grad_lse is not None}
+        call.run("query", over_keys, by_query, (dq,), of_query, flags)
+        by_key = layout.schedules("kv", batch * k.shape[1], workers_of(q.device), q.device)
+        call.run("key_value", over_queries, by_key, (dk, dv), (grad_out, statistics), {})
     return dq if sign == 1 else dq.mul_(sign), dk, dv
 
 
@@ -227,16 +243,30 @@ class _Backward:
     def run(
         self,
         what: str,
-        axis: str,
-        heads: int,
         tile: Tile,
         works: Sequence[Schedule],
         grads: tuple[Tensor, ...],
+        read: tuple[Tensor, ...],
+        flags: dict[str, bool],
     ) -> None:
-        """Launch ``backward_{what}``, lines being blocks of ``axis``, section after section."""
-        q, k, v, grad_out, statistics = self.operands
+        """Launch ``backward_{what}``, section after section.
+
+        Args:
+            what: ``"query"`` or ``"key_value"``.
+            tile: of the kernel.
+            works: the worklist of each section.
+            grads: what it writes.
+            read: what it reads beside q, k and v.
+            flags: further constants of the kernel.
+        """
+        q, k, v, _, statistics = self.operands
+        axis = "q" if what == "query" else "kv"
         n_q, n_kv, batch, rows = q.shape[2], k.shape[2], q.shape[0], statistics.shape[3]
-        shared = [*arguments.lists(self.kernels, self.layout, axis), *self._loop(axis, tile)]
+        heads = (q if axis == "q" else k).shape[1]
+        strided = [t for t in read if t.dim() == 4 and t is not statistics]
+        ordered = {}
+        if axis == "kv":
+            ordered = arguments.statistics_in_order(self.kernels, statistics, n_q)
         extent = tile.m if axis == "q" else tile.n
         attention = self.kernels.spec.attention
         subtiles = (attention.block_q if axis == "q" else attention.block_kv) // extent
@@ -248,42 +278,50 @@ class _Backward:
                 for g in grads
             ]
             kernel[arguments.grid(work, subtiles, members)](
-                *(q, k, v, grad_out, statistics, *grads, *parts),
-                *arguments.strides(q, k, v, grad_out),
+                *(q, k, v, *read, *grads, *parts),
+                *arguments.strides(q, k, v, *strided),
                 *(work.items, work.items.shape[0], work.heavy, heads, batch),
-                *(n_q, n_kv, rows, self.scale, *shared, *self.mask_data),
+                *(n_q, n_kv, rows, self.scale),
+                *arguments.lists(self.kernels, self.layout, axis, section),
+                *self._loop(axis, tile, section, ordered),
+                *self.mask_data,
                 SECTION=section,
                 GROUP=self.group,
+                **flags,
                 **arguments.options(tile),
             )
             if work.slots:
                 for part, grad in zip(parts, grads, strict=True):
                     self._merge(what, work, subtiles, section, part, grad)
 
-    def _loop(self, axis: str, tile: Tile) -> list[Any]:
+    def _loop(self, axis: str, tile: Tile, section: int, ordered: dict[int, Tensor]) -> list[Any]:
         """What the loop reads: descriptors, and statistics in the order of each view."""
-        q, k, v, grad_out, statistics = self.operands
+        q, k, v, grad_out, _ = self.operands
+        own = self.kernels.spec.attention.sections(axis)[section]
+        described = self.kernels.described[tile]
         if axis == "q":
-            return arguments.descriptors(self.kernels, "kv", tile, (k, v))
-        ordered = arguments.statistics_in_order(self.kernels, statistics, q.shape[2])
-        block = self.kernels.spec.attention.block_q
-        described = arguments.descriptors(self.kernels, "q", tile, (q, grad_out), ordered)
-        return [*arguments.ordered(self.kernels, ordered, block), *described]
+            return arguments.descriptors(described["kv"], own, (k, v))
+        return [
+            *arguments.ordered(self.kernels, ordered, own),
+            *arguments.descriptors(described["q"], own, (q, grad_out), ordered),
+        ]
 
     def _merge(
         self, what: str, work: Schedule, subtiles: int, section: int, part: Tensor, grad: Tensor
     ) -> None:
+        axis = "q" if what == "query" else "kv"
+        own = self.kernels.spec.attention.sections(axis)[section]
         batch, heads, n, width = grad.shape
         kernel = getattr(self.kernels.module, f"merge_{what}")
         kernel[arguments.merge_grid(work, subtiles, batch, heads)](
-            *(part, grad, work.merges, n, *arguments.bases(self.kernels, self.layout)),
+            *(part, grad, work.merges, n, *arguments.bases(self.kernels, self.layout, own)),
             SECTION=section,
             DIM=width,
             PAD=padded(width),
         )
 
 
-def _workers(device: torch.device) -> int:
+def workers_of(device: torch.device) -> int:
     """Programs that run at a time: two to a multiprocessor."""
     return _WORKERS_WITHOUT_GPU if device.type == "cpu" else 2 * _multiprocessors(device)
 

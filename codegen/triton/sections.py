@@ -53,7 +53,7 @@ def list_parameters(spec: AttentionSpec, axis: str) -> list[str]:
 
 def base_parameters(spec: AttentionSpec) -> list[str]:
     """Parameters that hold the first token of each block, for orders that are not natural."""
-    names = [name for name, _ in ordered_bases(spec)]
+    names = [f"{axis}_bases_{number}" for axis, number, _ in ordered_bases(spec)]
     return [", ".join(names) + ","] if names else []
 
 
@@ -66,14 +66,14 @@ def statistic_parameters(spec: AttentionSpec) -> list[str]:
     ]
 
 
-def ordered_bases(spec: AttentionSpec) -> list[tuple[str, Order]]:
-    """Name and order of each :func:`base_parameters`."""
-    return [
-        (f"{axis}_bases_{v}", order)
-        for v, view in enumerate(spec.parts)
+def ordered_bases(spec: AttentionSpec) -> tuple[tuple[str, int, Order], ...]:
+    """Side, view and order of each of :func:`base_parameters`."""
+    return tuple(
+        (axis, number, order)
+        for number, view in enumerate(spec.parts)
         for axis, order in (("q", view.q), ("kv", view.kv))
         if not order.is_natural
-    ]
+    )
 
 
 def offset_text(order: Order, x: str) -> str:
@@ -226,11 +226,36 @@ def described_box(order: Order, tile: int) -> tuple[int, ...] | None:
     return order.box[0] // steps, order.box[1]
 
 
-def described_views(spec: KernelSpec, axis: str, tile: Tile) -> list[tuple[str, Order]]:
-    """Suffix and order of the descriptors of a kernel that loops over blocks of ``axis``."""
-    found: dict[str, Order] = {}
+@dataclass(frozen=True)
+class Described:
+    """Descriptors that a kernel takes: those of one view, or of all views in plain order.
+
+    Attributes:
+        suffix: what tells their parameters from others.
+        order: of the blocks that the loop reads.
+        extent: tokens of a tile.
+        box: extents of a tile along the digits of a token.
+        views: numbers of the views.
+    """
+
+    suffix: str
+    order: Order
+    extent: int
+    box: tuple[int, ...]
+    views: tuple[int, ...]
+
+
+def described_views(spec: KernelSpec, axis: str, tile: Tile) -> tuple[Described, ...]:
+    """The descriptors of a kernel that loops over blocks of ``axis``."""
+    extent = tile.m if axis == "q" else tile.n
+    found: dict[str, Described] = {}
     for number, view in enumerate(spec.attention.parts):
         order = view.q if axis == "q" else view.kv
-        if descriptors_usable(spec, view, axis, tile):
-            found["" if order.is_natural else f"_{number}"] = order
-    return list(found.items())
+        if not descriptors_usable(spec, view, axis, tile):
+            continue
+        suffix = "" if order.is_natural else f"_{number}"
+        box = (extent,) if order.is_natural else described_box(order, extent)
+        assert box is not None
+        views = (*found[suffix].views, number) if suffix in found else (number,)
+        found[suffix] = Described(suffix, order, extent, box, views)
+    return tuple(found.values())

@@ -94,7 +94,6 @@ def kernel_source(spec: KernelSpec) -> str:
         *(common.HELPERS[name] for name in sorted(helpers)),
         _kernel(_FORWARD, spec, tiles.forward, over_keys),
         _merge(merge.FORWARD, spec, tiles.forward, "q"),
-        backward.PREPARE,
         _kernel(_QUERY, spec, tiles.backward_query, over_keys),
         _merge(merge.SUM, spec, tiles.backward_query, "q"),
         _kernel(_KEY_VALUE, spec, tiles.backward_key_value, over_queries),
@@ -187,8 +186,8 @@ def _kernel(kernel: _Kernel, spec: KernelSpec, tile: Tile, masks: list[Printed])
     ]
     tensors = dict.fromkeys(operand.tensor for operand in kernel.operands)
     described = [
-        ", ".join(f"{tensor}_TILES{suffix}" for tensor in tensors) + ",  # tensor descriptors"
-        for suffix, _ in described_views(spec, kernel.across, tile)
+        ", ".join(f"{tensor}_TILES{one.suffix}" for tensor in tensors) + ",  # tensor descriptors"
+        for one in described_views(spec, kernel.across, tile)
     ]
     sections = sections_of(attention, kernel.lines)
     bodies = [_section(kernel, spec, tile, masks, section) for section in sections]
@@ -234,12 +233,17 @@ def _section(
     views = [_view(kernel, spec, tile, masks[v], v) for v in section.views]
     lines = Lines(section, kernel.lines, extent).holes
     earlier = fill(kernel.merge, WIDE=lines["WIDE"]).splitlines() if section.number else []
+    # The first section computes the statistics of its queries; if it has them all, it is the last.
+    first = sections_of(spec.attention, kernel.lines)[0]
+    known = section.number > 0 and first.order.is_complete
+    statistics = backward.QUERY_KNOWN if known else backward.QUERY_STATISTICS
     return fill(
         kernel.section,
         TITLE=f"Section {section.number}: blocks of "
         f"{'queries' if kernel.lines == 'q' else 'keys'} in {section.order}.",
         VIEWS="\n\n".join(views).splitlines(),
         MERGE=earlier,
+        STATISTICS=fill(statistics, WIDE=lines["WIDE"]).splitlines(),
         **lines,
         **_operand_bases(kernel, spec, tile),
     )

@@ -12,22 +12,22 @@ from torch.fx import GraphModule, Node
 
 from sparse_compile.expr import KV, N_KV, N_Q, B, H, MaskExpr, Q, size_symbol
 from sparse_compile.options import Options
+from sparse_compile.passes.graph_edit import first_reader
 from sparse_compile.passes.lift_mask.empty_rows import (
     coordinate_ranges,
     empty_row_policy,
     never_empty,
 )
-from sparse_compile.passes.lift_mask.explain import dense_reason
 from sparse_compile.passes.lift_mask.lift import Lifter
 from sparse_compile.passes.lift_mask.normalize import normalise
 from sparse_compile.passes.lift_mask.operands import Keep, Refused, read_operand
 from sparse_compile.passes.lift_mask.simplify import Simplifier
 from sparse_compile.passes.lift_mask.sizes import size_expr, solve_for_symbol
 from sparse_compile.passes.lift_mask.slice import CannotSlice, Slice, Slicer, Wanted
-from sparse_compile.passes.lift_mask.tables import DenseData, Tabler, build_program
+from sparse_compile.passes.lift_mask.tables import Tabler, build_program
 from sparse_compile.passes.lift_mask.value import Lifted, Unliftable
 from sparse_compile.passes.lift_mask.verify import Check, Examples, verify
-from sparse_compile.site import AttentionSite, LiftedMask, Operand, Rejection, Scope
+from sparse_compile.site import AttentionSite, DenseTable, LiftedMask, Operand, Rejection, Scope
 
 Lengths = Mapping[sympy.Symbol, sympy.Expr]
 
@@ -109,9 +109,9 @@ class _Work:
 
     @staticmethod
     def of(site: AttentionSite, cache: LiftCache) -> _Work:
-        wanted = [Wanted(mask.node, _reader(site, mask.node)) for mask in site.masks]
+        wanted = [Wanted(mask.node, first_reader(site, mask.node)) for mask in site.masks]
         wanted += [
-            Wanted(mask.fill, _reader(site, mask.fill))
+            Wanted(mask.fill, first_reader(site, mask.fill))
             for mask in site.masks
             if isinstance(mask.fill, Node)
         ]
@@ -130,19 +130,9 @@ class _Work:
         return (self.part.nodes, self.part.leaves, self.part.outputs)
 
 
-def _reader(site: AttentionSite, node: Node) -> Node:
-    """The first node of the attention that reads a mask."""
-    region = {site.output.node, *site.region}
-    user: Node
-    for user in site.scope.gm.graph.nodes:
-        if user in node.users and user in region:
-            return user
-    return site.output.node
-
-
 def _score_dtype(site: AttentionSite) -> torch.dtype:
     first = site.masks[0].node
-    reader = _reader(site, first)
+    reader = first_reader(site, first)
     value = reader.meta.get("example_value")
     if site.kind == "eager" and isinstance(value, torch.Tensor) and value.is_floating_point():
         return value.dtype
@@ -223,23 +213,35 @@ def _tabled(
     simplify: Simplifier,
 ) -> LiftedMask:
     """The predicate with run-time data as tables and sizes, and the program that computes them."""
-    tabler = Tabler(lifter, same_length=work.lengths[Q] == work.lengths[KV])
-    try:
-        tabled = tabler(predicate)
-    except DenseData as dense:
-        raise Refused(*dense_reason(dense, traced, work.part.leaves)) from dense
+    tabled = Tabler(same_length=work.lengths[Q] == work.lengths[KV])(predicate)
     named, sizes = _named_sizes(simplify(tabled.predicate), work.lengths)
-    if not tabled.contents and not sizes:
+    if not tabled.contents and not tabled.dense and not sizes:
         return LiftedMask(MaskExpr(named))
     holders = _size_holders(work.part.scope)
     extra = [s for s in holders if holders[s] not in work.part.leaves]
     try:
-        program, origins, dtypes = build_program(traced, lifter, tabled, sizes, work.lengths, extra)
+        program = build_program(traced, lifter, tabled, sizes, work.lengths, extra)
     except Unliftable as error:
         raise Refused(f"its mask is not understood: {error}") from error
-    leaves = tuple(work.part.leaves[n] if n >= 0 else holders[extra[-1 - n]] for n in origins)
-    mask = MaskExpr(named, dtypes, len(sizes))
-    return LiftedMask(mask, program=program, leaves=leaves, scope=work.part.scope)
+    given = work.part.leaves
+    leaves = tuple(given[n] if n >= 0 else holders[extra[-1 - n]] for n in program.origins)
+    dense = tuple(
+        DenseTable(
+            axes,
+            source is not None and given[source].op == "placeholder",
+            _shown(axes, work.lengths),
+        )
+        for axes, source in program.dense
+    )
+    mask = MaskExpr(named, (*program.dtypes, *["int32"] * len(dense)), len(sizes))
+    scope = work.part.scope
+    return LiftedMask(mask, program=program.module, leaves=leaves, scope=scope, dense=dense)
+
+
+def _shown(axes: Sequence[str], lengths: Lengths) -> str:
+    """A mask tensor in words."""
+    sizes = [lengths[c] if c.name in axes else sympy.S.One for c in (B, H, Q, KV)]
+    return f"tensor [{', '.join(map(str, sizes))}]"
 
 
 def _named_sizes(

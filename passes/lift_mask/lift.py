@@ -39,13 +39,12 @@ class Lifter:
     """Lifts the nodes of one functional ATen graph, each once.
 
     A node without a symbolic meaning (``cumsum`` of run-time data, a graph input) becomes a lookup
-    of its own elements; :attr:`data` says which node a lookup reads, :attr:`why` why it was needed.
+    of its own elements; :attr:`data` says which node a lookup reads.
     """
 
     def __init__(self, gm: GraphModule) -> None:
         self.gm = gm
         self.data: dict[int, Node] = {}
-        self.why: dict[int, str] = {}
         self._values: dict[Node, Any] = {}
         self._numbers: dict[Node, Any] = {}
         self._simplifiers: dict[Shape, Simplifier] = {}
@@ -84,7 +83,7 @@ class Lifter:
 
     def _lift_tensor(self, node: Node, shape: Shape, dtype: torch.dtype) -> Any:
         if node.op == "placeholder":
-            return self._lookup(node, shape, dtype, "it is an input")
+            return self._lookup(node, shape, dtype)
         name = _name(node)
         if name.startswith("empty") or name == "new_empty":
             # Meaningless until written over; whoever reads it fails.
@@ -173,7 +172,7 @@ class Lifter:
         try:
             return self._constant(node, shape, dtype, why)
         except Unliftable:
-            return self._lookup(node, shape, dtype, why)
+            return self._lookup(node, shape, dtype)
 
     def _constant(self, node: Node, shape: Shape, dtype: torch.dtype, why: str) -> Lifted:
         """A node that reads no run-time data, computed and recognised."""
@@ -203,9 +202,9 @@ class Lifter:
         self._numbers[node] = result
         return result
 
-    def _lookup(self, node: Node, shape: Shape, dtype: torch.dtype, why: str) -> Lifted:
+    def _lookup(self, node: Node, shape: Shape, dtype: torch.dtype) -> Lifted:
         number = len(self.data)
-        self.data[number], self.why[number] = node, why
+        self.data[number] = node
         letter = "m" if dtype == torch.bool else "f" if dtype.is_floating_point else "i"
         function = sympy.Function(f"{letter}{number}", integer=True)
         indices = [DIMS[d] if size != 1 else sympy.S.Zero for d, size in enumerate(shape)]

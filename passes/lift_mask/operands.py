@@ -78,7 +78,8 @@ def _added(tensor: Lifted, axes: Sequence[str]) -> Keep:
     if tensor.is_float_data:
         raise Refused(
             "it adds a bias that is not a mask: its values are only known at run time",
-            "make it a bool mask if it only says who may attend to whom",
+            "pass a bool mask if it only says who may attend to whom, or promise what it is: "
+            "sparse_compile.mask(module, pattern, promise=True)",
         )
     if tensor.dtype == torch.bool:
         raise Refused(

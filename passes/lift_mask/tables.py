@@ -1,7 +1,7 @@
 """From lookups of run-time data to tables: outputs of a program that the kernels read.
 
-Run-time data is read along queries or along keys. What is read along both at once is a dense matrix:
-it may only say who attends to whom, and becomes a table of bits.
+Run-time data is read along queries or along keys. What is read along both at once is a dense
+matrix: it may only say who attends to whom, and becomes a table of bits.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 import sympy
 from sympy.core.function import AppliedUndef
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from sparse_compile.expr import KV, B, FloorDiv, FloorMod, H, Q, dense_bit, table
 from sparse_compile.passes.lift_mask.emit import Emitter
@@ -22,19 +22,6 @@ from sparse_compile.passes.lift_mask.value import is_data, reads_data
 _ORDER = (B, H, Q, KV)
 #: What a table holds ready-made. Sums stay in the predicate, so that their terms can be shared.
 _NOT_LINEAR = (FloorDiv, FloorMod, sympy.Abs, sympy.Min, sympy.Max)
-
-
-class DenseData(Exception):
-    """The mask reads numbers, only known at run time, that vary along queries and keys together.
-
-    Attributes:
-        node: the ATen node whose elements are read.
-        why: why the node could not be understood any further.
-    """
-
-    def __init__(self, node: Node, why: str) -> None:
-        super().__init__(why)
-        self.node, self.why = node, why
 
 
 #: An element over run-time data, and the coordinates that its table is indexed with.
@@ -59,17 +46,13 @@ class Tabled:
 class Tabler:
     """Replaces the run-time parts of a predicate by tables, as large parts as possible."""
 
-    def __init__(self, lifter: Lifter, same_length: bool) -> None:
-        self._lifter, self._same_length = lifter, same_length
+    def __init__(self, same_length: bool) -> None:
+        self._same_length = same_length
         self._tables: dict[Content, int] = {}
         self._dense: dict[Content, sympy.Symbol] = {}
 
     def __call__(self, predicate: sympy.Basic) -> Tabled:
-        """The predicate over tables.
-
-        Raises:
-            DenseData: when data is read at queries and keys together.
-        """
+        """The predicate over tables."""
         replaced = self._replace(predicate)
         first = len(self._tables)
         bits = {
@@ -87,13 +70,10 @@ class Tabler:
             if _worth_a_table(expr):
                 return sympy.Ne(self._table(expr), 0)
             if any(_both(lookup) for lookup in expr.atoms(AppliedUndef)):
-                return sympy.Ne(self._bit(expr), 0)
+                return self._dense_condition(expr)
         if isinstance(expr, _NOT_LINEAR) and _worth_a_table(expr):
             return self._table(expr)
         if is_data(expr):
-            if _both(expr):
-                number = int(expr.func.__name__[1:])
-                raise DenseData(self._lifter.data[number], self._lifter.why[number])
             return self._table(expr)
         return expr.func(*map(self._replace, expr.args))
 
@@ -109,11 +89,14 @@ class Tabler:
         replaced = [self._replace(arg) for arg in rest]
         return replaced + [sympy.Ne(self._table(expr.func(*group)), 0) for group in sides.values()]
 
-    def _bit(self, relation: sympy.Basic) -> sympy.Expr:
-        """Stands for the bit of a table of bits, whose number is not known yet."""
-        key = relation, _coordinates(relation)
+    def _dense_condition(self, relation: sympy.Basic) -> sympy.Basic:
+        """A condition on a table of bits; symbols stand for these until all are known."""
+        if isinstance(relation, sympy.Eq) and relation.args[1] == 0 and is_data(relation.args[0]):
+            # One table for a mask and its opposite.
+            return sympy.Not(self._dense_condition(sympy.Ne(*relation.args)))
         name = f"bit{len(self._dense)}"
-        return self._dense.setdefault(key, sympy.Symbol(name, integer=True, nonnegative=True))
+        bit = sympy.Symbol(name, integer=True, nonnegative=True)
+        return sympy.Ne(self._dense.setdefault((relation, _coordinates(relation)), bit), 0)
 
     def _table(self, expr: sympy.Basic) -> sympy.Expr:
         coordinates = _coordinates(expr)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx import Interpreter, Node
 
 from sparse_compile.expr import KV, Q, evaluate
+from sparse_compile.passes.dense_tables import mask_data
 from sparse_compile.passes.lift_mask.operands import Refused
 from sparse_compile.passes.lift_mask.sizes import size_expr
 from sparse_compile.passes.lift_mask.slice import Slice
@@ -191,7 +192,7 @@ def _compare(
     examples: Examples,
 ) -> None:
     lengths = {symbol: examples.size(expr) for symbol, expr in check.lengths.items()}
-    tables, sizes = _run_program(check, lifted, leaves, examples)
+    tables, sizes = _run_program(check, lifted, leaves, examples, lengths)
     device = masks[0].device
     shape = functools.reduce(operator.and_, (mask[:, :, :1, :1] for mask in masks)).shape
     rows = max(1, _CHUNK // max(1, shape[0] * shape[1] * lengths[KV]))
@@ -207,7 +208,11 @@ def _compare(
 
 
 def _run_program(
-    check: Check, lifted: LiftedMask, leaves: Sequence[Any], examples: Examples
+    check: Check,
+    lifted: LiftedMask,
+    leaves: Sequence[Any],
+    examples: Examples,
+    lengths: Mapping[sympy.Symbol, int],
 ) -> tuple[list[Tensor], list[int]]:
     if lifted.program is None:
         return [], []
@@ -215,8 +220,7 @@ def _run_program(
     inputs = [values[leaf] if leaf in values else examples.values[leaf] for leaf in lifted.leaves]
     with torch.no_grad():
         outputs = Interpreter(lifted.program).run(*inputs)
-    count = len(lifted.mask.tables)
-    return list(outputs[:count]), [int(size) for size in outputs[count:]]
+    return mask_data(lifted, outputs, lengths[Q], lengths[KV])
 
 
 def _coordinates(

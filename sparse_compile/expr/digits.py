@@ -147,7 +147,9 @@ def divisible(relation: Relational, ranges: dict[sympy.Symbol, Extent]) -> sympy
         equal = _vanishing(x, 0, ranges)
         if equal == Eq(x, 0):
             return _collected(relation)
-    return equal if isinstance(relation, Eq) else sympy.Not(equal)
+    if isinstance(relation, Eq):
+        return equal
+    return sympy.Or(*(sympy.Not(part) for part in sympy.And.make_args(equal)))
 
 
 def _vanishing(x: sympy.Expr, modulus: int, ranges: dict[sympy.Symbol, Extent]) -> sympy.Basic:
@@ -156,6 +158,9 @@ def _vanishing(x: sympy.Expr, modulus: int, ranges: dict[sympy.Symbol, Extent]) 
     In ``x = g * high + low`` with ``g`` a divisor of the modulus, ``low`` must be a multiple of
     ``g``. Where its bounds leave only one, both parts are equations of their own.
     """
+    bounds = bounds_of(x, ranges)
+    if not modulus and bounds is not None and not bounds[0] <= 0 <= bounds[1]:
+        return sympy.false
     for unit in [modulus, *_units(x, modulus)] if modulus else _units(x, 0):
         high, low = _multiples(x, unit)
         bounds = bounds_of(low, ranges)

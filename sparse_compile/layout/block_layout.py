@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -96,7 +97,7 @@ class BlockLayout:
         """Number of (batch, head) classes."""
         return self.batches * self.heads
 
-    @property
+    @functools.cached_property
     def grid(self) -> tuple[int, int]:
         """Number of query blocks and of key blocks."""
         return self.q.blocks(self.n_q), self.kv.blocks(self.n_kv)

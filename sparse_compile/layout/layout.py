@@ -78,8 +78,9 @@ class Layout:
 
     @property
     def block_density(self) -> float:
-        """Pairs inside visited blocks over all pairs: what the attention costs."""
-        return self.visited_pairs / self._everything
+        """Visited blocks over all blocks of [n_q, n_kv], averaged over batch and heads."""
+        rows, cols = -(-self.n_q // self.spec.block_q), -(-self.n_kv // self.spec.block_kv)
+        return sum(view.nnz_blocks / max(view.classes, 1) for view in self.views) / (rows * cols)
 
     @property
     def _everything(self) -> int:
@@ -109,6 +110,19 @@ class Layout:
         if key not in self._made:
             self._made[key] = _schedules(self, axis, members, workers, device)
         return self._made[key]
+
+    def utilisation(self, members: int, workers: int) -> float:
+        """Modelled share of the workers' time that is busy in the forward, until the last is done.
+
+        Args:
+            members: heads times batch entries.
+            workers: programs that run at a time: twice the multiprocessors of a GPU.
+        """
+        works = self.schedules("q", members, workers, self.views[0].rows.start.device)
+        times = [int(work.costs.sum()) * members for work in works]
+        used = [work.utilisation(members, workers) for work in works]
+        total = sum(time / max(share, 1e-9) for time, share in zip(times, used, strict=True))
+        return sum(times) / total if total else 1.0
 
     def problems(self) -> tuple[Problem, ...]:
         """What each view's blocks follow from."""

@@ -76,6 +76,12 @@ class Split:
     texts: tuple[str, ...]
 
     @property
+    def reason(self) -> str:
+        """Why these views, where the mask has a period that another order might have used."""
+        periodic = bool(periods(sympy.Or(*(view.predicate for view in self.views))))
+        return self.cost.why if periodic else ""
+
+    @property
     def is_plain(self) -> bool:
         """Whether it is the whole mask in plain order."""
         return len(self.views) == 1 and self.views[0].q.is_natural and self.views[0].kv.is_natural
@@ -111,7 +117,7 @@ def split_views(
     >>> split.texts
     ('plain', 'q and kv by residue mod 128')
     >>> split.views[1].predicate
-    (-kv + q >= 128) & (kv <= q) & Eq(FloorMod(-kv + q, 128), 0)
+    (kv <= q) & (-kv + q >= 128) & Eq(FloorMod(-kv + q, 128), 0)
     """
     best: Split | None = None
     for shape in [block] if block else _SHAPES.get(device_type, _SHAPES["cuda"]):
@@ -155,7 +161,7 @@ class Search:
         """The cheapest split, and how many pairs per row are FULL in it."""
         whole = self.mask.predicate
         plain = View(whole, *self.blocks.plain)
-        options = [(plain,)]
+        options: list[tuple[View, ...]] = [(plain,)]
         if periods(whole) and self.blocks.n_q and self.blocks.n_kv:
             options += self.splits()
         priced = [self._cost(views) for views in options]
@@ -237,7 +243,8 @@ class Search:
             groups.setdefault(orders, []).append(part)
         if len(groups) == 1:
             return (View(self.mask.predicate, *next(iter(groups))),)
-        views, earlier = [], []
+        views: list[View] = []
+        earlier: list[sympy.Basic] = []
         # A plain part stays FULL where it is; and what reaches every token comes first.
         for orders in sorted(groups, key=_precedence):
             own = [without(part, earlier) for part in groups[orders]]

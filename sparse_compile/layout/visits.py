@@ -46,7 +46,7 @@ def visits(problem: Problem, accuracy: int = 1) -> Visits:
         problem: the predicate and the orders.
         accuracy: how many times more rectangles than usual are followed.
 
-    >>> from sparse_compile.expr import KV, Q
+    >>> from sparse_compile.expr import KV, MaskExpr, Q
     >>> visits(Problem.of(MaskExpr(KV <= Q), (), 1, 1, (64, 64), (16, 16))).pairs == 10 * 16 * 16
     True
     """

@@ -22,11 +22,13 @@ from sparse_compile.expr import (
     H,
     MaskExpr,
     Q,
+    dense_bit,
     evaluate,
     table,
 )
 from sparse_compile.expr import size_symbol as size
 from sparse_compile.layout import build_views
+from sparse_compile.layout.from_dense import dense_layout
 from sparse_compile.spec import AttentionSpec
 from sparse_compile.view import Order, View, natural
 from tests.tolerance import assert_close_as_eager, relative_error
@@ -85,6 +87,14 @@ def distances(case: Case, device: torch.device) -> list[Tensor]:
     return [near.to(device), both.to(device).mT[::2]]
 
 
+def bits(case: Case, device: torch.device) -> list[Tensor]:
+    """The words of a mask of rectangles, one for each head."""
+    generator = torch.Generator().manual_seed(7)
+    coarse = torch.rand(1, case.heads[0], 20, 20, generator=generator) < 0.4
+    mask = coarse.repeat_interleave(20, 2).repeat_interleave(20, 3)
+    return [*dense_layout(mask[:, :, : case.n[0], : case.n[1]].to(device), 64, 64).tables]
+
+
 CAUSAL = MaskExpr(KV <= Q)
 EVERYTHING = MaskExpr(sympy.true)
 OFFSET = MaskExpr((KV <= Q + S0) & (KV > Q + S0 - S1), n_sizes=2)
@@ -115,6 +125,13 @@ CASES = [
         heads=(1, 1),
         tables=padding,
         dtype=torch.bfloat16,
+    ),
+    Case(
+        "bits",
+        MaskExpr(sympy.Ne(dense_bit(0, ["h", "q", "kv"]), 0) & (KV <= Q + 50), ("int32",)),
+        n=(150, 200),
+        heads=(4, 2),
+        tables=bits,
     ),
     Case("chunks", MaskExpr(sympy.Eq(FloorDiv(Q, 48), FloorDiv(KV, 48))), block=(64, 32)),
     Case(

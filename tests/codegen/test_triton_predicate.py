@@ -13,7 +13,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparse_compile.codegen.triton.predicate import print_predicate
-from sparse_compile.expr import KV, N_KV, B, FloorDiv, FloorMod, H, MaskExpr, Q, evaluate, table
+from sparse_compile.expr import (
+    KV,
+    N_KV,
+    B,
+    Bit,
+    FloorDiv,
+    FloorMod,
+    H,
+    MaskExpr,
+    Q,
+    dense_bit,
+    evaluate,
+    table,
+)
 from sparse_compile.expr import size_symbol as size
 
 S0, S1 = size(0), size(1)
@@ -54,7 +67,7 @@ def _binary(name: str):
     return method
 
 
-for _name in ("add", "sub", "mul", "lt", "le", "gt", "ge", "eq", "ne", "and", "or"):
+for _name in "add sub mul lt le gt ge eq ne and or rshift".split():
     setattr(Truncating, f"__{_name}__", _binary(f"__{_name}__"))
 for _name in ("add", "sub", "mul"):
     setattr(Truncating, f"__r{_name}__", _binary(f"__r{_name}__"))
@@ -145,6 +158,7 @@ def grown(inner: st.SearchStrategy[sympy.Expr]) -> st.SearchStrategy[sympy.Expr]
         inner.map(sympy.Abs),
         inner.map(lambda a: T0(B, a)),
         inner.map(T1),
+        st.builds(lambda a, b: Bit(T1(a) - 2, FloorMod(b, 32)), inner, inner),
         st.builds(lambda a, b: sympy.Piecewise((a, b < 2), (b, True)), inner, inner),
     )
 
@@ -210,6 +224,18 @@ def test_lookups_leave_the_loop_that_they_do_not_depend_on() -> None:
     assert [line.split(" = ")[0] for line in over_keys.before] == ["t1_h", "t0_b_q"]
     assert [line.split(" = ")[0] for line in over_keys.inside] == ["t0_b_kv"]
     assert [line.split(" = ")[0] for line in over_queries.inside] == ["t0_b_q"]
+
+
+@pytest.mark.parametrize("axis", ["q", "kv"])
+def test_bits_of_a_dense_mask(axis: str) -> None:
+    mask = MaskExpr(sympy.Ne(dense_bit(0, ["q", "kv"]), 0), ("int32",))
+    printed = print_predicate(mask, axis)
+    assert printed.keep == "(t0_at >> (kv % 32)) & 1 != 0"
+    assert "(kv // 32" in printed.inside[0]
+    words = torch.randint(-(2**31), 2**31, (1, 1, N_QUERIES, 1)).to(torch.int32)
+    ours = printed_value(mask, axis, [words], ())
+    expected = [[int(word) >> key & 1 == 1 for key in range(N_KEYS)] for word in words.flatten()]
+    assert torch.equal(ours, torch.tensor(expected))
 
 
 def test_a_shared_term_is_computed_once() -> None:

@@ -15,6 +15,7 @@ from sparse_compile.expr import (
     N_KV,
     N_Q,
     B,
+    Bit,
     FloorDiv,
     FloorMod,
     H,
@@ -230,3 +231,13 @@ def test_unknown_nodes_are_named() -> None:
         dense(sympy.sin(Q) < 0, 0)
     with pytest.raises(UnsupportedNode, match="without a default"):
         dense(sympy.Piecewise((Q, Q < KV)) < 3, 0)
+
+
+def test_bits() -> None:
+    words = torch.tensor([0, -1, 5, -(2**31), 2**31 - 1], dtype=torch.int32)
+    mask = MaskExpr(sympy.Eq(Bit(table(0)(Q), FloorMod(KV, 32)), 1), ("int32",))
+    assert MaskExpr.parse(mask.text) == mask
+    where = {"q": torch.arange(5)[:, None], "kv": torch.arange(32)}
+    expected = [[int(word) >> key & 1 == 1 for key in range(32)] for word in words]
+    assert evaluate(mask, where, 5, 32, [words]).tolist() == expected
+    assert [Bit(word, 31) for word in (0, -1, 5, -(2**31))] == [0, 1, 0, 1]

@@ -11,7 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparse_compile.expr import KV, FloorDiv, FloorMod, MaskExpr, Q, evaluate, size_symbol, table
+from sparse_compile.expr import (
+    KV,
+    Bit,
+    FloorDiv,
+    FloorMod,
+    MaskExpr,
+    Q,
+    evaluate,
+    size_symbol,
+    table,
+)
 from sparse_compile.layout.canonical import canonical
 from sparse_compile.layout.intervals import INT64_MAX, UNKNOWN, Span, dtype_span, point, span
 
@@ -36,6 +46,7 @@ def integers() -> st.SearchStrategy[Expression]:
             pair.map(lambda p: FloorMod(p[0], 1 + sympy.Abs(p[1]))),
             pair.map(lambda p: FloorDiv(p[0], 1 + sympy.Abs(p[1]))),
             inner.map(sympy.Abs),
+            inner.map(lambda e: Bit(FloorMod(e, 3) - 1, FloorMod(e, 32))),
             pair.map(lambda p: sympy.Min(*p)),
             pair.map(lambda p: sympy.Max(*p)),
             pair.map(lambda p: sympy.Piecewise((p[0], Q < KV + 3), (p[1], True))),
@@ -211,3 +222,16 @@ def test_what_a_dtype_tells() -> None:
     assert dtype_span("int64") is UNKNOWN
     assert (dtype_span("int32").lo, dtype_span("int32").hi) == (-(1 << 31), (1 << 31) - 1)
     assert point(1 << 70) is UNKNOWN
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"), [((0, 0), (0, 0)), ((-1, -1), (1, 1)), ((-1, 0), (0, 1)), ((5, 5), (0, 1))]
+)
+@pytest.mark.parametrize("tensors", [True, False])
+def test_all_bits_of_some_words_are_known(
+    word: tuple[int, int], expected: tuple[int, int], tensors: bool
+) -> None:
+    ends = [torch.tensor([end]) if tensors else end for end in word]
+    symbols = {"q": Span(*ends, 1, 8), "kv": Span(0, 31)}
+    found = span(Bit(Q, KV), symbols)
+    assert (int(found.lo), int(found.hi)) == expected

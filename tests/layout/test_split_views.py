@@ -27,7 +27,8 @@ from sparse_compile.expr import (
     evaluate,
     table,
 )
-from sparse_compile.layout import Problem, build_layout, mask_pairs, split_views as module
+from sparse_compile.layout import Problem, build_layout, mask_pairs
+from sparse_compile.layout import split_views as module
 from sparse_compile.layout.split_views import Search, Split, split_views
 from sparse_compile.layout.terms import MOST_TERMS, periods, terms, window_of, without
 from sparse_compile.layout.view_candidates import Blocks, box_along, candidates
@@ -110,7 +111,8 @@ def atoms() -> st.SearchStrategy[sympy.Basic]:
         st.builds(lambda s: sympy.Eq(FloorMod(Q, s), FloorMod(KV, s)), stride),
         st.builds(lambda s: sympy.Eq(FloorMod(Q + N_KV - N_Q - KV, s), 0), stride),
         st.builds(lambda x, s, r: FloorMod(x, s) >= r, side, stride, small),
-        st.builds(lambda x, s, r: sympy.Eq(FloorMod(x + 2, s), r), side, stride, small),
+        st.builds(lambda x, s, r: FloorMod(x, s) >= s - 1 - r % s, side, stride, small),
+        st.builds(lambda x, s, r: sympy.Eq(FloorMod(x + 2, s), r % s), side, stride, small),
         st.builds(lambda c: sympy.Eq(FloorDiv(Q, c), FloorDiv(KV, c)), stride),
         st.builds(grid, st.integers(2, 5), st.integers(2, 6), st.integers(0, 3)),
     )
@@ -173,9 +175,7 @@ def test_a_split_holds_for_other_lengths(
     predicate: sympy.Basic, n: int, n_q: int, n_kv: int
 ) -> None:
     with mock.patch.object(module, "MERGE_PAIRS", 0), mock.patch.object(module, "REORDERED", 0.5):
-        split = split_views.__wrapped__(
-            masks(predicate), n_q=n, n_kv=n, block=(8, 8), heads=HEADS
-        )
+        split = split_views.__wrapped__(masks(predicate), n_q=n, n_kv=n, block=(8, 8), heads=HEADS)
     check_contract(predicate, split.views, n_q, n_kv, 8)
 
 
@@ -345,6 +345,37 @@ def test_lower_right_alignment(shift: int) -> None:
     assert split.cost.visited < 1.2 * 32768 / 64
     small = split_at(predicate, 512, 512 + shift, 8)
     check_contract(predicate, small.views, 512, 512 + shift, 8)
+
+
+SMALL = {
+    "strided": (CAUSAL & ((Q - KV < 24) | sympy.Eq(FloorMod(Q - KV, 24), 0)), 768, 2),
+    "dilated": ((sympy.Abs(Q - KV) <= 60) & sympy.Eq(FloorMod(Q - KV, 4), 0), 480, 1),
+    "axial": (of(Axial((24, 24))), 576, 2),
+    "axial, causal, 3-D": (of(Axial((4, 16, 16), causal=True)), 1024, 3),
+    "neighborhood": (of(Neighborhood((24, 24), 9)), 576, 1),
+    "dilated neighborhood": (of(Neighborhood((32, 32), 7, dilation=2)), 1024, 1),
+    "sliding tile": (of(SlidingTile((8, 16, 16), (2, 4, 4), 3)), 2048, 1),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_views_visit_no_empty_block(name: str) -> None:
+    """And every full block is known to be."""
+    predicate, n, count = SMALL[name]
+    with mock.patch.object(module, "MERGE_PAIRS", 2):
+        split = split_views.__wrapped__(masks(predicate), n_q=n, n_kv=n, block=(16, 16))
+    assert len(split.views) == count
+    for view in split.views:
+        layout = build_layout(
+            masks(view.predicate), batch=1, heads=1, n_q=n, n_kv=n,
+            block_q=view.q, block_kv=view.kv,
+        )  # fmt: skip
+        q, kv = torch.tensor(view.q.tokens(n)), torch.tensor(view.kv.tokens(n))
+        padded = torch.zeros(int(q.max()) + 1, int(kv.max()) + 1, dtype=torch.bool)
+        padded[:n, :n] = dense(view.predicate, n, n)[0]
+        tiles = padded[q[:, None, :, None], kv[None, :, None, :]].flatten(-2)
+        expected = tiles.any(-1).to(torch.int8) + tiles.all(-1).to(torch.int8)
+        assert torch.equal(layout.kinds()[0], expected)
 
 
 def test_few_tokens_are_not_split() -> None:

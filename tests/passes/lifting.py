@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from sparse_compile.expr import evaluate
 from sparse_compile.options import Options
+from sparse_compile.passes.dense_tables import mask_data
 from sparse_compile.passes.find_attention import find_attention
 from sparse_compile.passes.lift_mask import LiftCache, lift_mask
 from sparse_compile.site import AttentionSite, LiftedMask, Rejection
@@ -102,16 +103,18 @@ def rebound(captured: Captured, args: Mapping[str, Tensor], number: int = 0) -> 
     return values
 
 
-def run_program(found: LiftedMask, values: Mapping[Node, Any]) -> tuple[list[Tensor], list[int]]:
+def run_program(
+    found: LiftedMask, values: Mapping[Node, Any], n_q: int, n_kv: int
+) -> tuple[list[Tensor], list[int]]:
     """Tables and sizes for given values of the leaves."""
     if found.program is None:
         return [], []
     outputs = Interpreter(found.program).run(*(values[leaf] for leaf in found.leaves))
-    count = len(found.mask.tables)
-    for table, name in zip(outputs, found.mask.tables, strict=False):
+    tables, sizes = mask_data(found, outputs, n_q, n_kv)
+    for table, name in zip(tables, found.mask.tables, strict=True):
         assert table.is_contiguous()
         assert str(table.dtype) == f"torch.{name}"
-    return list(outputs[:count]), [int(size) for size in outputs[count:]]
+    return tables, sizes
 
 
 def evaluated(
@@ -119,7 +122,7 @@ def evaluated(
 ) -> Tensor:
     """The lifted predicate as a bool tensor [B, H, Nq, Nkv]."""
     batch, heads, n_q, n_kv = shape
-    tables, sizes = run_program(found, values)
+    tables, sizes = run_program(found, values, n_q, n_kv)
     coordinates = {
         "b": torch.arange(batch)[:, None, None, None],
         "h": torch.arange(heads)[:, None, None],

@@ -1,64 +1,38 @@
-"""The backward kernels: what queries need, GRAD_Q by queries, GRAD_K and GRAD_V by keys."""
-
-PREPARE = '''\
-@triton.jit(do_not_specialize=["n_q", "rows"])
-def backward_prepare(
-    OUT, GRAD_OUT, LSE, GRAD_LSE, STATISTICS,
-    out_stride_b, out_stride_h, out_stride_n,
-    grad_out_stride_b, grad_out_stride_h, grad_out_stride_n,
-    n_q, rows,
-    HAS_GRAD_LSE: tl.constexpr,
-):
-    """What the backward needs of each query.
-
-    STATISTICS is [2, B, Hq, rows], rows at least n_q: the log-sum-exp in base 2 (+inf where there
-    is nothing to weigh), and delta = sum(OUT * GRAD_OUT) - GRAD_LSE.
-    """
-    TILE: tl.constexpr = 64
-    h, b = tl.program_id(1), tl.program_id(2)
-    OUT = head(OUT, b, h, out_stride_b, out_stride_h)
-    GRAD_OUT = head(GRAD_OUT, b, h, grad_out_stride_b, grad_out_stride_h)
-    first, row = tl.program_id(0) * TILE, tl.arange(0, TILE)
-    out = load_tile(OUT, first, row, n_q, out_stride_n, VALUE_DIM, VALUE_PAD, True)
-    grad_out = load_tile(GRAD_OUT, first, row, n_q, grad_out_stride_n, VALUE_DIM, VALUE_PAD, True)
-    delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
-    q = first + row
-    number = (b * tl.num_programs(1) + h).to(tl.int64)
-    lse = tl.load(LSE + number * n_q + q, mask=q < n_q, other=float("-inf"))
-    empty = lse == float("-inf")
-    if HAS_GRAD_LSE:
-        delta -= tl.load(GRAD_LSE + number * n_q + q, mask=q < n_q, other=0.0)
-    delta = tl.where(empty, 0.0, delta)
-    lse = tl.where(empty, float("inf"), lse * LOG2_E)
-    tl.store(STATISTICS + number * rows + q, lse, mask=q < rows)
-    number += tl.num_programs(1).to(tl.int64) * tl.num_programs(2)
-    tl.store(STATISTICS + number * rows + q, delta, mask=q < rows)
-'''
+"""The backward kernels: GRAD_Q by queries, GRAD_K and GRAD_V by keys."""
 
 QUERY = '''\
 @triton.jit(do_not_specialize=$UNSPECIALIZED)
 def backward_query(
-    Q, K, V, GRAD_OUT, STATISTICS, GRAD_Q, PART_GRAD_Q,
+    Q, K, V, OUT, GRAD_OUT, LSE, GRAD_LSE, STATISTICS, GRAD_Q, PART_GRAD_Q,
     q_stride_b, q_stride_h, q_stride_n,
     k_stride_b, k_stride_h, k_stride_n,
     v_stride_b, v_stride_h, v_stride_n,
+    out_stride_b, out_stride_h, out_stride_n,
     grad_out_stride_b, grad_out_stride_h, grad_out_stride_n,
     items, n_items, heavy, q_heads, batch, n_q, n_kv, rows, scale,
     $LISTS
     $DESCRIPTORS
     $PARAMETERS
+    HAS_GRAD_LSE: tl.constexpr,
     SECTION: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """GRAD_Q. Both statistics of a query come from :func:`backward_prepare`."""
+    """GRAD_Q; and for each query, what backward_key_value needs of it.
+
+    STATISTICS is [2, B, Hq, rows], rows at least n_q: the log-sum-exp in base 2 (+inf where there
+    is nothing to weigh), and delta = sum(OUT * GRAD_OUT) - GRAD_LSE.
+    """
     $SHAPE
     number, lo, hi, slot, sub, h, b = work(items, n_items, heavy, q_heads, batch, SUBTILES)
     Q = head(Q, b, h, q_stride_b, q_stride_h)
     GRAD_OUT = head(GRAD_OUT, b, h, grad_out_stride_b, grad_out_stride_h)
     place = (b * q_heads + h).to(tl.int64)
+    OUT = head(OUT, b, h, out_stride_b, out_stride_h)
+    LSE += place * n_q
+    GRAD_LSE += place * n_q
     GRAD_Q += place * n_q * HEAD_DIM
-    LSE = STATISTICS + place * rows
-    DELTA = LSE + (batch * q_heads).to(tl.int64) * rows
+    LOG_SUM = STATISTICS + place * rows
+    DELTA = LOG_SUM + (batch * q_heads).to(tl.int64) * rows
     $K_BASE
     $V_BASE
     factor = scale * LOG2_E
@@ -73,8 +47,7 @@ query = load_tile(Q, first, row$WIDE, n_q, q_stride_n, HEAD_DIM, HEAD_PAD, True)
 grad_out = load_tile(
     GRAD_OUT, first, row$WIDE, n_q, grad_out_stride_n, VALUE_DIM, VALUE_PAD, True
 )
-lse = tl.load(LSE + first + row, mask=first + row < n_q, other=float("inf"))
-delta = tl.load(DELTA + first + row, mask=first + row < n_q, other=0.0)
+$STATISTICS
 q = (first + row)[:, None]
 grad_q = tl.zeros([TILE_M, HEAD_PAD], tl.float32)
 
@@ -250,4 +223,23 @@ earlier = load_tile(GRAD_K, first, row$WIDE, n_kv, HEAD_DIM, HEAD_DIM, HEAD_PAD,
 grad_k += earlier.to(tl.float32)
 earlier = load_tile(GRAD_V, first, row$WIDE, n_kv, VALUE_DIM, VALUE_DIM, VALUE_PAD, True)
 grad_v += earlier.to(tl.float32)
+"""
+
+QUERY_STATISTICS = """\
+out = load_tile(OUT, first, row$WIDE, n_q, out_stride_n, VALUE_DIM, VALUE_PAD, True)
+delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
+lse = tl.load(LSE + first + row, mask=first + row < n_q, other=float("-inf"))
+empty = lse == float("-inf")
+if HAS_GRAD_LSE:
+    delta -= tl.load(GRAD_LSE + first + row, mask=first + row < n_q, other=0.0)
+delta = tl.where(empty, 0.0, delta)
+lse = tl.where(empty, float("inf"), lse * LOG2_E)
+tl.store(LOG_SUM + first + row, lse, mask=first + row < rows)
+tl.store(DELTA + first + row, delta, mask=first + row < rows)
+"""
+
+QUERY_KNOWN = """\
+# As an earlier section left them.
+lse = tl.load(LOG_SUM + first + row, mask=first + row < n_q, other=float("inf"))
+delta = tl.load(DELTA + first + row, mask=first + row < n_q, other=0.0)
 """

@@ -48,14 +48,16 @@ class Key:
         return [f"s{i}" for i, value in enumerate(self.fixed) if value is None]
 
     @staticmethod
-    def of(mask: MaskExpr, sizes: Sequence[int], q: Order, kv: Order) -> Key:
+    def of(
+        mask: MaskExpr, sizes: Sequence[int], q: Order, kv: Order, span: int | None = None
+    ) -> Key:
         """The key of a call: its lengths, and most sizes, are parameters of the kernels."""
         constant = _constants(mask.text)
         fixed = tuple(
             size if i in constant or not INT32_MIN <= size <= INT32_MAX else None
             for i, size in enumerate(sizes)
         )
-        return Key(mask.text, q, kv, fixed)
+        return Key(mask.text, q, kv, fixed, span or SPAN)
 
     def order(self, axis: str) -> Order:
         """The order of the side ``"q"`` or ``"kv"``."""
@@ -71,8 +73,7 @@ class Key:
         found = {name: parameter(name, 1, LONGEST) for name in ("n_q", "n_kv")}
         for i, value in enumerate(self.fixed):
             name = f"s{i}"
-            known = value is not None
-            found[name] = point(value) if known else parameter(name, INT32_MIN, INT32_MAX)
+            found[name] = parameter(name, INT32_MIN, INT32_MAX) if value is None else point(value)
         return found
 
 

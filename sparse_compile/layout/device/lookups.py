@@ -39,23 +39,28 @@ class Lookup:
     exprs: tuple[sympy.Expr, ...]
     dtype: str
 
-    @property
+    @functools.cached_property
     def axes(self) -> tuple[sympy.Symbol | None, ...]:
         """What each index runs along; see :func:`axis_of`."""
         return tuple(map(axis_of, self.exprs))
 
-    @property
+    @functools.cached_property
     def kept(self) -> tuple[int, ...]:
         """The dimensions of its bounds that have more than one entry."""
         return tuple(d for d, axis in enumerate(self.axes) if axis is not None)
 
-    @property
+    @functools.cached_property
+    def points(self) -> tuple[int, ...]:
+        """The dimensions that are indexed by a point of ``b, h``."""
+        return tuple(d for d, axis in enumerate(self.axes) if axis == B)
+
+    @functools.cached_property
     def along(self) -> sympy.Symbol | None:
         """The one of ``q`` and ``kv`` that one index runs along, the others being points."""
         others = [axis for axis in self.axes if axis != B]
         return others[0] if len(others) == 1 else None
 
-    @property
+    @functools.cached_property
     def is_point(self) -> bool:
         """Whether every index is a point of ``b, h``."""
         return all(axis == B for axis in self.axes)
@@ -68,34 +73,38 @@ class Lookup:
         stride, and its length if it is indexed by a point of ``b, h``.
         """
         strides = [f"{self.name}_stride{d}" for d in self.kept]
-        lengths = [f"{self.name}_size{d}" for d in self.kept if self.axes[d] == B]
+        lengths = [f"{self.name}_size{d}" for d in self.points]
         return [self.name, f"{self.name}_half", *strides, *lengths]
 
     def span(self, args: Sequence[Span]) -> Span:
         """Its bounds where its index expressions have these spans."""
-        offset: Any = 0
+        terms: list[Any] = []
         for d in self.kept:
             axis = self.axes[d]
             if axis in (Q, KV):
                 place: Any = Code.named(f"{axis}_at", 0, INT32_MAX)
             else:
-                last = Code.named(f"{self.name}_size{d}", 1, INT32_MAX) - 1
+                last: Any = Code.named(f"{self.name}_size{d}", 1, INT32_MAX) - 1
                 place = greatest(least(args[d].lo, last), 0)
-            offset = offset + place * Code.named(f"{self.name}_stride{d}", 0, INT32_MAX)
-        half = Code.named(f"{self.name}_half", 0, INT32_MAX)
-        return Span(
-            self._loaded(offset),
-            self._loaded(offset + half),
-            1,
-            magnitude_of(getattr(torch, self.dtype)),
-        )
+            stride = Code.named(f"{self.name}_stride{d}", 0, INT32_MAX)
+            terms.append(_within("*", place, stride))
+        zero: Any = Code.constant(0)
+        offset = functools.reduce(functools.partial(_within, "+"), terms or [zero])
+        upper = _within("+", offset, Code.named(f"{self.name}_half", 0, INT32_MAX))
+        size = magnitude_of(getattr(torch, self.dtype))
+        return Span(self._loaded(offset), self._loaded(upper), 1, size)
 
     def _loaded(self, offset: Any) -> Any:
         bits = {"bool": 1, "int32": 31, "int64": 63}[self.dtype]
         low, high = (0, 1) if self.dtype == "bool" else (-(1 << bits), (1 << bits) - 1)
         after = ").to(tl.int32)" if self.dtype == "bool" else ")"
-        offset = Code.constant(offset) if isinstance(offset, int) else offset
         return Code((f"tl.load({self.name} + ", offset, after), low, high, self.dtype == "int64")
+
+
+def _within(op: str, a: Any, b: Code) -> Code:
+    """A number of entries of one tensor: fewer than 2^31, which the launcher checks."""
+    operand = Code.constant(a) if isinstance(a, int) else a
+    return Code((operand, f" {op} ", b), 0, INT32_MAX)
 
 
 @functools.lru_cache(maxsize=256)
@@ -115,12 +124,17 @@ def read_by_kernel(key: Key) -> list[Lookup]:
     return [lookup for lookup in lookups_of(key) if lookup.along is not None]
 
 
+def tables_of(lookups: Sequence[Lookup]) -> list[int]:
+    """The tables that these lookups read."""
+    return sorted({lookup.index for lookup in lookups})
+
+
 def table_parameters(lookups: Sequence[Lookup]) -> list[str]:
     """Parameters for the tables of lookups: each with its strides and its lengths."""
     ranks = {lookup.index: len(lookup.exprs) for lookup in lookups}
     return [
         name
-        for t, rank in ranks.items()
+        for t, rank in sorted(ranks.items())
         for name in (
             f"t{t}",
             *(f"t{t}_stride{d}" for d in range(rank)),

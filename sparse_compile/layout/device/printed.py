@@ -46,6 +46,8 @@ class Code:
         if isinstance(other, int) and other == 0:
             return self
         low, high = _range(other)
+        if isinstance(other, Code) and other.is_negated:
+            return _arithmetic("-", self, _subtracted(other), self.low + low, self.high + high)
         return _arithmetic("+", self, other, self.low + low, self.high + high)
 
     def __sub__(self, other: Code | int) -> Code:
@@ -65,7 +67,14 @@ class Code:
 
     __radd__, __rmul__ = __add__, __mul__
 
+    @property
+    def is_negated(self) -> bool:
+        """Whether it is spelled ``-x``, and nothing can wrap around."""
+        return isinstance(self.pieces[0], str) and self.pieces[0] == "-" and self.low > INT64_MIN
+
     def __neg__(self) -> Code:
+        if self.is_negated:
+            return _subtracted(self)
         low, high, wide = _fitted(-self.high, -self.low, self.wide)
         operand = _widened(self) if wide else self
         return Code(("-", *_operand(operand)), low, high, wide)
@@ -161,7 +170,8 @@ class Code:
     __rand__, __ror__ = __and__, __or__
 
     def __invert__(self) -> Code:
-        return Code(("~", *_operand(self)), 0, 1)
+        # Not "~": the interpreter holds some truth values as numbers.
+        return Code((*_operand(self), " == 0"), 0, 1)
 
     def __bool__(self) -> bool:
         raise TypeError("code has no truth value before it runs")
@@ -249,6 +259,13 @@ def _arithmetic(op: str, a: Code | int, b: Code | int, low: int, high: int) -> C
     return Code((*_operand(a), f" {op} ", *_operand(b)), low, high, wide)
 
 
+def _subtracted(negated: Code) -> Code:
+    """``x`` of ``-x``."""
+    operand = negated.pieces[1]
+    assert isinstance(operand, Code)
+    return operand
+
+
 def _settled(yes: bool, no: bool, a: Code, op: str, b: Code | int) -> Code | bool:
     if yes or no:
         return yes
@@ -289,15 +306,19 @@ class _Printer:
         self.nodes: list[tuple[str | int, ...]] = []
         self.texts: dict[int, str] = {}
         self.lines: list[str] = []
+        self.temporaries = 0
         roots = {name: self._number(root) for name, root in results.items()}
         self.uses = [0] * len(self.nodes)
         for node in self.nodes:
             for piece in node:
                 if isinstance(piece, int):
                     self.uses[piece] += 1
+        names = {root: name for name, root in reversed(roots.items())}
         for number in range(len(self.nodes)):
-            self._write(number)
-        self.lines += [f"{name} = {self.texts[root]}" for name, root in roots.items()]
+            self._write(number, names.get(number))
+        for name, root in roots.items():
+            if names[root] != name:
+                self.lines.append(f"{name} = {names[root]}")
 
     def _number(self, value: Code | int) -> int:
         """The number of a value; equal texts are one value, operands come before their users."""
@@ -312,13 +333,16 @@ class _Printer:
             self.seen[id(value)] = self.keys[key]
         return self.seen[id(value)]
 
-    def _write(self, number: int) -> None:
+    def _write(self, number: int, name: str | None) -> None:
         node = self.nodes[number]
         text = "".join(self._piece(node, place) for place in range(len(node)))
-        if len(node) == 1 or (self.uses[number] <= 1 and len(text) <= _LONGEST):
-            self.texts[number] = text
-            return
-        self.texts[number] = name = f"x{len(self.lines)}"
+        if not name:
+            if len(node) == 1 or (self.uses[number] <= 1 and len(text) <= _LONGEST):
+                self.texts[number] = text
+                return
+            self.temporaries += 1
+            name = f"x{self.temporaries - 1}"
+        self.texts[number] = name
         self.lines.append(f"{name} = {text}")
 
     def _piece(self, node: tuple[str | int, ...], place: int) -> str:

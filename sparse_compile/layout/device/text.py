@@ -120,7 +120,9 @@ def kinds_in_$LISTS(
         $DATA
     )
     full = must & line_whole & whole
-    return may & (number < runs) & ~full, full
+    partial = may & (number < runs) & (full == 0)
+    # The interpreter makes numbers of truth values that it spreads over a vector.
+    return partial != 0, full != 0
 
 
 @triton.jit(do_not_specialize=$COUNT_UNSPECIALIZED)

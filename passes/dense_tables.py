@@ -1,0 +1,82 @@
+"""dense_tables: mask tensors that a lifted mask reads as tables of bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import sympy
+from torch import Tensor
+from torch.fx import GraphModule
+
+from sparse_compile import ops
+from sparse_compile.expr import Bit, table_index
+from sparse_compile.layout.dense_tables import DenseRead, words_of
+from sparse_compile.passes.mutation import Memory, written_inputs
+from sparse_compile.site import LiftedMask
+
+
+def dense_reads(lifted: LiftedMask) -> tuple[DenseRead, ...]:
+    """How the mask tensors are read.
+
+    What was found out about a tensor from outside is reused while that is not modified.
+    """
+    return tuple(
+        DenseRead(number, table.axes, table.given)
+        for number, table in enumerate(lifted.dense, lifted.first_dense)
+    )
+
+
+def mask_data(
+    lifted: LiftedMask, outputs: Sequence[Any], n_q: int, n_kv: int
+) -> tuple[list[Tensor], list[int]]:
+    """The tables, without those of an annotation, and the sizes that a program returned."""
+    count = lifted.n_lifted_tables
+    tables = list(outputs[:count])
+    for read in dense_reads(lifted):
+        tables[read.table] = words_of(tables[read.table], read, n_q, n_kv)
+    return tables, [int(size) for size in outputs[count:]]
+
+
+def shown_predicate(lifted: LiftedMask) -> sympy.Basic:
+    """The predicate for people: mask tensors as symbols that are named in words."""
+    predicate = lifted.mask.predicate
+    for read, table in zip(dense_reads(lifted), lifted.dense, strict=True):
+        several = f" (t{read.table})" if len(lifted.dense) > 1 else ""
+        shown = sympy.Symbol(table.shown + several)
+        bits = [at for at in predicate.atoms(Bit) if table_index(at.args[0]) == read.table]
+        for bit in bits:
+            conditions = {sympy.Ne(bit, 0): shown, sympy.Eq(bit, 0): sympy.Not(shown)}
+            predicate = predicate.xreplace(conditions)
+    return predicate
+
+
+def dense_reason(lifted: LiftedMask) -> str:
+    """Where the blocks come from, in words; empty for a mask that reads no mask tensor."""
+    if not lifted.dense:
+        return ""
+    reason = "its blocks are found from the mask tensor in each call"
+    reused = all(table.given for table in lifted.dense)
+    return f"{reason}, and reused while it is unmodified" if reused else reason
+
+
+def remember_given(gm: GraphModule) -> None:
+    """Let calls of :func:`sparse_compile.attention` reuse what they know of the graph's inputs.
+
+    While it is captured, such a call cannot tell a tensor from outside from a result of the code,
+    whose memory is used again for other tensors.
+    """
+    calls = gm.graph.find_nodes(op="call_function", target=ops.DENSE_LAYOUT)
+    if not calls:
+        return
+    memory = Memory(gm)
+    written = {memory.of(node) for writer in gm.graph.nodes for node in written_inputs(writer)}
+    for call in calls:
+        tables, text, *rest = call.args
+        reads = [
+            replace(read, remember=given.op == "placeholder" and memory.of(given) not in written)
+            for read in DenseRead.parse(text)
+            for given in [tables[read.table]]
+        ]
+        call.args = (tables, DenseRead.text(reads), *rest)

@@ -1,0 +1,209 @@
+"""Generated kernels that list blocks: deterministic, compiled without a GPU, equal to the CPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import sympy
+import torch
+import triton
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sparse_compile.generated import load_module
+from sparse_compile.layout import extents
+from sparse_compile.layout.device.key import LONGEST, Key
+from sparse_compile.layout.device.printed import INT64_MAX, INT64_MIN, Code, printed
+from sparse_compile.layout.device.source import digit_bounds, module_name, module_source
+from sparse_compile.layout.intervals import Span, point, span
+from sparse_compile.view import Order
+from tests.layout.device_cases import CASES, DTYPES, DeviceCase, residues
+from tests.layout.test_intervals import relations
+
+ROOT = Path(__file__).parent.parent.parent
+NAMED = {case.name: case for case in CASES}
+COMPILED = ("all at once", "pairs", "padding", "columns", "boxes", "size beyond int32")
+
+
+def key_of(case: DeviceCase) -> Key:
+    return Key.of(case.mask, [case.size], case.q, case.kv)
+
+
+def test_kernels_agree_with_the_cpu_in_the_interpreter(tmp_path: Path) -> None:
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "SPARSE_COMPILE_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": str(ROOT),
+    }
+    cases = "tests/layout/interpreted_device_layout.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", cases]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None
+    assert int(passed[1]) == len(CASES) + 1
+    assert "skipped" not in done.stdout
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_text_is_the_same_each_time_and_fits_the_page(case: DeviceCase) -> None:
+    text = module_source(key_of(case))
+    assert text == module_source(key_of(case))
+    compile(text, case.name, "exec")
+    assert "$" not in text
+    assert str(ROOT) not in text
+
+
+def test_lengths_and_most_sizes_share_a_module() -> None:
+    case = NAMED["window"]
+    keys = {Key.of(case.mask, [size], case.q, case.kv) for size in (1, 7, 100)}
+    assert len(keys) == 1
+    divided = NAMED["divided by a size"].mask
+    assert Key.of(divided, [7], case.q, case.kv).fixed == (7,)
+    assert Key.of(case.mask, [1 << 40], case.q, case.kv).fixed == (1 << 40,)
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("name", COMPILED)
+def test_the_kernels_compile(name: str, arch: int) -> None:
+    key = key_of(NAMED[name])
+    module = load_module(module_name(key), module_source(key))
+    for kernel in ("count_rows", "fill_rows", "count_cols", "fill_cols", "read_tables"):
+        function = getattr(module, kernel, None)
+        if function is None:
+            assert kernel == "read_tables"
+            continue
+        types = {name: _type_of(name) for name in function.arg_names}
+        source = ASTSource(fn=function, signature=types, constexprs={}, attrs={})
+        options = {"num_warps": 4 if kernel == "read_tables" else 1}
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        assert "st.global" in compiled.asm["ptx"]
+        assert ".local" not in compiled.asm["ptx"]
+
+
+def _type_of(parameter: str) -> str:
+    if parameter in ("index", "start", "counts") or re.fullmatch(r"l\d", parameter):
+        return "*i32"
+    if re.fullmatch(r"t\d", parameter):
+        return {"bool": "*i1", "int32": "*i32", "int64": "*i64"}[DTYPES[int(parameter[1])]]
+    return "i32"
+
+
+def run(results: dict[str, Any], **values: Tensor) -> dict[str, Any]:
+    """What the printed lines compute, by torch; int32 wraps around as in a kernel."""
+    language = SimpleNamespace(
+        minimum=_promoted(torch.minimum),
+        maximum=_promoted(torch.maximum),
+        where=torch.where,
+        full=lambda shape, value, dtype: torch.full(shape, value, dtype=dtype),
+        int64=torch.int64,
+        int1=torch.bool,
+    )
+    scope: dict[str, Any] = {
+        "tl": language,
+        "floor_div": lambda a, b: a // b,
+        "floor_mod": lambda a, b: a % b,
+        "LEAST": INT64_MIN,
+        "GREATEST": INT64_MAX,
+        **values,
+    }
+    exec("\n".join(printed(results)), scope)
+    return {name: scope[name] for name in results}
+
+
+def _promoted(function: Any) -> Any:
+    return lambda a, b: function(*torch.broadcast_tensors(*map(torch.as_tensor, (a, b))))
+
+
+def ends(low: int, high: int) -> st.SearchStrategy[list[tuple[int, int]]]:
+    pair = st.tuples(st.integers(low, high), st.integers(0, 40)).map(lambda p: (p[0], sum(p)))
+    return st.lists(pair, min_size=6, max_size=6)
+
+
+@settings(max_examples=300, deadline=None)
+@given(relations(), ends(0, 60), ends(0, 60), ends(-20, 20), st.integers(-30, 30))
+def test_printed_analysis_is_the_analysis(
+    relation: sympy.Basic,
+    q: list[tuple[int, int]],
+    kv: list[tuple[int, int]],
+    entries: list[tuple[int, int]],
+    size: int,
+) -> None:
+    symbols: dict[str, Span] = {}
+    codes: dict[str, Span] = {}
+    values: dict[str, Tensor] = {}
+    for name, pairs in (("q", q), ("kv", kv)):
+        lo, hi = torch.tensor(pairs).unbind(1)
+        symbols[name] = Span(lo, hi, 1, LONGEST + 1)
+        values |= {f"{name}_lo": lo.int(), f"{name}_hi": hi.int()}
+        code: Any = [Code.named(f"{name}_{end}", 0, LONGEST) for end in ("lo", "hi")]
+        codes[name] = Span(*code, 1, LONGEST + 1)
+    lo, hi = torch.tensor(entries).unbind(1)
+    values |= {"t_lo": lo.int(), "t_hi": hi.int()}
+    read: Any = [Code.named(name, -(1 << 31), (1 << 31) - 1) for name in ("t_lo", "t_hi")]
+    symbols["s0"] = codes["s0"] = point(size)
+    wanted = span(relation, symbols, lambda *_: Span(lo, hi, 1, 1 << 32))
+    code = span(relation, codes, lambda *_: Span(*read, 1, 1 << 32))
+    found = run({"must": code.lo, "may": code.hi}, **values)
+    for name, end in (("must", wanted.lo), ("may", wanted.hi)):
+        expected = torch.as_tensor(end).expand(6)
+        assert torch.equal(torch.as_tensor(found[name]).bool().expand(6), expected), name
+
+
+ORDERS = [
+    Order((8,)),
+    residues(16, 4),
+    Order((2, 4), (16,), (0, 1), ((12, 16),)),
+    Order((4, 4), (8,), (0, 1)),
+    Order((1, 2, 4), (6, 8), (0, 2, 1)),
+]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(ORDERS), st.integers(1, 400), st.sampled_from([1, 4, 128]))
+def test_printed_digits_are_the_digits(order: Order, n: int, size: int) -> None:
+    first = torch.arange(order.blocks(n))
+    key = Key("", order, order)
+    sides = extents.cut(order, n, extents.digits(order, n, first, size))
+    wanted = [end for side in sides for end in side]
+    wanted.append(extents.whole(order, n, first, size))
+    length = torch.tensor(n, dtype=torch.int32)
+    found = run(digit_bounds(key, "q"), n=length, first=first.int(), size=torch.tensor(size))
+    for mine, its in zip(found.values(), wanted, strict=True):
+        expected = torch.as_tensor(its).expand(first.shape)
+        assert torch.equal(torch.as_tensor(mine).expand(first.shape).to(expected.dtype), expected)
+
+
+def test_code_says_what_it_is() -> None:
+    x, y = Code.named("x", 0, 1 << 20), Code.named("y", -5, 1 << 40)
+    lines = printed(
+        {
+            "settled": x < -1,
+            "narrow": x * 64 - x,
+            "wide": x * (1 << 20),
+            "down": (x - 3) // 5,
+            "shifted": y // 8 + y % 8,
+            "double": -(-x) + 0,
+        }
+    )
+    assert lines == [
+        "settled = tl.full([], 0, tl.int1)",
+        "narrow = (x * 64) - x",
+        "wide = x.to(tl.int64) * 1048576",
+        "down = floor_div(x - 3, 5)",
+        "shifted = (y >> 3) + (y & 7)",
+        "double = x",
+    ]
+    with pytest.raises(TypeError, match="no truth value"):
+        bool(x < 5)
