@@ -43,7 +43,8 @@ def block_layout(
 ) -> list[Tensor]:
     """The layout of a mask that reads tensors: for each of its views, one packed int32 vector.
 
-    Built on ``device`` without synchronising; their lengths depend on the sizes alone.
+    Built on ``device`` without synchronising where the predicate leaves few enough blocks possible
+    (32768) to have room for all of them; otherwise the host waits once for their number.
 
     Args:
         tables: the tensors ``t0, t1, ...`` of the mask.
@@ -64,6 +65,7 @@ def block_layout(
         tables=tables,
         sizes=sizes,
         device=device,
+        counted=False,
     )
     return [view.pack() for view in layout.views]
 
@@ -141,7 +143,7 @@ def _(
     for read in DenseRead.parse(reads):
         rows, columns = (n_q if "q" in read.axes else 1), (n_kv if "kv" in read.axes else 1)
         # Where batch entries or heads turn out to share their mask, the table has size one.
-        shape = [fresh_size(), fresh_size(), rows, -(-columns // WORD)]
+        shape = (fresh_size(), fresh_size(), rows, -(-columns // WORD))
         made.append(torch.empty(shape, dtype=torch.int32, device=device))
     views = AttentionSpec.parse(spec).parts
     return made + [torch.empty([fresh_size()], dtype=torch.int32, device=device) for _ in views]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -70,7 +71,7 @@ class BlockLayout:
             them, blocks stick out.
         batches, heads: number of classes along each dimension.
         rows: for each query block, its key blocks.
-        cols: for each key block, its query blocks: the exact transpose of ``rows``.
+        columns: what :attr:`cols` holds, or what makes it: a forward needs the rows alone.
     """
 
     n_q: int
@@ -80,7 +81,12 @@ class BlockLayout:
     batches: int
     heads: int
     rows: BlockLists
-    cols: BlockLists
+    columns: BlockLists | Callable[[], BlockLists] = field(repr=False)
+
+    @functools.cached_property
+    def cols(self) -> BlockLists:
+        """For each key block, its query blocks: the exact transpose of ``rows``."""
+        return self.columns if isinstance(self.columns, BlockLists) else self.columns()
 
     @property
     def block_q(self) -> int:
@@ -148,22 +154,29 @@ class BlockLayout:
         """The same layout on another device."""
         rows = BlockLists(*(t.to(device) for t in self.rows.tensors()))
         cols = BlockLists(*(t.to(device) for t in self.cols.tensors()))
-        return replace(self, rows=rows, cols=cols)
+        return replace(self, rows=rows, columns=cols)
 
     def pack(self) -> Tensor:
         """All lists in one int32 vector, so that a layout is one tensor in a graph.
 
         Layout of the vector: ``rows.start, cols.start, rows.counts, cols.counts, rows.index,
-        cols.index``; its length is a function of the sizes and of ``start[-1]`` alone, so
-        :meth:`unpack` reads nothing from the device.
+        cols.index``, the last two with the same room; so :meth:`unpack` knows where each begins
+        without reading anything from the device.
         """
+        room = max(self.rows.index.shape[1], self.cols.index.shape[1])
+        rows, cols = (
+            torch.nn.functional.pad(index, (0, room - index.shape[1]))
+            if index.shape[1] < room
+            else index
+            for index in (self.rows.index, self.cols.index)
+        )
         parts = [
             self.rows.start,
             self.cols.start,
             self.rows.counts,
             self.cols.counts,
-            self.rows.index,
-            self.cols.index,
+            rows,
+            cols,
         ]
         return torch.cat([part.reshape(-1) for part in parts])
 

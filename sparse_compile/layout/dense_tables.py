@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 import torch
@@ -14,7 +14,7 @@ from sparse_compile.expr import dense_bit
 from sparse_compile.layout.block_layout import BlockLayout, BlockLists
 from sparse_compile.layout.from_dense import DenseBlocks, dense_layout, remembered
 from sparse_compile.layout.layout import Layout, build_views
-from sparse_compile.spec import AttentionSpec
+from sparse_compile.spec import AttentionSpec, EmptyRows
 
 _ORDER = ("b", "h", "q", "kv")
 
@@ -130,8 +130,8 @@ class DenseCall:
         if len(self.tables) > 1 or not read.remember:
             return words, self._packed(words, found)
         # The layout follows from one mask tensor alone.
-        key = (self.spec.mask.text, self.spec.views, self.spec.block_q, self.spec.block_kv)
-        key += (self.batch, self.heads, self.n_q, self.n_kv, self.sizes)
+        spec = replace(self.spec, where=(), empty_rows=EmptyRows.ZERO)
+        key = spec, self.batch, self.heads, self.n_q, self.n_kv, self.sizes
         mask = self.tables[read.table]
         packed = remembered(mask, key, lambda: self._packed(words, found))
         return words, [vector.clone() for vector in packed]

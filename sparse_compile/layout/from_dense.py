@@ -249,7 +249,12 @@ def read_dense_in_torch(mask: Tensor, block_q: int, block_kv: int) -> tuple[Tens
     for part in torch.split(mask, band, dim=2) if mask.numel() else ():
         attends = _attends(part).flatten(0, 1)
         words.append(_packed(attends))
-        kinds.append(_kinds(attends, block_q, block_kv))
+        if block_kv % WORD:
+            kinds.append(_kinds(attends, attends, block_q, block_kv))
+        else:
+            # Nothing beyond the end has a bit, so a block that sticks out is not FULL.
+            some, every = words[-1] != 0, words[-1] == -1
+            kinds.append(_kinds(some, every, block_q, block_kv // WORD))
         if mask.is_floating_point():
             biased += (attends & (part != 0).flatten(0, 1)).any()
     if not words:
@@ -273,15 +278,24 @@ def _packed(attends: Tensor) -> Tensor:
     return ((eights * _GATHER_EIGHT) >> 56).to(torch.uint8).view(torch.int32)
 
 
-def _kinds(attends: Tensor, block_q: int, block_kv: int) -> Tensor:
-    """EMPTY, PARTIAL or FULL of each block, int8 [classes, rows, cols]."""
-    classes, n_q, n_kv = attends.shape
-    padded = torch.nn.functional.pad(attends, (0, -n_kv % block_kv, 0, -n_q % block_q))
-    rows, cols = -(-n_q // block_q), -(-n_kv // block_kv)
-    tiles = padded.reshape(classes, rows, block_q, cols, block_kv)
-    some, every = tiles.any(2).any(-1), tiles.all(2).all(-1)
+def _kinds(some: Tensor, every: Tensor, block_q: int, width: int) -> Tensor:
+    """EMPTY, PARTIAL or FULL of each block, int8 [classes, rows, cols].
+
+    Args:
+        some, every: bool [classes, n_q, n]: where something and where everything attends.
+        block_q: queries per block.
+        width: entries of these per block, along the keys.
+    """
     # EMPTY, PARTIAL and FULL are 0, 1 and 2.
-    return some.to(torch.int8).add_(every)
+    reached = _tiles(some, block_q, width).any(-1).any(2).to(torch.int8)
+    return reached.add_(_tiles(every, block_q, width).all(-1).all(2))
+
+
+def _tiles(values: Tensor, block_q: int, width: int) -> Tensor:
+    """[classes, rows, block_q, cols, width], with False for what does not exist."""
+    classes, n_q, n = values.shape
+    padded = torch.nn.functional.pad(values, (0, -n % width, 0, -n_q % block_q))
+    return padded.reshape(classes, -(-n_q // block_q), block_q, -(-n // width), width)
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from sparse_compile.expr import MaskExpr
 from sparse_compile.layout import superset
-from sparse_compile.layout.block_layout import BlockLayout
+from sparse_compile.layout.block_layout import BlockLayout, BlockLists
 from sparse_compile.layout.build import build_layout
 from sparse_compile.layout.candidates import candidates
 from sparse_compile.layout.density import mask_pairs
@@ -148,7 +149,7 @@ def _schedules(
     if len(rooms) < len(layout.views):
         return _static_schedules(layout.problems(), axis, sections, members, workers, device)
     summed = [torch.stack([rooms[v] for v in views]).sum(0) for views in sections]
-    return tuple(make_schedule(room, members, workers).to(device) for room in summed)
+    return tuple(make_schedule(room, members, workers, device) for room in summed)
 
 
 @functools.lru_cache(maxsize=256)
@@ -161,7 +162,7 @@ def _static_schedules(
     device: torch.device,
 ) -> tuple[Schedule, ...]:
     rooms = [torch.stack([_room(problems[v], axis) for v in views]).sum(0) for views in sections]
-    return tuple(make_schedule(room, members, workers).to(device) for room in rooms)
+    return tuple(make_schedule(room, members, workers, device) for room in rooms)
 
 
 def _room(problem: Problem, axis: str) -> Tensor:
@@ -186,6 +187,7 @@ def build_views(
     tables: Sequence[Tensor] = (),
     sizes: Sequence[int] = (),
     device: torch.device | str = "cpu",
+    counted: bool = True,
 ) -> Layout:
     """The layout of a spec's mask, view by view.
 
@@ -195,23 +197,74 @@ def build_views(
         n_q, n_kv: lengths.
         tables, sizes: what the mask reads, as for :func:`build_layout`.
         device: where the lists are made.
+        counted: on a GPU, whether the host may wait for the number of blocks, which takes least
+            time and space. Otherwise it waits only where the blocks that the predicate leaves
+            possible are too many to list.
     """
-    views = tuple(
-        build_layout(
-            spec.part_mask(part),
-            batch=batch,
-            heads=heads,
-            n_q=n_q,
-            n_kv=n_kv,
-            block_q=part.q,
-            block_kv=part.kv,
-            tables=tables,
-            sizes=sizes,
-            device=device,
+    device, sizes = torch.device(device), tuple(map(int, sizes))
+    views = []
+    for part in spec.parts:
+        mask, lengths = spec.part_mask(part), (n_q, n_kv)
+        problem = Problem.of(mask, sizes, batch, heads, lengths, (part.q, part.kv))
+        if device.type == "cuda" and (counted or not is_listed(problem)):
+            views.append(_counted_on_device(problem, mask, tables, device))
+            continue
+        views.append(
+            build_layout(
+                mask,
+                batch=batch,
+                heads=heads,
+                n_q=n_q,
+                n_kv=n_kv,
+                block_q=part.q,
+                block_kv=part.kv,
+                tables=tables,
+                sizes=sizes,
+                device=device,
+            )
         )
-        for part in spec.parts
+    return Layout(spec, tuple(views), batch, heads, tuple(tables), sizes)
+
+
+def is_listed(problem: Problem) -> bool:
+    """Whether lists have room for every possible block, so that nothing waits for counts."""
+    return not problem.is_static and superset.is_narrow(problem)
+
+
+def _counted_on_device(
+    problem: Problem, mask: MaskExpr, tables: Sequence[Tensor], device: torch.device
+) -> BlockLayout:
+    from sparse_compile.layout.device.build import DeviceProblem  # needs triton
+
+    made = DeviceProblem.of(
+        mask,
+        batch=problem.batches,
+        heads=problem.heads,
+        n_q=problem.n_q,
+        n_kv=problem.n_kv,
+        q=problem.q,
+        kv=problem.kv,
+        tables=tables,
+        sizes=problem.sizes,
+        device=device,
     )
-    return Layout(spec, views, batch, heads, tuple(tables), tuple(map(int, sizes)))
+    return BlockLayout(
+        problem.n_q,
+        problem.n_kv,
+        problem.q,
+        problem.kv,
+        problem.batches,
+        problem.heads,
+        _with_room(made.rows().lists),
+        lambda: _with_room(made.cols().lists),
+    )
+
+
+def _with_room(lists: BlockLists) -> BlockLists:
+    """Lists whose rooms the host knows."""
+    if lists.room is not None:
+        return replace(lists, room=lists.room.long())
+    return replace(lists, room=lists.start.cpu().long().diff())
 
 
 def unpack(
@@ -246,7 +299,7 @@ def static_layout(
     sizes: tuple[int, ...],
     device: torch.device,
 ) -> Layout:
-    """:func:`build_views` for a mask that reads no tensors; cached, so do not change its tensors."""
+    """:func:`build_views` for a mask that reads no tensors; cached, so do not change its lists."""
     return build_views(
         spec, batch=batch, heads=heads, n_q=n_q, n_kv=n_kv, sizes=sizes, device=device
     )

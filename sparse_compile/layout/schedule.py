@@ -8,8 +8,9 @@ others (the row of a global token sees every key) is cut into parts, which leave
 
 from __future__ import annotations
 
+import functools
 import heapq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,7 +23,10 @@ SMALLEST_PART = 16
 LARGEST_SHARE = 0.25
 #: Lines whose costs differ by less than a part in so many keep their order, and so their locality.
 COST_LEVELS = 8
+#: Lines are even enough to stay in order if the largest costs at most so many times the average.
+EVEN = 2.5
 EVERYTHING = (1 << 31) - 1
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,6 @@ class Schedule:
     slots: int
     costs: Tensor
 
-    def to(self, device: torch.device) -> Schedule:
-        """The same schedule for a kernel on ``device``."""
-        items, merges = self.items.to(device), self.merges.to(device)
-        return Schedule(items, self.heavy, merges, self.slots, self.costs)
-
     def utilisation(self, members: int, workers: int) -> float:
         """Modelled: busy time of all workers over their number times the makespan.
 
@@ -67,7 +66,14 @@ class Schedule:
         return sum(free) / (workers * max(free)) if max(free) else 1.0
 
 
-def make_schedule(room: Tensor, members: int, workers: int) -> Schedule:
+def _moved(schedule: Schedule, device: torch.device) -> Schedule:
+    items, merges = schedule.items.to(device), schedule.merges.to(device)
+    return replace(schedule, items=items, merges=merges)
+
+
+def make_schedule(
+    room: Tensor, members: int, workers: int, device: torch.device | None = None
+) -> Schedule:
     """The worklist of the lines of a section.
 
     Args:
@@ -75,14 +81,33 @@ def make_schedule(room: Tensor, members: int, workers: int) -> Schedule:
             only known on the device.
         members: heads times batch entries.
         workers: programs that run at a time.
+        device: where the kernel runs; default the CPU.
 
     >>> one_heavy = make_schedule(torch.tensor([900, 9, 9, 9]), members=1, workers=4)
     >>> one_heavy.slots, one_heavy.heavy, one_heavy.merges.tolist()
     (16, 16, [[0, 0, 16]])
     """
+    total, most = int(room.sum()) + TILE_COST * room.numel(), int(room.max()) if room.numel() else 0
+    largest = max(SMALLEST_PART, int(total * members / workers * LARGEST_SHARE))
+    if most <= largest and most * room.numel() <= EVEN * total:
+        return replace(_even(room.numel(), device or _CPU), costs=room.flip(0) + TILE_COST)
+    found = _sorted_schedule(room, largest)
+    return found if device is None else _moved(found, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _even(lines: int, device: torch.device) -> Schedule:
+    """The worklist of lines of about the same cost: all of them, the last first."""
+    line = torch.arange(lines - 1, -1, -1)
+    whole = [torch.zeros_like(line), torch.full_like(line, EVERYTHING), torch.full_like(line, -1)]
+    items = torch.stack([line, *whole], 1).to(torch.int32)
+    nothing = torch.empty(0, 3, dtype=torch.int32)
+    return _moved(Schedule(items, 0, nothing, 0, line), device)
+
+
+def _sorted_schedule(room: Tensor, largest: int) -> Schedule:
+    """The worklist of lines of different costs, none of its parts over ``largest`` blocks."""
     line = torch.arange(room.numel())
-    share = int((room + TILE_COST).sum()) * members / workers
-    largest = max(SMALLEST_PART, int(share * LARGEST_SHARE))
     parts = (-(-room // largest)).clamp(min=1)
     split = parts > 1
     slots = torch.where(split, parts, 0)

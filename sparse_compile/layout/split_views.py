@@ -29,7 +29,7 @@ REORDERED = 1.1
 WORTHWHILE = 0.95
 #: Block shapes to choose from, the default first. Larger blocks never visit fewer pairs.
 _SHAPES = {"cuda": ((64, 64), (32, 32), (16, 16)), "cpu": ((32, 32),)}
-#: What a pair costs in blocks of so many tokens.
+#: What a pair costs on a GPU in blocks of so many tokens.
 _PAIR_COSTS = {16: 3.2, 32: 1.6}
 #: Orders of each term that are weighed against each other.
 _KEPT = 3
@@ -121,20 +121,17 @@ def split_views(
     """
     best: Split | None = None
     for shape in [block] if block else _SHAPES.get(device_type, _SHAPES["cuda"]):
-        search = Search(mask, Blocks(*shape, n_q, n_kv), sizes, heads, batch)
+        pair_cost = _PAIR_COSTS.get(min(shape), 1) if device_type == "cuda" else 1
+        search = Search(mask, Blocks(*shape, n_q, n_kv), sizes, heads, batch, pair_cost)
         if best is None:
             best, full = search.best()
-        elif _pair_cost(shape) * full + best.cost.merge < WORTHWHILE * best.cost.total:
+        elif pair_cost * full + best.cost.merge < WORTHWHILE * best.cost.total:
             # Smaller blocks visit at least what is FULL now.
             other, _ = search.best()
             if other.cost.total < WORTHWHILE * best.cost.total:
                 best = other
     assert best is not None
     return best
-
-
-def _pair_cost(shape: tuple[int, int]) -> float:
-    return _PAIR_COSTS.get(min(shape), 1)
 
 
 def _penalty(orders: Orders) -> float:
@@ -148,6 +145,7 @@ class Search:
     Attributes:
         mask, sizes, heads, batch: as for :func:`split_views`.
         blocks: the block shape and the lengths.
+        pair_cost: what a pair costs in such blocks.
     """
 
     mask: MaskExpr
@@ -155,6 +153,7 @@ class Search:
     sizes: tuple[int, ...]
     heads: int
     batch: int
+    pair_cost: float = 1
     _priced: dict[tuple[sympy.Basic, Orders, int], Visits] = field(default_factory=dict)
 
     def best(self) -> tuple[Split, float]:
@@ -187,13 +186,12 @@ class Search:
 
     def weighed(self, predicate: sympy.Basic, orders: Orders) -> float:
         """The cost per query row of a part in these orders."""
-        return self.visits(predicate, orders).pairs * _penalty(orders)
+        return self.visits(predicate, orders).pairs * _penalty(orders) * self.pair_cost
 
     def _cost(self, views: Sequence[View]) -> tuple[ViewCost, float]:
         found = [self.visits(view.predicate, (view.q, view.kv), accuracy=4) for view in views]
-        factor = _pair_cost((self.blocks.q, self.blocks.kv))
         weighed = sum(
-            visit.pairs * _penalty((view.q, view.kv)) * factor
+            visit.pairs * _penalty((view.q, view.kv)) * self.pair_cost
             for visit, view in zip(found, views, strict=True)
         )
         total = sum(found, Visits(0, 0))

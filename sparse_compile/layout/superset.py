@@ -26,7 +26,7 @@ from sparse_compile.view import Order, natural
 #: Subdivision starts with about this many rectangles: fewer cost the same time in one launch.
 _FIRST_RECTANGLES = 4096
 #: A superset of more PARTIAL blocks is not listed; what the tables hold narrows it down first.
-_NARROW = 1 << 18
+_NARROW = 1 << 15
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,8 @@ def _pairs(x: Tensor, dim: int) -> Tensor:
     """Adjacent entries along ``dim`` as an axis after it; a last one alone stands twice."""
     if x.shape[dim] % 2:
         x = torch.cat([x, x.narrow(dim, x.shape[dim] - 1, 1)], dim)
-    return x.unflatten(dim, (-1, 2))
+    shape = (*x.shape[:dim], x.shape[dim] // 2, 2, *x.shape[dim + 1 :])
+    return x.reshape(shape)
 
 
 def magnitude_of(dtype: torch.dtype) -> int:

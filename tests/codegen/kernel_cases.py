@@ -179,9 +179,7 @@ def _views(block: int = 32) -> list[Case]:
     chunk = sympy.Eq(FloorDiv(Q, 40), FloorDiv(KV, 40))
     columns = Order((block // 8, 8), (40,), (0, 1), ((32, 40),))
     summary = FloorMod(KV, 40) >= 32
-    row, column = (
-        sympy.Eq(digit(Q, 12), digit(KV, 12)) for digit in (FloorDiv, FloorMod)
-    )
+    row, column = (sympy.Eq(digit(Q, 12), digit(KV, 12)) for digit in (FloorDiv, FloorMod))
     tile = Order((block // 4, 4), (12,), (0, 1))
     square = (sympy.Abs(FloorDiv(Q, 12) - FloorDiv(KV, 12)) <= 1) & (
         sympy.Abs(FloorMod(Q, 12) - FloorMod(KV, 12)) <= 2

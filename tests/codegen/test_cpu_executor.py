@@ -277,7 +277,9 @@ def all_partial(n_q: int, n_kv: int, block: int) -> BlockLayout:
         return BlockLists(start.int(), counts.int(), index.int())
 
     rows, columns = -(-n_q // block), -(-n_kv // block)
-    return BlockLayout(n_q, n_kv, natural(block), natural(block), 1, 1, lists(rows, columns), lists(columns, rows))
+    return BlockLayout(
+        n_q, n_kv, natural(block), natural(block), 1, 1, lists(rows, columns), lists(columns, rows)
+    )
 
 
 def test_one_layout_serves_different_masks() -> None:

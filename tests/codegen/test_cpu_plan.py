@@ -30,7 +30,9 @@ def layout_from(kinds: Tensor, n_q: int, n_kv: int, block: int) -> BlockLayout:
         start = torch.cat([torch.zeros(1, dtype=torch.int64), totals])
         return BlockLists(start.int(), torch.tensor([counts]).int(), torch.cat(parts)[None].int())
 
-    return BlockLayout(n_q, n_kv, natural(block), natural(block), 1, 1, lists(kinds), lists(kinds.T))
+    return BlockLayout(
+        n_q, n_kv, natural(block), natural(block), 1, 1, lists(kinds), lists(kinds.T)
+    )
 
 
 def visits(batch: Batch, n_q: int, n_kv: int) -> tuple[Tensor, Tensor]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
-from sparse_compile.layout.from_dense import dense_layout
+from sparse_compile.layout.from_dense import cached_dense_layout, dense_layout
 from tests.layout.dense_cases import CASES, DenseCase
 
 pytestmark = [
@@ -50,3 +51,26 @@ def test_a_mask_of_more_than_two_to_the_31_entries() -> None:
     found = dense_layout(mask, 128, 128)
     assert found.layout.nnz_blocks == 1
     assert int(found.words[-1, -1, -1]) == -(1 << 31)
+
+
+def test_results_of_cuda_graphs_are_read_every_time() -> None:
+    """Inductor hands out the same tensor again and again, and counts no writes to it."""
+
+    @torch.compile(mode="reduce-overhead")
+    def near(distance: Tensor) -> Tensor:
+        place = torch.arange(256, device="cuda")
+        return (place[:, None] - place).abs() <= distance
+
+    for width in (3, 3, 40, 90, 7, 200):
+        torch.compiler.cudagraph_mark_step_begin()
+        mask = near(torch.tensor(width, device="cuda"))
+        found = cached_dense_layout(mask, 64, 64)
+        assert torch.equal(found.words, dense_layout(mask.clone(), 64, 64).words)
+
+
+def test_an_unmodified_mask_is_remembered() -> None:
+    mask = torch.ones(256, 256, dtype=torch.bool, device="cuda").tril()
+    first = cached_dense_layout(mask, 64, 64)
+    assert cached_dense_layout(mask, 64, 64).blocks is first.blocks
+    mask[:64] = False
+    assert cached_dense_layout(mask, 64, 64).blocks is not first.blocks

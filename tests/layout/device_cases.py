@@ -22,16 +22,19 @@ CAUSAL = KV <= Q
 DOCUMENTS = sympy.Eq(DOCS(B, Q), DOCS(B, KV))
 
 
+EIGHT = natural(8)
+
+
 @dataclass(frozen=True)
 class DeviceCase:
     """A mask, with the run-time data that it reads, over some lengths and orders."""
 
     name: str
     predicate: Any
-    n_q: int = 45
-    n_kv: int = 45
-    q: Order = natural(8)
-    kv: Order = natural(8)
+    n_q: int = 35
+    n_kv: int = 35
+    q: Order = EIGHT
+    kv: Order = EIGHT
     batch: int = 2
     heads: int = 2
     size: int = 13
@@ -112,7 +115,7 @@ CASES = [
     DeviceCase("arithmetic", DOCS(B, KV) * 3 - Q < WINDOWS(H)),
     DeviceCase("all at once", (CAUSAL & DOCUMENTS & (Q - KV < WINDOWS(H))) | (KV < 9)),
     DeviceCase("residues", on_grid(0, 1, 8), 70, 80, residues(8, 4), residues(8, 4)),
-    DeviceCase("causal residues", CAUSAL & on_grid(0, 1, 8), 64, 50, *[residues(8, 4)] * 2),
+    DeviceCase("causal residues", CAUSAL & on_grid(0, 1, 8), 64, 50, *(residues(8, 4),) * 2),
     DeviceCase(
         *("columns", CAUSAL & (FloorMod(KV, 16) >= 12), 60, 100, natural(8)),
         Order((2, 4), (16,), (0, 1), ((12, 16),)),
@@ -120,7 +123,7 @@ CASES = [
     DeviceCase("tiles", on_grid(2, 8) & on_grid(2, 1, 8), 100, 64, TILES, TILES),
     DeviceCase("boxes", on_grid(1, 32) & on_grid(1, 8, 4) & on_grid(3, 1, 8), 70, 64, BOXES, BOXES),
     DeviceCase(
-        "documents of residues", DOCUMENTS & on_grid(0, 1, 4), 40, 40, *[residues(4, 4)] * 2
+        "documents of residues", DOCUMENTS & on_grid(0, 1, 4), 40, 40, *(residues(4, 4),) * 2
     ),
 ]
 

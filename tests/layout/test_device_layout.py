@@ -187,6 +187,7 @@ def test_printed_digits_are_the_digits(order: Order, n: int, size: int) -> None:
 
 def test_code_says_what_it_is() -> None:
     x, y = Code.named("x", 0, 1 << 20), Code.named("y", -5, 1 << 40)
+    minus = -x
     lines = printed(
         {
             "settled": x < -1,
@@ -194,16 +195,16 @@ def test_code_says_what_it_is() -> None:
             "wide": x * (1 << 20),
             "down": (x - 3) // 5,
             "shifted": y // 8 + y % 8,
-            "double": -(-x) + 0,
+            "double": -minus + 0,
         }
     )
-    assert lines == [
+    assert set(lines) == {
         "settled = tl.full([], 0, tl.int1)",
         "narrow = (x * 64) - x",
         "wide = x.to(tl.int64) * 1048576",
         "down = floor_div(x - 3, 5)",
         "shifted = (y >> 3) + (y & 7)",
         "double = x",
-    ]
+    }
     with pytest.raises(TypeError, match="no truth value"):
         bool(x < 5)

@@ -225,7 +225,8 @@ def test_what_a_dtype_tells() -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "expected"), [((0, 0), (0, 0)), ((-1, -1), (1, 1)), ((-1, 0), (0, 1)), ((5, 5), (0, 1))]
+    ("word", "expected"),
+    [((0, 0), (0, 0)), ((-1, -1), (1, 1)), ((-1, 0), (0, 1)), ((5, 5), (0, 1))],
 )
 @pytest.mark.parametrize("tensors", [True, False])
 def test_all_bits_of_some_words_are_known(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -27,15 +29,13 @@ def test_items_cover_every_line_once(rooms: list[int], members: int, workers: in
         ranges.sort()
         assert ranges[0][0] == 0
         assert ranges[-1][1] >= rooms[line]
-        assert all(a[1] == b[0] for a, b in zip(ranges, ranges[1:], strict=False))
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(ranges))
     assert sorted(slots) == list(range(schedule.slots))
 
 
 @settings(max_examples=200, deadline=None)
 @given(ROOMS, st.integers(1, 64), st.integers(1, 300))
-def test_merges_name_the_slots_of_their_line(
-    rooms: list[int], members: int, workers: int
-) -> None:
+def test_merges_name_the_slots_of_their_line(rooms: list[int], members: int, workers: int) -> None:
     schedule = make_schedule(torch.tensor(rooms), members, workers)
     slots: dict[int, set[int]] = {}
     for line, _, _, slot in schedule.items.tolist():
@@ -68,8 +68,14 @@ def test_a_global_row_leaves_no_worker_idle(heads: int) -> None:
 
 
 def test_costs_fall() -> None:
-    schedule = make_schedule(torch.arange(1000), 1, 100)
+    schedule = make_schedule(torch.arange(1000) ** 2 // 1000, 1, 4)
     costs = schedule.costs[schedule.heavy :]
     # Levels are coarse on purpose, so that neighbours stay together.
     assert (costs.diff() <= int(costs.max()) // 8 + 1).all()
     assert costs[0] > costs[-1]
+
+
+def test_even_lines_keep_their_order_the_last_first() -> None:
+    schedule = make_schedule(torch.tensor([3, 4, 5, 6]), 1, 1)
+    assert schedule.items[:, 0].tolist() == [3, 2, 1, 0]
+    assert schedule.costs.tolist() == [8, 7, 6, 5]

@@ -17,6 +17,9 @@ from sparse_compile.layout.device.printed import INT32_MAX
 from sparse_compile.layout.device.tables import table_bounds
 from sparse_compile.view import Order
 
+#: What a grid holds in its second dimension.
+_MOST_CLASSES = 65535
+
 
 @dataclass(frozen=True)
 class Built:
@@ -76,12 +79,17 @@ class DeviceProblem:
             q, kv: how the tokens of each side are put into blocks.
             device: where the tables are and the lists are made.
             span: blocks that are looked at together first.
+
+        Raises:
+            ValueError: for more classes, tokens or table entries than the kernels can number.
         """
         if max(n_q, n_kv, batch, heads) > LONGEST:
             raise ValueError(f"lengths, batch and heads over {LONGEST} are not supported")
         key = Key.of(mask, sizes, q, kv, span)
         kernels, device = kernels_of(key), _numbered(torch.device(device))
         batches, heads = batch if kernels.by_batch else 1, heads if kernels.by_head else 1
+        if batches * heads > _MOST_CLASSES:
+            raise ValueError(f"more than {_MOST_CLASSES} classes are not supported")
         arguments: tuple[Any, ...] = ()
         if kernels.lookups and n_q and n_kv and batches and heads:
             with current(device):
@@ -155,6 +163,4 @@ def _assembled(
 
 def _numbered(device: torch.device) -> torch.device:
     """The device with its number."""
-    if device.type != "cuda" or device.index is not None:
-        return device
-    return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device

@@ -86,7 +86,9 @@ def _constants(text: str) -> frozenset[int]:
         if isinstance(node, (FloorDiv, FloorMod)):
             scaling: Sequence[sympy.Basic] = node.args[1:]
         elif isinstance(node, (sympy.Mul, sympy.Pow)):
-            scaling = node.args
+            # By a number, such as the -1 of a difference, is no scaling.
+            varying = [arg for arg in node.args if arg.free_symbols]
+            scaling = varying if len(varying) > 1 or isinstance(node, sympy.Pow) else ()
         else:
             continue
         names = {symbol.name for arg in scaling for symbol in arg.free_symbols}

@@ -48,6 +48,8 @@ class Code:
         low, high = _range(other)
         if isinstance(other, Code) and other.is_negated:
             return _arithmetic("-", self, _subtracted(other), self.low + low, self.high + high)
+        if self.is_negated:
+            return _arithmetic("-", other, _subtracted(self), self.low + low, self.high + high)
         return _arithmetic("+", self, other, self.low + low, self.high + high)
 
     def __sub__(self, other: Code | int) -> Code:
@@ -297,6 +299,12 @@ def printed(results: dict[str, Code | int]) -> list[str]:
     return _Printer(results).lines
 
 
+def _as_code(value: Code | int) -> Code:
+    if isinstance(value, Code):
+        return value
+    return Code.truth(value) if isinstance(value, bool) else Code.constant(value)
+
+
 class _Printer:
     """Numbers the distinct values of a graph, counts their uses, and writes them in order."""
 
@@ -307,23 +315,22 @@ class _Printer:
         self.texts: dict[int, str] = {}
         self.lines: list[str] = []
         self.temporaries = 0
-        roots = {name: self._number(root) for name, root in results.items()}
+        codes = {name: _as_code(result) for name, result in results.items()}
+        roots = {name: self._number(code) for name, code in codes.items()}
         self.uses = [0] * len(self.nodes)
         for node in self.nodes:
             for piece in node:
                 if isinstance(piece, int):
                     self.uses[piece] += 1
-        names = {root: name for name, root in reversed(roots.items())}
+        names = {root: name for name, root in reversed(roots.items()) if len(self.nodes[root]) > 1}
         for number in range(len(self.nodes)):
             self._write(number, names.get(number))
         for name, root in roots.items():
-            if names[root] != name:
-                self.lines.append(f"{name} = {names[root]}")
+            if names.get(root) != name:
+                self.lines.append(f"{name} = {self.texts[root]}")
 
-    def _number(self, value: Code | int) -> int:
+    def _number(self, value: Code) -> int:
         """The number of a value; equal texts are one value, operands come before their users."""
-        if isinstance(value, int):
-            value = Code.truth(value) if isinstance(value, bool) else Code.constant(value)
         if id(value) not in self.seen:
             pieces = (p if isinstance(p, str) else self._number(p) for p in value.pieces)
             key = tuple(pieces)

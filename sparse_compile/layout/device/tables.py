@@ -83,6 +83,8 @@ def _read(
         arguments += [table, *table.stride(), *table.shape]
         _checked([], max(itertools.chain(table.stride(), table.shape), default=0))
     arguments += [sizes[i] for i in kernels.free_sizes]
+    if most_rows > 65535:
+        raise ValueError("a table has more rows than a grid")
     grid = most_spans, most_rows, len(kernels.read_lookups)
     kernels.read(grid, tables[0].device, tuple(arguments))
     return found
