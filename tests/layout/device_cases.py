@@ -112,10 +112,10 @@ CASES = [
     DeviceCase("coarse table", sympy.Ne(PADDING(B, FloorDiv(KV, 2) * 2 + S0), 0)),
     DeviceCase("whole axis", DOCS(B, sympy.Abs(Q - KV)) < 3),
     DeviceCase("pairs", sympy.Ne(PAIRS(FloorDiv(Q, 16), FloorDiv(KV, 16)), 0), 64, 80),
-    DeviceCase("arithmetic", DOCS(B, KV) * 3 - Q < WINDOWS(H)),
+    DeviceCase("arithmetic", DOCS(B, KV) * 3 - Q < WINDOWS(H), span=8),
     DeviceCase("all at once", (CAUSAL & DOCUMENTS & (Q - KV < WINDOWS(H))) | (KV < 9)),
-    DeviceCase("residues", on_grid(0, 1, 8), 70, 80, residues(8, 4), residues(8, 4)),
-    DeviceCase("causal residues", CAUSAL & on_grid(0, 1, 8), 64, 50, *(residues(8, 4),) * 2),
+    DeviceCase("residues", on_grid(0, 1, 8), 60, 70, residues(8, 4), residues(8, 4), span=8),
+    DeviceCase("causal residues", CAUSAL & on_grid(0, 1, 8), 33, 30, *(residues(8, 4),) * 2),
     DeviceCase(
         *("columns", CAUSAL & (FloorMod(KV, 16) >= 12), 60, 100, natural(8)),
         Order((2, 4), (16,), (0, 1), ((12, 16),)),
@@ -123,7 +123,7 @@ CASES = [
     DeviceCase("tiles", on_grid(2, 8) & on_grid(2, 1, 8), 100, 64, TILES, TILES),
     DeviceCase("boxes", on_grid(1, 32) & on_grid(1, 8, 4) & on_grid(3, 1, 8), 70, 64, BOXES, BOXES),
     DeviceCase(
-        "documents of residues", DOCUMENTS & on_grid(0, 1, 4), 40, 40, *(residues(4, 4),) * 2
+        "documents of residues", DOCUMENTS & on_grid(0, 1, 4), 30, 30, *(residues(4, 4),) * 2
     ),
 ]
 
