@@ -136,7 +136,8 @@ def forget_layouts(views: bool = True, mask: bool = False) -> None:
     """
     kept = (*(() if mask else _OF_THE_MASK), *(() if views else _PLANNING))
     for name, module in list(sys.modules.items()):
-        if not name.startswith(_PACKAGES):
+        # Kernels that list blocks stay compiled, as those of the attention do.
+        if not name.startswith(_PACKAGES) or name.startswith("sparse_compile.layout.device"):
             continue
         for attribute, value in vars(module).items():
             if hasattr(value, "cache_clear") and attribute not in kept:

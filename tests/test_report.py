@@ -241,14 +241,31 @@ def test_looks_through_a_compiled_model() -> None:
 def test_says_so_when_nothing_is_skipped() -> None:
     model = Attend()
 
+    def spread(x: Tensor) -> Tensor:
+        i = torch.arange(x.shape[1])
+        q, kv = i[:, None], i[None]
+        return model(x, (q * q * 7 + kv * kv * 13 + q * kv) % 1009 < 300)
+
+    (site,) = explain(spread, example()).sites
+    assert site.density == pytest.approx(0.3, abs=0.03)
+    assert site.block_density == 1.0
+    assert "nothing is skipped" in site.hint
+
+
+def test_says_in_which_views_and_why() -> None:
+    model = Attend()
+
     def strided(x: Tensor) -> Tensor:
         i = torch.arange(x.shape[1])
         return model(x, (i[:, None] - i[None]) % 8 == 0)
 
     (site,) = explain(strided, example()).sites
     assert site.density == pytest.approx(1 / 8)
-    assert site.block_density == 1.0
-    assert "nothing is skipped" in site.hint
+    assert site.views
+    assert "instead of" in site.cost
+    assert site.block_density is not None
+    assert site.block_density < 0.5
+    assert f"views       {site.views[0]}" in str(explain(strided, example()))
 
 
 def test_where() -> None:

@@ -140,38 +140,58 @@ def forward(
         arguments.operand(k, tile),
         arguments.operand(v, tile),
     )
-    described = kernels.described[tile]["kv"]
     mask_data = arguments.mask_arguments(kernels, tables, sizes, n_q, n_kv)
-    strides, subtiles = out.stride()[:3], spec.block_q // tile.m
     works = layout.schedules("q", batch * q_heads, workers_of(q.device), q.device)
+    call = _Forward(kernels, layout, (q, k, v), (out, lse), scale, group, mask_data)
     with _current(q.device):
         for section, work in enumerate(works):
-            part_out, part_lse = (
-                arguments.parts(work, subtiles, batch * q_heads, tile.m, width, lse)
-                for width in (padded(v.shape[-1]), 1)
-            )
-            kernels.module.forward[arguments.grid(work, subtiles, batch * q_heads)](
-                *(q, k, v, out, lse, part_out, part_lse),
-                *arguments.strides(q, k, v),
-                *strides,
-                *(work.items, work.items.shape[0], work.heavy, q_heads, batch, n_q, n_kv, scale),
-                *arguments.lists(kernels, layout, "q", section),
-                *arguments.descriptors(described, spec.sections("q")[section], (k, v)),
-                *mask_data,
-                SECTION=section,
-                GROUP=group,
-                **arguments.options(tile),
-            )
-            if work.slots:
-                grid = arguments.merge_grid(work, subtiles, batch, q_heads)
-                kernels.module.merge_forward[grid](
-                    *(part_out, part_lse, out, lse, work.merges),
-                    *strides,
-                    n_q,
-                    *arguments.bases(kernels, layout, spec.sections("q")[section]),
-                    SECTION=section,
-                )
+            call.run(section, work)
     return out, lse
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """A forward call: what the launches of its sections share."""
+
+    kernels: Kernels
+    layout: Layout
+    operands: tuple[Tensor, Tensor, Tensor]
+    results: tuple[Tensor, Tensor]
+    scale: float
+    group: int
+    mask_data: list[Any]
+
+    def run(self, section: int, work: Schedule) -> None:
+        """Launch one section, and merge the parts of its split lines."""
+        (q, k, v), (out, lse), kernels = self.operands, self.results, self.kernels
+        attention, tile = kernels.spec.attention, kernels.tiles.forward
+        (batch, heads, n_q, _), n_kv = q.shape, k.shape[2]
+        own, described = attention.sections("q")[section], kernels.described[tile]["kv"]
+        strides, subtiles, members = out.stride()[:3], attention.block_q // tile.m, batch * heads
+        parts = [
+            arguments.parts(work, subtiles, members, tile.m, width, lse)
+            for width in (padded(v.shape[-1]), 1)
+        ]
+        kernels.module.forward[arguments.grid(work, subtiles, members)](
+            *(q, k, v, out, lse, *parts),
+            *arguments.strides(q, k, v),
+            *strides,
+            *(work.items, work.items.shape[0], work.heavy, heads, batch, n_q, n_kv, self.scale),
+            *arguments.lists(kernels, self.layout, "q", section),
+            *arguments.descriptors(described, own, (k, v)),
+            *self.mask_data,
+            SECTION=section,
+            GROUP=self.group,
+            **arguments.options(tile),
+        )
+        if work.slots:
+            kernels.module.merge_forward[arguments.merge_grid(work, subtiles, batch, heads)](
+                *(*parts, out, lse, work.merges),
+                *strides,
+                n_q,
+                *arguments.bases(kernels, self.layout, own),
+                SECTION=section,
+            )
 
 
 def backward(

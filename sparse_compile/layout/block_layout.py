@@ -43,6 +43,11 @@ class BlockLists:
         """``(start, counts, index)``."""
         return self.start, self.counts, self.index
 
+    def to(self, device: torch.device | str) -> BlockLists:
+        """The same lists on another device."""
+        start, counts, index = (t.to(device) for t in self.tensors())
+        return BlockLists(start, counts, index, self.room)
+
     def entries(self, c: int) -> tuple[Tensor, Tensor, Tensor]:
         """``(line, block, kind)`` of every visited block of class ``c``, int64 [visited] each.
 
@@ -152,8 +157,7 @@ class BlockLayout:
 
     def to(self, device: torch.device | str) -> BlockLayout:
         """The same layout on another device."""
-        rows = BlockLists(*(t.to(device) for t in self.rows.tensors()))
-        cols = BlockLists(*(t.to(device) for t in self.cols.tensors()))
+        rows, cols = (lists.to(device) for lists in (self.rows, self.cols))
         return replace(self, rows=rows, columns=cols)
 
     def pack(self) -> Tensor:

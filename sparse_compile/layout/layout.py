@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from sparse_compile.expr import MaskExpr
 from sparse_compile.layout import superset
-from sparse_compile.layout.block_layout import BlockLayout, BlockLists
+from sparse_compile.layout.block_layout import BlockLayout
 from sparse_compile.layout.build import build_layout
 from sparse_compile.layout.candidates import candidates
 from sparse_compile.layout.density import mask_pairs
 from sparse_compile.layout.schedule import Schedule, make_schedule
 from sparse_compile.layout.superset import Problem
+from sparse_compile.layout.trusted import counted_rooms, device_layout
 from sparse_compile.spec import AttentionSpec
 
 
@@ -207,7 +207,7 @@ def build_views(
         mask, lengths = spec.part_mask(part), (n_q, n_kv)
         problem = Problem.of(mask, sizes, batch, heads, lengths, (part.q, part.kv))
         if device.type == "cuda" and (counted or not is_listed(problem)):
-            views.append(_counted_on_device(problem, mask, tables, device))
+            views.append(device_layout(problem, mask, tables, device))
             continue
         views.append(
             build_layout(
@@ -231,42 +231,6 @@ def is_listed(problem: Problem) -> bool:
     return not problem.is_static and superset.is_narrow(problem)
 
 
-def _counted_on_device(
-    problem: Problem, mask: MaskExpr, tables: Sequence[Tensor], device: torch.device
-) -> BlockLayout:
-    from sparse_compile.layout.device.build import DeviceProblem  # needs triton
-
-    made = DeviceProblem.of(
-        mask,
-        batch=problem.batches,
-        heads=problem.heads,
-        n_q=problem.n_q,
-        n_kv=problem.n_kv,
-        q=problem.q,
-        kv=problem.kv,
-        tables=tables,
-        sizes=problem.sizes,
-        device=device,
-    )
-    return BlockLayout(
-        problem.n_q,
-        problem.n_kv,
-        problem.q,
-        problem.kv,
-        problem.batches,
-        problem.heads,
-        _with_room(made.rows().lists),
-        lambda: _with_room(made.cols().lists),
-    )
-
-
-def _with_room(lists: BlockLists) -> BlockLists:
-    """Lists whose rooms the host knows."""
-    if lists.room is not None:
-        return replace(lists, room=lists.room.long())
-    return replace(lists, room=lists.start.cpu().long().diff())
-
-
 def unpack(
     spec: AttentionSpec,
     packed: Sequence[Tensor],
@@ -284,7 +248,9 @@ def unpack(
     for part, vector in zip(spec.parts, packed, strict=True):
         blocks = part.q, part.kv
         problem = Problem.of(spec.part_mask(part), sizes, batch, heads, (n_q, n_kv), blocks)
-        views.append(BlockLayout.unpack(vector, n_q, n_kv, *blocks, problem.batches, problem.heads))
+        view = BlockLayout.unpack(vector, n_q, n_kv, *blocks, problem.batches, problem.heads)
+        known = not vector.is_cuda or is_listed(problem)
+        views.append(view if known else counted_rooms(view))
     return Layout(spec, tuple(views), batch, heads, tuple(tables), sizes)
 
 

@@ -11,7 +11,7 @@ import sympy
 from sparse_compile.expr.nodes import KV, FloorDiv, Q
 from sparse_compile.patterns.base import Pattern, Tables
 from sparse_compile.patterns.checks import bad, blocks, store, whole
-from sparse_compile.patterns.random_ import chosen, draw
+from sparse_compile.patterns.random_ import chosen, draw, drawn
 
 
 @dataclass(frozen=True, repr=False)
@@ -100,12 +100,14 @@ class BigBird(Pattern):
         return [*before, *after]
 
     def _table(self, device: Any, n_q: int, n_kv: int, batch: int, heads: int) -> Any:
-        import torch
+        return drawn(self, str(device), n_q, n_kv, 1)[0]
 
+    def draws(self, n_q: int, n_kv: int, heads: int) -> list[Any]:
+        """For each head and row of blocks, the blocks of keys."""
         rng, columns = random.Random(self.seed), blocks(n_kv, self.block)
         # Global rows see everything, so what they choose is of no matter.
         choice = [[0] * self.random for _ in range(min(self.global_, blocks(n_q, self.block)))]
         choice += [
             draw(rng, self._free(row, columns), self.random) for row in self._local_rows(n_q)
         ]
-        return torch.tensor(choice, dtype=torch.int32, device=device)
+        return [choice] * heads

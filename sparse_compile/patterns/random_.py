@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -61,17 +62,23 @@ class Random(Pattern):
         return chosen(lambda slot: lookup(*head, FloorDiv(Q, self.block), slot), self)
 
     def _table(self, device: Any, n_q: int, n_kv: int, batch: int, heads: int) -> Any:
-        import torch
+        table = drawn(self, str(device), n_q, n_kv, heads if self.per_head else 1)
+        return table if self.per_head else table[0]
 
+    def draws(self, n_q: int, n_kv: int, heads: int) -> list[Any]:
+        """For each head and row of blocks, the blocks of keys."""
         rng = random.Random(self.seed)
         every = range(blocks(n_kv, self.block))
         rows = range(blocks(n_q, self.block))
-        choice = [
-            [draw(rng, every, self.random) for _ in rows]
-            for _ in range(heads if self.per_head else 1)
-        ]
-        table = torch.tensor(choice, dtype=torch.int32, device=device)
-        return table if self.per_head else table[0]
+        return [[draw(rng, every, self.random) for _ in rows] for _ in range(heads)]
+
+
+@functools.lru_cache(maxsize=64)
+def drawn(pattern: Any, device: str, n_q: int, n_kv: int, heads: int) -> Any:
+    """``pattern.draws(...)`` as an int32 tensor, made once: whoever reads it must not change it."""
+    import torch
+
+    return torch.tensor(pattern.draws(n_q, n_kv, heads), dtype=torch.int32, device=device)
 
 
 def draw(rng: random.Random, among: Sequence[int], count: int) -> list[int]:

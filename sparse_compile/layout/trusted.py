@@ -1,0 +1,126 @@
+"""Whether generated kernels list the blocks that the CPU lists: tried once, on a small problem.
+
+A layout with a wrong block gives wrong results that look right, and compilers have bugs: on one GPU
+a mask of the form ``|x| <= 0`` was classified wrongly by kernels that are right in Triton's
+interpreter. So before the kernels of a mask are trusted on a device, their lists are compared with
+those of the CPU; where they differ, the CPU makes the layouts of that mask.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_compile.expr import MaskExpr
+from sparse_compile.layout.block_layout import BlockLayout, BlockLists
+from sparse_compile.layout.counted import counted_layout
+from sparse_compile.layout.superset import Problem, static_layout
+from sparse_compile.view import Order
+
+#: Tried with about so many blocks a side, the last one ragged, and so many batch entries and heads.
+_BLOCKS, _MEMBERS = 40, 2
+
+_TRUSTED: dict[tuple[Any, ...], bool] = {}
+
+
+def device_layout(
+    problem: Problem, mask: MaskExpr, tables: Sequence[Tensor], device: torch.device
+) -> BlockLayout:
+    """The layout of a problem, by kernels on its device if they are right, else by the CPU.
+
+    The host waits for the number of blocks, and knows the room of every line.
+    """
+    key = problem.text, problem.q, problem.kv, problem.sizes, device
+    if key not in _TRUSTED:
+        _TRUSTED[key] = _agrees(problem, mask, tables, device)
+        if not _TRUSTED[key]:
+            warnings.warn(
+                f"sparse_compile: on {device} the generated kernels do not list the blocks of "
+                f"{mask} rightly, so the CPU lists them. Report this as a bug.",
+                stacklevel=2,
+            )
+    if _TRUSTED[key]:
+        return _by_kernels(problem, mask, tables, device)
+    return counted_rooms(_by_cpu(problem, tables).to(device))
+
+
+def _agrees(
+    problem: Problem, mask: MaskExpr, tables: Sequence[Tensor], device: torch.device
+) -> bool:
+    small = replace(
+        problem,
+        n_q=_small(problem.q, problem.n_q),
+        n_kv=_small(problem.kv, problem.n_kv),
+        batches=min(problem.batches, _MEMBERS),
+        heads=min(problem.heads, _MEMBERS),
+    )
+    found, wanted = _by_kernels(small, mask, tables, device), _by_cpu(small, tables)
+    return all(
+        torch.equal(mine.cpu(), its)
+        for c in range(small.classes)
+        for lists, expected in ((found.rows, wanted.rows), (found.cols, wanted.cols))
+        for mine, its in zip(lists.entries(c), expected.entries(c), strict=True)
+    )
+
+
+def _small(order: Order, n: int) -> int:
+    """A length of two and a half boxes along the first digit, or of 40 blocks if that is more."""
+    tokens = max(5 * order.box[0] * order.strides[0] // 2, _BLOCKS * order.block)
+    return min(n, tokens - 3)
+
+
+def _by_kernels(
+    problem: Problem, mask: MaskExpr, tables: Sequence[Tensor], device: torch.device
+) -> BlockLayout:
+    from sparse_compile.layout.device.build import DeviceProblem  # needs triton
+
+    made = DeviceProblem.of(
+        mask,
+        batch=problem.batches,
+        heads=problem.heads,
+        n_q=problem.n_q,
+        n_kv=problem.n_kv,
+        q=problem.q,
+        kv=problem.kv,
+        tables=tables,
+        sizes=problem.sizes,
+        device=device,
+    )
+    return BlockLayout(
+        problem.n_q,
+        problem.n_kv,
+        problem.q,
+        problem.kv,
+        problem.batches,
+        problem.heads,
+        with_room(made.rows().lists),
+        lambda: with_room(made.cols().lists),
+    )
+
+
+def _by_cpu(problem: Problem, tables: Sequence[Tensor]) -> BlockLayout:
+    if problem.is_static:
+        return static_layout(problem, torch.device("cpu"))
+    return counted_layout(problem, [table.cpu() for table in tables])
+
+
+def counted_rooms(layout: BlockLayout) -> BlockLayout:
+    """A layout whose rooms the host knows; it waits for the device where it does not."""
+    columns = layout.columns
+    return replace(
+        layout,
+        rows=with_room(layout.rows),
+        columns=lambda: with_room(columns if isinstance(columns, BlockLists) else columns()),
+    )
+
+
+def with_room(lists: BlockLists) -> BlockLists:
+    """Lists whose rooms the host knows."""
+    if lists.room is not None:
+        return replace(lists, room=lists.room.long())
+    return replace(lists, room=lists.start.cpu().long().diff())
