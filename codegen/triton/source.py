@@ -21,7 +21,7 @@ from sparse_compile.codegen.triton.sections import (
     statistic_parameters,
     title,
 )
-from sparse_compile.codegen.triton.text import backward, common, forward, merge
+from sparse_compile.codegen.triton.text import backward, common, forward, loops, merge
 from sparse_compile.codegen.triton.tiles import Tile, padded, tiles_for
 from sparse_compile.expr import KV, MaskExpr, Q, table_index
 from sparse_compile.spec import KernelSpec
@@ -39,7 +39,8 @@ class _Kernel:
     """One of the three kernels that loop over blocks.
 
     Attributes:
-        text, section, view, merge: its templates.
+        text, section, partial, full, merge: its templates; what it does with a PARTIAL and with a
+            FULL block.
         lines: side of the tile that a program holds; it loops over the other side.
         heads: parameter that counts the heads of the lines.
         operands: what the loop reads.
@@ -47,7 +48,8 @@ class _Kernel:
 
     text: str
     section: str
-    view: str
+    partial: str
+    full: str
     merge: str
     lines: str
     heads: str
@@ -60,12 +62,20 @@ class _Kernel:
 
 
 _FORWARD = _Kernel(
-    forward.KERNEL, forward.SECTION, forward.VIEW, forward.MERGE, "q", "q_heads", OVER_KEYS
+    text=forward.KERNEL,
+    section=forward.SECTION,
+    partial=forward.PARTIAL,
+    full=forward.FULL,
+    merge=forward.MERGE,
+    lines="q",
+    heads="q_heads",
+    operands=OVER_KEYS,
 )
 _QUERY = _Kernel(
     text=backward.QUERY,
     section=backward.QUERY_SECTION,
-    view=backward.QUERY_VIEW,
+    partial=backward.QUERY_PARTIAL,
+    full=backward.QUERY_FULL,
     merge=backward.QUERY_MERGE,
     lines="q",
     heads="q_heads",
@@ -74,7 +84,8 @@ _QUERY = _Kernel(
 _KEY_VALUE = _Kernel(
     text=backward.KEY_VALUE,
     section=backward.KEY_VALUE_SECTION,
-    view=backward.KEY_VALUE_VIEW,
+    partial=backward.KEY_VALUE_PARTIAL,
+    full=backward.KEY_VALUE_FULL,
     merge=backward.KEY_VALUE_MERGE,
     lines="kv",
     heads="kv_heads",
@@ -265,14 +276,18 @@ def _view(kernel: _Kernel, spec: KernelSpec, tile: Tile, mask: Printed, number: 
     for operand in kernel.operands:
         holes[f"LOAD_{operand.name}"] = operand.load(blocks, checked=False)
         holes[f"LOAD_{operand.name}_CHECKED"] = operand.load(blocks, checked=True)
+    holes |= {
+        "INSIDE": inside,
+        "MASKED": masked,
+        "PRECISION": ', input_precision="ieee"' if spec.dtype == "float32" else "",
+    }
     return fill(
-        kernel.view,
+        loops.VIEW,
         TITLE=title(view, number, len(spec.attention.parts)),
         BEFORE=list(mask.before),
         PARTIAL_RANGE=_partial_range(mask, tile),
-        INSIDE=inside,
-        MASKED=masked,
-        PRECISION=', input_precision="ieee"' if spec.dtype == "float32" else "",
+        PARTIAL_BODY=fill(kernel.partial, **holes).splitlines(),
+        FULL_BODY=fill(kernel.full, **holes).splitlines(),
         **holes,
     )
 

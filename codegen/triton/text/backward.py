@@ -61,46 +61,27 @@ else:
     store_part(PART_GRAD_Q, grad_q, slot, sub, h, b, q_heads, batch, SUBTILES)
 """
 
-QUERY_VIEW = """\
-# $TITLE
-member = (b % batches_$V) * heads_$V + h % heads_$V
-blocks, n_partial, full_blocks, n_full = line(
-    start_$V, counts_$V, index_$V, room_$V, lines_$V, member, number
-)
-$BEFORE
+QUERY_PARTIAL = """\
+key = $LOAD_K_CHECKED
+score = tl.dot(query, key.T$PRECISION)
+kv = $KV[None, :]
+$INSIDE
+$MASKED
+weight = tl.exp2(score * factor - lse[:, None])
+value = $LOAD_V_CHECKED
+grad_weight = tl.dot(grad_out, value.T$PRECISION)
+grad_score = weight * (grad_weight - delta[:, None])
+grad_q = tl.dot(grad_score.to(key.dtype), key, grad_q$PRECISION)
+"""
 
-# PARTIAL blocks: the mask decides entry by entry.
-begin, end = tl.maximum(lo, 0), tl.minimum(hi, n_partial)
-$PARTIAL_BEGIN
-for i in $PARTIAL_RANGE:
-    $STEP
-    $PARTIAL_NEXT
-    key = $LOAD_K_CHECKED
-    score = tl.dot(query, key.T$PRECISION)
-    kv = $KV[None, :]
-    $INSIDE
-    $MASKED
-    weight = tl.exp2(score * factor - lse[:, None])
-    value = $LOAD_V_CHECKED
-    grad_weight = tl.dot(grad_out, value.T$PRECISION)
-    grad_score = weight * (grad_weight - delta[:, None])
-    grad_q = tl.dot(grad_score.to(key.dtype), key, grad_q$PRECISION)
-lo, hi = lo - n_partial, hi - n_partial
-
-# FULL blocks: no mask, no bounds.
-begin, end = tl.maximum(lo, 0), tl.minimum(hi, n_full)
-$FULL_BEGIN
-for i in range(begin * STEPS, end * STEPS):
-    $STEP
-    $FULL_NEXT
-    key = $LOAD_K
-    score = tl.dot(query, key.T$PRECISION)
-    weight = tl.exp2(score * factor - lse[:, None])
-    value = $LOAD_V
-    grad_weight = tl.dot(grad_out, value.T$PRECISION)
-    grad_score = weight * (grad_weight - delta[:, None])
-    grad_q = tl.dot(grad_score.to(key.dtype), key, grad_q$PRECISION)
-lo, hi = lo - n_full, hi - n_full
+QUERY_FULL = """\
+key = $LOAD_K
+score = tl.dot(query, key.T$PRECISION)
+weight = tl.exp2(score * factor - lse[:, None])
+value = $LOAD_V
+grad_weight = tl.dot(grad_out, value.T$PRECISION)
+grad_score = weight * (grad_weight - delta[:, None])
+grad_q = tl.dot(grad_score.to(key.dtype), key, grad_q$PRECISION)
 """
 
 KEY_VALUE = '''\
@@ -163,52 +144,33 @@ else:
     store_part(PART_GRAD_V, grad_v, slot, sub, kv_head, b, kv_heads, batch, SUBTILES)
 """
 
-KEY_VALUE_VIEW = """\
-# $TITLE
-member = (b % batches_$V) * heads_$V + h % heads_$V
-blocks, n_partial, full_blocks, n_full = line(
-    start_$V, counts_$V, index_$V, room_$V, lines_$V, member, number
-)
-$BEFORE
+KEY_VALUE_PARTIAL = """\
+query = $LOAD_Q_CHECKED
+lse = $LOAD_LSE_CHECKED
+score = tl.dot(key, query.T$PRECISION)
+q = $KV[None, :]
+$INSIDE
+$MASKED
+weight = tl.exp2(score * factor - lse[None, :])
+grad_out = $LOAD_GRAD_OUT_CHECKED
+grad_v = tl.dot(weight.to(grad_out.dtype), grad_out, grad_v$PRECISION)
+delta = $LOAD_DELTA_CHECKED
+grad_weight = tl.dot(value, grad_out.T$PRECISION)
+grad_score = weight * (grad_weight - delta[None, :])
+grad_k = tl.dot(grad_score.to(query.dtype), query, grad_k$PRECISION)
+"""
 
-# PARTIAL blocks: the mask decides entry by entry.
-begin, end = tl.maximum(lo, 0), tl.minimum(hi, n_partial)
-$PARTIAL_BEGIN
-for i in $PARTIAL_RANGE:
-    $STEP
-    $PARTIAL_NEXT
-    query = $LOAD_Q_CHECKED
-    lse = $LOAD_LSE_CHECKED
-    score = tl.dot(key, query.T$PRECISION)
-    q = $KV[None, :]
-    $INSIDE
-    $MASKED
-    weight = tl.exp2(score * factor - lse[None, :])
-    grad_out = $LOAD_GRAD_OUT_CHECKED
-    grad_v = tl.dot(weight.to(grad_out.dtype), grad_out, grad_v$PRECISION)
-    delta = $LOAD_DELTA_CHECKED
-    grad_weight = tl.dot(value, grad_out.T$PRECISION)
-    grad_score = weight * (grad_weight - delta[None, :])
-    grad_k = tl.dot(grad_score.to(query.dtype), query, grad_k$PRECISION)
-lo, hi = lo - n_partial, hi - n_partial
-
-# FULL blocks: no mask, no bounds.
-begin, end = tl.maximum(lo, 0), tl.minimum(hi, n_full)
-$FULL_BEGIN
-for i in range(begin * STEPS, end * STEPS):
-    $STEP
-    $FULL_NEXT
-    query = $LOAD_Q
-    lse = $LOAD_LSE
-    score = tl.dot(key, query.T$PRECISION)
-    weight = tl.exp2(score * factor - lse[None, :])
-    grad_out = $LOAD_GRAD_OUT
-    grad_v = tl.dot(weight.to(grad_out.dtype), grad_out, grad_v$PRECISION)
-    delta = $LOAD_DELTA
-    grad_weight = tl.dot(value, grad_out.T$PRECISION)
-    grad_score = weight * (grad_weight - delta[None, :])
-    grad_k = tl.dot(grad_score.to(query.dtype), query, grad_k$PRECISION)
-lo, hi = lo - n_full, hi - n_full
+KEY_VALUE_FULL = """\
+query = $LOAD_Q
+lse = $LOAD_LSE
+score = tl.dot(key, query.T$PRECISION)
+weight = tl.exp2(score * factor - lse[None, :])
+grad_out = $LOAD_GRAD_OUT
+grad_v = tl.dot(weight.to(grad_out.dtype), grad_out, grad_v$PRECISION)
+delta = $LOAD_DELTA
+grad_weight = tl.dot(value, grad_out.T$PRECISION)
+grad_score = weight * (grad_weight - delta[None, :])
+grad_k = tl.dot(grad_score.to(query.dtype), query, grad_k$PRECISION)
 """
 
 QUERY_MERGE = """\

@@ -54,42 +54,23 @@ else:
 
 """
 
-VIEW = """\
-# $TITLE
-member = (b % batches_$V) * heads_$V + h % heads_$V
-blocks, n_partial, full_blocks, n_full = line(
-    start_$V, counts_$V, index_$V, room_$V, lines_$V, member, number
-)
-$BEFORE
+PARTIAL = """\
+key = $LOAD_K_CHECKED
+score = tl.dot(query, key.T$PRECISION)
+kv = $KV[None, :]
+$INSIDE
+$MASKED
+weight, shrink, peak, total = softmax_step(score, peak, total, factor, True)
+value = $LOAD_V_CHECKED
+out = tl.dot(weight.to(value.dtype), value, out * shrink[:, None]$PRECISION)
+"""
 
-# PARTIAL blocks: the mask decides entry by entry.
-begin, end = tl.maximum(lo, 0), tl.minimum(hi, n_partial)
-$PARTIAL_BEGIN
-for i in $PARTIAL_RANGE:
-    $STEP
-    $PARTIAL_NEXT
-    key = $LOAD_K_CHECKED
-    score = tl.dot(query, key.T$PRECISION)
-    kv = $KV[None, :]
-    $INSIDE
-    $MASKED
-    weight, shrink, peak, total = softmax_step(score, peak, total, factor, True)
-    value = $LOAD_V_CHECKED
-    out = tl.dot(weight.to(value.dtype), value, out * shrink[:, None]$PRECISION)
-lo, hi = lo - n_partial, hi - n_partial
-
-# FULL blocks: no mask, no bounds.
-begin, end = tl.maximum(lo, 0), tl.minimum(hi, n_full)
-$FULL_BEGIN
-for i in range(begin * STEPS, end * STEPS):
-    $STEP
-    $FULL_NEXT
-    key = $LOAD_K
-    score = tl.dot(query, key.T$PRECISION)
-    weight, shrink, peak, total = softmax_step(score, peak, total, factor, False)
-    value = $LOAD_V
-    out = tl.dot(weight.to(value.dtype), value, out * shrink[:, None]$PRECISION)
-lo, hi = lo - n_full, hi - n_full
+FULL = """\
+key = $LOAD_K
+score = tl.dot(query, key.T$PRECISION)
+weight, shrink, peak, total = softmax_step(score, peak, total, factor, False)
+value = $LOAD_V
+out = tl.dot(weight.to(value.dtype), value, out * shrink[:, None]$PRECISION)
 """
 
 MERGE = """\
