@@ -133,7 +133,8 @@ def forward(
     if not q.numel() or not k.numel():
         return out.zero_(), lse.fill_(float("-inf"))
     if not kernels.complete["q"]:
-        out.zero_(), lse.fill_(float("-inf"))
+        out.zero_()
+        lse.fill_(float("-inf"))
     sign, scale = _positive(scale)
     q, k, v = (
         arguments.operand(q if sign == 1 else q * sign, tile),
