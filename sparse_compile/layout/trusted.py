@@ -22,8 +22,9 @@ from sparse_compile.layout.counted import counted_layout
 from sparse_compile.layout.superset import Problem, static_layout
 from sparse_compile.view import Order
 
-#: Tried with about so many blocks a side, the last one ragged, and so many batch entries and heads.
-_BLOCKS, _MEMBERS = 40, 2
+#: Tried with at most so many blocks a side, the last one ragged: more than two spans of the kernels;
+#: and with so many batch entries and heads.
+_BLOCKS, _MEMBERS = 300, 2
 
 _TRUSTED: dict[tuple[Any, ...], bool] = {}
 
@@ -69,7 +70,7 @@ def _agrees(
 
 
 def _small(order: Order, n: int) -> int:
-    """A length of two and a half boxes along the first digit, or of 40 blocks if that is more."""
+    """A length of two and a half boxes along the first digit, or of _BLOCKS blocks if longer."""
     tokens = max(5 * order.box[0] * order.strides[0] // 2, _BLOCKS * order.block)
     return min(n, tokens - 3)
 
