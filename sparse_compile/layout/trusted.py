@@ -22,8 +22,8 @@ from sparse_compile.layout.counted import counted_layout
 from sparse_compile.layout.superset import Problem, static_layout
 from sparse_compile.view import Order
 
-#: Tried with at most so many blocks a side, the last one ragged: more than two spans of the kernels;
-#: and with so many batch entries and heads.
+#: Tried with at most so many blocks a side, the last one ragged (more than two spans of the
+#: kernels), and with so many batch entries and heads.
 _BLOCKS, _MEMBERS = 300, 2
 
 _TRUSTED: dict[tuple[Any, ...], bool] = {}
