@@ -59,7 +59,8 @@ class BlockLists:
         place = torch.arange(line.numel(), device=line.device) - start[line]
         used = place < (partial + full)[line]
         kind = torch.where(place < partial[line], PARTIAL, FULL)
-        return line[used], self.index[c].long()[used], kind[used]
+        # A packed list may have more room than its lines.
+        return line[used], self.index[c, : line.numel()].long()[used], kind[used]
 
 
 @dataclass(frozen=True)
