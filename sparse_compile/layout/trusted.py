@@ -1,9 +1,10 @@
 """Whether generated kernels list the blocks that the CPU lists: tried once, on a small problem.
 
-A layout with a wrong block gives wrong results that look right, and compilers have bugs: on one GPU
-a mask of the form ``|x| <= 0`` was classified wrongly by kernels that are right in Triton's
-interpreter. So before the kernels of a mask are trusted on a device, their lists are compared with
-those of the CPU; where they differ, the CPU makes the layouts of that mask.
+A layout with a wrong block gives wrong results that look right. On an H200 the lists of one mask,
+of the form ``|x| <= 0``, differed from those of the CPU, though the same kernels agree with the
+CPU in Triton's interpreter; which side is wrong there, and why, is not known. So before the
+kernels of a mask are trusted on a device, their lists are compared with those of the CPU; where
+they differ, the CPU makes the layouts of that mask.
 """
 
 from __future__ import annotations

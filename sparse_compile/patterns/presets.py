@@ -1,5 +1,8 @@
 """The patterns of published models, with their published settings.
 
+The head splits of BlockBERT and the lengths given for the Sparse Transformer were not checked
+against the papers.
+
 >>> from sparse_compile import patterns as P
 >>> P.presets.longformer_base_4096()
 Longformer(512)
