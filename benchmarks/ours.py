@@ -149,7 +149,7 @@ def cold_call(p: Problem) -> Callable[[], Any]:
     from sparse_compile.codegen.triton import executor
 
     _, heads, n, dim = p.inputs[0].shape
-    spec = spec_of(p.pattern, n, p.device)
+    spec = spec_of(p.pattern, n, heads, p.device)
     tables = p.pattern.bound().tables(p.device, n, n, 1, heads)
 
     def run() -> Any:

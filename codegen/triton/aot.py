@@ -17,7 +17,7 @@ from sparse_compile.spec import KernelSpec
 
 _SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _FLOATS = ("LSE", "GRAD_LSE", "STATISTICS", "PART")
-_LISTS = ("start_", "counts_", "index_", "q_bases_", "kv_bases_")
+_LISTS = ("start_", "counts_", "index_")
 _TABLES = {"bool": "*i1", "int32": "*i32", "int64": "*i64"}
 
 

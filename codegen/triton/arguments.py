@@ -39,7 +39,7 @@ def strides(*tensors: Tensor) -> list[int]:
 
 
 def lists(kernels: Kernels, layout: Layout, axis: str, section: int) -> list[Any]:
-    """For each view start, counts, index, room, lines, batches and heads; then the bases.
+    """For each view start, counts, index, room, lines, batches and heads.
 
     None for the views of other sections: every argument costs time at each launch.
     """
@@ -52,24 +52,7 @@ def lists(kernels: Kernels, layout: Layout, axis: str, section: int) -> list[Any
             arguments += [*side.tensors(), side.index.shape[1], lines, view.batches, view.heads]
         else:
             arguments += [None] * 7
-    return arguments + bases(kernels, layout, own)
-
-
-def bases(kernels: Kernels, layout: Layout, own: Sequence[int]) -> list[Tensor | None]:
-    """The first token of each block, for orders of the views ``own`` that are not natural."""
-    device = layout.views[0].rows.start.device
-    return [
-        _base_table(order, layout.n_q if axis == "q" else layout.n_kv, device)
-        if number in own
-        else None
-        for axis, number, order in kernels.bases
-    ]
-
-
-@functools.lru_cache(maxsize=64)
-def _base_table(order: Order, n: int, device: torch.device) -> Tensor:
-    table: Tensor = order.base(torch.arange(order.blocks(n), device=device), n)
-    return table.to(torch.int32)
+    return arguments
 
 
 def ordered(kernels: Kernels, statistics: dict[int, Tensor], own: Sequence[int]) -> list[Any]:

@@ -18,7 +18,6 @@ from sparse_compile.codegen.triton.predicate import COORDINATE_BITS
 from sparse_compile.codegen.triton.sections import (
     Described,
     described_views,
-    ordered_bases,
     sections_of,
 )
 from sparse_compile.codegen.triton.source import direct_lookups, kernel_source, table_ranks
@@ -26,7 +25,6 @@ from sparse_compile.codegen.triton.tiles import Tile, Tiles, padded, tiles_for
 from sparse_compile.errors import BadShape, UnsupportedDtype
 from sparse_compile.layout import Layout, Schedule
 from sparse_compile.spec import AttentionSpec, KernelSpec
-from sparse_compile.view import Order
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _LIMIT = 1 << COORDINATE_BITS
@@ -44,7 +42,6 @@ class Kernels:
     direct: tuple[tuple[int, int, str], ...]
     spec: KernelSpec
     complete: dict[str, bool]
-    bases: tuple[tuple[str, int, Order], ...]
     described: dict[Tile, dict[str, tuple[Described, ...]]]
 
 
@@ -63,8 +60,7 @@ def kernels_of(spec: KernelSpec) -> Kernels:
         tile: {axis: described_views(spec, axis, tile) for axis in ("q", "kv")}
         for tile in (tiles.forward, tiles.backward_query, tiles.backward_key_value)
     }
-    bases = ordered_bases(spec.attention)
-    return Kernels(module, tiles, ranks, direct, spec, complete, bases, described)
+    return Kernels(module, tiles, ranks, direct, spec, complete, described)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -190,7 +186,6 @@ class _Forward:
                 *(*parts, out, lse, work.merges),
                 *strides,
                 n_q,
-                *arguments.bases(kernels, self.layout, own),
                 SECTION=section,
             )
 
@@ -335,7 +330,7 @@ class _Backward:
         batch, heads, n, width = grad.shape
         kernel = getattr(self.kernels.module, f"merge_{what}")
         kernel[arguments.merge_grid(work, subtiles, batch, heads)](
-            *(part, grad, work.merges, n, *arguments.bases(self.kernels, self.layout, own)),
+            *(part, grad, work.merges, n),
             SECTION=section,
             DIM=width,
             PAD=padded(width),

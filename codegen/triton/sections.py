@@ -42,19 +42,12 @@ def sections_of(spec: AttentionSpec, axis: str) -> tuple[Section, ...]:
     return tuple(sections)
 
 
-def list_parameters(spec: AttentionSpec, axis: str) -> list[str]:
+def list_parameters(spec: AttentionSpec) -> list[str]:
     """Parameters that carry the lists of each view, one line of the signature each."""
-    lines = [
+    return [
         f"start_{v}, counts_{v}, index_{v}, room_{v}, lines_{v}, batches_{v}, heads_{v},"
         for v in range(len(spec.parts))
     ]
-    return lines + base_parameters(spec)
-
-
-def base_parameters(spec: AttentionSpec) -> list[str]:
-    """Parameters that hold the first token of each block, for orders that are not natural."""
-    names = [f"{axis}_bases_{number}" for axis, number, _ in ordered_bases(spec)]
-    return [", ".join(names) + ","] if names else []
 
 
 def statistic_parameters(spec: AttentionSpec) -> list[str]:
@@ -66,13 +59,47 @@ def statistic_parameters(spec: AttentionSpec) -> list[str]:
     ]
 
 
-def ordered_bases(spec: AttentionSpec) -> tuple[tuple[str, int, Order], ...]:
-    """Side, view and order of each of :func:`base_parameters`."""
-    return tuple(
-        (axis, number, order)
+def first_token_functions(spec: AttentionSpec) -> list[str]:
+    """Functions ``first_{q|kv}_{view}`` that find the first token of a block of an order."""
+    return [
+        first_token_function(f"first_{axis}_{number}", order)
         for number, view in enumerate(spec.parts)
         for axis, order in (("q", view.q), ("kv", view.kv))
         if not order.is_natural
+    ]
+
+
+def first_token_function(name: str, order: Order) -> str:
+    '''Source of :meth:`Order.base`, as a function of the block and the number of tokens.
+
+    >>> print(first_token_function("first_q_1", Order((64, 1), (128,), (1, 0))))
+    @triton.jit
+    def first_q_1(block, n):
+        """The first token of a block, of boxes of 64 x 1 over radix 128."""
+        count = (n + 8191) // 8192
+        return block % count * 8192 + block // count
+    <BLANKLINE>
+    '''
+    slowest, counts = order.nesting[0], ["count", *map(str, order.counts(1)[1:])]
+    starts = [0, *(low for low, _ in order.windows)]
+    block, terms = "block", []
+    for k in reversed(order.nesting):
+        step, start = order.box[k] * order.strides[k], starts[k] * order.strides[k]
+        place = block if k == slowest else f"{block} % {counts[k]}"
+        if k == slowest or counts[k] != "1":
+            terms.append(place if step == 1 else f"{place} * {step}")
+        terms += [str(start)] * (start > 0)
+        block = block if counts[k] == "1" else f"{block} // {counts[k]}"
+    unit = order.box[0] * order.strides[0]
+    return "\n".join(
+        [
+            "@triton.jit",
+            f"def {name}(block, n):",
+            f'    """The first token of a block, of {order}."""',
+            *([] if slowest == 0 else [f"    count = (n + {unit - 1}) // {unit}"]),
+            f"    return {' + '.join(terms)}",
+            "",
+        ]
     )
 
 
@@ -115,7 +142,7 @@ class Lines:
         place = f"tl.arange(0, {tile})"
         if self.tile < order.block:
             place = f"sub * {tile} + {place}"
-        first = f"tl.load({self.axis}_bases_{self.section.views[0]} + number)"
+        first = f"first_{self.axis}_{self.section.views[0]}(number, n_{self.axis})"
         return {"FIRST": first, "ROW": offset_text(order, place), "WIDE": ".to(tl.int64)"}
 
 
@@ -129,6 +156,7 @@ class Blocks:
         axis: side of the blocks, ``"q"`` or ``"kv"``.
         tile: tokens of a tile.
         described: whether tiles are loaded by tensor descriptors.
+        is_first: whether the view is the first of its section.
     """
 
     number: int
@@ -136,6 +164,7 @@ class Blocks:
     axis: str
     tile: int
     described: bool
+    is_first: bool
 
     @property
     def row(self) -> str:
@@ -169,12 +198,11 @@ class Blocks:
     def holes(self) -> dict[str, str | list[str]]:
         """Where blocks begin, the tile of a step, and its tokens."""
         holes: dict[str, str | list[str]] = {"V": str(self.number)}
-        for kind, blocks, count in (
-            ("PARTIAL", "blocks", "n_partial"),
-            ("FULL", "full_blocks", "n_full"),
-        ):
-            for when, place in (("BEGIN", "begin"), ("NEXT", "(i + 1) // STEPS")):
-                holes[f"{kind}_{when}"] = self._base(f"block_at({blocks}, {place}, {count})")
+        for kind, blocks in (("partial", "blocks"), ("full", "full_blocks")):
+            entry = f"block_at({blocks}_{self.number}, %s, n_{kind}_{self.number})"
+            begin = f"{kind}_{self.number}" if self.is_first else entry % "begin"
+            holes[f"{kind.upper()}_BEGIN"] = self._base(begin)
+            holes[f"{kind.upper()}_NEXT"] = self._base(entry % "(i + 1) // STEPS")
         first = f"{self.axis}0"
         if self.order.is_natural:
             holes["STEP"] = [f"{first} = base + i % STEPS * {self._name}"]
@@ -193,8 +221,7 @@ class Blocks:
     def _base(self, block: str) -> list[str]:
         if self.order.is_natural:
             return [f"base = {block} * {self.order.block}"]
-        bases = f"{self.axis}_bases_{self.number}"
-        return [f"block = {block}", f"base = tl.load({bases} + block)"]
+        return [f"block = {block}", f"base = first_{self.axis}_{self.number}(block, n_{self.axis})"]
 
 
 def title(view: View, number: int, of: int) -> str:

@@ -13,9 +13,9 @@ from sparse_compile.codegen.triton.sections import (
     Blocks,
     Lines,
     Section,
-    base_parameters,
     described_views,
     descriptors_usable,
+    first_token_functions,
     list_parameters,
     sections_of,
     statistic_parameters,
@@ -39,8 +39,9 @@ class _Kernel:
     """One of the three kernels that loop over blocks.
 
     Attributes:
-        text, section, partial, full, merge: its templates; what it does with a PARTIAL and with a
-            FULL block.
+        text, section, partial, full: its templates; what it does with a PARTIAL and with a FULL
+            block.
+        start: what the first section and later ones accumulate from.
         lines: side of the tile that a program holds; it loops over the other side.
         heads: parameter that counts the heads of the lines.
         operands: what the loop reads.
@@ -50,7 +51,7 @@ class _Kernel:
     section: str
     partial: str
     full: str
-    merge: str
+    start: tuple[str, str]
     lines: str
     heads: str
     operands: tuple[Operand | Statistic, ...]
@@ -66,7 +67,7 @@ _FORWARD = _Kernel(
     section=forward.SECTION,
     partial=forward.PARTIAL,
     full=forward.FULL,
-    merge=forward.MERGE,
+    start=(forward.START, forward.CONTINUE),
     lines="q",
     heads="q_heads",
     operands=OVER_KEYS,
@@ -76,7 +77,7 @@ _QUERY = _Kernel(
     section=backward.QUERY_SECTION,
     partial=backward.QUERY_PARTIAL,
     full=backward.QUERY_FULL,
-    merge=backward.QUERY_MERGE,
+    start=(backward.QUERY_START, backward.QUERY_CONTINUE),
     lines="q",
     heads="q_heads",
     operands=OVER_KEYS,
@@ -86,7 +87,7 @@ _KEY_VALUE = _Kernel(
     section=backward.KEY_VALUE_SECTION,
     partial=backward.KEY_VALUE_PARTIAL,
     full=backward.KEY_VALUE_FULL,
-    merge=backward.KEY_VALUE_MERGE,
+    start=(backward.KEY_VALUE_START, backward.KEY_VALUE_CONTINUE),
     lines="kv",
     heads="kv_heads",
     operands=OVER_QUERIES,
@@ -103,6 +104,7 @@ def kernel_source(spec: KernelSpec) -> str:
     parts = [
         _header(spec),
         *(common.HELPERS[name] for name in sorted(helpers)),
+        *first_token_functions(spec.attention),
         _kernel(_FORWARD, spec, tiles.forward, over_keys),
         _merge(merge.FORWARD, spec, tiles.forward, "q"),
         _kernel(_QUERY, spec, tiles.backward_query, over_keys),
@@ -184,7 +186,7 @@ def _legend(mask: MaskExpr) -> list[str]:
 def _kernel(kernel: _Kernel, spec: KernelSpec, tile: Tile, masks: list[Printed]) -> str:
     attention = spec.attention
     tables, sizes = mask_parameters(attention.mask)
-    lists = list_parameters(attention, kernel.lines)
+    lists = list_parameters(attention)
     if kernel is _KEY_VALUE:
         lists += statistic_parameters(attention)
     names = [name.strip() for line in lists for name in line.split(",") if name.strip()]
@@ -241,9 +243,11 @@ def _section(
     section: Section,
 ) -> str:
     extent = tile.m if kernel.lines == "q" else tile.n
-    views = [_view(kernel, spec, tile, masks[v], v) for v in section.views]
+    views = [_view(kernel, spec, tile, masks[v], v, v == section.views[0]) for v in section.views]
+    lists = [loops.LISTS, loops.FIRST_BLOCKS, *[loops.LISTS] * len(views[1:])]
+    numbers = [section.views[0], *section.views]
     lines = Lines(section, kernel.lines, extent).holes
-    earlier = fill(kernel.merge, WIDE=lines["WIDE"]).splitlines() if section.number else []
+    start = fill(kernel.start[section.number > 0], WIDE=lines["WIDE"]).splitlines()
     # The first section computes the statistics of its queries; if it has them all, it is the last.
     first = sections_of(spec.attention, kernel.lines)[0]
     known = section.number > 0 and first.order.is_complete
@@ -252,19 +256,26 @@ def _section(
         kernel.section,
         TITLE=f"Section {section.number}: blocks of "
         f"{'queries' if kernel.lines == 'q' else 'keys'} in {section.order}.",
+        LISTS=[
+            line
+            for template, number in zip(lists, numbers, strict=True)
+            for line in fill(template, V=str(number)).splitlines()
+        ],
         VIEWS="\n\n".join(views).splitlines(),
-        MERGE=earlier,
+        START=start,
         STATISTICS=fill(statistics, WIDE=lines["WIDE"]).splitlines(),
         **lines,
         **_operand_bases(kernel, spec, tile),
     )
 
 
-def _view(kernel: _Kernel, spec: KernelSpec, tile: Tile, mask: Printed, number: int) -> str:
+def _view(
+    kernel: _Kernel, spec: KernelSpec, tile: Tile, mask: Printed, number: int, is_first: bool
+) -> str:
     view = spec.attention.parts[number]
     order, extent = (view.kv, tile.n) if kernel.across == "kv" else (view.q, tile.m)
     described = descriptors_usable(spec, view, kernel.across, tile)
-    blocks = Blocks(number, order, kernel.across, extent, described)
+    blocks = Blocks(number, order, kernel.across, extent, described, is_first)
     inside, masked = list(mask.inside), []
     kept = ["(kv < n_kv)"] if kernel.across == "kv" else []
     if mask.keep:
@@ -327,7 +338,7 @@ def _merge(template: str, spec: KernelSpec, tile: Tile, lines: str) -> str:
     return fill(
         template,
         WHAT="query" if lines == "q" else "key_value",
+        AXIS=lines,
         SHAPE=[*_shape(spec, tile, lines), f"TILE: tl.constexpr = {extent}"],
-        BASES=base_parameters(spec.attention),
         ROWS=rows,
     )

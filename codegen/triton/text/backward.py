@@ -41,6 +41,7 @@ def backward_query(
 
 QUERY_SECTION = """\
 # $TITLE
+$LISTS
 first = $FIRST
 row = $ROW
 query = load_tile(Q, first, row$WIDE, n_q, q_stride_n, HEAD_DIM, HEAD_PAD, True)
@@ -49,13 +50,12 @@ grad_out = load_tile(
 )
 $STATISTICS
 q = (first + row)[:, None]
-grad_q = tl.zeros([TILE_M, HEAD_PAD], tl.float32)
+$START
 
 $VIEWS
 
 grad_q *= scale
 if slot < 0:
-    $MERGE
     store_tile(GRAD_Q, grad_q, first, row$WIDE, n_q, HEAD_DIM, HEAD_DIM, HEAD_PAD)
 else:
     store_part(PART_GRAD_Q, grad_q, slot, sub, h, b, q_heads, batch, SUBTILES)
@@ -116,16 +116,16 @@ def backward_key_value(
 
 KEY_VALUE_SECTION = """\
 # $TITLE
+h = kv_head * GROUP
+$LISTS
 first = $FIRST
 row = $ROW
 key = load_tile(K, first, row$WIDE, n_kv, k_stride_n, HEAD_DIM, HEAD_PAD, True)
 value = load_tile(V, first, row$WIDE, n_kv, v_stride_n, VALUE_DIM, VALUE_PAD, True)
 kv = (first + row)[:, None]
-grad_k = tl.zeros([TILE_N, HEAD_PAD], tl.float32)
-grad_v = tl.zeros([TILE_N, VALUE_PAD], tl.float32)
+$START
 part_lo, part_hi = lo, hi
 for shared in range(0, GROUP):
-    h = kv_head * GROUP + shared
     lo, hi = part_lo, part_hi
     $Q_BASE
     $GRAD_OUT_BASE
@@ -134,9 +134,13 @@ for shared in range(0, GROUP):
 
     $VIEWS
 
+    if GROUP > 1:
+        h += 1
+        lo, hi = part_lo, part_hi
+        $LISTS
+
 grad_k *= scale
 if slot < 0:
-    $MERGE
     store_tile(GRAD_K, grad_k, first, row$WIDE, n_kv, HEAD_DIM, HEAD_DIM, HEAD_PAD)
     store_tile(GRAD_V, grad_v, first, row$WIDE, n_kv, VALUE_DIM, VALUE_DIM, VALUE_PAD)
 else:
@@ -173,18 +177,29 @@ grad_score = weight * (grad_weight - delta[None, :])
 grad_k = tl.dot(grad_score.to(query.dtype), query, grad_k$PRECISION)
 """
 
-QUERY_MERGE = """\
-# What earlier sections found for these queries.
-earlier = load_tile(GRAD_Q, first, row$WIDE, n_q, HEAD_DIM, HEAD_DIM, HEAD_PAD, True)
-grad_q += earlier.to(tl.float32)
+QUERY_START = """\
+grad_q = tl.zeros([TILE_M, HEAD_PAD], tl.float32)
 """
 
-KEY_VALUE_MERGE = """\
-# What earlier sections found for these keys.
-earlier = load_tile(GRAD_K, first, row$WIDE, n_kv, HEAD_DIM, HEAD_DIM, HEAD_PAD, True)
-grad_k += earlier.to(tl.float32)
-earlier = load_tile(GRAD_V, first, row$WIDE, n_kv, VALUE_DIM, VALUE_DIM, VALUE_PAD, True)
-grad_v += earlier.to(tl.float32)
+QUERY_CONTINUE = """\
+# Add to what earlier sections found for these queries; merge_query does so for split lines.
+exist = tl.where(slot < 0, n_q, 0)
+grad_q = load_tile(GRAD_Q, first, row$WIDE, exist, HEAD_DIM, HEAD_DIM, HEAD_PAD, True)
+grad_q = grad_q.to(tl.float32) / scale
+"""
+
+KEY_VALUE_START = """\
+grad_k = tl.zeros([TILE_N, HEAD_PAD], tl.float32)
+grad_v = tl.zeros([TILE_N, VALUE_PAD], tl.float32)
+"""
+
+KEY_VALUE_CONTINUE = """\
+# Add to what earlier sections found for these keys; merge_key_value does so for split lines.
+exist = tl.where(slot < 0, n_kv, 0)
+grad_k = load_tile(GRAD_K, first, row$WIDE, exist, HEAD_DIM, HEAD_DIM, HEAD_PAD, True)
+grad_k = grad_k.to(tl.float32) / scale
+grad_v = load_tile(GRAD_V, first, row$WIDE, exist, VALUE_DIM, VALUE_DIM, VALUE_PAD, True)
+grad_v = grad_v.to(tl.float32)
 """
 
 QUERY_STATISTICS = """\

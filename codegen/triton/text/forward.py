@@ -29,13 +29,12 @@ def forward(
 
 SECTION = """\
 # $TITLE
+$LISTS
 first = $FIRST
 row = $ROW
 query = load_tile(Q, first, row$WIDE, n_q, q_stride_n, HEAD_DIM, HEAD_PAD, True)
 q = (first + row)[:, None]
-peak = tl.full([TILE_M], float("-inf"), tl.float32)
-total = tl.zeros([TILE_M], tl.float32)
-out = tl.zeros([TILE_M, VALUE_PAD], tl.float32)
+$START
 
 $VIEWS
 
@@ -45,7 +44,6 @@ total = tl.where(empty, 1.0, total)
 lse = tl.where(empty, float("-inf"), (peak + tl.log2(total)) * LN_2)
 out = out / total[:, None]
 if slot < 0:
-    $MERGE
     tl.store(LSE + first + row, lse, mask=first + row < n_q)
     store_tile(OUT, out, first, row$WIDE, n_q, out_stride_n, VALUE_DIM, VALUE_PAD)
 else:
@@ -73,9 +71,17 @@ value = $LOAD_V
 out = tl.dot(weight.to(value.dtype), value, out * shrink[:, None]$PRECISION)
 """
 
-MERGE = """\
-# What earlier sections found for these queries.
-earlier = load_tile(OUT, first, row$WIDE, n_q, out_stride_n, VALUE_DIM, VALUE_PAD, True)
-earlier_lse = tl.load(LSE + first + row, mask=first + row < n_q, other=float("-inf"))
-out, lse = combine(out, lse, earlier.to(tl.float32), earlier_lse)
+START = """\
+peak = tl.full([TILE_M], float("-inf"), tl.float32)
+total = tl.zeros([TILE_M], tl.float32)
+out = tl.zeros([TILE_M, VALUE_PAD], tl.float32)
+"""
+
+CONTINUE = """\
+# Go on from what earlier sections found for these queries; merge_forward does so for split lines.
+exist = tl.where(slot < 0, n_q, 0)
+peak = tl.load(LSE + first + row, mask=first + row < exist, other=float("-inf")) * LOG2_E
+total = tl.where(peak == float("-inf"), 0.0, 1.0)
+out = load_tile(OUT, first, row$WIDE, exist, out_stride_n, VALUE_DIM, VALUE_PAD, True)
+out = out.to(tl.float32)
 """

@@ -5,7 +5,6 @@ FORWARD = '''\
 def merge_forward(
     PART_OUT, PART_LSE, OUT, LSE, merges,
     out_stride_b, out_stride_h, out_stride_n, n_q,
-    $BASES
     SECTION: tl.constexpr,
 ):
     """Merge the parts of split lines by their log-sum-exps.
@@ -36,13 +35,12 @@ def merge_forward(
 '''
 
 SUM = '''\
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n_$AXIS"])
 def merge_$WHAT(
-    PART, GRAD, merges, n,
-    $BASES
+    PART, GRAD, merges, n_$AXIS,
     SECTION: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr,
 ):
-    """Add up the parts of split lines; GRAD is [B, heads, n, DIM]."""
+    """Add up the parts of split lines; GRAD is [B, heads, n_$AXIS, DIM]."""
     $SHAPE
     sub, h, b = tl.program_id(0) % SUBTILES, tl.program_id(1), tl.program_id(2)
     heads, batch = tl.num_programs(1), tl.num_programs(2)
@@ -50,11 +48,11 @@ def merge_$WHAT(
     number, slot, parts = tl.load(merge), tl.load(merge + 1), tl.load(merge + 2)
     $ROWS
     row = row.to(tl.int64)
-    GRAD += (b * heads + h).to(tl.int64) * n * DIM
+    GRAD += (b * heads + h).to(tl.int64) * n_$AXIS * DIM
     total = tl.zeros([TILE, PAD], tl.float32)
     if SECTION > 0:
-        total += load_tile(GRAD, first, row, n, DIM, DIM, PAD, True).to(tl.float32)
+        total += load_tile(GRAD, first, row, n_$AXIS, DIM, DIM, PAD, True).to(tl.float32)
     for part in range(0, parts):
         total += load_part(PART, slot + part, sub, h, b, heads, batch, TILE, PAD, SUBTILES)
-    store_tile(GRAD, total, first, row, n, DIM, DIM, PAD)
+    store_tile(GRAD, total, first, row, n_$AXIS, DIM, DIM, PAD)
 '''
