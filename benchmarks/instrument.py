@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from sparse_compile.codegen.triton.launch import Launcher
 
 _SIGNATURE, _KERNEL = "def forward(", "@triton.jit"
 _START = ["CLOCK_START = tl.extra.cuda.globaltimer()"]
@@ -70,32 +71,23 @@ class Recorder:
 
 
 @dataclass(frozen=True)
-class _Module:
-    """Stands for a module of kernels; its ``forward`` gets the clocks without asking."""
-
-    module: ModuleType
-    recorder: Recorder
-
-    def __getattr__(self, name: str) -> Any:
-        kernel = getattr(self.module, name)
-        return _Forward(kernel, self.recorder) if name == "forward" else kernel
-
-
-@dataclass(frozen=True)
 class _Forward:
-    kernel: Any
+    """Stands for the launcher of ``forward``; the kernel gets the clocks without asking."""
+
+    launcher: Launcher
     recorder: Recorder
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
-        assert not callable(grid)
+    def __call__(
+        self,
+        grid: tuple[int, ...],
+        arguments: Sequence[Any],
+        constants: Sequence[Any],
+        options: dict[str, Any],
+    ) -> None:
         assert all(size == 1 for size in grid[1:]), "programs are numbered along one axis"
-
-        def launch(q: Tensor, *args: Any, **options: Any) -> Any:
-            clocks = torch.zeros(grid[0], 3, dtype=torch.int64, device=q.device)
-            self.recorder.launches.append(clocks)
-            return self.kernel[grid](clocks, q, *args, **options)
-
-        return launch
+        clocks = torch.zeros(grid[0], 3, dtype=torch.int64, device=arguments[0].device)
+        self.recorder.launches.append(clocks)
+        self.launcher(grid, [clocks, *arguments], constants, options)
 
 
 @contextlib.contextmanager
@@ -109,7 +101,10 @@ def instrumented() -> Iterator[Recorder]:
 
     def kernels_of(spec: Any) -> Any:
         module = cache.load_module(f"{spec.name}_clocked", clocked(kernel_source(spec)))
-        return dataclasses.replace(original(spec), module=_Module(module, recorder))
+        kernels = original(spec)
+        clocked_forward = _Forward(Launcher(module.forward), recorder)
+        launchers = {**kernels.launchers, "forward": clocked_forward}
+        return dataclasses.replace(kernels, launchers=launchers)
 
     executor.kernels_of = kernels_of
     _forget(executor, keep=original)

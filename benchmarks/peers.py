@@ -12,6 +12,9 @@ from benchmarks.accuracy import Problem, Run
 from benchmarks.ours import by_autograd
 
 AUTOTUNED = "max-autotune-no-cudagraphs"
+#: Up to this length the mask is materialised to make the block mask of it: a compiled
+#: create_block_mask takes a minute to compile at 16384.
+_MATERIALISED = 32768
 
 
 class NotExpressible(Exception):
@@ -25,7 +28,7 @@ def block_mask(p: Problem) -> Any:
     mask_mod = p.case.mask_mod(p.n, p.device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return create_block_mask(mask_mod, None, None, p.n, p.n, device=p.device, _compile=True)
+        return create_block_mask(mask_mod, None, None, p.n, p.n, device=p.device, _compile=p.n > _MATERIALISED)
 
 
 def flex(p: Problem, backward: bool, mode: str | None = None, backend: str | None = None) -> Run:

@@ -83,3 +83,21 @@ def test_frames_that_were_not_captured_are_known() -> None:
     torch.compile(uncaptured, backend="eager")()
     torch.compiler.disable(uncaptured)()
     assert seen == [False, True, False]
+
+
+@pytest.mark.parametrize("specialize", [True, False])
+def test_launches_tell_apart_what_triton_compiles_for(specialize: bool) -> None:
+    """codegen/triton/launch.py reuses a compiled kernel where all arguments are of equal kinds."""
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.runtime.jit import native_specialize_impl
+
+    from sparse_compile.codegen.triton.launch import kind
+
+    integers = [0, 1, 2, 8, 15, 16, 17, 32, 4096, -16, -1, 2**31 - 1, 2**31, 2**32 + 1, -(2**31)]
+    numbers = torch.zeros(64)
+    tensors = [numbers, numbers[1:], numbers[4:], numbers.bool(), numbers.bool()[3:], numbers.int()]
+    values = [*integers, *tensors, None, True, False, 0.5, 1.0]
+    found: dict[object, object] = {}
+    for value in values:
+        theirs = native_specialize_impl(CUDABackend, value, False, specialize, specialize)
+        assert found.setdefault(kind(value), theirs) == theirs, value

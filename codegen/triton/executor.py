@@ -6,7 +6,6 @@ import contextlib
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from sparse_compile.codegen import cache
 from sparse_compile.codegen.triton import arguments
+from sparse_compile.codegen.triton.launch import Launcher
 from sparse_compile.codegen.triton.predicate import COORDINATE_BITS
 from sparse_compile.codegen.triton.sections import (
     Described,
@@ -27,6 +27,9 @@ from sparse_compile.layout import Layout, Schedule
 from sparse_compile.spec import AttentionSpec, KernelSpec
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_NAMES = tuple(
+    f"{kind}_{what}" for what in ("query", "key_value") for kind in ("backward", "merge")
+) + ("forward", "merge_forward")
 _LIMIT = 1 << COORDINATE_BITS
 #: As many programs as split lines are for, where there is no GPU to ask.
 _WORKERS_WITHOUT_GPU = 8
@@ -36,7 +39,7 @@ _WORKERS_WITHOUT_GPU = 8
 class Kernels:
     """The kernels of one spec, ready to launch."""
 
-    module: ModuleType
+    launchers: dict[str, Launcher]
     tiles: Tiles
     tables: tuple[int, ...]
     direct: tuple[tuple[int, int, str], ...]
@@ -60,7 +63,8 @@ def kernels_of(spec: KernelSpec) -> Kernels:
         tile: {axis: described_views(spec, axis, tile) for axis in ("q", "kv")}
         for tile in (tiles.forward, tiles.backward_query, tiles.backward_key_value)
     }
-    return Kernels(module, tiles, ranks, direct, spec, complete, described)
+    launchers = {name: Launcher(getattr(module, name)) for name in _NAMES}
+    return Kernels(launchers, tiles, ranks, direct, spec, complete, described)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -169,24 +173,26 @@ class _Forward:
             arguments.parts(work, subtiles, members, tile.m, width, lse)
             for width in (padded(v.shape[-1]), 1)
         ]
-        kernels.module.forward[arguments.grid(work, subtiles, members)](
-            *(q, k, v, out, lse, *parts),
-            *arguments.strides(q, k, v),
-            *strides,
-            *(work.items, work.items.shape[0], work.heavy, heads, batch, n_q, n_kv, self.scale),
-            *arguments.lists(kernels, self.layout, "q", section),
-            *arguments.descriptors(described, own, (k, v)),
-            *self.mask_data,
-            SECTION=section,
-            GROUP=self.group,
-            **arguments.options(tile),
+        kernels.launchers["forward"](
+            arguments.grid(work, subtiles, members),
+            [
+                *(q, k, v, out, lse, *parts),
+                *arguments.strides(q, k, v),
+                *strides,
+                *(work.items, work.items.shape[0], work.heavy, heads, batch, n_q, n_kv, self.scale),
+                *arguments.lists(kernels, self.layout, "q", section),
+                *arguments.descriptors(described, own, (k, v)),
+                *self.mask_data,
+            ],
+            (section, self.group),
+            arguments.options(tile),
         )
         if work.slots:
-            kernels.module.merge_forward[arguments.merge_grid(work, subtiles, batch, heads)](
-                *(*parts, out, lse, work.merges),
-                *strides,
-                n_q,
-                SECTION=section,
+            kernels.launchers["merge_forward"](
+                arguments.merge_grid(work, subtiles, batch, heads),
+                [*parts, out, lse, work.merges, *strides, n_q],
+                (section,),
+                {},
             )
 
 
@@ -238,10 +244,9 @@ def backward(
     with _current(q.device):
         by_query = layout.schedules("q", batch * q_heads, workers_of(q.device), q.device)
         of_query = (out, grad_out, lse, arguments.single(grad_lse, lse), statistics)
-        flags = {"HAS_GRAD_LSE": grad_lse is not None}
-        call.run("query", over_keys, by_query, (dq,), of_query, flags)
+        call.run("query", over_keys, by_query, (dq,), of_query, (grad_lse is not None,))
         by_key = layout.schedules("kv", batch * k.shape[1], workers_of(q.device), q.device)
-        call.run("key_value", over_queries, by_key, (dk, dv), (grad_out, statistics), {})
+        call.run("key_value", over_queries, by_key, (dk, dv), (grad_out, statistics), ())
     return dq if sign == 1 else dq.mul_(sign), dk, dv
 
 
@@ -263,7 +268,7 @@ class _Backward:
         works: Sequence[Schedule],
         grads: tuple[Tensor, ...],
         read: tuple[Tensor, ...],
-        flags: dict[str, bool],
+        flags: tuple[bool, ...],
     ) -> None:
         """Launch ``backward_{what}``, section after section.
 
@@ -273,7 +278,7 @@ class _Backward:
             works: the worklist of each section.
             grads: what it writes.
             read: what it reads beside q, k and v.
-            flags: further constants of the kernel.
+            flags: constants of the kernel before those that all have.
         """
         q, k, v, _, statistics = self.operands
         axis = "q" if what == "query" else "kv"
@@ -286,25 +291,26 @@ class _Backward:
         extent = tile.m if axis == "q" else tile.n
         attention = self.kernels.spec.attention
         subtiles = (attention.block_q if axis == "q" else attention.block_kv) // extent
-        kernel = getattr(self.kernels.module, f"backward_{what}")
+        kernel = self.kernels.launchers[f"backward_{what}"]
         for section, work in enumerate(works):
             members = batch * heads
             parts = [
                 arguments.parts(work, subtiles, members, extent, padded(g.shape[-1]), statistics)
                 for g in grads
             ]
-            kernel[arguments.grid(work, subtiles, members)](
-                *(q, k, v, *read, *grads, *parts),
-                *arguments.strides(q, k, v, *strided),
-                *(work.items, work.items.shape[0], work.heavy, heads, batch),
-                *(n_q, n_kv, rows, self.scale),
-                *arguments.lists(self.kernels, self.layout, axis, section),
-                *self._loop(axis, tile, section, ordered),
-                *self.mask_data,
-                SECTION=section,
-                GROUP=self.group,
-                **flags,
-                **arguments.options(tile),
+            kernel(
+                arguments.grid(work, subtiles, members),
+                [
+                    *(q, k, v, *read, *grads, *parts),
+                    *arguments.strides(q, k, v, *strided),
+                    *(work.items, work.items.shape[0], work.heavy, heads, batch),
+                    *(n_q, n_kv, rows, self.scale),
+                    *arguments.lists(self.kernels, self.layout, axis, section),
+                    *self._loop(axis, tile, section, ordered),
+                    *self.mask_data,
+                ],
+                (*flags, section, self.group),
+                arguments.options(tile),
             )
             if work.slots:
                 for part, grad in zip(parts, grads, strict=True):
@@ -328,12 +334,11 @@ class _Backward:
         axis = "q" if what == "query" else "kv"
         own = self.kernels.spec.attention.sections(axis)[section]
         batch, heads, n, width = grad.shape
-        kernel = getattr(self.kernels.module, f"merge_{what}")
-        kernel[arguments.merge_grid(work, subtiles, batch, heads)](
-            *(part, grad, work.merges, n),
-            SECTION=section,
-            DIM=width,
-            PAD=padded(width),
+        self.kernels.launchers[f"merge_{what}"](
+            arguments.merge_grid(work, subtiles, batch, heads),
+            [part, grad, work.merges, n],
+            (section, width, padded(width)),
+            {},
         )
 
 

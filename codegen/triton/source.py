@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sparse_compile.codegen import cache
@@ -42,6 +42,7 @@ class _Kernel:
         text, section, partial, full: its templates; what it does with a PARTIAL and with a FULL
             block.
         start: what the first section and later ones accumulate from.
+        earlier: what later ones add at the end.
         lines: side of the tile that a program holds; it loops over the other side.
         heads: parameter that counts the heads of the lines.
         operands: what the loop reads.
@@ -52,6 +53,7 @@ class _Kernel:
     partial: str
     full: str
     start: tuple[str, str]
+    earlier: str = field(default="", kw_only=True)
     lines: str
     heads: str
     operands: tuple[Operand | Statistic, ...]
@@ -87,7 +89,8 @@ _KEY_VALUE = _Kernel(
     section=backward.KEY_VALUE_SECTION,
     partial=backward.KEY_VALUE_PARTIAL,
     full=backward.KEY_VALUE_FULL,
-    start=(backward.KEY_VALUE_START, backward.KEY_VALUE_CONTINUE),
+    start=(backward.KEY_VALUE_START, backward.KEY_VALUE_START),
+    earlier=backward.KEY_VALUE_EARLIER,
     lines="kv",
     heads="kv_heads",
     operands=OVER_QUERIES,
@@ -244,25 +247,24 @@ def _section(
 ) -> str:
     extent = tile.m if kernel.lines == "q" else tile.n
     views = [_view(kernel, spec, tile, masks[v], v, v == section.views[0]) for v in section.views]
-    lists = [loops.LISTS, loops.FIRST_BLOCKS, *[loops.LISTS] * len(views[1:])]
-    numbers = [section.views[0], *section.views]
     lines = Lines(section, kernel.lines, extent).holes
     start = fill(kernel.start[section.number > 0], WIDE=lines["WIDE"]).splitlines()
+    earlier = fill(kernel.earlier, WIDE=lines["WIDE"]).splitlines() if section.number else []
     # The first section computes the statistics of its queries; if it has them all, it is the last.
     first = sections_of(spec.attention, kernel.lines)[0]
     known = section.number > 0 and first.order.is_complete
-    statistics = backward.QUERY_KNOWN if known else backward.QUERY_STATISTICS
+    load = backward.LOAD_KNOWN if known else backward.LOAD_STATISTICS
+    statistics = "" if known else backward.STATISTICS
     return fill(
         kernel.section,
         TITLE=f"Section {section.number}: blocks of "
         f"{'queries' if kernel.lines == 'q' else 'keys'} in {section.order}.",
-        LISTS=[
-            line
-            for template, number in zip(lists, numbers, strict=True)
-            for line in fill(template, V=str(number)).splitlines()
-        ],
+        LISTS=[line for v in section.views for line in fill(loops.LISTS, V=str(v)).splitlines()],
+        FIRST_BLOCKS=fill(loops.FIRST_BLOCKS, V=str(section.views[0])).splitlines(),
         VIEWS="\n\n".join(views).splitlines(),
         START=start,
+        EARLIER=earlier,
+        LOAD_STATISTICS=fill(load, WIDE=lines["WIDE"]).splitlines(),
         STATISTICS=fill(statistics, WIDE=lines["WIDE"]).splitlines(),
         **lines,
         **_operand_bases(kernel, spec, tile),

@@ -48,9 +48,11 @@ query = load_tile(Q, first, row$WIDE, n_q, q_stride_n, HEAD_DIM, HEAD_PAD, True)
 grad_out = load_tile(
     GRAD_OUT, first, row$WIDE, n_q, grad_out_stride_n, VALUE_DIM, VALUE_PAD, True
 )
-$STATISTICS
+$LOAD_STATISTICS
 q = (first + row)[:, None]
 $START
+$FIRST_BLOCKS
+$STATISTICS
 
 $VIEWS
 
@@ -124,6 +126,7 @@ key = load_tile(K, first, row$WIDE, n_kv, k_stride_n, HEAD_DIM, HEAD_PAD, True)
 value = load_tile(V, first, row$WIDE, n_kv, v_stride_n, VALUE_DIM, VALUE_PAD, True)
 kv = (first + row)[:, None]
 $START
+$FIRST_BLOCKS
 part_lo, part_hi = lo, hi
 for shared in range(0, GROUP):
     lo, hi = part_lo, part_hi
@@ -138,9 +141,11 @@ for shared in range(0, GROUP):
         h += 1
         lo, hi = part_lo, part_hi
         $LISTS
+        $FIRST_BLOCKS
 
 grad_k *= scale
 if slot < 0:
+    $EARLIER
     store_tile(GRAD_K, grad_k, first, row$WIDE, n_kv, HEAD_DIM, HEAD_DIM, HEAD_PAD)
     store_tile(GRAD_V, grad_v, first, row$WIDE, n_kv, VALUE_DIM, VALUE_DIM, VALUE_PAD)
 else:
@@ -193,29 +198,34 @@ grad_k = tl.zeros([TILE_N, HEAD_PAD], tl.float32)
 grad_v = tl.zeros([TILE_N, VALUE_PAD], tl.float32)
 """
 
-KEY_VALUE_CONTINUE = """\
-# Add to what earlier sections found for these keys; merge_key_value does so for split lines.
-exist = tl.where(slot < 0, n_kv, 0)
-grad_k = load_tile(GRAD_K, first, row$WIDE, exist, HEAD_DIM, HEAD_DIM, HEAD_PAD, True)
-grad_k = grad_k.to(tl.float32) / scale
-grad_v = load_tile(GRAD_V, first, row$WIDE, exist, VALUE_DIM, VALUE_DIM, VALUE_PAD, True)
-grad_v = grad_v.to(tl.float32)
+#: At the end: to start from these would keep too much in registers.
+KEY_VALUE_EARLIER = """\
+# What earlier sections found for these keys.
+earlier = load_tile(GRAD_K, first, row$WIDE, n_kv, HEAD_DIM, HEAD_DIM, HEAD_PAD, True)
+grad_k += earlier.to(tl.float32)
+earlier = load_tile(GRAD_V, first, row$WIDE, n_kv, VALUE_DIM, VALUE_DIM, VALUE_PAD, True)
+grad_v += earlier.to(tl.float32)
 """
 
-QUERY_STATISTICS = """\
+LOAD_STATISTICS = """\
 out = load_tile(OUT, first, row$WIDE, n_q, out_stride_n, VALUE_DIM, VALUE_PAD, True)
-delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
 lse = tl.load(LSE + first + row, mask=first + row < n_q, other=float("-inf"))
-empty = lse == float("-inf")
 if HAS_GRAD_LSE:
-    delta -= tl.load(GRAD_LSE + first + row, mask=first + row < n_q, other=0.0)
+    grad_lse = tl.load(GRAD_LSE + first + row, mask=first + row < n_q, other=0.0)
+"""
+
+STATISTICS = """\
+delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
+if HAS_GRAD_LSE:
+    delta -= grad_lse
+empty = lse == float("-inf")
 delta = tl.where(empty, 0.0, delta)
 lse = tl.where(empty, float("inf"), lse * LOG2_E)
 tl.store(LOG_SUM + first + row, lse, mask=first + row < rows)
 tl.store(DELTA + first + row, delta, mask=first + row < rows)
 """
 
-QUERY_KNOWN = """\
+LOAD_KNOWN = """\
 # As an earlier section left them.
 lse = tl.load(LOG_SUM + first + row, mask=first + row < n_q, other=float("inf"))
 delta = tl.load(DELTA + first + row, mask=first + row < n_q, other=0.0)

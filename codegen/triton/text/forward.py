@@ -35,6 +35,7 @@ row = $ROW
 query = load_tile(Q, first, row$WIDE, n_q, q_stride_n, HEAD_DIM, HEAD_PAD, True)
 q = (first + row)[:, None]
 $START
+$FIRST_BLOCKS
 
 $VIEWS
 

@@ -1,6 +1,6 @@
 """The loops of a program over the blocks of one view: the same in every kernel."""
 
-#: Before anything else is loaded, so that these loads and those of the tile wait together.
+#: Before the tile is loaded, so that the numbers are there when its loads are under way.
 LISTS = """\
 blocks_$V, n_partial_$V, full_blocks_$V, n_full_$V = line(
     start_$V, counts_$V, index_$V, room_$V, lines_$V,
@@ -8,7 +8,7 @@ blocks_$V, n_partial_$V, full_blocks_$V, n_full_$V = line(
 )
 """
 
-#: For the first view, whose blocks are visited at once.
+#: After that, for the first view, whose blocks are visited at once.
 FIRST_BLOCKS = """\
 partial_$V = block_at(blocks_$V, tl.maximum(lo, 0), n_partial_$V)
 full_$V = block_at(full_blocks_$V, tl.maximum(lo - n_partial_$V, 0), n_full_$V)
