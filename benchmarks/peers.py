@@ -28,7 +28,9 @@ def block_mask(p: Problem) -> Any:
     mask_mod = p.case.mask_mod(p.n, p.device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return create_block_mask(mask_mod, None, None, p.n, p.n, device=p.device, _compile=p.n > _MATERIALISED)
+        return create_block_mask(
+            mask_mod, None, None, p.n, p.n, device=p.device, _compile=p.n > _MATERIALISED
+        )
 
 
 def flex(p: Problem, backward: bool, mode: str | None = None, backend: str | None = None) -> Run:

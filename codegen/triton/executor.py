@@ -27,9 +27,10 @@ from sparse_compile.layout import Layout, Schedule
 from sparse_compile.spec import AttentionSpec, KernelSpec
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-_NAMES = tuple(
-    f"{kind}_{what}" for what in ("query", "key_value") for kind in ("backward", "merge")
-) + ("forward", "merge_forward")
+_NAMES = (
+    *("forward", "backward_query", "backward_key_value"),
+    *("merge_forward", "merge_query", "merge_key_value"),
+)
 _LIMIT = 1 << COORDINATE_BITS
 #: As many programs as split lines are for, where there is no GPU to ask.
 _WORKERS_WITHOUT_GPU = 8
@@ -331,8 +332,6 @@ class _Backward:
     def _merge(
         self, what: str, work: Schedule, subtiles: int, section: int, part: Tensor, grad: Tensor
     ) -> None:
-        axis = "q" if what == "query" else "kv"
-        own = self.kernels.spec.attention.sections(axis)[section]
         batch, heads, n, width = grad.shape
         self.kernels.launchers[f"merge_{what}"](
             arguments.merge_grid(work, subtiles, batch, heads),

@@ -79,4 +79,4 @@ def kind(argument: Any) -> Any:
 def _rules_known() -> bool:
     import triton
 
-    return triton.__version__.startswith(_KNOWN)
+    return bool(triton.__version__.startswith(_KNOWN))

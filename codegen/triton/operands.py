@@ -34,14 +34,14 @@ class Operand:
         strides = f"{self.name.lower()}_stride_b, {self.name.lower()}_stride_h"
         return [f"{self.name}_HEAD = head({self.name}, b, {self.head}, {strides})"]
 
-    def load(self, blocks: Blocks, checked: bool) -> str:
+    def load(self, blocks: Blocks) -> str:
         """Expression for a tile."""
         first = f"{blocks.axis}0"
         if blocks.described:
             where, shape = f"[b, {self.head}, {blocks.digits}, 0]", f"[{self.tile}, {self.dim}_PAD]"
             return f"{self.name}_TILES{blocks.suffix}.load({where}).reshape({shape})"
         rows = f"{first}, {blocks.row}, {self.n}, {self.name.lower()}_stride_n"
-        return f"load_tile({self.name}_HEAD, {rows}, {self.dim}_DIM, {self.dim}_PAD, {checked})"
+        return f"load_tile({self.name}_HEAD, {rows}, {self.dim}_DIM, {self.dim}_PAD)"
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Statistic:
         place = f"({self.number} * batch + b) * kv_heads * GROUP + h"
         return [f"{self.name} = ({place}).to(tl.int64)"]
 
-    def load(self, blocks: Blocks, checked: bool) -> str:
+    def load(self, blocks: Blocks) -> str:
         """Expression for those of a tile. They exist for whole blocks: nothing to check."""
         first = "q0" if blocks.order.is_natural else "q_at"
         if blocks.described:

@@ -198,14 +198,13 @@ class Blocks:
     def holes(self) -> dict[str, str | list[str]]:
         """Where blocks begin, the tile of a step, and its tokens."""
         holes: dict[str, str | list[str]] = {"V": str(self.number)}
-        for kind, blocks in (("partial", "blocks"), ("full", "full_blocks")):
-            entry = f"block_at({blocks}_{self.number}, %s, n_{kind}_{self.number})"
-            begin = f"{kind}_{self.number}" if self.is_first else entry % "begin"
-            holes[f"{kind.upper()}_BEGIN"] = self._base(begin)
-            holes[f"{kind.upper()}_NEXT"] = self._base(entry % "(i + 1) // STEPS")
+        entry = f"block_at(blocks_{self.number}, %s, n_blocks_{self.number})"
+        begin = f"first_block_{self.number}" if self.is_first else entry % "begin"
+        holes["BEGIN"] = self._base(begin)
+        holes["NEXT"] = self._base(entry % "(i + 1) // STEPS")
         first = f"{self.axis}0"
         if self.order.is_natural:
-            holes["STEP"] = [f"{first} = base + i % STEPS * {self._name}"]
+            holes["WHERE"] = [f"{first} = base + i % STEPS * {self._name}"]
             holes["KV"] = f"({first} + {self._places})"
         else:
             place = self._places
@@ -214,7 +213,7 @@ class Blocks:
             step = [f"{first} = base", f"{self.axis}_row = {offset_text(self.order, place)}"]
             if self.axis == "q":
                 step.append(f"q_at = block * BLOCK_Q + i % STEPS * {self._name}")
-            holes["STEP"] = step
+            holes["WHERE"] = step
             holes["KV"] = f"({first} + {self.axis}_row)"
         return holes
 

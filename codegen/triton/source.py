@@ -39,8 +39,7 @@ class _Kernel:
     """One of the three kernels that loop over blocks.
 
     Attributes:
-        text, section, partial, full: its templates; what it does with a PARTIAL and with a FULL
-            block.
+        text, section, step: its templates; a step is what it does with a block.
         start: what the first section and later ones accumulate from.
         earlier: what later ones add at the end.
         lines: side of the tile that a program holds; it loops over the other side.
@@ -50,8 +49,7 @@ class _Kernel:
 
     text: str
     section: str
-    partial: str
-    full: str
+    step: str
     start: tuple[str, str]
     earlier: str = field(default="", kw_only=True)
     lines: str
@@ -67,8 +65,7 @@ class _Kernel:
 _FORWARD = _Kernel(
     text=forward.KERNEL,
     section=forward.SECTION,
-    partial=forward.PARTIAL,
-    full=forward.FULL,
+    step=forward.STEP,
     start=(forward.START, forward.CONTINUE),
     lines="q",
     heads="q_heads",
@@ -77,8 +74,7 @@ _FORWARD = _Kernel(
 _QUERY = _Kernel(
     text=backward.QUERY,
     section=backward.QUERY_SECTION,
-    partial=backward.QUERY_PARTIAL,
-    full=backward.QUERY_FULL,
+    step=backward.QUERY_STEP,
     start=(backward.QUERY_START, backward.QUERY_CONTINUE),
     lines="q",
     heads="q_heads",
@@ -87,8 +83,7 @@ _QUERY = _Kernel(
 _KEY_VALUE = _Kernel(
     text=backward.KEY_VALUE,
     section=backward.KEY_VALUE_SECTION,
-    partial=backward.KEY_VALUE_PARTIAL,
-    full=backward.KEY_VALUE_FULL,
+    step=backward.KEY_VALUE_STEP,
     start=(backward.KEY_VALUE_START, backward.KEY_VALUE_START),
     earlier=backward.KEY_VALUE_EARLIER,
     lines="kv",
@@ -260,7 +255,7 @@ def _section(
         TITLE=f"Section {section.number}: blocks of "
         f"{'queries' if kernel.lines == 'q' else 'keys'} in {section.order}.",
         LISTS=[line for v in section.views for line in fill(loops.LISTS, V=str(v)).splitlines()],
-        FIRST_BLOCKS=fill(loops.FIRST_BLOCKS, V=str(section.views[0])).splitlines(),
+        FIRST_BLOCK=fill(loops.FIRST_BLOCK, V=str(section.views[0])).splitlines(),
         VIEWS="\n\n".join(views).splitlines(),
         START=start,
         EARLIER=earlier,
@@ -278,40 +273,35 @@ def _view(
     order, extent = (view.kv, tile.n) if kernel.across == "kv" else (view.q, tile.m)
     described = descriptors_usable(spec, view, kernel.across, tile)
     blocks = Blocks(number, order, kernel.across, extent, described, is_first)
-    inside, masked = list(mask.inside), []
-    kept = ["(kv < n_kv)"] if kernel.across == "kv" else []
-    if mask.keep:
-        inside.append(f"keep = {mask.keep}")
-        kept.insert(0, "keep")
-    if kept:
-        masked.append(f'score = tl.where({" & ".join(kept)}, score, float("-inf"))')
     holes: dict[str, str | list[str]] = blocks.holes()
-    for operand in kernel.operands:
-        holes[f"LOAD_{operand.name}"] = operand.load(blocks, checked=False)
-        holes[f"LOAD_{operand.name}_CHECKED"] = operand.load(blocks, checked=True)
-    holes |= {
-        "INSIDE": inside,
-        "MASKED": masked,
-        "PRECISION": ', input_precision="ieee"' if spec.dtype == "float32" else "",
-    }
+    masking = _masking(kernel, mask, f"{kernel.across} = {holes['KV']}[None, :]")
+    if masking:
+        masking = [f"if i < n_partial_{number} * STEPS:", *(f"    {line}" for line in masking)]
+    step = fill(
+        kernel.step,
+        MASK=masking,
+        PRECISION=', input_precision="ieee"' if spec.dtype == "float32" else "",
+        **{f"LOAD_{operand.name}": operand.load(blocks) for operand in kernel.operands},
+    )
     return fill(
         loops.VIEW,
         TITLE=title(view, number, len(spec.attention.parts)),
         BEFORE=list(mask.before),
-        PARTIAL_RANGE=_partial_range(mask, tile),
-        PARTIAL_BODY=fill(kernel.partial, **holes).splitlines(),
-        FULL_BODY=fill(kernel.full, **holes).splitlines(),
+        STEP=step.splitlines(),
         **holes,
     )
 
 
-def _partial_range(mask: Printed, tile: Tile) -> str:
-    """The loop over PARTIAL blocks. Lookups in it are pipelined too: room for them must come from
-    somewhere, or fewer programs fit a multiprocessor."""
-    looks_up = any("tl.load" in line for line in mask.inside)
-    if looks_up and tile.stages > 2:
-        return f"tl.range(begin * STEPS, end * STEPS, num_stages={tile.stages - 1})"
-    return "range(begin * STEPS, end * STEPS)"
+def _masking(kernel: _Kernel, mask: Printed, coordinates: str) -> list[str]:
+    """Lines that leave out of the scores of a tile what the mask does not allow."""
+    kept = ["keep"] if mask.keep else []
+    if kernel.across == "kv":
+        kept.append("(kv < n_kv)")
+    if not kept:
+        return []
+    keep = [f"keep = {mask.keep}"] if mask.keep else []
+    score = f'score = tl.where({" & ".join(kept)}, score, float("-inf"))'
+    return [coordinates, *mask.inside, *keep, score]
 
 
 def _shape(spec: KernelSpec, tile: Tile, lines: str) -> list[str]:

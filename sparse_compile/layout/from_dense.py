@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparse_compile.errors import BadPattern
 from sparse_compile.expr import WORD, MaskExpr, dense_bit
-from sparse_compile.layout.block_layout import EMPTY, FULL, PARTIAL, BlockLayout, BlockLists
+from sparse_compile.layout.block_layout import FULL, PARTIAL, BlockLayout, BlockLists
 from sparse_compile.view import natural
 
 #: The CPU reads bands of about this many entries, to bound the temporaries.
@@ -218,14 +218,16 @@ def _four_dimensional(mask: Tensor) -> Tensor:
 def _read(mask: Tensor, block_q: int, block_kv: int) -> DenseBlocks:
     batches, heads, n_q, n_kv = mask.shape
     words, kinds, biased = _pass_over(mask, block_q, block_kv)
-    visited = (kinds != EMPTY).any(0)
-    rows, cols = _Places.of(kinds, visited), _Places.of(kinds.mT, visited.T)
-    # The one wait for the device, once it has been given all that can be done before.
-    room, is_biased = torch.stack([rows.start[-1], biased[0]]).tolist()
-    orders = natural(block_q), natural(block_kv)
-    lists = rows.lists(room), cols.lists(room)
-    layout = BlockLayout(n_q, n_kv, *orders, batches, heads, *lists)
-    return DenseBlocks(layout, words, bool(is_biased))
+    if kinds.is_cuda and kinds.numel():
+        # Needs Triton, which the CPU does not.
+        from sparse_compile.layout.compact_kernel import compacted
+
+        rows, cols, is_biased = compacted(kinds, biased)
+    else:
+        rows, cols = _lists(kinds), _lists(kinds.mT)
+        is_biased = bool(biased)
+    layout = BlockLayout(n_q, n_kv, natural(block_q), natural(block_kv), batches, heads, rows, cols)
+    return DenseBlocks(layout, words, is_biased)
 
 
 def _pass_over(mask: Tensor, block_q: int, block_kv: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -298,38 +300,19 @@ def _tiles(values: Tensor, block_q: int, width: int) -> Tensor:
     return padded.reshape(classes, -(-n_q // block_q), block_q, -(-n // width), width)
 
 
-@dataclass(frozen=True)
-class _Places:
-    """Where each block goes in the lists of one direction; EMPTY blocks go before the first place.
-
-    Attributes:
-        start, counts: as in :class:`BlockLists`.
-        place: int64 [classes, lines * blocks]; the place in the index, plus one.
-        blocks: how many blocks a line has.
-    """
-
-    start: Tensor
-    counts: Tensor
-    place: Tensor
-    blocks: int
-
-    @staticmethod
-    def of(kinds: Tensor, visited: Tensor) -> _Places:
-        """Those of kinds [classes, lines, blocks]; a line has room for what any class visits."""
-        start = torch.nn.functional.pad(visited.sum(1).cumsum(0), (1, 0)).to(torch.int32)
-        chosen = torch.stack([kinds == PARTIAL, kinds == FULL])
-        counts = chosen.sum(-1, dtype=torch.int32)
-        place = chosen.cumsum(-1)
-        place[1] += counts[0, :, :, None]
-        place += start[:-1, None]
-        place = (place * chosen).sum(0).flatten(1)
-        return _Places(start, counts.permute(1, 2, 0).contiguous(), place, kinds.shape[2])
-
-    def lists(self, room: int) -> BlockLists:
-        """The lists, with ``room`` places in the index of each class."""
-        classes, places = self.place.shape
-        index = torch.zeros(classes, room + 1, dtype=torch.int32, device=self.place.device)
-        if places:
-            block = torch.arange(self.blocks, dtype=torch.int32, device=self.place.device)
-            index.scatter_(1, self.place, block.repeat(places // self.blocks).expand(classes, -1))
-        return BlockLists(self.start, self.counts, index[:, 1:].contiguous())
+def _lists(kinds: Tensor) -> BlockLists:
+    """The lists of the lines of int8 [classes, lines, blocks]."""
+    chosen = torch.stack([kinds == PARTIAL, kinds == FULL])
+    counts = chosen.sum(-1, dtype=torch.int32)
+    room = counts.sum(0).amax(0).long() if len(kinds) else counts.new_zeros(kinds.shape[1]).long()
+    start = torch.nn.functional.pad(room.cumsum(0), (1, 0))
+    # The place of each block in the index, plus one; EMPTY blocks go before the first place.
+    place = chosen.cumsum(-1)
+    place[1] += counts[0, :, :, None]
+    place = ((place + start[:-1, None]) * chosen).sum(0).flatten(1)
+    index = torch.zeros(len(kinds), int(start[-1]) + 1, dtype=torch.int32, device=kinds.device)
+    if place.numel():
+        block = torch.arange(kinds.shape[2], dtype=torch.int32, device=kinds.device)
+        index.scatter_(1, place, block.repeat(kinds.shape[1]).expand(len(kinds), -1))
+    by_line = counts.permute(1, 2, 0).contiguous()
+    return BlockLists(start.to(torch.int32), by_line, index[:, 1:].contiguous())

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sympy
@@ -15,6 +16,7 @@ import triton
 
 from sparse_compile.codegen import cache
 from sparse_compile.codegen.triton import compile_ahead_of_time, kernel_path, kernel_source
+from sparse_compile.codegen.triton.sections import first_token_function
 from sparse_compile.codegen.triton.tiles import tiles_for
 from sparse_compile.expr import KV, B, FloorDiv, FloorMod, H, MaskExpr, Q, table
 from sparse_compile.expr import size_symbol as size
@@ -75,14 +77,38 @@ def test_header_names_the_mask_and_where_it_came_from() -> None:
 
 
 def test_full_blocks_have_no_mask() -> None:
+    """What the mask computes in a loop stands under one condition: the block is PARTIAL."""
     kernels = kernel_source(spec_of(EVERYTHING)).split("@triton.jit(")[1:]
-    looping = [kernel for kernel in kernels if "# FULL blocks" in kernel]
+    looping = [kernel for kernel in kernels if "for i in range" in kernel]
     assert len(looping) == 3
     for kernel in looping:
-        partial, full = kernel.split("# FULL blocks: no mask, no bounds.")
-        assert "keep = " in partial
-        for word in ("keep", "tl.where(keep", "t0_b", "floor_", ", True)\n        value"):
-            assert word not in full.split("# A query without")[0]
+        loop = kernel.partition("for i in range")[2].partition("lo, hi = lo - ")[0].splitlines()
+        (start,) = (n for n, line in enumerate(loop) if "if i < n_partial_0 * STEPS:" in line)
+        inside = len(loop[start]) - len(loop[start].lstrip()) + 4
+        end = next(n for n, line in enumerate(loop) if n > start and line[:inside].strip())
+        assert any("keep = " in line for line in loop[start:end])
+        for word in ("keep", "t0", "floor_"):
+            assert not any(word in line for line in loop[:start] + loop[end:])
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        Order((64, 1), (128,), (1, 0)),
+        Order((8, 8), (128,), (0, 1), ((120, 128),)),
+        Order((4, 4), (8,), (0, 1)),
+        Order((1, 2, 4), (4, 8), (1, 2, 0)),
+        Order((2, 2, 4), (6, 8), (2, 0, 1), ((2, 6), (4, 8))),
+    ],
+    ids=str,
+)
+def test_first_tokens_are_those_of_the_order(order: Order) -> None:
+    source = first_token_function("first", order).replace("@triton.jit", "")
+    names: dict[str, Any] = {}
+    exec(source, names)
+    for n in (1, 63, 64, 65, 1000, 8193):
+        for block in range(order.blocks(n)):
+            assert names["first"](block, n) == order.base(block, n)
 
 
 def test_text_cannot_escape_its_docstring() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparse_compile.layout import dense_kernel
+from sparse_compile.layout import compact_kernel, dense_kernel, from_dense
 from tests.layout.dense_cases import CASES, DenseCase, check_pass
 
 
@@ -14,12 +14,23 @@ def _small_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that small masks have several strips and several steps down."""
     monkeypatch.setattr(dense_kernel, "STRIP", 64)
     monkeypatch.setattr(dense_kernel, "ROWS", 4)
+    monkeypatch.setattr(compact_kernel, "CHUNK", 4)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_case(case: DenseCase) -> None:
     mask = case.mask(torch.device("cpu"))
-    check_pass(dense_kernel.read_dense(mask, *case.block), mask, case.block)
+    found = dense_kernel.read_dense(mask, *case.block)
+    check_pass(found, mask, case.block)
+    _, kinds, biased = found
+    rows, cols, is_biased = compact_kernel.compacted(kinds, biased)
+    assert is_biased == bool(biased)
+    for lists, expected in ((rows, kinds), (cols, kinds.mT)):
+        wanted = from_dense._lists(expected)
+        assert lists.room is not None
+        assert torch.equal(lists.start.long().diff(), lists.room)
+        for mine, its in zip(lists.tensors(), wanted.tensors(), strict=True):
+            assert torch.equal(mine, its)
 
 
 def test_any_byte_that_is_not_zero_attends() -> None:

@@ -215,3 +215,24 @@ def compiled_read(triton: Any, pointer: str, arch: int, fours: bool) -> Any:
     source = ASTSource(dense_kernel.read_mask, signature, constants, attrs)
     options = {"num_warps": dense_kernel.WARPS, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("name", ["count_blocks", "list_blocks"])
+def test_the_kernels_that_list_compile(name: str, arch: int) -> None:
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from sparse_compile.codegen.triton.aot import _usage
+    from sparse_compile.layout import compact_kernel
+
+    kernel = getattr(compact_kernel, name)
+    pointers = {"KINDS": "*i8", "CHUNK": "constexpr"}
+    signature = {
+        name: pointers.get(name, "*i32" if name.isupper() else "i32") for name in kernel.arg_names
+    }
+    source = ASTSource(kernel, signature, {"CHUNK": compact_kernel.CHUNK}, {})
+    options = {"num_warps": 4, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    assert _usage(compiled.asm["cubin"])[1] == 0

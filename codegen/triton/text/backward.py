@@ -44,14 +44,14 @@ QUERY_SECTION = """\
 $LISTS
 first = $FIRST
 row = $ROW
-query = load_tile(Q, first, row$WIDE, n_q, q_stride_n, HEAD_DIM, HEAD_PAD, True)
+query = load_tile(Q, first, row$WIDE, n_q, q_stride_n, HEAD_DIM, HEAD_PAD)
 grad_out = load_tile(
-    GRAD_OUT, first, row$WIDE, n_q, grad_out_stride_n, VALUE_DIM, VALUE_PAD, True
+    GRAD_OUT, first, row$WIDE, n_q, grad_out_stride_n, VALUE_DIM, VALUE_PAD
 )
 $LOAD_STATISTICS
 q = (first + row)[:, None]
 $START
-$FIRST_BLOCKS
+$FIRST_BLOCK
 $STATISTICS
 
 $VIEWS
@@ -63,22 +63,10 @@ else:
     store_part(PART_GRAD_Q, grad_q, slot, sub, h, b, q_heads, batch, SUBTILES)
 """
 
-QUERY_PARTIAL = """\
-key = $LOAD_K_CHECKED
-score = tl.dot(query, key.T$PRECISION)
-kv = $KV[None, :]
-$INSIDE
-$MASKED
-weight = tl.exp2(score * factor - lse[:, None])
-value = $LOAD_V_CHECKED
-grad_weight = tl.dot(grad_out, value.T$PRECISION)
-grad_score = weight * (grad_weight - delta[:, None])
-grad_q = tl.dot(grad_score.to(key.dtype), key, grad_q$PRECISION)
-"""
-
-QUERY_FULL = """\
+QUERY_STEP = """\
 key = $LOAD_K
 score = tl.dot(query, key.T$PRECISION)
+$MASK
 weight = tl.exp2(score * factor - lse[:, None])
 value = $LOAD_V
 grad_weight = tl.dot(grad_out, value.T$PRECISION)
@@ -122,11 +110,11 @@ h = kv_head * GROUP
 $LISTS
 first = $FIRST
 row = $ROW
-key = load_tile(K, first, row$WIDE, n_kv, k_stride_n, HEAD_DIM, HEAD_PAD, True)
-value = load_tile(V, first, row$WIDE, n_kv, v_stride_n, VALUE_DIM, VALUE_PAD, True)
+key = load_tile(K, first, row$WIDE, n_kv, k_stride_n, HEAD_DIM, HEAD_PAD)
+value = load_tile(V, first, row$WIDE, n_kv, v_stride_n, VALUE_DIM, VALUE_PAD)
 kv = (first + row)[:, None]
 $START
-$FIRST_BLOCKS
+$FIRST_BLOCK
 part_lo, part_hi = lo, hi
 for shared in range(0, GROUP):
     lo, hi = part_lo, part_hi
@@ -141,7 +129,7 @@ for shared in range(0, GROUP):
         h += 1
         lo, hi = part_lo, part_hi
         $LISTS
-        $FIRST_BLOCKS
+        $FIRST_BLOCK
 
 grad_k *= scale
 if slot < 0:
@@ -153,26 +141,11 @@ else:
     store_part(PART_GRAD_V, grad_v, slot, sub, kv_head, b, kv_heads, batch, SUBTILES)
 """
 
-KEY_VALUE_PARTIAL = """\
-query = $LOAD_Q_CHECKED
-lse = $LOAD_LSE_CHECKED
-score = tl.dot(key, query.T$PRECISION)
-q = $KV[None, :]
-$INSIDE
-$MASKED
-weight = tl.exp2(score * factor - lse[None, :])
-grad_out = $LOAD_GRAD_OUT_CHECKED
-grad_v = tl.dot(weight.to(grad_out.dtype), grad_out, grad_v$PRECISION)
-delta = $LOAD_DELTA_CHECKED
-grad_weight = tl.dot(value, grad_out.T$PRECISION)
-grad_score = weight * (grad_weight - delta[None, :])
-grad_k = tl.dot(grad_score.to(query.dtype), query, grad_k$PRECISION)
-"""
-
-KEY_VALUE_FULL = """\
+KEY_VALUE_STEP = """\
 query = $LOAD_Q
 lse = $LOAD_LSE
 score = tl.dot(key, query.T$PRECISION)
+$MASK
 weight = tl.exp2(score * factor - lse[None, :])
 grad_out = $LOAD_GRAD_OUT
 grad_v = tl.dot(weight.to(grad_out.dtype), grad_out, grad_v$PRECISION)
@@ -189,7 +162,7 @@ grad_q = tl.zeros([TILE_M, HEAD_PAD], tl.float32)
 QUERY_CONTINUE = """\
 # Add to what earlier sections found for these queries; merge_query does so for split lines.
 exist = tl.where(slot < 0, n_q, 0)
-grad_q = load_tile(GRAD_Q, first, row$WIDE, exist, HEAD_DIM, HEAD_DIM, HEAD_PAD, True)
+grad_q = load_tile(GRAD_Q, first, row$WIDE, exist, HEAD_DIM, HEAD_DIM, HEAD_PAD)
 grad_q = grad_q.to(tl.float32) / scale
 """
 
@@ -201,14 +174,14 @@ grad_v = tl.zeros([TILE_N, VALUE_PAD], tl.float32)
 #: At the end: to start from these would keep too much in registers.
 KEY_VALUE_EARLIER = """\
 # What earlier sections found for these keys.
-earlier = load_tile(GRAD_K, first, row$WIDE, n_kv, HEAD_DIM, HEAD_DIM, HEAD_PAD, True)
+earlier = load_tile(GRAD_K, first, row$WIDE, n_kv, HEAD_DIM, HEAD_DIM, HEAD_PAD)
 grad_k += earlier.to(tl.float32)
-earlier = load_tile(GRAD_V, first, row$WIDE, n_kv, VALUE_DIM, VALUE_DIM, VALUE_PAD, True)
+earlier = load_tile(GRAD_V, first, row$WIDE, n_kv, VALUE_DIM, VALUE_DIM, VALUE_PAD)
 grad_v += earlier.to(tl.float32)
 """
 
 LOAD_STATISTICS = """\
-out = load_tile(OUT, first, row$WIDE, n_q, out_stride_n, VALUE_DIM, VALUE_PAD, True)
+out = load_tile(OUT, first, row$WIDE, n_q, out_stride_n, VALUE_DIM, VALUE_PAD)
 lse = tl.load(LSE + first + row, mask=first + row < n_q, other=float("-inf"))
 if HAS_GRAD_LSE:
     grad_lse = tl.load(GRAD_LSE + first + row, mask=first + row < n_q, other=0.0)

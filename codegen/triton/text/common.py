@@ -59,24 +59,14 @@ def head(base, b, h, stride_b, stride_h):
 
 
 @triton.jit
-def load_tile(
-    base, first, row, n, stride, DIM: tl.constexpr, PAD: tl.constexpr, CHECK: tl.constexpr
-):
-    """Rows ``first + row`` of an [n, DIM] matrix, 0 beyond its edges.
-
-    Without CHECK all rows are known to exist.
-    """
+def load_tile(base, first, row, n, stride, DIM: tl.constexpr, PAD: tl.constexpr):
+    """Rows ``first + row`` of an [n, DIM] matrix, 0 beyond its edges."""
     row, column = row[:, None], tl.arange(0, PAD)[None, :]
     pointer = base + first.to(tl.int64) * stride + (row * stride + column)
-    if CHECK:
-        if DIM < PAD:
-            tile = tl.load(pointer, mask=(first + row < n) & (column < DIM), other=0.0)
-        else:
-            tile = tl.load(pointer, mask=first + row < n, other=0.0)
-    elif DIM < PAD:
-        tile = tl.load(pointer, mask=column < DIM, other=0.0)
+    if DIM < PAD:
+        tile = tl.load(pointer, mask=(first + row < n) & (column < DIM), other=0.0)
     else:
-        tile = tl.load(pointer)
+        tile = tl.load(pointer, mask=first + row < n, other=0.0)
     return $LOADED
 
 
@@ -125,11 +115,11 @@ def combine(out, lse, more, more_lse):
 
 @triton.jit
 def line(start, counts, index, room, lines, member, number):
-    """The PARTIAL and the FULL blocks of one line of one class, and how many they are."""
+    """The blocks of one line of one class, how many of them are PARTIAL, and how many there are."""
     count = counts + (member.to(tl.int64) * lines + number) * 2
     n_partial, n_full = tl.load(count), tl.load(count + 1)
-    partial = index + member.to(tl.int64) * room + tl.load(start + number)
-    return partial, n_partial, partial + n_partial, n_full
+    blocks = index + member.to(tl.int64) * room + tl.load(start + number)
+    return blocks, n_partial, n_partial + n_full
 
 
 @triton.jit
@@ -139,16 +129,14 @@ def block_at(blocks, position, length):
 
 
 @triton.jit
-def softmax_step(score, peak, total, factor, MASKED: tl.constexpr):
+def softmax_step(score, peak, total, factor):
     """Online softmax, in base 2.
 
     Returns the weights of this tile, by how much earlier sums shrink, and the new peak and total.
     """
     new_peak = tl.maximum(peak, tl.max(score, 1) * factor)
-    reference = new_peak
-    if MASKED:
-        # A query that has met no key yet: -inf - -inf would be NaN.
-        reference = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    # A query that has met no key yet: -inf - -inf would be NaN.
+    reference = tl.where(new_peak == float("-inf"), 0.0, new_peak)
     weight = tl.exp2(score * factor - reference[:, None])
     shrink = tl.exp2(peak - reference)
     return weight, shrink, new_peak, total * shrink + tl.sum(weight, 1)

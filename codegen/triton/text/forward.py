@@ -32,10 +32,10 @@ SECTION = """\
 $LISTS
 first = $FIRST
 row = $ROW
-query = load_tile(Q, first, row$WIDE, n_q, q_stride_n, HEAD_DIM, HEAD_PAD, True)
+query = load_tile(Q, first, row$WIDE, n_q, q_stride_n, HEAD_DIM, HEAD_PAD)
 q = (first + row)[:, None]
 $START
-$FIRST_BLOCKS
+$FIRST_BLOCK
 
 $VIEWS
 
@@ -53,21 +53,11 @@ else:
 
 """
 
-PARTIAL = """\
-key = $LOAD_K_CHECKED
-score = tl.dot(query, key.T$PRECISION)
-kv = $KV[None, :]
-$INSIDE
-$MASKED
-weight, shrink, peak, total = softmax_step(score, peak, total, factor, True)
-value = $LOAD_V_CHECKED
-out = tl.dot(weight.to(value.dtype), value, out * shrink[:, None]$PRECISION)
-"""
-
-FULL = """\
+STEP = """\
 key = $LOAD_K
 score = tl.dot(query, key.T$PRECISION)
-weight, shrink, peak, total = softmax_step(score, peak, total, factor, False)
+$MASK
+weight, shrink, peak, total = softmax_step(score, peak, total, factor)
 value = $LOAD_V
 out = tl.dot(weight.to(value.dtype), value, out * shrink[:, None]$PRECISION)
 """
@@ -83,6 +73,6 @@ CONTINUE = """\
 exist = tl.where(slot < 0, n_q, 0)
 peak = tl.load(LSE + first + row, mask=first + row < exist, other=float("-inf")) * LOG2_E
 total = tl.where(peak == float("-inf"), 0.0, 1.0)
-out = load_tile(OUT, first, row$WIDE, exist, out_stride_n, VALUE_DIM, VALUE_PAD, True)
+out = load_tile(OUT, first, row$WIDE, exist, out_stride_n, VALUE_DIM, VALUE_PAD)
 out = out.to(tl.float32)
 """

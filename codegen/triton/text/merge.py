@@ -24,7 +24,7 @@ def merge_forward(
     out = tl.zeros([TILE, VALUE_PAD], tl.float32)
     if SECTION > 0:
         lse = tl.load(LSE + first + row, mask=first + row < n_q, other=float("-inf"))
-        out = load_tile(OUT, first, row, n_q, out_stride_n, VALUE_DIM, VALUE_PAD, True)
+        out = load_tile(OUT, first, row, n_q, out_stride_n, VALUE_DIM, VALUE_PAD)
         out = out.to(tl.float32)
     for part in range(0, parts):
         more_lse = load_part(PART_LSE, slot + part, sub, h, b, heads, batch, TILE, 1, SUBTILES)
@@ -51,7 +51,7 @@ def merge_$WHAT(
     GRAD += (b * heads + h).to(tl.int64) * n_$AXIS * DIM
     total = tl.zeros([TILE, PAD], tl.float32)
     if SECTION > 0:
-        total += load_tile(GRAD, first, row, n_$AXIS, DIM, DIM, PAD, True).to(tl.float32)
+        total += load_tile(GRAD, first, row, n_$AXIS, DIM, DIM, PAD).to(tl.float32)
     for part in range(0, parts):
         total += load_part(PART, slot + part, sub, h, b, heads, batch, TILE, PAD, SUBTILES)
     store_tile(GRAD, total, first, row, n_$AXIS, DIM, DIM, PAD)
