@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from sparse_compile import patterns as P
 
 MaskMod = Callable[[Any, Any, Any, Any], Any]
 WINDOW, DOCUMENT, PREFIX, NEIGHBOURS = 1024, 1024, 1024, 13
+#: Of the 4K images (256 x 256 tokens) of Generalized Neighborhood Attention (arXiv 2504.16922).
+WIDE = 80
 
 
 @dataclass(frozen=True)
@@ -82,12 +85,12 @@ def _documents(n: int, device: Any) -> MaskMod:
     return lambda b, h, q, kv: (q >= kv) & (ids[q] == ids[kv])
 
 
-def _neighborhood(n: int, device: Any) -> MaskMod:
+def _neighborhood(window: int, n: int, device: Any) -> MaskMod:
     height, width = grid(n)
 
     def near(i: Any, j: Any, size: int) -> Any:
-        first = (i - NEIGHBOURS // 2).clamp(0, size - NEIGHBOURS)
-        return (first <= j) & (j < first + NEIGHBOURS)
+        first = (i - window // 2).clamp(0, size - window)
+        return (first <= j) & (j < first + window)
 
     return lambda b, h, q, kv: (
         near(q // width, kv // width, height) & near(q % width, kv % width, width)
@@ -170,8 +173,14 @@ CASES = {
         Case(
             "neighborhood",
             lambda n, device: P.Neighborhood(grid(n), NEIGHBOURS),
-            _neighborhood,
+            functools.partial(_neighborhood, NEIGHBOURS),
             pairs=lambda n: n * NEIGHBOURS**2,
+        ),
+        Case(
+            "neighborhood-80",
+            lambda n, device: P.Neighborhood(grid(n), WIDE),
+            functools.partial(_neighborhood, WIDE),
+            pairs=lambda n: n * WIDE**2,
         ),
         Case(
             "prefix",

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from sparse_compile import ops
 from sparse_compile.annotation import name_mask
+from sparse_compile.direct_data import Tables, kept_data, make_data
 from sparse_compile.errors import BadShape, PatternMisuse
 from sparse_compile.expr import COORDINATES, KV, MaskExpr, Q, table_index
 from sparse_compile.layout.choose import choose_views
 from sparse_compile.layout.dense_tables import DenseRead
-from sparse_compile.pattern_ops import PATTERN_TABLE
 from sparse_compile.patterns.base import Pattern
 
 #: Stands for lengths and head counts that torch.compile knows by name only.
@@ -76,14 +76,21 @@ def attention(
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=plan[3], scale=factor, enable_gqa=grouped
         )
-    lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
-    tables = [PATTERN_TABLE(plan[1], *made, *lengths, q.device) for made in plan[2]]
-    return _run(q, k, v, tables, plan[0], factor)
+    tables: list[Tensor] = []
+    layout: list[Tensor] = []
+    if plan[2]:
+        assert isinstance(mask, Pattern)
+        lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+        data = (plan[1], plan[2], lengths, plan[0], q.device)
+        compiling = torch.compiler.is_compiling()
+        tables, layout = make_data(*data) if compiling else kept_data(mask, *data)
+    out: Tensor = ops.ATTENTION(q, k, v, tables, [], layout, factor, plan[0])[0]
+    return out
 
 
 #: Text of the spec, empty to leave it to SDPA; key of the mask; index, rank and dtype of each
 #: table; whether SDPA is causal. Plain values, which torch.compile takes for constants.
-_Direct = tuple[str, str, tuple[tuple[int, int, torch.dtype], ...], bool]
+_Direct = tuple[str, str, Tables, bool]
 #: n_q, n_kv, batch and heads.
 _Sizes = tuple[int, int, int, int]
 _NOTHING_HIDDEN: _Direct = ("", "", (), False)
@@ -240,15 +247,6 @@ def _by_tensor(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> T
     text, reads = _plan_of_tensor(shared, q.device.type, compiling)
     bits, *layout = ops.DENSE_LAYOUT([mask], reads, [], *lengths, text, q.device)
     out: Tensor = ops.ATTENTION(q, k, v, [bits], [], layout, scale, text)[0]
-    return out
-
-
-def _run(q: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], text: str, scale: float) -> Tensor:
-    layout: list[Tensor] = []
-    if tables:
-        lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
-        layout = ops.BLOCK_LAYOUT(tables, [], *lengths, text, q.device)
-    out: Tensor = ops.ATTENTION(q, k, v, tables, [], layout, scale, text)[0]
     return out
 
 

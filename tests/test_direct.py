@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import sparse_compile
+from sparse_compile import direct_data
 from sparse_compile import patterns as P
 from sparse_compile.errors import BadPattern, BadShape, PatternMisuse, UnsupportedDtype
 from sparse_compile.reference import attention as reference
@@ -171,3 +172,53 @@ def test_misuse(change: dict[str, Any], error: type[Exception], message: str) ->
     with pytest.raises(error) as caught:
         sparse_compile.attention(**{"q": q, "k": k, "v": v, "mask": P.Causal(), **change})
     assert message in str(caught.value)
+
+
+def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that grows with every layout that an eager call makes."""
+    calls: list[int] = []
+    original = direct_data.make_data
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(1)
+        return original(*arguments)
+
+    monkeypatch.setattr(direct_data, "make_data", counted)
+    return calls
+
+
+def test_eager_calls_keep_the_layout_while_the_tensors_stay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls, ids = made(monkeypatch), torch.arange(N) // 20
+    given = operands()
+    pattern = P.Documents(ids) & P.SlidingWindow(30)
+    for expected in (1, 1):
+        sparse_compile.attention(*given, pattern)
+        assert len(calls) == expected
+    ids[:] = torch.arange(N) // 7
+    found = sparse_compile.attention(*given, pattern)
+    assert len(calls) == 2
+    exact = [t.detach().double() for t in given]
+    wanted, _ = reference(*exact, pattern.dense(N, N, B, H))
+    assert relative_error(found, wanted) < 1e-5
+    # Another length, and another pattern of equal tensors, are other layouts.
+    sparse_compile.attention(*given, P.Documents(ids) & P.SlidingWindow(30))
+    assert len(calls) == 3
+
+
+def test_what_cannot_be_watched_is_read_in_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, ids = made(monkeypatch), torch.arange(N) // 20
+    watched = P.Predicate(lambda b, h, q, kv: ids[q] == ids[kv])
+    with torch.inference_mode():
+        unseen = P.Documents(torch.arange(N) // 20)
+        for pattern in (watched, watched, unseen, unseen):
+            sparse_compile.attention(*operands(), pattern)
+    assert len(calls) == 4
+
+
+def test_few_layouts_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct_data, "_KEPT", type(direct_data._KEPT)())
+    for seed in range(direct_data._MOST + 3):
+        sparse_compile.attention(*operands(), P.Random(block=16, random=1, seed=seed))
+    assert len(direct_data._KEPT) == direct_data._MOST

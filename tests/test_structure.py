@@ -37,6 +37,7 @@ RANK = {
     "ops": 6,
     "pattern_ops": 6,
     "direct": 7,
+    "direct_data": 7,
     "diagnose": 7,
     "passes": 7,
     "inductor": 8,

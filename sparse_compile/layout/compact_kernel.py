@@ -86,7 +86,7 @@ def compacted(kinds: Tensor, flag: Tensor) -> tuple[BlockLists, BlockLists, bool
     count_blocks[(rows + cols, classes)](kinds, counts, rows, cols, CHUNK=CHUNK, num_warps=4)
     visited = counts.sum(-1, dtype=torch.int32)
     room = visited[0] if classes == 1 else visited.amax(0)
-    *known, is_set = torch.cat([room, flag]).cpu().split([rows, cols, 1])
+    *known, is_set = torch.split(torch.cat([room, flag]).cpu(), [rows, cols, 1])
     starts = [torch.nn.functional.pad(part.cumsum(0), (1, 0)).to(torch.int32) for part in known]
     places = torch.cat([start[:-1] for start in starts]).to(device)
     rooms = [int(start[-1]) for start in starts]
@@ -99,7 +99,7 @@ def compacted(kinds: Tensor, flag: Tensor) -> tuple[BlockLists, BlockLists, bool
     row_lists, col_lists = (
         BlockLists(start.to(device), part.contiguous(), blocks, most.long())
         for start, part, blocks, most in zip(
-            starts, counts.split([rows, cols], 1), index, known, strict=True
+            starts, torch.split(counts, [rows, cols], 1), index, known, strict=True
         )
     )
     return row_lists, col_lists, bool(is_set)

@@ -15,6 +15,7 @@ from torch import Tensor
 from sparse_compile.errors import BadPattern
 from sparse_compile.expr import WORD, MaskExpr, dense_bit
 from sparse_compile.layout.block_layout import FULL, PARTIAL, BlockLayout, BlockLists
+from sparse_compile.layout.tensor_state import state_of
 from sparse_compile.view import natural
 
 #: The CPU reads bands of about this many entries, to bound the temporaries.
@@ -135,34 +136,21 @@ def cached_dense_layout(mask: Tensor, block_q: int, block_kv: int) -> DenseMask:
 
 
 def remembered(mask: Tensor, key: Hashable, make: Callable[[], T]) -> T:
-    """What ``make`` found out about a tensor, as long as that lives and is not modified.
-
-    Changes that autograd does not see, through ``mask.data`` or another library, go unnoticed, as
-    they do in autograd. Where such changes are usual, nothing is remembered: inference tensors
-    count no modifications, and the results of a CUDA graph are overwritten by its next run.
+    """What ``make`` found out about a tensor, as long as that lives and keeps its :func:`state_of`.
 
     Args:
         mask: the tensor.
         key: tells what ``make`` makes from anything else about the tensor.
         make: makes it; the result must not refer to the tensor.
     """
-    if mask.is_inference() or (mask.is_cuda and not _is_of_the_allocator(mask)):
+    state = state_of(mask)
+    if state is None:
         return make()
-    state = (mask._version, mask.data_ptr(), tuple(mask.shape), mask.stride(), mask.dtype)
     known = _known(mask, state)
     if key not in known:
         known[key] = make()
     found: T = known[key]
     return found
-
-
-def _is_of_the_allocator(mask: Tensor) -> bool:
-    """Whether PyTorch allocated the memory of a CUDA tensor for it alone.
-
-    Inductor's CUDA graphs hand out the same tensors again and again, made of a bare address, and
-    count no modification when they write to them.
-    """
-    return bool(torch._C._has_Standard_Deleter(mask.untyped_storage()._cdata))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from dataclasses import dataclass
 from typing import Any
@@ -63,15 +64,13 @@ class BigBird(Pattern):
                 f"BigBird: {self.global_} global blocks of the {columns} that {n_kv} keys make",
                 f"Write global_={columns} or fewer, or smaller blocks.",
             )
-        for row in self._local_rows(n_q):
-            free = len(self._free(row, columns))
-            if free < self.random:
-                raise bad(
-                    f"BigBird: {self.random} random blocks, but of the {columns} blocks that "
-                    f"{n_kv} keys make only {free} are neither global nor in the window of block "
-                    f"{row}",
-                    f"Write random={free} or fewer, or smaller blocks.",
-                )
+        row, free = _first_without_room(self, n_q, n_kv)
+        if free < self.random:
+            raise bad(
+                f"BigBird: {self.random} random blocks, but of the {columns} blocks that {n_kv} "
+                f"keys make only {free} are neither global nor in the window of block {row}",
+                f"Write random={free} or fewer, or smaller blocks.",
+            )
 
     def predicate(self, tables: Tables) -> sympy.Basic:
         """In the window, or global, or chosen."""
@@ -111,3 +110,17 @@ class BigBird(Pattern):
             draw(rng, self._free(row, columns), self.random) for row in self._local_rows(n_q)
         ]
         return [choice] * heads
+
+
+@functools.lru_cache(maxsize=256)
+def _first_without_room(pattern: BigBird, n_q: int, n_kv: int) -> tuple[int, int]:
+    """The first row of blocks with too few blocks to choose from, and how many it has.
+
+    The last row if all have enough. Every call checks, so it is looked up.
+    """
+    columns, row, free = blocks(n_kv, pattern.block), 0, pattern.random
+    for row in pattern._local_rows(n_q):
+        free = len(pattern._free(row, columns))
+        if free < pattern.random:
+            break
+    return row, free

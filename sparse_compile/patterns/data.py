@@ -46,6 +46,23 @@ def _as_tuples(where: str, value: Any) -> Any:
     return int(value)
 
 
+def tensors_of(value: Any) -> list[Any] | None:
+    """The tensors among the parameters of a pattern of this library, or of its parts.
+
+    None if it holds something else that its tables may read, such as a function.
+    """
+    if is_tensor(value):
+        return [value]
+    if value is None or isinstance(value, (int, float, str)):
+        return []
+    if type(value).__module__.startswith(__name__.rpartition(".")[0] + "."):
+        value = tuple(getattr(value, field.name) for field in dataclasses.fields(value))
+    if not isinstance(value, tuple):
+        return None
+    parts = [tensors_of(part) for part in value]
+    return None if None in parts else [tensor for part in parts for tensor in part or ()]
+
+
 def shape_of(where: str, value: Any) -> tuple[int, ...]:
     """Sizes of a tensor or of nested tuples.
 

@@ -1,0 +1,81 @@
+"""Tables and layouts of patterns in calls that run as they stand, kept while nothing changes.
+
+Compiled code makes them in its graph at every call; there, Inductor decides what is kept.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_compile import ops
+from sparse_compile.layout.tensor_state import state_of
+from sparse_compile.pattern_ops import PATTERN_TABLE
+from sparse_compile.patterns.base import Pattern
+from sparse_compile.patterns.data import tensors_of
+
+#: Layouts of so many masks and lengths are kept; a long one takes some megabytes.
+_MOST = 8
+
+Tables = tuple[tuple[int, int, torch.dtype], ...]
+Data = tuple[list[Tensor], list[Tensor]]
+_KEPT: OrderedDict[tuple[Any, ...], tuple[Any, Data]] = OrderedDict()
+
+
+def make_data(
+    key: str,
+    tables: Tables,
+    lengths: tuple[int, int, int, int],
+    text: str,
+    device: torch.device,
+) -> Data:
+    """The tables of a mask, and its packed layout.
+
+    Args:
+        key: of the mask, see :func:`sparse_compile.annotation.bound_mask_named`.
+        tables: index, rank and dtype of each table.
+        lengths: batch, heads, n_q and n_kv.
+        text: of the spec.
+        device: where the attention runs.
+    """
+    made = [PATTERN_TABLE(key, *table, *lengths, device) for table in tables]
+    return made, ops.BLOCK_LAYOUT(made, [], *lengths, text, device)
+
+
+def kept_data(
+    pattern: Pattern,
+    key: str,
+    tables: Tables,
+    lengths: tuple[int, int, int, int],
+    text: str,
+    device: torch.device,
+) -> Data:
+    """:func:`make_data`, made again only after the tensors of ``pattern`` were modified.
+
+    Args:
+        pattern: what ``key`` names.
+        key, tables, lengths, text, device: as for :func:`make_data`.
+    """
+    state = _state(pattern)
+    if state is None:
+        return make_data(key, tables, lengths, text, device)
+    # Keys are given once, so this one means this pattern even when the pattern is gone.
+    where = key, lengths, text, device
+    kept = _KEPT.get(where)
+    if kept is None or kept[0] != state:
+        kept = state, make_data(key, tables, lengths, text, device)
+        _KEPT[where] = kept
+        if len(_KEPT) > _MOST:
+            _KEPT.popitem(last=False)
+    _KEPT.move_to_end(where)
+    return kept[1]
+
+
+def _state(pattern: Pattern) -> Any:
+    """What the tables follow from, besides the lengths; None where that cannot be told."""
+    tensors = tensors_of(pattern)
+    states = None if tensors is None else [state_of(tensor) for tensor in tensors]
+    return None if states is None or None in states else states
