@@ -23,6 +23,8 @@ from sparse_compile.spec import AttentionSpec
 #: the mask alone, which a second length finds there too.
 _PACKAGES = ("sparse_compile.layout", "sparse_compile.codegen.triton.arguments")
 _OF_THE_MASK = ("_axis", "canonical", "_class_coordinates")
+#: Of neither lengths nor masks.
+_OF_NOTHING = ("_descriptor_class",)
 #: What chooses views, which happens once, when a call is compiled.
 _PLANNING = ("split_views",)
 
@@ -134,7 +136,7 @@ def forget_layouts(views: bool = True, mask: bool = False) -> None:
         views: also the choice of views.
         mask: also what follows from the mask alone.
     """
-    kept = (*(() if mask else _OF_THE_MASK), *(() if views else _PLANNING))
+    kept = (*_OF_NOTHING, *(() if mask else _OF_THE_MASK), *(() if views else _PLANNING))
     for name, module in list(sys.modules.items()):
         # Kernels that list blocks stay compiled, as those of the attention do.
         if not name.startswith(_PACKAGES) or name.startswith("sparse_compile.layout.device"):

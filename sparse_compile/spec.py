@@ -88,7 +88,13 @@ class AttentionSpec:
 
     def part_mask(self, view: View) -> MaskExpr:
         """The predicate of one view, with the tables and sizes of the mask."""
-        return MaskExpr(view.predicate, self.mask.tables, self.mask.n_sizes)
+        return self._part_masks[view]
+
+    @functools.cached_property
+    def _part_masks(self) -> dict[View, MaskExpr]:
+        # Layouts are made from these in calls, so they are put together once.
+        tables, n_sizes = self.mask.tables, self.mask.n_sizes
+        return {part: MaskExpr(part.predicate, tables, n_sizes) for part in self.parts}
 
     @functools.cached_property
     def text(self) -> str:

@@ -148,7 +148,7 @@ def _schedules(
     rooms = [room for view in layout.views if (room := view.rooms(axis)) is not None]
     if len(rooms) < len(layout.views):
         return _static_schedules(layout.problems(), axis, sections, members, workers, device)
-    summed = [torch.stack([rooms[v] for v in views]).sum(0) for views in sections]
+    summed = [functools.reduce(torch.add, [rooms[v] for v in views]) for views in sections]
     return tuple(make_schedule(room, members, workers, device) for room in summed)
 
 
