@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -85,12 +86,18 @@ def _documents(n: int, device: Any) -> MaskMod:
     return lambda b, h, q, kv: (q >= kv) & (ids[q] == ids[kv])
 
 
+def _wide(n: int) -> tuple[int, int]:
+    height, width = grid(n)
+    return min(WIDE, height), min(WIDE, width)
+
+
 def _neighborhood(window: int, n: int, device: Any) -> MaskMod:
     height, width = grid(n)
 
     def near(i: Any, j: Any, size: int) -> Any:
-        first = (i - window // 2).clamp(0, size - window)
-        return (first <= j) & (j < first + window)
+        width = min(window, size)
+        first = (i - width // 2).clamp(0, size - width)
+        return (first <= j) & (j < first + width)
 
     return lambda b, h, q, kv: (
         near(q // width, kv // width, height) & near(q % width, kv % width, width)
@@ -178,9 +185,9 @@ CASES = {
         ),
         Case(
             "neighborhood-80",
-            lambda n, device: P.Neighborhood(grid(n), WIDE),
+            lambda n, device: P.Neighborhood(grid(n), _wide(n)),
             functools.partial(_neighborhood, WIDE),
-            pairs=lambda n: n * WIDE**2,
+            pairs=lambda n: n * math.prod(_wide(n)),
         ),
         Case(
             "prefix",

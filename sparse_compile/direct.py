@@ -76,16 +76,18 @@ def attention(
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=plan[3], scale=factor, enable_gqa=grouped
         )
-    tables: list[Tensor] = []
-    layout: list[Tensor] = []
-    if plan[2]:
-        assert isinstance(mask, Pattern)
-        lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
-        data = (plan[1], plan[2], lengths, plan[0], q.device)
-        compiling = torch.compiler.is_compiling()
-        tables, layout = make_data(*data) if compiling else kept_data(mask, *data)
+    tables, layout = _data(mask, plan, q, k) if mask is not None and plan[2] else ([], [])
     out: Tensor = ops.ATTENTION(q, k, v, tables, [], layout, factor, plan[0])[0]
     return out
+
+
+def _data(mask: Pattern, plan: _Direct, q: Tensor, k: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """The tables of a pattern, and its layout."""
+    lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+    arguments = (plan[1], plan[2], lengths, plan[0], q.device)
+    if torch.compiler.is_compiling():
+        return make_data(*arguments)
+    return kept_data(mask, *arguments)
 
 
 #: Text of the spec, empty to leave it to SDPA; key of the mask; index, rank and dtype of each
