@@ -24,7 +24,7 @@ from sparse_compile.spec import AttentionSpec
 _PACKAGES = ("sparse_compile.layout", "sparse_compile.codegen.triton.arguments")
 _OF_THE_MASK = ("_axis", "canonical", "_class_coordinates")
 #: Of neither lengths nor masks.
-_OF_NOTHING = ("_descriptor_class",)
+_OF_NOTHING = ("_descriptor_class", "_all_lines")
 #: What chooses views, which happens once, when a call is compiled.
 _PLANNING = ("split_views",)
 

@@ -8,7 +8,8 @@ alone are looked up in a cache, so that nothing is rebuilt and nothing is stored
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from sparse_compile.expr import WORD
 from sparse_compile.fresh_size import fresh_size
 from sparse_compile.layout import Layout, build_views, static_layout, unpack
 from sparse_compile.layout.dense_tables import DenseCall, DenseRead
+from sparse_compile.layout.tensor_state import memory_of
 from sparse_compile.spec import AttentionSpec, EmptyRows
 
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -67,7 +69,12 @@ def block_layout(
         device=device,
         counted=False,
     )
-    return [view.pack() for view in layout.views]
+    packed = [view.pack() for view in layout.views]
+    # Operators that get these very tensors need not ask the device what is in them.
+    known = _memory(packed, spec, (batch, heads, n_q, n_kv), sizes)
+    if known is not None:
+        known[0][known[1]] = replace(layout, tables=())
+    return packed
 
 
 @block_layout.register_fake
@@ -311,6 +318,25 @@ def check_operands(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise BadShape(f"sparse_compile: head dims must lie in 1 to 256, got {shapes}.")
 
 
+def _memory(
+    packed: Sequence[Tensor], spec: str, shape: tuple[int, ...], sizes: Sequence[int]
+) -> tuple[dict[Hashable, Any], Hashable] | None:
+    """Where the layout that was packed is remembered, and under what; None if nowhere.
+
+    The layout keeps its own tensors beside the packed ones, which must not be referred to.
+    """
+    if not packed:
+        return None
+    key = (
+        "layout",
+        spec,
+        shape,
+        tuple(map(int, sizes)),
+        tuple((id(part), part.data_ptr()) for part in packed),
+    )
+    return memory_of(packed[0]), key
+
+
 def _layout_of(
     spec: AttentionSpec,
     q: Tensor,
@@ -321,5 +347,7 @@ def _layout_of(
 ) -> Layout:
     shape = {"batch": q.shape[0], "heads": q.shape[1], "n_q": q.shape[2], "n_kv": k.shape[2]}
     if packed:
-        return unpack(spec, packed, **shape, tables=tables, sizes=sizes)
+        known = _memory(packed, spec.text, tuple(shape.values()), sizes)
+        found: Layout | None = known and known[0].get(known[1])
+        return found or unpack(spec, packed, **shape, tables=tables, sizes=sizes)
     return static_layout(spec, sizes=tuple(map(int, sizes)), **shape, device=q.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import sparse_compile
-from sparse_compile import direct_data
+from sparse_compile import direct_data, ops
 from sparse_compile import patterns as P
 from sparse_compile.errors import BadPattern, BadShape, PatternMisuse, UnsupportedDtype
+from sparse_compile.layout import tensor_state
 from sparse_compile.reference import attention as reference
 from tests.tolerance import relative_error
 
@@ -222,3 +224,30 @@ def test_few_layouts_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in range(direct_data._MOST + 3):
         sparse_compile.attention(*operands(), P.Random(block=16, random=1, seed=seed))
     assert len(direct_data._KEPT) == direct_data._MOST
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager", "inductor", "sparse_compile"])
+def test_no_layout_is_read_back_from_its_packed_form(
+    backend: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU that would wait for the device, and schedule all lines again."""
+    monkeypatch.setattr(ops, "unpack", lambda *_, **__: pytest.fail("unpacked"))
+    pattern = P.Documents(torch.arange(N) // 20) & P.SlidingWindow(30)
+
+    def call(*given: Tensor) -> Tensor:
+        return sparse_compile.attention(*given, pattern)
+
+    run = torch.compile(call, backend=backend) if backend else call
+    for _ in range(2):
+        run(*operands()).sum().backward()
+
+
+def test_remembered_layouts_do_not_outlive_their_tensors() -> None:
+    ids = torch.arange(N) // 20
+    pattern = P.Predicate(lambda b, h, q, kv: ids[q] == ids[kv])
+    gc.collect()
+    before = len(tensor_state._MEMORIES)
+    for _ in range(3):
+        sparse_compile.attention(*operands(), pattern).sum().backward()
+    gc.collect()
+    assert len(tensor_state._MEMORIES) == before

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import TypeVar
 
 import sympy
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from sparse_compile.errors import BadPattern
 from sparse_compile.expr import WORD, MaskExpr, dense_bit
 from sparse_compile.layout.block_layout import FULL, PARTIAL, BlockLayout, BlockLists
-from sparse_compile.layout.tensor_state import state_of
+from sparse_compile.layout.tensor_state import memory_of
 from sparse_compile.view import natural
 
 #: The CPU reads bands of about this many entries, to bound the temporaries.
@@ -136,51 +135,18 @@ def cached_dense_layout(mask: Tensor, block_q: int, block_kv: int) -> DenseMask:
 
 
 def remembered(mask: Tensor, key: Hashable, make: Callable[[], T]) -> T:
-    """What ``make`` found out about a tensor, as long as that lives and keeps its :func:`state_of`.
+    """What ``make`` found out about a tensor, as long as that lives and keeps its state.
 
     Args:
         mask: the tensor.
         key: tells what ``make`` makes from anything else about the tensor.
         make: makes it; the result must not refer to the tensor.
     """
-    state = state_of(mask)
-    if state is None:
-        return make()
-    known = _known(mask, state)
+    known = memory_of(mask)
     if key not in known:
         known[key] = make()
     found: T = known[key]
     return found
-
-
-@dataclass(frozen=True)
-class _Memory:
-    """What is known of one tensor, in one state."""
-
-    of: weakref.ref[Tensor]
-    state: tuple[Any, ...]
-    known: dict[Hashable, Any] = field(default_factory=dict)
-
-
-#: By id, because tensors compare entry by entry. An entry goes when its tensor does.
-_MEMORIES: dict[int, _Memory] = {}
-
-
-def _known(mask: Tensor, state: tuple[Any, ...]) -> dict[Hashable, Any]:
-    number = id(mask)
-    memory = _MEMORIES.get(number)
-    if memory is not None and memory.of() is mask and memory.state == state:
-        return memory.known
-
-    def forget(of: weakref.ref[Tensor]) -> None:
-        # Another tensor may have got the same id since.
-        entry = _MEMORIES.get(number)
-        if entry is not None and entry.of is of:
-            del _MEMORIES[number]
-
-    memory = _Memory(weakref.ref(mask, forget), state)
-    _MEMORIES[number] = memory
-    return memory.known
 
 
 def _four_dimensional(mask: Tensor) -> Tensor:

@@ -26,6 +26,8 @@ COST_LEVELS = 8
 #: Lines are even enough to stay in order if the largest costs at most so many times the average.
 EVEN = 2.5
 EVERYTHING = (1 << 31) - 1
+#: Worklists of whole lines are made for at least so many.
+_LINES = 4096
 _CPU = torch.device("cpu")
 
 
@@ -38,14 +40,20 @@ class Schedule:
         heavy: the first so many items are handed out for all heads before any other.
         merges: int32 [m, 3]: line, first slot and number of parts of each split line.
         slots: number of slots.
-        costs: int64 [n] on the CPU: blocks of each item, with :data:`TILE_COST`.
+        room: int64 [lines] on the CPU: blocks of each line.
     """
 
     items: Tensor
     heavy: int
     merges: Tensor
     slots: int
-    costs: Tensor
+    room: Tensor
+
+    @functools.cached_property
+    def costs(self) -> Tensor:
+        """int64 [n] on the CPU: blocks of each item, with :data:`TILE_COST`."""
+        line, lo, hi, _ = self.items.cpu().long().unbind(1)
+        return torch.where(hi == EVERYTHING, self.room[line], hi - lo) + TILE_COST
 
     def utilisation(self, members: int, workers: int) -> float:
         """Modelled: busy time of all workers over their number times the makespan.
@@ -90,19 +98,24 @@ def make_schedule(
     total, most = int(room.sum()) + TILE_COST * room.numel(), int(room.max()) if room.numel() else 0
     largest = max(SMALLEST_PART, int(total * members / workers * LARGEST_SHARE))
     if most <= largest and most * room.numel() <= EVEN * total:
-        return replace(_even(room.numel(), device or _CPU), costs=room.flip(0) + TILE_COST)
+        # All lines in order, the last first.
+        capacity = max(_LINES, 1 << (room.numel() - 1).bit_length())
+        items, nothing = _all_lines(capacity, device or _CPU)
+        return Schedule(items[capacity - room.numel() :], 0, nothing, 0, room)
     found = _sorted_schedule(room, largest)
     return found if device is None else _moved(found, device)
 
 
-@functools.lru_cache(maxsize=64)
-def _even(lines: int, device: torch.device) -> Schedule:
-    """The worklist of lines of about the same cost: all of them, the last first."""
-    line = torch.arange(lines - 1, -1, -1)
+@functools.lru_cache(maxsize=16)
+def _all_lines(capacity: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The items of so many whole lines, the last first, and no merges.
+
+    Those of fewer lines are at the end, so a new length has nothing to make.
+    """
+    line = torch.arange(capacity - 1, -1, -1)
     whole = [torch.zeros_like(line), torch.full_like(line, EVERYTHING), torch.full_like(line, -1)]
     items = torch.stack([line, *whole], 1).to(torch.int32)
-    nothing = torch.empty(0, 3, dtype=torch.int32)
-    return _moved(Schedule(items, 0, nothing, 0, line), device)
+    return items.to(device), torch.empty(0, 3, dtype=torch.int32, device=device)
 
 
 def _sorted_schedule(room: Tensor, largest: int) -> Schedule:
@@ -122,7 +135,7 @@ def _sorted_schedule(room: Tensor, largest: int) -> Schedule:
     order, heavy = _order(costs, split[of])
     items = torch.stack([line[of], lo, hi, slot], 1)[order].to(torch.int32)
     merges = torch.stack([line, first_slot, parts], 1)[split].to(torch.int32)
-    return Schedule(items, heavy, merges, int(slots.sum()), costs[order])
+    return Schedule(items, heavy, merges, int(slots.sum()), room)
 
 
 def _order(costs: Tensor, split: Tensor) -> tuple[Tensor, int]:

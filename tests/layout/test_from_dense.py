@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparse_compile.errors import BadPattern
 from sparse_compile.expr import evaluate
-from sparse_compile.layout import from_dense
+from sparse_compile.layout import from_dense, tensor_state
 from sparse_compile.layout.from_dense import DenseMask, cached_dense_layout, dense_layout
 from tests.layout.dense_cases import CASES, DenseCase, check_pass, expected_kinds
 from tests.layout.test_build import check_lists, check_transpose
@@ -146,12 +146,12 @@ def test_the_cache_follows_the_tensor() -> None:
 
 def test_the_cache_keeps_nothing_alive() -> None:
     gc.collect()
-    before = len(from_dense._MEMORIES)
+    before = len(tensor_state._MEMORIES)
     mask = torch.ones(64, 64, dtype=torch.bool)
     found = cached_dense_layout(mask, 16, 16)
-    assert len(from_dense._MEMORIES) == before + 1
+    assert len(tensor_state._MEMORIES) == before + 1
     del mask
-    assert len(from_dense._MEMORIES) == before
+    assert len(tensor_state._MEMORIES) == before
     assert found.layout.nnz_blocks == 16
 
 
