@@ -1,10 +1,11 @@
 """Whether generated kernels list the blocks that the CPU lists: tried once, on a small problem.
 
-A layout with a wrong block gives wrong results that look right. On an H200 the lists of one mask,
-of the form ``|x| <= 0``, differed from those of the CPU, though the same kernels agree with the
-CPU in Triton's interpreter; which side is wrong there, and why, is not known. So before the
-kernels of a mask are trusted on a device, their lists are compared with those of the CPU; where
-they differ, the CPU makes the layouts of that mask.
+A layout with a wrong block gives wrong results that look right. On an H200, kernels that computed
+``max(low, -high, 0)`` for ``|x| <= 0`` listed blocks as if ``-high`` were not there, though in
+Triton's interpreter the same kernels agree with the CPU. That form is no longer generated
+(:mod:`sparse_compile.layout.canonical`), and all masks of the tests are listed rightly there now;
+but why it went wrong is not known. So before the kernels of a mask are trusted on a device, their
+lists are compared with those of the CPU; where they differ, the CPU makes the layouts of that mask.
 """
 
 from __future__ import annotations

@@ -238,6 +238,21 @@ def _views(block: int = 32) -> list[Case]:
     ]
 
 
+def _split_in_the_second_section() -> Case:
+    """Global tokens in another order than the window: their parts meet what the window found."""
+    near, few = sympy.Abs(Q - KV) <= 4, sympy.Eq(FloorMod(Q - KV, 28), 0)
+    far = (few | (Q < 3) | (KV < 3)) & ~near
+    plain, classes = natural(16), residues(28, 16)
+    return Case(
+        "global tokens, split, after a window",
+        MaskExpr(near | few | (Q < 3) | (KV < 3)),
+        n=(700, 700),
+        block=(16, 16),
+        heads=(2, 1),
+        views=(View(near, plain, plain), View(far, classes, classes)),
+    )
+
+
 CASES += [
     *_views(),
     Case(
@@ -247,6 +262,7 @@ CASES += [
         block=(16, 16),
         heads=(1, 1),
     ),
+    _split_in_the_second_section(),
 ]
 
 
