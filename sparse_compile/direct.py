@@ -72,13 +72,21 @@ def attention(
         raise PatternMisuse(_no_mask(mask))
     plan = _NOTHING_HIDDEN if mask is None else _plan(mask, q.device.type, _sizes(q, k))
     if not plan[0]:
-        grouped = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(
-            q, k, v, is_causal=plan[3], scale=factor, enable_gqa=grouped
-        )
+        return _by_sdpa(q, k, v, plan[3], factor)
     tables, layout = _data(mask, plan, q, k) if mask is not None and plan[2] else ([], [])
     out: Tensor = ops.ATTENTION(q, k, v, tables, [], layout, factor, plan[0])[0]
     return out
+
+
+def _by_sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
+    grouped = q.shape[1] != k.shape[1]
+    if grouped and q.device.type == "cpu" and q.dtype != torch.float32:
+        # The CPU's own kernel for grouped heads adds up dV in half precision.
+        group, grouped = q.shape[1] // k.shape[1], False
+        k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+    return F.scaled_dot_product_attention(
+        q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped
+    )
 
 
 def _data(mask: Pattern, plan: _Direct, q: Tensor, k: Tensor) -> tuple[list[Tensor], list[Tensor]]:

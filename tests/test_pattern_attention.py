@@ -8,7 +8,6 @@ import torch
 from benchmarks.correctness import (
     DTYPES,
     NAMES,
-    SDPA_WITH_GROUPED_HEADS,
     Case,
     cases,
     errors,
@@ -17,12 +16,7 @@ from benchmarks.correctness import (
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", cases(), ids=str)
-def test_a_pattern_is_as_exact_as_eager(
-    case: Case, dtype: torch.dtype, request: pytest.FixtureRequest
-) -> None:
-    if case is SDPA_WITH_GROUPED_HEADS and dtype != torch.float32:
-        reason = "known: PyTorch's CPU kernel, to which a plain causal mask is left"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=False))
+def test_a_pattern_is_as_exact_as_eager(case: Case, dtype: torch.dtype) -> None:
     found, allowed = errors(case, "cpu", dtype)
     for name, error, most in zip(NAMES, found, allowed, strict=True):
         assert error <= most, name
