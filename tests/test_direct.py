@@ -251,3 +251,10 @@ def test_remembered_layouts_do_not_outlive_their_tensors() -> None:
         sparse_compile.attention(*operands(), pattern).sum().backward()
     gc.collect()
     assert len(tensor_state._MEMORIES) == before
+
+
+def test_a_layout_made_in_inference_mode_is_not_trained_with() -> None:
+    pattern = P.Random(block=16, random=2, seed=5)
+    with torch.inference_mode():
+        sparse_compile.attention(*operands(), pattern)
+    sparse_compile.attention(*operands(), pattern).sum().backward()

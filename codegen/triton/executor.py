@@ -376,5 +376,7 @@ def _positive(scale: float) -> tuple[float, float]:
 
 
 def _current(device: torch.device) -> Any:
-    """Make ``device`` the current one, where it matters."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    """Make ``device`` the current one, where it is not."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
