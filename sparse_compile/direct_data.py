@@ -62,8 +62,8 @@ def kept_data(
     state = _state(pattern)
     if state is None:
         return make_data(key, tables, lengths, text, device)
-    # Keys are given once, so this one means this pattern even when the pattern is gone. What is made
-    # in inference mode cannot be saved for a backward.
+    # Keys are given once, so this one means this pattern even when the pattern is gone. And what is
+    # made in inference mode cannot be saved for a backward.
     where = key, lengths, text, device, torch.is_inference_mode_enabled()
     kept = _KEPT.get(where)
     if kept is None or kept[0] != state:
