@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from sparse_compile.expr import KV
 from sparse_compile.spec import KernelSpec
 
 
@@ -55,7 +56,7 @@ _HALF_LARGE = {
 }
 # At most 99 KB of shared memory, as sm_86, sm_89 and sm_120 have.
 _HALF_SMALL = {
-    64: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(64, 64, 4, 2)),
+    64: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(32, 64, 4, 2)),
     128: Tiles(Tile(128, 32, 8, 3), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
     256: Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 32, 8, 1)),
 }
@@ -78,6 +79,9 @@ def tiles_for(spec: KernelSpec) -> Tiles:
     """
     block_q, block_kv = spec.attention.block_q, spec.attention.block_kv
     tiles = _chosen(spec)
+    if any(lookup.has(KV) for lookup in spec.attention.mask.lookups):
+        # Addresses and entries of a table take registers, for every key of a tile.
+        tiles = replace(tiles, forward=replace(tiles.forward, n=min(tiles.forward.n, 64)))
     return Tiles(
         *(
             _within(tile, block_q, block_kv)
