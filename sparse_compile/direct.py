@@ -92,10 +92,8 @@ def _by_sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Ten
 def _data(mask: Pattern, plan: _Direct, q: Tensor, k: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """The tables of a pattern, and its layout."""
     lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
-    arguments = (plan[1], plan[2], lengths, plan[0], q.device)
-    if torch.compiler.is_compiling():
-        return make_data(*arguments)
-    return kept_data(mask, *arguments)
+    call = (plan[1], plan[2], lengths, plan[0], q.device)
+    return make_data(call) if torch.compiler.is_compiling() else kept_data(mask, call)
 
 
 #: Text of the spec, empty to leave it to SDPA; key of the mask; index, rank and dtype of each

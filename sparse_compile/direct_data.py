@@ -20,54 +20,39 @@ from sparse_compile.patterns.data import tensors_of
 #: Layouts of so many masks and lengths are kept; a long one takes some megabytes.
 _MOST = 8
 
+#: Index, rank and dtype of each table.
 Tables = tuple[tuple[int, int, torch.dtype], ...]
+#: Key of a mask (see :func:`sparse_compile.annotation.bound_mask_named`), its tables; batch, heads,
+#: n_q and n_kv; text of the spec; where the attention runs.
+Call = tuple[str, Tables, tuple[int, int, int, int], str, torch.device]
+#: The tables, and the packed layout.
 Data = tuple[list[Tensor], list[Tensor]]
 _KEPT: OrderedDict[tuple[Any, ...], tuple[Any, Data]] = OrderedDict()
 
 
-def make_data(
-    key: str,
-    tables: Tables,
-    lengths: tuple[int, int, int, int],
-    text: str,
-    device: torch.device,
-) -> Data:
-    """The tables of a mask, and its packed layout.
-
-    Args:
-        key: of the mask, see :func:`sparse_compile.annotation.bound_mask_named`.
-        tables: index, rank and dtype of each table.
-        lengths: batch, heads, n_q and n_kv.
-        text: of the spec.
-        device: where the attention runs.
-    """
+def make_data(call: Call) -> Data:
+    """The tables of a mask, and its packed layout."""
+    key, tables, lengths, text, device = call
     made = [PATTERN_TABLE(key, *table, *lengths, device) for table in tables]
     return made, ops.BLOCK_LAYOUT(made, [], *lengths, text, device)
 
 
-def kept_data(
-    pattern: Pattern,
-    key: str,
-    tables: Tables,
-    lengths: tuple[int, int, int, int],
-    text: str,
-    device: torch.device,
-) -> Data:
+def kept_data(pattern: Pattern, call: Call) -> Data:
     """:func:`make_data`, made again only after the tensors of ``pattern`` were modified.
 
     Args:
-        pattern: what ``key`` names.
-        key, tables, lengths, text, device: as for :func:`make_data`.
+        pattern: what the key of ``call`` names.
+        call: as for :func:`make_data`.
     """
     state = _state(pattern)
-    if state is None:
-        return make_data(key, tables, lengths, text, device)
+    if state is None or _is_recorded(call[-1]):
+        return make_data(call)
     # Keys are given once, so this one means this pattern even when the pattern is gone. And what is
     # made in inference mode cannot be saved for a backward.
-    where = key, lengths, text, device, torch.is_inference_mode_enabled()
+    where = (*call, torch.is_inference_mode_enabled())
     kept = _KEPT.get(where)
     if kept is None or kept[0] != state:
-        kept = state, make_data(key, tables, lengths, text, device)
+        kept = state, make_data(call)
         _KEPT[where] = kept
         if len(_KEPT) > _MOST:
             _KEPT.popitem(last=False)
@@ -80,3 +65,8 @@ def _state(pattern: Pattern) -> Any:
     tensors = tensors_of(pattern)
     states = None if tensors is None else [state_of(tensor) for tensor in tensors]
     return None if states is None or None in states else states
+
+
+def _is_recorded(device: torch.device) -> bool:
+    """Whether a CUDA graph is being recorded: its next run overwrites what is made now."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

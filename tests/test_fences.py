@@ -90,13 +90,20 @@ def test_launches_tell_apart_what_triton_compiles_for(specialize: bool) -> None:
     """codegen/triton/launch.py reuses a compiled kernel where all arguments are of equal kinds."""
     from triton.backends.nvidia.compiler import CUDABackend
     from triton.runtime.jit import native_specialize_impl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     from sparse_compile.codegen.triton.launch import kind
 
     integers = [0, 1, 2, 8, 15, 16, 17, 32, 4096, -16, -1, 2**31 - 1, 2**31, 2**32 + 1, -(2**31)]
     numbers = torch.zeros(64)
     tensors = [numbers, numbers[1:], numbers[4:], numbers.bool(), numbers.bool()[3:], numbers.int()]
-    values = [*integers, *tensors, None, True, False, 0.5, 1.0]
+    matrices = [torch.zeros(64, 64), torch.zeros(128, 64), torch.zeros(64, 64, dtype=torch.half)]
+    descriptors = [
+        TensorDescriptor(m, list(m.shape), list(m.stride()), [rows, 64])
+        for m in matrices
+        for rows in (32, 64)
+    ]
+    values = [*integers, *tensors, None, True, False, 0.5, 1.0, *descriptors]
     found: dict[object, object] = {}
     for value in values:
         theirs = native_specialize_impl(CUDABackend, value, False, specialize, specialize)

@@ -140,13 +140,7 @@ def _assembled(problem: Problem, found: Candidates, counts: Tensor, index: Tenso
     room = found.count
     row_counts, col_counts = counts[:, :rows].contiguous(), counts[:, rows:].contiguous()
     row_index, col_index = index[:, :room].contiguous(), index[:, room : 2 * room].contiguous()
-    return BlockLayout(
-        problem.n_q,
-        problem.n_kv,
-        problem.q,
-        problem.kv,
-        problem.batches,
-        problem.heads,
+    return problem.layout(
         BlockLists(found.row_start, row_counts, row_index),
         BlockLists(found.col_start, col_counts, col_index),
     )

@@ -31,13 +31,7 @@ def counted_layout(problem: Problem, tables: Sequence[Tensor]) -> BlockLayout:
     pyramid = Pyramid(BlockBounds(problem, tables))
     found = [_rectangles(problem, pyramid, c) for c in range(problem.classes)]
     rows, cols = problem.grid
-    return BlockLayout(
-        problem.n_q,
-        problem.n_kv,
-        problem.q,
-        problem.kv,
-        problem.batches,
-        problem.heads,
+    return problem.layout(
         _lists(found, rows, cols),
         _lists([rects.transposed() for rects in found], cols, rows),
     )

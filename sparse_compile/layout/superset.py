@@ -85,6 +85,17 @@ class Problem:
         """Whether the layout is known before any tensor is read, and the same for every class."""
         return self.classes == 1 and not self.mask.tables
 
+    def layout(
+        self, rows: BlockLists, columns: BlockLists | Callable[[], BlockLists]
+    ) -> BlockLayout:
+        """The layout of these lists."""
+        lengths, orders, classes = (
+            (self.n_q, self.n_kv),
+            (self.q, self.kv),
+            (self.batches, self.heads),
+        )
+        return BlockLayout(*lengths, *orders, *classes, rows, columns)
+
     def digits(self, r: Tensor, c: Tensor, size: int = 1) -> Digits:
         """The digits of the tokens in squares of ``size`` blocks at block (r, c)."""
         q = extents.cut(self.q, self.n_q, extents.digits(self.q, self.n_q, r, size))
@@ -301,13 +312,6 @@ def static_layout(problem: Problem, device: torch.device) -> BlockLayout:
         return static_layout(problem, torch.device("cpu")).to(device)
     rects = rectangles(problem)
     rows, cols = problem.grid
-    return BlockLayout(
-        problem.n_q,
-        problem.n_kv,
-        problem.q,
-        problem.kv,
-        1,
-        1,
-        block_lists(rects, rows, cols),
-        block_lists(rects.transposed(), cols, rows),
+    return problem.layout(
+        block_lists(rects, rows, cols), block_lists(rects.transposed(), cols, rows)
     )

@@ -94,13 +94,7 @@ def _by_kernels(
         sizes=problem.sizes,
         device=device,
     )
-    return BlockLayout(
-        problem.n_q,
-        problem.n_kv,
-        problem.q,
-        problem.kv,
-        problem.batches,
-        problem.heads,
+    return problem.layout(
         with_room(made.rows().lists),
         lambda: with_room(made.cols().lists),
     )

@@ -9,11 +9,6 @@ from torch import Tensor
 from sparse_compile.layout.from_dense import cached_dense_layout, dense_layout
 from tests.layout.dense_cases import CASES, DenseCase
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-
 LARGE = [
     DenseCase(4096, 4096, block=(128, 128)),
     DenseCase(4096, 4096, block=(64, 64), dtype=torch.bfloat16),

@@ -17,11 +17,6 @@ from sparse_compile.layout.device.build import DeviceProblem
 from sparse_compile.view import Order, natural
 from tests.layout.device_cases import CASES, DeviceCase, check, near, residues
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-
 DOCUMENTS = sympy.Eq(table(0)(B, Q), table(0)(B, KV))
 NAMES = ("window", "global tokens", "documents", "per-head window", "whole axis", "all at once")
 LARGE = [case for case in CASES if case.name in NAMES]

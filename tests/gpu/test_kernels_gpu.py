@@ -20,11 +20,6 @@ from tests.codegen.kernel_cases import (
     in_dtype,
 )
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 NAMED = {case.name: case for case in CASES}
 WINDOW, DOCUMENTS, PER_HEAD = (NAMED[n] for n in ("window", "documents", "window per head"))

@@ -12,11 +12,6 @@ import torch
 from sparse_compile.expr import KV, B, FloorDiv, H, MaskExpr, Q, size_symbol, table
 from sparse_compile.layout import BlockLayout, build_layout, mask_pairs, picture
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-
 T0, T1 = table(0), table(1)
 BATCH, HEADS, TOKENS = 3, 4, 1000
 SHAPE = dict(batch=BATCH, heads=HEADS, n_q=TOKENS, n_kv=TOKENS, block_q=64, block_kv=32)
