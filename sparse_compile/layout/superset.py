@@ -89,12 +89,8 @@ class Problem:
         self, rows: BlockLists, columns: BlockLists | Callable[[], BlockLists]
     ) -> BlockLayout:
         """The layout of these lists."""
-        lengths, orders, classes = (
-            (self.n_q, self.n_kv),
-            (self.q, self.kv),
-            (self.batches, self.heads),
-        )
-        return BlockLayout(*lengths, *orders, *classes, rows, columns)
+        shape = (self.n_q, self.n_kv, self.q, self.kv, self.batches, self.heads)
+        return BlockLayout(*shape, rows, columns)
 
     def digits(self, r: Tensor, c: Tensor, size: int = 1) -> Digits:
         """The digits of the tokens in squares of ``size`` blocks at block (r, c)."""
