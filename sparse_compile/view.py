@@ -78,6 +78,8 @@ class Order:
 
     def blocks(self, n: int) -> int:
         """Number of blocks of a sequence of ``n`` tokens."""
+        if self.is_natural:
+            return -(-n // self.box[0])
         return math.prod(self.counts(n))
 
     def digits_of(self, block: Any, n: int) -> list[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,6 +13,44 @@ from sparse_compile.view import Order, natural
 
 #: How a block of the score matrix relates to the mask.
 EMPTY, PARTIAL, FULL = 0, 1, 2
+
+
+@dataclass(frozen=True, eq=False)
+class Load:
+    """What the host knows of how many blocks lines visit; of classes, the one that visits most.
+
+    Attributes:
+        n: number of lines.
+        total: of all lines together, or less.
+        most: of any line, or more.
+        made: int64 [n] on the CPU, of each line; or what asks the device for it.
+    """
+
+    n: int
+    total: int
+    most: int
+    made: Tensor | Callable[[], Tensor] = field(repr=False)
+
+    @staticmethod
+    def of(lines: Tensor) -> Load:
+        """That of int64 [n] on the CPU."""
+        most = int(lines.max()) if lines.numel() else 0
+        return Load(lines.numel(), int(lines.sum()), most, lines)
+
+    @functools.cached_property
+    def lines(self) -> Tensor:
+        """int64 [n] on the CPU: blocks of each line (may synchronise with the device)."""
+        return self.made if isinstance(self.made, Tensor) else self.made()
+
+    @staticmethod
+    def sum(loads: Sequence[Load]) -> Load:
+        """Of lines that visit what those of every one of ``loads`` do."""
+        if len(loads) == 1:
+            return loads[0]
+        total, most = sum(load.total for load in loads), sum(load.most for load in loads)
+        return Load(
+            loads[0].n, total, most, lambda: torch.stack([load.lines for load in loads]).sum(0)
+        )
 
 
 @dataclass(frozen=True)
@@ -30,14 +68,13 @@ class BlockLists:
         counts: int32 [classes, lines, 2]; how many PARTIAL and how many FULL blocks.
         index: int32 [classes, start[-1]]; block numbers, each line's PARTIAL ones first, both kinds
             ascending. Room that a class does not use holds 0 and is never read.
-        room: int64 [lines] on the CPU: the most blocks that a class visits in each line, where that
-            is known without asking the device.
+        load: how many blocks lines visit, where the host knows.
     """
 
     start: Tensor
     counts: Tensor
     index: Tensor
-    room: Tensor | None = field(default=None, repr=False, compare=False)
+    load: Load | None = field(default=None, repr=False, compare=False)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """``(start, counts, index)``."""
@@ -46,7 +83,7 @@ class BlockLists:
     def to(self, device: torch.device | str) -> BlockLists:
         """The same lists on another device."""
         start, counts, index = (t.to(device) for t in self.tensors())
-        return BlockLists(start, counts, index, self.room)
+        return BlockLists(start, counts, index, self.load)
 
     def entries(self, c: int) -> tuple[Tensor, Tensor, Tensor]:
         """``(line, block, kind)`` of every visited block of class ``c``, int64 [visited] each.
@@ -114,9 +151,9 @@ class BlockLayout:
         """Number of query blocks and of key blocks."""
         return self.q.blocks(self.n_q), self.kv.blocks(self.n_kv)
 
-    def rooms(self, axis: str) -> Tensor | None:
-        """:attr:`BlockLists.room` of the lines that are blocks of ``axis``."""
-        return (self.rows if axis == "q" else self.cols).room
+    def load(self, axis: str) -> Load | None:
+        """:attr:`BlockLists.load` of the lines that are blocks of ``axis``."""
+        return (self.rows if axis == "q" else self.cols).load
 
     @property
     def nnz_blocks(self) -> int:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_compile.layout.block_layout import BlockLists
+from sparse_compile.layout.block_layout import BlockLists, Load
 
 #: Blocks of a line that a program looks at together.
 CHUNK = 512
@@ -97,7 +97,7 @@ def compacted(kinds: Tensor, flag: Tensor) -> tuple[BlockLists, BlockLists, bool
         kinds, counts, places, *index, rows, cols, *rooms, CHUNK=CHUNK, num_warps=4
     )
     row_lists, col_lists = (
-        BlockLists(start.to(device), part.contiguous(), blocks, most.long())
+        BlockLists(start.to(device), part.contiguous(), blocks, Load.of(most.long()))
         for start, part, blocks, most in zip(
             starts, torch.split(counts, [rows, cols], 1), index, known, strict=True
         )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.expr import KV, Q
-from sparse_compile.layout.block_layout import BlockLayout, BlockLists
+from sparse_compile.layout.block_layout import BlockLayout, BlockLists, Load
 from sparse_compile.layout.intervals import point
 from sparse_compile.layout.superset import (
     Problem,
@@ -69,4 +69,4 @@ def _lists(found: Sequence[Rectangles], n_lines: int, n_across: int) -> BlockLis
         before = totals[c].cumsum(0) - totals[c]
         place = torch.arange(line.numel()) - before[line] + start.long()[line]
         index[c, place] = run.blocks()
-    return BlockLists(start, counts.to(torch.int32), index, room)
+    return BlockLists(start, counts.to(torch.int32), index, Load.of(room))

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from sparse_compile.layout import superset
-from sparse_compile.layout.block_layout import BlockLayout
+from sparse_compile.layout.block_layout import BlockLayout, Load
 from sparse_compile.layout.build import build_layout
 from sparse_compile.layout.candidates import candidates
 from sparse_compile.layout.density import mask_pairs
 from sparse_compile.layout.schedule import Schedule, make_schedule
 from sparse_compile.layout.superset import Problem
-from sparse_compile.layout.trusted import counted_rooms, device_layout
+from sparse_compile.layout.trusted import counted, device_layout
 from sparse_compile.spec import AttentionSpec
 
 
@@ -145,11 +145,11 @@ def _schedules(
     layout: Layout, axis: str, members: int, workers: int, device: torch.device
 ) -> tuple[Schedule, ...]:
     sections = layout.spec.sections(axis)
-    rooms = [room for view in layout.views if (room := view.rooms(axis)) is not None]
-    if len(rooms) < len(layout.views):
+    loads = [load for view in layout.views if (load := view.load(axis)) is not None]
+    if len(loads) < len(layout.views):
         return _static_schedules(layout.problems(), axis, sections, members, workers, device)
-    summed = [functools.reduce(torch.add, [rooms[v] for v in views]) for views in sections]
-    return tuple(make_schedule(room, members, workers, device) for room in summed)
+    summed = [Load.sum([loads[v] for v in views]) for views in sections]
+    return tuple(make_schedule(load, members, workers, device) for load in summed)
 
 
 @functools.lru_cache(maxsize=256)
@@ -161,12 +161,12 @@ def _static_schedules(
     workers: int,
     device: torch.device,
 ) -> tuple[Schedule, ...]:
-    rooms = [torch.stack([_room(problems[v], axis) for v in views]).sum(0) for views in sections]
-    return tuple(make_schedule(room, members, workers, device) for room in rooms)
+    loads = [Load.sum([_load(problems[v], axis) for v in views]) for views in sections]
+    return tuple(make_schedule(load, members, workers, device) for load in loads)
 
 
-def _room(problem: Problem, axis: str) -> Tensor:
-    """int64 [lines]: how many blocks each line visits at most, known on the host."""
+def _load(problem: Problem, axis: str) -> Load:
+    """How many blocks each line visits at most, known on the host."""
     cpu = torch.device("cpu")
     if problem.is_static:
         layout = superset.static_layout(problem, cpu)
@@ -174,7 +174,7 @@ def _room(problem: Problem, axis: str) -> Tensor:
     else:
         found = candidates(problem, cpu)
         start = found.row_start if axis == "q" else found.col_start
-    return start.long().diff()
+    return Load.of(start.long().diff())
 
 
 def build_views(
@@ -250,7 +250,7 @@ def unpack(
         problem = Problem.of(spec.part_mask(part), sizes, batch, heads, (n_q, n_kv), blocks)
         view = BlockLayout.unpack(vector, n_q, n_kv, *blocks, problem.batches, problem.heads)
         known = not vector.is_cuda or is_listed(problem)
-        views.append(view if known else counted_rooms(view))
+        views.append(view if known else counted(view))
     return Layout(spec, tuple(views), batch, heads, tuple(tables), sizes)
 
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from sparse_compile.layout.block_layout import Load
+
 #: What starting and finishing a tile costs, in blocks.
 TILE_COST = 2
 #: No part is smaller than this many blocks: its partial result has to repay being merged.
@@ -40,20 +42,20 @@ class Schedule:
         heavy: the first so many items are handed out for all heads before any other.
         merges: int32 [m, 3]: line, first slot and number of parts of each split line.
         slots: number of slots.
-        room: int64 [lines] on the CPU: blocks of each line.
+        load: of its lines.
     """
 
     items: Tensor
     heavy: int
     merges: Tensor
     slots: int
-    room: Tensor
+    load: Load
 
     @functools.cached_property
     def costs(self) -> Tensor:
         """int64 [n] on the CPU: blocks of each item, with :data:`TILE_COST`."""
         line, lo, hi, _ = self.items.cpu().long().unbind(1)
-        return torch.where(hi == EVERYTHING, self.room[line], hi - lo) + TILE_COST
+        return torch.where(hi == EVERYTHING, self.load.lines[line], hi - lo) + TILE_COST
 
     def utilisation(self, members: int, workers: int) -> float:
         """Modelled: busy time of all workers over their number times the makespan.
@@ -80,13 +82,13 @@ def _moved(schedule: Schedule, device: torch.device) -> Schedule:
 
 
 def make_schedule(
-    room: Tensor, members: int, workers: int, device: torch.device | None = None
+    load: Load | Tensor, members: int, workers: int, device: torch.device | None = None
 ) -> Schedule:
     """The worklist of the lines of a section.
 
     Args:
-        room: int64 [lines] on the CPU: blocks that each line visits, or may visit where that is
-            only known on the device.
+        load: blocks that lines visit, or may visit where that is only known on the device; those of
+            each line as int64 on the CPU will do.
         members: heads times batch entries.
         workers: programs that run at a time.
         device: where the kernel runs; default the CPU.
@@ -95,15 +97,32 @@ def make_schedule(
     >>> one_heavy.slots, one_heavy.heavy, one_heavy.merges.tolist()
     (16, 16, [[0, 0, 16]])
     """
-    total, most = int(room.sum()) + TILE_COST * room.numel(), int(room.max()) if room.numel() else 0
-    largest = max(SMALLEST_PART, int(total * members / workers * LARGEST_SHARE))
-    if most <= largest and most * room.numel() <= EVEN * total:
+    if isinstance(load, Tensor):
+        load = Load.of(load)
+    if not _is_even(load, members, workers) and not isinstance(load.made, Tensor):
+        load = Load.of(load.lines)
+    if _is_even(load, members, workers):
         # All lines in order, the last first.
-        capacity = max(_LINES, 1 << (room.numel() - 1).bit_length())
+        capacity = max(_LINES, 1 << (load.n - 1).bit_length())
         items, nothing = _all_lines(capacity, device or _CPU)
-        return Schedule(items[capacity - room.numel() :], 0, nothing, 0, room)
-    found = _sorted_schedule(room, largest)
+        return Schedule(items[capacity - load.n :], 0, nothing, 0, load)
+    found = _sorted_schedule(load, _largest(load, members, workers))
     return found if device is None else _moved(found, device)
+
+
+def _is_even(load: Load, members: int, workers: int) -> bool:
+    """Whether no line needs to be split, or to be started before others."""
+    in_order = load.most * load.n <= EVEN * _cost(load)
+    return in_order and load.most <= _largest(load, members, workers)
+
+
+def _largest(load: Load, members: int, workers: int) -> int:
+    """A line that visits more blocks is split."""
+    return max(SMALLEST_PART, int(_cost(load) * members / workers * LARGEST_SHARE))
+
+
+def _cost(load: Load) -> int:
+    return load.total + TILE_COST * load.n
 
 
 @functools.lru_cache(maxsize=16)
@@ -118,8 +137,9 @@ def _all_lines(capacity: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return items.to(device), torch.empty(0, 3, dtype=torch.int32, device=device)
 
 
-def _sorted_schedule(room: Tensor, largest: int) -> Schedule:
+def _sorted_schedule(load: Load, largest: int) -> Schedule:
     """The worklist of lines of different costs, none of its parts over ``largest`` blocks."""
+    room = load.lines
     line = torch.arange(room.numel())
     parts = (-(-room // largest)).clamp(min=1)
     split = parts > 1
@@ -135,7 +155,7 @@ def _sorted_schedule(room: Tensor, largest: int) -> Schedule:
     order, heavy = _order(costs, split[of])
     items = torch.stack([line[of], lo, hi, slot], 1)[order].to(torch.int32)
     merges = torch.stack([line, first_slot, parts], 1)[split].to(torch.int32)
-    return Schedule(items, heavy, merges, int(slots.sum()), room)
+    return Schedule(items, heavy, merges, int(slots.sum()), load)
 
 
 def _order(costs: Tensor, split: Tensor) -> tuple[Tensor, int]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.expr import MaskExpr
-from sparse_compile.layout.block_layout import BlockLayout, BlockLists
+from sparse_compile.layout.block_layout import BlockLayout, BlockLists, Load
 from sparse_compile.layout.counted import counted_layout
 from sparse_compile.layout.superset import Problem, static_layout
 from sparse_compile.view import Order
@@ -36,7 +36,7 @@ def device_layout(
 ) -> BlockLayout:
     """The layout of a problem, by kernels on its device if they are right, else by the CPU.
 
-    The host waits for the number of blocks, and knows the room of every line.
+    The host waits for the number of blocks.
     """
     key = problem.text, problem.q, problem.kv, problem.sizes, device
     if key not in _TRUSTED:
@@ -49,7 +49,7 @@ def device_layout(
             )
     if _TRUSTED[key]:
         return _by_kernels(problem, mask, tables, device)
-    return counted_rooms(_by_cpu(problem, tables).to(device))
+    return counted(_by_cpu(problem, tables).to(device))
 
 
 def _agrees(
@@ -94,10 +94,7 @@ def _by_kernels(
         sizes=problem.sizes,
         device=device,
     )
-    return problem.layout(
-        with_room(made.rows().lists),
-        lambda: with_room(made.cols().lists),
-    )
+    return problem.layout(made.rows(), made.cols)
 
 
 def _by_cpu(problem: Problem, tables: Sequence[Tensor]) -> BlockLayout:
@@ -106,18 +103,17 @@ def _by_cpu(problem: Problem, tables: Sequence[Tensor]) -> BlockLayout:
     return counted_layout(problem, [table.cpu() for table in tables])
 
 
-def counted_rooms(layout: BlockLayout) -> BlockLayout:
-    """A layout whose rooms the host knows; it waits for the device where it does not."""
+def counted(layout: BlockLayout) -> BlockLayout:
+    """A layout whose loads the host knows; it waits for the device where it does not."""
     columns = layout.columns
     return replace(
         layout,
-        rows=with_room(layout.rows),
-        columns=lambda: with_room(columns if isinstance(columns, BlockLists) else columns()),
+        rows=_with_load(layout.rows),
+        columns=lambda: _with_load(columns if isinstance(columns, BlockLists) else columns()),
     )
 
 
-def with_room(lists: BlockLists) -> BlockLists:
-    """Lists whose rooms the host knows."""
-    if lists.room is not None:
-        return replace(lists, room=lists.room.long())
-    return replace(lists, room=lists.start.cpu().long().diff())
+def _with_load(lists: BlockLists) -> BlockLists:
+    if lists.load is not None:
+        return lists
+    return replace(lists, load=Load.of(lists.start.cpu().long().diff()))

@@ -134,22 +134,24 @@ def entries(lists: BlockLists) -> list[Tensor]:
 
 
 def check(case: DeviceCase, device: torch.device) -> None:
-    """The lists of the device are those of the CPU, and their room is no larger than needed."""
+    """The lists of the device are those of the CPU, and the host knows how long they are."""
     arguments = case.arguments(torch.device("cpu"))
     expected = build_layout(case.mask, **arguments, block_q=case.q, block_kv=case.kv)
     arguments = case.arguments(device)
     problem = DeviceProblem.of(
         case.mask, **arguments, q=case.q, kv=case.kv, device=device, span=case.span
     )
-    for found, wanted in ((problem.rows(), expected.rows), (problem.cols(), expected.cols)):
-        lists = found.lists
+    for lists, wanted in ((problem.rows(), expected.rows), (problem.cols(), expected.cols)):
         assert all(tensor.dtype == torch.int32 for tensor in lists.tensors())
         assert torch.equal(lists.counts.cpu(), wanted.counts)
-        assert torch.equal(found.counts, wanted.counts)
         for mine, its in zip(entries(lists), entries(wanted), strict=True):
             assert torch.equal(mine, its)
-        assert lists.room is not None
-        assert torch.equal(lists.room, wanted.counts.sum(-1).amax(0))
-        assert torch.equal(lists.start.diff().cpu(), lists.room)
+        visited, load = wanted.counts.sum(-1), lists.load
+        assert load is not None
+        assert load.n == len(load.lines)
+        assert torch.equal(load.lines, visited.amax(0))
+        assert load.most == visited.max()
+        assert load.total <= load.lines.sum()
+        assert bool((lists.start.diff().cpu() >= load.lines).all())
         used = lists.counts.sum((1, 2))
         assert bool((lists.index.count_nonzero(1) <= used).all()), "unused room is not 0"

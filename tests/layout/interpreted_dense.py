@@ -27,8 +27,8 @@ def test_case(case: DenseCase) -> None:
     assert is_biased == bool(biased)
     for lists, expected in ((rows, kinds), (cols, kinds.mT)):
         wanted = from_dense._lists(expected)
-        assert lists.room is not None
-        assert torch.equal(lists.start.long().diff(), lists.room)
+        assert lists.load is not None
+        assert torch.equal(lists.start.long().diff(), lists.load.lines)
         for mine, its in zip(lists.tensors(), wanted.tensors(), strict=True):
             assert torch.equal(mine, its)
 

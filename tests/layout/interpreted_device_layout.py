@@ -7,29 +7,46 @@ import torch
 
 from sparse_compile.expr import KV, MaskExpr, Q
 from sparse_compile.layout import trusted
-from sparse_compile.layout.device.build import DeviceProblem, build_on_device
+from sparse_compile.layout.device import build
+from sparse_compile.layout.device.build import DeviceProblem
 from sparse_compile.layout.superset import Problem
 from sparse_compile.view import natural
 from tests.layout.device_cases import CASES, DeviceCase, check
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_case(case: DeviceCase) -> None:
-    check(case, torch.device("cpu"))
+def test_lines_that_visit_few_blocks(case: DeviceCase) -> None:
+    check(case, CPU)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_lines_that_visit_more_than_there_is_room_for(
+    case: DeviceCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "_WIDTH", 2)
+    check(case, CPU)
+
+
+def test_no_room_is_taken_where_lines_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "_MOST_PLACES", 100)
+    problem = DeviceProblem.of(
+        WINDOW, batch=1, heads=1, n_q=400, n_kv=400, q=natural(8), kv=natural(8), device="cpu"
+    )
+    rows = problem.rows()
+    assert rows.index.numel() == rows.counts.sum()
+    assert torch.equal(rows.start.diff(), rows.counts.sum(-1)[0])
 
 
 def test_nothing_to_attend_to() -> None:
-    orders = dict(q=natural(8), kv=natural(8), device="cpu")
-    lists, counts = build_on_device(
-        MaskExpr(KV <= Q), batch=1, heads=1, n_q=20, n_kv=0, transposed=False, **orders
+    problem = DeviceProblem.of(
+        *(MaskExpr(KV <= Q),),
+        **dict(batch=1, heads=1, n_q=20, n_kv=0, q=natural(8), kv=natural(8), device="cpu"),
     )
-    assert counts.tolist() == [[[0, 0]] * 3]
-    assert lists.index.shape == (1, 0)
-    lists, counts = build_on_device(
-        MaskExpr(KV <= Q), batch=1, heads=1, n_q=20, n_kv=0, transposed=True, **orders
-    )
-    assert counts.shape == (1, 0, 2)
-    assert lists.start.tolist() == [0]
+    rows, cols = problem.rows(), problem.cols()
+    assert rows.counts.tolist() == [[[0, 0]] * 3]
+    assert rows.index.shape == (1, 0)
+    assert cols.counts.shape == (1, 0, 2)
+    assert cols.start.tolist() == [0]
 
 
 WINDOW = MaskExpr((KV <= Q) & (Q - KV < 20))
@@ -46,8 +63,8 @@ def test_kernels_are_tried_before_they_are_trusted(monkeypatch: pytest.MonkeyPat
     layout = trusted.device_layout(problem, WINDOW, [], CPU)
     assert list(trusted._TRUSTED.values()) == [True]
     assert torch.equal(layout.kinds(), trusted._by_cpu(problem, []).kinds())
-    assert layout.rows.room is not None
-    assert layout.cols.room is not None
+    assert layout.rows.load is not None
+    assert layout.cols.load is not None
 
 
 def test_kernels_that_are_wrong_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,14 +72,14 @@ def test_kernels_that_are_wrong_are_not_used(monkeypatch: pytest.MonkeyPatch) ->
     rows = DeviceProblem.rows
 
     def wrong(self: DeviceProblem) -> object:
-        built = rows(self)
-        built.lists.index[0, 0] += 1
-        return built
+        lists = rows(self)
+        lists.index[0, 0] += 1
+        return lists
 
     monkeypatch.setattr(DeviceProblem, "rows", wrong)
     problem = window(100)
     with pytest.warns(UserWarning, match="the CPU lists them"):
         layout = trusted.device_layout(problem, WINDOW, [], CPU)
     assert torch.equal(layout.kinds(), trusted._by_cpu(problem, []).kinds())
-    assert layout.rows.room is not None
-    assert layout.cols.room is not None
+    assert layout.rows.load is not None
+    assert layout.cols.load is not None

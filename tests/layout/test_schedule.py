@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparse_compile.layout.block_layout import Load
 from sparse_compile.layout.schedule import LARGEST_SHARE, SMALLEST_PART, make_schedule
 
 ROOMS = st.lists(st.integers(0, 2000), min_size=1, max_size=60)
@@ -79,3 +80,29 @@ def test_even_lines_keep_their_order_the_last_first() -> None:
     schedule = make_schedule(torch.tensor([3, 4, 5, 6]), 1, 1)
     assert schedule.items[:, 0].tolist() == [3, 2, 1, 0]
     assert schedule.costs.tolist() == [8, 7, 6, 5]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.integers(0, 40), min_size=1, max_size=60),
+    st.integers(0, 50),
+    st.integers(0, 9),
+    st.integers(1, 64),
+    st.integers(1, 300),
+)
+def test_bounds_of_a_load_never_change_the_worklist(
+    rooms: list[int], slack: int, more: int, members: int, workers: int
+) -> None:
+    lines = torch.tensor(rooms)
+    exact = make_schedule(lines, members, workers)
+    bounds = Load(len(rooms), max(sum(rooms) - slack, 0), max(rooms) + more, lambda: lines)
+    found = make_schedule(bounds, members, workers)
+    assert torch.equal(found.items, exact.items)
+    assert torch.equal(found.costs, exact.costs)
+
+
+def test_an_even_load_asks_nobody_for_its_lines() -> None:
+    def asked() -> torch.Tensor:
+        raise AssertionError
+
+    assert make_schedule(Load(100, 900, 10, asked), 16, 264).slots == 0

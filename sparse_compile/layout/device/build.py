@@ -1,8 +1,12 @@
-"""Build the block lists of a mask on a GPU: count, look at the counts once, fill."""
+"""Build the block lists of a mask on a GPU.
+
+One launch counts, and lists the blocks of lines that visit few. Only where a line visits more than
+there is room for, a second one lists them all, with the room that was counted.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.expr import MaskExpr
-from sparse_compile.layout.block_layout import BlockLists
+from sparse_compile.layout.block_layout import BlockLists, Load
 from sparse_compile.layout.device.key import LONGEST, Key
 from sparse_compile.layout.device.launch import Kernels, current, kernels_of
 from sparse_compile.layout.device.printed import INT32_MAX
@@ -19,19 +23,8 @@ from sparse_compile.view import Order
 
 #: What a grid holds in its second dimension.
 _MOST_CLASSES = 65535
-
-
-@dataclass(frozen=True)
-class Built:
-    """One direction of a layout.
-
-    Attributes:
-        lists: on the device.
-        counts: ``lists.counts`` on the CPU.
-    """
-
-    lists: BlockLists
-    counts: Tensor
+#: Most blocks of a line that the first launch lists, and most places of all lines: 4 MB.
+_WIDTH, _MOST_PLACES = 128, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -97,68 +90,75 @@ class DeviceProblem:
         arguments += tuple(sizes[i] for i in kernels.free_sizes)
         return DeviceProblem(kernels, q, kv, n_q, n_kv, batches, heads, device, arguments)
 
-    def rows(self) -> Built:
+    def rows(self) -> BlockLists:
         """For each query block, its key blocks; waits for the device once."""
         return self._built(self.q.blocks(self.n_q), 0)
 
-    def cols(self) -> Built:
+    def cols(self) -> BlockLists:
         """For each key block, its query blocks; waits for the device once."""
         return self._built(self.kv.blocks(self.n_kv), 1)
 
-    def _built(self, lines: int, side: int) -> Built:
+    def _built(self, lines: int, side: int) -> BlockLists:
         classes, device, kernels = self.batches * self.heads, self.device, self.kernels
         if not (self.n_q and self.n_kv and classes):
-            known = torch.zeros(classes, lines, 2, dtype=torch.int32)
-            return _assembled(known, known.to(device), None)
+            return _without_blocks(classes, lines, device)
         shared = (self.n_q, self.n_kv, self.heads, *self.arguments)
         grid = (lines, classes, 1)
+        width = _width(
+            classes, lines, (self.kv if side == 0 else self.q), (self.n_kv, self.n_q)[side]
+        )
+        places = classes * lines * width
+        # Zeros in one launch: the room that is not used, and behind it two sums.
+        zeros = torch.zeros(places + 4, dtype=torch.int32, device=device)
+        index, totals = zeros[:places].view(classes, -1), zeros[places:].view(torch.int64)
         counts = torch.empty(classes, lines, 2, dtype=torch.int32, device=device)
-
-        def filled(index: Tensor, start: Tensor) -> None:
-            kernels.fill[side](grid, device, (index, start, counts, index.shape[1], *shared))
-
+        start = torch.empty(lines + 1, dtype=torch.int32, device=device)
         with current(device):
-            kernels.count[side](grid, device, (counts, *shared))
-            return _assembled(counts.cpu(), counts, filled)
+            kernels.list[side](grid, device, (counts, start, zeros, width, totals, *shared))
+            total, most = totals.tolist()
+            if most <= width:
+                load = Load(lines, total // classes, most, lambda: _visited(counts.cpu()))
+                return BlockLists(start, counts, index, load)
+            room = _visited(counts.cpu())
+            start, index = _roomy(room, classes, device)
+            kernels.fill[side](grid, device, (index, start, counts, index.shape[1], *shared))
+            return BlockLists(start, counts, index, Load.of(room))
 
 
-def build_on_device(
-    mask: MaskExpr, *, transposed: bool = False, **arguments: Any
-) -> tuple[BlockLists, Tensor]:
-    """One direction of the layout of a mask, and its counts on the CPU.
+def _width(classes: int, lines: int, across: Order, n: int) -> int:
+    """Blocks of each line that one launch may list; even.
 
-    Equal to that of :func:`build_layout` except for the room of lines, which is the most blocks
-    that any class visits. Waits for the device once.
-
-    Args:
-        mask: the predicate.
-        transposed: list columns instead of rows.
-        arguments: as for :meth:`DeviceProblem.of`.
+    A line has room for so many whether it has them or not.
     """
-    problem = DeviceProblem.of(mask, **arguments)
-    built = problem.cols() if transposed else problem.rows()
-    return built.lists, built.counts
+    width = min(across.blocks(n) + 1 & ~1, _WIDTH)
+    return width if classes * lines * width <= _MOST_PLACES else 0
 
 
-def _assembled(
-    known: Tensor, counts: Tensor, fill: Callable[[Tensor, Tensor], None] | None
-) -> Built:
-    """The lists with these counts, on the CPU and on the device."""
-    classes, lines, _ = known.shape
-    visited = known.sum(-1)
-    room = visited[0] if classes == 1 else visited.amax(0) if classes else visited.sum(0)
+def _visited(counts: Tensor) -> Tensor:
+    """int64 [lines]: the most blocks that a class visits in each line."""
+    visited = counts.sum(-1)
+    return visited[0] if len(visited) == 1 else visited.amax(0)
+
+
+def _roomy(room: Tensor, classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """``start`` for lines of so many blocks, and an ``index`` of their length."""
     total = int(room.sum())
     if total > INT32_MAX:
         raise ValueError(f"{total} blocks are more than int32 can count")
-    ends = torch.zeros(lines + 1, dtype=torch.int32)
+    ends = torch.zeros(len(room) + 1, dtype=torch.int32)
     torch.cumsum(room, 0, dtype=torch.int32, out=ends[1:])
-    start = ends.to(counts.device, non_blocking=True)
     # Room that a class does not use holds 0.
     make = torch.empty if classes == 1 else torch.zeros
-    index = make((classes, total), dtype=torch.int32, device=counts.device)
-    if fill is not None and total:
-        fill(index, start)
-    return Built(BlockLists(start, counts, index, room), known)
+    index = make((classes, total), dtype=torch.int32, device=device)
+    return ends.to(device, non_blocking=True), index
+
+
+def _without_blocks(classes: int, lines: int, device: torch.device) -> BlockLists:
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.int32, device=device)
+
+    load = Load.of(torch.zeros(lines, dtype=torch.int64))
+    return BlockLists(zeros(lines + 1), zeros(classes, lines, 2), zeros(classes, 0), load)
 
 
 def _numbered(device: torch.device) -> torch.device:

@@ -44,7 +44,7 @@ class Kernels:
     """The kernels of a key, and what their arguments are made of.
 
     Attributes:
-        count, fill: of rows and of columns.
+        list, fill: of rows and of columns.
         read: reads the tables; None where no lookup is read by a kernel.
         lookups: of the predicate.
         read_lookups: those that ``read`` bounds.
@@ -56,7 +56,7 @@ class Kernels:
     def __init__(self, key: Key) -> None:
         module = load_module(module_name(key), module_source(key))
         # Spans are short and lines are many: one warp a line.
-        self.count = Launcher(module.count_rows, 1), Launcher(module.count_cols, 1)
+        self.list = Launcher(module.list_rows, 1), Launcher(module.list_cols, 1)
         self.fill = Launcher(module.fill_rows, 1), Launcher(module.fill_cols, 1)
         self.lookups = lookups_of(key)
         self.read_lookups: tuple[Lookup, ...] = tuple(read_by_kernel(key))

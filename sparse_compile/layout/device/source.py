@@ -22,7 +22,7 @@ _AXES = ("q", "kv")
 
 
 def module_source(key: Key) -> str:
-    """The module of a key: ``count_rows``, ``fill_rows``, ``count_cols``, ``fill_cols``.
+    """The module of a key: ``list_rows``, ``fill_rows``, ``list_cols``, ``fill_cols``.
 
     With lookups also ``read_tables``.
     """
@@ -158,7 +158,7 @@ def _lines(key: Key, lists: str, along: str, across: str) -> str:
         DIGITS=", ".join([*_names(key, "q"), *_names(key, "kv")]),
         PLACES=f"{places['q_at']}, {places['kv_at']}",
         DATA=_data(key),
-        COUNT_UNSPECIALIZED=_quoted(["counts", *scalars]),
+        LIST_UNSPECIALIZED=_quoted(["counts", "start", "index", "width", "totals", *scalars]),
         FILL_UNSPECIALIZED=_quoted(["index", "start", "counts", "room", *scalars]),
     )
 

@@ -125,79 +125,22 @@ def kinds_in_$LISTS(
     return partial != 0, full != 0
 
 
-@triton.jit(do_not_specialize=$COUNT_UNSPECIALIZED)
-def count_$LISTS(
-    counts,
+@triton.jit
+def write_$LISTS(
+    to_partial,
+    to_full,
+    $DIGITS_ALONG,
+    line_whole,
+    line,
+    b,
+    h,
     n_q,
     n_kv,
-    heads,
     $DATA
 ):
-    """counts[c, line] = how many PARTIAL and how many FULL blocks class c visits in a line."""
-    line, c, lines = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
-    b, h = c // heads, c % heads
+    """Write the PARTIAL blocks of a line to one place and its FULL ones to another, ascending."""
     blocks = blocks_of_$ACROSS($N_ACROSS)
-    $DIGITS_ALONG, line_whole = digits_of_$LINE(line, $N_LINE, 1)
     lanes = tl.arange(0, SPAN)
-    n_partial, n_full = tl.zeros([SPAN], tl.int32), tl.zeros([SPAN], tl.int32)
-    for first in range(0, tl.cdiv(blocks, SPAN), SPAN):
-        some, every = kinds_in_$LISTS(
-            $DIGITS_ALONG,
-            line_whole,
-            line,
-            first + lanes,
-            b,
-            h,
-            n_q,
-            n_kv,
-            $DATA
-            size=SPAN,
-        )
-        n_full += tl.where(every, SPAN, 0)
-        k = next_span(some, -1)
-        while k < SPAN:
-            partial, full = kinds_in_$LISTS(
-                $DIGITS_ALONG,
-                line_whole,
-                line,
-                (first + k) * SPAN + lanes,
-                b,
-                h,
-                n_q,
-                n_kv,
-                $DATA
-                size=1,
-            )
-            n_partial += partial.to(tl.int32)
-            n_full += full.to(tl.int32)
-            k = next_span(some, k)
-    to = counts + (c.to(tl.int64) * lines + line) * 2
-    tl.store(to, tl.sum(n_partial, 0))
-    tl.store(to + 1, tl.sum(n_full, 0))
-
-
-@triton.jit(do_not_specialize=$FILL_UNSPECIALIZED)
-def fill_$LISTS(
-    index,
-    start,
-    counts,
-    room,
-    n_q,
-    n_kv,
-    heads,
-    $DATA
-):
-    """index[c, start[line] :] = the PARTIAL blocks and then the FULL blocks of a line, ascending.
-
-    ``room`` is the length of index[c], ``counts`` what count_$LISTS wrote.
-    """
-    line, c, lines = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
-    b, h = c // heads, c % heads
-    blocks = blocks_of_$ACROSS($N_ACROSS)
-    $DIGITS_ALONG, line_whole = digits_of_$LINE(line, $N_LINE, 1)
-    lanes = tl.arange(0, SPAN)
-    to_partial = index + c.to(tl.int64) * room + tl.load(start + line)
-    to_full = to_partial + tl.load(counts + (c.to(tl.int64) * lines + line) * 2)
     for first in range(0, tl.cdiv(blocks, SPAN), SPAN):
         some, every = kinds_in_$LISTS(
             $DIGITS_ALONG,
@@ -239,6 +182,120 @@ def fill_$LISTS(
                 to_partial += total & 0xFFFF
                 to_full += total >> 16
             k = next_span(some | every, k)
+
+
+@triton.jit(do_not_specialize=$LIST_UNSPECIALIZED)
+def list_$LISTS(
+    counts,
+    start,
+    index,
+    width,
+    totals,
+    n_q,
+    n_kv,
+    heads,
+    $DATA
+):
+    """Count the blocks that class c visits in a line, and list at most ``width`` of them.
+
+    counts[c, line] = how many are PARTIAL and how many FULL; totals = how many of both all lines
+    have together, and the most that any has. index[c, line * width :] = the blocks, if they are no
+    more than ``width``; start[line] = line * width.
+    """
+    line, c, lines = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    b, h = c // heads, c % heads
+    blocks = blocks_of_$ACROSS($N_ACROSS)
+    $DIGITS_ALONG, line_whole = digits_of_$LINE(line, $N_LINE, 1)
+    lanes = tl.arange(0, SPAN)
+    n_partial, n_full = tl.zeros([SPAN], tl.int32), tl.zeros([SPAN], tl.int32)
+    for first in range(0, tl.cdiv(blocks, SPAN), SPAN):
+        some, every = kinds_in_$LISTS(
+            $DIGITS_ALONG,
+            line_whole,
+            line,
+            first + lanes,
+            b,
+            h,
+            n_q,
+            n_kv,
+            $DATA
+            size=SPAN,
+        )
+        n_full += tl.where(every, SPAN, 0)
+        k = next_span(some, -1)
+        while k < SPAN:
+            partial, full = kinds_in_$LISTS(
+                $DIGITS_ALONG,
+                line_whole,
+                line,
+                (first + k) * SPAN + lanes,
+                b,
+                h,
+                n_q,
+                n_kv,
+                $DATA
+                size=1,
+            )
+            n_partial += partial.to(tl.int32)
+            n_full += full.to(tl.int32)
+            k = next_span(some, k)
+    n_partial, n_full = tl.sum(n_partial, 0), tl.sum(n_full, 0)
+    here = c.to(tl.int64) * lines + line
+    tl.store(counts + here * 2, n_partial)
+    tl.store(counts + here * 2 + 1, n_full)
+    tl.atomic_add(totals, (n_partial + n_full).to(tl.int64))
+    tl.atomic_max(totals + 1, (n_partial + n_full).to(tl.int64))
+    if c == 0:
+        tl.store(start + line, line * width)
+        tl.store(start + line + 1, (line + 1) * width)
+    if n_partial + n_full <= width:
+        to = index + here * width
+        write_$LISTS(
+            to,
+            to + n_partial,
+            $DIGITS_ALONG,
+            line_whole,
+            line,
+            b,
+            h,
+            n_q,
+            n_kv,
+            $DATA
+        )
+
+
+@triton.jit(do_not_specialize=$FILL_UNSPECIALIZED)
+def fill_$LISTS(
+    index,
+    start,
+    counts,
+    room,
+    n_q,
+    n_kv,
+    heads,
+    $DATA
+):
+    """index[c, start[line] :] = the PARTIAL blocks and then the FULL blocks of a line, ascending.
+
+    ``room`` is the length of index[c], ``counts`` what list_$LISTS wrote.
+    """
+    line, c, lines = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    b, h = c // heads, c % heads
+    $DIGITS_ALONG, line_whole = digits_of_$LINE(line, $N_LINE, 1)
+    to_partial = index + c.to(tl.int64) * room + tl.load(start + line)
+    to_full = to_partial + tl.load(counts + (c.to(tl.int64) * lines + line) * 2)
+    write_$LISTS(
+        to_partial,
+        to_full,
+        $DIGITS_ALONG,
+        line_whole,
+        line,
+        b,
+        h,
+        n_q,
+        n_kv,
+        $DATA
+    )
 
 
 '''
