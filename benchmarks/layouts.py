@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.cases import CASES
 from benchmarks.environment import write_json
-from benchmarks.ours import forget_layouts, layout_of, layout_of_spec, spec_of, wall_ms
+from benchmarks.ours import forgetter, layout_of, layout_of_spec, spec_of, wall_ms
 from sparse_compile import patterns as P
 
 LENGTH, DENSE_LENGTH, RATIO_LENGTH = 1 << 20, 32768, 65536
@@ -78,9 +78,8 @@ def pattern_row(name: str, n: int, device: str, seconds: float) -> Row:
     if first > seconds * 1e3:  # one call has to do
         return {"ms": first, **row}
     row["warm_ms"] = wall_ms(made, repeats=10, at_most_s=seconds, device=device)
-    views_known = functools.partial(forget_layouts, views=False)
-    row["views_known_ms"] = wall_ms(made, views_known, 10, seconds, device)
-    return {"ms": wall_ms(made, forget_layouts, 10, seconds, device), **row}
+    row["views_known_ms"] = wall_ms(made, forgetter(views=False), 10, seconds, device)
+    return {"ms": wall_ms(made, forgetter(), 10, seconds, device), **row}
 
 
 def dense_row(n: int, device: str, seconds: float) -> Row:

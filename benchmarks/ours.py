@@ -129,21 +129,31 @@ def by_autograd(
     return Run(lambda: call(*inputs), gradients if backward else None, native, notes or {})
 
 
-def forget_layouts(views: bool = True, mask: bool = False) -> None:
-    """Empty the caches of layouts and schedules, as a call with a new length finds them.
+def forgetter(views: bool = True, mask: bool = False) -> Callable[[], None]:
+    """What empties the caches of layouts and schedules, as a call with a new length finds them.
+
+    The caches are looked for here and not there: a walk through all modules would also empty those
+    of the processor, which a new length does not.
 
     Args:
         views: also the choice of views.
         mask: also what follows from the mask alone.
     """
     kept = (*_OF_NOTHING, *(() if mask else _OF_THE_MASK), *(() if views else _PLANNING))
-    for name, module in list(sys.modules.items()):
+    found = [
+        value.cache_clear
+        for name, module in list(sys.modules.items())
         # Kernels that list blocks stay compiled, as those of the attention do.
-        if not name.startswith(_PACKAGES) or name.startswith("sparse_compile.layout.device"):
-            continue
-        for attribute, value in vars(module).items():
-            if hasattr(value, "cache_clear") and attribute not in kept:
-                value.cache_clear()
+        if name.startswith(_PACKAGES) and not name.startswith("sparse_compile.layout.device")
+        for attribute, value in vars(module).items()
+        if hasattr(value, "cache_clear") and attribute not in kept
+    ]
+
+    def forget() -> None:
+        for clear in found:
+            clear()
+
+    return forget
 
 
 def cold_call(p: Problem) -> Callable[[], Any]:

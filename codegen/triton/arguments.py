@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 
 def operand(t: Tensor, *tiles: Tile) -> Tensor:
     """A tensor whose rows are contiguous, and aligned for descriptors where tiles use them."""
-    unit = 16 // t.element_size()
+    by_batch, by_head, by_token, by_dim = t.stride()
     # Offsets within a tile are int32.
-    usable = (t.stride(-1) == 1 or t.shape[-1] == 1) and 0 <= t.stride(2) < 1 << 22
-    if usable and any(tile.descriptors for tile in tiles):
-        usable = t.data_ptr() % 16 == 0 and all(s > 0 and s % unit == 0 for s in t.stride()[:3])
+    usable = (by_dim == 1 or t.shape[-1] == 1) and 0 <= by_token < 1 << 22
+    if usable and any([tile.descriptors for tile in tiles]):
+        unit = 16 // t.element_size()
+        aligned = (by_batch | by_head | by_token) & unit - 1 == 0  # unit is a power of two
+        usable = t.data_ptr() % 16 == 0 and aligned and min(by_batch, by_head, by_token) > 0
     return t if usable else t.clone(memory_format=torch.contiguous_format)
 
 

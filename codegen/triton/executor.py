@@ -143,11 +143,13 @@ def forward(
         arguments.operand(v, tile),
     )
     mask_data = arguments.mask_arguments(kernels, tables, sizes, n_q, n_kv)
-    works = layout.schedules("q", batch * q_heads, workers_of(q.device), q.device)
     call = _Forward(kernels, layout, (q, k, v), (out, lse), scale, group, mask_data)
     with _current(q.device):
+        # The lists may be being made: what does not wait for them comes first.
+        prepared = [call.prepared(section) for section in range(len(spec.sections("q")))]
+        works = layout.schedules("q", batch * q_heads, workers_of(q.device), q.device)
         for section, work in enumerate(works):
-            call.run(section, work)
+            call.run(section, work, prepared[section])
     return out, lse
 
 
@@ -163,12 +165,22 @@ class _Forward:
     group: int
     mask_data: list[Any]
 
-    def run(self, section: int, work: Schedule) -> None:
+    def prepared(self, section: int) -> list[Any]:
+        """What the launch of a section takes that its worklist does not matter for."""
+        (q, k, v), kernels = self.operands, self.kernels
+        own = kernels.spec.attention.sections("q")[section]
+        described = kernels.described[kernels.tiles.forward]["kv"]
+        return [
+            *arguments.lists(kernels, self.layout, "q", section),
+            *arguments.descriptors(described, own, (k, v)),
+            *self.mask_data,
+        ]
+
+    def run(self, section: int, work: Schedule, prepared: list[Any]) -> None:
         """Launch one section, and merge the parts of its split lines."""
         (q, k, v), (out, lse), kernels = self.operands, self.results, self.kernels
         attention, tile = kernels.spec.attention, kernels.tiles.forward
         (batch, heads, n_q, _), n_kv = q.shape, k.shape[2]
-        own, described = attention.sections("q")[section], kernels.described[tile]["kv"]
         strides, subtiles, members = out.stride()[:3], attention.block_q // tile.m, batch * heads
         parts = [
             arguments.parts(work, subtiles, members, tile.m, width, lse)
@@ -181,9 +193,7 @@ class _Forward:
                 *arguments.strides(q, k, v),
                 *strides,
                 *(work.items, work.items.shape[0], work.heavy, heads, batch, n_q, n_kv, self.scale),
-                *arguments.lists(kernels, self.layout, "q", section),
-                *arguments.descriptors(described, own, (k, v)),
-                *self.mask_data,
+                *prepared,
             ],
             (section, self.group),
             arguments.options(tile),

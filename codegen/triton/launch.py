@@ -65,6 +65,8 @@ def kind(argument: Any) -> Any:
     (False, True, True, False)
     """
     if type(argument) is int:
+        if 1 < argument < 1 << 31:
+            return 0 if argument % 16 else 16
         wide = not -(1 << 31) <= argument < 1 << 31
         return 1 if argument == 1 else (argument % 16 == 0, wide, argument >= 1 << 63)
     if isinstance(argument, Tensor):

@@ -17,40 +17,54 @@ EMPTY, PARTIAL, FULL = 0, 1, 2
 
 @dataclass(frozen=True, eq=False)
 class Load:
-    """What the host knows of how many blocks lines visit; of classes, the one that visits most.
+    """How many blocks lines visit; of classes, the one that visits most. Known on the host.
 
     Attributes:
         n: number of lines.
-        total: of all lines together, or less.
-        most: of any line, or more.
-        made: int64 [n] on the CPU, of each line; or what asks the device for it.
+        bounds: at most all blocks of all lines together, and at least the most that any visits; or
+            what asks the device for these two.
+        made: int64 [n] on the CPU, the blocks of each line; or what asks the device for it.
     """
 
     n: int
-    total: int
-    most: int
+    bounds: tuple[int, int] | Callable[[], tuple[int, int]] = field(repr=False)
     made: Tensor | Callable[[], Tensor] = field(repr=False)
 
     @staticmethod
     def of(lines: Tensor) -> Load:
         """That of int64 [n] on the CPU."""
         most = int(lines.max()) if lines.numel() else 0
-        return Load(lines.numel(), int(lines.sum()), most, lines)
-
-    @functools.cached_property
-    def lines(self) -> Tensor:
-        """int64 [n] on the CPU: blocks of each line (may synchronise with the device)."""
-        return self.made if isinstance(self.made, Tensor) else self.made()
+        return Load(lines.numel(), (int(lines.sum()), most), lines)
 
     @staticmethod
     def sum(loads: Sequence[Load]) -> Load:
         """Of lines that visit what those of every one of ``loads`` do."""
         if len(loads) == 1:
             return loads[0]
-        total, most = sum(load.total for load in loads), sum(load.most for load in loads)
-        return Load(
-            loads[0].n, total, most, lambda: torch.stack([load.lines for load in loads]).sum(0)
-        )
+
+        def bounds() -> tuple[int, int]:
+            return sum(load.total for load in loads), sum(load.most for load in loads)
+
+        return Load(loads[0].n, bounds, lambda: torch.stack([load.lines for load in loads]).sum(0))
+
+    @functools.cached_property
+    def _bounds(self) -> tuple[int, int]:
+        return self.bounds if isinstance(self.bounds, tuple) else self.bounds()
+
+    @property
+    def total(self) -> int:
+        """Blocks of all lines together, or less (may synchronise with the device)."""
+        return self._bounds[0]
+
+    @property
+    def most(self) -> int:
+        """Blocks of the line that visits most, or more (may synchronise with the device)."""
+        return self._bounds[1]
+
+    @functools.cached_property
+    def lines(self) -> Tensor:
+        """int64 [n] on the CPU: blocks of each line (may synchronise with the device)."""
+        return self.made if isinstance(self.made, Tensor) else self.made()
 
 
 @dataclass(frozen=True)

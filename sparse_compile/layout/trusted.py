@@ -36,18 +36,19 @@ def device_layout(
 ) -> BlockLayout:
     """The layout of a problem, by kernels on its device if they are right, else by the CPU.
 
-    The host waits for the number of blocks.
+    The host may wait for the number of blocks.
     """
     key = problem.text, problem.q, problem.kv, problem.sizes, device
-    if key not in _TRUSTED:
-        _TRUSTED[key] = _agrees(problem, mask, tables, device)
-        if not _TRUSTED[key]:
+    trusted = _TRUSTED.get(key)
+    if trusted is None:
+        trusted = _TRUSTED[key] = _agrees(problem, mask, tables, device)
+        if not trusted:
             warnings.warn(
                 f"sparse_compile: on {device} the generated kernels do not list the blocks of "
                 f"{mask} rightly, so the CPU lists them. Report this as a bug.",
                 stacklevel=2,
             )
-    if _TRUSTED[key]:
+    if trusted:
         return _by_kernels(problem, mask, tables, device)
     return counted(_by_cpu(problem, tables).to(device))
 

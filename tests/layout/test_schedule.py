@@ -95,7 +95,7 @@ def test_bounds_of_a_load_never_change_the_worklist(
 ) -> None:
     lines = torch.tensor(rooms)
     exact = make_schedule(lines, members, workers)
-    bounds = Load(len(rooms), max(sum(rooms) - slack, 0), max(rooms) + more, lambda: lines)
+    bounds = Load(len(rooms), (max(sum(rooms) - slack, 0), max(rooms) + more), lambda: lines)
     found = make_schedule(bounds, members, workers)
     assert torch.equal(found.items, exact.items)
     assert torch.equal(found.costs, exact.costs)
@@ -105,4 +105,4 @@ def test_an_even_load_asks_nobody_for_its_lines() -> None:
     def asked() -> torch.Tensor:
         raise AssertionError
 
-    assert make_schedule(Load(100, 900, 10, asked), 16, 264).slots == 0
+    assert make_schedule(Load(100, (900, 10), asked), 16, 264).slots == 0

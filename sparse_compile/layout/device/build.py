@@ -1,7 +1,7 @@
 """Build the block lists of a mask on a GPU.
 
-One launch counts, and lists the blocks of lines that visit few. Only where a line visits more than
-there is room for, a second one lists them all, with the room that was counted.
+One launch counts and lists. Only where its room may be too small does the host look at what it
+counted, and if so a second one lists all blocks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sparse_compile.view import Order
 
 #: What a grid holds in its second dimension.
 _MOST_CLASSES = 65535
-#: Most blocks of a line that the first launch lists, and most places of all lines: 4 MB.
+#: Room of a line in the first launch if there is not room for all blocks, and of all lines: 4 MB.
 _WIDTH, _MOST_PLACES = 128, 1 << 20
 
 
@@ -91,47 +91,48 @@ class DeviceProblem:
         return DeviceProblem(kernels, q, kv, n_q, n_kv, batches, heads, device, arguments)
 
     def rows(self) -> BlockLists:
-        """For each query block, its key blocks; waits for the device once."""
-        return self._built(self.q.blocks(self.n_q), 0)
+        """For each query block, its key blocks."""
+        return self._built(0, self.q.blocks(self.n_q), self.kv.blocks(self.n_kv))
 
     def cols(self) -> BlockLists:
-        """For each key block, its query blocks; waits for the device once."""
-        return self._built(self.kv.blocks(self.n_kv), 1)
+        """For each key block, its query blocks."""
+        return self._built(1, self.kv.blocks(self.n_kv), self.q.blocks(self.n_q))
 
-    def _built(self, lines: int, side: int) -> BlockLists:
+    def _built(self, side: int, lines: int, across: int) -> BlockLists:
+        """The lists of ``lines`` that may visit ``across`` blocks each; waits if that is many."""
         classes, device, kernels = self.batches * self.heads, self.device, self.kernels
-        if not (self.n_q and self.n_kv and classes):
+        if not (lines and across and classes):
             return _without_blocks(classes, lines, device)
         shared = (self.n_q, self.n_kv, self.heads, *self.arguments)
-        grid = (lines, classes, 1)
-        width = _width(
-            classes, lines, (self.kv if side == 0 else self.q), (self.n_kv, self.n_q)[side]
-        )
+        grid, width = (lines, classes, 1), _width(classes * lines, across)
         places = classes * lines * width
         # Zeros in one launch: the room that is not used, and behind it two sums.
         zeros = torch.zeros(places + 4, dtype=torch.int32, device=device)
         index, totals = zeros[:places].view(classes, -1), zeros[places:].view(torch.int64)
         counts = torch.empty(classes, lines, 2, dtype=torch.int32, device=device)
         start = torch.empty(lines + 1, dtype=torch.int32, device=device)
+
+        def bounds() -> tuple[int, int]:
+            total, most = totals.tolist()
+            return total // classes, most
+
         with current(device):
             kernels.list[side](grid, device, (counts, start, zeros, width, totals, *shared))
-            total, most = totals.tolist()
-            if most <= width:
-                load = Load(lines, total // classes, most, lambda: _visited(counts.cpu()))
+            load = Load(lines, bounds, lambda: _visited(counts.cpu()))
+            if width >= across or load.most <= width:
                 return BlockLists(start, counts, index, load)
-            room = _visited(counts.cpu())
-            start, index = _roomy(room, classes, device)
+            start, index = _roomy(load.lines, classes, device)
             kernels.fill[side](grid, device, (index, start, counts, index.shape[1], *shared))
-            return BlockLists(start, counts, index, Load.of(room))
+            return BlockLists(start, counts, index, Load.of(load.lines))
 
 
-def _width(classes: int, lines: int, across: Order, n: int) -> int:
-    """Blocks of each line that one launch may list; even.
-
-    A line has room for so many whether it has them or not.
-    """
-    width = min(across.blocks(n) + 1 & ~1, _WIDTH)
-    return width if classes * lines * width <= _MOST_PLACES else 0
+def _width(lines: int, across: int) -> int:
+    """Blocks of each line that the first launch has room for: all, or few, or none; even."""
+    for width in (across, _WIDTH):
+        even = min(across, width) + 1 & ~1
+        if lines * even <= _MOST_PLACES:
+            return even
+    return 0
 
 
 def _visited(counts: Tensor) -> Tensor:
