@@ -92,7 +92,7 @@ def test_launches_tell_apart_what_triton_compiles_for(specialize: bool) -> None:
     from triton.runtime.jit import native_specialize_impl
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    from sparse_compile.codegen.triton.launch import kind
+    from sparse_compile.codegen.triton.launch import signature
 
     integers = [0, 1, 2, 8, 15, 16, 17, 32, 4096, -16, -1, 2**31 - 1, 2**31, 2**32 + 1, -(2**31)]
     numbers = torch.zeros(64)
@@ -107,4 +107,4 @@ def test_launches_tell_apart_what_triton_compiles_for(specialize: bool) -> None:
     found: dict[object, object] = {}
     for value in values:
         theirs = native_specialize_impl(CUDABackend, value, False, specialize, specialize)
-        assert found.setdefault(kind(value), theirs) == theirs, value
+        assert found.setdefault(signature([value])[0], theirs) == theirs, value

@@ -48,7 +48,7 @@ class Launcher:
         if not isinstance(arguments[0], Tensor) or not arguments[0].is_cuda or not _rules_known():
             self.kernel[grid](*arguments, *constants, **options)
             return
-        key = (arguments[0].device, *constants, *map(kind, arguments))
+        key = arguments[0].device, *constants, *signature(arguments)
         known = self.compiled.get(key)
         if known is not None:
             known[(*grid, 1, 1)[:3]](*arguments, *constants)
@@ -56,6 +56,13 @@ class Launcher:
         if len(self.compiled) >= _MOST:
             self.compiled.clear()
         self.compiled[key] = self.kernel[grid](*arguments, *constants, **options)
+
+
+def signature(arguments: Sequence[Any]) -> list[Any]:
+    """The kinds of arguments; that of most integers without a call."""
+    return [
+        (0 if a % 16 else 16) if type(a) is int and 1 < a < 1 << 31 else kind(a) for a in arguments
+    ]
 
 
 def kind(argument: Any) -> Any:
@@ -66,7 +73,7 @@ def kind(argument: Any) -> Any:
     """
     if type(argument) is int:
         if 1 < argument < 1 << 31:
-            return 0 if argument % 16 else 16
+            return 0 if argument % 16 else 16  # as in signature()
         wide = not -(1 << 31) <= argument < 1 << 31
         return 1 if argument == 1 else (argument % 16 == 0, wide, argument >= 1 << 63)
     if isinstance(argument, Tensor):

@@ -99,15 +99,19 @@ def make_schedule(
     """
     if isinstance(load, Tensor):
         load = Load.of(load)
-    if not _is_even(load, members, workers) and not isinstance(load.made, Tensor):
-        load = Load.of(load.lines)
     if _is_even(load, members, workers):
-        # All lines in order, the last first.
-        capacity = max(_LINES, 1 << (load.n - 1).bit_length())
-        items, nothing = _all_lines(capacity, device or _CPU)
-        return Schedule(items[capacity - load.n :], 0, nothing, 0, load)
+        return _whole_lines(load, device or _CPU)
+    if not isinstance(load.made, Tensor):
+        return make_schedule(load.lines, members, workers, device)
     found = _sorted_schedule(load, _largest(load, members, workers))
     return found if device is None else _moved(found, device)
+
+
+def _whole_lines(load: Load, device: torch.device) -> Schedule:
+    """All lines in order, the last first."""
+    capacity = max(_LINES, 1 << (load.n - 1).bit_length())
+    items, nothing = _all_lines(capacity, device)
+    return Schedule(items[capacity - load.n :], 0, nothing, 0, load)
 
 
 def _is_even(load: Load, members: int, workers: int) -> bool:
