@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -57,3 +57,12 @@ def executor_for(device: torch.device) -> Executor:
     room = "triton.executor" if device.type == "cuda" else "cpu.views"
     executor: Executor = importlib.import_module(f"sparse_compile.codegen.{room}")
     return executor
+
+
+def selected_executor_for(device: torch.device) -> Any:
+    """What runs attention over selected keys on ``device``; as :func:`executor_for`.
+
+    Its ``forward`` and ``backward`` are those of :mod:`sparse_compile.codegen.cpu.selected`.
+    """
+    room = "triton.selected.executor" if device.type == "cuda" else "cpu.selected"
+    return importlib.import_module(f"sparse_compile.codegen.{room}")

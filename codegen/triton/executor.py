@@ -167,7 +167,7 @@ class _Forward:
 
     def prepared(self, section: int) -> list[Any]:
         """What the launch of a section takes that its worklist does not matter for."""
-        (q, k, v), kernels = self.operands, self.kernels
+        (_, k, v), kernels = self.operands, self.kernels
         own = kernels.spec.attention.sections("q")[section]
         described = kernels.described[kernels.tiles.forward]["kv"]
         return [

@@ -1,0 +1,171 @@
+"""The operators of attention over selected keys: forward and backward.
+
+What it means travels in one argument, the text of a :class:`SelectedSpec`; which keys are selected
+is a graph value, so a new selection compiles nothing and waits for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_compile.codegen import empty_rows, selected_executor_for
+from sparse_compile.errors import BadShape
+from sparse_compile.ops import check_operands
+from sparse_compile.selected_spec import SelectedSpec
+
+
+@torch.library.custom_op("sparse_compile::selected_attention", mutates_args=())
+def selected_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    count: Tensor,
+    tables: Sequence[Tensor],
+    sizes: Sequence[int],
+    scale: float,
+    spec: str,
+) -> tuple[Tensor, Tensor]:
+    """Attention of every query to the keys that were selected for it.
+
+    Args:
+        q: [B, Hq, Nq, D], float32, float16 or bfloat16.
+        k: [B, Hkv, Nkv, D], same dtype; Hkv divides Hq.
+        v: [B, Hkv, Nkv, Dv], same dtype.
+        index, count: int32, as in :class:`sparse_compile.selection.Selection`.
+        tables: the tensors ``t0, t1, ...`` of the mask.
+        sizes: the integers ``s0, s1, ...`` of the mask.
+        scale: factor on the scores.
+        spec: the text of a :class:`SelectedSpec`.
+
+    Returns:
+        out [B, Hq, Nq, Dv] in q's dtype, stored as [B, Nq, Hq, Dv]; and the natural log-sum-exp
+        [B, Hq, Nq] in fp32, -inf where a query may attend to nothing.
+    """
+    parsed = SelectedSpec.parse(spec)
+    _check(q, k, v, index, count, parsed)
+    executor = selected_executor_for(q.device)
+    out, lse = executor.forward(q, k, v, index, count, tables, sizes, scale, parsed)
+    out = empty_rows.apply_forward(out, lse, v, parsed.empty_rows)
+    return out.transpose(1, 2).contiguous().transpose(1, 2), lse
+
+
+@selected_attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    count: Tensor,
+    tables: Sequence[Tensor],
+    sizes: Sequence[int],
+    scale: float,
+    spec: str,
+) -> tuple[Tensor, Tensor]:
+    check_operands(q, k, v)
+    batch, heads, n_q, _ = q.shape
+    out = q.new_empty([batch, n_q, heads, v.shape[-1]]).transpose(1, 2)
+    return out, q.new_empty([batch, heads, n_q], dtype=torch.float32)
+
+
+@torch.library.custom_op("sparse_compile::selected_attention_backward", mutates_args=())
+def selected_attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    index: Tensor,
+    count: Tensor,
+    tables: Sequence[Tensor],
+    sizes: Sequence[int],
+    scale: float,
+    spec: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`selected_attention`: of q, k and v, in their dtypes, contiguous."""
+    parsed = SelectedSpec.parse(spec)
+    executor = selected_executor_for(q.device)
+    empty = lse.eq(float("-inf")).unsqueeze(-1)
+    kept_grad, kept_out = grad_out.masked_fill(empty, 0), out.masked_fill(empty, 0)
+    grads = executor.backward(
+        kept_grad, grad_lse, q, k, v, kept_out, lse, index, count, tables, sizes, scale, parsed
+    )
+    dq, dk, dv = empty_rows.apply_backward(grad_out, q, k, v, lse, scale, parsed.empty_rows, *grads)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+@selected_attention_backward.register_fake
+def _(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    index: Tensor,
+    count: Tensor,
+    tables: Sequence[Tensor],
+    sizes: Sequence[int],
+    scale: float,
+    spec: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, index, count, tables, sizes, scale, spec = inputs
+    ctx.save_for_backward(q, k, v, *output, index, count, *tables)
+    ctx.sizes, ctx.scale, ctx.spec = sizes, scale, spec
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, out, lse, index, count, *tables = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    grads = selected_attention_backward(
+        *(grad_out, grad_lse, q, k, v, out, lse, index, count, tables, ctx.sizes),
+        *(ctx.scale, ctx.spec),
+    )
+    return (*grads, None, None, [None] * len(tables), [None] * len(ctx.sizes), None, None)
+
+
+selected_attention.register_autograd(_backward, setup_context=_setup_context)
+
+#: The operator as nodes of a graph call it.
+SELECTED_ATTENTION = torch.ops.sparse_compile.selected_attention.default
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, count: Tensor, spec: SelectedSpec
+) -> None:
+    """Raise before anything runs if the selection does not fit q, k and v.
+
+    Raises:
+        BadShape, UnsupportedDtype: what does not fit.
+    """
+    check_operands(q, k, v)
+    wanted = (q.shape[0], -(-q.shape[2] // spec.unit_q))
+    fits = index.dim() == 4 and (index.shape[0], index.shape[2]) == wanted
+    fits = fits and index.shape[1] > 0 and q.shape[1] % index.shape[1] == 0
+    # A group of heads shares a key head and a selection, so one number must divide the other.
+    fits = fits and max(index.shape[1], k.shape[1]) % min(index.shape[1], k.shape[1]) == 0
+    if not fits or count.shape != index.shape[:3]:
+        raise BadShape(
+            f"sparse_compile: a selection of index {list(index.shape)} and count "
+            f"{list(count.shape)} for q {list(q.shape)}, k {list(k.shape)} and units of "
+            f"{spec.unit_q} queries. Give index [B, Hs, ceil(Nq / unit_q), K] and count without K; "
+            "Hs divides the query heads, and divides the key heads or is a multiple of them."
+        )
+    if index.dtype != torch.int32 or count.dtype != torch.int32:
+        raise BadShape(
+            f"sparse_compile: a selection of index {index.dtype} and count {count.dtype}. "
+            "Make both int32, as selection.canonical does."
+        )

@@ -1,0 +1,84 @@
+"""Selection: for every unit of queries, the units of keys that it attends to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The selected units of keys, as lists of a fixed capacity.
+
+    Queries ``u * unit_q, ..., u * unit_q + unit_q - 1`` of query head ``h`` attend to the keys of
+    the units ``index[b, s, u, : count[b, s, u]]``, ``s = h // (Hq // Hs)``; unit ``j`` is the keys
+    ``j * unit_kv, ..., j * unit_kv + unit_kv - 1``, those that exist.
+
+    Attributes:
+        index: int32 [B, Hs, ceil(Nq / unit_q), K]; Hs divides the query heads. The first ``count``
+            units of each row are distinct, ascending and in range; what follows is never read.
+        count: int32 [B, Hs, ceil(Nq / unit_q)].
+        unit_q, unit_kv: consecutive queries, and keys, that are selected together.
+    """
+
+    index: Tensor
+    count: Tensor
+    unit_q: int
+    unit_kv: int
+
+    def dense(self, n_q: int, n_kv: int) -> Tensor:
+        """bool [B, Hs, n_q, n_kv], True where selected; for tests and pictures."""
+        units = -(-n_kv // self.unit_kv)
+        used = torch.arange(self.index.shape[-1], device=self.index.device) < self.count[..., None]
+        place = torch.where(used, self.index.long(), units)
+        chosen = torch.zeros(
+            *self.index.shape[:3], units + 1, dtype=torch.bool, device=self.index.device
+        ).scatter_(-1, place, True)[..., :units]
+        by_query = chosen.repeat_interleave(self.unit_q, 2)[:, :, :n_q]
+        return by_query.repeat_interleave(self.unit_kv, 3)[..., :n_kv]
+
+
+def canonical(index: Tensor, units: int) -> tuple[Tensor, Tensor]:
+    """Any lists of units as those of a :class:`Selection`; does not synchronise.
+
+    Args:
+        index: integers [B, Hs, Uq, K]. Negative numbers and numbers of ``units`` or more are left
+            out, and repeated ones count once.
+        units: how many units of keys there are.
+
+    Returns:
+        int32 index [B, Hs, Uq, K] and count [B, Hs, Uq].
+
+    >>> index, count = canonical(torch.tensor([[[[3, -1, 0, 3]]]]), 4)
+    >>> index[..., :2].tolist(), count.tolist()
+    ([[[[0, 3]]]], [[[2]]])
+    """
+    inside = (index >= 0) & (index < units)
+    ordered = torch.where(inside, index, units).to(torch.int32).sort(-1).values
+    again = torch.zeros_like(ordered, dtype=torch.bool)
+    again[..., 1:] = ordered[..., 1:] == ordered[..., :-1]
+    ordered = ordered.masked_fill(again, units).sort(-1).values
+    return ordered.contiguous(), (ordered < units).sum(-1, dtype=torch.int32)
+
+
+def transposed(index: Tensor, count: Tensor, units: int) -> tuple[Tensor, Tensor]:
+    """For every unit of keys, the units of queries that selected it; does not synchronise.
+
+    Args:
+        index, count: as in :class:`Selection`.
+        units: how many units of keys there are.
+
+    Returns:
+        ``start`` int32 [B, Hs, units + 1] and ``rows`` int32 [B, Hs, Uq * K]: unit ``j`` is
+        selected by ``rows[b, s, start[b, s, j] : start[b, s, j + 1]]``, ascending.
+    """
+    batch, heads, rows, most = index.shape
+    used = torch.arange(most, device=index.device) < count[..., None]
+    keys = torch.where(used, index, units).view(batch, heads, rows * most)
+    by_unit = keys.sort(dim=-1, stable=True)
+    edges = torch.arange(units + 1, dtype=torch.int32, device=index.device)
+    edges = edges.expand(batch, heads, units + 1).contiguous()
+    start = torch.searchsorted(by_unit.values, edges, out_int32=True)
+    return start, (by_unit.indices // max(most, 1)).to(torch.int32)

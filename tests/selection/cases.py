@@ -1,0 +1,110 @@
+"""Selections to test attention with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch import Tensor
+
+from sparse_compile import reference
+from sparse_compile.expr import KV, H, MaskExpr, Q, evaluate
+from sparse_compile.selected_spec import SelectedSpec
+from sparse_compile.selection import Selection, canonical
+
+CAUSAL = MaskExpr(KV <= Q)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem: heads and lengths, the units, and how many units each row selects."""
+
+    name: str
+    q_heads: int = 4
+    kv_heads: int = 2
+    lists: int = 2
+    n_q: int = 100
+    n_kv: int = 100
+    dim: int = 32
+    value_dim: int = 32
+    unit_q: int = 1
+    unit_kv: int = 16
+    most: int = 3
+    batch: int = 2
+    mask: MaskExpr = CAUSAL
+    how: str = "random"
+
+    def __str__(self) -> str:
+        return self.name
+
+    def index(self) -> Tensor:
+        """Lists of units, not yet canonical."""
+        rows, units = -(-self.n_q // self.unit_q), -(-self.n_kv // self.unit_kv)
+        shape = (self.batch, self.lists, rows, self.most)
+        generator = torch.Generator().manual_seed(1)
+        if self.how == "one":
+            return torch.full(shape, units // 2)
+        # Pads, repeated numbers and numbers out of range among them.
+        return torch.randint(-2, units + 1, shape, generator=generator)
+
+    def selection(self) -> Selection:
+        index, count = canonical(self.index(), -(-self.n_kv // self.unit_kv))
+        return Selection(index, count, self.unit_q, self.unit_kv)
+
+    def operands(self, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        """q, k, v and the gradient of the result."""
+        generator = torch.Generator().manual_seed(0)
+        shapes = (
+            (self.batch, self.q_heads, self.n_q, self.dim),
+            (self.batch, self.kv_heads, self.n_kv, self.dim),
+            (self.batch, self.kv_heads, self.n_kv, self.value_dim),
+            (self.batch, self.q_heads, self.n_q, self.value_dim),
+        )
+        return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+    @property
+    def spec(self) -> SelectedSpec:
+        return SelectedSpec(self.mask, self.unit_q, self.unit_kv)
+
+    def dense_mask(self) -> Tensor:
+        """bool [B, Hq, n_q, n_kv]: selected, and allowed by the mask."""
+        chosen = self.selection().dense(self.n_q, self.n_kv)
+        chosen = chosen.repeat_interleave(self.q_heads // self.lists, 1)
+        where = {
+            "b": torch.arange(self.batch).view(-1, 1, 1, 1),
+            "h": torch.arange(self.q_heads).view(-1, 1, 1),
+            "q": torch.arange(self.n_q)[:, None],
+            "kv": torch.arange(self.n_kv),
+        }
+        return chosen & evaluate(self.mask, where, self.n_q, self.n_kv, [], [])
+
+    def expected(self, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        """out, lse, dq, dk and dv by the fp64 reference, for operands rounded to ``dtype``."""
+        *inputs, grad = self.operands(dtype)
+        q, k, v = (t.double().requires_grad_() for t in inputs)
+        out, lse = reference.attention(q, k, v, self.dense_mask())
+        return [out, lse, *torch.autograd.grad(out, (q, k, v), grad.double())]
+
+
+PER_HEAD = MaskExpr((KV <= Q) & (Q - KV < sympy.Piecewise((40, sympy.Eq(H, 1)), (90, True))))
+
+CASES = [
+    Case("blocks of 16"),
+    Case("tokens", unit_kv=1, most=20),
+    Case("blocks of 64", unit_kv=64, n_q=200, n_kv=200),
+    Case("blocks of 128", unit_kv=128, n_q=300, n_kv=300, most=2),
+    Case("no mask", mask=MaskExpr(sympy.true), n_q=70, n_kv=130),
+    Case("mask by head", mask=PER_HEAD),
+    Case("all pick one", how="one"),
+    Case("queries in blocks", unit_q=64, unit_kv=64, n_q=200, n_kv=200),
+    Case("queries in short blocks", unit_q=16, unit_kv=32),
+    Case("one list for all heads", lists=1),
+    Case("a list for each query head", lists=4),
+    Case("groups of 7", q_heads=14, kv_heads=2, lists=2),
+    Case("groups of 3, lists shared", q_heads=12, kv_heads=4, lists=2),
+    Case("groups of 16", q_heads=16, kv_heads=1, lists=1),
+    Case("wide values", dim=48, value_dim=80),
+    Case("one query", n_q=1, n_kv=100, mask=MaskExpr(sympy.true)),
+    Case("few queries at the end", n_q=5, n_kv=100, mask=MaskExpr(KV <= Q + 95)),
+]

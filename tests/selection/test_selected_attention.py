@@ -1,0 +1,75 @@
+"""Attention over selected keys on the CPU: the dense definition, forward and all gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparse_compile.errors import BadShape
+from sparse_compile.selected_ops import SELECTED_ATTENTION
+from sparse_compile.selection import canonical, transposed
+from tests.selection.cases import CASES, Case
+
+
+def run(case: Case, operands: list[Tensor]) -> list[Tensor]:
+    *inputs, grad = operands
+    q, k, v = (t.detach().requires_grad_() for t in inputs)
+    chosen = case.selection()
+    scale = case.dim**-0.5
+    out, lse = SELECTED_ATTENTION(
+        q, k, v, chosen.index, chosen.count, [], [], scale, case.spec.text
+    )
+    return [out, lse, *torch.autograd.grad(out, (q, k, v), grad)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_the_dense_definition(case: Case) -> None:
+    for found, wanted in zip(run(case, case.operands()), case.expected(), strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_operator_fits_torch() -> None:
+    case = CASES[0]
+    q, k, v = (t.requires_grad_() for t in case.operands()[:3])
+    chosen = case.selection()
+    torch.library.opcheck(
+        SELECTED_ATTENTION,
+        (q, k, v, chosen.index, chosen.count, [], [], 0.25, case.spec.text),
+    )
+
+
+def test_lists_are_made_canonical() -> None:
+    index = torch.tensor([[[[5, 2, -1, 2, 9], [0, 0, 0, 0, 0], [-3, -1, 7, 8, 9]]]])
+    found, count = canonical(index, 6)
+    assert count.tolist() == [[[2, 1, 0]]]
+    assert found[0, 0, 0, :2].tolist() == [2, 5]
+    assert found[0, 0, 1, :1].tolist() == [0]
+
+
+def test_transposed_lists_name_each_pair_once() -> None:
+    case = CASES[0]
+    chosen = case.selection()
+    units = -(-case.n_kv // case.unit_kv)
+    start, rows = transposed(chosen.index, chosen.count, units)
+    dense = torch.zeros(case.batch, case.lists, case.n_q, units, dtype=torch.bool)
+    for b in range(case.batch):
+        for s in range(case.lists):
+            for j in range(units):
+                own = rows[b, s, start[b, s, j] : start[b, s, j + 1]].long()
+                assert (own.diff() > 0).all()
+                dense[b, s, own, j] = True
+    by_token = dense.repeat_interleave(case.unit_kv, 3)[..., : case.n_kv]
+    assert torch.equal(by_token, chosen.dense(case.n_q, case.n_kv))
+
+
+def test_a_selection_that_does_not_fit() -> None:
+    case = CASES[0]
+    q, k, v, _ = case.operands()
+    chosen = case.selection()
+    with pytest.raises(BadShape, match=r"ceil\(Nq / unit_q\)"):
+        SELECTED_ATTENTION(
+            q, k, v, chosen.index[:, :, 1:], chosen.count, [], [], 1.0, case.spec.text
+        )
+    with pytest.raises(BadShape, match="int32"):
+        SELECTED_ATTENTION(q, k, v, chosen.index.long(), chosen.count, [], [], 1.0, case.spec.text)
