@@ -2,7 +2,7 @@
 
 from sparse_compile.selection.distill import distillation_loss
 from sparse_compile.selection.gate import PooledGate
-from sparse_compile.selection.pooled import allowed_units, pooled_attention
+from sparse_compile.selection.pooled_map import allowed_units, pooled_attention
 from sparse_compile.selection.selection import Selection, canonical, transposed
 from sparse_compile.selection.soft_gate import gated_attention
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_compile.errors import BadShape
+from sparse_compile.errors import BadShape, PatternMisuse
 from sparse_compile.expr import MaskExpr, evaluate
 from sparse_compile.patterns.base import Pattern
 from sparse_compile.patterns.checks import blocks, whole
@@ -59,12 +60,12 @@ class Chunk:
     def by_unit_of_keys(self, t: Tensor) -> Tensor:
         """[..., Nkv] as [..., units, unit_kv], zero beyond the last key."""
         missing = -t.shape[-1] % self.unit_kv
-        return F.pad(t, (0, missing)).unflatten(-1, (-1, self.unit_kv))
+        return torch.unflatten(F.pad(t, (0, missing)), -1, (-1, self.unit_kv))
 
     def by_unit_of_queries(self, t: Tensor) -> Tensor:
         """[B, H, stop - start, X] as [B, H, units, unit_q, X], zero beyond the last query."""
         missing = -t.shape[2] % self.unit_q
-        return F.pad(t, (0, 0, 0, missing)).unflatten(2, (-1, self.unit_q))
+        return torch.unflatten(F.pad(t, (0, 0, 0, missing)), 2, (-1, self.unit_q))
 
 
 def chunks_of(
@@ -91,13 +92,23 @@ def chunks_of(
 
 
 def bound(
-    mask: MaskExpr | Pattern | None, q: Tensor, k: Tensor, tables: Sequence[Tensor]
+    mask: Any, q: Tensor, k: Tensor, tables: Sequence[Tensor]
 ) -> tuple[MaskExpr, Sequence[Tensor]]:
-    """The predicate of a mask, and its tables for q and k."""
+    """The predicate of a mask, and its tables for q and k.
+
+    Raises:
+        PatternMisuse: it is neither a pattern, a :class:`MaskExpr` nor None, or it selects.
+        BadPattern: the pattern does not fit q and k.
+    """
     if mask is None:
         return MaskExpr(sympy.true), ()
     if isinstance(mask, MaskExpr):
         return mask, tables
+    if not isinstance(mask, Pattern):
+        raise PatternMisuse(
+            f"sparse_compile: no mask of this kind: {type(mask).__name__}. Pass a pattern of "
+            "sparse_compile.patterns, a MaskExpr, or None."
+        )
     sizes = q.shape[2], k.shape[2], q.shape[0], q.shape[1]
     mask.check(*sizes)
     pattern = mask.bound()

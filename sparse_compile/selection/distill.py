@@ -16,8 +16,8 @@ def distillation_loss(
     """How far softmax(gate scores) is from the pooled attention map, row by row.
 
     It is the Kullback-Leibler divergence from the map, every row divided by its sum, to the softmax
-    of the gate's scores over the allowed units; 0 if and only if they are equal. Gradients reach the
-    scores only. It does not synchronise.
+    of the gate's scores over the allowed units; 0 if and only if they are equal. Gradients reach
+    the scores only. It does not synchronise.
 
     Args:
         gate_scores: [B, Hs, Uq, Ukv], floating; before the softmax.

@@ -19,8 +19,8 @@ class PooledGate(nn.Module):
 
     The mean, the maximum and the minimum of the keys of a unit go through one linear map, the
     queries, each or the mean of a unit of them (as SeerAttention-R and SeerAttention do), through
-    another; the score is the product of the two, divided by sqrt(D). Each list has its own maps. The
-    query heads that share a list are concatenated, and so are the key heads.
+    another; the score is the product of the two, divided by sqrt(D). Each list has its own maps;
+    the query heads that share it are concatenated, and so are its key heads.
 
     The last ``rope`` channels of both are rotated by position before the product. Since the maps
     have biases, the gate can then learn how attention depends on distance alone.
@@ -78,7 +78,7 @@ class PooledGate(nn.Module):
         """Make it MoBA's scorer, up to a little noise that lets the other channels learn."""
         still, dim = min(self.width - self.rope, self.head_dim), self.head_dim
         for parameter in self.parameters():
-            nn.init.normal_(parameter, std=0.02)
+            nn.init.normal_(parameter, std=0.01)
         for start in range(0, self.q_weight.shape[1], dim):
             self.q_weight[:, start : start + still, :still] = torch.eye(still)
         for start in range(0, self.k_weight.shape[1], len(_POOLS) * dim):
@@ -113,18 +113,18 @@ class PooledGate(nn.Module):
     def _queries(self, q: Tensor) -> Tensor:
         """[B, Hs, Uq, (Hq / Hs) * D]: the mean of each unit of queries."""
         pooled = q if self.unit_q == 1 else _mean(q, self.unit_q)
-        return pooled.unflatten(1, (self.lists, -1)).transpose(2, 3).flatten(3)
+        return torch.unflatten(pooled, 1, (self.lists, -1)).transpose(2, 3).flatten(3)
 
     def _keys(self, k: Tensor) -> Tensor:
         """[B, Hs, Ukv, heads * 3 * D]: mean, maximum and minimum of each unit of keys."""
         size = -k.shape[2] % self.unit_kv
         # Repeating the last key changes neither the maximum nor the minimum.
         rows = torch.cat([k, k[:, :, -1:].expand(-1, -1, size, -1)], 2)
-        rows = rows.unflatten(2, (-1, self.unit_kv))
+        rows = torch.unflatten(rows, 2, (-1, self.unit_kv))
         pooled = torch.cat([_mean(k, self.unit_kv), rows.amax(3), rows.amin(3)], -1)
         if self.lists >= self.kv_heads:
             return pooled.repeat_interleave(self.lists // self.kv_heads, 1)
-        return pooled.unflatten(1, (self.lists, -1)).transpose(2, 3).flatten(3)
+        return torch.unflatten(pooled, 1, (self.lists, -1)).transpose(2, 3).flatten(3)
 
     def _turned(self, x: Tensor, unit: int, first: int) -> Tensor:
         """The last ``rope`` channels rotated by the position of the first token of each unit."""
@@ -133,7 +133,7 @@ class PooledGate(nn.Module):
         place = torch.arange(x.shape[2], device=x.device, dtype=torch.float32) * unit + first
         angle = place[:, None] * speed.exp()
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        still, a, b = x.split([self.width - self.rope, half, half], -1)
+        still, a, b = torch.split(x, [self.width - self.rope, half, half], -1)
         return torch.cat([still, a * cos - b * sin, a * sin + b * cos], -1)
 
     def _check_numbers(self) -> None:
@@ -166,6 +166,6 @@ class PooledGate(nn.Module):
 def _mean(x: Tensor, unit: int) -> Tensor:
     """[B, H, N, D] to the mean over the existing rows of each unit: [B, H, units, D]."""
     n, units = x.shape[2], blocks(x.shape[2], unit)
-    total = F.pad(x, (0, 0, 0, units * unit - n)).unflatten(2, (units, unit)).sum(3)
+    total = torch.unflatten(F.pad(x, (0, 0, 0, units * unit - n)), 2, (units, unit)).sum(3)
     start = torch.arange(units, device=x.device, dtype=x.dtype) * unit
     return total / (n - start).clamp_max(unit)[:, None]

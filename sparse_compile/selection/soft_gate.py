@@ -1,7 +1,8 @@
 """Attention through a gate that language-model losses can train: exact gradients, slow.
 
-It gathers the selected keys of every query, so memory grows with Nq * K * unit_kv * D. It is the way
-to train a gate, or to check another way; the operators compute the same selection without the gate.
+It gathers the selected keys of every query, so memory grows with Nq * K * unit_kv * D. It is the
+plain way to train a gate, and what faster ways are checked against; the operators compute attention
+to the same selection, without the gate.
 """
 
 from __future__ import annotations

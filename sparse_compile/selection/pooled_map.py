@@ -89,10 +89,10 @@ def _pooled(chunk: Chunk, lse: Tensor | None, scale: float, reduce: str, lists: 
     weight = chunk.by_unit_of_keys(weight)
     if reduce == "max":
         by_query = chunk.by_unit_of_queries(weight.amax(-1))
-        return by_query.amax(3).unflatten(1, (lists, -1)).amax(2)
+        return torch.unflatten(by_query.amax(3), 1, (lists, -1)).amax(2)
     mass = chunk.by_unit_of_queries(weight.sum(-1)).sum(3)
     attends = chunk.by_unit_of_queries((total != -math.inf).float()).sum(3)
-    return (mass / attends.clamp_min(1)).unflatten(1, (lists, -1)).mean(2)
+    return torch.unflatten(mass / attends.clamp_min(1), 1, (lists, -1)).mean(2)
 
 
 @torch.no_grad()
@@ -127,7 +127,9 @@ def allowed_units(
     parts = []
     for chunk in chunks:
         keep = chunk.by_unit_of_queries(chunk.by_unit_of_keys(chunk.keep()).any(-1)).any(3)
-        parts.append(keep if keep.shape[1] == 1 else keep.unflatten(1, (lists, -1)).any(2))
+        if keep.shape[1] > 1:
+            keep = torch.unflatten(keep, 1, (lists, -1)).any(2)
+        parts.append(keep)
     return torch.cat(parts, 2)
 
 
