@@ -81,9 +81,7 @@ def line_plot(lines: list[Line], title: str, x_label: str, y_label: str) -> str:
     )
 
 
-def _line(
-    line: Line, points: list[tuple[float, float]], colour: str, height: float
-) -> list[str]:
+def _line(line: Line, points: list[tuple[float, float]], colour: str, height: float) -> list[str]:
     """A line, its points, and its name with a thin leader."""
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     dash = ' stroke-dasharray="6 4"' if line.dashed else ""

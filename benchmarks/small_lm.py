@@ -29,14 +29,14 @@ WORD = re.compile(r"[A-Za-z_]+| +|\n +|.", re.DOTALL)
 class Config:
     """Sizes of the model and of its training."""
 
-    layers: int = 4
+    layers: int = 3
     heads: int = 4
     kv_heads: int = 2
     head_dim: int = 32
     vocabulary: int = 1024
     context: int = 1024
     batch: int = 4
-    steps: int = 1200
+    steps: int = 1500
     rate: float = 3e-3
     most_bytes: int = 6_000_000
 
@@ -56,12 +56,17 @@ class Text:
         for _ in range(steps):
             last = self.train.numel() - config.context - 1
             first = torch.randint(last, (config.batch, 1), generator=generator)
-            yield self.train[first + reach]
+            yield started(self.train[first + reach])
 
     def held_out_rows(self, config: Config, most: int) -> Tensor:
         """Pieces of the held-out text, evenly spread: int64 [at most ``most``, context + 1]."""
         rows = self.held_out.unfold(0, config.context + 1, config.context)
-        return rows[torch.linspace(0, len(rows) - 1, min(most, len(rows))).long()]
+        return started(rows[torch.linspace(0, len(rows) - 1, min(most, len(rows))).long()])
+
+
+def started(rows: Tensor) -> Tensor:
+    """Rows whose first token is byte 0, which no source has: it marks the start."""
+    return torch.cat([torch.zeros_like(rows[:, :1]), rows[:, 1:]], 1)
 
 
 def read_text(config: Config) -> Text:
@@ -116,13 +121,15 @@ class Attention(nn.Module):
         self.config, self.attend = config, causal
         width = config.heads * config.head_dim
         heads = config.heads + 2 * config.kv_heads
-        self.qkv = nn.Linear(width, heads * config.head_dim, bias=False)
+        self.qkv = nn.Linear(2 * width, heads * config.head_dim, bias=False)
         self.out = nn.Linear(width, width, bias=False)
-        self.sharpness = nn.Parameter(torch.full((config.heads, 1, 1), 0.5))
+        self.sharpness = nn.Parameter(torch.full((config.heads, 1, 1), 1.1))
 
     def forward(self, x: Tensor) -> Tensor:
         c = self.config
-        heads = self.qkv(x).unflatten(-1, (-1, c.head_dim)).transpose(1, 2)
+        # A token and the one before it: what followed a token elsewhere is found in one step.
+        pair = torch.cat([x, F.pad(x, (0, 0, 1, -1))], -1)
+        heads = self.qkv(pair).unflatten(-1, (-1, c.head_dim)).transpose(1, 2)
         q, k, v = heads.split([c.heads, c.kv_heads, c.kv_heads], 1)
         cos, sin = turns(x.shape[1], c.head_dim // 2)
         q, k = (rotated(F.layer_norm(t, (c.head_dim,)), cos, sin) for t in (q, k))

@@ -1,10 +1,11 @@
 """Train a gate for a small language model, and compare what it selects with what others select.
 
 A model is trained from scratch on text (see :mod:`benchmarks.small_lm`) and frozen. A
-:class:`PooledGate` for each layer learns its attention maps, from the text the model was trained on.
-On held-out text every scorer then selects, for each token and key head, a share of the units of 16
-keys that the token sees, its own unit among them. Measured are the share of the attention that the
-selected keys had (recall), and the loss of the model when it attends to nothing else.
+:class:`PooledGate` for each layer learns its attention maps, from the text that the model was
+trained on. On held-out text every scorer then selects, for each token and key head, a share of the
+units of 16 keys that the token sees, its own unit among them. Measured are the share of the
+attention that the selected keys had (recall), and the loss of the model when it attends to nothing
+else.
 
     python -m benchmarks.train_gate --out train_gate.json --plot train_gate.svg
 """
@@ -186,12 +187,26 @@ def compare_losses(
     return results
 
 
+def language_model(
+    config: Config, text: Text, say: Callable[[str], None], kept: Path | None
+) -> SmallLM:
+    """The model in the file ``kept``, if there is such a file; else a new one, kept there."""
+    if kept is not None and kept.exists():
+        model = SmallLM(config)
+        model.load_state_dict(torch.load(kept, weights_only=True))
+        return model.eval().requires_grad_(False)
+    model = train(config, text, say)
+    if kept is not None:
+        torch.save(model.state_dict(), kept)
+    return model
+
+
 def compare(
-    config: Config, gates: GateConfig, say: Callable[[str], None] = print, model: Any = None
+    config: Config, gates: GateConfig, say: Callable[[str], None] = print, kept: Path | None = None
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Train, distil and measure: the recalls, and what else to report."""
     text = read_text(config)
-    model = model or train(config, text, say)
+    model = language_model(config, text, say, kept)
     scorers = scorers_of(distil(model, text, config, gates, say))
     rows = text.held_out_rows(config, gates.held_out_rows)
     recalls = compare_recall(model, rows, scorers)
@@ -227,13 +242,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=Config.steps, help="of the language model")
     parser.add_argument("--gate-steps", type=int, default=GateConfig.steps)
+    parser.add_argument("--model", type=Path, help="file that keeps the trained language model")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("train_gate.json"))
     parser.add_argument("--plot", type=Path, default=Path("train_gate.svg"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     config, gates = Config(steps=args.steps), GateConfig(steps=args.gate_steps)
-    recalls, extra = compare(config, gates, functools.partial(print, flush=True))
+    recalls, extra = compare(config, gates, functools.partial(print, flush=True), args.model)
     write_json(args.out, recalls, **extra)
     plot(recalls, args.plot)
 
