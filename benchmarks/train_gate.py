@@ -49,8 +49,9 @@ TRAINED = "trained gate"
 class GateConfig:
     """Sizes of the gates, of their training and of the comparison."""
 
-    width: int = 96
+    width: int = 64
     rope: int = 32
+    parts: int = 4
     steps: int = 600
     rate: float = 3e-3
     held_out_rows: int = 24
@@ -84,16 +85,22 @@ def distil(
 ) -> nn.ModuleList:
     """A gate for each layer that has learned the attention maps of the frozen model."""
     torch.manual_seed(1)
-    sizes = config.head_dim, config.heads, config.kv_heads
     made = nn.ModuleList(
-        PooledGate(*sizes, unit_kv=UNIT, width=gates.width, rope=gates.rope)
+        PooledGate(
+            *(config.head_dim, config.heads, config.kv_heads),
+            lists=config.heads,
+            unit_kv=UNIT,
+            width=gates.width,
+            rope=gates.rope,
+            parts=gates.parts,
+        )
         for _ in model.attentions
     )
     optimiser = torch.optim.Adam(made.parameters(), lr=gates.rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, gates.rate, total_steps=max(gates.steps, 2), pct_start=0.1
     )
-    units = {"unit_kv": UNIT, "mask": P.Causal(), "lists": config.kv_heads}
+    units = {"unit_kv": UNIT, "mask": P.Causal(), "lists": config.heads}
     for step, rows in enumerate(text.batches(config, gates.steps, seed=2)):
         losses = []
         for gate, (q, k) in zip(made, queries_and_keys(model, rows[:, :-1]), strict=True):
@@ -113,7 +120,14 @@ def scorers_of(gates: nn.ModuleList) -> dict[str, list[Scorer]]:
     """The scorer of each layer, by name."""
     layers = len(gates)
     same = {name: [scorer] * layers for name, scorer in {"oracle": oracle, **UNTRAINED}.items()}
-    return {TRAINED: list(gates), **same}
+    return {TRAINED: [functools.partial(shared, gate) for gate in gates], **same}
+
+
+def shared(gate: PooledGate, q: Tensor, k: Tensor) -> Tensor:
+    """What a gate predicts for each query head, averaged over the heads of a key head."""
+    allowed = allowed_units(q, k, unit_kv=UNIT, mask=P.Causal())
+    predicted = gate(q, k).masked_fill(~allowed, -torch.inf).softmax(-1)
+    return predicted.unflatten(1, (k.shape[1], -1)).mean(2)
 
 
 def recall(chosen: Chosen, mass: Tensor) -> Tensor:

@@ -25,6 +25,9 @@ class PooledGate(nn.Module):
     The last ``rope`` channels of both are rotated by position before the product. Since the maps
     have biases, the gate can then learn how attention depends on distance alone.
 
+    With several ``parts`` each part of a unit is pooled and scored on its own, and the unit gets
+    the log-sum-exp, so a key that matters is not lost among the others. SeerAttention has one part.
+
     It starts as ``q . mean of the keys`` summed over the heads of a list, which is MoBA's score.
 
     Args:
@@ -35,6 +38,8 @@ class PooledGate(nn.Module):
         unit_q, unit_kv: consecutive queries, and keys, that are selected together.
         width: channels of the product; None: D, and ``rope`` more.
         rope: even number of channels that carry positions, at most ``width``. 0: none do.
+        parts: how many parts of a unit are pooled, a divisor of ``unit_kv``; the scores of parts
+            take ``parts`` times the memory of those of units.
 
     Raises:
         BadPattern: the numbers do not fit together.
@@ -55,6 +60,7 @@ class PooledGate(nn.Module):
         unit_kv: int = 64,
         width: int | None = None,
         rope: int = 0,
+        parts: int = 1,
     ) -> None:
         super().__init__()
         self.head_dim = whole("PooledGate: head_dim", head_dim, 1)
@@ -63,6 +69,7 @@ class PooledGate(nn.Module):
         self.unit_q = whole("PooledGate: unit_q", unit_q, 1)
         self.unit_kv = whole("PooledGate: unit_kv", unit_kv, 1)
         self.rope = whole("PooledGate: rope", rope, 0)
+        self.parts = whole("PooledGate: parts", parts, 1)
         self.width = whole("PooledGate: width", head_dim + rope if width is None else width, 1)
         self._check_numbers()
         q_width = q_heads // self.lists * head_dim
@@ -102,13 +109,24 @@ class PooledGate(nn.Module):
         keys = self._keys(k.to(self.k_weight.dtype)) @ self.k_weight + self.k_bias
         if self.rope:
             queries = self._turned(queries, self.unit_q, k.shape[2] - q.shape[2])
-            keys = self._turned(keys, self.unit_kv, 0)
-        return queries @ keys.mT / math.sqrt(self.head_dim)
+            keys = self._turned(keys, self._part, 0)
+        scores = queries @ keys.mT / math.sqrt(self.head_dim)
+        if self.parts == 1:
+            return scores
+        # The last unit may lack parts.
+        scores = F.pad(scores, (0, -scores.shape[-1] % self.parts), value=-math.inf)
+        return torch.unflatten(scores, -1, (-1, self.parts)).logsumexp(-1)
 
     def extra_repr(self) -> str:
         """What it is made of, in the print of a model."""
-        names = "head_dim", "q_heads", "kv_heads", "lists", "unit_q", "unit_kv", "width", "rope"
+        names = ["head_dim", "q_heads", "kv_heads", "lists", "unit_q", "unit_kv", "width", "rope"]
+        names.append("parts")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
+    @property
+    def _part(self) -> int:
+        """Keys that are pooled together."""
+        return self.unit_kv // self.parts
 
     def _queries(self, q: Tensor) -> Tensor:
         """[B, Hs, Uq, (Hq / Hs) * D]: the mean of each unit of queries."""
@@ -116,12 +134,12 @@ class PooledGate(nn.Module):
         return torch.unflatten(pooled, 1, (self.lists, -1)).transpose(2, 3).flatten(3)
 
     def _keys(self, k: Tensor) -> Tensor:
-        """[B, Hs, Ukv, heads * 3 * D]: mean, maximum and minimum of each unit of keys."""
-        size = -k.shape[2] % self.unit_kv
+        """[B, Hs, parts, heads * 3 * D]: mean, maximum and minimum of each part of the keys."""
+        size = -k.shape[2] % self._part
         # Repeating the last key changes neither the maximum nor the minimum.
         rows = torch.cat([k, k[:, :, -1:].expand(-1, -1, size, -1)], 2)
-        rows = torch.unflatten(rows, 2, (-1, self.unit_kv))
-        pooled = torch.cat([_mean(k, self.unit_kv), rows.amax(3), rows.amin(3)], -1)
+        rows = torch.unflatten(rows, 2, (-1, self._part))
+        pooled = torch.cat([_mean(k, self._part), rows.amax(3), rows.amin(3)], -1)
         if self.lists >= self.kv_heads:
             return pooled.repeat_interleave(self.lists // self.kv_heads, 1)
         return torch.unflatten(pooled, 1, (self.lists, -1)).transpose(2, 3).flatten(3)
@@ -145,6 +163,11 @@ class PooledGate(nn.Module):
                 f"PooledGate: {q_heads} query heads, {kv_heads} key heads and {self.lists} lists "
                 "do not group",
                 "Key heads and lists divide the query heads, and one of them divides the other.",
+            )
+        if self.unit_kv % self.parts:
+            raise bad(
+                f"PooledGate: {self.parts} parts of a unit of {self.unit_kv} keys",
+                "Write a divisor of unit_kv.",
             )
         if self.rope % 2 or self.rope > self.width:
             raise bad(

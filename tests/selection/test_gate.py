@@ -45,13 +45,17 @@ def plain(gate: PooledGate, q: Tensor, k: Tensor) -> Tensor:
         mine = [h for h in heads if h // (gate.q_heads // gate.lists) == s]
         of_keys = sorted({h // (gate.q_heads // gate.kv_heads) for h in mine})
         some_q = q[b, mine, i * gate.unit_q : (i + 1) * gate.unit_q].mean(1).flatten()
-        some_k = k[b, of_keys, j * gate.unit_kv : (j + 1) * gate.unit_kv]
-        pooled = torch.cat([some_k.mean(1), some_k.amax(1), some_k.amin(1)], 1).flatten()
-        query = some_q @ gate.q_weight[s] + gate.q_bias[s, 0]
-        key = pooled @ gate.k_weight[s] + gate.k_bias[s, 0]
-        query = turned(query, i * gate.unit_q + late, gate.rope)
-        key = turned(key, j * gate.unit_kv, gate.rope)
-        out[b, s, i, j] = query @ key / math.sqrt(gate.head_dim)
+        query = turned(
+            some_q @ gate.q_weight[s] + gate.q_bias[s, 0], i * gate.unit_q + late, gate.rope
+        )
+        part = gate.unit_kv // gate.parts
+        scores = []
+        for start in range(j * gate.unit_kv, min((j + 1) * gate.unit_kv, k.shape[2]), part):
+            some_k = k[b, of_keys, start : start + part]
+            pooled = torch.cat([some_k.mean(1), some_k.amax(1), some_k.amin(1)], 1).flatten()
+            key = turned(pooled @ gate.k_weight[s] + gate.k_bias[s, 0], start, gate.rope)
+            scores.append(query @ key / math.sqrt(gate.head_dim))
+        out[b, s, i, j] = scores[0] if gate.parts == 1 else torch.stack(scores).logsumexp(0)
     return out
 
 
@@ -64,6 +68,8 @@ GATES = {
     "narrow": PooledGate(8, 4, 2, unit_kv=4, width=3),
     "wide": PooledGate(8, 4, 2, unit_kv=4, width=20),
     "positions": PooledGate(8, 4, 2, unit_kv=4, rope=6),
+    "parts": PooledGate(8, 4, 2, unit_kv=8, parts=4),
+    "parts with positions": PooledGate(8, 4, 2, unit_kv=4, rope=6, parts=2),
     "positions only": PooledGate(8, 4, 2, unit_q=2, unit_kv=4, width=8, rope=8),
 }
 
@@ -135,6 +141,8 @@ def test_mistakes() -> None:
         PooledGate(16, 4, 2, rope=3)
     with pytest.raises(BadPattern, match="unit_kv is 0"):
         PooledGate(16, 4, 2, unit_kv=0)
+    with pytest.raises(BadPattern, match="3 parts of a unit of 64"):
+        PooledGate(16, 4, 2, parts=3)
     gate = PooledGate(16, 4, 2)
     q, k = operands(gate, 20, 20)
     with pytest.raises(BadShape, match=r"made for q \[B, 4, Nq, 16\]"):
