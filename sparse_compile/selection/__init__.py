@@ -1,5 +1,11 @@
 """Learned and content-dependent masks: which keys are selected, and by what rule."""
 
-from sparse_compile.selection.selection import Selection, canonical, transposed
+from sparse_compile.selection.selection import (
+    Selection,
+    canonical,
+    places,
+    transposed,
+    worklist,
+)
 
-__all__ = ["Selection", "canonical", "transposed"]
+__all__ = ["Selection", "canonical", "places", "transposed", "worklist"]
