@@ -25,6 +25,9 @@ _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "
 _NAMES = ("forward", "merge", "backward_query", "forward_by_key", "backward_key_value")
 #: Entries of a unit of keys that one program handles at most.
 _ENTRIES = 512
+#: Queries that the kernels by key, forward and backward, go through before the next: what they read
+#: of a group's queries stays in the L2 cache.
+_STRETCH = (4096, 8192)
 
 
 @dataclass(frozen=True)
@@ -105,18 +108,18 @@ class _Call:
     def launch(self, name: str, tile: Tile, grid: tuple[int, ...], *given: Any) -> None:
         """Launch a kernel; ``given`` are its arguments, then a tuple of its constants."""
         *values, constants = given
-        options = {"num_warps": tile.warps, "num_stages": tile.stages}
-        self.kernels.launchers[name](grid, values, constants, options)
+        self.kernels.launchers[name](grid, values, constants, tile.options)
 
     def by_query(self, tile: Tile, parts: int) -> tuple[int, int, int]:
         """The grid of a kernel by query."""
         subtiles = -(-self.spec.rows // tile.m)
         return self.index.shape[2] * subtiles * parts, self.groups, self.q.shape[0]
 
-    def work(self) -> tuple[Tensor, Tensor]:
-        """Entries by unit of keys, and who handles which."""
+    def work(self, stretch: int) -> tuple[Tensor, Tensor]:
+        """Who handles which entries, and these by stretch of queries and by unit of keys."""
         units = -(-self.k.shape[2] // self.spec.selected.unit_kv)
-        start, order = places(self.index, self.count, units)
+        rows = max(1, stretch // self.spec.selected.unit_q)
+        start, order = places(self.index, self.count, units, rows)
         each = max(1, _ENTRIES // self.spec.selected.unit_q)
         return worklist(start, order.shape[-1], each), order
 
@@ -209,7 +212,7 @@ def forward_by_key(
     batch, heads, n_q, _ = q.shape
     out = q.new_empty(batch, n_q, heads, v.shape[3]).transpose(1, 2)
     lse = q.new_empty(batch, heads, n_q, dtype=torch.float32)
-    work, order = call.work()
+    work, order = call.work(_STRETCH[0])
     (lists, units, most), tile = call.lists, call.kernels.tiles.forward_by_key
     strides = arguments.strides(call.q, call.k, call.v)
     for first in range(call.groups):
@@ -273,7 +276,7 @@ def _by_key(
     sizes: tuple[Any, ...],
 ) -> None:
     """Add the gradients of keys and values, a unit of keys at a time."""
-    work, order = call.work()
+    work, order = call.work(_STRETCH[1])
     tile = call.kernels.tiles.backward_key_value
     subtiles = call.spec.selected.unit_kv // tile.n
     call.launch(

@@ -16,9 +16,10 @@ symbols
 $SYMBOLS
   INDEX, COUNT int32 [B, lists, units, most] and [B, lists, units]: for each unit of queries the
                units of keys, and how many there are
-  WORK         int32 [B, lists, n, 3]: a unit of keys, and from where to where in PLACES
-  PLACES       int32 [B, lists, units * most]: entries of INDEX in the order of the units of keys
-               that they name
+  WORK         int32 [B, lists, n, 3]: a unit of keys, plus a multiple of how many there are, and
+               from where to where in PLACES
+  PLACES       int32 [B, lists, units * most]: the entries of INDEX, by stretch of queries and then
+               by the unit of keys that they name
 """
 
 import triton
@@ -294,7 +295,7 @@ SUBTILES: tl.constexpr = UNIT_KV // TILE_N
 program, group, b = tl.program_id(0), tl.program_id(1) + first_group, tl.program_id(2)
 own = (b * lists + group // GROUPS_PER_LIST).to(tl.int64)
 item = WORK + (own * n_work + program // SUBTILES) * 3
-first = tl.load(item) * UNIT_KV + program % SUBTILES * TILE_N
+first = tl.load(item) % tl.cdiv(n_kv, UNIT_KV) * UNIT_KV + program % SUBTILES * TILE_N
 lo, hi = tl.load(item + 1) * ROWS, tl.load(item + 2) * ROWS
 if lo >= hi:
     return

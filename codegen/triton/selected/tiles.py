@@ -13,12 +13,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tile:
-    """How one kernel is compiled: rows and keys of a tile, warps, pipeline stages."""
+    """How one kernel is compiled: rows and keys of a tile, warps, pipeline stages.
+
+    Attributes:
+        registers: per thread at most, so that more programs fit; None to let the compiler choose.
+    """
 
     m: int
     n: int
     warps: int
     stages: int
+    registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What the compiler is told."""
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return options if self.registers is None else {**options, "maxnreg": self.registers}
 
 
 @dataclass(frozen=True)
