@@ -25,9 +25,12 @@ _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "
 _NAMES = ("forward", "merge", "backward_query", "forward_by_key", "backward_key_value")
 #: Entries of a unit of keys that one program handles at most.
 _ENTRIES = 512
+#: Keys are the outer loop of the forward for units of so many keys, selected by so many rows on
+#: average, if the parts of a group take no more bytes. Measured on an H200.
+_LONG, _OFTEN, _ROOM = 128, 1024, 8 << 30
 #: Queries that the kernels by key, forward and backward, go through before the next: what they read
 #: of a group's queries stays in the L2 cache.
-_STRETCH = (4096, 8192)
+_STRETCH = (8192, 16384)
 
 
 @dataclass(frozen=True)
@@ -143,8 +146,25 @@ def forward(
     if not out.numel() or not k.numel() or not index.shape[3]:
         return out.zero_(), lse.fill_(-math.inf)
     with torch.cuda.device(q.device) if q.is_cuda else torch.no_grad():
-        _by_query(call, out, lse, parts_of(call))
+        if is_by_key(call):
+            _by_key_forward(call, out, lse)
+        else:
+            _by_query(call, out, lse, parts_of(call))
     return out, lse
+
+
+def is_by_key(call: _Call) -> bool:
+    """Whether keys are the outer loop of the forward: each unit is read once for all its queries.
+
+    That costs writing and reading a result for every entry, and pays where a unit is long and many
+    queries select it: by the capacity of the lists, as their contents are on the device.
+    """
+    _, units, most = call.lists
+    unit = call.spec.selected.unit_kv
+    entries, key_units = units * most, -(-call.k.shape[2] // unit)
+    room = call.q.shape[0] * entries * call.spec.rows * call.v.shape[3] * call.v.element_size()
+    often = entries * call.spec.rows >= _OFTEN * key_units
+    return unit >= _LONG and call.q.element_size() == 2 and often and room <= _ROOM
 
 
 def parts_of(call: _Call) -> int:
@@ -196,37 +216,23 @@ def _merge(
     )
 
 
-def forward_by_key(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    index: Tensor,
-    count: Tensor,
-    tables: Sequence[Tensor],
-    sizes: Sequence[int],
-    scale: float,
-    spec: SelectedSpec,
-) -> tuple[Tensor, Tensor]:
-    """:func:`forward` with keys outermost: each unit of keys is read once, results are merged."""
-    call = _Call.of(q, k, v, index, count, tables, sizes, scale, spec)
-    batch, heads, n_q, _ = q.shape
-    out = q.new_empty(batch, n_q, heads, v.shape[3]).transpose(1, 2)
-    lse = q.new_empty(batch, heads, n_q, dtype=torch.float32)
-    work, order = call.work(_STRETCH[0])
+def _by_key_forward(call: _Call, out: Tensor, lse: Tensor) -> None:
+    """The forward with keys outermost; group after group, so that the parts take less room."""
     (lists, units, most), tile = call.lists, call.kernels.tiles.forward_by_key
+    batch, n_q, n_kv = call.q.shape[0], call.q.shape[2], call.k.shape[2]
+    work, order = call.work(_STRETCH[0])
     strides = arguments.strides(call.q, call.k, call.v)
     for first in range(call.groups):
         shape = (batch, 1, units * most, call.spec.rows)
-        part = q.new_empty(*shape, v.shape[3]), lse.new_empty(shape)
+        part = call.q.new_empty(*shape, call.v.shape[3]), lse.new_empty(shape)
         call.launch(
             *("forward_by_key", tile, (work.shape[2], 1, batch)),
             *(call.q, call.k, call.v, work, order, *part, *strides),
-            *(lists, units, most, work.shape[2], first, 1, n_q, k.shape[2], scale),
+            *(lists, units, most, work.shape[2], first, 1, n_q, n_kv, call.scale),
             *call.mask_data,
             call.shared,
         )
         _merge(call, part, (out, lse), (first, first + 1), most, counted=True)
-    return out, lse
 
 
 def backward(
@@ -264,11 +270,11 @@ def backward(
             (*call.shared, grad_lse is not None),
         )
         if not call.spec.adds_by_query:
-            _by_key(call, grad_out, (lse, delta), (dk, dv), sizes_of)
+            _by_key_backward(call, grad_out, (lse, delta), (dk, dv), sizes_of)
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _by_key(
+def _by_key_backward(
     call: _Call,
     grad_out: Tensor,
     statistics: tuple[Tensor, Tensor],

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from sparse_compile.codegen.triton.fill import fill
 from sparse_compile.codegen.triton.predicate import print_predicate
-from sparse_compile.codegen.triton.selected import text
+from sparse_compile.codegen.triton.selected import text, text_by_key
 from sparse_compile.codegen.triton.selected.tiles import Tile, tiles_for
 from sparse_compile.codegen.triton.source import escaped, legend, mask_parameters
 from sparse_compile.codegen.triton.text import common
@@ -75,9 +75,11 @@ def selected_source(spec: SelectedKernelSpec) -> str:
         _by_query(text.BACKWARD_QUERY, spec, tiles.backward_query),
     ]
     if not spec.adds_by_query:
-        parts.append(_by_key(text.FORWARD_BY_KEY, spec, tiles.forward_by_key, transposed=False))
         parts.append(
-            _by_key(text.BACKWARD_KEY_VALUE, spec, tiles.backward_key_value, transposed=True)
+            _by_key(text_by_key.FORWARD_BY_KEY, spec, tiles.forward_by_key, transposed=False)
+        )
+        parts.append(
+            _by_key(text_by_key.BACKWARD_KEY_VALUE, spec, tiles.backward_key_value, transposed=True)
         )
     return "\n\n".join(parts)
 
@@ -159,9 +161,9 @@ def _by_key(template: str, spec: SelectedKernelSpec, tile: Tile, transposed: boo
     kept = f"keep & there{across}" if printed.keep else f"there{across}"
     return fill(
         template,
-        START=fill(text.KEYS, TILE_M=str(tile.m), TILE_N=str(tile.n)).splitlines(),
+        START=fill(text_by_key.KEYS, TILE_M=str(tile.m), TILE_N=str(tile.n)).splitlines(),
         BEFORE=[*before, *(() if by_head else printed.before)] if keep else [],
-        ENTRIES=text.ENTRIES.splitlines(),
+        ENTRIES=text_by_key.ENTRIES.splitlines(),
         MASK=[*keep, f'score = tl.where({kept}, score, float("-inf"))'],
         PRECISION=_precision(spec),
         **_parameters(template, spec),
