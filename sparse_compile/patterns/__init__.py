@@ -24,12 +24,26 @@ from sparse_compile.patterns.per_head import Heads, heads
 from sparse_compile.patterns.predicate import Predicate
 from sparse_compile.patterns.prefix import PrefixLM
 from sparse_compile.patterns.random_ import Random
+from sparse_compile.patterns.rules import Threshold, TopK, TopP, TopRatio
+from sparse_compile.patterns.scored import Scored
+from sparse_compile.patterns.scorers import (
+    Antidiagonal,
+    Gate,
+    Indexer,
+    MeanPool,
+    MinMax,
+    OverlapPool,
+    Scorer,
+)
+from sparse_compile.patterns.selected import Selected
+from sparse_compile.patterns.selecting import Selecting
 from sparse_compile.patterns.sliding_tile import SlidingTile
 from sparse_compile.patterns.strided import Fixed, Strided
 
 __all__ = [
     "All",
     "And",
+    "Antidiagonal",
     "Axial",
     "BigBird",
     "BlockLocal",
@@ -39,21 +53,34 @@ __all__ = [
     "Dilated",
     "Documents",
     "Fixed",
+    "Gate",
     "Global",
     "Heads",
+    "Indexer",
     "Longformer",
+    "MeanPool",
+    "MinMax",
     "Neighborhood",
     "Not",
     "Or",
+    "OverlapPool",
     "Padding",
     "Pattern",
     "Predicate",
     "PrefixLM",
     "Random",
+    "Scored",
+    "Scorer",
+    "Selected",
+    "Selecting",
     "SlidingTile",
     "SlidingWindow",
     "Strided",
     "Tables",
+    "Threshold",
+    "TopK",
+    "TopP",
+    "TopRatio",
     "heads",
     "presets",
 ]
