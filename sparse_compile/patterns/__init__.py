@@ -15,6 +15,14 @@ from sparse_compile.patterns.bigbird import BigBird
 from sparse_compile.patterns.blocks import BlockLocal, BlockSparse
 from sparse_compile.patterns.documents import Documents
 from sparse_compile.patterns.global_ import Global
+from sparse_compile.patterns.learned import (
+    DSA,
+    MoBA,
+    NSASelection,
+    Quest,
+    SeerAttention,
+    XAttention,
+)
 from sparse_compile.patterns.local import Causal, Dilated, SlidingWindow
 from sparse_compile.patterns.logic import All, And, Not, Or
 from sparse_compile.patterns.longformer import Longformer
@@ -41,6 +49,7 @@ from sparse_compile.patterns.sliding_tile import SlidingTile
 from sparse_compile.patterns.strided import Fixed, Strided
 
 __all__ = [
+    "DSA",
     "All",
     "And",
     "Antidiagonal",
@@ -60,6 +69,8 @@ __all__ = [
     "Longformer",
     "MeanPool",
     "MinMax",
+    "MoBA",
+    "NSASelection",
     "Neighborhood",
     "Not",
     "Or",
@@ -68,9 +79,11 @@ __all__ = [
     "Pattern",
     "Predicate",
     "PrefixLM",
+    "Quest",
     "Random",
     "Scored",
     "Scorer",
+    "SeerAttention",
     "Selected",
     "Selecting",
     "SlidingTile",
@@ -81,6 +94,7 @@ __all__ = [
     "TopK",
     "TopP",
     "TopRatio",
+    "XAttention",
     "heads",
     "presets",
 ]

@@ -128,7 +128,9 @@ def constructor_call(value: Any, implied: Mapping[str, Any] | None = None) -> st
 
 def _arguments(value: Any, implied: Mapping[str, Any]) -> Iterator[str]:
     # What a base class adds by keyword comes first among the fields, but last in a call.
-    for parameter in sorted(dataclasses.fields(value), key=lambda parameter: parameter.kw_only):
+    for parameter in sorted(
+        dataclasses.fields(value), key=lambda parameter: parameter.kw_only is True
+    ):
         text = spelled(getattr(value, parameter.name))
         default = implied.get(parameter.name, parameter.default)
         if default is dataclasses.MISSING:

@@ -13,6 +13,7 @@ from sparse_compile.patterns.scorers import Antidiagonal, OverlapPool
 from sparse_compile.selection.scores import (
     Scoring,
     Task,
+    parted,
     sizes_of_units,
     summed,
     unit_sums,
@@ -35,14 +36,14 @@ def _log(mass: Tensor) -> Tensor:
 
 def _products(queries: Tensor, keys: Tensor) -> Tensor:
     """[B, Hq, R, F] times [B, Hkv, C, F], heads grouped, as [B, Hq, R, C]."""
-    grouped = queries.unflatten(1, (keys.shape[1], -1))
+    grouped = parted(queries, -3, queries.shape[1] // keys.shape[1])
     return (grouped @ keys[:, :, None].mT).flatten(1, 2)
 
 
 def _by_blocks(mass: Tensor, each: int, blocks: int) -> Tensor:
     """[..., C] as [..., blocks]: the sums of ``each`` neighbours."""
     missing = blocks * each - mass.shape[-1]
-    return pad(mass, (0, missing)).unflatten(-1, (blocks, each)).sum(-1)
+    return parted(pad(mass, (0, missing)), -1, each).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class _Antidiagonals:
 
 def _squares(tokens: Tensor, stride: int, reverse: bool) -> Tensor:
     """[B, H, n, D] as fp32 [B, H, ceil(n / stride), stride * D], zeros beyond the end."""
-    parts = pad(tokens.float(), (0, 0, 0, -tokens.shape[2] % stride)).unflatten(2, (-1, stride))
+    parts = parted(pad(tokens.float(), (0, 0, 0, -tokens.shape[2] % stride)), -2, stride)
     return (parts.flip(3) if reverse else parts).flatten(3)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.patterns.scorers import MeanPool, MinMax
-from sparse_compile.selection.scores import Scoring, Task, mean_of_units, summed
+from sparse_compile.selection.scores import Scoring, Task, mean_of_units, parted, summed
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class _Pooled:
         queries = mean_of_units(queries, task.unit_q)
         if self.lists <= kv_heads:
             return summed(summed(queries, kv_heads) @ self.keys.mT, self.lists)
-        grouped = queries.unflatten(1, (kv_heads, -1))
+        grouped = parted(queries, -3, queries.shape[1] // kv_heads)
         return (grouped @ self.keys[:, :, None].mT).flatten(1, 2)
 
 
@@ -58,5 +58,5 @@ def by_bounds(scorer: MinMax, task: Task) -> Scoring:
     ends = []
     for beyond, reduce in ((-math.inf, torch.amax), (math.inf, torch.amin)):
         keys = torch.nn.functional.pad(task.k.float(), missing, value=beyond)
-        ends.append(reduce(keys.unflatten(2, (task.blocks, task.block)), 3))
+        ends.append(reduce(parted(keys, -2, task.block), -2))
     return _Pooled(task, torch.cat(ends, -1), by_sign=True)

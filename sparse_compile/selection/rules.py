@@ -104,10 +104,7 @@ def _(rule: TopRatio, best: Best) -> Tensor:
     shape = best.candidates.scores.shape
     visible = best.candidates.visible.expand(shape).sum(-1, keepdim=True)
     ratios = rule.ratio if isinstance(rule.ratio, tuple) else (rule.ratio,)
-    over, under = (
-        by_head(part if len(part) > 1 else part[0], visible)
-        for part in zip(*map(exact, ratios), strict=True)
-    )
+    over, under = (by_head(part, visible) for part in zip(*map(exact, ratios), strict=True))
     return best.rank < torch.div(visible * over + (under - 1), under, rounding_mode="floor")
 
 
@@ -118,7 +115,7 @@ def _(rule: TopP, best: Best) -> Tensor:
     wanted = rule.p if isinstance(rule.p, tuple) else (rule.p,)
     # Where all is wanted, a sum that rounding makes too large must not leave out the last ones.
     wanted = tuple(math.inf if p == 1 else p for p in wanted)
-    return before < by_head(wanted if len(wanted) > 1 else wanted[0], before)
+    return before < by_head(wanted, before)
 
 
 @kept.register
@@ -128,12 +125,11 @@ def _(rule: Threshold, best: Best) -> Tensor:
     return best.of(values) >= by_head(rule.t, values)
 
 
-def by_head(value: Any, like: Tensor) -> Any:
-    """A parameter, or one for each list as a tensor [Hs, 1, 1] that can be compared to ``like``."""
-    if not isinstance(value, tuple):
-        return value
+def by_head(value: Any, like: Tensor) -> Tensor:
+    """A parameter, or one for each list, as a tensor [1 or Hs, 1, 1] of the dtype of ``like``."""
     # Filling waits for nothing, unlike a copy from the host.
-    return torch.stack([like.new_full((1, 1), item) for item in value])
+    values = value if isinstance(value, tuple) else (value,)
+    return torch.stack([like.new_full((1, 1), item) for item in values])
 
 
 def ascending(rule: Any, best: Best, blocks: int) -> tuple[Tensor, Tensor]:

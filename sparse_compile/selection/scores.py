@@ -100,11 +100,18 @@ def mean_of_units(rows: Tensor, unit: int) -> Tensor:
     return unit_sums(rows, unit) / sizes_of_units(n, unit, rows.device)
 
 
+def parted(t: Tensor, dim: int, each: int) -> Tensor:
+    """The runs of ``each`` along ``dim``, counted from the end, as a dimension after it."""
+    shape = list(t.shape)
+    shape[dim : dim + 1 or None] = [shape[dim] // each, each]
+    return t.reshape(shape)
+
+
 def unit_sums(rows: Tensor, unit: int) -> Tensor:
     """[..., n, X] as [..., ceil(n / unit), X]: the sum of each run of ``unit``."""
     n = rows.shape[-2]
     rows = torch.nn.functional.pad(rows, (0, 0, 0, -n % unit))
-    return rows.unflatten(-2, (-(-n // unit), unit)).sum(-2)
+    return parted(rows, -2, unit).sum(-2)
 
 
 def sizes_of_units(n: int, unit: int, device: torch.device) -> Tensor:
@@ -172,8 +179,8 @@ class _Indexed:
 
     @property
     def width(self) -> int:
-        indexer = self.indexer
-        return self.task.unit_q * indexer.q_index.shape[1] * indexer.k_index.shape[1]
+        heads: int = self.indexer.q_index.shape[1]
+        return self.task.unit_q * heads * self.task.k.shape[2]
 
     def __call__(self, first: int, end: int) -> Tensor:
         task, rows = self.task, self.task.queries(first, end)
@@ -184,7 +191,7 @@ class _Indexed:
         if task.block > 1:
             missing = -by_token.shape[-1] % task.block
             by_token = torch.nn.functional.pad(by_token, (0, missing), value=-math.inf)
-            by_token = by_token.unflatten(-1, (task.blocks, task.block)).amax(-1)
+            by_token = parted(by_token, -1, task.block).amax(-1)
         return mean_of_units(by_token, task.unit_q)[:, None]
 
 
