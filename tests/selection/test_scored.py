@@ -97,6 +97,9 @@ MASKS = [
     P.Causal() & P.Documents(torch.arange(100) // 37),
     P.heads([P.Causal(), P.SlidingWindow(20)], per=2),
     P.SlidingWindow(9),
+    P.Padding((60, 100)) & P.Causal(),
+    P.Documents(torch.stack([torch.arange(100) // 37, torch.arange(100) // 50])),
+    P.BlockSparse(torch.arange(4 * 5 * 5).view(4, 5, 5) % 3 == 0, 20),
 ]
 
 
@@ -264,6 +267,29 @@ def test_no_gradient() -> None:
 
     select(P.TopK(2, unit_kv=1, scorer=gate), q, k)
     assert seen == [False]
+
+
+WAITING = [
+    P.TopK((3, 4)),
+    P.MoBA(),
+    P.Quest(3),
+    P.XAttention(),
+    P.NSASelection(),
+    P.TopRatio((0.2, 0.3)),
+    P.TopP((0.2, 1.0)),
+    P.Threshold(0.0, of="softmax"),
+]
+
+
+@pytest.mark.parametrize("pattern", WAITING, ids=repr)
+def test_waits_for_nothing_and_has_static_shapes(pattern: Any) -> None:
+    # Tensors without data cannot be read on the host, nor be combined with others.
+    q, k = (t.to("meta") for t in operands(n_q=300, n_kv=300))
+    bound = (P.Causal() & P.Documents(torch.zeros(300, dtype=torch.int64))).bound()
+    found = pattern.select(q, k, bound.expr, bound.tables("meta", 300, 300, 2, 4), [])
+    assert found.index.is_meta
+    q, k = operands(n_q=300, n_kv=300)
+    assert found.index.shape == select(pattern, q, k).index.shape
 
 
 def test_no_tensor_of_all_pairs() -> None:
