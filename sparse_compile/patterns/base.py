@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,7 +103,7 @@ class Pattern:
         return {}
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(_arguments(self))})"
+        return constructor_call(self, self.implied())
 
     def __and__(self, other: Pattern) -> Pattern:
         return _compose("And", self, other, "&")
@@ -121,11 +121,17 @@ class Pattern:
         )
 
 
-def _arguments(pattern: Any) -> Iterator[str]:
-    """The arguments of the constructor call that makes ``pattern``, without the implied ones."""
-    implied = pattern.implied()
-    for parameter in dataclasses.fields(pattern):
-        text = spelled(getattr(pattern, parameter.name))
+def constructor_call(value: Any, implied: Mapping[str, Any] | None = None) -> str:
+    """The call that makes a dataclass, without arguments that are the default or implied."""
+    return f"{type(value).__name__}({', '.join(_arguments(value, implied or {}))})"
+
+
+def _arguments(value: Any, implied: Mapping[str, Any]) -> Iterator[str]:
+    # What a base class adds by keyword comes first among the fields, but last in a call.
+    for parameter in sorted(
+        dataclasses.fields(value), key=lambda parameter: parameter.kw_only is True
+    ):
+        text = spelled(getattr(value, parameter.name))
         default = implied.get(parameter.name, parameter.default)
         if default is dataclasses.MISSING:
             yield text
