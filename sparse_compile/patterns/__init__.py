@@ -24,6 +24,8 @@ from sparse_compile.patterns.per_head import Heads, heads
 from sparse_compile.patterns.predicate import Predicate
 from sparse_compile.patterns.prefix import PrefixLM
 from sparse_compile.patterns.random_ import Random
+from sparse_compile.patterns.selected import Selected
+from sparse_compile.patterns.selecting import Selecting
 from sparse_compile.patterns.sliding_tile import SlidingTile
 from sparse_compile.patterns.strided import Fixed, Strided
 
@@ -50,6 +52,8 @@ __all__ = [
     "Predicate",
     "PrefixLM",
     "Random",
+    "Selected",
+    "Selecting",
     "SlidingTile",
     "SlidingWindow",
     "Strided",
