@@ -13,13 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_compile import ops
-from sparse_compile.annotation import name_mask
-from sparse_compile.direct_data import Tables, kept_data, make_data
+from sparse_compile.direct_data import Tables, data_of
+from sparse_compile.direct_selected import (
+    SelectedPart,
+    Sizes,
+    by_selection,
+    plan_selected,
+    planned,
+    spec_text,
+)
 from sparse_compile.errors import BadShape, PatternMisuse
-from sparse_compile.expr import COORDINATES, KV, MaskExpr, Q, table_index
-from sparse_compile.layout.choose import choose_views
+from sparse_compile.expr import COORDINATES, KV, MaskExpr, Q
 from sparse_compile.layout.dense_tables import DenseRead
 from sparse_compile.patterns.base import Pattern
+from sparse_compile.patterns.selected import Selected
+from sparse_compile.selection.split import selects
 
 #: Stands for lengths and head counts that torch.compile knows by name only.
 _UNKNOWN = 4096
@@ -70,7 +78,10 @@ def attention(
         return _by_tensor(q, k, v, mask, factor)
     if mask is not None and not isinstance(mask, Pattern):
         raise PatternMisuse(_no_mask(mask))
-    plan = _NOTHING_HIDDEN if mask is None else _plan(mask, q.device.type, _sizes(q, k))
+    given: list[Tensor] = []
+    plan = _NOTHING_HIDDEN if mask is None else _plan(mask, q.device.type, _sizes(q, k), given)
+    if mask is not None and plan[4]:
+        return by_selection(q, k, v, mask, plan[:3], plan[4], given, factor)
     if not plan[0]:
         return _by_sdpa(q, k, v, plan[3], factor)
     tables, layout = _data(mask, plan, q, k) if mask is not None and plan[2] else ([], [])
@@ -92,19 +103,17 @@ def _by_sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Ten
 def _data(mask: Pattern, plan: _Direct, q: Tensor, k: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """The tables of a pattern, and its layout."""
     lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
-    call = (plan[1], plan[2], lengths, plan[0], q.device)
-    return make_data(call) if torch.compiler.is_compiling() else kept_data(mask, call)
+    return data_of(mask, (plan[1], plan[2], lengths, plan[0], q.device))
 
 
 #: Text of the spec, empty to leave it to SDPA; key of the mask; index, rank and dtype of each
-#: table; whether SDPA is causal. Plain values, which torch.compile takes for constants.
-_Direct = tuple[str, str, Tables, bool]
-#: n_q, n_kv, batch and heads.
-_Sizes = tuple[int, int, int, int]
-_NOTHING_HIDDEN: _Direct = ("", "", (), False)
+#: table; whether SDPA is causal; what is selected besides, None if nothing is. Plain values, which
+#: torch.compile takes for constants.
+_Direct = tuple[str, str, Tables, bool, SelectedPart | None]
+_NOTHING_HIDDEN: _Direct = ("", "", (), False, None)
 
 
-def _sizes(q: Tensor, k: Tensor) -> _Sizes:
+def _sizes(q: Tensor, k: Tensor) -> Sizes:
     """What views are chosen for: n_q, n_kv, batch and heads.
 
     Only their cost depends on it: lengths are rounded, and code that is being compiled, which may
@@ -116,19 +125,22 @@ def _sizes(q: Tensor, k: Tensor) -> _Sizes:
     return n_q, n_kv, q.shape[0], q.shape[1]
 
 
-def _plan(pattern: Pattern, device: str, sizes: _Sizes) -> _Direct:
+def _plan(pattern: Pattern, device: str, sizes: Sizes, given: list[Tensor]) -> _Direct:
+    # Tensors of indices are appended to ``given``, to be arguments of the operators; for others,
     # torch.compile runs this: it sees the parameters even of a pattern that the compiled code makes
     # itself, and guards on them. Of a tensor it would bake the values in; it guards on the identity
     # of a pattern that holds one.
     if _is_plain(pattern):
-        plan: _Direct = _plan_of_spelled(_spelled(pattern), device, sizes)
+        plan: _Direct = _plan_of_spelled(_spelled(pattern, given), device, sizes)
     else:
         plan = _plan_of_object(pattern, device, sizes)
     return plan
 
 
 def _is_plain(value: object) -> bool:
-    """Whether a parameter of a pattern is made of numbers, words and tuples only."""
+    """Whether a parameter of a pattern is made of numbers, words, tuples and indices only."""
+    if isinstance(value, Selected):
+        return True
     if isinstance(value, Pattern):
         names = getattr(type(value), "__dataclass_fields__", None)
         return names is not None and all([_is_plain(getattr(value, name)) for name in names])
@@ -137,13 +149,19 @@ def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, (int, float, str))
 
 
-def _spelled(value: Any) -> Any:
-    """A plain parameter as nested tuples, types first."""
+def _spelled(value: Any, given: list[Tensor]) -> Any:
+    """A plain parameter as nested tuples, types first; for a tensor, its number in ``given``."""
     if isinstance(value, Pattern):
         names = type(value).__dataclass_fields__  # type: ignore[attr-defined]
-        return (type(value), tuple([_spelled(getattr(value, name)) for name in names]))
+        return (type(value), tuple([_spelled(getattr(value, name), given) for name in names]))
     if isinstance(value, tuple):
-        return (tuple, tuple([_spelled(item) for item in value]))
+        return (tuple, tuple([_spelled(item, given) for item in value]))
+    if isinstance(value, Tensor):
+        for number, tensor in enumerate(given):
+            if tensor is value:
+                return number
+        given.append(value)
+        return len(given) - 1
     # A number that torch.compile would keep symbolic becomes a constant, with a guard.
     return operator.index(value) if isinstance(value, int) else value
 
@@ -162,7 +180,7 @@ def _unspelled(spelled: Any) -> Any:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _plan_of_spelled(spelled: Any, device: str, sizes: _Sizes) -> _Direct:
+def _plan_of_spelled(spelled: Any, device: str, sizes: Sizes) -> _Direct:
     key = (spelled, device, sizes)
     if key not in _PLANS:
         pattern = _unspelled(spelled)
@@ -175,11 +193,11 @@ _KEPT: list[Pattern] = []
 
 #: By the spelling of a pattern, and of one with tensors by its identity: equal tensors may come to
 #: differ.
-_PLANS: dict[tuple[Any, str, _Sizes], _Direct] = {}
+_PLANS: dict[tuple[Any, str, Sizes], _Direct] = {}
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _plan_of_object(pattern: Pattern, device: str, sizes: _Sizes) -> _Direct:
+def _plan_of_object(pattern: Pattern, device: str, sizes: Sizes) -> _Direct:
     key = (id(pattern), device, sizes)
     if key not in _PLANS:
         if not vars(pattern) and getattr(pattern, "__dataclass_fields__", None):
@@ -192,21 +210,17 @@ def _plan_of_object(pattern: Pattern, device: str, sizes: _Sizes) -> _Direct:
     return _PLANS[key]
 
 
-def plan_direct(pattern: Pattern, device: str, sizes: _Sizes) -> _Direct:
+def plan_direct(pattern: Pattern, device: str, sizes: Sizes) -> _Direct:
     """What runs for a pattern on a type of device, at about these sizes."""
+    if selects(pattern):
+        static, selected = plan_selected(pattern, device, sizes)
+        return *static, False, selected
     bound = pattern.bound()
     expr = bound.expr
     causal = expr.predicate == sympy.Le(KV, Q)
     if causal or expr.predicate == sympy.true:
-        return "", "", (), causal
-    rank = {table_index(lookup): len(lookup.args) for lookup in expr.lookups}
-    # A table that simplification left unread still has to have its place.
-    tables = tuple(
-        (index, rank.get(index, 0), getattr(torch, dtype))
-        for index, dtype in enumerate(expr.tables)
-    )
-    key = name_mask(bound, pattern) if tables else ""
-    return _text(expr, device, sizes), key, tables, False
+        return "", "", (), causal, None
+    return *planned(bound, pattern, device, sizes), False, None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -222,13 +236,7 @@ def _plan_of_tensor(shared: tuple[bool, ...], device: str, compiling: bool) -> t
     axes = tuple("" if one else name for one, name in zip(shared, names, strict=True))
     read = DenseRead(0, axes, remember=not compiling)
     expr = MaskExpr(sympy.Ne(read.bit, 0), ("int32",))
-    return _text(expr, device, (_UNKNOWN, _UNKNOWN, 1, 1)), DenseRead.text([read])
-
-
-def _text(expr: MaskExpr, device: str, sizes: _Sizes) -> str:
-    n_q, n_kv, batch, heads = sizes
-    spec, _ = choose_views(expr, n_q=n_q, n_kv=n_kv, batch=batch, heads=heads, device_type=device)
-    return spec.text
+    return spec_text(expr, device, (_UNKNOWN, _UNKNOWN, 1, 1)), DenseRead.text([read])
 
 
 def _by_tensor(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:

@@ -47,7 +47,7 @@ def selected_attention(
         [B, Hq, Nq] in fp32, -inf where a query may attend to nothing.
     """
     parsed = SelectedSpec.parse(spec)
-    _check(q, k, v, index, count, parsed)
+    check_selection(q, k, v, index, count, parsed)
     executor = selected_executor_for(q.device)
     out, lse = executor.forward(q, k, v, index, count, tables, sizes, scale, parsed)
     out = empty_rows.apply_forward(out, lse, v, parsed.empty_rows)
@@ -143,7 +143,7 @@ selected_attention.register_autograd(_backward, setup_context=_setup_context)
 SELECTED_ATTENTION = torch.ops.sparse_compile.selected_attention.default
 
 
-def _check(
+def check_selection(
     q: Tensor, k: Tensor, v: Tensor, index: Tensor, count: Tensor, spec: SelectedSpec
 ) -> None:
     """Raise before anything runs if the selection does not fit q, k and v.

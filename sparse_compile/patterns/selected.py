@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,12 +67,12 @@ class Selected(HoldsData, Selecting):
 
     def select(self, q: Any, k: Any, mask: Any, tables: Any, sizes: Any) -> Any:
         """The index on the device of ``q``, ascending and without what is repeated or negative."""
-        from sparse_compile.selection import Selection, canonical
-
+        # Selections need torch, patterns do not: they meet when q and k are there.
+        selection = importlib.import_module("sparse_compile.selection")
         index = self.index
         if is_tensor(index):
             index = index.detach().to(q.device)
         else:
             index = on_device(index, "int64")(q.device, 0, 0, 0, 0)
-        index, count = canonical(index, blocks(k.shape[2], self.unit_kv))
-        return Selection(index, count, self.unit_q, self.unit_kv)
+        index, count = selection.canonical(index, blocks(k.shape[2], self.unit_kv))
+        return selection.Selection(index, count, self.unit_q, self.unit_kv)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import sympy
 from sympy.logic.boolalg import BooleanFunction, simplify_logic, to_nnf
 
@@ -10,6 +12,7 @@ _MOST = 7
 _CONNECTIVES = (sympy.And, sympy.Or, sympy.Not)
 
 
+@functools.lru_cache(maxsize=256)
 def simplified(predicate: sympy.Basic) -> sympy.Basic:
     """An equivalent predicate with as few comparisons, if there is a shorter one.
 
@@ -28,6 +31,7 @@ def simplified(predicate: sympy.Basic) -> sympy.Basic:
     return predicate if best is abstract else best.xreplace(names)
 
 
+@functools.lru_cache(maxsize=256)
 def difference(predicate: sympy.Basic, less: sympy.Basic) -> sympy.Basic:
     """Where ``predicate`` holds and ``less`` does not.
 

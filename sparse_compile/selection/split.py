@@ -10,7 +10,6 @@ whose two terms are disjoint: each is attention of its own, and they merge by lo
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -36,13 +35,11 @@ class Split:
         static: what holds whatever is selected; None if nothing does.
         selected: what else holds for selected keys; None if a selection adds nothing. It is also
             what the leaf selects among, so that it spends nothing on keys of the static part.
-        rest: the mask where nothing is selected, as a pattern.
     """
 
     leaf: Selecting
     static: BoundMask | None
     selected: BoundMask | None
-    rest: Pattern
 
 
 def selects(value: Any) -> bool:
@@ -76,10 +73,20 @@ def split(pattern: Pattern) -> Split:
     pattern = _with_unions(pattern)
     leaf = _only_leaf(pattern)
     tables = Tables()
-    rest = _with(pattern, Not(All()))
+    rest = without_selection(pattern)
     always = simplified(rest.predicate(tables))
     added = difference(_with(pattern, All()).predicate(tables), always)
-    return Split(leaf, _bound(always, tables), _bound(added, tables), rest)
+    return Split(leaf, _bound(always, tables), _bound(added, tables))
+
+
+def without_selection(pattern: Pattern) -> Pattern:
+    """The mask where nothing is selected.
+
+    >>> from sparse_compile import patterns as P
+    >>> without_selection(P.Causal() & (P.Global(4) | P.Selected(((((0,),),),))))
+    (Causal() & (Global(4) | ~All()))
+    """
+    return _with(pattern, Not(All()))
 
 
 def _leaves(value: Any) -> Iterator[Selecting]:
@@ -89,9 +96,9 @@ def _leaves(value: Any) -> Iterator[Selecting]:
     elif isinstance(value, tuple):
         for part in value:
             yield from _leaves(part)
-    elif isinstance(value, Pattern) and dataclasses.is_dataclass(value):
-        for parameter in dataclasses.fields(value):
-            yield from _leaves(getattr(value, parameter.name))
+    elif isinstance(value, Pattern):
+        for part in vars(value).values():
+            yield from _leaves(part)
 
 
 def _with_unions(pattern: Pattern) -> Pattern:
