@@ -15,6 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from sparse_compile.annotation import annotation_named
 from sparse_compile.errors import SparseCompileError
 from sparse_compile.expr import MaskExpr
 from sparse_compile.fresh_size import fresh_size
@@ -38,11 +39,14 @@ def name_selecting(leaf: Selecting, owner: object) -> str:
 
 
 def selecting_named(key: str) -> Selecting:
-    """What :func:`name_selecting` named.
+    """What :func:`name_selecting` named, or the selection of the annotation with this key.
 
     Raises:
         SparseCompileError: its owner is gone.
     """
+    annotation = annotation_named(key)
+    if annotation is not None and annotation.parts is not None:
+        return annotation.parts.leaf
     if key not in _LEAVES:
         raise SparseCompileError(
             "sparse_compile: a compiled graph outlived the pattern that selects in it. Keep what "

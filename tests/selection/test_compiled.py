@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import sparse_compile
+from sparse_compile import direct_selected, selection_ops
 from sparse_compile import patterns as P
-from sparse_compile import selection_ops
 from sparse_compile.merged_ops import MERGED_ATTENTION
+from sparse_compile.patterns.data import HoldsData
+from sparse_compile.selection import Selection
 from sparse_compile.selection_ops import SELECT
 from tests.selection.test_composition import DOCUMENTS, N, Nearest, check, dense_of, index, operands
 
@@ -123,8 +128,6 @@ def test_dynamic_lengths() -> None:
 
 @pytest.mark.parametrize("mask", MASKS, ids=range(len(MASKS)))
 def test_operators_fit_torch(mask: P.Pattern, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparse_compile import direct_selected
-
     calls: list[tuple[Callable[..., object], tuple[object, ...]]] = []
     for name in ("SELECT", "MERGED_ATTENTION"):
         original = getattr(direct_selected, name)
@@ -141,9 +144,33 @@ def test_operators_fit_torch(mask: P.Pattern, monkeypatch: pytest.MonkeyPatch) -
         torch.library.opcheck(operator, args)
 
 
+@dataclass(frozen=True, repr=False, eq=False)
+class Weighted(HoldsData, Nearest):
+    """A selection whose scorer holds weights."""
+
+    weight: Tensor
+
+    def select(self, q: Tensor, k: Tensor, mask: Any, tables: Any, sizes: Any) -> Selection:
+        return super().select(q * self.weight, k, mask, tables, sizes)
+
+
+def test_weights_of_a_scorer_are_read_in_each_call() -> None:
+    weight = torch.randn(16)
+    mask = P.Causal() & Weighted(weight) | P.SlidingWindow(3)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    fast = torch.compile(sparse_compile.attention, backend=counter, fullgraph=True)
+    q, k, _ = operands(4, 2, N, N, torch.float32)
+    for _step in range(2):
+        chosen = Weighted(weight).select(q, k, None, [], [])
+        dense = chosen.dense(N, N).repeat_interleave(2, 1)
+        check(mask, P.Causal().dense(N, N) & dense | P.SlidingWindow(3).dense(N, N), fast)
+        weight.copy_(torch.randn(16))
+    assert counter.frame_count == 1
+
+
 def test_names_go_with_their_patterns() -> None:
     before = set(selection_ops._LEAVES)
-    nearest = Nearest()
+    nearest = Weighted(torch.ones(16))
     given = operands(4, 2, N, N, torch.float32)
     for mask in (nearest, P.Causal() & nearest | P.SlidingWindow(3)):
         sparse_compile.attention(*given, mask)
@@ -153,8 +180,6 @@ def test_names_go_with_their_patterns() -> None:
 
 
 def test_a_selection_is_made_again_in_a_checkpoint() -> None:
-    from torch.utils.checkpoint import checkpoint
-
     def run(q: Tensor, k: Tensor, v: Tensor, mask: P.Pattern) -> Tensor:
         return checkpoint(sparse_compile.attention, q, k, v, mask, use_reentrant=False)
 

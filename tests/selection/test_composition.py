@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -216,6 +217,7 @@ def test_selected_is_a_value() -> None:
         one.dense(2, 16)
 
 
+@dataclass(frozen=True, repr=False)
 class Nearest(Selecting):
     """A selection by content: the unit of the key that a query's list of heads likes best."""
 
