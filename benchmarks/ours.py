@@ -14,7 +14,7 @@ from torch import Tensor
 
 import sparse_compile
 from benchmarks.accuracy import Problem, Run
-from sparse_compile.direct import plan_direct
+from sparse_compile.direct_plan import plan_direct
 from sparse_compile.layout import Layout, build_views
 from sparse_compile.patterns import Pattern
 from sparse_compile.spec import AttentionSpec

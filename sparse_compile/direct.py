@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
-import weakref
-from typing import Any
 
 import sympy
 import torch
@@ -13,21 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_compile import ops
-from sparse_compile.direct_data import Tables, data_of
-from sparse_compile.direct_selected import (
-    SelectedPart,
-    Sizes,
-    by_selection,
-    plan_selected,
-    planned,
-    spec_text,
-)
+from sparse_compile.direct_data import data_of
+from sparse_compile.direct_plan import NOTHING_HIDDEN, Direct, plan_of
+from sparse_compile.direct_selected import Sizes, by_selection, spec_text
 from sparse_compile.errors import BadShape, PatternMisuse
-from sparse_compile.expr import COORDINATES, KV, MaskExpr, Q
+from sparse_compile.expr import COORDINATES, MaskExpr
 from sparse_compile.layout.dense_tables import DenseRead
 from sparse_compile.patterns.base import Pattern
-from sparse_compile.patterns.selected import Selected
-from sparse_compile.selection.split import selects
 
 #: Stands for lengths and head counts that torch.compile knows by name only.
 _UNKNOWN = 4096
@@ -79,7 +68,7 @@ def attention(
     if mask is not None and not isinstance(mask, Pattern):
         raise PatternMisuse(_no_mask(mask))
     given: list[Tensor] = []
-    plan = _NOTHING_HIDDEN if mask is None else _plan(mask, q.device.type, _sizes(q, k), given)
+    plan = NOTHING_HIDDEN if mask is None else plan_of(mask, q.device.type, _sizes(q, k), given)
     if mask is not None and plan[4]:
         return by_selection(q, k, v, mask, plan[:3], plan[4], given, factor)
     if not plan[0]:
@@ -100,17 +89,10 @@ def _by_sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Ten
     )
 
 
-def _data(mask: Pattern, plan: _Direct, q: Tensor, k: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def _data(mask: Pattern, plan: Direct, q: Tensor, k: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """The tables of a pattern, and its layout."""
     lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
     return data_of(mask, (plan[1], plan[2], lengths, plan[0], q.device))
-
-
-#: Text of the spec, empty to leave it to SDPA; key of the mask; index, rank and dtype of each
-#: table; whether SDPA is causal; what is selected besides, None if nothing is. Plain values, which
-#: torch.compile takes for constants.
-_Direct = tuple[str, str, Tables, bool, SelectedPart | None]
-_NOTHING_HIDDEN: _Direct = ("", "", (), False, None)
 
 
 def _sizes(q: Tensor, k: Tensor) -> Sizes:
@@ -123,104 +105,6 @@ def _sizes(q: Tensor, k: Tensor) -> Sizes:
         return _UNKNOWN, _UNKNOWN, 1, 1
     n_q, n_kv = (1 << max(t.shape[2] - 1, 0).bit_length() for t in (q, k))
     return n_q, n_kv, q.shape[0], q.shape[1]
-
-
-def _plan(pattern: Pattern, device: str, sizes: Sizes, given: list[Tensor]) -> _Direct:
-    # Tensors of indices are appended to ``given``, to be arguments of the operators; for others,
-    # torch.compile runs this: it sees the parameters even of a pattern that the compiled code makes
-    # itself, and guards on them. Of a tensor it would bake the values in; it guards on the identity
-    # of a pattern that holds one.
-    if _is_plain(pattern):
-        plan: _Direct = _plan_of_spelled(_spelled(pattern, given), device, sizes)
-    else:
-        plan = _plan_of_object(pattern, device, sizes)
-    return plan
-
-
-def _is_plain(value: object) -> bool:
-    """Whether a parameter of a pattern is made of numbers, words, tuples and indices only."""
-    if isinstance(value, Selected):
-        return True
-    if isinstance(value, Pattern):
-        names = getattr(type(value), "__dataclass_fields__", None)
-        return names is not None and all([_is_plain(getattr(value, name)) for name in names])
-    if isinstance(value, tuple):
-        return all([_is_plain(item) for item in value])
-    return value is None or isinstance(value, (int, float, str))
-
-
-def _spelled(value: Any, given: list[Tensor]) -> Any:
-    """A plain parameter as nested tuples, types first; for a tensor, its number in ``given``."""
-    if isinstance(value, Pattern):
-        names = type(value).__dataclass_fields__  # type: ignore[attr-defined]
-        return (type(value), tuple([_spelled(getattr(value, name), given) for name in names]))
-    if isinstance(value, tuple):
-        return (tuple, tuple([_spelled(item, given) for item in value]))
-    if isinstance(value, Tensor):
-        for number, tensor in enumerate(given):
-            if tensor is value:
-                return number
-        given.append(value)
-        return len(given) - 1
-    # A number that torch.compile would keep symbolic becomes a constant, with a guard.
-    return operator.index(value) if isinstance(value, int) else value
-
-
-def _unspelled(spelled: Any) -> Any:
-    if not isinstance(spelled, tuple):
-        return spelled
-    kind, values = spelled
-    values = tuple(map(_unspelled, values))
-    if kind is tuple:
-        return values
-    pattern = object.__new__(kind)
-    for name, value in zip(kind.__dataclass_fields__, values, strict=True):
-        object.__setattr__(pattern, name, value)
-    return pattern
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _plan_of_spelled(spelled: Any, device: str, sizes: Sizes) -> _Direct:
-    key = (spelled, device, sizes)
-    if key not in _PLANS:
-        pattern = _unspelled(spelled)
-        _KEPT.append(pattern)  # graphs may name its tables from now on
-        _PLANS[key] = plan_direct(pattern, device, sizes)
-    return _PLANS[key]
-
-
-_KEPT: list[Pattern] = []
-
-#: By the spelling of a pattern, and of one with tensors by its identity: equal tensors may come to
-#: differ.
-_PLANS: dict[tuple[Any, str, Sizes], _Direct] = {}
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _plan_of_object(pattern: Pattern, device: str, sizes: Sizes) -> _Direct:
-    key = (id(pattern), device, sizes)
-    if key not in _PLANS:
-        if not vars(pattern) and getattr(pattern, "__dataclass_fields__", None):
-            raise PatternMisuse(
-                f"sparse_compile: attention() got a {type(pattern).__name__} that the compiled "
-                "code makes from tensors. Make it outside, and change its tensors in place."
-            )
-        _PLANS[key] = plan_direct(pattern, device, sizes)
-        weakref.finalize(pattern, _PLANS.pop, key, None)
-    return _PLANS[key]
-
-
-def plan_direct(pattern: Pattern, device: str, sizes: Sizes) -> _Direct:
-    """What runs for a pattern on a type of device, at about these sizes."""
-    if selects(pattern):
-        static, selected = plan_selected(pattern, device, sizes)
-        return *static, False, selected
-    bound = pattern.bound()
-    expr = bound.expr
-    causal = expr.predicate == sympy.Le(KV, Q)
-    if causal or expr.predicate == sympy.true:
-        return "", "", (), causal, None
-    return *planned(bound, pattern, device, sizes), False, None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

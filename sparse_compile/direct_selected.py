@@ -26,7 +26,7 @@ SelectedPart = tuple[str, str, str, Tables, str]
 
 
 def planned(bound: BoundMask, owner: Pattern, device: str, sizes: Sizes) -> Static:
-    """The plan of a static mask that is part of ``owner``."""
+    """The plan of a static mask; graphs can find its tables as long as ``owner`` lives."""
     tables = tables_of(bound.expr)
     key = name_mask(bound, owner) if tables else ""
     return spec_text(bound.expr, device, sizes), key, tables
@@ -40,9 +40,12 @@ def spec_text(expr: MaskExpr, device: str, sizes: Sizes) -> str:
 
 
 def plan_selected(
-    pattern: Pattern, device: str, sizes: Sizes
+    pattern: Pattern, owner: Pattern, device: str, sizes: Sizes
 ) -> tuple[Static, SelectedPart | None]:
     """What runs for a pattern that selects.
+
+    Args:
+        pattern, owner, device, sizes: as for :func:`sparse_compile.direct_plan.plan_direct`.
 
     Returns:
         the plan of its static part, whose text is empty if there is none; and that of the selected
@@ -53,15 +56,15 @@ def plan_selected(
     """
     parts = split(pattern)
     if parts.selected is None:
-        return planned(without_selection(pattern).bound(), pattern, device, sizes), None
+        return planned(without_selection(pattern).bound(), owner, device, sizes), None
     static: Static = "", "", ()
     if parts.static is not None:
-        static = planned(parts.static, pattern, device, sizes)
+        static = planned(parts.static, owner, device, sizes)
     expr, leaf = parts.selected.expr, parts.leaf
     tables = tables_of(expr)
-    key = name_mask(parts.selected, pattern) if tables else ""
+    key = name_mask(parts.selected, owner) if tables else ""
     text = SelectedSpec(expr, leaf.unit_q, leaf.unit_kv).text
-    return static, (text, expr.text, key, tables, name_selecting(leaf, pattern))
+    return static, (text, expr.text, key, tables, name_selecting(leaf, owner))
 
 
 def by_selection(

@@ -41,6 +41,7 @@ RANK = {
     "selected_ops": 7,
     "selection_ops": 7,
     "merged_ops": 7,
+    "direct_plan": 7,
     "direct_selected": 7,
     "direct": 7,
     "direct_data": 7,

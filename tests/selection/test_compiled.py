@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sparse_compile
-from sparse_compile import direct_selected, selection_ops
+from sparse_compile import direct_plan, direct_selected, selection_ops
 from sparse_compile import patterns as P
 from sparse_compile.merged_ops import MERGED_ATTENTION
 from sparse_compile.patterns.data import HoldsData
@@ -91,6 +91,44 @@ def test_two_indices_are_told_apart() -> None:
         chosen = P.Selected(torch.cat([a, b], -1), 16)
         mask = P.Causal() & chosen
         check(mask, dense_of(mask, chosen, 4), lambda q, k, v, _, a=a, b=b: fast(q, k, v, a, b))
+
+
+class Packed(nn.Module):
+    """Indices of the compiled code among documents that come from outside."""
+
+    def __init__(self, documents: P.Pattern) -> None:
+        super().__init__()
+        self.documents = documents
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, numbers: Tensor) -> Tensor:
+        chosen = P.Selected(numbers + 1, unit_kv=16)
+        mask = self.documents & P.Causal() & (chosen | P.SlidingWindow(5))
+        return sparse_compile.attention(q, k, v, mask)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_indices_of_the_code_among_documents_from_outside(compiled: bool) -> None:
+    ids = torch.arange(N) // 30
+    packed = Packed(P.Documents(ids))
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    run = torch.compile(packed, backend=counter, fullgraph=True) if compiled else packed
+
+    def checked(numbers: Tensor) -> None:
+        chosen = P.Selected(numbers + 1, unit_kv=16)
+        mask = packed.documents & P.Causal() & (chosen | P.SlidingWindow(5))
+        check(mask, dense_of(mask, chosen, 4), lambda q, k, v, _: run(q, k, v, numbers))
+
+    checked(index())
+    plans = len(direct_plan._PLANS)
+    checked(index() - 1)
+    ids.copy_(torch.arange(N) // 20)
+    checked(index() - 2)
+    assert counter.frame_count == compiled
+    assert len(direct_plan._PLANS) == plans
+    packed.documents = P.Documents(torch.arange(N) // 13)
+    checked(index())
+    gc.collect()
+    assert len(direct_plan._PLANS) == plans
 
 
 @pytest.mark.parametrize("static", [P.SlidingWindow(9), DOCUMENTS])
