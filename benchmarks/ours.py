@@ -53,7 +53,7 @@ def spec_of(pattern: Pattern, n: int, heads: int, device: str = "cuda") -> Atten
 
 def ours(pattern: Pattern, n: int, heads: int, device: str = "cuda") -> Ours:
     spec = spec_of(pattern, n, heads, device)
-    tables = pattern.bound().tables(device, n, n, 1, heads)
+    tables = pattern.bound().trimmed().tables(device, n, n, 1, heads)
     return Ours(spec, tables, layout_of_spec(spec, tables, n, heads, device))
 
 

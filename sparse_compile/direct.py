@@ -41,7 +41,8 @@ def attention(
         mask: who may attend to whom: a pattern, or a tensor that broadcasts to [B, Hq, Nq, Nkv]:
             bool, True to attend, or floating, added to the scores, of 0 and -inf alone. Its blocks
             are found in one pass over it, and reused while it is not modified. None: everyone to
-            everyone.
+            everyone. In a pattern that selects keys, the static part is attended to anyway, and
+            the selection is made among the others.
         scale: factor on the scores; 1 / sqrt(D) unless given.
 
     Returns:

@@ -32,10 +32,10 @@ _KEPT: OrderedDict[tuple[Any, ...], tuple[Any, Data]] = OrderedDict()
 
 
 def tables_of(expr: MaskExpr) -> Tables:
-    """The tables of a mask; one that simplification left unread still has its place."""
+    """The tables of a mask that reads all that it has."""
     rank = {table_index(lookup): len(lookup.args) for lookup in expr.lookups}
     dtypes = enumerate(expr.tables)
-    return tuple((index, rank.get(index, 0), getattr(torch, dtype)) for index, dtype in dtypes)
+    return tuple((index, rank[index], getattr(torch, dtype)) for index, dtype in dtypes)
 
 
 def data_of(pattern: Pattern, call: Call) -> Data:

@@ -27,6 +27,7 @@ SelectedPart = tuple[str, str, str, Tables, str]
 
 def planned(bound: BoundMask, owner: Pattern, device: str, sizes: Sizes) -> Static:
     """The plan of a static mask; graphs can find its tables as long as ``owner`` lives."""
+    bound = bound.trimmed()
     tables = tables_of(bound.expr)
     key = name_mask(bound, owner) if tables else ""
     return spec_text(bound.expr, device, sizes), key, tables

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.annotation import annotation_named
+from sparse_compile.codegen.precision import full_precision
 from sparse_compile.errors import SparseCompileError
 from sparse_compile.expr import MaskExpr
 from sparse_compile.fresh_size import fresh_size
@@ -81,7 +82,8 @@ def select(
         :class:`sparse_compile.selection.Selection`.
     """
     leaf = _filled(selecting_named(key), given)
-    chosen = leaf.select(q, k, MaskExpr.parse(mask), list(tables), list(sizes))
+    with full_precision(q.device.type):
+        chosen = leaf.select(q, k, MaskExpr.parse(mask), list(tables), list(sizes))
     return chosen.index, chosen.count
 
 

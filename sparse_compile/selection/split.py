@@ -17,7 +17,7 @@ from typing import Any
 import sympy
 
 from sparse_compile.errors import PatternMisuse
-from sparse_compile.expr import MaskExpr, is_table, table, table_index
+from sparse_compile.expr import MaskExpr
 from sparse_compile.patterns.base import BoundMask, Pattern, Tables
 from sparse_compile.patterns.checks import bad
 from sparse_compile.patterns.logic import All, And, Not, Or
@@ -162,12 +162,7 @@ def _with(pattern: Pattern, value: Pattern) -> Pattern:
 
 
 def _bound(predicate: sympy.Basic, tables: Tables) -> BoundMask | None:
-    """The predicate with those of the tables that it reads, numbered anew; None if it is false."""
+    """The predicate with those of the tables that it reads; None if it is false."""
     if predicate == sympy.false:
         return None
-    used = sorted({table_index(node) for node in MaskExpr(predicate, tuple(tables.dtypes)).lookups})
-    renamed = predicate.replace(
-        is_table, lambda lookup: table(used.index(table_index(lookup)))(*lookup.args)
-    )
-    expr = MaskExpr(renamed, tuple(tables.dtypes[number] for number in used))
-    return BoundMask(expr, tuple(tables.makers[number] for number in used))
+    return BoundMask(MaskExpr(predicate, tuple(tables.dtypes)), tuple(tables.makers)).trimmed()

@@ -15,7 +15,7 @@ from torch import Tensor
 import sparse_compile
 from sparse_compile import patterns as P
 from sparse_compile.errors import BadPattern, BadShape, PatternMisuse
-from sparse_compile.expr import KV, MaskExpr, Q
+from sparse_compile.expr import KV, MaskExpr, Q, evaluate
 from sparse_compile.merged_ops import MERGED_ATTENTION
 from sparse_compile.patterns.selecting import Selecting
 from sparse_compile.reference import attention as reference
@@ -229,6 +229,62 @@ class Nearest(Selecting):
         best = (grouped @ k.mT).argmax(-1, keepdim=True) // self.unit_kv
         chosen = canonical(best, -(-k.shape[2] // self.unit_kv))
         return Selection(*chosen, self.unit_q, self.unit_kv)
+
+
+@dataclass(frozen=True, repr=False)
+class Allowed(Selecting):
+    """Every unit in which its mask allows a pair."""
+
+    unit_q, unit_kv = 1, 8
+
+    def select(self, q: Tensor, k: Tensor, mask: Any, tables: Any, sizes: Any) -> Selection:
+        (batch, heads, n_q, _), n_kv = q.shape, k.shape[2]
+        where = {
+            "b": torch.arange(batch).view(-1, 1, 1, 1),
+            "h": torch.arange(heads).view(-1, 1, 1),
+            "q": torch.arange(n_q)[:, None],
+            "kv": torch.arange(n_kv),
+        }
+        dense = evaluate(mask, where, n_q, n_kv, tables, sizes).expand(batch, heads, n_q, n_kv)
+        padded = torch.nn.functional.pad(dense, (0, -n_kv % self.unit_kv))
+        some = padded.unflatten(-1, (-1, self.unit_kv)).any(-1)
+        numbers = torch.arange(some.shape[-1]).expand(some.shape)
+        return Selection(*canonical(numbers.masked_fill(~some, -1), some.shape[-1]), 1, 8)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        P.Causal() & DOCUMENTS & Allowed() | P.SlidingWindow(4, 0),
+        P.Padding((60, 75)) & (P.Causal() & Allowed() | P.BigBird(16, 1, 1, 3)),
+        P.heads([P.Causal(), P.SlidingWindow(20)], per=2) & Allowed(),
+    ],
+    ids=range(3),
+)
+def test_a_selection_can_read_the_mask_that_it_gets(mask: P.Pattern) -> None:
+    """So selecting all that it allows gives the mask as if everything were selected."""
+    check(mask, _evaluate(mask, torch.ones(B, 4, N, N, dtype=torch.bool), 4, N, N))
+
+
+@pytest.mark.parametrize("mask", MASKS[1:3], ids=range(2))
+def test_autocast_changes_nothing(mask: P.Pattern) -> None:
+    def run(*arguments: Any) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return sparse_compile.attention(*arguments)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        check(mask, dense_of(mask, CHOSEN, 4), run)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(mode: Any) -> None:
+    mask = DOCUMENTS & P.Causal() & (CHOSEN | P.SlidingWindow(9))
+    given_ = operands(4, 2, N, N, torch.float32)
+    with mode():
+        found = sparse_compile.attention(*given_, mask)
+    wanted, _ = reference(*given_, dense_of(mask, CHOSEN, 4))
+    assert relative_error(found, wanted) < 1e-5
+    check(mask, dense_of(mask, CHOSEN, 4))
 
 
 def test_a_selection_by_content() -> None:

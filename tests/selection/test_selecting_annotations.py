@@ -17,7 +17,15 @@ from sparse_compile import patterns as P
 from sparse_compile.errors import BadPattern, PatternMisuse, RestrictionFailed
 from sparse_compile.reference import attention as reference
 from sparse_compile.report import Report
-from tests.selection.test_composition import DOCUMENTS, N, Nearest, dense_of, index, operands
+from tests.selection.test_composition import (
+    DOCUMENTS,
+    Allowed,
+    N,
+    Nearest,
+    dense_of,
+    index,
+    operands,
+)
 from tests.tolerance import relative_error
 
 CHOSEN = P.Selected(index(), unit_kv=16)
@@ -114,6 +122,18 @@ def test_a_selection_by_content() -> None:
     dense = nearest.select(q, k, None, [], []).dense(N, N).repeat_interleave(2, 1)
     dense = P.Causal().dense(N, N) & dense | P.SlidingWindow(3).dense(N, N)
     check(compiled(mask(Sdpa(), P.Causal() & nearest | P.SlidingWindow(3))), dense)
+
+
+@pytest.mark.parametrize("static", [None, P.SlidingWindow(3)], ids=repr)
+def test_a_selection_can_read_the_programs_own_mask(static: P.Pattern | None) -> None:
+    own = torch.rand(2, 1, N, N) > 0.3
+    keys = torch.rand(2, 1, 1, N) > 0.3
+    pattern = DOCUMENTS & Allowed() if static is None else DOCUMENTS & Allowed() | static
+    dense = DOCUMENTS.dense(N, N)
+    dense = dense if static is None else dense | static.dense(N, N)
+    fast = compiled(mask(Sdpa(), pattern))
+    check(fast, (dense & own).expand(2, 4, N, N), own)
+    check(fast, (dense & keys).expand(2, 4, N, N), keys)
 
 
 def test_dynamic_lengths() -> None:
