@@ -135,6 +135,15 @@ def test_lengths(lengths: tuple[int, int]) -> None:
     check(mask, dense_of(mask, chosen, 4, n_q, n_kv))
 
 
+@pytest.mark.parametrize("lengths", [(0, 10, 2), (10, 0, 2), (10, 10, 0)], ids=str)
+@pytest.mark.parametrize("window", [None, P.SlidingWindow(3)], ids=repr)
+def test_nothing_to_select(lengths: tuple[int, int, int], window: P.Pattern | None) -> None:
+    n_q, n_kv, most = lengths
+    chosen = P.Selected(torch.zeros(B, 1, n_q, most, dtype=torch.int32), unit_kv=16)
+    mask = P.Causal() & chosen if window is None else P.Causal() & chosen | window
+    check(mask, dense_of(mask, chosen, 4, n_q, n_kv))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype: torch.dtype) -> None:
     mask = P.Causal() & CHOSEN | P.SlidingWindow(9)
