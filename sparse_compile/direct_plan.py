@@ -50,9 +50,7 @@ def plan_of(pattern: Pattern, device: str, sizes: Sizes, given: list[Tensor]) ->
 
 
 def _is_plain(value: object) -> bool:
-    """Whether a parameter of a pattern is made of numbers, words, tuples and indices only."""
-    if isinstance(value, Selected):
-        return True
+    """Whether a parameter of a pattern is made of numbers, words and tuples only."""
     if isinstance(value, Pattern):
         names = getattr(type(value), "__dataclass_fields__", None)
         return names is not None and all([_is_plain(getattr(value, name)) for name in names])
@@ -65,13 +63,16 @@ def _is_given_an_index(pattern: Pattern) -> bool:
     """Whether a mask selects by a tensor, which may be another one in the next call."""
     if isinstance(pattern, (And, Or)):
         return any([_is_given_an_index(part) for part in pattern.parts])
-    return isinstance(pattern, Selected) and isinstance(pattern.index, Tensor)
+    if isinstance(pattern, Not):
+        return _is_given_an_index(pattern.part)
+    return type(pattern) is Selected and isinstance(pattern.index, Tensor)
 
 
 def _spelled(value: Any, given: list[Tensor]) -> Any:
     """A parameter as nested tuples, types first; for an index, its number in ``given``."""
     if isinstance(value, Pattern):
-        if not isinstance(value, (And, Or, Not)) and not _is_plain(value):
+        opened = isinstance(value, (And, Or, Not)) or type(value) is Selected
+        if not opened and not _is_plain(value):
             return (Pattern, (_number_of(value),))
         names = type(value).__dataclass_fields__  # type: ignore[attr-defined]
         return (type(value), tuple([_spelled(getattr(value, name), given) for name in names]))
