@@ -4,9 +4,10 @@ from sparse_compile.passes.annotations import (
     check_fit,
     promised_mask,
     restricted_mask,
+    selected_mask,
     with_annotation,
 )
-from sparse_compile.passes.choose_layout import choose_layout
+from sparse_compile.passes.choose_layout import choose_layout, choose_selection
 from sparse_compile.passes.dense_tables import remember_given
 from sparse_compile.passes.find_attention import find_attention
 from sparse_compile.passes.lift_mask import LiftCache, lift_mask
@@ -24,10 +25,12 @@ __all__ = [
     "Rewriter",
     "check_fit",
     "choose_layout",
+    "choose_selection",
     "find_attention",
     "lift_mask",
     "promised_mask",
     "remember_given",
     "restricted_mask",
+    "selected_mask",
     "with_annotation",
 ]

@@ -14,7 +14,8 @@ from sparse_compile.layout.split_views import Split
 from sparse_compile.options import Options
 from sparse_compile.passes.dense_tables import dense_reason
 from sparse_compile.passes.graph_edit import example_value
-from sparse_compile.plan import Plan
+from sparse_compile.plan import Plan, SelectedPlan
+from sparse_compile.selected_spec import SelectedSpec
 from sparse_compile.site import AttentionSite, LiftedMask, Operand, Rejection
 from sparse_compile.spec import AttentionSpec, EmptyRows
 
@@ -44,6 +45,43 @@ def choose_layout(
     executor = "triton" if device.type == "cuda" else "cpu"
     reason = dense_reason(lifted) or "only the blocks that its mask allows are visited"
     return Plan(site, lifted, spec, executor, reason=reason, split=split)
+
+
+def choose_selection(
+    site: AttentionSite,
+    static: LiftedMask,
+    selected: LiftedMask,
+    device: torch.device,
+    options: Options,
+) -> Plan | Rejection:
+    """Decide what computes ``site``, of whose keys the user's annotation selects some.
+
+    Args:
+        site: an attention with an annotation that selects.
+        static: the mask of what it attends to whatever is selected; may be false.
+        selected: the mask of the others.
+        device, options: as for :func:`choose_layout`.
+    """
+    note = site.annotation
+    assert note is not None
+    assert note.parts is not None
+    if device.type not in _DEVICES:
+        reason = f"there is no executor for {device.type} tensors"
+        return _left_alone(site, reason, "run the model on a CUDA device or on the CPU")
+    if too_large := _too_large(site):
+        return _left_alone(site, too_large, "")
+    leaf, alone = note.parts.leaf, static.mask.predicate == sympy.false
+    empty = selected.empty_rows if alone else EmptyRows.ZERO
+    spec = SelectedSpec(selected.mask, leaf.unit_q, leaf.unit_kv, empty, site.where)
+    chosen = SelectedPlan(selected, spec, note.key, repr(leaf), alone)
+    executor = "triton" if device.type == "cuda" else "cpu"
+    reason = f"as its annotation asks, it is approximated by the keys that {leaf!r} selects"
+    if alone:
+        whole = AttentionSpec(selected.mask, empty, where=site.where)
+        return Plan(site, selected, whole, executor, reason=reason, selected=chosen)
+    own, split = _spec(site, static, device, options)
+    reason += ", and those of the static part of the mask"
+    return Plan(site, static, own, executor, reason=reason, split=split, selected=chosen)
 
 
 def _spec(

@@ -12,10 +12,13 @@ from torch.fx import GraphModule, Node
 
 from sparse_compile import ops, pattern_ops
 from sparse_compile.layout.dense_tables import DenseRead
+from sparse_compile.merged_ops import MERGED_ATTENTION
 from sparse_compile.passes.dense_tables import dense_reads
 from sparse_compile.passes.graph_edit import Inserter, device_of, example_value, first_reader
 from sparse_compile.passes.realise_tables import RealisedTables, realise
-from sparse_compile.plan import Plan
+from sparse_compile.plan import Plan, SelectedPlan
+from sparse_compile.selected_ops import SELECTED_ATTENTION
+from sparse_compile.selection_ops import SELECT
 from sparse_compile.site import AttentionSite, Operand, PatternTable, Scope
 from sparse_compile.spec import EmptyRows
 
@@ -47,7 +50,9 @@ class Rewriter:
         q, scale = _scale(insert, site, q)
         if self._check_promises:
             q = _checked(insert, site, q, k)
-        if plan.executor == "sdpa":
+        if plan.selected is not None:
+            out = self._call_selected(insert, plan, plan.selected, q, k, v, scale)
+        elif plan.executor == "sdpa":
             out = _call_sdpa(insert, plan, q, k, v, scale)
         else:
             out = self._call_sparse(insert, plan, q, k, v, scale)
@@ -92,19 +97,57 @@ class Rewriter:
     def _call_sparse(
         self, insert: Inserter, plan: Plan, q: Node, k: Node, v: Node, scale: float | Node
     ) -> Node:
-        tables, sizes = realise(plan.lifted, plan.site.scope, self._tables)
-        early = _where_masks_are_read(insert, plan, tables)
-        tables += [self._pattern_table(early, made, plan.site) for made in plan.lifted.extra]
-        layout: list[Node] = []
-        if plan.spec.mask.uses_table:
-            reads = dense_reads(plan.lifted)
-            made = self._layout(early, plan, reads, tables, sizes)
-            for read, words in zip(reads, made, strict=False):
-                tables[read.table] = words
-            layout = made[len(reads) :]
+        tables, sizes, layout = self._mask_data(insert, plan)
         text = plan.spec.text
         call = insert.call(ops.ATTENTION, q, k, v, tables, sizes, layout, scale, text)
         return insert.call(operator.getitem, call, 0)
+
+    def _call_selected(
+        self,
+        insert: Inserter,
+        plan: Plan,
+        chosen: SelectedPlan,
+        q: Node,
+        k: Node,
+        v: Node,
+        scale: float | Node,
+    ) -> Node:
+        """Select, then attend to what is selected and to the static part if there is one."""
+        tables, sizes, layout = self._mask_data(insert, plan)
+        others = tables
+        if not chosen.alone:
+            # Both masks read the same tables of the program; those of the annotation follow.
+            extra = chosen.lifted.extra
+            others = tables[: chosen.lifted.n_lifted_tables]
+            others += [self._pattern_table(insert, made, plan.site) for made in extra]
+        content = [insert.method("detach", operand) for operand in (q, k)]
+        among = chosen.lifted.mask.text
+        pair = insert.call(SELECT, *content, [], others, sizes, among, chosen.key)
+        index, count = (insert.call(operator.getitem, pair, part) for part in (0, 1))
+        operands = q, k, v, index, count
+        text = chosen.spec.text
+        if chosen.alone:
+            call = insert.call(SELECTED_ATTENTION, *operands, others, sizes, scale, text)
+        else:
+            data = tables, sizes, layout, others, sizes, scale, plan.spec.text, text
+            call = insert.call(MERGED_ATTENTION, *operands, *data)
+        return insert.call(operator.getitem, call, 0)
+
+    def _mask_data(
+        self, insert: Inserter, plan: Plan
+    ) -> tuple[list[Node], list[int | Node], list[Node]]:
+        """The tables, the sizes and the packed layout of the mask of a plan."""
+        tables, sizes = realise(plan.lifted, plan.site.scope, self._tables)
+        early = _where_masks_are_read(insert, plan, tables)
+        tables += [self._pattern_table(early, made, plan.site) for made in plan.lifted.extra]
+        reads = dense_reads(plan.lifted)
+        unlisted = plan.selected is not None and plan.selected.alone
+        if not plan.spec.mask.uses_table or (unlisted and not reads):
+            return tables, sizes, []
+        made = self._layout(early, plan, reads, tables, sizes)
+        for read, words in zip(reads, made, strict=False):
+            tables[read.table] = words
+        return tables, sizes, made[len(reads) :]
 
     def _pattern_table(self, insert: Inserter, made: PatternTable, site: AttentionSite) -> Node:
         """A table that an annotation's pattern makes, once for all sites of one shape."""

@@ -17,11 +17,13 @@ from sparse_compile.passes import (
     Rewriter,
     check_fit,
     choose_layout,
+    choose_selection,
     find_attention,
     lift_mask,
     promised_mask,
     remember_given,
     restricted_mask,
+    selected_mask,
     with_annotation,
 )
 from sparse_compile.passes.graph_edit import device_of
@@ -96,7 +98,10 @@ def _decide(
     if isinstance(lifted, Rejection):
         return with_annotation(lifted)
     restricted = restricted_mask(found, lifted)
-    decision = choose_layout(found, restricted, device_of(found.q.node), options)
+    selected, device = selected_mask(found, lifted), device_of(found.q.node)
+    if selected is not None:
+        return with_annotation(choose_selection(found, restricted, selected, device, options))
+    decision = choose_layout(found, restricted, device, options)
     if isinstance(decision, Rejection) and restricted is lifted:
         return replace(decision, annotation=found.annotation)  # left alone, it already obeys
     return with_annotation(decision)

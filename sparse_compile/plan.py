@@ -5,8 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparse_compile.layout.split_views import Split
+from sparse_compile.selected_spec import SelectedSpec
 from sparse_compile.site import AttentionSite, LiftedMask
 from sparse_compile.spec import AttentionSpec
+
+
+@dataclass(frozen=True)
+class SelectedPlan:
+    """What a site attends to besides the static part of its mask.
+
+    Attributes:
+        lifted: who may attend to whom among what is selected; disjoint from the static part.
+        spec: what the operator of selected keys will compute.
+        key: of the annotation that selects.
+        shown: what selects, as a constructor call.
+        alone: whether there is no static part.
+    """
+
+    lifted: LiftedMask
+    spec: SelectedSpec
+    key: str
+    shown: str
+    alone: bool
 
 
 @dataclass(frozen=True)
@@ -15,13 +35,15 @@ class Plan:
 
     Attributes:
         site: the attention.
-        lifted: its mask as a predicate.
+        lifted: its mask as a predicate; where keys are selected, the static part of it, or without
+            one what they are selected among.
         spec: what the operators will compute.
         executor: ``"triton"`` or ``"cpu"`` (block-sparse), or ``"sdpa"``: PyTorch's dense kernel
             without a mask tensor, when the mask skips nothing that SDPA does not skip itself.
         causal: for ``"sdpa"``: whether it runs with ``is_causal``.
         reason: why this executor, in one sentence.
         split: the views of its mask, and what they cost; None where they were not weighed.
+        selected: what it attends to besides, where the annotation selects keys.
     """
 
     site: AttentionSite
@@ -31,3 +53,4 @@ class Plan:
     causal: bool = False
     reason: str = ""
     split: Split | None = None
+    selected: SelectedPlan | None = None

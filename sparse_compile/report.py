@@ -32,6 +32,8 @@ class SiteReport:
         views: the orders in which the parts of its mask are blockwise dense, in words; empty where
             it is computed in plain order.
         cost: why these, in a sentence; empty where no other order was in question.
+        selection: what selects keys in each call, as ``TopK(16)``: an approximation that the user
+            asked for; None where nothing is selected.
         utilisation: on a GPU, the modelled share of its multiprocessors' time that is busy.
     """
 
@@ -48,6 +50,7 @@ class SiteReport:
     views: tuple[str, ...] = ()
     cost: str = ""
     utilisation: float | None = None
+    selection: str | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,8 @@ def _site_lines(numbers: list[int], sites: list[SiteReport]) -> Iterator[str]:
         yield from _field("annotated", site.annotation)
     if site.mask is not None:
         yield from _field("mask", site.mask)
+    if site.selection is not None:
+        yield from _field("selects", f"{site.selection}, an approximation")
     if site.density is not None:
         yield from _field("density", f"{_percent(site.density)} of the pairs may attend")
     if site.block_density is not None:
