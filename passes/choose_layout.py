@@ -15,7 +15,8 @@ from sparse_compile.options import Options
 from sparse_compile.passes.dense_tables import dense_reason
 from sparse_compile.passes.graph_edit import example_value
 from sparse_compile.plan import Plan
-from sparse_compile.site import AttentionSite, LiftedMask, Operand, Rejection
+from sparse_compile.selected_spec import SelectedSpec
+from sparse_compile.site import AttentionSite, LiftedMask, Operand, Rejection, SelectedKeys
 from sparse_compile.spec import AttentionSpec, EmptyRows
 
 _DEVICES = ("cuda", "cpu")
@@ -33,6 +34,8 @@ def choose_layout(
     if device.type not in _DEVICES:
         reason = f"there is no executor for {device.type} tensors"
         return _left_alone(site, reason, "run the model on a CUDA device or on the CPU")
+    if lifted.selection is not None:
+        return _selected(site, lifted, lifted.selection)
     spec, split = _spec(site, lifted, device, options)
     causal = lifted.mask.predicate == sympy.Le(KV, Q)
     skips_nothing = lifted.mask.predicate == sympy.true
@@ -43,7 +46,21 @@ def choose_layout(
         return _left_alone(site, too_large, "")
     executor = "triton" if device.type == "cuda" else "cpu"
     reason = dense_reason(lifted) or "only the blocks that its mask allows are visited"
+    if lifted.unselected:
+        reason += f"; not attention over selected keys: {lifted.unselected}"
     return Plan(site, lifted, spec, executor, reason=reason, split=split)
+
+
+def _selected(site: AttentionSite, lifted: LiftedMask, selection: SelectedKeys) -> Plan | Rejection:
+    """Attention over the keys that an index names; its cost follows their number."""
+    too_large = _too_large(site)
+    if too_large:
+        return _left_alone(site, too_large, "")
+    spec = SelectedSpec(
+        lifted.mask, selection.unit_q, selection.unit_kv, lifted.empty_rows, site.where
+    )
+    plain = AttentionSpec(lifted.mask, lifted.empty_rows, where=site.where)
+    return Plan(site, lifted, plain, "selected", reason=selection.shown, selected=spec)
 
 
 def _spec(

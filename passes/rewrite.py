@@ -16,6 +16,8 @@ from sparse_compile.passes.dense_tables import dense_reads
 from sparse_compile.passes.graph_edit import Inserter, device_of, example_value, first_reader
 from sparse_compile.passes.realise_tables import RealisedTables, realise
 from sparse_compile.plan import Plan
+from sparse_compile.selected_ops import SELECTED_ATTENTION
+from sparse_compile.selected_spec import SelectedSpec
 from sparse_compile.site import AttentionSite, Operand, PatternTable, Scope
 from sparse_compile.spec import EmptyRows
 
@@ -49,6 +51,8 @@ class Rewriter:
             q = _checked(insert, site, q, k)
         if plan.executor == "sdpa":
             out = _call_sdpa(insert, plan, q, k, v, scale)
+        elif plan.selected is not None:
+            out = self._call_selected(insert, plan, plan.selected, q, k, v, scale)
         else:
             out = self._call_sparse(insert, plan, q, k, v, scale)
         out = _restore_axes(insert, site, out)
@@ -104,6 +108,29 @@ class Rewriter:
             layout = made[len(reads) :]
         text = plan.spec.text
         call = insert.call(ops.ATTENTION, q, k, v, tables, sizes, layout, scale, text)
+        return insert.call(operator.getitem, call, 0)
+
+    def _call_selected(
+        self,
+        insert: Inserter,
+        plan: Plan,
+        spec: SelectedSpec,
+        q: Node,
+        k: Node,
+        v: Node,
+        scale: float | Node,
+    ) -> Node:
+        tables, rest = realise(plan.lifted, plan.site.scope, self._tables)
+        sizes, (index, count) = rest[:-2], rest[-2:]
+        early = _where_masks_are_read(insert, plan, tables)
+        tables += [self._pattern_table(early, made, plan.site) for made in plan.lifted.extra]
+        reads = dense_reads(plan.lifted)
+        words = self._layout(early, plan, reads, tables, sizes) if reads else []
+        for read, word in zip(reads, words, strict=False):
+            tables[read.table] = word
+        call = insert.call(
+            *(SELECTED_ATTENTION, q, k, v, index, count, tables, sizes, scale, spec.text)
+        )
         return insert.call(operator.getitem, call, 0)
 
     def _pattern_table(self, insert: Inserter, made: PatternTable, site: AttentionSite) -> Node:

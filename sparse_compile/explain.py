@@ -113,6 +113,8 @@ class Examined:
         """The blocks that hold a pair of this call's mask; None if its values are not known."""
         if isinstance(self.decision, Rejection) or self.shape is None or self.tables is None:
             return None
+        if self.decision.selected is not None:
+            return None  # its cost follows the lists of the call
         return build_views(
             self.decision.spec,
             batch=self.shape["b"],

@@ -69,7 +69,7 @@ def of_site(
         # Block shapes follow the device: decide again, as on a GPU.
         decision = choose_layout(decision.site, decision.lifted, torch.device("cuda"), options)
         arch = arch or "sm_90"
-    if not isinstance(decision, Plan) or decision.executor == "sdpa":
+    if not isinstance(decision, Plan) or decision.executor in ("sdpa", "selected"):
         return GeneratedKernel(number, decision.reason)
     spec = kernel_spec(decision, arch)
     path = str(kernel_path(spec))

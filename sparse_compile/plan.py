@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparse_compile.layout.split_views import Split
+from sparse_compile.selected_spec import SelectedSpec
 from sparse_compile.site import AttentionSite, LiftedMask
 from sparse_compile.spec import AttentionSpec
 
@@ -17,11 +18,13 @@ class Plan:
         site: the attention.
         lifted: its mask as a predicate.
         spec: what the operators will compute.
-        executor: ``"triton"`` or ``"cpu"`` (block-sparse), or ``"sdpa"``: PyTorch's dense kernel
-            without a mask tensor, when the mask skips nothing that SDPA does not skip itself.
+        executor: ``"triton"`` or ``"cpu"`` (block-sparse); ``"selected"``: attention over the keys
+            that an index names; or ``"sdpa"``: PyTorch's dense kernel without a mask tensor, when
+            the mask skips nothing that SDPA does not skip itself.
         causal: for ``"sdpa"``: whether it runs with ``is_causal``.
         reason: why this executor, in one sentence.
         split: the views of its mask, and what they cost; None where they were not weighed.
+        selected: for ``"selected"``: what to compute instead of ``spec``.
     """
 
     site: AttentionSite
@@ -31,3 +34,4 @@ class Plan:
     causal: bool = False
     reason: str = ""
     split: Split | None = None
+    selected: SelectedSpec | None = None

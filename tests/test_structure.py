@@ -42,7 +42,7 @@ RANK = {
     "direct": 7,
     "direct_data": 7,
     "diagnose": 7,
-    "passes": 7,
+    "passes": 8,
     "inductor": 8,
     "backend": 9,
     "readable": 3,
