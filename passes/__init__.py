@@ -9,6 +9,7 @@ from sparse_compile.passes.annotations import (
 from sparse_compile.passes.choose_layout import choose_layout
 from sparse_compile.passes.dense_tables import remember_given
 from sparse_compile.passes.find_attention import find_attention
+from sparse_compile.passes.find_indexer import with_indexer
 from sparse_compile.passes.lift_mask import LiftCache, lift_mask
 from sparse_compile.passes.rewrite import Rewriter
 from sparse_compile.plan import Plan
@@ -30,4 +31,5 @@ __all__ = [
     "remember_given",
     "restricted_mask",
     "with_annotation",
+    "with_indexer",
 ]

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
 from sparse_compile import ops, pattern_ops
+from sparse_compile.indexer_ops import INDEXED_TOPK
 from sparse_compile.layout.dense_tables import DenseRead
 from sparse_compile.passes.dense_tables import dense_reads
 from sparse_compile.passes.graph_edit import Inserter, device_of, example_value, first_reader
 from sparse_compile.passes.realise_tables import RealisedTables, realise
-from sparse_compile.plan import Plan
+from sparse_compile.plan import Indexer, Plan
 from sparse_compile.selected_ops import SELECTED_ATTENTION
 from sparse_compile.selected_spec import SelectedSpec
 from sparse_compile.site import AttentionSite, Operand, PatternTable, Scope
@@ -38,6 +39,7 @@ class Rewriter:
         self._layouts: dict[tuple[Any, ...], list[Node]] = {}
         self._changed: dict[GraphModule, None] = {}
         self._replaced: dict[Node, Node] = {}
+        self._indexers: dict[Node, Indexer] = {}
 
     def apply(self, plan: Plan) -> None:
         """Replace one site."""
@@ -52,6 +54,8 @@ class Rewriter:
         if plan.executor == "sdpa":
             out = _call_sdpa(insert, plan, q, k, v, scale)
         elif plan.selected is not None:
+            if plan.indexer is not None:
+                self._indexers.setdefault(plan.indexer.index, plan.indexer)
             out = self._call_selected(insert, plan, plan.selected, q, k, v, scale)
         else:
             out = self._call_sparse(insert, plan, q, k, v, scale)
@@ -74,10 +78,25 @@ class Rewriter:
             scope = scope.parent
 
     def finish(self) -> None:
-        """Check and recompile the graphs that were changed."""
+        """Replace the indexers, now that all lists are made; recompile what was changed."""
+        for indexer in self._indexers.values():
+            self._index(indexer)
         for gm in self._changed:
             gm.graph.lint()
             gm.recompile()
+
+    def _index(self, indexer: Indexer) -> None:
+        """The indices that an indexer keeps, without the scores of all keys."""
+        insert = Inserter(indexer.scope.gm, indexer.index)
+        tables, sizes = realise(indexer.lifted, indexer.scope, self._tables)
+        q, k, w = (
+            _arranged(insert, operand, axes)
+            for operand, axes in ((indexer.q, "bnhd"), (indexer.k, "bdt"), (indexer.w, "bnh"))
+        )
+        text = indexer.spec.text
+        index = insert.call(INDEXED_TOPK, q, k, w, tables, sizes, indexer.most, text)
+        indexer.index.replace_all_uses_with(index)
+        indexer.scope.gm.graph.erase_node(indexer.index)
 
     def _operand(self, insert: Inserter, site: AttentionSite, operand: Operand) -> Node:
         node = operand.node
@@ -171,6 +190,16 @@ class Rewriter:
             parts = range(len(example_value(call)))
             self._layouts[key] = [insert.call(operator.getitem, call, part) for part in parts]
         return self._layouts[key]
+
+
+def _arranged(insert: Inserter, operand: Operand, axes: str) -> Node:
+    """An operand of an indexer with its axes in order, without a gradient."""
+    node = insert.method("detach", operand.node)
+    for dim in reversed([d for d, axis in enumerate(operand.axes) if axis == "1"]):
+        node = insert.method("squeeze", node, dim)
+    kept = [axis for axis in operand.axes if axis != "1"]
+    order = [kept.index(axis) for axis in axes]
+    return node if order == sorted(order) else insert.method("permute", node, *order)
 
 
 def _where_masks_are_read(insert: Inserter, plan: Plan, tables: list[Node]) -> Inserter:

@@ -23,6 +23,7 @@ from sparse_compile.passes import (
     remember_given,
     restricted_mask,
     with_annotation,
+    with_indexer,
 )
 from sparse_compile.passes.graph_edit import device_of
 from sparse_compile.plan import Plan
@@ -99,6 +100,8 @@ def _decide(
     decision = choose_layout(found, restricted, device_of(found.q.node), options)
     if isinstance(decision, Rejection) and restricted is lifted:
         return replace(decision, annotation=found.annotation)  # left alone, it already obeys
+    if isinstance(decision, Plan):
+        decision = with_indexer(decision, example_inputs, options, cache)
     return with_annotation(decision)
 
 

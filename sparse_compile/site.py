@@ -198,6 +198,7 @@ class LiftedMask:
         extra: the last tables of ``mask``, which an annotation's pattern makes; ``program`` does
             not return these.
         selection: the keys that an index selects; a query attends to those that ``mask`` allows.
+        fills: the scores of masked keys, or what is added to them.
         unselected: why what an index selects is in ``mask`` instead; empty where nothing is.
     """
 
@@ -210,6 +211,7 @@ class LiftedMask:
     extra: tuple[PatternTable, ...] = ()
     selection: SelectedKeys | None = None
     unselected: str = ""
+    fills: tuple[float, ...] = ()
 
     @property
     def n_lifted_tables(self) -> int:

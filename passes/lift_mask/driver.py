@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -195,8 +196,8 @@ def _lift(
     policy = empty_row_policy(
         work.site.kind, work.site.causal, keeps, work.dtype, can_be_empty, options.finite_fill
     )
-    lifted = replace(lifted, empty_rows=policy)
     fills = [keep.fills for keep in keeps]
+    lifted = replace(lifted, empty_rows=policy, fills=tuple(itertools.chain(*fills)))
     site = work.site
     check = Check(work.part, site.masks, fills, site.score_axes, site.causal, work.lengths)
     examples = Examples.of(work.site.scope, example_inputs)
