@@ -19,6 +19,7 @@ class RealisedTables:
         self.outputs: dict[GraphModule, tuple[Node, ...]] = {}
         self.inputs: dict[tuple[Node, GraphModule], Node] = {}
         self.calls: dict[tuple[Any, ...], Node] = {}
+        self.inserted: set[Node] = set()
 
 
 def realise(
@@ -58,6 +59,8 @@ def _inline(
     copies = dict(zip(_placeholders(program.graph), leaves, strict=True))
     fake_mode = _fake_mode(gm.graph)
     place = _place(gm.graph, leaves)
+    while place in cache.inserted:  # Programs that stand here already may be of use.
+        place = place.next
     with gm.graph.inserting_before(place), fake_mode:
         for node in program.graph.nodes:
             if node.op == "get_attr":
@@ -83,6 +86,7 @@ def _called(
         made = cache.calls[key] = gm.graph.node_copy(node, copies.__getitem__)
         made.meta.clear()
         made.meta["example_value"] = _value(made)
+        cache.inserted.add(made)
     return made
 
 
