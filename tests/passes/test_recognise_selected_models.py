@@ -128,3 +128,40 @@ def test_report() -> None:
     assert {site.mask for site in report.sites} == {"kv <= q"}
     assert {site.executor for site in report.sites} == {"selected"}
     assert "selected: top-k of 8 indices, units of 1 query and 1 key" in str(report)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_msa(padded: bool) -> None:
+    """MiniMax M3 selects blocks for each group of heads; its indexer pools whole scores."""
+    name = "transformers.models.minimax_m3_vl"
+    settings = pytest.importorskip(f"{name}.configuration_minimax_m3_vl")
+    modeling = pytest.importorskip(f"{name}.modeling_minimax_m3_vl")
+    sizes = {key: SMALL[key] for key in ("vocab_size", "hidden_size", "intermediate_size")}
+    config = settings.MiniMaxM3VLTextConfig(
+        **sizes,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        rotary_dim=8,
+        dense_intermediate_size=48,
+        mlp_layer_types=["dense"],
+        layer_types=["minimax_m3_sparse"],
+        index_n_heads=2,
+        index_head_dim=16,
+        index_block_size=8,
+        index_topk_blocks=2,
+        use_cache=False,
+        attn_implementation="sdpa",
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    torch.manual_seed(0)
+    network = modeling.MiniMaxM3VLForCausalLM(config)
+    given = {"input_ids": tokens(), **padding("right" if padded else "none")}
+    program = Rewritten()
+    found = trained(program.compiled(network), network, **given)
+    assert_same(found, trained(network, network, **given))
+    (decision,) = program.decisions
+    assert isinstance(decision, Plan)
+    assert decision.reason == "selected: 2 indices, units of 1 query and 8 keys"
