@@ -5,18 +5,28 @@ The one place where dense and sparse are weighed against each other.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import sympy
 import torch
 
 from sparse_compile.expr import KV, Q
+from sparse_compile.indexer_spec import IndexerSpec
 from sparse_compile.layout.choose import choose_views
 from sparse_compile.layout.split_views import Split
 from sparse_compile.options import Options
 from sparse_compile.passes.dense_tables import dense_reason
 from sparse_compile.passes.graph_edit import example_value
-from sparse_compile.plan import Plan
+from sparse_compile.plan import Indexer, Plan
 from sparse_compile.selected_spec import SelectedSpec
-from sparse_compile.site import AttentionSite, LiftedMask, Operand, Rejection, SelectedKeys
+from sparse_compile.site import (
+    AttentionSite,
+    IndexerSite,
+    LiftedMask,
+    Operand,
+    Rejection,
+    SelectedKeys,
+)
 from sparse_compile.spec import AttentionSpec, EmptyRows
 
 _DEVICES = ("cuda", "cpu")
@@ -49,6 +59,49 @@ def choose_layout(
     if lifted.unselected:
         reason += f"; not attention over selected keys: {lifted.unselected}"
     return Plan(site, lifted, spec, executor, reason=reason, split=split)
+
+
+def choose_indexer(
+    plan: Plan, found: IndexerSite | Rejection, lifted: LiftedMask | Rejection
+) -> Plan:
+    """The plan of an attention over selected keys, with the indexer that selects them.
+
+    Args:
+        plan: the plan.
+        found: what selects the keys.
+        lifted: the mask on its scores.
+
+    Returns:
+        the plan, whose ``indexer`` is None where all scores must exist; its reason says why.
+    """
+    decided = _indexer(found, lifted)
+    if isinstance(decided, str):
+        return replace(plan, reason=f"{plan.reason}; its top-k is left as it is: {decided}")
+    reason = f"{plan.reason}; the scores of its indexer are computed some queries at a time"
+    return replace(plan, reason=reason, indexer=decided)
+
+
+def _indexer(found: IndexerSite | Rejection, lifted: LiftedMask | Rejection) -> Indexer | str:
+    if isinstance(found, Rejection):
+        return found.reason
+    if isinstance(lifted, Rejection):
+        return f"in its mask, {lifted.reason}"
+    if lifted.dense or lifted.selection is not None:
+        return "its mask is a tensor"
+    masks = found.scores.masks
+    if masks and len(lifted.fills) != 1:
+        return "its mask changes scores in several ways"
+    spec = IndexerSpec(
+        found.before,
+        found.after,
+        found.product,
+        lifted.mask,
+        lifted.fills[0] if masks else float("-inf"),
+        bool(masks) and masks[0].role == "add",
+        found.largest,
+        found.is_sorted,
+    )
+    return Indexer(found, lifted, spec)
 
 
 def _selected(site: AttentionSite, lifted: LiftedMask, selection: SelectedKeys) -> Plan | Rejection:

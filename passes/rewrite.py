@@ -55,7 +55,7 @@ class Rewriter:
             out = _call_sdpa(insert, plan, q, k, v, scale)
         elif plan.selected is not None:
             if plan.indexer is not None:
-                self._indexers.setdefault(plan.indexer.index, plan.indexer)
+                self._indexers.setdefault(plan.indexer.site.scores.output.node, plan.indexer)
             out = self._call_selected(insert, plan, plan.selected, q, k, v, scale)
         else:
             out = self._call_sparse(insert, plan, q, k, v, scale)
@@ -87,16 +87,17 @@ class Rewriter:
 
     def _index(self, indexer: Indexer) -> None:
         """The indices that an indexer keeps, without the scores of all keys."""
-        insert = Inserter(indexer.scope.gm, indexer.index)
-        tables, sizes = realise(indexer.lifted, indexer.scope, self._tables)
+        site, old = indexer.site, indexer.site.scores.output.node
+        gm = site.scores.scope.gm
+        insert = Inserter(gm, old)
+        tables, sizes = realise(indexer.lifted, site.scores.scope, self._tables)
         q, k, w = (
             _arranged(insert, operand, axes)
-            for operand, axes in ((indexer.q, "bnhd"), (indexer.k, "bdt"), (indexer.w, "bnh"))
+            for operand, axes in ((site.q, "bnhd"), (site.k, "bdt"), (site.w, "bnh"))
         )
-        text = indexer.spec.text
-        index = insert.call(INDEXED_TOPK, q, k, w, tables, sizes, indexer.most, text)
-        indexer.index.replace_all_uses_with(index)
-        indexer.scope.gm.graph.erase_node(indexer.index)
+        index = insert.call(INDEXED_TOPK, q, k, w, tables, sizes, site.most, indexer.spec.text)
+        old.replace_all_uses_with(index)
+        gm.graph.erase_node(old)
 
     def _operand(self, insert: Inserter, site: AttentionSite, operand: Operand) -> Node:
         node = operand.node

@@ -4,35 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch.fx import Node
-
 from sparse_compile.indexer_spec import IndexerSpec
 from sparse_compile.layout.split_views import Split
 from sparse_compile.selected_spec import SelectedSpec
-from sparse_compile.site import AttentionSite, LiftedMask, Operand, Scope
+from sparse_compile.site import AttentionSite, IndexerSite, LiftedMask
 from sparse_compile.spec import AttentionSpec
 
 
 @dataclass(frozen=True)
 class Indexer:
-    """A top-k over the scores of an indexer, which need not exist.
+    """The decision to compute an indexer without the scores of all keys.
 
     Attributes:
-        scope: where it stands.
-        index: the node of its indices.
-        q, k, w: the operands; ``axes`` are among ``b``, ``n`` (queries), ``t`` (keys), ``h``, ``d``
-            and, for axes of size one that say nothing, ``1``.
-        most: how many keys it keeps.
+        site: the indexer.
         lifted: the mask on its scores.
         spec: what it computes.
     """
 
-    scope: Scope
-    index: Node
-    q: Operand
-    k: Operand
-    w: Operand
-    most: int | Node
+    site: IndexerSite
     lifted: LiftedMask
     spec: IndexerSpec
 

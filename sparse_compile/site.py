@@ -8,6 +8,7 @@ from torch.fx import GraphModule, Node
 
 from sparse_compile.annotation import Annotation
 from sparse_compile.expr import MaskExpr
+from sparse_compile.indexer_spec import Step
 from sparse_compile.spec import EmptyRows
 
 
@@ -97,6 +98,32 @@ class AttentionSite:
     where: tuple[str, ...] = ()
     region: tuple[Node, ...] = field(default=(), repr=False)
     annotation: Annotation | None = None
+
+
+@dataclass(frozen=True)
+class IndexerSite:
+    """One indexer in the graph, proven closed: nothing else reads its scores.
+
+    Attributes:
+        scores: its scores as those of an attention: where it stands, its mask, and as the output
+            the node of its indices.
+        q, k, w: the operands; ``axes`` are among ``b``, ``n`` (queries), ``t`` (keys), ``h``, ``d``
+            and, for axes of size one that say nothing, ``1``.
+        most: how many keys a query keeps.
+        before, after, product, largest, is_sorted: as in
+            :class:`sparse_compile.indexer_spec.IndexerSpec`.
+    """
+
+    scores: AttentionSite
+    q: Operand
+    k: Operand
+    w: Operand
+    most: int | Node
+    before: tuple[Step, ...]
+    after: tuple[Step, ...]
+    product: bool
+    largest: bool
+    is_sorted: bool
 
 
 @dataclass(frozen=True)

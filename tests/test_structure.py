@@ -44,7 +44,7 @@ RANK = {
     "direct": 7,
     "direct_data": 7,
     "diagnose": 7,
-    "passes": 8,
+    "passes": 7,
     "inductor": 8,
     "backend": 9,
     "readable": 3,

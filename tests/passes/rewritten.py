@@ -52,7 +52,7 @@ class Rewritten:
             for gm in self.graphs
             for node in gm.graph.nodes
             for value in _tensors(node.meta.get("val"))
-            if list(value.shape).count(n) > 1 or value.numel() % (n * n) == 0 and value.numel()
+            if list(value.shape).count(n) > 1 or (value.numel() and value.numel() % (n * n) == 0)
         ]
 
     def targets(self) -> list[str]:

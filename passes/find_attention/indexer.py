@@ -1,4 +1,4 @@
-"""find_indexer: where the indices of a selection come from, if that is a top-k of an indexer.
+"""Where the indices of a selection come from, if that is a top-k of an indexer.
 
 An indexer scores every key for every query, ``sum_h w_h * relu(q_h . k)``, and keeps the best. Its
 scores are the one tensor [Nq, Nkv] that attention over selected keys would leave in the program.
@@ -7,13 +7,11 @@ scores are the one tensor [Nq, Nkv] that attention over selected keys would leav
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch.fx import Node
 
-from sparse_compile.indexer_spec import IndexerSpec, Step
-from sparse_compile.options import Options
+from sparse_compile.indexer_spec import Step
 from sparse_compile.passes.find_attention import values
 from sparse_compile.passes.find_attention.canonical import Call, canonical, is_reshape, op_name
 from sparse_compile.passes.find_attention.constants import constant
@@ -21,41 +19,32 @@ from sparse_compile.passes.find_attention.contraction import Contraction, contra
 from sparse_compile.passes.find_attention.dataflow import Dataflow
 from sparse_compile.passes.find_attention.provenance import where
 from sparse_compile.passes.find_attention.refusal import Refusal
-from sparse_compile.passes.lift_mask import LiftCache, lift_mask
-from sparse_compile.plan import Indexer, Plan
-from sparse_compile.site import AttentionSite, LiftedMask, MaskOperand, Operand, Rejection, Scope
+from sparse_compile.site import (
+    AttentionSite,
+    IndexerSite,
+    LiftedMask,
+    MaskOperand,
+    Operand,
+    Rejection,
+    Scope,
+)
 
-_NO_MASK = float("-inf")
 
+def find_indexer(lifted: LiftedMask) -> IndexerSite | Rejection | None:
+    """The indexer that selects the keys of a mask.
 
-def with_indexer(
-    plan: Plan, example_inputs: Sequence[Any], options: Options, cache: LiftCache
-) -> Plan:
-    """A plan over selected keys with the indexer that selects them, or why that is left alone."""
-    source = plan.lifted.selection.source if plan.lifted.selection else None
+    Returns:
+        why its top-k is none, or must stay, if it is not one; None for a mask that selects no keys
+        by a top-k.
+    """
+    source = lifted.selection.source if lifted.selection else None
     if source is None:
-        return plan
-    assert plan.lifted.scope is not None
+        return None
+    assert lifted.scope is not None
     try:
-        found = _Match(source, plan.lifted.scope)
-        indexer = found.indexer(_lifted(found, example_inputs, options, cache))
+        return _Match(source, lifted.scope).found()
     except Refusal as refusal:
-        return replace(plan, reason=f"{plan.reason}; its top-k is left as it is: {refusal.reason}")
-    reason = f"{plan.reason}; the scores of its indexer are computed some queries at a time"
-    return replace(plan, reason=reason, indexer=indexer)
-
-
-def _lifted(
-    found: _Match, example_inputs: Sequence[Any], options: Options, cache: LiftCache
-) -> LiftedMask:
-    lifted = lift_mask(found.site(), example_inputs, options, cache)
-    if isinstance(lifted, Rejection):
-        raise Refusal(f"in its mask, {lifted.reason}")
-    if lifted.dense or lifted.selection is not None:
-        raise Refusal("its mask is a tensor")
-    if found.mask is not None and len(lifted.fills) != 1:
-        raise Refusal("its mask changes scores in several ways")
-    return lifted
+        return Rejection(refusal.reason, refusal.hint, where(source), source)
 
 
 class _Match:
@@ -257,16 +246,13 @@ class _Match:
                 if axis != "1" and not values.same(sizes.setdefault(axis, size), size):
                     raise Refusal("its operands differ in their sizes")
 
-    # What it amounts to --------------------------------------------------------------------------
-
-    def site(self) -> AttentionSite:
-        """The indexer as an attention, whose mask can be lifted."""
-        q = Operand(self.q.node, self.q.axes)
+    def found(self) -> IndexerSite:
+        """What was matched, with its scores as those of an attention, so that masks are lifted."""
         k = Operand(self.k.node, tuple("n" if axis == "t" else axis for axis in self.k.axes))
-        return AttentionSite(
+        scores = AttentionSite(
             self.scope,
             Operand(self.index, ("b", "n", "d")),
-            q,
+            self.q,
             k,
             k,
             1.0,
@@ -276,16 +262,9 @@ class _Match:
             where=where(self.index),
             region=tuple(self.nodes),
         )
-
-    def indexer(self, lifted: LiftedMask) -> Indexer:
-        """The indexer with the meaning of its mask."""
-        fill = lifted.fills[0] if self.mask is not None else _NO_MASK
-        adds = self.mask is not None and self.mask.role == "add"
-        spec = IndexerSpec(
-            *(self.before, self.after, self.product, lifted.mask, fill, adds),
-            *(self.largest, self.is_sorted),
-        )
-        return Indexer(self.scope, self.index, self.q, self.k, self.w, self.most, lifted, spec)
+        flags = self.product, self.largest, self.is_sorted
+        operands = self.q, self.k, self.w
+        return IndexerSite(scores, *operands, self.most, self.before, self.after, *flags)
 
 
 def _is_product(node: Any) -> bool:
