@@ -5,18 +5,28 @@ The one place where dense and sparse are weighed against each other.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import sympy
 import torch
 
 from sparse_compile.expr import KV, Q
+from sparse_compile.indexer_spec import IndexerSpec
 from sparse_compile.layout.choose import choose_views
 from sparse_compile.layout.split_views import Split
 from sparse_compile.options import Options
 from sparse_compile.passes.dense_tables import dense_reason
 from sparse_compile.passes.graph_edit import example_value
-from sparse_compile.plan import Plan, SelectedPlan
+from sparse_compile.plan import Indexer, Plan, SelectedPlan
 from sparse_compile.selected_spec import SelectedSpec
-from sparse_compile.site import AttentionSite, LiftedMask, Operand, Rejection
+from sparse_compile.site import (
+    AttentionSite,
+    IndexerSite,
+    LiftedMask,
+    Operand,
+    Rejection,
+    SelectedKeys,
+)
 from sparse_compile.spec import AttentionSpec, EmptyRows
 
 _DEVICES = ("cuda", "cpu")
@@ -34,6 +44,8 @@ def choose_layout(
     if device.type not in _DEVICES:
         reason = f"there is no executor for {device.type} tensors"
         return _left_alone(site, reason, "run the model on a CUDA device or on the CPU")
+    if lifted.selection is not None:
+        return _selected(site, lifted, lifted.selection)
     spec, split = _spec(site, lifted, device, options)
     causal = lifted.mask.predicate == sympy.Le(KV, Q)
     skips_nothing = lifted.mask.predicate == sympy.true
@@ -44,6 +56,8 @@ def choose_layout(
         return _left_alone(site, too_large, "")
     executor = "triton" if device.type == "cuda" else "cpu"
     reason = dense_reason(lifted) or "only the blocks that its mask allows are visited"
+    if lifted.unselected:
+        reason += f"; not attention over selected keys: {lifted.unselected}"
     return Plan(site, lifted, spec, executor, reason=reason, split=split)
 
 
@@ -82,6 +96,61 @@ def choose_selection(
     own, split = _spec(site, static, device, options)
     reason += ", and those of the static part of the mask"
     return Plan(site, static, own, executor, reason=reason, split=split, selected=chosen)
+
+
+def choose_indexer(
+    plan: Plan, found: IndexerSite | Rejection, lifted: LiftedMask | Rejection
+) -> Plan:
+    """The plan of an attention over selected keys, with the indexer that selects them.
+
+    Args:
+        plan: the plan.
+        found: what selects the keys.
+        lifted: the mask on its scores.
+
+    Returns:
+        the plan, whose ``indexer`` is None where all scores must exist; its reason says why.
+    """
+    decided = _indexer(found, lifted)
+    if isinstance(decided, str):
+        return replace(plan, reason=f"{plan.reason}; its top-k is left as it is: {decided}")
+    reason = f"{plan.reason}; the scores of its indexer are computed some queries at a time"
+    return replace(plan, reason=reason, indexer=decided)
+
+
+def _indexer(found: IndexerSite | Rejection, lifted: LiftedMask | Rejection) -> Indexer | str:
+    if isinstance(found, Rejection):
+        return found.reason
+    if isinstance(lifted, Rejection):
+        return f"in its mask, {lifted.reason}"
+    if lifted.dense or lifted.selection is not None:
+        return "its mask is a tensor"
+    masks = found.scores.masks
+    if masks and len(lifted.fills) != 1:
+        return "its mask changes scores in several ways"
+    spec = IndexerSpec(
+        found.before,
+        found.after,
+        found.product,
+        lifted.mask,
+        lifted.fills[0] if masks else float("-inf"),
+        bool(masks) and masks[0].role == "add",
+        found.largest,
+        found.is_sorted,
+    )
+    return Indexer(found, lifted, spec)
+
+
+def _selected(site: AttentionSite, lifted: LiftedMask, selection: SelectedKeys) -> Plan | Rejection:
+    """Attention over the keys that an index names; its cost follows their number."""
+    too_large = _too_large(site)
+    if too_large:
+        return _left_alone(site, too_large, "")
+    spec = SelectedSpec(
+        lifted.mask, selection.unit_q, selection.unit_kv, lifted.empty_rows, site.where
+    )
+    plain = AttentionSpec(lifted.mask, lifted.empty_rows, where=site.where)
+    return Plan(site, lifted, plain, "selected", reason=selection.shown, listed=spec)
 
 
 def _spec(

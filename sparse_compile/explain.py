@@ -119,6 +119,8 @@ class Examined:
             return None
         if self.decision.selected is not None and self.decision.selected.alone:
             return None
+        if self.decision.listed is not None:
+            return None  # its cost follows the lists of the call
         return build_views(
             self.decision.spec,
             batch=self.shape["b"],

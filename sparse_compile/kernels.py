@@ -80,7 +80,7 @@ def of_site(
         # Block shapes follow the device: decide again, as on a GPU.
         decision = on_gpu(decision, options)
         arch = arch or "sm_90"
-    if not isinstance(decision, Plan) or decision.executor == "sdpa":
+    if not isinstance(decision, Plan) or decision.executor in ("sdpa", "selected"):
         return GeneratedKernel(number, decision.reason)
     spec = kernel_spec(decision, arch)
     path = str(kernel_path(spec))

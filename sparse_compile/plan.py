@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sparse_compile.indexer_spec import IndexerSpec
 from sparse_compile.layout.split_views import Split
 from sparse_compile.selected_spec import SelectedSpec
-from sparse_compile.site import AttentionSite, LiftedMask
+from sparse_compile.site import AttentionSite, IndexerSite, LiftedMask
 from sparse_compile.spec import AttentionSpec
 
 
@@ -30,6 +31,21 @@ class SelectedPlan:
 
 
 @dataclass(frozen=True)
+class Indexer:
+    """The decision to compute an indexer without the scores of all keys.
+
+    Attributes:
+        site: the indexer.
+        lifted: the mask on its scores.
+        spec: what it computes.
+    """
+
+    site: IndexerSite
+    lifted: LiftedMask
+    spec: IndexerSpec
+
+
+@dataclass(frozen=True)
 class Plan:
     """The decision for one site.
 
@@ -38,12 +54,15 @@ class Plan:
         lifted: its mask as a predicate; where keys are selected, the static part of it, or without
             one what they are selected among.
         spec: what the operators will compute.
-        executor: ``"triton"`` or ``"cpu"`` (block-sparse), or ``"sdpa"``: PyTorch's dense kernel
-            without a mask tensor, when the mask skips nothing that SDPA does not skip itself.
+        executor: ``"triton"`` or ``"cpu"`` (block-sparse); ``"selected"``: attention over the keys
+            that an index names; or ``"sdpa"``: PyTorch's dense kernel without a mask tensor, when
+            the mask skips nothing that SDPA does not skip itself.
         causal: for ``"sdpa"``: whether it runs with ``is_causal``.
         reason: why this executor, in one sentence.
         split: the views of its mask, and what they cost; None where they were not weighed.
         selected: what it attends to besides, where the annotation selects keys.
+        listed: for ``"selected"``: what to compute instead of ``spec``.
+        indexer: what selects the keys, if that can be computed without the scores of all of them.
     """
 
     site: AttentionSite
@@ -54,3 +73,5 @@ class Plan:
     reason: str = ""
     split: Split | None = None
     selected: SelectedPlan | None = None
+    listed: SelectedSpec | None = None
+    indexer: Indexer | None = None

@@ -24,8 +24,8 @@ class SiteReport:
         mask: its mask over ``b, h, q, kv``; None if it was not read.
         density: pairs that may attend over all pairs, in this call; None if unknown.
         block_density: blocks that are visited over all blocks, in this call; None if unknown.
-        executor: ``"triton"``, ``"cpu"``, ``"sdpa"`` (PyTorch's dense kernel, without the mask
-            tensor) or ``"unchanged"``.
+        executor: ``"triton"``, ``"cpu"``, ``"selected"`` (attention over the keys that an index
+            names), ``"sdpa"`` (PyTorch's dense kernel, without the mask tensor) or ``"unchanged"``.
         kernel: name of the generated kernel; None where none is.
         annotation: what the user's innermost annotation says of it, and on what it is, as
             ``restrict SlidingWindow(512), on class Block``; None without one.

@@ -17,6 +17,7 @@ from sparse_compile.codegen.precision import full_precision
 from sparse_compile.errors import BadShape
 from sparse_compile.ops import check_operands
 from sparse_compile.selected_spec import SelectedSpec
+from sparse_compile.selection import canonical
 
 
 @torch.library.custom_op("sparse_compile::selected_attention", mutates_args=())
@@ -144,6 +145,21 @@ selected_attention.register_autograd(_backward, setup_context=_setup_context)
 
 #: The operator as nodes of a graph call it.
 SELECTED_ATTENTION = torch.ops.sparse_compile.selected_attention.default
+
+
+@torch.library.custom_op("sparse_compile::canonical_selection", mutates_args=())
+def canonical_selection(index: Tensor, units: int) -> tuple[Tensor, Tensor]:
+    """:func:`sparse_compile.selection.canonical` as an operator: int32 index and count."""
+    return canonical(index, units)
+
+
+@canonical_selection.register_fake
+def _(index: Tensor, units: int) -> tuple[Tensor, Tensor]:
+    lists = index.new_empty(index.shape, dtype=torch.int32)
+    return lists, index.new_empty(index.shape[:-1], dtype=torch.int32)
+
+
+CANONICAL_SELECTION = torch.ops.sparse_compile.canonical_selection.default
 
 
 def check_selection(
