@@ -25,11 +25,7 @@ class Selecting(Pattern):
     unit_kv: int
 
     def predicate(self, tables: Tables) -> sympy.Basic:
-        """Not known before q and k are.
-
-        Raises:
-            PatternMisuse: always.
-        """
+        """There is none before q and k are known."""
         raise PatternMisuse(
             f"sparse_compile: {self!r} selects keys by content, so it has no mask before q and k "
             "are known. Pass it to sparse_compile.attention(q, k, v, mask=...), or attach it with "
