@@ -79,6 +79,9 @@ def choose_selection(
     note = site.annotation
     assert note is not None
     assert note.parts is not None
+    if static.selection is not None:
+        reason = "its own mask selects keys by index, and its annotation selects others"
+        return _left_alone(site, reason, "remove the annotation, or pass both as one mask")
     if device.type not in _DEVICES:
         reason = f"there is no executor for {device.type} tensors"
         return _left_alone(site, reason, "run the model on a CUDA device or on the CPU")

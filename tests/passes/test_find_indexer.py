@@ -165,7 +165,7 @@ def test_left_as_it_is(run: Callable[..., Tensor], why: str) -> None:
     torch.testing.assert_close(rewritten.compiled(run)(*args), run(*args))
     (found,) = rewritten.decisions
     assert isinstance(found, Plan)
-    assert found.selected is not None
+    assert found.listed is not None
     assert found.indexer is None
     assert "its top-k is left as it is: " in found.reason
     assert why in found.reason

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparse_compile import mask as annotate
 from sparse_compile import patterns as P
 from sparse_compile import reference
 from sparse_compile.passes import Plan
@@ -121,9 +122,9 @@ def test_ways_to_write_it(way: Masked, block: int) -> None:
     if way is added and block > 1:
         pytest.skip("its causal part is by key")
     found = agree(run, *operands(), gate_of(HEADS, LENGTH // block))
-    assert found.selected is not None, found.reason
-    assert (found.selected.unit_q, found.selected.unit_kv) == (1, block)
-    assert str(found.selected.mask.predicate) == "kv <= q"
+    assert found.listed is not None, found.reason
+    assert (found.listed.unit_q, found.listed.unit_kv) == (1, block)
+    assert str(found.listed.mask.predicate) == "kv <= q"
     own = way not in (shifted, through_a_spare_column)
     units = f"units of 1 query and {block} key{'s' if block > 1 else ''}"
     assert found.reason.startswith(f"selected: {'top-k of ' * own}{KEPT} indices, {units}")
@@ -148,8 +149,8 @@ def test_queries_without_a_key(fill: float, policy: EmptyRows) -> None:
         return weights @ v
 
     found = agree(run, *operands(), gate_of(HEADS, LENGTH))
-    assert found.selected is not None
-    assert found.selected.empty_rows is policy
+    assert found.listed is not None
+    assert found.listed.empty_rows is policy
 
 
 def test_against_the_definition() -> None:
@@ -201,8 +202,8 @@ def test_moba() -> None:
     assert program.squares(104) == []
     for found in program.decisions:
         assert isinstance(found, Plan)
-        assert found.selected is not None
-        assert (found.selected.unit_q, found.selected.unit_kv) == (1, BLOCK)
+        assert found.listed is not None
+        assert (found.listed.unit_q, found.listed.unit_kv) == (1, BLOCK)
         assert "its top-k is left as it is" in found.reason
 
 
@@ -248,7 +249,7 @@ def test_what_lists_cannot_say(way: Masked, why: str) -> None:
 
     gate = gate_of(HEADS, LENGTH).mul(3).round() if way is with_ties else gate_of(HEADS, LENGTH)
     found = agree(run, *operands(), gate)
-    assert found.selected is None
+    assert found.listed is None
     assert not why or any(part in found.reason for part in why.split("|")), found.reason
 
 
@@ -307,3 +308,18 @@ def test_a_restriction_narrows_it() -> None:
     mask = by_key(gate, gate.topk(5, -1).indices) & causal()
     mask = mask & torch.as_tensor(P.SlidingWindow(6).dense(LENGTH, LENGTH))
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+
+
+def test_an_annotation_that_selects_on_top_of_a_mask_that_does() -> None:
+    index = torch.randint(0, 20, (1, 1, 20, 3))
+
+    class Attend(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, index: Tensor) -> Tensor:
+            chosen = torch.zeros(1, 1, 20, 20, dtype=torch.bool).scatter(-1, index, True)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=chosen)
+
+    also = P.Selected(torch.zeros(1, 1, 20, 1, dtype=torch.int64), unit_kv=1)
+    module = annotate(Attend(), also)
+    q, k, v = torch.randn(3, 1, 2, 20, 16)
+    with pytest.raises(Exception, match="its own mask selects keys by index"):
+        torch.compile(module, backend="sparse_compile")(q, k, v, index)
