@@ -1,6 +1,9 @@
 """Learned and content-dependent masks: which keys are selected, and by what rule."""
 
 from sparse_compile.selection.checked import checked_select
+from sparse_compile.selection.distill import distillation_loss
+from sparse_compile.selection.gate import PooledGate
+from sparse_compile.selection.pooled_map import allowed_units, pooled_attention
 from sparse_compile.selection.selection import (
     Selection,
     canonical,
@@ -8,5 +11,18 @@ from sparse_compile.selection.selection import (
     transposed,
     worklist,
 )
+from sparse_compile.selection.soft_gate import gated_attention
 
-__all__ = ["Selection", "canonical", "checked_select", "places", "transposed", "worklist"]
+__all__ = [
+    "PooledGate",
+    "Selection",
+    "allowed_units",
+    "canonical",
+    "checked_select",
+    "distillation_loss",
+    "gated_attention",
+    "places",
+    "pooled_attention",
+    "transposed",
+    "worklist",
+]
