@@ -16,7 +16,7 @@ import argparse
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class GateConfig:
     width: int = 64
     rope: int = 32
     parts: int = 4
+    batch: int = 1
     steps: int = 600
     rate: float = 3e-3
     held_out_rows: int = 24
@@ -101,7 +102,8 @@ def distil(
         optimiser, gates.rate, total_steps=max(gates.steps, 2), pct_start=0.1
     )
     units = {"unit_kv": UNIT, "mask": P.Causal(), "lists": config.heads}
-    for step, rows in enumerate(text.batches(config, gates.steps, seed=2)):
+    batch = replace(config, batch=gates.batch)
+    for step, rows in enumerate(text.batches(batch, gates.steps, seed=2)):
         losses = []
         for gate, (q, k) in zip(made, queries_and_keys(model, rows[:, :-1]), strict=True):
             target = pooled_attention(q, k, reduce="sum", **units)

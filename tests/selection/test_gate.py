@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -119,6 +122,16 @@ def test_learns_what_attention_looks_at() -> None:
         optimiser.step()
         losses.append(loss.item())
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+
+
+def test_the_documented_training_runs() -> None:
+    page = Path(__file__).parents[2] / "docs" / "training-a-gate.md"
+    (program,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    q, k = torch.randn(1, 4, 64, 32), torch.randn(1, 2, 64, 32)
+    names: dict[str, Any] = {"attention_inputs": [(q, k)] * 20}
+    exec(program, names)
+    first = distillation_loss(PooledGate(32, 4, 2, unit_kv=16)(q, k), names["target"])
+    assert names["loss"] < first
 
 
 def test_runs_in_torch_compile() -> None:
