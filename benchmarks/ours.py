@@ -14,7 +14,7 @@ from torch import Tensor
 
 import sparse_compile
 from benchmarks.accuracy import Problem, Run
-from sparse_compile.direct import plan_direct
+from sparse_compile.direct_plan import plan_direct
 from sparse_compile.layout import Layout, build_views
 from sparse_compile.patterns import Pattern
 from sparse_compile.spec import AttentionSpec
@@ -53,7 +53,7 @@ def spec_of(pattern: Pattern, n: int, heads: int, device: str = "cuda") -> Atten
 
 def ours(pattern: Pattern, n: int, heads: int, device: str = "cuda") -> Ours:
     spec = spec_of(pattern, n, heads, device)
-    tables = pattern.bound().tables(device, n, n, 1, heads)
+    tables = pattern.bound().trimmed().tables(device, n, n, 1, heads)
     return Ours(spec, tables, layout_of_spec(spec, tables, n, heads, device))
 
 

@@ -17,11 +17,11 @@ whose sums over j and i are products with matrices [D, Dv], never [n, n].
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
+from sparse_compile.codegen.precision import full_precision
 from sparse_compile.spec import EmptyRows
 
 
@@ -86,7 +86,7 @@ def apply_backward(
         if policy is EmptyRows.NAN_ADDED:
             dq, dk = dq.masked_fill(empty, math.nan), dk.masked_fill(touched, math.nan)
         return dq, dk, dv
-    with _full_precision(q.device.type):
+    with full_precision(q.device.type):
         wide, n_kv = _wide(v), k.shape[2]
         grads = _by_key_head(grad_out.to(wide).masked_fill(~empty, 0.0), group)
         dv = _add(dv, grads.sum(2, keepdim=True) / n_kv)
@@ -104,11 +104,6 @@ def _through_scores(grads: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Ten
     dq = grads @ (v.mT @ k) - delta * k.sum(2, keepdim=True)
     dk = v @ (grads.mT @ q) - (delta * q).sum(2, keepdim=True)
     return dq, dk
-
-
-def _full_precision(device: str) -> AbstractContextManager[object]:
-    available = torch.amp.is_autocast_available(device)
-    return torch.autocast(device, enabled=False) if available else nullcontext()
 
 
 def _by_key_head(x: Tensor, group: int) -> Tensor:

@@ -4,11 +4,16 @@ from sparse_compile.passes.annotations import (
     check_fit,
     promised_mask,
     restricted_mask,
+    selected_mask,
     with_annotation,
 )
-from sparse_compile.passes.choose_layout import choose_layout
+from sparse_compile.passes.choose_layout import (
+    choose_indexer,
+    choose_layout,
+    choose_selection,
+)
 from sparse_compile.passes.dense_tables import remember_given
-from sparse_compile.passes.find_attention import find_attention
+from sparse_compile.passes.find_attention import find_attention, find_indexer
 from sparse_compile.passes.lift_mask import LiftCache, lift_mask
 from sparse_compile.passes.rewrite import Rewriter
 from sparse_compile.plan import Plan
@@ -23,11 +28,15 @@ __all__ = [
     "Rejection",
     "Rewriter",
     "check_fit",
+    "choose_indexer",
     "choose_layout",
+    "choose_selection",
     "find_attention",
+    "find_indexer",
     "lift_mask",
     "promised_mask",
     "remember_given",
     "restricted_mask",
+    "selected_mask",
     "with_annotation",
 ]

@@ -13,9 +13,12 @@ from torch.fx import Node
 from sparse_compile.annotation import META_KEY, Annotation, annotation_named
 from sparse_compile.expr import KV, MaskExpr, Q, is_table, table, table_index
 from sparse_compile.passes.graph_edit import example_value
+from sparse_compile.patterns.base import BoundMask
 from sparse_compile.plan import Plan
 from sparse_compile.site import AttentionSite, LiftedMask, Operand, PatternTable, Rejection
 from sparse_compile.spec import EmptyRows
+
+_NOTHING = BoundMask(MaskExpr(sympy.false))
 
 Found = TypeVar("Found", bound=AttentionSite | Rejection | Plan)
 
@@ -61,7 +64,7 @@ def promised_mask(site: AttentionSite) -> LiftedMask | None:
     if note is None or not note.promise or not site.masks:
         return None
     own = LiftedMask(MaskExpr(sympy.Le(KV, Q) if site.causal else sympy.true))
-    return replace(_joined(own, note), empty_rows=_promised_empty_rows(site, note))
+    return replace(_joined(own, note.bound, note.key), empty_rows=_promised_empty_rows(site, note))
 
 
 def restricted_mask(site: AttentionSite, lifted: LiftedMask) -> LiftedMask:
@@ -73,18 +76,32 @@ def restricted_mask(site: AttentionSite, lifted: LiftedMask) -> LiftedMask:
     note = site.annotation
     if note is None or note.promise:
         return lifted
-    joined = _joined(lifted, note)
+    if note.parts is not None:
+        return _joined(lifted, note.parts.static or _NOTHING, f"{note.key}.static")
+    joined = _joined(lifted, note.bound, note.key)
     return lifted if joined.mask == lifted.mask else joined
 
 
-def _joined(lifted: LiftedMask, note: Annotation) -> LiftedMask:
-    expr = note.bound.expr
+def selected_mask(site: AttentionSite, lifted: LiftedMask) -> LiftedMask | None:
+    """The mask of the keys that the user's annotation selects, besides :func:`restricted_mask`.
+
+    None if it selects none.
+    """
+    note = site.annotation
+    if note is None or note.parts is None or note.parts.selected is None:
+        return None
+    joined = _joined(lifted, note.parts.selected, f"{note.key}.selected")
+    return None if joined.mask.predicate == sympy.false else joined
+
+
+def _joined(lifted: LiftedMask, bound: BoundMask, key: str) -> LiftedMask:
+    expr = bound.expr
     rank = {table_index(lookup): len(lookup.args) for lookup in expr.lookups}
     used = sorted(rank)
     first = len(lifted.mask.tables)
     number = {old: first + new for new, old in enumerate(used)}
     pattern = expr.predicate.replace(is_table, lambda at: table(number[table_index(at)])(*at.args))
-    extra = tuple(PatternTable(note.key, i, rank[i], expr.tables[i]) for i in used)
+    extra = tuple(PatternTable(key, i, rank[i], expr.tables[i]) for i in used)
     mask = MaskExpr(
         sympy.And(lifted.mask.predicate, pattern),
         (*lifted.mask.tables, *(made.dtype for made in extra)),

@@ -5,17 +5,28 @@ The one place where dense and sparse are weighed against each other.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import sympy
 import torch
 
 from sparse_compile.expr import KV, Q
+from sparse_compile.indexer_spec import IndexerSpec
 from sparse_compile.layout.choose import choose_views
 from sparse_compile.layout.split_views import Split
 from sparse_compile.options import Options
 from sparse_compile.passes.dense_tables import dense_reason
 from sparse_compile.passes.graph_edit import example_value
-from sparse_compile.plan import Plan
-from sparse_compile.site import AttentionSite, LiftedMask, Operand, Rejection
+from sparse_compile.plan import Indexer, Plan, SelectedPlan
+from sparse_compile.selected_spec import SelectedSpec
+from sparse_compile.site import (
+    AttentionSite,
+    IndexerSite,
+    LiftedMask,
+    Operand,
+    Rejection,
+    SelectedKeys,
+)
 from sparse_compile.spec import AttentionSpec, EmptyRows
 
 _DEVICES = ("cuda", "cpu")
@@ -33,6 +44,8 @@ def choose_layout(
     if device.type not in _DEVICES:
         reason = f"there is no executor for {device.type} tensors"
         return _left_alone(site, reason, "run the model on a CUDA device or on the CPU")
+    if lifted.selection is not None:
+        return _selected(site, lifted, lifted.selection)
     spec, split = _spec(site, lifted, device, options)
     causal = lifted.mask.predicate == sympy.Le(KV, Q)
     skips_nothing = lifted.mask.predicate == sympy.true
@@ -43,7 +56,104 @@ def choose_layout(
         return _left_alone(site, too_large, "")
     executor = "triton" if device.type == "cuda" else "cpu"
     reason = dense_reason(lifted) or "only the blocks that its mask allows are visited"
+    if lifted.unselected:
+        reason += f"; not attention over selected keys: {lifted.unselected}"
     return Plan(site, lifted, spec, executor, reason=reason, split=split)
+
+
+def choose_selection(
+    site: AttentionSite,
+    static: LiftedMask,
+    selected: LiftedMask,
+    device: torch.device,
+    options: Options,
+) -> Plan | Rejection:
+    """Decide what computes ``site``, of whose keys the user's annotation selects some.
+
+    Args:
+        site: an attention with an annotation that selects.
+        static: the mask of what it attends to whatever is selected; may be false.
+        selected: the mask of the others.
+        device, options: as for :func:`choose_layout`.
+    """
+    note = site.annotation
+    assert note is not None
+    assert note.parts is not None
+    if static.selection is not None:
+        reason = "its own mask selects keys by index, and its annotation selects others"
+        return _left_alone(site, reason, "remove the annotation, or pass both as one mask")
+    if device.type not in _DEVICES:
+        reason = f"there is no executor for {device.type} tensors"
+        return _left_alone(site, reason, "run the model on a CUDA device or on the CPU")
+    if too_large := _too_large(site):
+        return _left_alone(site, too_large, "")
+    leaf, alone = note.parts.leaf, static.mask.predicate == sympy.false
+    empty = selected.empty_rows if alone else EmptyRows.ZERO
+    spec = SelectedSpec(selected.mask, leaf.unit_q, leaf.unit_kv, empty, site.where)
+    chosen = SelectedPlan(selected, spec, note.key, repr(leaf), alone)
+    executor = "triton" if device.type == "cuda" else "cpu"
+    reason = f"as its annotation asks, it is approximated by the keys that {leaf!r} selects"
+    if alone:
+        whole = AttentionSpec(selected.mask, empty, where=site.where)
+        return Plan(site, selected, whole, executor, reason=reason, selected=chosen)
+    own, split = _spec(site, static, device, options)
+    reason += ", and those of the static part of the mask"
+    return Plan(site, static, own, executor, reason=reason, split=split, selected=chosen)
+
+
+def choose_indexer(
+    plan: Plan, found: IndexerSite | Rejection, lifted: LiftedMask | Rejection
+) -> Plan:
+    """The plan of an attention over selected keys, with the indexer that selects them.
+
+    Args:
+        plan: the plan.
+        found: what selects the keys.
+        lifted: the mask on its scores.
+
+    Returns:
+        the plan, whose ``indexer`` is None where all scores must exist; its reason says why.
+    """
+    decided = _indexer(found, lifted)
+    if isinstance(decided, str):
+        return replace(plan, reason=f"{plan.reason}; its top-k is left as it is: {decided}")
+    reason = f"{plan.reason}; the scores of its indexer are computed some queries at a time"
+    return replace(plan, reason=reason, indexer=decided)
+
+
+def _indexer(found: IndexerSite | Rejection, lifted: LiftedMask | Rejection) -> Indexer | str:
+    if isinstance(found, Rejection):
+        return found.reason
+    if isinstance(lifted, Rejection):
+        return f"in its mask, {lifted.reason}"
+    if lifted.dense or lifted.selection is not None:
+        return "its mask is a tensor"
+    masks = found.scores.masks
+    if masks and len(lifted.fills) != 1:
+        return "its mask changes scores in several ways"
+    spec = IndexerSpec(
+        found.before,
+        found.after,
+        found.product,
+        lifted.mask,
+        lifted.fills[0] if masks else float("-inf"),
+        bool(masks) and masks[0].role == "add",
+        found.largest,
+        found.is_sorted,
+    )
+    return Indexer(found, lifted, spec)
+
+
+def _selected(site: AttentionSite, lifted: LiftedMask, selection: SelectedKeys) -> Plan | Rejection:
+    """Attention over the keys that an index names; its cost follows their number."""
+    too_large = _too_large(site)
+    if too_large:
+        return _left_alone(site, too_large, "")
+    spec = SelectedSpec(
+        lifted.mask, selection.unit_q, selection.unit_kv, lifted.empty_rows, site.where
+    )
+    plain = AttentionSpec(lifted.mask, lifted.empty_rows, where=site.where)
+    return Plan(site, lifted, plain, "selected", reason=selection.shown, listed=spec)
 
 
 def _spec(

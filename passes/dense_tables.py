@@ -14,6 +14,7 @@ from sparse_compile import ops
 from sparse_compile.expr import Bit, table_index
 from sparse_compile.layout.dense_tables import DenseRead, words_of
 from sparse_compile.passes.mutation import Memory, written_inputs
+from sparse_compile.selection import Selection
 from sparse_compile.site import LiftedMask
 
 
@@ -36,7 +37,15 @@ def mask_data(
     tables = list(outputs[:count])
     for read in dense_reads(lifted):
         tables[read.table] = words_of(tables[read.table], read, n_q, n_kv)
-    return tables, [int(size) for size in outputs[count:]]
+    return tables, [int(size) for size in outputs[count : count + lifted.mask.n_sizes]]
+
+
+def selection_data(lifted: LiftedMask, outputs: Sequence[Any]) -> Selection | None:
+    """The selection that a program returned, if it does."""
+    if lifted.selection is None:
+        return None
+    index, count = outputs[-2:]
+    return Selection(index, count, lifted.selection.unit_q, lifted.selection.unit_kv)
 
 
 def shown_predicate(lifted: LiftedMask) -> sympy.Basic:

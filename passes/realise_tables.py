@@ -18,6 +18,8 @@ class RealisedTables:
     def __init__(self) -> None:
         self.outputs: dict[GraphModule, tuple[Node, ...]] = {}
         self.inputs: dict[tuple[Node, GraphModule], Node] = {}
+        self.calls: dict[tuple[Any, ...], Node] = {}
+        self.inserted: set[Node] = set()
 
 
 def realise(
@@ -25,8 +27,10 @@ def realise(
 ) -> tuple[list[Node], list[int | Node]]:
     """Insert the program of a lifted mask and hand its results down to ``scope``.
 
-    The program stands right after the last of its leaves, once for all sites that share it. Each
-    table is memory of its own, so later writes to a leaf do not change it; mask tensors are not.
+    The program stands right after the last of its leaves, once for all sites that share it; what
+    programs have in common, such as the lists of an index that several layers use, is computed
+    once. Each table is memory of its own, so later writes to a leaf do not change it; mask tensors
+    are not.
 
     Args:
         lifted: the mask.
@@ -34,33 +38,64 @@ def realise(
         cache: shared by the sites of one backend call.
 
     Returns:
-        nodes of ``scope.gm``: the tables (for tables of bits, the mask tensors), and the sizes.
+        nodes of ``scope.gm``: the tables (for tables of bits, the mask tensors); and the sizes,
+        then the index and count of a selection.
     """
     if lifted.program is None:
         return [], []
     assert lifted.scope is not None
     if lifted.program not in cache.outputs:
-        cache.outputs[lifted.program] = _inline(lifted.program, lifted.leaves, lifted.scope.gm)
+        cache.outputs[lifted.program] = _inline(
+            lifted.program, lifted.leaves, lifted.scope.gm, cache
+        )
     nodes = [_hand_down(node, lifted.scope, scope, cache) for node in cache.outputs[lifted.program]]
     count = lifted.n_lifted_tables
     return nodes[:count], list(nodes[count:])
 
 
-def _inline(program: GraphModule, leaves: tuple[Node, ...], gm: GraphModule) -> tuple[Node, ...]:
+def _inline(
+    program: GraphModule, leaves: tuple[Node, ...], gm: GraphModule, cache: RealisedTables
+) -> tuple[Node, ...]:
     copies = dict(zip(_placeholders(program.graph), leaves, strict=True))
     fake_mode = _fake_mode(gm.graph)
-    with gm.graph.inserting_before(_place(gm.graph, leaves)), fake_mode:
+    place = _place(gm.graph, leaves)
+    while place in cache.inserted:  # Programs that stand here already may be of use.
+        place = place.next
+    with gm.graph.inserting_before(place), fake_mode:
         for node in program.graph.nodes:
             if node.op == "get_attr":
                 copies[node] = _literal(gm.graph, getattr(program, str(node.target)))
+                copies[node].meta["example_value"] = _value(copies[node])
             elif node.op == "call_function":
-                copies[node] = gm.graph.node_copy(node, copies.__getitem__)
-                copies[node].meta.clear()
-            else:
-                continue
-            copies[node].meta["example_value"] = _value(copies[node])
+                copies[node] = _called(node, copies, gm, place, cache)
     (output,) = (node for node in program.graph.nodes if node.op == "output")
     return tuple(copies[node] for node in output.args[0])
+
+
+def _called(
+    node: Node, copies: dict[Node, Node], gm: GraphModule, place: Node, cache: RealisedTables
+) -> Node:
+    """The call of a program in a graph: one that stands there already, or a new one.
+
+    Programs are functional, and a leaf holds what it did where it was made.
+    """
+    args, kwargs = map_arg((node.args, node.kwargs), copies.__getitem__)
+    key = (gm, node.target, _hashable(args), _hashable(kwargs))
+    made = cache.calls.get(key)
+    if made is None or not made < place:
+        made = cache.calls[key] = gm.graph.node_copy(node, copies.__getitem__)
+        made.meta.clear()
+        made.meta["example_value"] = _value(made)
+        cache.inserted.add(made)
+    return made
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_hashable, value))
+    if isinstance(value, dict):
+        return tuple((key, _hashable(item)) for key, item in value.items())
+    return type(value), value
 
 
 def _literal(graph: Graph, value: torch.Tensor) -> Node:

@@ -11,11 +11,16 @@ import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
 from sparse_compile import ops, pattern_ops
+from sparse_compile.indexer_ops import INDEXED_TOPK
 from sparse_compile.layout.dense_tables import DenseRead
+from sparse_compile.merged_ops import MERGED_ATTENTION
 from sparse_compile.passes.dense_tables import dense_reads
 from sparse_compile.passes.graph_edit import Inserter, device_of, example_value, first_reader
 from sparse_compile.passes.realise_tables import RealisedTables, realise
-from sparse_compile.plan import Plan
+from sparse_compile.plan import Indexer, Plan, SelectedPlan
+from sparse_compile.selected_ops import SELECTED_ATTENTION
+from sparse_compile.selected_spec import SelectedSpec
+from sparse_compile.selection_ops import SELECT
 from sparse_compile.site import AttentionSite, Operand, PatternTable, Scope
 from sparse_compile.spec import EmptyRows
 
@@ -36,6 +41,7 @@ class Rewriter:
         self._layouts: dict[tuple[Any, ...], list[Node]] = {}
         self._changed: dict[GraphModule, None] = {}
         self._replaced: dict[Node, Node] = {}
+        self._indexers: dict[Node, Indexer] = {}
 
     def apply(self, plan: Plan) -> None:
         """Replace one site."""
@@ -47,8 +53,14 @@ class Rewriter:
         q, scale = _scale(insert, site, q)
         if self._check_promises:
             q = _checked(insert, site, q, k)
-        if plan.executor == "sdpa":
+        if plan.selected is not None:
+            out = self._call_selected(insert, plan, plan.selected, q, k, v, scale)
+        elif plan.executor == "sdpa":
             out = _call_sdpa(insert, plan, q, k, v, scale)
+        elif plan.listed is not None:
+            if plan.indexer is not None:
+                self._indexers.setdefault(plan.indexer.site.scores.output.node, plan.indexer)
+            out = self._call_listed(insert, plan, plan.listed, q, k, v, scale)
         else:
             out = self._call_sparse(insert, plan, q, k, v, scale)
         out = _restore_axes(insert, site, out)
@@ -70,10 +82,26 @@ class Rewriter:
             scope = scope.parent
 
     def finish(self) -> None:
-        """Check and recompile the graphs that were changed."""
+        """Replace the indexers, now that all lists are made; recompile what was changed."""
+        for indexer in self._indexers.values():
+            self._index(indexer)
         for gm in self._changed:
             gm.graph.lint()
             gm.recompile()
+
+    def _index(self, indexer: Indexer) -> None:
+        """The indices that an indexer keeps, without the scores of all keys."""
+        site, old = indexer.site, indexer.site.scores.output.node
+        gm = site.scores.scope.gm
+        insert = Inserter(gm, old)
+        tables, sizes = realise(indexer.lifted, site.scores.scope, self._tables)
+        q, k, w = (
+            _arranged(insert, operand, axes)
+            for operand, axes in ((site.q, "bnhd"), (site.k, "bdt"), (site.w, "bnh"))
+        )
+        index = insert.call(INDEXED_TOPK, q, k, w, tables, sizes, site.most, indexer.spec.text)
+        old.replace_all_uses_with(index)
+        gm.graph.erase_node(old)
 
     def _operand(self, insert: Inserter, site: AttentionSite, operand: Operand) -> Node:
         node = operand.node
@@ -92,18 +120,79 @@ class Rewriter:
     def _call_sparse(
         self, insert: Inserter, plan: Plan, q: Node, k: Node, v: Node, scale: float | Node
     ) -> Node:
+        tables, sizes, layout = self._mask_data(insert, plan)
+        text = plan.spec.text
+        call = insert.call(ops.ATTENTION, q, k, v, tables, sizes, layout, scale, text)
+        return insert.call(operator.getitem, call, 0)
+
+    def _call_selected(
+        self,
+        insert: Inserter,
+        plan: Plan,
+        chosen: SelectedPlan,
+        q: Node,
+        k: Node,
+        v: Node,
+        scale: float | Node,
+    ) -> Node:
+        """Select, then attend to what is selected and to the static part if there is one."""
+        tables, sizes, layout = self._mask_data(insert, plan)
+        others = tables
+        if not chosen.alone:
+            # Both masks read the same tables of the program; those of the annotation follow.
+            extra = chosen.lifted.extra
+            others = tables[: chosen.lifted.n_lifted_tables]
+            others += [self._pattern_table(insert, made, plan.site) for made in extra]
+        content = [insert.method("detach", operand) for operand in (q, k)]
+        among = chosen.lifted.mask.text
+        pair = insert.call(SELECT, *content, [], others, sizes, among, chosen.key)
+        index, count = (insert.call(operator.getitem, pair, part) for part in (0, 1))
+        operands = q, k, v, index, count
+        text = chosen.spec.text
+        if chosen.alone:
+            call = insert.call(SELECTED_ATTENTION, *operands, others, sizes, scale, text)
+        else:
+            data = tables, sizes, layout, others, sizes, scale, plan.spec.text, text
+            call = insert.call(MERGED_ATTENTION, *operands, *data)
+        return insert.call(operator.getitem, call, 0)
+
+    def _mask_data(
+        self, insert: Inserter, plan: Plan
+    ) -> tuple[list[Node], list[int | Node], list[Node]]:
+        """The tables, the sizes and the packed layout of the mask of a plan."""
         tables, sizes = realise(plan.lifted, plan.site.scope, self._tables)
         early = _where_masks_are_read(insert, plan, tables)
         tables += [self._pattern_table(early, made, plan.site) for made in plan.lifted.extra]
-        layout: list[Node] = []
-        if plan.spec.mask.uses_table:
-            reads = dense_reads(plan.lifted)
-            made = self._layout(early, plan, reads, tables, sizes)
-            for read, words in zip(reads, made, strict=False):
-                tables[read.table] = words
-            layout = made[len(reads) :]
-        text = plan.spec.text
-        call = insert.call(ops.ATTENTION, q, k, v, tables, sizes, layout, scale, text)
+        reads = dense_reads(plan.lifted)
+        unlisted = plan.selected is not None and plan.selected.alone
+        if not plan.spec.mask.uses_table or (unlisted and not reads):
+            return tables, sizes, []
+        made = self._layout(early, plan, reads, tables, sizes)
+        for read, words in zip(reads, made, strict=False):
+            tables[read.table] = words
+        return tables, sizes, made[len(reads) :]
+
+    def _call_listed(
+        self,
+        insert: Inserter,
+        plan: Plan,
+        spec: SelectedSpec,
+        q: Node,
+        k: Node,
+        v: Node,
+        scale: float | Node,
+    ) -> Node:
+        tables, rest = realise(plan.lifted, plan.site.scope, self._tables)
+        sizes, (index, count) = rest[:-2], rest[-2:]
+        early = _where_masks_are_read(insert, plan, tables)
+        tables += [self._pattern_table(early, made, plan.site) for made in plan.lifted.extra]
+        reads = dense_reads(plan.lifted)
+        words = self._layout(early, plan, reads, tables, sizes) if reads else []
+        for read, word in zip(reads, words, strict=False):
+            tables[read.table] = word
+        call = insert.call(
+            *(SELECTED_ATTENTION, q, k, v, index, count, tables, sizes, scale, spec.text)
+        )
         return insert.call(operator.getitem, call, 0)
 
     def _pattern_table(self, insert: Inserter, made: PatternTable, site: AttentionSite) -> Node:
@@ -144,6 +233,16 @@ class Rewriter:
             parts = range(len(example_value(call)))
             self._layouts[key] = [insert.call(operator.getitem, call, part) for part in parts]
         return self._layouts[key]
+
+
+def _arranged(insert: Inserter, operand: Operand, axes: str) -> Node:
+    """An operand of an indexer with its axes in order, without a gradient."""
+    node = insert.method("detach", operand.node)
+    for dim in reversed([d for d, axis in enumerate(operand.axes) if axis == "1"]):
+        node = insert.method("squeeze", node, dim)
+    kept = [axis for axis in operand.axes if axis != "1"]
+    order = [kept.index(axis) for axis in axes]
+    return node if order == sorted(order) else insert.method("permute", node, *order)
 
 
 def _where_masks_are_read(insert: Inserter, plan: Plan, tables: list[Node]) -> Inserter:

@@ -21,6 +21,7 @@ from torch.fx import traceback
 from sparse_compile.annotation import META_KEY, Annotation
 from sparse_compile.errors import PatternMisuse
 from sparse_compile.patterns.base import Pattern
+from sparse_compile.selection.split import selects, split
 
 T = TypeVar("T")
 
@@ -45,7 +46,8 @@ def mask(*args: Any, promise: bool = False) -> Any:
     and without torch.compile, the code runs as it was.
 
     Args:
-        *args: the pattern, or what to annotate and the pattern.
+        *args: the pattern, or what to annotate and the pattern. One that selects keys by content is
+            an approximation of what the code computes, and reported as one.
         promise: False *restricts*: the pattern is ANDed with the mask that the code itself has.
             True *promises*: the mask tensors that the code passes are this pattern, so they are
             not read. ``options={"check_promises": True}`` checks that in every call.
@@ -54,7 +56,8 @@ def mask(*args: Any, promise: bool = False) -> Any:
         the decorator, or what was annotated.
 
     Raises:
-        PatternMisuse: the pattern is none, or the target is nothing that can be annotated.
+        PatternMisuse, BadPattern: the pattern is none, or selects in a way that cannot be run; or
+            the target is nothing that can be annotated.
     """
     if len(args) not in (1, 2):
         raise PatternMisuse(
@@ -66,6 +69,13 @@ def mask(*args: Any, promise: bool = False) -> Any:
         raise PatternMisuse(_no_pattern(args))
     if not isinstance(promise, bool):
         raise PatternMisuse(f"sparse_compile: mask(promise={promise!r}): write True or False.")
+    if selects(pattern):
+        if promise:
+            raise PatternMisuse(
+                f"sparse_compile: mask({pattern!r}, promise=True): what is selected is known when "
+                "q and k are, so no mask tensor can be promised to be it. Remove promise=True."
+            )
+        split(pattern)  # raises what there is to say against it
     if len(args) == 1:
         return functools.partial(_annotate, pattern=pattern, promise=promise)
     return _annotate(args[0], pattern, promise)

@@ -11,6 +11,7 @@ import weakref
 from dataclasses import dataclass, field
 
 from sparse_compile.patterns.base import BoundMask, Pattern
+from sparse_compile.selection.split import Split, selects, split
 
 #: Where ``node.meta["custom"]`` of a captured graph holds the key of an annotation.
 META_KEY = "sparse_compile"
@@ -51,6 +52,11 @@ class Annotation:
         return f"{'promise' if self.promise else 'restrict'} {self.pattern!r}, on {place}"
 
     @functools.cached_property
+    def parts(self) -> Split | None:
+        """The parts of a pattern that selects; None for any other."""
+        return split(self.pattern) if selects(self.pattern) else None
+
+    @functools.cached_property
     def bound(self) -> BoundMask:
         """The pattern's predicate and tables, worked out once."""
         return self.pattern.bound()
@@ -78,6 +84,14 @@ def name_mask(bound: BoundMask, owner: object) -> str:
 
 
 def bound_mask_named(key: str) -> BoundMask | None:
-    """The mask of an annotation, or one that :func:`name_mask` named."""
-    annotation = annotation_named(key)
-    return _MASKS.get(key) if annotation is None else annotation.bound
+    """The mask of an annotation, or one that :func:`name_mask` named.
+
+    Args:
+        key: of the annotation; with ``.static`` or ``.selected`` for a part of one that selects.
+    """
+    name, _, part = key.partition(".")
+    annotation = annotation_named(name)
+    if annotation is None:
+        return _MASKS.get(key)
+    bound: BoundMask | None = getattr(annotation.parts, part) if part else annotation.bound
+    return bound

@@ -16,17 +16,21 @@ from sparse_compile.passes import (
     LiftCache,
     Rewriter,
     check_fit,
+    choose_indexer,
     choose_layout,
+    choose_selection,
     find_attention,
+    find_indexer,
     lift_mask,
     promised_mask,
     remember_given,
     restricted_mask,
+    selected_mask,
     with_annotation,
 )
 from sparse_compile.passes.graph_edit import device_of
 from sparse_compile.plan import Plan
-from sparse_compile.site import AttentionSite, Rejection
+from sparse_compile.site import AttentionSite, IndexerSite, Rejection
 
 
 def backend(
@@ -96,10 +100,28 @@ def _decide(
     if isinstance(lifted, Rejection):
         return with_annotation(lifted)
     restricted = restricted_mask(found, lifted)
-    decision = choose_layout(found, restricted, device_of(found.q.node), options)
+    selected, device = selected_mask(found, lifted), device_of(found.q.node)
+    if selected is not None:
+        return with_annotation(choose_selection(found, restricted, selected, device, options))
+    decision = choose_layout(found, restricted, device, options)
     if isinstance(decision, Rejection) and restricted is lifted:
         return replace(decision, annotation=found.annotation)  # left alone, it already obeys
+    if isinstance(decision, Plan):
+        decision = _with_indexer(decision, example_inputs, options, cache)
     return with_annotation(decision)
+
+
+def _with_indexer(
+    plan: Plan, example_inputs: Sequence[Any], options: Options, cache: LiftCache
+) -> Plan:
+    """Find, lift and choose for what selects the keys of an attention, if its mask says."""
+    found = find_indexer(plan.lifted)
+    if found is None:
+        return plan
+    scores = found.scores if isinstance(found, IndexerSite) else None
+    lifted = lift_mask(scores, example_inputs, options, cache) if scores else found
+    assert not isinstance(lifted, IndexerSite)
+    return choose_indexer(plan, found, lifted)
 
 
 def _restriction_failed(rejected: Rejection) -> RestrictionFailed:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
-import weakref
-from typing import Any
 
 import sympy
 import torch
@@ -13,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_compile import ops
-from sparse_compile.annotation import name_mask
-from sparse_compile.direct_data import Tables, kept_data, make_data
+from sparse_compile.direct_data import data_of
+from sparse_compile.direct_plan import NOTHING_HIDDEN, Direct, plan_of
+from sparse_compile.direct_selected import Sizes, by_selection, spec_text
 from sparse_compile.errors import BadShape, PatternMisuse
-from sparse_compile.expr import COORDINATES, KV, MaskExpr, Q, table_index
-from sparse_compile.layout.choose import choose_views
+from sparse_compile.expr import COORDINATES, MaskExpr
 from sparse_compile.layout.dense_tables import DenseRead
 from sparse_compile.patterns.base import Pattern
 
@@ -44,7 +41,8 @@ def attention(
         mask: who may attend to whom: a pattern, or a tensor that broadcasts to [B, Hq, Nq, Nkv]:
             bool, True to attend, or floating, added to the scores, of 0 and -inf alone. Its blocks
             are found in one pass over it, and reused while it is not modified. None: everyone to
-            everyone.
+            everyone. In a pattern that selects keys, the static part is attended to anyway, and
+            the selection is made among the others.
         scale: factor on the scores; 1 / sqrt(D) unless given.
 
     Returns:
@@ -70,7 +68,10 @@ def attention(
         return _by_tensor(q, k, v, mask, factor)
     if mask is not None and not isinstance(mask, Pattern):
         raise PatternMisuse(_no_mask(mask))
-    plan = _NOTHING_HIDDEN if mask is None else _plan(mask, q.device.type, _sizes(q, k))
+    given: list[Tensor] = []
+    plan = NOTHING_HIDDEN if mask is None else plan_of(mask, q.device.type, _sizes(q, k), given)
+    if mask is not None and plan[4]:
+        return by_selection(q, k, v, mask, plan[:3], plan[4], given, factor)
     if not plan[0]:
         return _by_sdpa(q, k, v, plan[3], factor)
     tables, layout = _data(mask, plan, q, k) if mask is not None and plan[2] else ([], [])
@@ -89,22 +90,13 @@ def _by_sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Ten
     )
 
 
-def _data(mask: Pattern, plan: _Direct, q: Tensor, k: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def _data(mask: Pattern, plan: Direct, q: Tensor, k: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """The tables of a pattern, and its layout."""
     lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
-    call = (plan[1], plan[2], lengths, plan[0], q.device)
-    return make_data(call) if torch.compiler.is_compiling() else kept_data(mask, call)
+    return data_of(mask, (plan[1], plan[2], lengths, plan[0], q.device))
 
 
-#: Text of the spec, empty to leave it to SDPA; key of the mask; index, rank and dtype of each
-#: table; whether SDPA is causal. Plain values, which torch.compile takes for constants.
-_Direct = tuple[str, str, Tables, bool]
-#: n_q, n_kv, batch and heads.
-_Sizes = tuple[int, int, int, int]
-_NOTHING_HIDDEN: _Direct = ("", "", (), False)
-
-
-def _sizes(q: Tensor, k: Tensor) -> _Sizes:
+def _sizes(q: Tensor, k: Tensor) -> Sizes:
     """What views are chosen for: n_q, n_kv, batch and heads.
 
     Only their cost depends on it: lengths are rounded, and code that is being compiled, which may
@@ -114,99 +106,6 @@ def _sizes(q: Tensor, k: Tensor) -> _Sizes:
         return _UNKNOWN, _UNKNOWN, 1, 1
     n_q, n_kv = (1 << max(t.shape[2] - 1, 0).bit_length() for t in (q, k))
     return n_q, n_kv, q.shape[0], q.shape[1]
-
-
-def _plan(pattern: Pattern, device: str, sizes: _Sizes) -> _Direct:
-    # torch.compile runs this: it sees the parameters even of a pattern that the compiled code makes
-    # itself, and guards on them. Of a tensor it would bake the values in; it guards on the identity
-    # of a pattern that holds one.
-    if _is_plain(pattern):
-        plan: _Direct = _plan_of_spelled(_spelled(pattern), device, sizes)
-    else:
-        plan = _plan_of_object(pattern, device, sizes)
-    return plan
-
-
-def _is_plain(value: object) -> bool:
-    """Whether a parameter of a pattern is made of numbers, words and tuples only."""
-    if isinstance(value, Pattern):
-        names = getattr(type(value), "__dataclass_fields__", None)
-        return names is not None and all([_is_plain(getattr(value, name)) for name in names])
-    if isinstance(value, tuple):
-        return all([_is_plain(item) for item in value])
-    return value is None or isinstance(value, (int, float, str))
-
-
-def _spelled(value: Any) -> Any:
-    """A plain parameter as nested tuples, types first."""
-    if isinstance(value, Pattern):
-        names = type(value).__dataclass_fields__  # type: ignore[attr-defined]
-        return (type(value), tuple([_spelled(getattr(value, name)) for name in names]))
-    if isinstance(value, tuple):
-        return (tuple, tuple([_spelled(item) for item in value]))
-    # A number that torch.compile would keep symbolic becomes a constant, with a guard.
-    return operator.index(value) if isinstance(value, int) else value
-
-
-def _unspelled(spelled: Any) -> Any:
-    if not isinstance(spelled, tuple):
-        return spelled
-    kind, values = spelled
-    values = tuple(map(_unspelled, values))
-    if kind is tuple:
-        return values
-    pattern = object.__new__(kind)
-    for name, value in zip(kind.__dataclass_fields__, values, strict=True):
-        object.__setattr__(pattern, name, value)
-    return pattern
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _plan_of_spelled(spelled: Any, device: str, sizes: _Sizes) -> _Direct:
-    key = (spelled, device, sizes)
-    if key not in _PLANS:
-        pattern = _unspelled(spelled)
-        _KEPT.append(pattern)  # graphs may name its tables from now on
-        _PLANS[key] = plan_direct(pattern, device, sizes)
-    return _PLANS[key]
-
-
-_KEPT: list[Pattern] = []
-
-#: By the spelling of a pattern, and of one with tensors by its identity: equal tensors may come to
-#: differ.
-_PLANS: dict[tuple[Any, str, _Sizes], _Direct] = {}
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _plan_of_object(pattern: Pattern, device: str, sizes: _Sizes) -> _Direct:
-    key = (id(pattern), device, sizes)
-    if key not in _PLANS:
-        if not vars(pattern) and getattr(pattern, "__dataclass_fields__", None):
-            raise PatternMisuse(
-                f"sparse_compile: attention() got a {type(pattern).__name__} that the compiled "
-                "code makes from tensors. Make it outside, and change its tensors in place."
-            )
-        _PLANS[key] = plan_direct(pattern, device, sizes)
-        weakref.finalize(pattern, _PLANS.pop, key, None)
-    return _PLANS[key]
-
-
-def plan_direct(pattern: Pattern, device: str, sizes: _Sizes) -> _Direct:
-    """What runs for a pattern on a type of device, at about these sizes."""
-    bound = pattern.bound()
-    expr = bound.expr
-    causal = expr.predicate == sympy.Le(KV, Q)
-    if causal or expr.predicate == sympy.true:
-        return "", "", (), causal
-    rank = {table_index(lookup): len(lookup.args) for lookup in expr.lookups}
-    # A table that simplification left unread still has to have its place.
-    tables = tuple(
-        (index, rank.get(index, 0), getattr(torch, dtype))
-        for index, dtype in enumerate(expr.tables)
-    )
-    key = name_mask(bound, pattern) if tables else ""
-    return _text(expr, device, sizes), key, tables, False
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -222,13 +121,7 @@ def _plan_of_tensor(shared: tuple[bool, ...], device: str, compiling: bool) -> t
     axes = tuple("" if one else name for one, name in zip(shared, names, strict=True))
     read = DenseRead(0, axes, remember=not compiling)
     expr = MaskExpr(sympy.Ne(read.bit, 0), ("int32",))
-    return _text(expr, device, (_UNKNOWN, _UNKNOWN, 1, 1)), DenseRead.text([read])
-
-
-def _text(expr: MaskExpr, device: str, sizes: _Sizes) -> str:
-    n_q, n_kv, batch, heads = sizes
-    spec, _ = choose_views(expr, n_q=n_q, n_kv=n_kv, batch=batch, heads=heads, device_type=device)
-    return spec.text
+    return spec_text(expr, device, (_UNKNOWN, _UNKNOWN, 1, 1)), DenseRead.text([read])
 
 
 def _by_tensor(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:

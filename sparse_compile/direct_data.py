@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile import ops
+from sparse_compile.expr import MaskExpr, table_index
 from sparse_compile.layout.tensor_state import state_of
 from sparse_compile.pattern_ops import PATTERN_TABLE
 from sparse_compile.patterns.base import Pattern
@@ -23,18 +24,30 @@ _MOST = 8
 #: Index, rank and dtype of each table.
 Tables = tuple[tuple[int, int, torch.dtype], ...]
 #: Key of a mask (see :func:`sparse_compile.annotation.bound_mask_named`), its tables; batch, heads,
-#: n_q and n_kv; text of the spec; where the attention runs.
+#: n_q and n_kv; text of the spec, empty for tables alone; where the attention runs.
 Call = tuple[str, Tables, tuple[int, int, int, int], str, torch.device]
 #: The tables, and the packed layout.
 Data = tuple[list[Tensor], list[Tensor]]
 _KEPT: OrderedDict[tuple[Any, ...], tuple[Any, Data]] = OrderedDict()
 
 
+def tables_of(expr: MaskExpr) -> Tables:
+    """The tables of a mask that reads all that it has."""
+    rank = {table_index(lookup): len(lookup.args) for lookup in expr.lookups}
+    dtypes = enumerate(expr.tables)
+    return tuple((index, rank[index], getattr(torch, dtype)) for index, dtype in dtypes)
+
+
+def data_of(pattern: Pattern, call: Call) -> Data:
+    """The tables of a mask, and its packed layout: in a graph, or kept between calls."""
+    return make_data(call) if torch.compiler.is_compiling() else kept_data(pattern, call)
+
+
 def make_data(call: Call) -> Data:
-    """The tables of a mask, and its packed layout."""
+    """The tables of a mask, and its packed layout; no layout without the text of a spec."""
     key, tables, lengths, text, device = call
     made = [PATTERN_TABLE(key, *table, *lengths, device) for table in tables]
-    return made, ops.BLOCK_LAYOUT(made, [], *lengths, text, device)
+    return made, ops.BLOCK_LAYOUT(made, [], *lengths, text, device) if text else []
 
 
 def kept_data(pattern: Pattern, call: Call) -> Data:

@@ -98,21 +98,29 @@ class Examined:
             rewritten=True,
             reason=plan.reason,
             hint=_NOTHING_SKIPPED if blocks == 1.0 else "",
-            mask=readable(shown_predicate(plan.lifted)),
-            density=None if layout is None else layout.density,
+            mask=_mask_text(plan),
+            density=None if layout is None or plan.selected else layout.density,
             block_density=blocks,
             executor=plan.executor,
-            kernel=kernel_spec(plan).name if plan.executor == "triton" else None,
+            kernel=_kernel_name(plan),
             annotation=_said(plan.site.annotation, plan.site.output.node),
             views=views,
             cost=cost,
             utilisation=_utilisation(plan, layout),
+            selection=None if plan.selected is None else plan.selected.shown,
         )
 
     def layout(self) -> Layout | None:
-        """The blocks that hold a pair of this call's mask; None if its values are not known."""
+        """The blocks that hold a pair of this call's mask; None if its values are not known.
+
+        Where keys are selected, those of the static part; None without one.
+        """
         if isinstance(self.decision, Rejection) or self.shape is None or self.tables is None:
             return None
+        if self.decision.selected is not None and self.decision.selected.alone:
+            return None
+        if self.decision.listed is not None:
+            return None  # its cost follows the lists of the call
         return build_views(
             self.decision.spec,
             batch=self.shape["b"],
@@ -125,9 +133,28 @@ class Examined:
         )
 
 
+def _mask_text(plan: Plan) -> str:
+    static, chosen = readable(shown_predicate(plan.lifted)), plan.selected
+    if chosen is None:
+        return static
+    among = readable(shown_predicate(chosen.lifted))
+    selected = "selected" if among == "true" else f"selected and {_in_parentheses(among)}"
+    return selected if chosen.alone else f"{_in_parentheses(static)} or ({selected})"
+
+
+def _in_parentheses(text: str) -> str:
+    return f"({text})" if " or " in text else text
+
+
+def _kernel_name(plan: Plan) -> str | None:
+    """Name of the kernel of the static part, if a kernel is generated for one."""
+    alone = plan.selected is not None and plan.selected.alone
+    return None if alone or plan.executor != "triton" else kernel_spec(plan).name
+
+
 def _block_density(plan: Plan, layout: Layout | None) -> float | None:
     # SDPA's dense kernels have blocks of their own.
-    if layout is None or plan.executor == "sdpa" or 0 in (layout.n_q, layout.n_kv):
+    if layout is None or plan.selected or plan.executor == "sdpa" or 0 in (layout.n_q, layout.n_kv):
         return None
     return layout.block_density
 

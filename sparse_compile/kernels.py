@@ -10,7 +10,7 @@ import torch
 
 from sparse_compile.explain import Examined, examine, kernel_spec
 from sparse_compile.options import Options
-from sparse_compile.passes import choose_layout
+from sparse_compile.passes import Decision, choose_layout, choose_selection
 from sparse_compile.plan import Plan
 
 
@@ -58,6 +58,14 @@ def of_call(
     return tuple(of_site(number, site, parsed, arch) for number, site in enumerate(sites))
 
 
+def on_gpu(plan: Plan, options: Options) -> Decision:
+    """What a plan for the CPU would be on a GPU."""
+    cuda = torch.device("cuda")
+    if plan.selected is None:
+        return choose_layout(plan.site, plan.lifted, cuda, options)
+    return choose_selection(plan.site, plan.lifted, plan.selected.lifted, cuda, options)
+
+
 def of_site(
     number: int, site: Examined, options: Options, arch: str | None = None
 ) -> GeneratedKernel:
@@ -65,11 +73,14 @@ def of_site(
     from sparse_compile.codegen.triton import kernel_path, kernel_source
 
     decision = site.decision
+    chosen = decision.selected if isinstance(decision, Plan) else None
+    if chosen is not None and chosen.alone:
+        return GeneratedKernel(number, decision.reason)
     if isinstance(decision, Plan) and decision.executor == "cpu":
         # Block shapes follow the device: decide again, as on a GPU.
-        decision = choose_layout(decision.site, decision.lifted, torch.device("cuda"), options)
+        decision = on_gpu(decision, options)
         arch = arch or "sm_90"
-    if not isinstance(decision, Plan) or decision.executor == "sdpa":
+    if not isinstance(decision, Plan) or decision.executor in ("sdpa", "selected"):
         return GeneratedKernel(number, decision.reason)
     spec = kernel_spec(decision, arch)
     path = str(kernel_path(spec))

@@ -186,7 +186,7 @@ def attention(
     check_operands(q, k, v)
     parsed = AttentionSpec.parse(spec)
     executor = executor_for(q.device)
-    blocks = _layout_of(parsed, q, k, tables, sizes, layout)
+    blocks = layout_of(parsed, q, k, tables, sizes, layout)
     out, lse = executor.forward(q, k, v, tables, sizes, blocks, scale, parsed)
     out = empty_rows.apply_forward(out, lse, v, parsed.empty_rows)
     # A no-op for executors that store it so: what a projection back to [B, N, Hq * Dv] reads.
@@ -228,7 +228,7 @@ def attention_backward(
     """Gradients of :func:`attention` with respect to q, k and v, in their dtypes, contiguous."""
     parsed = AttentionSpec.parse(spec)
     executor = executor_for(q.device)
-    blocks = _layout_of(parsed, q, k, tables, sizes, layout)
+    blocks = layout_of(parsed, q, k, tables, sizes, layout)
     kept_grad, kept_out = grad_out, out
     if parsed.empty_rows is not EmptyRows.ZERO:
         # Rows without a key are not the kernel's: it must see neither their mean nor their NaN.
@@ -337,7 +337,7 @@ def _memory(
     return memory_of(packed[0]), key
 
 
-def _layout_of(
+def layout_of(
     spec: AttentionSpec,
     q: Tensor,
     k: Tensor,
@@ -345,6 +345,7 @@ def _layout_of(
     sizes: Sequence[int],
     packed: Sequence[Tensor],
 ) -> Layout:
+    """The layout of a call of :func:`attention`: unpacked, or for a static mask as it is cached."""
     shape = {"batch": q.shape[0], "heads": q.shape[1], "n_q": q.shape[2], "n_kv": k.shape[2]}
     if packed:
         known = _memory(packed, spec.text, tuple(shape.values()), sizes)

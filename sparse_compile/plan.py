@@ -4,9 +4,45 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sparse_compile.indexer_spec import IndexerSpec
 from sparse_compile.layout.split_views import Split
-from sparse_compile.site import AttentionSite, LiftedMask
+from sparse_compile.selected_spec import SelectedSpec
+from sparse_compile.site import AttentionSite, IndexerSite, LiftedMask
 from sparse_compile.spec import AttentionSpec
+
+
+@dataclass(frozen=True)
+class SelectedPlan:
+    """What a site attends to besides the static part of its mask.
+
+    Attributes:
+        lifted: who may attend to whom among what is selected; disjoint from the static part.
+        spec: what the operator of selected keys will compute.
+        key: of the annotation that selects.
+        shown: what selects, as a constructor call.
+        alone: whether there is no static part.
+    """
+
+    lifted: LiftedMask
+    spec: SelectedSpec
+    key: str
+    shown: str
+    alone: bool
+
+
+@dataclass(frozen=True)
+class Indexer:
+    """The decision to compute an indexer without the scores of all keys.
+
+    Attributes:
+        site: the indexer.
+        lifted: the mask on its scores.
+        spec: what it computes.
+    """
+
+    site: IndexerSite
+    lifted: LiftedMask
+    spec: IndexerSpec
 
 
 @dataclass(frozen=True)
@@ -15,13 +51,18 @@ class Plan:
 
     Attributes:
         site: the attention.
-        lifted: its mask as a predicate.
+        lifted: its mask as a predicate; where keys are selected, the static part of it, or without
+            one what they are selected among.
         spec: what the operators will compute.
-        executor: ``"triton"`` or ``"cpu"`` (block-sparse), or ``"sdpa"``: PyTorch's dense kernel
-            without a mask tensor, when the mask skips nothing that SDPA does not skip itself.
+        executor: ``"triton"`` or ``"cpu"`` (block-sparse); ``"selected"``: attention over the keys
+            that an index names; or ``"sdpa"``: PyTorch's dense kernel without a mask tensor, when
+            the mask skips nothing that SDPA does not skip itself.
         causal: for ``"sdpa"``: whether it runs with ``is_causal``.
         reason: why this executor, in one sentence.
         split: the views of its mask, and what they cost; None where they were not weighed.
+        selected: what it attends to besides, where the annotation selects keys.
+        listed: for ``"selected"``: what to compute instead of ``spec``.
+        indexer: what selects the keys, if that can be computed without the scores of all of them.
     """
 
     site: AttentionSite
@@ -31,3 +72,6 @@ class Plan:
     causal: bool = False
     reason: str = ""
     split: Split | None = None
+    selected: SelectedPlan | None = None
+    listed: SelectedSpec | None = None
+    indexer: Indexer | None = None

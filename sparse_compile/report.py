@@ -24,14 +24,16 @@ class SiteReport:
         mask: its mask over ``b, h, q, kv``; None if it was not read.
         density: pairs that may attend over all pairs, in this call; None if unknown.
         block_density: blocks that are visited over all blocks, in this call; None if unknown.
-        executor: ``"triton"``, ``"cpu"``, ``"sdpa"`` (PyTorch's dense kernel, without the mask
-            tensor) or ``"unchanged"``.
+        executor: ``"triton"``, ``"cpu"``, ``"selected"`` (attention over the keys that an index
+            names), ``"sdpa"`` (PyTorch's dense kernel, without the mask tensor) or ``"unchanged"``.
         kernel: name of the generated kernel; None where none is.
         annotation: what the user's innermost annotation says of it, and on what it is, as
             ``restrict SlidingWindow(512), on class Block``; None without one.
         views: the orders in which the parts of its mask are blockwise dense, in words; empty where
             it is computed in plain order.
         cost: why these, in a sentence; empty where no other order was in question.
+        selection: what selects keys in each call, as ``TopK(16)``: an approximation that the user
+            asked for; None where nothing is selected.
         utilisation: on a GPU, the modelled share of its multiprocessors' time that is busy.
     """
 
@@ -48,6 +50,7 @@ class SiteReport:
     views: tuple[str, ...] = ()
     cost: str = ""
     utilisation: float | None = None
+    selection: str | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,8 @@ def _site_lines(numbers: list[int], sites: list[SiteReport]) -> Iterator[str]:
         yield from _field("annotated", site.annotation)
     if site.mask is not None:
         yield from _field("mask", site.mask)
+    if site.selection is not None:
+        yield from _field("selects", f"{site.selection}, an approximation")
     if site.density is not None:
         yield from _field("density", f"{_percent(site.density)} of the pairs may attend")
     if site.block_density is not None:

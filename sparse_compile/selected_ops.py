@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from sparse_compile.codegen import empty_rows, selected_executor_for
+from sparse_compile.codegen.precision import full_precision
 from sparse_compile.errors import BadShape
 from sparse_compile.ops import check_operands
 from sparse_compile.selected_spec import SelectedSpec
+from sparse_compile.selection import canonical
 
 
 @torch.library.custom_op("sparse_compile::selected_attention", mutates_args=())
@@ -47,9 +49,10 @@ def selected_attention(
         [B, Hq, Nq] in fp32, -inf where a query may attend to nothing.
     """
     parsed = SelectedSpec.parse(spec)
-    _check(q, k, v, index, count, parsed)
+    check_selection(q, k, v, index, count, parsed)
     executor = selected_executor_for(q.device)
-    out, lse = executor.forward(q, k, v, index, count, tables, sizes, scale, parsed)
+    with full_precision(q.device.type):
+        out, lse = executor.forward(q, k, v, index, count, tables, sizes, scale, parsed)
     out = empty_rows.apply_forward(out, lse, v, parsed.empty_rows)
     return out.transpose(1, 2).contiguous().transpose(1, 2), lse
 
@@ -93,9 +96,10 @@ def selected_attention_backward(
     executor = selected_executor_for(q.device)
     empty = lse.eq(float("-inf")).unsqueeze(-1)
     kept_grad, kept_out = grad_out.masked_fill(empty, 0), out.masked_fill(empty, 0)
-    grads = executor.backward(
-        kept_grad, grad_lse, q, k, v, kept_out, lse, index, count, tables, sizes, scale, parsed
-    )
+    with full_precision(q.device.type):
+        grads = executor.backward(
+            kept_grad, grad_lse, q, k, v, kept_out, lse, index, count, tables, sizes, scale, parsed
+        )
     dq, dk, dv = empty_rows.apply_backward(grad_out, q, k, v, lse, scale, parsed.empty_rows, *grads)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
@@ -143,7 +147,22 @@ selected_attention.register_autograd(_backward, setup_context=_setup_context)
 SELECTED_ATTENTION = torch.ops.sparse_compile.selected_attention.default
 
 
-def _check(
+@torch.library.custom_op("sparse_compile::canonical_selection", mutates_args=())
+def canonical_selection(index: Tensor, units: int) -> tuple[Tensor, Tensor]:
+    """:func:`sparse_compile.selection.canonical` as an operator: int32 index and count."""
+    return canonical(index, units)
+
+
+@canonical_selection.register_fake
+def _(index: Tensor, units: int) -> tuple[Tensor, Tensor]:
+    lists = index.new_empty(index.shape, dtype=torch.int32)
+    return lists, index.new_empty(index.shape[:-1], dtype=torch.int32)
+
+
+CANONICAL_SELECTION = torch.ops.sparse_compile.canonical_selection.default
+
+
+def check_selection(
     q: Tensor, k: Tensor, v: Tensor, index: Tensor, count: Tensor, spec: SelectedSpec
 ) -> None:
     """Raise before anything runs if the selection does not fit q, k and v.

@@ -8,6 +8,7 @@ from torch.fx import GraphModule, Node
 
 from sparse_compile.annotation import Annotation
 from sparse_compile.expr import MaskExpr
+from sparse_compile.indexer_spec import Step
 from sparse_compile.spec import EmptyRows
 
 
@@ -100,6 +101,32 @@ class AttentionSite:
 
 
 @dataclass(frozen=True)
+class IndexerSite:
+    """One indexer in the graph, proven closed: nothing else reads its scores.
+
+    Attributes:
+        scores: its scores as those of an attention: where it stands, its mask, and as the output
+            the node of its indices.
+        q, k, w: the operands; ``axes`` are among ``b``, ``n`` (queries), ``t`` (keys), ``h``, ``d``
+            and, for axes of size one that say nothing, ``1``.
+        most: how many keys a query keeps.
+        before, after, product, largest, is_sorted: as in
+            :class:`sparse_compile.indexer_spec.IndexerSpec`.
+    """
+
+    scores: AttentionSite
+    q: Operand
+    k: Operand
+    w: Operand
+    most: int | Node
+    before: tuple[Step, ...]
+    after: tuple[Step, ...]
+    product: bool
+    largest: bool
+    is_sorted: bool
+
+
+@dataclass(frozen=True)
 class Rejection:
     """Why something was left as it was, and what would change that.
 
@@ -155,6 +182,32 @@ class DenseTable:
 
 
 @dataclass(frozen=True)
+class SelectedKeys:
+    """The keys that an index selects for each query, besides what the predicate allows.
+
+    Attributes:
+        unit_q, unit_kv: consecutive queries, and keys, that are selected together.
+        most: how many units a query selects at most, in words.
+        source: the indices of the top-k that the index is, None where it is something else.
+    """
+
+    unit_q: int
+    unit_kv: int
+    most: str
+    source: Node | None = None
+
+    @property
+    def shown(self) -> str:
+        """In words, as ``selected: top-k of 8 indices, units of 1 query and 64 keys``."""
+        what = f"top-k of {self.most} indices" if self.source else f"{self.most} indices"
+        units = [
+            f"{unit} {noun}{'s' if unit > 1 and noun == 'key' else ''}"
+            for unit, noun in ((self.unit_q, "query"), (self.unit_kv, "key"))
+        ]
+        return f"selected: {what}, units of {' and '.join(units)}"
+
+
+@dataclass(frozen=True)
 class LiftedMask:
     """The meaning of a site's masks, and how to compute the run-time data it reads.
 
@@ -162,14 +215,18 @@ class LiftedMask:
         mask: the predicate, all mask operands and ``is_causal`` ANDed.
         empty_rows: what a fully masked row yields in the original program. ``ZERO`` also when no
             row can be empty.
-        program: a functional ATen graph from ``leaves`` to ``(*tables, *dense, *sizes)``; None when
-            the mask reads no run-time data beyond the lengths.
+        program: a functional ATen graph from ``leaves`` to ``(*tables, *dense, *sizes)``, and then
+            the index and count of ``selection``; None when the mask reads no run-time data beyond
+            the lengths.
         leaves: the inputs of ``program``: nodes of ``scope.gm``.
         scope: where the leaves live: the site's scope or one of its parents.
         dense: the tables of ``mask`` after those, of which ``program`` returns the mask tensors
             that they are made of.
         extra: the last tables of ``mask``, which an annotation's pattern makes; ``program`` does
             not return these.
+        selection: the keys that an index selects; a query attends to those that ``mask`` allows.
+        fills: the scores of masked keys, or what is added to them.
+        unselected: why what an index selects is in ``mask`` instead; empty where nothing is.
     """
 
     mask: MaskExpr
@@ -179,6 +236,9 @@ class LiftedMask:
     scope: Scope | None = None
     dense: tuple[DenseTable, ...] = ()
     extra: tuple[PatternTable, ...] = ()
+    selection: SelectedKeys | None = None
+    unselected: str = ""
+    fills: tuple[float, ...] = ()
 
     @property
     def n_lifted_tables(self) -> int:

@@ -26,6 +26,7 @@ PATTERNS = [
     DOCUMENTS,
     P.SlidingWindow(5) | P.Global(2),
     P.Random(block=16, random=1, seed=0) | P.SlidingWindow(1),
+    P.Causal() & DOCUMENTS & ~P.Causal(),  # which reads no table
 ]
 
 

@@ -43,7 +43,9 @@ class _Call:
         return self.q.shape[1] // self.groups
 
     def chunks(self) -> Iterator[_Chunk]:
-        """The units of queries, as many at a time as fit."""
+        """The units of queries, as many at a time as fit; none if there are no keys."""
+        if not self.k.shape[2]:
+            return
         batch, units, most = self.q.shape[0], self.index.shape[2], self.index.shape[3]
         keys, rows = most * self.spec.unit_kv, self.members * self.spec.unit_q
         width = self.q.shape[3] + self.v.shape[3] + rows

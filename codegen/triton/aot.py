@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -80,10 +81,6 @@ def compile_ahead_of_time(
 def _compiled(
     kernel: Any, spec: KernelSpec, tile: Tile, capability: int, group: int, section: int
 ) -> Resources:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     # As the launcher would find: contiguous tables, aligned pointers, strides multiples of 16.
     rows = table_ranks(spec.attention.mask).items()
     constants = {f"t{number}_stride{rank - 1}": 1 for number, rank in rows}
@@ -96,15 +93,41 @@ def _compiled(
         for name in kernel.arg_names
     }
     aligned = [
-        position
-        for position, name in enumerate(kernel.arg_names)
+        name
+        for name in kernel.arg_names
         if signature[name].startswith("*") or ("_stride_" in name and not name.startswith("t"))
     ]
+    return compiled(kernel, signature, constants, aligned, tile, capability)
+
+
+def compiled(
+    kernel: Any,
+    signature: dict[str, str],
+    constants: dict[str, Any],
+    aligned: Sequence[str],
+    tile: Any,
+    capability: int,
+) -> Resources:
+    """Compile one kernel, and read what it uses.
+
+    Args:
+        kernel: made by ``triton.jit``.
+        signature: the type of each parameter, in order.
+        constants: the values of those that are constants.
+        aligned: the parameters that are multiples of 16.
+        tile: its ``warps`` and ``stages``.
+        capability: of the architecture, such as 90.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    positions = [(list(signature).index(name),) for name in aligned]
     source = ASTSource(
         fn=kernel,
         signature=signature,
         constexprs=constants,
-        attrs={(position,): [["tt.divisibility", 16]] for position in aligned},
+        attrs={position: [["tt.divisibility", 16]] for position in positions},
     )
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
     result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

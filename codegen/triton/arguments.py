@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -141,8 +141,22 @@ def _descriptor_class() -> Any:
     return Unchecked
 
 
+class MaskKernels(Protocol):
+    """Kernels that read the data of a mask.
+
+    Attributes:
+        tables: the tables that they read.
+        direct: where tables are indexed by a plain ``q`` or ``kv``: table, dimension, coordinate.
+    """
+
+    @property
+    def tables(self) -> tuple[int, ...]: ...  # noqa: D102
+    @property
+    def direct(self) -> tuple[tuple[int, int, str], ...]: ...  # noqa: D102
+
+
 def mask_arguments(
-    kernels: Kernels, tables: Sequence[Tensor], sizes: Sequence[int], n_q: int, n_kv: int
+    kernels: MaskKernels, tables: Sequence[Tensor], sizes: Sequence[int], n_q: int, n_kv: int
 ) -> list[Any]:
     """Tables with their strides and sizes, then the sizes ``s0, s1, ...``."""
     tables = list(tables)

@@ -152,10 +152,10 @@ def _header(spec: KernelSpec) -> str:
         common.HEADER,
         NAME=spec.name,
         ARCH=spec.arch,
-        MASK=_escaped(str(spec.attention.mask)),
-        VIEWS=[_escaped(line) for line in views],
-        WHERE=[*map(_escaped, where), ""],
-        SYMBOLS=_legend(spec.attention.mask),
+        MASK=escaped(str(spec.attention.mask)),
+        VIEWS=[escaped(line) for line in views],
+        WHERE=[*map(escaped, where), ""],
+        SYMBOLS=legend(spec.attention.mask),
         HEAD_DIM=str(spec.head_dim),
         HEAD_PAD=str(padded(spec.head_dim)),
         VALUE_DIM=str(spec.value_dim),
@@ -168,12 +168,13 @@ def _header(spec: KernelSpec) -> str:
     )
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """Text that cannot end the docstring it stands in."""
     return text.replace("\\", "/").replace('"""', "'''")
 
 
-def _legend(mask: MaskExpr) -> list[str]:
+def legend(mask: MaskExpr) -> list[str]:
+    """Lines that say what the tables and sizes of a mask are."""
     lines = [
         f"  {f't{t}':<12} table, {mask.tables[t]}, {n} dimensions"
         for t, n in table_ranks(mask).items()

@@ -10,12 +10,13 @@ from torch.fx import GraphModule, Node
 from sparse_compile.passes.find_attention.canonical import canonical, op_name
 from sparse_compile.passes.find_attention.dataflow import Dataflow
 from sparse_compile.passes.find_attention.eager import match_eager
+from sparse_compile.passes.find_attention.indexer import find_indexer
 from sparse_compile.passes.find_attention.provenance import where
 from sparse_compile.passes.find_attention.sdpa import match_sdpa
 from sparse_compile.passes.mutation import bodies
 from sparse_compile.site import AttentionSite, Rejection, Scope
 
-__all__ = ["find_attention"]
+__all__ = ["find_attention", "find_indexer"]
 
 _OPAQUE = {
     "multi_head_attention_forward": (

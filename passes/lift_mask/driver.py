@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,16 +19,32 @@ from sparse_compile.passes.lift_mask.empty_rows import (
     empty_row_policy,
     never_empty,
 )
+from sparse_compile.passes.lift_mask.expose import expose
 from sparse_compile.passes.lift_mask.lift import Lifter
 from sparse_compile.passes.lift_mask.normalize import normalise
 from sparse_compile.passes.lift_mask.operands import Keep, Refused, read_operand
+from sparse_compile.passes.lift_mask.selected import (
+    Chosen,
+    NotSelected,
+    check_heads,
+    split_selection,
+    uncast,
+)
 from sparse_compile.passes.lift_mask.simplify import Simplifier
 from sparse_compile.passes.lift_mask.sizes import size_expr, solve_for_symbol
-from sparse_compile.passes.lift_mask.slice import CannotSlice, Slice, Slicer, Wanted
+from sparse_compile.passes.lift_mask.slice import CannotSlice, Slice, Slicer, Wanted, is_topk_index
 from sparse_compile.passes.lift_mask.tables import Tabler, build_program
 from sparse_compile.passes.lift_mask.value import Lifted, Unliftable
 from sparse_compile.passes.lift_mask.verify import Check, Examples, verify
-from sparse_compile.site import AttentionSite, DenseTable, LiftedMask, Operand, Rejection, Scope
+from sparse_compile.site import (
+    AttentionSite,
+    DenseTable,
+    LiftedMask,
+    Operand,
+    Rejection,
+    Scope,
+    SelectedKeys,
+)
 
 Lengths = Mapping[sympy.Symbol, sympy.Expr]
 
@@ -164,6 +181,7 @@ def _lift(
 ) -> LiftedMask:
     if work.trace_key not in cache.traced:
         traced = normalise(work.part)
+        expose(traced)
         cache.traced[work.trace_key] = (traced, Lifter(traced))
     traced, lifter = cache.traced[work.trace_key]
     # Tracing may have fixed a size, as when a slice is compared with the length it is cut from.
@@ -174,12 +192,12 @@ def _lift(
     conditions += [sympy.Le(KV, Q)] if work.site.causal else []
     predicate = simplify(sympy.And(*(simplify(condition) for condition in conditions)))
     can_be_empty = not never_empty(predicate, work.lengths, simplify)
-    lifted = _tabled(work, traced, lifter, predicate, simplify)
+    lifted = _with_selection(work, traced, lifter, predicate, simplify)
     policy = empty_row_policy(
         work.site.kind, work.site.causal, keeps, work.dtype, can_be_empty, options.finite_fill
     )
-    lifted = replace(lifted, empty_rows=policy)
     fills = [keep.fills for keep in keeps]
+    lifted = replace(lifted, empty_rows=policy, fills=tuple(itertools.chain(*fills)))
     site = work.site
     check = Check(work.part, site.masks, fills, site.score_axes, site.causal, work.lengths)
     examples = Examples.of(work.site.scope, example_inputs)
@@ -205,22 +223,41 @@ def _read(lifter: Lifter, node: Node) -> Lifted:
         raise Refused(f"its mask is not understood: {error}") from error
 
 
-def _tabled(
+def _with_selection(
     work: _Work,
     traced: GraphModule,
     lifter: Lifter,
     predicate: sympy.Basic,
     simplify: Simplifier,
 ) -> LiftedMask:
+    """The predicate over tables; what an index selects is apart from it, where lists can say it."""
+    try:
+        rest, chosen = split_selection(predicate, lifter, work.lengths)
+        if chosen is not None:
+            check_heads(chosen.lists, _size(work.site.k, "h"))
+    except NotSelected as error:
+        lifted = _tabled(work, traced, lifter, predicate, simplify)
+        return replace(lifted, unselected=str(error))
+    return _tabled(work, traced, lifter, rest, simplify, chosen)
+
+
+def _tabled(
+    work: _Work,
+    traced: GraphModule,
+    lifter: Lifter,
+    predicate: sympy.Basic,
+    simplify: Simplifier,
+    chosen: Chosen | None = None,
+) -> LiftedMask:
     """The predicate with run-time data as tables and sizes, and the program that computes them."""
     tabled = Tabler(same_length=work.lengths[Q] == work.lengths[KV])(predicate)
     named, sizes = _named_sizes(simplify(tabled.predicate), work.lengths)
-    if not tabled.contents and not tabled.dense and not sizes:
+    if not tabled.contents and not tabled.dense and not sizes and chosen is None:
         return LiftedMask(MaskExpr(named))
     holders = _size_holders(work.part.scope)
     extra = [s for s in holders if holders[s] not in work.part.leaves]
     try:
-        program = build_program(traced, lifter, tabled, sizes, work.lengths, extra)
+        program = build_program(traced, lifter, tabled, sizes, work.lengths, extra, chosen)
     except Unliftable as error:
         raise Refused(f"its mask is not understood: {error}") from error
     given = work.part.leaves
@@ -235,7 +272,24 @@ def _tabled(
     )
     mask = MaskExpr(named, (*program.dtypes, *["int32"] * len(dense)), len(sizes))
     scope = work.part.scope
-    return LiftedMask(mask, program=program.module, leaves=leaves, scope=scope, dense=dense)
+    selection = None if chosen is None else _selection(chosen, traced, given)
+    return LiftedMask(
+        mask,
+        program=program.module,
+        leaves=leaves,
+        scope=scope,
+        dense=dense,
+        selection=selection,
+    )
+
+
+def _selection(chosen: Chosen, traced: GraphModule, leaves: Sequence[Node]) -> SelectedKeys:
+    """What a selection is, and the top-k that it comes from, if one."""
+    holders = [node for node in traced.graph.nodes if node.op == "placeholder"]
+    index = uncast(chosen.index)
+    leaf = leaves[holders.index(index)] if index in holders else None
+    source = leaf if leaf is not None and is_topk_index(leaf) else None
+    return SelectedKeys(chosen.unit_q, chosen.unit_kv, f"{chosen.most}", source)
 
 
 def _shown(axes: Sequence[str], lengths: Lengths) -> str:

@@ -248,6 +248,12 @@ def _is_leaf(node: Node) -> bool:
     return _is_source(node)
 
 
+def is_topk_index(node: Node) -> bool:
+    """Whether a node is the indices of a top-k."""
+    source = node.args[0] if node.target is operator.getitem else None
+    return isinstance(source, Node) and _name(source) == "topk" and bool(node.args[1] == 1)
+
+
 def _is_source(node: Node) -> bool:
     if node.op == "call_module":
         return True

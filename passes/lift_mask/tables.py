@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 from sparse_compile.expr import KV, B, FloorDiv, FloorMod, H, Q, dense_bit, table
 from sparse_compile.passes.lift_mask.emit import Emitter
 from sparse_compile.passes.lift_mask.lift import Lifter
+from sparse_compile.passes.lift_mask.selected import Chosen, emit_selection
 from sparse_compile.passes.lift_mask.value import is_data, reads_data
 
 _ORDER = (B, H, Q, KV)
@@ -172,8 +173,9 @@ def build_program(
     sizes: Sequence[sympy.Symbol],
     lengths: Mapping[sympy.Symbol, sympy.Expr],
     extra: Sequence[sympy.Symbol],
+    chosen: Chosen | None = None,
 ) -> Program:
-    """The program that computes tables, mask tensors and sizes.
+    """The program that computes tables, mask tensors and sizes, then the lists of a selection.
 
     Args:
         traced: the functional ATen graph of the slice.
@@ -182,6 +184,7 @@ def build_program(
         sizes: torch size symbols to output last.
         lengths: number of batch entries, heads, queries and keys, in torch's size symbols.
         extra: torch size symbols that the program may take as further inputs.
+        chosen: the selection, if there is one.
 
     Raises:
         Unliftable: when a size is not at hand.
@@ -193,6 +196,7 @@ def build_program(
     dense = [emitter.mask(element, coordinates) for element, coordinates in tabled.dense]
     outputs = [node for node, *_ in tables] + [node for node, *_ in dense]
     outputs += [emitter.size_node(symbol) for symbol in sizes]
+    outputs += [] if chosen is None else emit_selection(chosen, emitter, lengths)
     origins = emitter.finish(outputs)
     dtypes = tuple(str(dtype).removeprefix("torch.") for _, dtype in tables)
     read = tuple((axes, source) for _, axes, source in dense)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.fx import Interpreter, Node
 
-from sparse_compile.expr import KV, Q, evaluate
-from sparse_compile.passes.dense_tables import mask_data
+from sparse_compile.expr import KV, H, Q, evaluate
+from sparse_compile.passes.dense_tables import mask_data, selection_data
 from sparse_compile.passes.lift_mask.operands import Refused
 from sparse_compile.passes.lift_mask.sizes import size_expr
-from sparse_compile.passes.lift_mask.slice import Slice
+from sparse_compile.passes.lift_mask.slice import Slice, is_topk_index
 from sparse_compile.site import LiftedMask, MaskOperand, Scope
 
 _ORDER = ("b", "h", "q", "kv")
@@ -143,7 +143,19 @@ def _example(leaf: Node, examples: Examples) -> Any:
     shape = [examples.size(size) for size in fake.shape]
     if fake.dtype.is_floating_point:
         return torch.randn(shape, device=fake.device).to(fake.dtype)
+    if is_topk_index(leaf):
+        return _topk(leaf, shape, examples)
     return torch.randint(0, 2, shape, device=fake.device).to(fake.dtype)
+
+
+def _topk(leaf: Node, shape: Sequence[int], examples: Examples) -> Tensor:
+    """Indices as a top-k gives them: distinct, and all that there may be occur."""
+    source: Any = leaf.args[0]
+    given = source.args[0] if source.args else source.kwargs["input"]
+    full = [examples.size(size) for size in given.meta["example_value"].shape]
+    (dim,) = [d for d, (a, b) in enumerate(zip(shape, full, strict=True)) if a != b] or [-1]
+    device = leaf.meta["example_value"].device
+    return torch.rand(full, device=device).topk(shape[dim], dim).indices
 
 
 def _run(check: Check, leaves: Sequence[Any]) -> list[Tensor]:
@@ -192,13 +204,20 @@ def _compare(
     examples: Examples,
 ) -> None:
     lengths = {symbol: examples.size(expr) for symbol, expr in check.lengths.items()}
-    tables, sizes = _run_program(check, lifted, leaves, examples, lengths)
+    outputs = _run_program(check, lifted, leaves, examples)
+    tables, sizes = mask_data(lifted, outputs, lengths[Q], lengths[KV])
+    selection = selection_data(lifted, outputs)
+    chosen = None if selection is None else selection.dense(lengths[Q], lengths[KV])
+    if chosen is not None and chosen.shape[1] > 1:
+        chosen = chosen.repeat_interleave(lengths[H] // chosen.shape[1], 1)
     device = masks[0].device
     shape = functools.reduce(operator.and_, (mask[:, :, :1, :1] for mask in masks)).shape
     rows = max(1, _CHUNK // max(1, shape[0] * shape[1] * lengths[KV]))
     for start in range(0, lengths[Q], rows):
         coordinates = _coordinates(shape, start, min(start + rows, lengths[Q]), lengths[KV], device)
         found = evaluate(lifted.mask, coordinates, lengths[Q], lengths[KV], tables, sizes)
+        if chosen is not None:
+            found = found & chosen[:, :, start : start + rows]
         expected = torch.ones((), dtype=torch.bool, device=device)
         for mask in masks:
             expected = expected & (mask[:, :, start : start + rows] if mask.shape[2] > 1 else mask)
@@ -212,15 +231,14 @@ def _run_program(
     lifted: LiftedMask,
     leaves: Sequence[Any],
     examples: Examples,
-    lengths: Mapping[sympy.Symbol, int],
-) -> tuple[list[Tensor], list[int]]:
+) -> Sequence[Any]:
     if lifted.program is None:
-        return [], []
+        return ()
     values = dict(zip(check.part.leaves, leaves, strict=True))
     inputs = [values[leaf] if leaf in values else examples.values[leaf] for leaf in lifted.leaves]
     with torch.no_grad():
-        outputs = Interpreter(lifted.program).run(*inputs)
-    return mask_data(lifted, outputs, lengths[Q], lengths[KV])
+        outputs: Sequence[Any] = Interpreter(lifted.program).run(*inputs)
+    return outputs
 
 
 def _coordinates(

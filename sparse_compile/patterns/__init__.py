@@ -15,6 +15,14 @@ from sparse_compile.patterns.bigbird import BigBird
 from sparse_compile.patterns.blocks import BlockLocal, BlockSparse
 from sparse_compile.patterns.documents import Documents
 from sparse_compile.patterns.global_ import Global
+from sparse_compile.patterns.learned import (
+    DSA,
+    MoBA,
+    NSASelection,
+    Quest,
+    SeerAttention,
+    XAttention,
+)
 from sparse_compile.patterns.local import Causal, Dilated, SlidingWindow
 from sparse_compile.patterns.logic import All, And, Not, Or
 from sparse_compile.patterns.longformer import Longformer
@@ -24,12 +32,27 @@ from sparse_compile.patterns.per_head import Heads, heads
 from sparse_compile.patterns.predicate import Predicate
 from sparse_compile.patterns.prefix import PrefixLM
 from sparse_compile.patterns.random_ import Random
+from sparse_compile.patterns.rules import Threshold, TopK, TopP, TopRatio
+from sparse_compile.patterns.scored import Scored
+from sparse_compile.patterns.scorers import (
+    Antidiagonal,
+    Gate,
+    Indexer,
+    MeanPool,
+    MinMax,
+    OverlapPool,
+    Scorer,
+)
+from sparse_compile.patterns.selected import Selected
+from sparse_compile.patterns.selecting import Selecting
 from sparse_compile.patterns.sliding_tile import SlidingTile
 from sparse_compile.patterns.strided import Fixed, Strided
 
 __all__ = [
+    "DSA",
     "All",
     "And",
+    "Antidiagonal",
     "Axial",
     "BigBird",
     "BlockLocal",
@@ -39,21 +62,39 @@ __all__ = [
     "Dilated",
     "Documents",
     "Fixed",
+    "Gate",
     "Global",
     "Heads",
+    "Indexer",
     "Longformer",
+    "MeanPool",
+    "MinMax",
+    "MoBA",
+    "NSASelection",
     "Neighborhood",
     "Not",
     "Or",
+    "OverlapPool",
     "Padding",
     "Pattern",
     "Predicate",
     "PrefixLM",
+    "Quest",
     "Random",
+    "Scored",
+    "Scorer",
+    "SeerAttention",
+    "Selected",
+    "Selecting",
     "SlidingTile",
     "SlidingWindow",
     "Strided",
     "Tables",
+    "Threshold",
+    "TopK",
+    "TopP",
+    "TopRatio",
+    "XAttention",
     "heads",
     "presets",
 ]

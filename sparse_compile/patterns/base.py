@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ import sympy
 
 from sparse_compile.errors import PatternMisuse
 from sparse_compile.expr.mask_expr import MaskExpr
-from sparse_compile.expr.nodes import table
+from sparse_compile.expr.nodes import is_table, table, table_index
 from sparse_compile.patterns.data import spelled
 
 #: Makes the data of a table when it is needed: ``values(device, n_q, n_kv, batch, heads)``.
@@ -58,6 +58,18 @@ class BoundMask:
 
     expr: MaskExpr
     makers: tuple[TableMaker, ...] = field(default=(), compare=False)
+
+    def trimmed(self) -> BoundMask:
+        """The same without tables that the predicate does not read, the others numbered anew.
+
+        Simplification may leave a table unread.
+        """
+        used = sorted({table_index(lookup) for lookup in self.expr.lookups})
+        predicate = self.expr.predicate.replace(
+            is_table, lambda lookup: table(used.index(table_index(lookup)))(*lookup.args)
+        )
+        dtypes = tuple(self.expr.tables[number] for number in used)
+        return BoundMask(MaskExpr(predicate, dtypes), tuple(self.makers[number] for number in used))
 
     def tables(self, device: Any, n_q: int, n_kv: int, batch: int, heads: int) -> list[Any]:
         """The tensors of the tables on ``device``, for a problem of this size."""
@@ -103,7 +115,7 @@ class Pattern:
         return {}
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(_arguments(self))})"
+        return constructor_call(self, self.implied())
 
     def __and__(self, other: Pattern) -> Pattern:
         return _compose("And", self, other, "&")
@@ -121,11 +133,17 @@ class Pattern:
         )
 
 
-def _arguments(pattern: Any) -> Iterator[str]:
-    """The arguments of the constructor call that makes ``pattern``, without the implied ones."""
-    implied = pattern.implied()
-    for parameter in dataclasses.fields(pattern):
-        text = spelled(getattr(pattern, parameter.name))
+def constructor_call(value: Any, implied: Mapping[str, Any] | None = None) -> str:
+    """The call that makes a dataclass, without arguments that are the default or implied."""
+    return f"{type(value).__name__}({', '.join(_arguments(value, implied or {}))})"
+
+
+def _arguments(value: Any, implied: Mapping[str, Any]) -> Iterator[str]:
+    # What a base class adds by keyword comes first among the fields, but last in a call.
+    for parameter in sorted(
+        dataclasses.fields(value), key=lambda parameter: parameter.kw_only is True
+    ):
+        text = spelled(getattr(value, parameter.name))
         default = implied.get(parameter.name, parameter.default)
         if default is dataclasses.MISSING:
             yield text

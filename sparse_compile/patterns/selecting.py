@@ -13,9 +13,9 @@ from sparse_compile.patterns.base import Pattern, Tables
 class Selecting(Pattern):
     """A pattern that selects units of keys for units of queries, from q and k or by index.
 
-    It combines with others by ``&``, ``|`` and ``~``. What it selects is known when q and k are, so
-    it has no predicate over positions: :func:`sparse_compile.attention` splits a mask into what is
-    static and what is selected.
+    It combines with others by ``&`` and ``|``. What it selects is known when q and k are, so it has
+    no predicate over positions: :func:`sparse_compile.attention` splits a mask into what is static
+    and what is selected. No gradient flows through the choice.
 
     Attributes:
         unit_q, unit_kv: consecutive queries, and keys, that are selected together.
@@ -33,13 +33,15 @@ class Selecting(Pattern):
         )
 
     def select(self, q: Any, k: Any, mask: Any, tables: Any, sizes: Any) -> Any:
-        """What it selects, as a :class:`sparse_compile.selection.Selection`.
+        """What it selects, as a :class:`sparse_compile.selection.Selection` of new tensors.
+
+        It is called while graphs run, with autocast off, and must not wait for the device.
 
         Args:
             q: [B, Hq, Nq, D].
             k: [B, Hkv, Nkv, D].
-            mask: the :class:`MaskExpr` of who may attend to whom; a unit that it hides entirely is
-                not selected.
+            mask: the :class:`MaskExpr` of who may attend to whom, without what the static part of
+                the whole mask allows anyway; a unit that it hides entirely is not selected.
             tables, sizes: what the mask reads.
         """
         raise NotImplementedError

@@ -1,9 +1,16 @@
 """Learned and content-dependent masks: which keys are selected, and by what rule."""
 
+from sparse_compile.selection.checked import checked_select
 from sparse_compile.selection.distill import distillation_loss
 from sparse_compile.selection.gate import PooledGate
 from sparse_compile.selection.pooled_map import allowed_units, pooled_attention
-from sparse_compile.selection.selection import Selection, canonical, transposed
+from sparse_compile.selection.selection import (
+    Selection,
+    canonical,
+    places,
+    transposed,
+    worklist,
+)
 from sparse_compile.selection.soft_gate import gated_attention
 
 __all__ = [
@@ -11,8 +18,11 @@ __all__ = [
     "Selection",
     "allowed_units",
     "canonical",
+    "checked_select",
     "distillation_loss",
     "gated_attention",
+    "places",
     "pooled_attention",
     "transposed",
+    "worklist",
 ]

@@ -74,11 +74,65 @@ def transposed(index: Tensor, count: Tensor, units: int) -> tuple[Tensor, Tensor
         ``start`` int32 [B, Hs, units + 1] and ``rows`` int32 [B, Hs, Uq * K]: unit ``j`` is
         selected by ``rows[b, s, start[b, s, j] : start[b, s, j + 1]]``, ascending.
     """
+    start, order = places(index, count, units)
+    return start, order // max(index.shape[-1], 1)
+
+
+def places(
+    index: Tensor, count: Tensor, units: int, stretch: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The entries of all lists in the order of the units of keys that they name.
+
+    Does not synchronise: those that no list has stand at the end.
+
+    Args:
+        index, count: as in :class:`Selection`.
+        units: how many units of keys there are.
+        stretch: so many units of queries come before the next ones, each stretch in the order of
+            the units of keys; None: all at once. Who works through the entries in order finds the
+            queries of a stretch in a cache.
+
+    Returns:
+        ``start`` int32 [B, Hs, n * units + 1] for n stretches and ``order`` int32 [B, Hs, Uq * K]:
+        unit ``j`` is named in stretch ``s`` by the entries ``order[b, h, start[b, h, i] :
+        start[b, h, i + 1]]``, ``i = s * units + j``, ascending, counted over the last two
+        dimensions of ``index``.
+    """
     batch, heads, rows, most = index.shape
+    stretch = stretch or max(rows, 1)
+    edges = -(-rows // stretch) * units
     used = torch.arange(most, device=index.device) < count[..., None]
-    keys = torch.where(used, index, units).view(batch, heads, rows * most)
+    first = torch.arange(rows, device=index.device)[:, None] // stretch * units
+    keys = torch.where(used, index + first, edges).to(torch.int32).view(batch, heads, rows * most)
     by_unit = keys.sort(dim=-1, stable=True)
-    edges = torch.arange(units + 1, dtype=torch.int32, device=index.device)
-    edges = edges.expand(batch, heads, units + 1).contiguous()
-    start = torch.searchsorted(by_unit.values, edges, out_int32=True)
-    return start, (by_unit.indices // max(most, 1)).to(torch.int32)
+    edge = torch.arange(edges + 1, dtype=torch.int32, device=index.device)
+    edge = edge.expand(batch, heads, edges + 1).contiguous()
+    start = torch.searchsorted(by_unit.values, edge, out_int32=True)
+    return start, by_unit.indices.to(torch.int32)
+
+
+def worklist(start: Tensor, entries: int, each: int) -> Tensor:
+    """Who handles which entries of :func:`places`, none more than ``each``; does not synchronise.
+
+    Args:
+        start: int32 [B, Hs, units + 1].
+        entries: how many entries there may be.
+        each: entries of an item at most.
+
+    Returns:
+        int32 [B, Hs, n, 3]: a unit, and from where to where; n depends on the shapes alone, and
+        items that are not needed are empty.
+
+    >>> worklist(torch.tensor([[[0, 5, 5, 7]]], dtype=torch.int32), 8, 4)[0, 0].tolist()
+    [[0, 0, 4], [0, 4, 5], [2, 5, 7], [2, 7, 7], [2, 7, 7]]
+    """
+    length = start.diff(dim=-1)
+    items = (length + (each - 1)) // each
+    ends = items.cumsum(-1)
+    n = length.shape[-1] + entries // each
+    number = torch.arange(n, device=start.device).expand(*ends.shape[:2], n).contiguous()
+    unit = torch.searchsorted(ends, number, right=True).clamp(max=length.shape[-1] - 1)
+    within = number - (ends - items).gather(-1, unit)
+    until = start[..., 1:].gather(-1, unit).long()
+    lo = torch.minimum(start.gather(-1, unit) + within * each, until)
+    return torch.stack([unit, lo, torch.minimum(lo + each, until)], -1).to(torch.int32)

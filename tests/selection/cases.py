@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
 import torch
@@ -108,3 +109,31 @@ CASES = [
     Case("one query", n_q=1, n_kv=100, mask=MaskExpr(sympy.true)),
     Case("few queries at the end", n_q=5, n_kv=100, mask=MaskExpr(KV <= Q + 95)),
 ]
+
+
+def eager(case: Case, operands: list[Tensor], mask: Tensor) -> list[Tensor]:
+    """out, dq, dk and dv by dense attention in the precision of the operands."""
+    *inputs, grad = operands
+    q, k, v = (t.detach().requires_grad_() for t in inputs)
+    group = case.q_heads // case.kv_heads
+    scores = (q @ k.repeat_interleave(group, 1).mT) * case.dim**-0.5
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+    out = weights.nan_to_num(0) @ v.repeat_interleave(group, 1)
+    return [out, *(t.nan_to_num(0) for t in torch.autograd.grad(out, (q, k, v), grad))]
+
+
+def check_executor(executor: Any, case: Case, device: torch.device, dtype: torch.dtype) -> None:
+    """Forward and gradients against fp64: in half precision at most 1.1 times eager's error."""
+    *inputs, grad = operands = [t.to(device) for t in case.operands(dtype)]
+    chosen = case.selection()
+    lists = chosen.index.to(device), chosen.count.to(device)
+    shared = (*lists, [], [], case.dim**-0.5, case.spec)
+    out, lse = executor.forward(*inputs, *shared)
+    found = [out, *executor.backward(grad, None, *inputs, out, lse, *shared)]
+    wanted_out, wanted_lse, *wanted_grads = (t.to(device) for t in case.expected(dtype))
+    torch.testing.assert_close(lse.double(), wanted_lse, rtol=1e-4, atol=1e-4)
+    theirs = eager(case, operands, case.dense_mask().to(device))
+    for mine, eagers, wanted in zip(found, theirs, [wanted_out, *wanted_grads], strict=True):
+        error, allowed = (float((t.double() - wanted).norm()) for t in (mine, eagers))
+        exact = 1e-5 * float(wanted.norm())
+        assert error <= (exact if dtype == torch.float32 else 1.1 * allowed + exact)

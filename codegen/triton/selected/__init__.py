@@ -1,0 +1,1 @@
+"""Generated kernels for attention over selected keys."""

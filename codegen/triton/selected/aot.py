@@ -1,0 +1,77 @@
+"""Compile the kernels for selected keys for an architecture without a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from sparse_compile.codegen import cache
+from sparse_compile.codegen.triton.aot import Resources, compiled
+from sparse_compile.codegen.triton.selected.source import SelectedKernelSpec, selected_source
+from sparse_compile.codegen.triton.selected.tiles import Tile, tiles_for
+from sparse_compile.codegen.triton.source import mask_parameters, table_ranks
+
+_SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+_TABLES = {"bool": "*i1", "int32": "*i32", "int64": "*i64"}
+_LISTS = ("INDEX", "COUNT", "WORK", "PLACES")
+_FLOATS = ("LSE", "GRAD_LSE", "DELTA", "PART_LSE", "GRAD_K", "GRAD_V")
+
+
+def compile_selected(
+    spec: SelectedKernelSpec, arch: int | str | None = None
+) -> dict[str, Resources]:
+    """Compile the kernels of a spec. Needs no GPU; needs kernels not to be interpreted.
+
+    Args:
+        spec: what to generate.
+        arch: compute capability, ``90`` or ``"sm_90"``; default that of the spec.
+
+    Returns:
+        The resources of each kernel, by name.
+    """
+    capability = int(str(arch or spec.arch).removeprefix("sm_"))
+    spec = replace(spec, arch=f"sm_{capability}")
+    module = cache.load_module(spec.name, selected_source(spec))
+    tiles = tiles_for(spec)
+    named = {
+        "forward": tiles.forward,
+        "merge": Tile(16, 16, 4, 1),
+        "backward_query": tiles.backward_query,
+        "forward_by_key": tiles.forward_by_key,
+        "backward_key_value": tiles.backward_key_value,
+    }
+    return {
+        name: _compiled(getattr(module, name), spec, tile, capability)
+        for name, tile in named.items()
+        if hasattr(module, name)
+    }
+
+
+def _compiled(kernel: Any, spec: SelectedKernelSpec, tile: Tile, capability: int) -> Resources:
+    constants = {"GROUPS_PER_LIST": 1, "GROUPS_PER_KEY": 1, "PARTED": False, "COUNTED": True}
+    constants |= {"HAS_GRAD_LSE": True}
+    names = kernel.arg_names
+    fixed = {name: value for name, value in constants.items() if name in names}
+    signature = {name: "constexpr" if name in fixed else _type(name, spec) for name in names}
+    aligned = [
+        name
+        for name in names
+        if signature[name].startswith("*") or ("_stride_" in name and name[0] != "t")
+    ]
+    return compiled(kernel, signature, fixed, aligned, tile, capability)
+
+
+def _type(name: str, spec: SelectedKernelSpec) -> str:
+    if name in _LISTS:
+        return "*i32"
+    if name in _FLOATS:
+        return "*fp32"
+    if name in {f"t{t}" for t in table_ranks(spec.selected.mask)}:
+        return _TABLES[spec.selected.mask.tables[int(name[1:])]]
+    if name == "scale":
+        return "fp32"
+    tables, sizes = mask_parameters(spec.selected.mask)
+    known = {parameter for group in (*tables, sizes) for parameter in group}
+    if name in known or name.islower():
+        return "i32"
+    return f"*{_SHORT[spec.dtype]}"

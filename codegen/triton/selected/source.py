@@ -1,0 +1,188 @@
+"""From a SelectedKernelSpec to the source text of its kernels: same spec, same bytes."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from dataclasses import dataclass
+
+from sparse_compile.codegen.triton.fill import fill
+from sparse_compile.codegen.triton.predicate import print_predicate
+from sparse_compile.codegen.triton.selected import text, text_by_key
+from sparse_compile.codegen.triton.selected.tiles import Tile, tiles_for
+from sparse_compile.codegen.triton.source import escaped, legend, mask_parameters
+from sparse_compile.codegen.triton.text import common
+from sparse_compile.codegen.triton.tiles import padded
+from sparse_compile.expr import H
+from sparse_compile.selected_spec import SelectedSpec
+
+#: A new length or selection must not compile anything.
+_UNSPECIALIZED = (
+    *("lists", "units", "most", "parts", "n_work", "first_group", "groups"),
+    *("q_heads", "kv_heads", "n_q", "n_kv"),
+)
+
+
+@dataclass(frozen=True)
+class SelectedKernelSpec:
+    """Everything that determines the source of the kernels. It *is* the cache key.
+
+    Attributes:
+        selected: the mask and the units.
+        head_dim, value_dim, dtype, arch: as in :class:`sparse_compile.spec.KernelSpec`.
+        members: query heads that share a key head and a selection.
+    """
+
+    selected: SelectedSpec
+    head_dim: int
+    value_dim: int
+    dtype: str
+    arch: str
+    members: int
+
+    @functools.cached_property
+    def name(self) -> str:
+        """A readable unique name for its file."""
+        short = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[self.dtype]
+        shape = [self.head_dim, self.value_dim, self.dtype, self.arch, self.members]
+        identity = json.dumps([self.selected.text, *shape])
+        digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
+        return f"selected_d{self.head_dim}_{short}_{digest}"
+
+    @property
+    def rows(self) -> int:
+        """Rows of an entry: queries of a unit, for all members."""
+        return self.members * self.selected.unit_q
+
+    @property
+    def adds_by_query(self) -> bool:
+        """Whether units of keys are so short that programs of queries add to their gradients."""
+        return self.selected.unit_kv < 16
+
+
+def selected_source(spec: SelectedKernelSpec) -> str:
+    """The module of a spec: ``forward``, ``merge``, ``backward_query``, and those by key."""
+    tiles = tiles_for(spec)
+    mask = spec.selected.mask
+    printed = [print_predicate(mask, axis) for axis in ("kv", "q")]
+    helpers = frozenset().union(*(one.helpers for one in printed))
+    parts = [
+        _header(spec),
+        *(common.HELPERS[name] for name in sorted(helpers)),
+        _by_query(text.FORWARD, spec, tiles.forward),
+        fill(text.MERGE, TILE_M=str(tiles.forward.m)),
+        _by_query(text.BACKWARD_QUERY, spec, tiles.backward_query),
+    ]
+    if not spec.adds_by_query:
+        parts.append(
+            _by_key(text_by_key.FORWARD_BY_KEY, spec, tiles.forward_by_key, transposed=False)
+        )
+        parts.append(
+            _by_key(text_by_key.BACKWARD_KEY_VALUE, spec, tiles.backward_key_value, transposed=True)
+        )
+    return "\n\n".join(parts)
+
+
+def _header(spec: SelectedKernelSpec) -> str:
+    where = [f"at       {line}" for line in spec.selected.where]
+    return fill(
+        text.HEADER,
+        NAME=spec.name,
+        ARCH=spec.arch,
+        MASK=escaped(str(spec.selected.mask)),
+        WHERE=[*map(escaped, where), ""],
+        SYMBOLS=legend(spec.selected.mask),
+        UNIT_Q=str(spec.selected.unit_q),
+        UNIT_KV=str(spec.selected.unit_kv),
+        MEMBERS=str(spec.members),
+        HEAD_DIM=str(spec.head_dim),
+        HEAD_PAD=str(padded(spec.head_dim)),
+        VALUE_DIM=str(spec.value_dim),
+        VALUE_PAD=str(padded(spec.value_dim)),
+        LOADED="tile.to(tl.float32)  # the interpreter cannot multiply bfloat16"
+        if spec.arch == "interpreter"
+        else "tile",
+    )
+
+
+def _by_query(template: str, spec: SelectedKernelSpec, tile: Tile) -> str:
+    """A kernel whose programs hold rows and loop over selected keys."""
+    printed = print_predicate(spec.selected.mask, "kv")
+    keep = [f"keep = {printed.keep}"] if printed.keep else []
+    kept = "keep & there[None, :]" if printed.keep else "there[None, :]"
+    mask = [
+        *(["kv = tl.minimum(kv, n_kv - 1)[None, :]"] if keep else []),
+        *printed.inside,
+        *keep,
+        f'score = tl.where({kept}, score, float("-inf"))',
+    ]
+    whole = tile.n <= spec.selected.unit_kv
+    precision = _precision(spec)
+    shape = {"TILE_M": str(tile.m), "TILE_N": str(tile.n)}
+    return fill(
+        template,
+        UNIT=fill(text.UNIT, **shape).splitlines(),
+        BEFORE=[_AT_ROWS, *printed.before] if keep else [],
+        FIRST_KEYS=(text.FIRST_WHOLE if whole else text.FIRST_GATHERED).splitlines(),
+        KEYS=(text.WHOLE if whole else text.GATHERED).splitlines(),
+        MASK=mask,
+        PRECISION=precision,
+        GRADS_OF_KEYS=_GRADS[spec.adds_by_query],
+        ADD_GRADS=fill(text.ADD_GRADS, PRECISION=precision).splitlines()
+        if spec.adds_by_query
+        else [],
+        **_parameters(template, spec),
+    )
+
+
+_AT_ROWS = "q, h = tl.minimum(token, n_q - 1)[:, None], h[:, None]"
+_GRADS = {
+    False: "Those of keys and values are left to backward_key_value.",
+    True: "Adds to GRAD_K and GRAD_V, fp32.",
+}
+
+
+def _by_key(template: str, spec: SelectedKernelSpec, tile: Tile, transposed: bool) -> str:
+    """A kernel whose programs hold a unit of keys and loop over the queries that selected it."""
+    printed = print_predicate(spec.selected.mask, "q")
+    along, across = ("[None, :]", "[:, None]") if transposed else ("[:, None]", "[None, :]")
+    # Heads vary along the loop here, which the printer does not know.
+    by_head = spec.selected.mask.depends_on(H)
+    before = [f"kv = tl.minimum(kv, n_kv - 1){across}"]
+    keep: list[str] = []
+    if printed.keep:
+        keep = [
+            f"q, h = tl.minimum(token, n_q - 1){along}, h{along}",
+            *(printed.before if by_head else ()),
+            *printed.inside,
+            f"keep = {printed.keep}",
+        ]
+    kept = f"keep & there{across}" if printed.keep else f"there{across}"
+    return fill(
+        template,
+        START=fill(text_by_key.KEYS, TILE_M=str(tile.m), TILE_N=str(tile.n)).splitlines(),
+        BEFORE=[*before, *(() if by_head else printed.before)] if keep else [],
+        ENTRIES=text_by_key.ENTRIES.splitlines(),
+        MASK=[*keep, f'score = tl.where({kept}, score, float("-inf"))'],
+        PRECISION=_precision(spec),
+        **_parameters(template, spec),
+    )
+
+
+def _precision(spec: SelectedKernelSpec) -> str:
+    return ', input_precision="ieee"' if spec.dtype == "float32" else ""
+
+
+def _parameters(template: str, spec: SelectedKernelSpec) -> dict[str, str | list[str]]:
+    tables, sizes = mask_parameters(spec.selected.mask)
+    signature = template.partition("):")[0]
+    unspecialized = [
+        *(name for name in _UNSPECIALIZED if f" {name}," in signature),
+        *(name for group in tables for name in group if "_size" in name),
+        *sizes,
+    ]
+    return {
+        "UNSPECIALIZED": "[" + ", ".join(f'"{name}"' for name in unspecialized) + "]",
+        "PARAMETERS": [", ".join(group) + "," for group in [*tables, sizes] if group],
+    }

@@ -1,0 +1,95 @@
+"""Tile shapes of the kernels for selected keys, by architecture, rows and units."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from sparse_compile.codegen.triton.tiles import padded
+
+if TYPE_CHECKING:
+    from sparse_compile.codegen.triton.selected.source import SelectedKernelSpec
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one kernel is compiled: rows and keys of a tile, warps, pipeline stages.
+
+    Attributes:
+        registers: per thread at most, so that more programs fit; None to let the compiler choose.
+    """
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What the compiler is told."""
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return options if self.registers is None else {**options, "maxnreg": self.registers}
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The tiles of the four kernels."""
+
+    forward: Tile
+    backward_query: Tile
+    forward_by_key: Tile
+    backward_key_value: Tile
+
+
+def tiles_for(spec: SelectedKernelSpec) -> Tiles:
+    """The tiles of a spec's kernels.
+
+    Tiles by query hold no more rows than an entry has, and 16 at least; those by key hold keys of
+    one unit, in the forward all of them, and rows of as many entries as it takes.
+    """
+    width = padded(max(spec.head_dim, spec.value_dim, 64))
+    unit = spec.selected.unit_kv
+    rows = max(16, 1 << (spec.rows - 1).bit_length())
+    if spec.arch == "interpreter":
+        small = Tile(min(rows, 32), 32, 4, 1)
+        return Tiles(small, small, Tile(32, unit, 4, 1), Tile(32, min(unit, 32), 4, 1))
+    if spec.dtype == "float32":
+        return _single(width, rows, unit)
+    large = spec.arch in ("sm_90", "sm_100")
+    return _half(width, rows, unit) if large else _half_small(width, rows, unit)
+
+
+def _single(width: int, rows: int, unit: int) -> Tiles:
+    m, n = (32, 32) if width <= 128 else (16, 16)
+    by_query, by_key = Tile(min(rows, m), n, 4, 1), Tile(m, min(unit, n), 4, 1)
+    return Tiles(by_query, by_query, replace(by_key, m=16, n=unit), by_key)
+
+
+def _half(width: int, rows: int, unit: int) -> Tiles:
+    """sm_90 and above; swept on an H200 at a width of 128, 16 rows and units of 64 and 128.
+
+    With 16 rows, programs of two warps read K and V at the rate of the L2 cache.
+    """
+    narrow = width <= 128
+    m, n = (64, 64) if narrow else (32, 32)
+    few = Tile(16, n, 2, 2)
+    return Tiles(
+        few if rows == 16 else Tile(min(rows, m), n, 4, 3 if narrow else 2),
+        few if rows == 16 else Tile(min(rows, m), n, 4, 2),
+        Tile(m, unit, 4 if narrow else 8, 3 if unit <= 64 and narrow else 2),
+        Tile(m, min(unit, n), 4, 2),
+    )
+
+
+def _half_small(width: int, rows: int, unit: int) -> Tiles:
+    """99 KB of shared memory, as sm_86 and sm_89 have."""
+    narrow = width <= 128
+    m, n = (64, 32) if narrow else (32, 32)
+    by_query = Tile(min(rows, m), n, 4, 2 if narrow else 1)
+    return Tiles(
+        by_query,
+        by_query,
+        Tile(32, unit, 8 if unit > 64 or not narrow else 4, 1),
+        Tile(m, min(unit, n), 4, 1),
+    )

@@ -1,0 +1,110 @@
+"""Calls of attention whose mask selects: what runs for them, and the calls of the operators."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_compile.annotation import name_mask
+from sparse_compile.direct_data import Tables, data_of, tables_of
+from sparse_compile.expr import MaskExpr
+from sparse_compile.layout.choose import choose_views
+from sparse_compile.merged_ops import MERGED_ATTENTION
+from sparse_compile.patterns.base import BoundMask, Pattern
+from sparse_compile.selected_ops import SELECTED_ATTENTION
+from sparse_compile.selected_spec import SelectedSpec
+from sparse_compile.selection.split import split, without_selection
+from sparse_compile.selection_ops import SELECT, name_selecting
+
+#: n_q, n_kv, batch and heads.
+Sizes = tuple[int, int, int, int]
+#: Text of the spec, key of the mask, and its tables.
+Static = tuple[str, str, Tables]
+#: Text of the :class:`SelectedSpec` and of its mask, key of that mask, its tables, and the key of
+#: what selects.
+SelectedPart = tuple[str, str, str, Tables, str]
+
+
+def planned(bound: BoundMask, owner: Pattern, device: str, sizes: Sizes) -> Static:
+    """The plan of a static mask; graphs can find its tables as long as ``owner`` lives."""
+    bound = bound.trimmed()
+    tables = tables_of(bound.expr)
+    key = name_mask(bound, owner) if tables else ""
+    return spec_text(bound.expr, device, sizes), key, tables
+
+
+def spec_text(expr: MaskExpr, device: str, sizes: Sizes) -> str:
+    """The text of the spec of a mask on a type of device, at about these sizes."""
+    n_q, n_kv, batch, heads = sizes
+    spec, _ = choose_views(expr, n_q=n_q, n_kv=n_kv, batch=batch, heads=heads, device_type=device)
+    return spec.text
+
+
+def plan_selected(
+    pattern: Pattern, owner: Pattern, device: str, sizes: Sizes
+) -> tuple[Static, SelectedPart | None]:
+    """What runs for a pattern that selects.
+
+    Args:
+        pattern, owner, device, sizes: as for :func:`sparse_compile.direct_plan.plan_direct`.
+
+    Returns:
+        the plan of its static part, whose text is empty if there is none; and that of the selected
+        part, None if a selection adds nothing.
+
+    Raises:
+        PatternMisuse, BadPattern: as :func:`split` does.
+    """
+    parts = split(pattern)
+    if parts.selected is None:
+        return planned(without_selection(pattern).bound(), owner, device, sizes), None
+    static: Static = "", "", ()
+    if parts.static is not None:
+        static = planned(parts.static, owner, device, sizes)
+    expr, leaf = parts.selected.expr, parts.leaf
+    tables = tables_of(expr)
+    key = name_mask(parts.selected, owner) if tables else ""
+    text = SelectedSpec(expr, leaf.unit_q, leaf.unit_kv).text
+    return static, (text, expr.text, key, tables, name_selecting(leaf, owner))
+
+
+def by_selection(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Pattern,
+    static: Static,
+    selected: SelectedPart,
+    given: list[Tensor],
+    scale: float,
+) -> Tensor:
+    """Select, attend to the static part and to what is selected, and merge.
+
+    Args:
+        q, k, v: as for :func:`sparse_compile.attention`.
+        mask: the pattern.
+        static, selected: its plan.
+        given: the indices that it was given, in the order of their numbers.
+        scale: factor on the scores.
+    """
+    text, static_key, static_tables = static
+    selected_text, mask_text, key, mask_tables, leaf = selected
+    lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+    rest = mask if torch.compiler.is_compiling() else without_selection(mask)
+    tables: list[Tensor] = []
+    if mask_tables:
+        tables = data_of(rest, (key, mask_tables, lengths, "", q.device))[0]
+    index, count = SELECT(q.detach(), k.detach(), given, tables, [], mask_text, leaf)
+    if not text:
+        alone: Tensor = SELECTED_ATTENTION(q, k, v, index, count, tables, [], scale, selected_text)[
+            0
+        ]
+        return alone
+    own: list[Tensor] = []
+    layout: list[Tensor] = []
+    if static_tables:
+        own, layout = data_of(rest, (static_key, static_tables, lengths, text, q.device))
+    merged: Tensor = MERGED_ATTENTION(
+        *(q, k, v, index, count, own, [], layout, tables, [], scale, text, selected_text)
+    )[0]
+    return merged

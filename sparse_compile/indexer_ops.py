@@ -1,0 +1,131 @@
+"""The operator of an indexer: the best keys of every query, without the scores of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from sparse_compile.errors import BadShape
+from sparse_compile.expr import evaluate
+from sparse_compile.indexer_spec import IndexerSpec, Step
+
+#: Numbers that the scores of some queries have at most, all heads together.
+_MOST = 1 << 25
+
+
+@torch.library.custom_op("sparse_compile::indexed_topk", mutates_args=())
+def indexed_topk(
+    q: Tensor,
+    k: Tensor,
+    w: Tensor,
+    tables: Sequence[Tensor],
+    sizes: Sequence[int],
+    most: int,
+    spec: str,
+) -> Tensor:
+    """``topk(sum_h w_h * relu(q_h k), most).indices``, computed some queries at a time.
+
+    The lightning indexer of DeepSeek-V3.2 (https://arxiv.org/abs/2512.02556). Takes memory for the
+    scores of some queries, never for all of them. Which of several equal scores are kept is as
+    open as it is for :func:`torch.topk`.
+
+    Args:
+        q: [B, Nq, H, D].
+        k: [B, D, Nkv], same dtype.
+        w: [B, Nq, H].
+        tables, sizes: the tensors ``t0, t1, ...`` and the integers ``s0, s1, ...`` of the mask.
+        most: how many keys a query keeps.
+        spec: the text of an :class:`IndexerSpec`.
+
+    Returns:
+        int64 [B, Nq, most].
+
+    Raises:
+        BadShape: the operands do not fit together.
+    """
+    _check(q, k, w)
+    parsed = IndexerSpec.parse(spec)
+    index = q.new_empty(*q.shape[:2], most, dtype=torch.int64)
+    for first, end in _chunks(q, k):
+        score = _scores(q[:, first:end], k, w[:, first:end], parsed)
+        keep = _keep(first, end, q, k, tables, sizes, parsed)
+        fill = torch.full((), parsed.fill, dtype=score.dtype, device=score.device)
+        other = score + fill if parsed.adds else fill
+        score = torch.where(keep, score, other)
+        best = score.topk(most, -1, largest=parsed.largest, sorted=parsed.is_sorted)
+        index[:, first:end] = best.indices
+    return index
+
+
+@indexed_topk.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    w: Tensor,
+    tables: Sequence[Tensor],
+    sizes: Sequence[int],
+    most: int,
+    spec: str,
+) -> Tensor:
+    return q.new_empty([q.shape[0], q.shape[1], most], dtype=torch.int64)
+
+
+#: The operator as nodes of a graph call it.
+INDEXED_TOPK = torch.ops.sparse_compile.indexed_topk.default
+
+
+def _check(q: Tensor, k: Tensor, w: Tensor) -> None:
+    fits = q.dim() == 4 and k.dim() == w.dim() == 3 and w.shape == q.shape[:3]
+    if not fits or (q.shape[0], q.shape[3]) != tuple(k.shape[:2]):
+        raise BadShape(
+            f"sparse_compile: an indexer of q {list(q.shape)}, k {list(k.shape)} and weights "
+            f"{list(w.shape)}. Give q [B, Nq, H, D], k [B, D, Nkv] and weights [B, Nq, H]."
+        )
+
+
+def _chunks(q: Tensor, k: Tensor) -> Iterator[tuple[int, int]]:
+    """First and last query of the parts, as large as fit."""
+    batch, n_q, heads, _ = q.shape
+    step = max(1, _MOST // max(1, batch * heads * k.shape[2]))
+    for first in range(0, n_q, step):
+        yield first, min(first + step, n_q)
+
+
+def _scores(q: Tensor, k: Tensor, w: Tensor, spec: IndexerSpec) -> Tensor:
+    """The scores [B, C, Nkv] of C queries: the program's steps in its order."""
+    batch, rows, heads, _ = q.shape
+    each = (q.flatten(1, 2) @ k).view(batch, rows, heads, k.shape[2])
+    each = torch.relu(_stepped(each, spec.before))
+    if spec.product:
+        score = (w.unsqueeze(-2) @ each).squeeze(-2)
+    else:
+        score = (each * w.unsqueeze(-1)).sum(-2)
+    return _stepped(score, spec.after)
+
+
+def _stepped(score: Tensor, steps: Sequence[Step]) -> Tensor:
+    for name, number in steps:
+        score = score * number if name == "mul" else score / number
+    return score
+
+
+def _keep(
+    first: int,
+    end: int,
+    q: Tensor,
+    k: Tensor,
+    tables: Sequence[Tensor],
+    sizes: Sequence[int],
+    spec: IndexerSpec,
+) -> Tensor:
+    """Which scores of some queries are not masked: broadcasts to [B, C, Nkv]."""
+    device = q.device
+    where = {
+        "b": torch.arange(q.shape[0], device=device)[:, None, None],
+        "h": torch.zeros(1, 1, 1, dtype=torch.int64, device=device),
+        "q": torch.arange(first, end, device=device)[:, None],
+        "kv": torch.arange(k.shape[2], device=device),
+    }
+    return evaluate(spec.mask, where, q.shape[1], k.shape[2], tables, sizes)

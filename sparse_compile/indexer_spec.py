@@ -1,0 +1,69 @@
+"""IndexerSpec: what an indexer computes, the scores of which only the best are kept."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+
+from sparse_compile.expr import MaskExpr
+
+#: A scores' step: ``("mul", 0.25)`` or ``("div", 8.0)``.
+Step = tuple[str, float]
+
+
+@dataclass(frozen=True)
+class IndexerSpec:
+    """The steps of an indexer, as the program writes them, so that its arithmetic is the program's.
+
+    Attributes:
+        before: what happens to the products of q and k before the relu.
+        after: what happens to the weighted sum over heads.
+        product: whether that sum is a product of matrices, else it is a sum of products.
+        mask: who may be selected by whom, over ``b, q, kv``; the others get ``fill``.
+        fill: see ``mask``.
+        adds: whether the fill is added to their scores, else it takes their place.
+        largest, is_sorted: of the top-k.
+    """
+
+    before: tuple[Step, ...]
+    after: tuple[Step, ...]
+    product: bool
+    mask: MaskExpr
+    fill: float
+    adds: bool
+    largest: bool = True
+    is_sorted: bool = True
+
+    @functools.cached_property
+    def text(self) -> str:
+        """A stable one-line JSON spelling; :meth:`parse` reads it back."""
+        fields = {
+            "before": self.before,
+            "after": self.after,
+            "product": self.product,
+            "mask": self.mask.text,
+            "fill": repr(self.fill),
+            "flags": [self.adds, self.largest, self.is_sorted],
+        }
+        return json.dumps(fields, separators=(",", ":"))
+
+    @staticmethod
+    @functools.lru_cache(maxsize=1024)
+    def parse(text: str) -> IndexerSpec:
+        """The spec that :attr:`text` spelled.
+
+        >>> from sparse_compile.expr import KV, Q
+        >>> inf = float("inf")
+        >>> spec = IndexerSpec((("mul", 0.25),), (), True, MaskExpr(KV <= Q), -inf, False)
+        >>> IndexerSpec.parse(spec.text) == spec
+        True
+        """
+        fields = json.loads(text)
+        before, after = (
+            tuple((name, float(number)) for name, number in fields[key])
+            for key in ("before", "after")
+        )
+        mask = MaskExpr.parse(fields["mask"])
+        fill = float(fields["fill"])
+        return IndexerSpec(before, after, fields["product"], mask, fill, *fields["flags"])

@@ -1,0 +1,161 @@
+"""Published selections by name, with their published settings.
+
+Each is a function that returns a :class:`TopK`, :class:`TopP` or :class:`Threshold`; combine it
+with the mask that the model has, as in ``P.Causal() & P.MoBA()``. The forced blocks of XAttention
+are those of its code; the other settings are given from memory of the papers, and were not checked
+against them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sparse_compile.patterns.checks import LOWER_RIGHT, bad, whole
+from sparse_compile.patterns.rules import Threshold, TopK, TopP
+from sparse_compile.patterns.scored import UNITS
+from sparse_compile.patterns.scorers import (
+    Antidiagonal,
+    Gate,
+    Indexer,
+    MeanPool,
+    MinMax,
+    OverlapPool,
+)
+
+
+def MoBA(block: int = 512, k: int = 3) -> TopK:
+    """Mixture of Block Attention: each query of each head attends to its own block and others.
+
+    Lu et al. 2025, https://arxiv.org/abs/2502.13189.
+
+    Args:
+        block: keys of a block.
+        k: how many blocks, the query's own among them.
+
+    >>> MoBA()
+    TopK(3, unit_kv=128, block=512, diagonal=True, share='none')
+    """
+    unit, block_kv = _parted("MoBA", block)
+    scorer = MeanPool()
+    return TopK(k, unit_kv=unit, block=block_kv, scorer=scorer, diagonal=True, share="none")
+
+
+def Quest(k: int, page: int = 16) -> TopK:
+    """Quest: each query of each head attends to the pages whose keys could match it best.
+
+    Tang et al. 2024, https://arxiv.org/abs/2406.10774, for decoding: the queries are the last
+    tokens. The page of the query is always among them. The paper leaves its first two layers dense.
+
+    Args:
+        k: how many pages: the budget of tokens divided by ``page``.
+        page: keys of a page.
+    """
+    unit, block = _parted("Quest", page)
+    return TopK(
+        k,
+        unit_kv=unit,
+        block=block,
+        scorer=MinMax(),
+        local=1,
+        share="none",
+        align=LOWER_RIGHT,
+    )
+
+
+def XAttention(stride: int = 16, threshold: float = 0.9, block: int = 128) -> TopP:
+    """XAttention: blocks that hold ``threshold`` of the attention along antidiagonals.
+
+    Xu et al. 2025, https://arxiv.org/abs/2503.16428. Each head selects for blocks of queries; the
+    first block and the one on the diagonal are always among them.
+
+    Args:
+        stride: of the antidiagonals, 8 or 16 in the paper.
+        threshold: the share of the attention.
+        block: queries and keys of a block.
+    """
+    return TopP(
+        threshold,
+        unit_kv=block,
+        unit_q=block,
+        scorer=Antidiagonal(stride),
+        sink=1,
+        diagonal=True,
+        share="none",
+    )
+
+
+def SeerAttention(
+    gate: Callable[[Any, Any], Any],
+    block: int = 64,
+    k: int | None = None,
+    threshold: float | None = None,
+) -> TopK | Threshold:
+    """SeerAttention: blocks that a learned gate opens, for each head and block of queries.
+
+    Gao et al. 2024, https://arxiv.org/abs/2410.13276.
+
+    Args:
+        gate: see :class:`Gate`; its scores are logits.
+        block: queries and keys of a block.
+        k: how many blocks; or
+        threshold: those whose gate, after a softmax, is so much or more.
+    """
+    if (k is None) == (threshold is None):
+        raise bad(
+            "SeerAttention needs k or threshold, and not both",
+            "Write SeerAttention(gate, k=16) or SeerAttention(gate, threshold=0.002).",
+        )
+    scorer = gate if isinstance(gate, Gate) else Gate(gate)
+    if k is not None:
+        return TopK(k, unit_kv=block, unit_q=block, scorer=scorer, share="none")
+    assert threshold is not None
+    return Threshold(
+        threshold, of="softmax", unit_kv=block, unit_q=block, scorer=scorer, share="none"
+    )
+
+
+def DSA(q_index: Any, k_index: Any, weights: Any, k: int = 2048) -> TopK:
+    """DeepSeek Sparse Attention: the tokens that the lightning indexer likes best.
+
+    DeepSeek-AI 2025 (DeepSeek-V3.2), https://arxiv.org/abs/2512.02556. One list for all heads.
+
+    Args:
+        q_index, k_index, weights: see :class:`Indexer`.
+        k: how many tokens.
+    """
+    return TopK(k, unit_kv=1, scorer=Indexer(q_index, k_index, weights), share="all")
+
+
+def NSASelection(
+    block: int = 64,
+    k: int = 16,
+    window: int = 32,
+    stride: int = 16,
+    sink: int = 1,
+    local: int = 2,
+) -> TopK:
+    """The selected branch of Native Sparse Attention.
+
+    Yuan et al. 2025, https://arxiv.org/abs/2502.11089. Heads that share a key head select together.
+    Keys are compressed by their mean, where the paper learns how.
+
+    Args:
+        block: keys of a block.
+        k: how many blocks, forced ones among them.
+        window, stride: of the compressed keys, see :class:`OverlapPool`.
+        sink, local: forced blocks at the start, and up to the query's own.
+
+    >>> NSASelection()
+    TopK(16, scorer=OverlapPool(), sink=1, local=2)
+    """
+    unit, block_kv = _parted("NSASelection", block)
+    scorer = OverlapPool(window, stride)
+    return TopK(k, unit_kv=unit, block=block_kv, scorer=scorer, sink=sink, local=local)
+
+
+def _parted(name: str, block: int) -> tuple[int, int | None]:
+    """The largest unit that divides a block, and the block if it is not that unit."""
+    block = whole(f"{name}: block", block, 1)
+    unit = next(unit for unit in reversed(UNITS) if block % unit == 0)
+    return unit, block if block != unit else None

@@ -1,0 +1,192 @@
+"""Scored: the base of patterns that select blocks of keys by their scores."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sparse_compile.patterns.base import Pattern
+from sparse_compile.patterns.checks import UPPER_LEFT, alignment, bad, choice, flag, store, whole
+from sparse_compile.patterns.scorers import Gate, MeanPool, Scorer
+from sparse_compile.patterns.selecting import Selecting
+
+#: Tokens of a unit that kernels know.
+UNITS = (1, 16, 32, 64, 128)
+#: Blocks that a list whose length depends on the scores has room for, unless ``most`` says another
+#: number.
+ROOM = 1024
+_MEAN = MeanPool()
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class Scored(Selecting):
+    """Base of :class:`TopK`, :class:`TopRatio`, :class:`TopP` and :class:`Threshold`.
+
+    Each unit of queries selects among the blocks of keys that the mask does not hide from it
+    entirely; which of them, by their scores, the subclass says. What all have in common:
+
+    - Of blocks with equal scores the one of the lower number comes first. A score of +inf comes
+      before all others; a block whose score is -inf or NaN is never selected by score.
+    - *Forced* blocks (``sink``, ``local``, ``diagonal``) are selected whatever their score, unless
+      the mask hides them. They come first, and count towards what the rule allows, as in NSA, MoBA
+      and XAttention.
+    - Scores are computed and compared in fp32, without gradient.
+
+    NaN scores do not raise, since looking for them would wait for the device:
+    :func:`sparse_compile.selection.checked_select` does look.
+
+    Attributes:
+        unit_kv: keys of a unit, which a kernel reads together: 1, 16, 32, 64 or 128.
+        unit_q: consecutive queries that share a selection: 1, 16, 32, 64 or 128.
+        block: keys that are scored, counted and selected together, a multiple of ``unit_kv``;
+            None for one unit.
+        scorer: how blocks are scored, or a function ``(q, k) -> scores``, see :class:`Gate`.
+        sink: how many blocks at the start are forced.
+        local: how many blocks that end with the query's own one are forced; for a unit of queries
+            that stands in several blocks, as many that end with each of them.
+        diagonal: whether the query's own block is forced; what ``local=1`` does.
+        share: which query heads share a selection: "group", those that share a key head; "all";
+            or "none". The scores of the heads that share are summed, as NSA does.
+        most: blocks that a list has room for. A list that would be longer keeps its forced blocks
+            and the best others. None: what the rule can need, but 1024 where that depends on the
+            scores.
+        align: the corner in which the diagonal starts, see :class:`Causal`; "lower_right" for the
+            last queries of a longer sequence, as in decoding.
+    """
+
+    unit_kv: int = 64
+    unit_q: int = 1
+    block: int | None = None
+    scorer: Scorer | Callable[[Any, Any], Any] = _MEAN
+    sink: int = 0
+    local: int = 0
+    diagonal: bool = False
+    share: str = "group"
+    most: int | None = None
+    align: str = UPPER_LEFT
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        for field in ("unit_kv", "unit_q"):
+            unit = getattr(self, field)
+            if unit not in UNITS or isinstance(unit, bool):
+                raise bad(f"{name}: {field} is {unit!r}", f"Write one of {list(UNITS)}.")
+        store(
+            self,
+            sink=whole(f"{name}: sink", self.sink, 0),
+            local=whole(f"{name}: local", self.local, 0),
+            diagonal=flag(f"{name}: diagonal", self.diagonal),
+            share=choice(f"{name}: share", self.share, ("group", "all", "none")),
+            align=alignment(name, self.align),
+            scorer=_as_scorer(name, self.scorer),
+        )
+        if self.block is not None:
+            self._check_block(whole(f"{name}: block", self.block, 1))
+        if self.most is not None:
+            store(self, most=whole(f"{name}: most", self.most, 1))
+        assert isinstance(self.scorer, Scorer)
+        self.scorer.check_units(self.unit_q, self.block_kv)
+        self.check_room(f"{name}: most is {self.most}", self.most)
+
+    def _check_block(self, block: int) -> None:
+        if block % self.unit_kv:
+            raise bad(
+                f"{type(self).__name__}: a block of {block} keys is no multiple of unit_kv, "
+                f"{self.unit_kv}",
+                "Write a unit_kv that divides it.",
+            )
+        store(self, block=block)
+
+    def check_room(self, what: str, room: int | None) -> None:
+        """Raise if ``room`` blocks are fewer than what is forced."""
+        if room is not None and room < self.sink + self.reach:
+            raise bad(
+                f"{what}, but sink, local and diagonal force {self.sink + self.reach} blocks, "
+                "which count",
+                f"Write {self.sink + self.reach} or more, or force fewer.",
+            )
+
+    @property
+    def block_kv(self) -> int:
+        """Keys that are scored and selected together."""
+        return self.unit_kv if self.block is None else self.block
+
+    @property
+    def reach(self) -> int:
+        """How many blocks that end with a query's own one are forced."""
+        return max(self.local, int(self.diagonal))
+
+    @property
+    def forced(self) -> int:
+        """The most blocks that are forced for a unit of queries."""
+        # Queries of one unit stand in several blocks if a block ends between them.
+        ends = -(-(self.unit_q - 1) // self.block_kv) if self.reach else 0
+        return self.sink + self.reach + ends
+
+    def wanted(self, blocks: int) -> int:
+        """The most blocks, of ``blocks``, that the rule can ask for."""
+        raise NotImplementedError
+
+    def capacity(self, blocks: int) -> int:
+        """Blocks that each list has room for, of the ``blocks`` that the keys make.
+
+        >>> from sparse_compile import patterns as P
+        >>> P.TopK(16).capacity(100), P.TopK(16).capacity(10), P.TopP(0.9).capacity(5000)
+        (16, 10, 1024)
+        """
+        room = self.wanted(blocks) if self.most is None else self.most
+        return min(blocks, max(room, self.forced))
+
+    def check(self, n_q: int, n_kv: int, batch: int, heads: int) -> None:
+        """The scorer must fit."""
+        assert isinstance(self.scorer, Scorer)
+        self.scorer.check(n_q, n_kv, batch, heads)
+
+    def select(self, q: Any, k: Any, mask: Any, tables: Any, sizes: Any) -> Any:
+        """See :meth:`Selecting.select`; ``mask`` may be None, to hide nothing."""
+        # Selections need torch, patterns do not: they meet when q and k are there.
+        home = importlib.import_module("sparse_compile.selection.select")
+        return home.select(self, q, k, mask, tables, sizes)
+
+
+def _as_scorer(name: str, scorer: Any) -> Scorer:
+    if isinstance(scorer, Scorer):
+        return scorer
+    if isinstance(scorer, (type, Pattern)) or not callable(scorer):
+        raise bad(
+            f"{name}: scorer is {scorer!r}",
+            "Write a scorer, such as MeanPool(), or a function (q, k) -> scores.",
+        )
+    return Gate(scorer)
+
+
+def per_head(where: str, value: Any, checked: Callable[[str, Any], Any]) -> Any:
+    """A parameter, or a tuple of one for each list of heads, each as ``checked`` returns it."""
+    if not isinstance(value, (tuple, list)):
+        return checked(where, value)
+    if not value:
+        raise bad(f"{where} is {value!r}", "Write one for each list of heads, or one for all.")
+    return tuple(checked(where, item) for item in value)
+
+
+def highest(value: Any) -> Any:
+    """The greatest of a parameter that may be given by head."""
+    return max(value) if isinstance(value, tuple) else value
+
+
+def real(where: str, value: Any) -> float:
+    """``value`` as a float that is a number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+        raise bad(f"{where} is {value!r}", "Write a number.")
+    return float(value)
+
+
+def share_of(where: str, value: Any) -> float:
+    """``value`` as a float above 0, and at most 1."""
+    number = real(where, value)
+    if not 0 < number <= 1:
+        raise bad(f"{where} is {value!r}", "Write more than 0, and at most 1.")
+    return number

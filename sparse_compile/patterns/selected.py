@@ -1,0 +1,78 @@
+"""Selected: the keys that a list of indices names for every query."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from sparse_compile.patterns.checks import bad, blocks, store, whole
+from sparse_compile.patterns.data import (
+    HoldsData,
+    dtype_of,
+    frozen,
+    is_tensor,
+    on_device,
+    shape_of,
+)
+from sparse_compile.patterns.selecting import Selecting
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Selected(HoldsData, Selecting):
+    """The units of keys that ``index`` names, as a router or an indexer of the model made it.
+
+    With units of one key this is the attention of DeepSeek Sparse Attention (DeepSeek-V3.2-Exp,
+    2025), with blocks that of Native Sparse Attention (https://arxiv.org/abs/2502.11089). No
+    gradient reaches the index.
+
+    Args:
+        index: integers [B, Hs, ceil(Nq / unit_q), K], a tensor or tuples. Hs divides the query
+            heads, and divides the key heads or is a multiple of them. Negative numbers are left
+            out, and repeated ones count once.
+        unit_kv: consecutive keys that are selected together: 3 is the keys ``3 * unit_kv, ...``
+        unit_q: consecutive queries that share a row of the index.
+
+    >>> import torch
+    >>> Selected(torch.tensor([[[[0, 2], [1, -1]]]]), unit_kv=1)
+    Selected(tensor([[[[0, 2], [1, -1]]]]), unit_kv=1)
+    """
+
+    index: Any
+    unit_kv: int = 64
+    unit_q: int = 1
+
+    def __post_init__(self) -> None:
+        index = frozen("Selected: index", self.index)
+        if dtype_of(index) == "bool":
+            raise bad("Selected: index is a tensor of bools", "Write numbers of units of keys.")
+        if len(shape_of("Selected: index", index)) != 4:
+            raise bad(
+                f"Selected: index has the sizes {list(shape_of('Selected: index', index))}",
+                "Write [batch, heads, units of queries, selected], heads 1 to share it among all.",
+            )
+        unit_kv = whole("Selected: unit_kv", self.unit_kv, 1)
+        store(self, index=index, unit_kv=unit_kv, unit_q=whole("Selected: unit_q", self.unit_q, 1))
+
+    def check(self, n_q: int, n_kv: int, batch: int, heads: int) -> None:
+        """There must be a row for each unit of queries, of each batch entry and list of heads."""
+        shape = shape_of("Selected: index", self.index)
+        rows = blocks(n_q, self.unit_q)
+        if shape[0] != batch or shape[2] != rows or shape[1] < 1 or heads % shape[1]:
+            raise bad(
+                f"Selected: an index of {list(shape)} for a batch of {batch}, {heads} query heads "
+                f"and {n_q} queries in units of {self.unit_q}",
+                f"Write [{batch}, heads, {rows}, selected], where heads divides {heads}.",
+            )
+
+    def select(self, q: Any, k: Any, mask: Any, tables: Any, sizes: Any) -> Any:
+        """The index on the device of ``q``, ascending and without what is repeated or negative."""
+        # Selections need torch, patterns do not: they meet when q and k are there.
+        selection = importlib.import_module("sparse_compile.selection")
+        index = self.index
+        if is_tensor(index):
+            index = index.detach().to(q.device)
+        else:
+            index = on_device(index, "int64")(q.device, 0, 0, 0, 0)
+        index, count = selection.canonical(index, blocks(k.shape[2], self.unit_kv))
+        return selection.Selection(index, count, self.unit_q, self.unit_kv)

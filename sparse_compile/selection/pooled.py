@@ -1,0 +1,62 @@
+"""Scores that are a product of pooled queries and pooled keys: MeanPool and MinMax."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparse_compile.patterns.scorers import MeanPool, MinMax
+from sparse_compile.selection.scores import Scoring, Task, mean_of_units, parted, summed
+
+
+@dataclass(frozen=True)
+class _Pooled:
+    """Scores that are linear in features of queries and blocks, so queries are pooled first.
+
+    Attributes:
+        task: what is scored.
+        keys: fp32 [B, Hkv, blocks, F], features of the blocks.
+        by_sign: whether queries count as their positive and negative parts, else as they are.
+    """
+
+    task: Task
+    keys: Tensor
+    by_sign: bool = False
+
+    @property
+    def lists(self) -> int:
+        return self.task.lists
+
+    @property
+    def width(self) -> int:
+        return max(self.lists, self.task.k.shape[1]) * self.keys.shape[2]
+
+    def __call__(self, first: int, end: int) -> Tensor:
+        task, kv_heads = self.task, self.task.k.shape[1]
+        queries = task.q[:, :, task.queries(first, end)].float() * task.scale
+        if self.by_sign:
+            queries = torch.cat([queries.clamp(min=0), queries.clamp(max=0)], -1)
+        queries = mean_of_units(queries, task.unit_q)
+        if self.lists <= kv_heads:
+            return summed(summed(queries, kv_heads) @ self.keys.mT, self.lists)
+        grouped = parted(queries, -3, queries.shape[1] // kv_heads)
+        return (grouped @ self.keys[:, :, None].mT).flatten(1, 2)
+
+
+def by_mean(scorer: MeanPool, task: Task) -> Scoring:
+    """The query times the mean of the keys."""
+    return _Pooled(task, mean_of_units(task.k.float(), task.block))
+
+
+def by_bounds(scorer: MinMax, task: Task) -> Scoring:
+    """The most that the query times a key can be."""
+    # max(q * lo, q * hi) is q * hi for a positive q and q * lo for a negative one.
+    missing = (0, 0, 0, -task.k.shape[2] % task.block)
+    ends = []
+    for beyond, reduce in ((-math.inf, torch.amax), (math.inf, torch.amin)):
+        keys = torch.nn.functional.pad(task.k.float(), missing, value=beyond)
+        ends.append(reduce(parted(keys, -2, task.block), -2))
+    return _Pooled(task, torch.cat(ends, -1), by_sign=True)

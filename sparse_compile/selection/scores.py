@@ -1,0 +1,200 @@
+"""Scores: what is to be scored, and the scores of modules and of indexers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sparse_compile.errors import BadShape
+from sparse_compile.patterns.scorers import Gate, Indexer, Scorer
+from sparse_compile.selection.visible import Visible
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be scored.
+
+    Attributes:
+        q: [B, Hq, Nq, D].
+        k: [B, Hkv, Nkv, D].
+        unit_q: queries of a unit.
+        block: keys that are scored together.
+        lists: how many lists the heads want: 1, Hkv or Hq.
+        visible: the mask, in units and blocks.
+    """
+
+    q: Tensor
+    k: Tensor
+    unit_q: int
+    block: int
+    lists: int
+    visible: Visible
+
+    @property
+    def rows(self) -> int:
+        """Units of queries."""
+        return -(-self.q.shape[2] // self.unit_q)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of keys."""
+        return -(-self.k.shape[2] // self.block)
+
+    @property
+    def scale(self) -> float:
+        """1 / sqrt(D)."""
+        return 1 / math.sqrt(max(self.q.shape[3], 1))
+
+    def queries(self, first: int, end: int) -> slice:
+        """The queries of units ``first, ..., end - 1``, those that exist."""
+        return slice(first * self.unit_q, min(end * self.unit_q, self.q.shape[2]))
+
+    def seen_in(self, run_q: int, run_kv: int) -> Visible:
+        """The mask in other runs."""
+        return replace(self.visible, run_q=run_q, run_kv=run_kv)
+
+
+class Scoring(Protocol):
+    """The scores of a task, prepared.
+
+    Attributes:
+        lists: how many lists it makes; a divisor of the query heads.
+        width: numbers that it holds for each unit of queries while it scores it.
+    """
+
+    @property
+    def lists(self) -> int:
+        """See above."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """See above."""
+        ...
+
+    def __call__(self, first: int, end: int) -> Tensor:
+        """fp32 [B, lists, end - first, blocks], of units ``first, ..., end - 1``."""
+        ...
+
+
+def summed(scores: Tensor, lists: int) -> Tensor:
+    """Scores by head [B, H, ...], summed over the heads of each of ``lists`` lists."""
+    if scores.shape[1] <= lists:
+        return scores
+    return scores.view(scores.shape[0], lists, -1, *scores.shape[2:]).sum(2)
+
+
+def mean_of_units(rows: Tensor, unit: int) -> Tensor:
+    """[..., n, X] as [..., ceil(n / unit), X]: the mean of each run of ``unit``, also a short one.
+
+    >>> mean_of_units(torch.tensor([[1.0], [3.0], [5.0]]), 2).tolist()
+    [[2.0], [5.0]]
+    """
+    if unit == 1:
+        return rows
+    n = rows.shape[-2]
+    return unit_sums(rows, unit) / sizes_of_units(n, unit, rows.device)
+
+
+def parted(t: Tensor, dim: int, each: int) -> Tensor:
+    """The runs of ``each`` along ``dim``, counted from the end, as a dimension after it."""
+    shape = list(t.shape)
+    shape[dim : dim + 1 or None] = [shape[dim] // each, each]
+    return t.reshape(shape)
+
+
+def unit_sums(rows: Tensor, unit: int) -> Tensor:
+    """[..., n, X] as [..., ceil(n / unit), X]: the sum of each run of ``unit``."""
+    n = rows.shape[-2]
+    rows = torch.nn.functional.pad(rows, (0, 0, 0, -n % unit))
+    return parted(rows, -2, unit).sum(-2)
+
+
+def sizes_of_units(n: int, unit: int, device: torch.device) -> Tensor:
+    """int64 [units, 1]: how many tokens of ``n`` each unit has."""
+    starts = torch.arange(0, n, unit, device=device)
+    return (n - starts).clamp(max=unit)[:, None]
+
+
+@dataclass(frozen=True)
+class _Given:
+    """Scores that a module or function has given."""
+
+    scores: Tensor
+
+    @property
+    def lists(self) -> int:
+        return self.scores.shape[1]
+
+    @property
+    def width(self) -> int:
+        return self.scores.shape[1] * self.scores.shape[3]
+
+    def __call__(self, first: int, end: int) -> Tensor:
+        return self.scores[:, :, first:end].float()
+
+
+def by_gate(scorer: Gate, task: Task) -> Scoring:
+    """What the module returns."""
+    found = scorer.module(task.q, task.k)
+    _check_given(found, scorer, task)
+    return _Given(summed(found, task.lists))
+
+
+def _check_given(found: Any, scorer: Scorer, task: Task) -> None:
+    batch, heads, kv_heads = task.q.shape[0], task.q.shape[1], task.k.shape[1]
+    wanted = [batch, f"one of {_head_counts(heads, kv_heads)}", task.rows, task.blocks]
+    got = f"a {type(found).__name__}"
+    if isinstance(found, Tensor):
+        got = f"{found.dtype} {list(found.shape)}"
+        fits = found.is_floating_point() and found.dim() == 4
+        fits = fits and (found.shape[0], *found.shape[2:]) == (batch, task.rows, task.blocks)
+        if fits and found.shape[1] in _head_counts(heads, kv_heads):
+            return
+    raise BadShape(
+        f"sparse_compile: {scorer!r} returned {got} for q {list(task.q.shape)}, k "
+        f"{list(task.k.shape)}, units of {task.unit_q} queries and blocks of {task.block} keys. "
+        f"Return floating scores of [{', '.join(map(str, wanted))}]: batch, heads, "
+        "ceil(Nq / unit_q), ceil(Nkv / block)."
+    )
+
+
+def _head_counts(heads: int, kv_heads: int) -> list[int]:
+    """How many lists attention over selected keys takes."""
+    divisors = (n for n in range(1, heads + 1) if heads % n == 0)
+    return [n for n in divisors if max(n, kv_heads) % min(n, kv_heads) == 0]
+
+
+@dataclass(frozen=True)
+class _Indexed:
+    """The scores of an indexer."""
+
+    indexer: Indexer
+    task: Task
+    lists: int = 1
+
+    @property
+    def width(self) -> int:
+        heads: int = self.indexer.q_index.shape[1]
+        return self.task.unit_q * heads * self.task.k.shape[2]
+
+    def __call__(self, first: int, end: int) -> Tensor:
+        task, rows = self.task, self.task.queries(first, end)
+        queries = self.indexer.q_index[:, :, rows].float()
+        weights = self.indexer.weights[:, rows].float().transpose(1, 2)
+        products = (queries @ self.indexer.k_index[:, None].float().mT).relu_()
+        by_token = (products * weights[..., None]).sum(1)
+        if task.block > 1:
+            missing = -by_token.shape[-1] % task.block
+            by_token = torch.nn.functional.pad(by_token, (0, missing), value=-math.inf)
+            by_token = parted(by_token, -1, task.block).amax(-1)
+        return mean_of_units(by_token, task.unit_q)[:, None]
+
+
+def by_indexer(scorer: Indexer, task: Task) -> Scoring:
+    """The sum over the heads of the indexer."""
+    return _Indexed(scorer, task)

@@ -1,0 +1,161 @@
+"""Select: what a pattern selects by scores, from q and k; does not wait for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from sparse_compile.errors import BadShape
+from sparse_compile.expr import MaskExpr
+from sparse_compile.patterns.checks import UPPER_LEFT, bad, blocks
+from sparse_compile.patterns.scored import Scored
+from sparse_compile.selection.rules import Best, Candidates, ascending
+from sparse_compile.selection.scores import Scoring, Task
+from sparse_compile.selection.scoring import scoring
+from sparse_compile.selection.selection import Selection
+from sparse_compile.selection.visible import Visible
+
+#: Scores that a chunk of units of queries has at most, if it is more than one unit.
+_MOST = 1 << 24
+#: The parameter of each rule that may be given by head.
+_BY_HEAD = ("k", "ratio", "p", "t")
+
+#: Looks at the candidates of some units of queries, and at the best of them.
+Watch = Callable[[Candidates, Best], None]
+
+
+@torch.no_grad()
+def select(
+    pattern: Scored,
+    q: Tensor,
+    k: Tensor,
+    mask: MaskExpr | None = None,
+    tables: Sequence[Tensor] = (),
+    sizes: Sequence[int] = (),
+    watch: Watch | None = None,
+) -> Selection:
+    """What ``pattern`` selects for the queries ``q`` among the keys ``k``.
+
+    Memory is that of the lists, and of the scores of some units of queries at a time.
+
+    Args:
+        pattern: scores blocks and keeps the best, by its rule.
+        q: [B, Hq, Nq, D], floating.
+        k: [B, Hkv, Nkv, D]; Hkv divides Hq.
+        mask: who may attend to whom; a block that it hides entirely from a unit of queries is not
+            selected. None: everyone to everyone.
+        tables: the tensors ``t0, t1, ...`` of the mask.
+        sizes: the integers ``s0, s1, ...`` of the mask.
+        watch: called for each chunk, to look at what is selected from.
+
+    Returns:
+        The selection, with lists for Hkv, 1 or Hq groups of heads, see ``share``; or as many as
+        the scorer makes if those are fewer.
+
+    Raises:
+        BadShape, BadPattern: q and k, the scores or the parameters do not fit together.
+    """
+    _check(pattern, q, k)
+    task = _task(pattern, q, k, mask, tables, sizes)
+    capacity = pattern.capacity(task.blocks)
+    if not (q.numel() and k.numel()):
+        return _nothing(pattern, q)
+    scores = scoring(pattern.scorer, task)
+    _check_heads(pattern, scores)
+    shape = (q.shape[0], scores.lists, task.rows)
+    index = torch.empty(*shape, capacity, dtype=torch.int32, device=q.device)
+    count = torch.empty(shape, dtype=torch.int32, device=q.device)
+    for first, end in _chunks(task, scores):
+        found = Candidates(
+            scores(first, end),
+            task.visible.may(first, end, scores.lists),
+            _forced(pattern, task, first, end),
+        )
+        best = found.best(capacity)
+        if watch is not None:
+            watch(found, best)
+        index[:, :, first:end], count[:, :, first:end] = ascending(pattern, best, task.blocks)
+    return _in_units(pattern, index, count, k.shape[2])
+
+
+def _check(pattern: Scored, q: Tensor, k: Tensor) -> None:
+    fits = q.dim() == k.dim() == 4 and (q.shape[0], q.shape[3]) == (k.shape[0], k.shape[3])
+    if not fits or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise BadShape(
+            f"sparse_compile: {pattern!r} selects from q {list(q.shape)} and k {list(k.shape)}. "
+            "Pass q [B, Hq, Nq, D] and k [B, Hkv, Nkv, D], where Hkv divides Hq."
+        )
+    pattern.check(q.shape[2], k.shape[2], q.shape[0], q.shape[1])
+
+
+def _task(
+    pattern: Scored,
+    q: Tensor,
+    k: Tensor,
+    mask: MaskExpr | None,
+    tables: Sequence[Tensor],
+    sizes: Sequence[int],
+) -> Task:
+    unit_q, block = pattern.unit_q, pattern.block_kv
+    lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+    visible = Visible(mask, tables, sizes, *lengths, unit_q, block, q.device)
+    lists = {"group": k.shape[1], "all": 1, "none": q.shape[1]}[pattern.share]
+    return Task(q, k, unit_q, block, lists, visible)
+
+
+def _check_heads(pattern: Scored, scores: Scoring) -> None:
+    name, value = next(
+        (name, value) for name in _BY_HEAD if (value := getattr(pattern, name, None)) is not None
+    )
+    if isinstance(value, tuple) and len(value) != scores.lists:
+        raise bad(
+            f"{type(pattern).__name__}: {name} is given for {len(value)} lists of heads, but there "
+            f"are {scores.lists}",
+            f"Write {scores.lists} numbers, or one for all.",
+        )
+
+
+def _chunks(task: Task, scores: Scoring) -> Iterator[tuple[int, int]]:
+    width = max(scores.width, scores.lists * task.blocks, task.visible.heads * task.blocks)
+    step = max(1, _MOST // max(1, task.q.shape[0] * width))
+    for first in range(0, task.rows, step):
+        yield first, min(first + step, task.rows)
+
+
+def _forced(pattern: Scored, task: Task, first: int, end: int) -> Tensor:
+    """bool [units, blocks]: what is forced if it is visible."""
+    device = task.q.device
+    block = torch.arange(task.blocks, device=device)
+    forced = (block < pattern.sink).expand(end - first, task.blocks)
+    if not pattern.reach:
+        return forced
+    n_q = task.q.shape[2]
+    shift = 0 if pattern.align == UPPER_LEFT else task.k.shape[2] - n_q
+    start = torch.arange(first, end, device=device)[:, None] * task.unit_q
+    last = (start + (task.unit_q - 1)).clamp(max=n_q - 1)
+    own = [torch.div(at + shift, task.block, rounding_mode="floor") for at in (start, last)]
+    return forced | ((block > own[0] - pattern.reach) & (block <= own[1]))
+
+
+def _in_units(pattern: Scored, index: Tensor, count: Tensor, n_kv: int) -> Selection:
+    """Lists of blocks as lists of the units of keys in them."""
+    each = pattern.block_kv // pattern.unit_kv
+    if each > 1:
+        units = blocks(n_kv, pattern.unit_kv)
+        within = torch.arange(each, dtype=torch.int32, device=index.device)
+        index = (index[..., None] * each + within).flatten(-2)
+        # The last block may have fewer units. Being the last, they end the list.
+        place = torch.arange(index.shape[-1], device=index.device)
+        used = (place < count[..., None] * each) & (index < units)
+        count = used.sum(-1, dtype=torch.int32)
+    return Selection(index, count, pattern.unit_q, pattern.unit_kv)
+
+
+def _nothing(pattern: Scored, q: Tensor) -> Selection:
+    """The selection where there are no queries, or no keys: one list for all heads."""
+    shape = (q.shape[0], 1, blocks(q.shape[2], pattern.unit_q))
+    index = torch.zeros(*shape, 1, dtype=torch.int32, device=q.device)
+    count = torch.zeros(shape, dtype=torch.int32, device=q.device)
+    return Selection(index, count, pattern.unit_q, pattern.unit_kv)

@@ -1,0 +1,168 @@
+"""Split: a mask with a selection as a static part, and a part that holds where it selects.
+
+With M(S) for a mask as a function of what its selection S chooses,
+
+    M(S)  =  S & M(true)  |  ~S & M(false)            (Shannon's expansion)
+          =  M(false)  |  S & (M(true) & ~M(false))   (S is under no ~, so M(false) implies M(true))
+
+whose two terms are disjoint: each is attention of its own, and they merge by log-sum-exp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+
+from sparse_compile.errors import PatternMisuse
+from sparse_compile.expr import MaskExpr
+from sparse_compile.patterns.base import BoundMask, Pattern, Tables
+from sparse_compile.patterns.checks import bad
+from sparse_compile.patterns.logic import All, And, Not, Or
+from sparse_compile.patterns.selecting import Selecting
+from sparse_compile.selection.boolean import difference, simplified
+from sparse_compile.selection.union import Union
+
+
+@dataclass(frozen=True)
+class Split:
+    """A mask that selects, as two disjoint parts: ``static | leaf & selected``.
+
+    Attributes:
+        leaf: what selects.
+        static: what holds whatever is selected; None if nothing does.
+        selected: what else holds for selected keys; None if a selection adds nothing. It is also
+            what the leaf selects among, so that it spends nothing on keys of the static part.
+    """
+
+    leaf: Selecting
+    static: BoundMask | None
+    selected: BoundMask | None
+
+
+def selects(value: Any) -> bool:
+    """Whether a pattern selects keys by content or by index.
+
+    >>> from sparse_compile import patterns as P
+    >>> selects(P.Causal() & P.Selected(((((0,),),),))), selects(P.Causal())
+    (True, False)
+    """
+    return next(_leaves(value), None) is not None
+
+
+def split(pattern: Pattern) -> Split:
+    """The parts of a mask that selects.
+
+    Raises:
+        PatternMisuse, BadPattern: its selections cannot be split off: one stands under ``~`` or in
+            ``heads``, or there are several that no ``|`` joins directly.
+
+    >>> from sparse_compile import patterns as P
+    >>> chosen = P.Selected(((((0, 2),),),), unit_q=8, unit_kv=4)
+    >>> parts = split(P.Causal() & chosen)
+    >>> parts.static, str(parts.selected.expr)
+    (None, 'kv <= q')
+    >>> parts = split(P.Causal() & (P.Global(4) | chosen))
+    >>> str(parts.static.expr)
+    '(kv <= q) & ((kv <= 3) | (q <= 3))'
+    >>> str(parts.selected.expr)
+    '(kv <= q) & (kv > 3) & (q > 3)'
+    """
+    pattern = _with_unions(pattern)
+    leaf = _only_leaf(pattern)
+    tables = Tables()
+    rest = without_selection(pattern)
+    always = simplified(rest.predicate(tables))
+    added = difference(_with(pattern, All()).predicate(tables), always)
+    return Split(leaf, _bound(always, tables), _bound(added, tables))
+
+
+def without_selection(pattern: Pattern) -> Pattern:
+    """The mask where nothing is selected.
+
+    >>> from sparse_compile import patterns as P
+    >>> without_selection(P.Causal() & (P.Global(4) | P.Selected(((((0,),),),))))
+    (Causal() & (Global(4) | ~All()))
+    """
+    return _with(pattern, Not(All()))
+
+
+def _leaves(value: Any) -> Iterator[Selecting]:
+    """The selections among the parts of a pattern, wherever they stand."""
+    if isinstance(value, Selecting):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _leaves(part)
+    elif isinstance(value, Pattern):
+        for part in vars(value).values():
+            yield from _leaves(part)
+
+
+def _with_unions(pattern: Pattern) -> Pattern:
+    """The mask with the different selections of each Or as one."""
+    if isinstance(pattern, (And, Or)):
+        parts = [_with_unions(part) for part in pattern.parts]
+        chosen = tuple(dict.fromkeys(part for part in parts if isinstance(part, Selecting)))
+        if isinstance(pattern, Or) and len(chosen) > 1:
+            parts = [part for part in parts if not isinstance(part, Selecting)]
+            parts.append(Union(chosen))
+        return type(pattern)(*parts) if len(parts) > 1 else parts[0]
+    return Not(_with_unions(pattern.part)) if isinstance(pattern, Not) else pattern
+
+
+def _only_leaf(pattern: Pattern) -> Selecting:
+    found = list(dict.fromkeys(_checked_leaves(pattern, pattern, positive=True)))
+    if len(found) != 1:
+        raise PatternMisuse(
+            f"sparse_compile: {pattern!r} has {len(found)} different selections: "
+            f"{', '.join(map(repr, found))}. Join them by | where they stand, as in "
+            "Causal() & (one | other), or attend in several calls."
+        )
+    return found[0]
+
+
+def _checked_leaves(pattern: Pattern, whole: Pattern, positive: bool) -> Iterator[Selecting]:
+    """The selections of a mask, each of which may stand under ``&`` and ``|`` only.
+
+    Args:
+        pattern: the part to look at.
+        whole: the mask, for errors.
+        positive: whether the part stands under an even number of ``~``.
+    """
+    if isinstance(pattern, Selecting):
+        if not positive:
+            raise bad(
+                f"{whole!r} attends to what {pattern!r} does not select, which is not supported",
+                "Select the keys to attend to, and combine selections by & and |.",
+            )
+        yield pattern
+    elif isinstance(pattern, (And, Or)):
+        for part in pattern.parts:
+            yield from _checked_leaves(part, whole, positive)
+    elif isinstance(pattern, Not):
+        yield from _checked_leaves(pattern.part, whole, not positive)
+    elif selects(pattern):
+        raise bad(
+            f"{next(_leaves(pattern))!r} stands inside {pattern!r}",
+            "A selection is made for all heads at once: combine it by & and | outside of that, "
+            "and give an index or a scorer that selects other keys for each head.",
+        )
+
+
+def _with(pattern: Pattern, value: Pattern) -> Pattern:
+    """The mask with ``value`` in place of its selection."""
+    if isinstance(pattern, Selecting):
+        return value
+    if isinstance(pattern, (And, Or)):
+        return type(pattern)(*(_with(part, value) for part in pattern.parts))
+    return Not(_with(pattern.part, value)) if isinstance(pattern, Not) else pattern
+
+
+def _bound(predicate: sympy.Basic, tables: Tables) -> BoundMask | None:
+    """The predicate with those of the tables that it reads; None if it is false."""
+    if predicate == sympy.false:
+        return None
+    return BoundMask(MaskExpr(predicate, tuple(tables.dtypes)), tuple(tables.makers)).trimmed()

@@ -1,0 +1,70 @@
+"""Text of the kernels for selected keys: the same each time, compiled for every architecture."""
+
+from __future__ import annotations
+
+import pytest
+import sympy
+
+from sparse_compile.codegen.triton.selected.aot import compile_selected
+from sparse_compile.codegen.triton.selected.source import SelectedKernelSpec, selected_source
+from sparse_compile.expr import KV, B, H, MaskExpr, Q, size_symbol, table
+from sparse_compile.selected_spec import SelectedSpec
+
+CAUSAL = MaskExpr(KV <= Q)
+DOCUMENTS = MaskExpr((KV <= Q) & sympy.Eq(table(0)(B, Q), table(0)(B, KV)), ("int32",))
+RUN_TIME = MaskExpr((KV <= Q + size_symbol(0)) & (Q - KV < table(0)(H)), ("int64",), 1)
+
+
+def spec_of(
+    mask: MaskExpr = CAUSAL,
+    unit_q: int = 1,
+    unit_kv: int = 64,
+    dim: int = 128,
+    members: int = 16,
+    dtype: str = "bfloat16",
+    arch: str = "sm_90",
+) -> SelectedKernelSpec:
+    selected = SelectedSpec(mask, unit_q, unit_kv, where=("model.py:12",))
+    return SelectedKernelSpec(selected, dim, dim, dtype, arch, members)
+
+
+SPECS = {
+    "blocks of 64": spec_of(),
+    "blocks of 128": spec_of(unit_kv=128),
+    "blocks of 16, groups of 5": spec_of(unit_kv=16, members=5, dim=64),
+    "tokens": spec_of(unit_kv=1),
+    "queries in blocks": spec_of(unit_q=64, members=1),
+    "documents": spec_of(DOCUMENTS),
+    "run-time sizes": spec_of(RUN_TIME, dim=64, members=3),
+    "wide": spec_of(dim=256, members=8),
+    "single precision": spec_of(dtype="float32", dim=64, members=4),
+}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_text_is_the_same_each_time_and_fits_the_page(name: str) -> None:
+    text = selected_source(SPECS[name])
+    assert text == selected_source(SPECS[name])
+    compile(text, name, "exec")
+    assert "$" not in text
+    assert "model.py:12" in text
+    assert str(SPECS[name].selected.mask) in text
+
+
+#: Which texts of kernels there are; the other specs differ in sizes and masks.
+KINDS = ("blocks of 64", "tokens", "documents", "single precision")
+
+
+@pytest.mark.parametrize(
+    ("name", "arch"), [*((n, 90) for n in SPECS), *((n, a) for n in KINDS for a in (80, 100))]
+)
+def test_the_kernels_compile(name: str, arch: int) -> None:
+    found = compile_selected(SPECS[name], arch)
+    by_key = {"forward_by_key", "backward_key_value"}
+    assert set(found) == {"forward", "merge", "backward_query"} | (
+        by_key if SPECS[name].selected.unit_kv >= 16 else set()
+    )
+    for kernel, used in found.items():
+        limit = 163 * 1024 if arch == 80 else 227 * 1024
+        assert used.shared <= limit, (kernel, used.shared)
+    assert found["forward"].spills == 0

@@ -1,0 +1,73 @@
+"""Attention over selected keys on a CUDA device: against fp64, without waiting, in CUDA graphs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import sympy
+import torch
+
+from sparse_compile.codegen.triton.selected import executor
+from sparse_compile.expr import MaskExpr
+from sparse_compile.selected_ops import SELECTED_ATTENTION
+from sparse_compile.selection import canonical
+from tests.selection.cases import CASES, Case, check_executor
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+CUDA = torch.device("cuda")
+WIDE = [
+    replace(CASES[0], name=f"D={dim}, unit {unit}", dim=dim, value_dim=dim, unit_kv=unit, n_kv=300)
+    for dim, unit in ((64, 64), (128, 64), (128, 128), (256, 64), (256, 1), (96, 16))
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *WIDE], ids=str)
+def test_case(case: Case, dtype: torch.dtype) -> None:
+    check_executor(executor, case, CUDA, dtype)
+
+
+@pytest.mark.parametrize("case", [c for c in [*CASES, *WIDE] if c.unit_kv >= 16], ids=str)
+def test_keys_outermost(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor, "is_by_key", lambda call: True)
+    check_executor(executor, case, CUDA, torch.bfloat16)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 5])
+def test_keys_in_parts(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor, "parts_of", lambda call: parts)
+    check_executor(executor, CASES[2], CUDA, torch.bfloat16)
+
+
+def test_nothing_waits() -> None:
+    case = CASES[0]
+    q, k, v = (t.cuda().requires_grad_() for t in case.operands()[:3])
+    index = case.index().cuda()
+    for _ in range(2):  # the first compiles
+        torch.cuda.set_sync_debug_mode("default" if _ == 0 else "error")
+        lists = canonical(index, -(-case.n_kv // case.unit_kv))
+        out, _lse = SELECTED_ATTENTION(q, k, v, *lists, [], [], 0.2, case.spec.text)
+        out.sum().backward()
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_recorded_graph_follows_a_changing_selection() -> None:
+    case = replace(CASES[0], n_q=1, mask=MaskExpr(sympy.true))
+    q, k, v = (t.cuda() for t in case.operands()[:3])
+    units = -(-case.n_kv // case.unit_kv)
+    index = case.index().cuda()
+
+    def run() -> torch.Tensor:
+        lists = canonical(index, units)
+        return SELECTED_ATTENTION(q, k, v, *lists, [], [], 0.2, case.spec.text)[0]
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        index.copy_(torch.randint(-1, units, index.shape, generator=generator))
+        graph.replay()
+        torch.testing.assert_close(out, run(), rtol=0, atol=0)

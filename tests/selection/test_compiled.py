@@ -1,0 +1,225 @@
+"""Masks that select, in code that torch.compile compiles with any backend."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import sparse_compile
+from sparse_compile import direct_plan, direct_selected, selection_ops
+from sparse_compile import patterns as P
+from sparse_compile.merged_ops import MERGED_ATTENTION
+from sparse_compile.patterns.data import HoldsData
+from sparse_compile.selection import Selection
+from sparse_compile.selection_ops import SELECT
+from tests.selection.test_composition import DOCUMENTS, N, Nearest, check, dense_of, index, operands
+
+CHOSEN = P.Selected(index(), unit_kv=16)
+MASKS = [
+    P.Causal() & CHOSEN,
+    P.Causal() & CHOSEN | P.SlidingWindow(9),
+    DOCUMENTS & P.Causal() & (CHOSEN | P.SlidingWindow(9)),
+]
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor", "sparse_compile"])
+def test_compiled(backend: str) -> None:
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: P.Pattern) -> Tensor:
+        return sparse_compile.attention(q * 1.0, k, v, mask) + 0.0
+
+    fast = torch.compile(run, backend=backend, fullgraph=True)
+    for mask in MASKS:
+        check(mask, dense_of(mask, CHOSEN, 4), fast)
+
+
+def test_a_selection_by_content() -> None:
+    nearest = Nearest()
+    q, k, _ = operands(4, 2, N, N, torch.float32)
+    dense = nearest.select(q, k, None, [], []).dense(N, N).repeat_interleave(2, 1)
+    mask = P.Causal() & nearest | P.SlidingWindow(3)
+    fast = torch.compile(sparse_compile.attention, backend="aot_eager", fullgraph=True)
+    check(mask, P.Causal().dense(N, N) & dense | P.SlidingWindow(3).dense(N, N), fast)
+
+
+class Routed(nn.Module):
+    """Its indices are results of the code that is compiled."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, numbers: Tensor) -> Tensor:
+        chosen = P.Selected(numbers + 1, unit_kv=16)
+        mask = P.Causal() & (chosen | P.SlidingWindow(5))
+        return sparse_compile.attention(q, k, v, mask)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor", "sparse_compile"])
+def test_indices_made_in_compiled_code(backend: str) -> None:
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    fast = torch.compile(Routed(), backend=counter, fullgraph=True)
+    for most in (3, 3, 3):
+        numbers = index(most=most) + int(torch.randint(2, ()))
+
+        def run(q: Tensor, k: Tensor, v: Tensor, _: P.Pattern, given: Tensor = numbers) -> Tensor:
+            return fast(q, k, v, given)
+
+        chosen = P.Selected(numbers + 1, unit_kv=16)
+        mask = P.Causal() & (chosen | P.SlidingWindow(5))
+        check(mask, dense_of(mask, chosen, 4), run)
+    assert counter.frame_count == 1
+
+
+def test_two_indices_are_told_apart() -> None:
+    one, two = index(most=3), index(most=2)
+
+    def both(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        mask = P.Causal() & (P.Selected(a, 16) | P.Selected(b, 16))
+        return sparse_compile.attention(q, k, v, mask)
+
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    fast = torch.compile(both, backend=counter, fullgraph=True)
+    for a, b in ((one, two), (two, one), (one + 1, two)):
+        chosen = P.Selected(torch.cat([a, b], -1), 16)
+        mask = P.Causal() & chosen
+        check(mask, dense_of(mask, chosen, 4), lambda q, k, v, _, a=a, b=b: fast(q, k, v, a, b))
+
+
+class Packed(nn.Module):
+    """Indices of the compiled code among documents that come from outside."""
+
+    def __init__(self, documents: P.Pattern) -> None:
+        super().__init__()
+        self.documents = documents
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, numbers: Tensor) -> Tensor:
+        chosen = P.Selected(numbers + 1, unit_kv=16)
+        mask = self.documents & P.Causal() & (chosen | P.SlidingWindow(5))
+        return sparse_compile.attention(q, k, v, mask)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_indices_of_the_code_among_documents_from_outside(compiled: bool) -> None:
+    ids = torch.arange(N) // 30
+    packed = Packed(P.Documents(ids))
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    run = torch.compile(packed, backend=counter, fullgraph=True) if compiled else packed
+
+    def checked(numbers: Tensor) -> None:
+        chosen = P.Selected(numbers + 1, unit_kv=16)
+        mask = packed.documents & P.Causal() & (chosen | P.SlidingWindow(5))
+        check(mask, dense_of(mask, chosen, 4), lambda q, k, v, _: run(q, k, v, numbers))
+
+    checked(index())
+    plans = len(direct_plan._PLANS)
+    checked(index() - 1)
+    ids.copy_(torch.arange(N) // 20)
+    checked(index() - 2)
+    assert counter.frame_count == compiled
+    assert len(direct_plan._PLANS) == plans
+    packed.documents = P.Documents(torch.arange(N) // 13)
+    checked(index())
+    gc.collect()
+    assert len(direct_plan._PLANS) == plans
+
+
+@pytest.mark.parametrize("static", [P.SlidingWindow(9), DOCUMENTS])
+def test_new_contents_compile_nothing(static: P.Pattern) -> None:
+    numbers = index()
+    mask = P.Causal() & P.Selected(numbers, unit_kv=16) | static
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    fast = torch.compile(sparse_compile.attention, backend=counter, fullgraph=True)
+    for shift in (0, 1, 2):
+        numbers.copy_(index() - shift)
+        chosen = P.Selected(numbers, unit_kv=16)
+        check(mask, dense_of(P.Causal() & chosen | static, chosen, 4), fast)
+    assert counter.frame_count == 1
+
+
+def test_other_indices_of_one_shape_compile_nothing() -> None:
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    fast = torch.compile(sparse_compile.attention, backend=counter, fullgraph=True)
+    for shift in (0, 1, 2):
+        chosen = P.Selected(index() - shift, unit_kv=16)
+        mask = P.Causal() & chosen | P.SlidingWindow(9)
+        check(mask, dense_of(mask, chosen, 4), fast)
+    assert counter.frame_count == 1
+
+
+def test_dynamic_lengths() -> None:
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    fast = torch.compile(sparse_compile.attention, backend=counter, fullgraph=True, dynamic=True)
+    for n in (40, 56, 72):
+        chosen = P.Selected(index(n_q=n, n_kv=n), unit_kv=16)
+        mask = P.Causal() & chosen | P.SlidingWindow(9)
+        check(mask, dense_of(mask, chosen, 4, n, n), fast)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=range(len(MASKS)))
+def test_operators_fit_torch(mask: P.Pattern, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Callable[..., object], tuple[object, ...]]] = []
+    for name in ("SELECT", "MERGED_ATTENTION"):
+        original = getattr(direct_selected, name)
+
+        def noted(*args: object, original: Callable[..., object] = original) -> object:
+            calls.append((original, args))
+            return original(*args)
+
+        monkeypatch.setattr(direct_selected, name, noted)
+    sparse_compile.attention(*operands(4, 2, N, N, torch.float32), mask)
+    assert calls[0][0] is SELECT
+    assert len(calls) == 1 or calls[1][0] is MERGED_ATTENTION
+    for operator, args in calls:
+        torch.library.opcheck(operator, args)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Weighted(HoldsData, Nearest):
+    """A selection whose scorer holds weights."""
+
+    weight: Tensor
+
+    def select(self, q: Tensor, k: Tensor, mask: Any, tables: Any, sizes: Any) -> Selection:
+        return super().select(q * self.weight, k, mask, tables, sizes)
+
+
+def test_weights_of_a_scorer_are_read_in_each_call() -> None:
+    weight = torch.randn(16)
+    mask = P.Causal() & Weighted(weight) | P.SlidingWindow(3)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    fast = torch.compile(sparse_compile.attention, backend=counter, fullgraph=True)
+    q, k, _ = operands(4, 2, N, N, torch.float32)
+    for _step in range(2):
+        chosen = Weighted(weight).select(q, k, None, [], [])
+        dense = chosen.dense(N, N).repeat_interleave(2, 1)
+        check(mask, P.Causal().dense(N, N) & dense | P.SlidingWindow(3).dense(N, N), fast)
+        weight.copy_(torch.randn(16))
+    assert counter.frame_count == 1
+
+
+def test_names_go_with_their_patterns() -> None:
+    before = set(selection_ops._LEAVES)
+    nearest = Weighted(torch.ones(16))
+    given = operands(4, 2, N, N, torch.float32)
+    for mask in (nearest, P.Causal() & nearest | P.SlidingWindow(3)):
+        sparse_compile.attention(*given, mask)
+    del mask, nearest
+    gc.collect()
+    assert set(selection_ops._LEAVES) == before
+
+
+def test_a_selection_is_made_again_in_a_checkpoint() -> None:
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: P.Pattern) -> Tensor:
+        return checkpoint(sparse_compile.attention, q, k, v, mask, use_reentrant=False)
+
+    for mask in MASKS:
+        check(mask, dense_of(mask, CHOSEN, 4), torch.compile(run, backend="aot_eager"))
