@@ -10,51 +10,28 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_compile import patterns as P
 from sparse_compile.selection import Selection, canonical, pooled_attention
+from sparse_compile.selection.scores import Task
+from sparse_compile.selection.scoring import scoring
+from sparse_compile.selection.visible import Visible
 
 Scorer = Callable[[Tensor, Tensor], Tensor]
 UNIT = 16
 
 
-def summed(q: Tensor, k: Tensor, keys: Tensor) -> Tensor:
-    """The products of the queries with some vectors for each key head, summed over its heads."""
-    return q.unflatten(1, (k.shape[1], -1)).sum(2) @ keys.mT * q.shape[-1] ** -0.5
+def untrained(scorer: P.Scorer) -> Scorer:
+    """A scorer of this library, for single queries and a causal mask."""
 
+    def score(q: Tensor, k: Tensor) -> Tensor:
+        lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+        visible = Visible(P.Causal().bound().expr, (), (), *lengths, 1, UNIT, q.device)
+        task = Task(q, k, 1, UNIT, k.shape[1], visible)
+        return scoring(scorer, task)(0, task.rows)
 
-def units(k: Tensor) -> Tensor:
-    """[B, Hkv, Ukv, UNIT, D]; the length must be a multiple of a unit."""
-    return k.unflatten(2, (-1, UNIT))
-
-
-def mean_pool(q: Tensor, k: Tensor) -> Tensor:
-    """MoBA's router: the query times the mean of the keys."""
-    return summed(q, k, units(k).mean(3))
-
-
-def quest(q: Tensor, k: Tensor) -> Tensor:
-    """Quest's bound: the most that the query times a key of the unit can be."""
-    high, low = units(k).amax(3), units(k).amin(3)
-    return summed(q.relu(), k, high) - summed((-q).relu(), k, low)
-
-
-def overlapping(q: Tensor, k: Tensor) -> Tensor:
-    """NSA's selection: a softmax over overlapping means, summed into units.
-
-    Windows are half a unit long and overlap by half, as NSA's of 32 keys, 16 apart, in units of 64.
-    Each gives its weight to both halves of it; only those that are entirely visible take part.
-    """
-    window, stride = UNIT // 2, UNIT // 4
-    means = k.unfold(2, window, stride).mean(-1)
-    start = torch.arange(means.shape[2]) * stride
-    scores = q.unflatten(1, (k.shape[1], -1)) @ means[:, :, None].mT * q.shape[-1] ** -0.5
-    visible = start + window - 1 <= torch.arange(q.shape[2])[:, None]
-    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num(0).sum(2)
-    covers = F.one_hot(start // UNIT) + F.one_hot((start + stride) // UNIT)
-    return weights @ covers.to(weights.dtype)
+    return score
 
 
 def random(q: Tensor, k: Tensor) -> Tensor:
@@ -86,6 +63,10 @@ def forced(scorer: Scorer) -> Scorer:
 
     return score
 
+
+mean_pool, quest = untrained(P.MeanPool()), untrained(P.MinMax())
+#: Windows are half a unit long and overlap by half, as NSA's of 32 keys, 16 apart, in units of 64.
+overlapping = untrained(P.OverlapPool(window=UNIT // 2, stride=UNIT // 4))
 
 UNTRAINED: dict[str, Scorer] = {
     "mean pool": mean_pool,

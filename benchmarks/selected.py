@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.environment import write_json
+from sparse_compile.codegen.selected_call import Result, SelectedCall
 from sparse_compile.codegen.triton.selected import executor
 from sparse_compile.expr import KV, MaskExpr, Q
 from sparse_compile.selected_spec import SelectedSpec
@@ -70,15 +71,14 @@ def training(n: int, unit: int, most: int) -> Row:
     inputs, spec = operands(1, n, n), SelectedSpec(MaskExpr(KV <= Q), 1, unit)
     index, units = random_causal(n, unit, most), n // unit
     lists = canonical(index, units)
-    shared = (*lists, [], [], DIM**-0.5, spec)
-    out, lse = executor.forward(*inputs, *shared)
-    grad = torch.randn_like(out)
-    backward = functools.partial(executor.backward, grad, None, *inputs, out, lse, *shared)
+    call = SelectedCall(*inputs, *lists, [], [], DIM**-0.5, spec)
+    out, lse = executor.forward(call)
+    result = Result(out, lse, torch.randn_like(out))
     pairs = float(lists[1].double().sum()) * unit * (Q_HEADS // KV_HEADS)
     row: Row = {
         "case": f"{n} tokens, top {most} of units of {unit}",
-        "forward_ms": median_ms(lambda: executor.forward(*inputs, *shared)),
-        "backward_ms": median_ms(backward),
+        "forward_ms": median_ms(lambda: executor.forward(call)),
+        "backward_ms": median_ms(lambda: executor.backward(call, result)),
         "canonical_ms": median_ms(lambda: canonical(index, units)),
         "transposed_ms": median_ms(lambda: places(*lists, units, 16384)),
         "relative_error": worst_error(inputs, lists, unit, out),
@@ -95,7 +95,8 @@ def decoding(batch: int, n: int, unit: int, most: int) -> Row:
     index = torch.stack(orders).view(batch, KV_HEADS, 1, most)
     lists = canonical(index, n // unit)
     spec = SelectedSpec(MaskExpr(sympy.true), 1, unit)
-    run = functools.partial(executor.forward, q, k, v, *lists, [], [], DIM**-0.5, spec)
+    call = SelectedCall(q, k, v, *lists, [], [], DIM**-0.5, spec)
+    run = functools.partial(executor.forward, call)
     run()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from sparse_compile.codegen.selected_call import Result, SelectedCall
 from sparse_compile.layout import Layout
 from sparse_compile.spec import AttentionSpec
 
@@ -59,10 +60,20 @@ def executor_for(device: torch.device) -> Executor:
     return executor
 
 
-def selected_executor_for(device: torch.device) -> Any:
-    """What runs attention over selected keys on ``device``; as :func:`executor_for`.
+class SelectedExecutor(Protocol):
+    """Runs attention over selected keys on one kind of device. Empty rows give 0 and lse = -inf."""
 
-    Its ``forward`` and ``backward`` are those of :mod:`sparse_compile.codegen.cpu.selected`.
-    """
+    def forward(self, call: SelectedCall) -> tuple[Tensor, Tensor]:
+        """``(out [B, Hq, Nq, Dv], lse [B, Hq, Nq] fp32)``."""
+        ...
+
+    def backward(self, call: SelectedCall, result: Result) -> tuple[Tensor, Tensor, Tensor]:
+        """``(dq, dk, dv)`` in the dtypes and shapes of q, k, v."""
+        ...
+
+
+def selected_executor_for(device: torch.device) -> SelectedExecutor:
+    """The executor of attention over selected keys; as :func:`executor_for`."""
     room = "triton.selected.executor" if device.type == "cuda" else "cpu.selected"
-    return importlib.import_module(f"sparse_compile.codegen.{room}")
+    executor: SelectedExecutor = importlib.import_module(f"sparse_compile.codegen.{room}")
+    return executor

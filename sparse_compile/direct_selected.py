@@ -96,10 +96,10 @@ def by_selection(
         tables = data_of(rest, (key, mask_tables, lengths, "", q.device))[0]
     index, count = SELECT(q.detach(), k.detach(), given, tables, [], mask_text, leaf)
     if not text:
-        alone: Tensor = SELECTED_ATTENTION(q, k, v, index, count, tables, [], scale, selected_text)[
-            0
-        ]
-        return alone
+        alone: tuple[Tensor, Tensor] = SELECTED_ATTENTION(
+            q, k, v, index, count, tables, [], scale, selected_text
+        )
+        return alone[0]
     own: list[Tensor] = []
     layout: list[Tensor] = []
     if static_tables:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sparse_compile.codegen import empty_rows, executor_for, selected_executor_for
 from sparse_compile.codegen.precision import full_precision
+from sparse_compile.codegen.selected_call import SelectedCall
 from sparse_compile.ops import attention_backward, check_operands, layout_of
 from sparse_compile.selected_ops import check_selection, selected_attention_backward
 from sparse_compile.selected_spec import SelectedSpec
@@ -64,9 +65,8 @@ def merged_attention(
     blocks = layout_of(static, q, k, tables, sizes, layout)
     with full_precision(q.device.type):
         out, lse = executor_for(q.device).forward(q, k, v, tables, sizes, blocks, scale, static)
-        more, more_lse = selected_executor_for(q.device).forward(
-            q, k, v, index, count, selected_tables, selected_sizes, scale, selected
-        )
+        call = SelectedCall(q, k, v, index, count, selected_tables, selected_sizes, scale, selected)
+        more, more_lse = selected_executor_for(q.device).forward(call)
     out, lse = merge(out, lse, more, more_lse)
     out = empty_rows.apply_forward(out, lse, v, static.empty_rows)
     return out.transpose(1, 2).contiguous().transpose(1, 2), lse

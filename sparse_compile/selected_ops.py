@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparse_compile.codegen import empty_rows, selected_executor_for
 from sparse_compile.codegen.precision import full_precision
+from sparse_compile.codegen.selected_call import Result, SelectedCall
 from sparse_compile.errors import BadShape
 from sparse_compile.ops import check_operands
 from sparse_compile.selected_spec import SelectedSpec
@@ -50,9 +51,9 @@ def selected_attention(
     """
     parsed = SelectedSpec.parse(spec)
     check_selection(q, k, v, index, count, parsed)
-    executor = selected_executor_for(q.device)
+    call = SelectedCall(q, k, v, index, count, tables, sizes, scale, parsed)
     with full_precision(q.device.type):
-        out, lse = executor.forward(q, k, v, index, count, tables, sizes, scale, parsed)
+        out, lse = selected_executor_for(q.device).forward(call)
     out = empty_rows.apply_forward(out, lse, v, parsed.empty_rows)
     return out.transpose(1, 2).contiguous().transpose(1, 2), lse
 
@@ -93,13 +94,11 @@ def selected_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`selected_attention`: of q, k and v, in their dtypes, contiguous."""
     parsed = SelectedSpec.parse(spec)
-    executor = selected_executor_for(q.device)
+    call = SelectedCall(q, k, v, index, count, tables, sizes, scale, parsed)
     empty = lse.eq(float("-inf")).unsqueeze(-1)
-    kept_grad, kept_out = grad_out.masked_fill(empty, 0), out.masked_fill(empty, 0)
+    result = Result(out.masked_fill(empty, 0), lse, grad_out.masked_fill(empty, 0), grad_lse)
     with full_precision(q.device.type):
-        grads = executor.backward(
-            kept_grad, grad_lse, q, k, v, kept_out, lse, index, count, tables, sizes, scale, parsed
-        )
+        grads = selected_executor_for(q.device).backward(call, result)
     dq, dk, dv = empty_rows.apply_backward(grad_out, q, k, v, lse, scale, parsed.empty_rows, *grads)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 

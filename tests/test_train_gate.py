@@ -13,7 +13,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # where a plain `pytest` 
 
 from benchmarks import gate_scorers, train_gate
 from benchmarks.gate_scorers import UNIT, choose
-from benchmarks.line_plot import LINE, Line, line_plot, spread
 from benchmarks.small_lm import Config, encode, read_text, vocabulary
 
 TINY = Config(layers=2, context=64, batch=1, steps=2, vocabulary=300, most_bytes=20_000)
@@ -34,7 +33,8 @@ def test_everything_with_tiny_settings(tmp_path: Path) -> None:
     assert {row["scorer"] for row in extra["losses"]} == names | {"dense"}
     assert len(extra["text"]["sha256"]) == 64
     train_gate.plot(recalls, tmp_path / "plot.svg")
-    ElementTree.parse(tmp_path / "plot.svg")
+    drawn = ElementTree.parse(tmp_path / "plot.svg").getroot()
+    assert any(train_gate.TRAINED in (text or "") for text in drawn.itertext())
 
 
 def test_all_units_are_dense_attention() -> None:
@@ -59,20 +59,6 @@ def test_choices() -> None:
         )
 
 
-def test_scorers_by_their_definition() -> None:
-    q, k = torch.randn(1, 2, 48, 8), torch.randn(1, 1, 48, 8)
-    unit = k[0, 0, UNIT : 2 * UNIT]
-    both = q[0, :, 40]
-    mean = (both @ unit.mean(0)).sum() * 8**-0.5
-    torch.testing.assert_close(gate_scorers.mean_pool(q, k)[0, 0, 40, 1], mean)
-    bound = torch.maximum(both * unit.amax(0), both * unit.amin(0)).sum() * 8**-0.5
-    torch.testing.assert_close(gate_scorers.quest(q, k)[0, 0, 40, 1], bound)
-    windows = torch.stack([k[0, 0, 4 * i : 4 * i + 8].mean(0) for i in range(9)])
-    weights = (both @ windows.T * 8**-0.5).softmax(-1).sum(0)  # query 40 sees those up to 39
-    wanted = 2 * weights[4:7].sum() + weights[3] + weights[7]
-    torch.testing.assert_close(gate_scorers.overlapping(q, k)[0, 0, 40, 1], wanted)
-
-
 def test_text_is_the_same_each_time() -> None:
     first, second = read_text(TINY), read_text(TINY)
     assert first.sha256 == second.sha256
@@ -85,19 +71,6 @@ def test_words_and_bytes() -> None:
     words = vocabulary("self self x", 257)
     assert words == {"self": 256}
     assert encode("self é", words).tolist() == [256, 32, 0xC3, 0xA9]
-
-
-def test_labels_do_not_overlap() -> None:
-    placed = spread([100.0, 101.0, 102.0, 400.0, 400.0])
-    gaps = torch.tensor(sorted(placed)).diff()
-    assert (gaps >= LINE - 1e-6).all()
-    assert max(placed) <= 404
-
-
-def test_a_plot_names_its_lines() -> None:
-    text = line_plot([Line("a < b", [(5.0, 60.0), (25.0, 90.0)])], "title", "x", "y")
-    words = [node.text for node in ElementTree.fromstring(text).iter() if node.text]
-    assert {"a < b", "title", "x", "y"} <= set(words)
 
 
 def test_arguments(monkeypatch: pytest.MonkeyPatch) -> None:

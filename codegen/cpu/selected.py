@@ -3,67 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sparse_compile.codegen.selected_call import Result, SelectedCall
 from sparse_compile.expr import evaluate
-from sparse_compile.selected_spec import SelectedSpec
 
 #: Numbers that the gathered keys and the scores of a chunk have at most.
 _MOST = 1 << 23
 
 
-@dataclass(frozen=True)
-class _Call:
-    """Operands of a call, and how its heads are grouped.
+def _chunks(call: SelectedCall) -> Iterator[_Chunk]:
+    """The units of queries, as many at a time as fit."""
+    batch, units, most = call.q.shape[0], call.index.shape[2], call.index.shape[3]
+    keys, rows = most * call.spec.unit_kv, call.members * call.spec.unit_q
+    width = call.q.shape[3] + call.v.shape[3] + rows
+    step = max(1, _MOST // max(1, batch * call.groups * keys * width))
+    for first in range(0, units, step):
+        yield _Chunk(call, first, min(first + step, units))
 
-    A *group* is the query heads that share both a key head and a selection.
-    """
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    index: Tensor
-    count: Tensor
-    tables: Sequence[Tensor]
-    sizes: Sequence[int]
-    scale: float
-    spec: SelectedSpec
-
-    @property
-    def groups(self) -> int:
-        return math.lcm(self.k.shape[1], self.index.shape[1])
-
-    @property
-    def members(self) -> int:
-        """Query heads of a group."""
-        return self.q.shape[1] // self.groups
-
-    def chunks(self) -> Iterator[_Chunk]:
-        """The units of queries, as many at a time as fit; none if there are no keys."""
-        if not self.k.shape[2]:
-            return
-        batch, units, most = self.q.shape[0], self.index.shape[2], self.index.shape[3]
-        keys, rows = most * self.spec.unit_kv, self.members * self.spec.unit_q
-        width = self.q.shape[3] + self.v.shape[3] + rows
-        each = max(1, batch * self.groups * keys * width)
-        step = max(1, _MOST // each)
-        for first in range(0, units, step):
-            yield _Chunk(self, first, min(first + step, units))
-
-    def by_group(self, t: Tensor) -> Tensor:
-        """[B, heads, ...] of keys or lists as [B, groups, ...]."""
-        return t.repeat_interleave(self.groups // t.shape[1], 1)
+def _by_group(call: SelectedCall, t: Tensor) -> Tensor:
+    """[B, heads, ...] of keys or lists as [B, groups, ...]."""
+    return t.repeat_interleave(call.groups // t.shape[1], 1)
 
 
 @dataclass(frozen=True)
 class _Chunk:
     """Some units of queries; U of them, R = members * unit_q rows each, L gathered keys."""
 
-    call: _Call
+    call: SelectedCall
     first: int
     end: int
 
@@ -88,8 +60,8 @@ class _Chunk:
     def keys(self) -> tuple[Tensor, Tensor]:
         """The gathered keys: int64 [B, groups, U, L], and which of them are selected and exist."""
         call, unit = self.call, self.call.spec.unit_kv
-        index = call.by_group(call.index[:, :, self.first : self.end]).long()
-        count = call.by_group(call.count[:, :, self.first : self.end])
+        index = _by_group(call, call.index[:, :, self.first : self.end]).long()
+        count = _by_group(call, call.count[:, :, self.first : self.end])
         used = torch.arange(index.shape[-1], device=index.device) < count[..., None]
         used &= (index >= 0) & (index * unit < call.k.shape[2])
         tokens = index[..., None] * unit + torch.arange(unit, device=index.device)
@@ -128,36 +100,17 @@ class _Chunk:
         return query, key, score.masked_fill(~self.keep(keys, exist), -math.inf), keys
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    index: Tensor,
-    count: Tensor,
-    tables: Sequence[Tensor],
-    sizes: Sequence[int],
-    scale: float,
-    spec: SelectedSpec,
-) -> tuple[Tensor, Tensor]:
+def forward(call: SelectedCall) -> tuple[Tensor, Tensor]:
     """Attention over selected keys.
-
-    Args:
-        q: [B, Hq, Nq, D].
-        k: [B, Hkv, Nkv, D].
-        v: [B, Hkv, Nkv, Dv].
-        index, count: as in :class:`sparse_compile.selection.Selection`.
-        tables, sizes: what the mask reads.
-        scale: factor on the scores.
-        spec: the mask and the units.
 
     Returns:
         out [B, Hq, Nq, Dv] in q's dtype, 0 on empty rows; the natural log-sum-exp [B, Hq, Nq] in
         fp32, -inf on empty rows.
     """
-    call = _Call(q, k, v, index, count, tables, sizes, scale, spec)
+    q, v = call.q, call.v
     out = q.new_zeros(*q.shape[:3], v.shape[3])
     lse = q.new_full(q.shape[:3], -math.inf, dtype=torch.float32)
-    for chunk in call.chunks():
+    for chunk in () if call.is_empty else _chunks(call):
         *_, score, keys = chunk.scores()
         total = score.logsumexp(-1, keepdim=True)
         weight = (score - total.masked_fill(total == -math.inf, 0)).exp()
@@ -166,42 +119,24 @@ def forward(
     return out, lse
 
 
-def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    index: Tensor,
-    count: Tensor,
-    tables: Sequence[Tensor],
-    sizes: Sequence[int],
-    scale: float,
-    spec: SelectedSpec,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`forward`: ``(dq, dk, dv)`` in the dtypes of q, k and v.
-
-    ``out`` and ``lse`` may be those of a larger attention of which this is a part.
-    """
-    call = _Call(q, k, v, index, count, tables, sizes, scale, spec)
-    dq = torch.zeros_like(q)
-    dk, dv = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (k, v))
-    delta = (grad_out.float() * out.float()).sum(-1, keepdim=True)
-    if grad_lse is not None:
-        delta = delta - grad_lse.float()[..., None]
-    for chunk in call.chunks():
+def backward(call: SelectedCall, result: Result) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`forward`: ``(dq, dk, dv)`` in the dtypes of q, k and v."""
+    dq = torch.zeros_like(call.q)
+    dk, dv = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (call.k, call.v))
+    delta = (result.grad_out.float() * result.out.float()).sum(-1, keepdim=True)
+    if result.grad_lse is not None:
+        delta = delta - result.grad_lse.float()[..., None]
+    for chunk in () if call.is_empty else _chunks(call):
         query, key, score, keys = chunk.scores()
-        total = chunk.rows(lse[..., None])
+        total = chunk.rows(result.lse[..., None])
         weight = (score - total.masked_fill(total == -math.inf, 0)).exp()
-        grad = chunk.rows(grad_out)
-        d_weight = grad @ chunk.gathered(v, keys).mT
-        d_score = weight * (d_weight - chunk.rows(delta)) * scale
+        grad = chunk.rows(result.grad_out)
+        d_weight = grad @ chunk.gathered(call.v, keys).mT
+        d_score = weight * (d_weight - chunk.rows(delta)) * call.scale
         chunk.write(dq, (d_score @ key).to(dq.dtype))
         _scatter(dk, keys, d_score.mT @ query)
         _scatter(dv, keys, weight.mT @ grad)
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
+    return dq, dk.to(call.k.dtype), dv.to(call.v.dtype)
 
 
 def _scatter(to: Tensor, keys: Tensor, rows: Tensor) -> None:

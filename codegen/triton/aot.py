@@ -16,10 +16,11 @@ from sparse_compile.codegen.triton.source import kernel_source, mask_parameters,
 from sparse_compile.codegen.triton.tiles import Tile, padded, tiles_for
 from sparse_compile.spec import KernelSpec
 
-_SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+#: Types of kernel parameters, by dtype.
+SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _FLOATS = ("LSE", "GRAD_LSE", "STATISTICS", "PART")
 _LISTS = ("start_", "counts_", "index_")
-_TABLES = {"bool": "*i1", "int32": "*i32", "int64": "*i64"}
+TABLE_TYPES = {"bool": "*i1", "int32": "*i32", "int64": "*i64"}
 
 
 @dataclass(frozen=True)
@@ -141,14 +142,14 @@ def _type_of(name: str, spec: KernelSpec, tile: Tile) -> str:
     if "_TILES" in name:
         return _descriptor_type(name, spec, tile)
     if name in pointers:
-        return _TABLES[spec.attention.mask.tables[int(name[1:])]]
+        return TABLE_TYPES[spec.attention.mask.tables[int(name[1:])]]
     if name in ("items", "merges") or name.startswith(_LISTS):
         return "*i32"
     if name == "scale":
         return "fp32"
     if name.isupper():
         single = name.startswith(_FLOATS)
-        return "*fp32" if single else f"*{_SHORT[spec.dtype]}"
+        return "*fp32" if single else f"*{SHORT[spec.dtype]}"
     return "i32"
 
 
@@ -165,7 +166,7 @@ def _descriptor_type(name: str, spec: KernelSpec, tile: Tile) -> str:
     assert rows is not None
     width = padded(spec.head_dim if tensor in ("Q", "K") else spec.value_dim)
     shape = ", ".join(map(str, (1, 1, *rows, width)))
-    return f"tensordesc<{_SHORT[spec.dtype]}[{shape}]>"
+    return f"tensordesc<{SHORT[spec.dtype]}[{shape}]>"
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,14 +23,15 @@ from sparse_compile.codegen.triton.source import direct_lookups, kernel_source, 
 from sparse_compile.codegen.triton.tiles import Tile, Tiles, padded, tiles_for
 from sparse_compile.errors import BadShape, UnsupportedDtype
 from sparse_compile.layout import Layout, Schedule
+from sparse_compile.layout.device.launch import current
 from sparse_compile.spec import AttentionSpec, KernelSpec
 
-_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _NAMES = (
     *("forward", "backward_query", "backward_key_value"),
     *("merge_forward", "merge_query", "merge_key_value"),
 )
-_LIMIT = 1 << COORDINATE_BITS
+LIMIT = 1 << COORDINATE_BITS
 #: As many programs as split lines are for, where there is no GPU to ask.
 _WORKERS_WITHOUT_GPU = 8
 
@@ -77,10 +77,10 @@ def _kernels_for(
     device: torch.device,
     exact: bool,
 ) -> Kernels:
-    if dtype not in _DTYPES:
+    if dtype not in DTYPE_NAMES:
         raise UnsupportedDtype(dtype)
     arch = arch_of(device)
-    return kernels_of(KernelSpec(spec, head_dim, value_dim, _DTYPES[dtype], arch, exact))
+    return kernels_of(KernelSpec(spec, head_dim, value_dim, DTYPE_NAMES[dtype], arch, exact))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -136,7 +136,7 @@ def forward(
     if not kernels.complete["q"]:
         out.zero_()
         lse.fill_(float("-inf"))
-    sign, scale = _positive(scale)
+    sign, scale = positive(scale)
     q, k, v = (
         arguments.operand(q if sign == 1 else q * sign, tile),
         arguments.operand(k, tile),
@@ -144,7 +144,7 @@ def forward(
     )
     mask_data = arguments.mask_arguments(kernels, tables, sizes, n_q, n_kv)
     call = _Forward(kernels, layout, (q, k, v), (out, lse), scale, group, mask_data)
-    with _current(q.device):
+    with current(q.device):
         # The lists may be being made: what does not wait for them comes first.
         prepared = [call.prepared(section) for section in range(len(spec.sections("q")))]
         works = layout.schedules("q", batch * q_heads, workers_of(q.device), q.device)
@@ -238,7 +238,7 @@ def backward(
     dk, dv = (arguments.gradient(t, kernels.complete["kv"]) for t in (k, v))
     if not q.numel() or not k.numel():
         return dq.zero_(), dk.zero_(), dv.zero_()
-    sign, scale = _positive(scale)
+    sign, scale = positive(scale)
     q, k, v, grad_out = (
         arguments.operand(t, over_keys, over_queries)
         for t in (q if sign == 1 else q * sign, k, v, grad_out.to(q.dtype))
@@ -252,7 +252,7 @@ def backward(
         statistics[0, ..., n_q:] = float("inf")
         statistics[1, ..., n_q:] = 0.0
     call = _Backward(kernels, layout, (q, k, v, grad_out, statistics), scale, group, mask_data)
-    with _current(q.device):
+    with current(q.device):
         by_query = layout.schedules("q", batch * q_heads, workers_of(q.device), q.device)
         of_query = (out, grad_out, lse, arguments.single(grad_lse, lse), statistics)
         call.run("query", over_keys, by_query, (dq,), of_query, (grad_lse is not None,))
@@ -370,23 +370,16 @@ def _checked(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[int, int,
         raise BadShape(f"sparse_compile: a layout of {found} for lengths {(n_q, n_kv)}.")
     if kv_heads == 0 or q_heads % kv_heads:
         raise BadShape(f"sparse_compile: {q_heads} query heads for {kv_heads} key heads.")
-    if max(n_q, n_kv) >= _LIMIT or max(batch, q_heads) > 65535:
+    if max(n_q, n_kv) >= LIMIT or max(batch, q_heads) > 65535:
         raise BadShape(
             f"sparse_compile: q {list(q.shape)} and k {list(k.shape)}: lengths must be below"
-            f" {_LIMIT}, batch and heads at most 65535."
+            f" {LIMIT}, batch and heads at most 65535."
         )
     return batch, q_heads, n_q, n_kv, q_heads // kv_heads
 
 
-def _positive(scale: float) -> tuple[float, float]:
+def positive(scale: float) -> tuple[float, float]:
     """``(sign, size)``, ``scale = sign * size``, size > 0: kernels compare scores unscaled."""
     if scale > 0:
         return 1.0, scale
     return (-1.0, -scale) if scale < 0 else (0.0, 1.0)
-
-
-def _current(device: torch.device) -> Any:
-    """Make ``device`` the current one, where it is not."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)

@@ -231,8 +231,8 @@ class _Match:
         call = canonical(node)
         if product is None or call is None or call.op == "baddbmm":
             raise Refusal("its scores are not products of q and k")
-        dtypes = {values.tensor(n).dtype for n in (node, product.left, product.right)}  # type: ignore[union-attr]
-        if len(dtypes) != 1:
+        tensors = [values.tensor(n) for n in (node, product.left, product.right)]
+        if len({tensor.dtype for tensor in tensors if tensor is not None}) != 1:
             raise Refusal("autocast computes its scores in another dtype")
         return product
 

@@ -285,9 +285,9 @@ def _tabled(
 
 def _selection(chosen: Chosen, traced: GraphModule, leaves: Sequence[Node]) -> SelectedKeys:
     """What a selection is, and the top-k that it comes from, if one."""
-    holders = [node for node in traced.graph.nodes if node.op == "placeholder"]
+    inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
     index = uncast(chosen.index)
-    leaf = leaves[holders.index(index)] if index in holders else None
+    leaf = leaves[inputs.index(index)] if index in inputs else None
     source = leaf if leaf is not None and is_topk_index(leaf) else None
     return SelectedKeys(chosen.unit_q, chosen.unit_kv, f"{chosen.most}", source)
 

@@ -55,7 +55,8 @@ def _scattered(node: Node) -> None:
     number = _number(source)
     if number is None:
         return
-    value = base.meta["val"]  # type: ignore[union-attr]
+    assert isinstance(base, Node)
+    value = base.meta["val"]
     named = _named(node, base, dim, index)
     if not (value.dtype == torch.bool and number and _number(base) == 0):
         options = {"dtype": value.dtype, "device": value.device}
@@ -69,12 +70,14 @@ def _compared(node: Node) -> None:
     equal = _any_of(node)
     if equal is None or equal.target is not aten.eq.Tensor:
         return
-    wide, numbers = equal.args
+    wide, numbers = map(_node, equal.args)
     rank = equal.meta["val"].dim()
-    counts = isinstance(numbers, Node) and numbers.target is aten.arange.default
-    if not counts or wide.target is not aten.unsqueeze.default:  # type: ignore[union-attr]
+    if numbers is None or numbers.target is not aten.arange.default:
         return
-    index, axis = wide.args  # type: ignore[union-attr]
+    if wide is None or wide.target is not aten.unsqueeze.default:
+        return
+    index, axis = wide.args
+    assert isinstance(axis, int)
     if axis % rank != rank - 1 or _summed(node, equal) != rank - 2:
         return
     like = _before(node, aten.select.int, equal, rank - 2, 0)

@@ -8,7 +8,6 @@ from sparse_compile.selection.selection import (
     Selection,
     canonical,
     places,
-    transposed,
     worklist,
 )
 from sparse_compile.selection.soft_gate import gated_attention
@@ -23,6 +22,5 @@ __all__ = [
     "gated_attention",
     "places",
     "pooled_attention",
-    "transposed",
     "worklist",
 ]

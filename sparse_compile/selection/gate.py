@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_compile.errors import BadShape
-from sparse_compile.patterns.checks import bad, blocks, whole
+from sparse_compile.patterns.checks import bad, whole
+from sparse_compile.selection.scores import mean_of_units
 
 _POOLS = ("mean", "max", "min")
 
@@ -130,7 +131,7 @@ class PooledGate(nn.Module):
 
     def _queries(self, q: Tensor) -> Tensor:
         """[B, Hs, Uq, (Hq / Hs) * D]: the mean of each unit of queries."""
-        pooled = q if self.unit_q == 1 else _mean(q, self.unit_q)
+        pooled = mean_of_units(q, self.unit_q)
         return torch.unflatten(pooled, 1, (self.lists, -1)).transpose(2, 3).flatten(3)
 
     def _keys(self, k: Tensor) -> Tensor:
@@ -139,7 +140,7 @@ class PooledGate(nn.Module):
         # Repeating the last key changes neither the maximum nor the minimum.
         rows = torch.cat([k, k[:, :, -1:].expand(-1, -1, size, -1)], 2)
         rows = torch.unflatten(rows, 2, (-1, self._part))
-        pooled = torch.cat([_mean(k, self._part), rows.amax(3), rows.amin(3)], -1)
+        pooled = torch.cat([mean_of_units(k, self._part), rows.amax(3), rows.amin(3)], -1)
         if self.lists >= self.kv_heads:
             return pooled.repeat_interleave(self.lists // self.kv_heads, 1)
         return torch.unflatten(pooled, 1, (self.lists, -1)).transpose(2, 3).flatten(3)
@@ -184,11 +185,3 @@ class PooledGate(nn.Module):
                 f"made for q [B, {self.q_heads}, Nq, {self.head_dim}] and k "
                 f"[B, {self.kv_heads}, Nkv, {self.head_dim}]."
             )
-
-
-def _mean(x: Tensor, unit: int) -> Tensor:
-    """[B, H, N, D] to the mean over the existing rows of each unit: [B, H, units, D]."""
-    n, units = x.shape[2], blocks(x.shape[2], unit)
-    total = torch.unflatten(F.pad(x, (0, 0, 0, units * unit - n)), 2, (units, unit)).sum(3)
-    start = torch.arange(units, device=x.device, dtype=x.dtype) * unit
-    return total / (n - start).clamp_max(unit)[:, None]

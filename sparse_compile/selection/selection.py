@@ -63,21 +63,6 @@ def canonical(index: Tensor, units: int) -> tuple[Tensor, Tensor]:
     return ordered.contiguous(), (ordered < units).sum(-1, dtype=torch.int32)
 
 
-def transposed(index: Tensor, count: Tensor, units: int) -> tuple[Tensor, Tensor]:
-    """For every unit of keys, the units of queries that selected it; does not synchronise.
-
-    Args:
-        index, count: as in :class:`Selection`.
-        units: how many units of keys there are.
-
-    Returns:
-        ``start`` int32 [B, Hs, units + 1] and ``rows`` int32 [B, Hs, Uq * K]: unit ``j`` is
-        selected by ``rows[b, s, start[b, s, j] : start[b, s, j + 1]]``, ascending.
-    """
-    start, order = places(index, count, units)
-    return start, order // max(index.shape[-1], 1)
-
-
 def places(
     index: Tensor, count: Tensor, units: int, stretch: int | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparse_compile.codegen.selected_call import SelectedCall
 from sparse_compile.codegen.triton.selected import executor
+from sparse_compile.errors import BadShape
 from tests.selection.cases import Case, check_executor
 
 SMALL = dict(batch=1, n_q=40, n_kv=40)
@@ -16,6 +18,8 @@ CASES = [
     Case("queries in blocks", unit_q=16, unit_kv=32, **SMALL),
     Case("groups of 3, lists shared", q_heads=12, kv_heads=4, lists=2, **SMALL),
     Case("a list for each query head", lists=4, **SMALL),
+    Case("negative scale", scale=-0.3, **SMALL),
+    Case("scale of zero", scale=0.0, **SMALL),
     Case("wide values, all pick one", dim=48, value_dim=80, how="one", **SMALL),
 ]
 
@@ -30,13 +34,23 @@ def test_half_precision() -> None:
 
 
 def test_keys_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(executor, "parts_of", lambda call: 3)
+    monkeypatch.setattr(executor, "parts_of", lambda launch: 3)
     check_executor(executor, CASES[0], torch.device("cpu"), torch.float32)
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[3], CASES[5]], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[3], CASES[5], CASES[6]], ids=str)
 def test_keys_outermost(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(executor, "is_by_key", lambda call: True)
+    monkeypatch.setattr(executor, "is_by_key", lambda launch: True)
     monkeypatch.setattr(executor, "_STRETCH", (16, 16))
     monkeypatch.setattr(executor, "_ENTRIES", 8)
     check_executor(executor, case, torch.device("cpu"), torch.float32)
+
+
+def test_more_than_can_be_numbered() -> None:
+    case = CASES[0]
+    *inputs, _ = case.operands()
+    chosen = case.selection()
+    many = chosen.index[..., :1].expand(1, 2, 40, 1 << 26)
+    call = SelectedCall(*inputs, many, chosen.count, [], [], 1.0, case.spec)
+    with pytest.raises(BadShape, match="2 \\*\\* 31"):
+        executor.forward(call)

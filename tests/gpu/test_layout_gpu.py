@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import sympy
 import torch
 
 from sparse_compile.expr import KV, B, FloorDiv, H, MaskExpr, Q, size_symbol, table
 from sparse_compile.layout import BlockLayout, build_layout, mask_pairs, picture
+from tests.gpu.waiting import no_waiting
 
 T0, T1 = table(0), table(1)
 BATCH, HEADS, TOKENS = 3, 4, 1000
@@ -32,15 +30,6 @@ def tables() -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     documents = torch.randint(0, 5, (BATCH, TOKENS), generator=generator).sort(-1)[0]
     return [documents, torch.tensor([1, 50, 400, 2000], dtype=torch.int32)]
-
-
-@contextmanager
-def no_waiting() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def equal(left: BlockLayout, right: BlockLayout) -> bool:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,10 +25,10 @@ from sparse_compile.layout.device.printed import INT64_MAX, INT64_MIN, Code, pri
 from sparse_compile.layout.device.source import digit_bounds, module_name, module_source
 from sparse_compile.layout.intervals import Span, point, span
 from sparse_compile.view import Order
+from tests.interpreted import ROOT, passed_in_the_interpreter
 from tests.layout.device_cases import CASES, DTYPES, DeviceCase, residues
 from tests.layout.test_intervals import relations
 
-ROOT = Path(__file__).parent.parent.parent
 NAMED = {case.name: case for case in CASES}
 COMPILED = ("all at once", "pairs", "padding", "columns", "boxes", "size beyond int32")
 
@@ -41,20 +38,8 @@ def key_of(case: DeviceCase) -> Key:
 
 
 def test_kernels_agree_with_the_cpu_in_the_interpreter(tmp_path: Path) -> None:
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "SPARSE_COMPILE_CACHE_DIR": str(tmp_path),
-        "PYTHONPATH": str(ROOT),
-    }
     cases = "tests/layout/interpreted_device_layout.py"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", cases]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed is not None
-    assert int(passed[1]) == 2 * len(CASES) + 4
-    assert "skipped" not in done.stdout
+    assert passed_in_the_interpreter(cases, tmp_path) == 2 * len(CASES) + 4
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +16,10 @@ from sparse_compile.errors import BadPattern
 from sparse_compile.expr import evaluate
 from sparse_compile.layout import from_dense, tensor_state
 from sparse_compile.layout.from_dense import DenseMask, cached_dense_layout, dense_layout
+from tests.interpreted import passed_in_the_interpreter
 from tests.layout.dense_cases import CASES, DenseCase, check_pass, expected_kinds
 from tests.layout.test_build import check_lists, check_transpose
 
-ROOT = Path(__file__).parent.parent.parent
 CPU = torch.device("cpu")
 
 
@@ -164,16 +160,9 @@ def test_inference_tensors_are_read_every_time() -> None:
     assert first.layout.nnz_blocks == 16
 
 
-def test_the_kernel_in_the_interpreter() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    cases = "tests/layout/interpreted_dense.py"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", cases]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed is not None
-    assert int(passed[1]) == len(CASES) + 1
-    assert "skipped" not in done.stdout
+def test_the_kernel_in_the_interpreter(tmp_path: Path) -> None:
+    passed = passed_in_the_interpreter("tests/layout/interpreted_dense.py", tmp_path)
+    assert passed == len(CASES) + 1
 
 
 POINTERS = {"bools in fours": "*i32", "bools": "*u8", "bfloat16": "*bf16", "float32": "*fp32"}

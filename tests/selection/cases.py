@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile import reference
+from sparse_compile.codegen.selected_call import Result, SelectedCall
 from sparse_compile.expr import KV, H, MaskExpr, Q, evaluate
 from sparse_compile.selected_spec import SelectedSpec
 from sparse_compile.selection import Selection, canonical
@@ -35,9 +36,15 @@ class Case:
     batch: int = 2
     mask: MaskExpr = CAUSAL
     how: str = "random"
+    scale: float | None = None
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def factor(self) -> float:
+        """On the scores."""
+        return self.dim**-0.5 if self.scale is None else self.scale
 
     def index(self) -> Tensor:
         """Lists of units, not yet canonical."""
@@ -84,7 +91,7 @@ class Case:
         """out, lse, dq, dk and dv by the fp64 reference, for operands rounded to ``dtype``."""
         *inputs, grad = self.operands(dtype)
         q, k, v = (t.double().requires_grad_() for t in inputs)
-        out, lse = reference.attention(q, k, v, self.dense_mask())
+        out, lse = reference.attention(q, k, v, self.dense_mask(), self.factor)
         return [out, lse, *torch.autograd.grad(out, (q, k, v), grad.double())]
 
 
@@ -107,6 +114,8 @@ CASES = [
     Case("groups of 16", q_heads=16, kv_heads=1, lists=1),
     Case("wide values", dim=48, value_dim=80),
     Case("one query", n_q=1, n_kv=100, mask=MaskExpr(sympy.true)),
+    Case("negative scale", scale=-0.3),
+    Case("scale of zero", scale=0.0),
     Case("few queries at the end", n_q=5, n_kv=100, mask=MaskExpr(KV <= Q + 95)),
 ]
 
@@ -116,7 +125,7 @@ def eager(case: Case, operands: list[Tensor], mask: Tensor) -> list[Tensor]:
     *inputs, grad = operands
     q, k, v = (t.detach().requires_grad_() for t in inputs)
     group = case.q_heads // case.kv_heads
-    scores = (q @ k.repeat_interleave(group, 1).mT) * case.dim**-0.5
+    scores = (q @ k.repeat_interleave(group, 1).mT) * case.factor
     weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
     out = weights.nan_to_num(0) @ v.repeat_interleave(group, 1)
     return [out, *(t.nan_to_num(0) for t in torch.autograd.grad(out, (q, k, v), grad))]
@@ -127,9 +136,9 @@ def check_executor(executor: Any, case: Case, device: torch.device, dtype: torch
     *inputs, grad = operands = [t.to(device) for t in case.operands(dtype)]
     chosen = case.selection()
     lists = chosen.index.to(device), chosen.count.to(device)
-    shared = (*lists, [], [], case.dim**-0.5, case.spec)
-    out, lse = executor.forward(*inputs, *shared)
-    found = [out, *executor.backward(grad, None, *inputs, out, lse, *shared)]
+    call = SelectedCall(*inputs, *lists, [], [], case.factor, case.spec)
+    out, lse = executor.forward(call)
+    found = [out, *executor.backward(call, Result(out, lse, grad))]
     wanted_out, wanted_lse, *wanted_grads = (t.to(device) for t in case.expected(dtype))
     torch.testing.assert_close(lse.double(), wanted_lse, rtol=1e-4, atol=1e-4)
     theirs = eager(case, operands, case.dense_mask().to(device))

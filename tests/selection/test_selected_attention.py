@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sparse_compile.errors import BadShape
 from sparse_compile.selected_ops import SELECTED_ATTENTION
-from sparse_compile.selection import canonical, transposed
+from sparse_compile.selection import canonical, places
 from tests.selection.cases import CASES, Case
 
 
@@ -16,7 +16,7 @@ def run(case: Case, operands: list[Tensor]) -> list[Tensor]:
     *inputs, grad = operands
     q, k, v = (t.detach().requires_grad_() for t in inputs)
     chosen = case.selection()
-    scale = case.dim**-0.5
+    scale = case.factor
     out, lse = SELECTED_ATTENTION(
         q, k, v, chosen.index, chosen.count, [], [], scale, case.spec.text
     )
@@ -47,11 +47,12 @@ def test_lists_are_made_canonical() -> None:
     assert found[0, 0, 1, :1].tolist() == [0]
 
 
-def test_transposed_lists_name_each_pair_once() -> None:
+def test_entries_by_unit_of_keys_name_each_pair_once() -> None:
     case = CASES[0]
     chosen = case.selection()
     units = -(-case.n_kv // case.unit_kv)
-    start, rows = transposed(chosen.index, chosen.count, units)
+    start, order = places(chosen.index, chosen.count, units)
+    rows = order // case.most
     dense = torch.zeros(case.batch, case.lists, case.n_q, units, dtype=torch.bool)
     for b in range(case.batch):
         for s in range(case.lists):
@@ -73,3 +74,20 @@ def test_a_selection_that_does_not_fit() -> None:
         )
     with pytest.raises(BadShape, match="int32"):
         SELECTED_ATTENTION(q, k, v, chosen.index.long(), chosen.count, [], [], 1.0, case.spec.text)
+
+
+def test_stretches_hold_the_same_entries_one_after_another() -> None:
+    case, stretch = CASES[0], 16
+    chosen = case.selection()
+    units = -(-case.n_kv // case.unit_kv)
+    start, order = places(chosen.index, chosen.count, units, stretch)
+    _, plain = places(chosen.index, chosen.count, units)
+    assert start.shape[-1] == -(-case.n_q // stretch) * units + 1
+    for b in range(case.batch):
+        for h in range(case.lists):
+            used = int(start[b, h, -1])
+            assert used == chosen.count[b, h].sum()
+            rows = order[b, h, :used] // case.most
+            assert ((rows // stretch).diff() >= 0).all()
+            mine, its = (t[b, h, :used].sort().values for t in (order, plain))
+            assert torch.equal(mine, its)

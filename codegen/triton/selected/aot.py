@@ -6,13 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 from sparse_compile.codegen import cache
-from sparse_compile.codegen.triton.aot import Resources, compiled
+from sparse_compile.codegen.triton.aot import SHORT, TABLE_TYPES, Resources, compiled
 from sparse_compile.codegen.triton.selected.source import SelectedKernelSpec, selected_source
 from sparse_compile.codegen.triton.selected.tiles import Tile, tiles_for
 from sparse_compile.codegen.triton.source import mask_parameters, table_ranks
 
-_SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-_TABLES = {"bool": "*i1", "int32": "*i32", "int64": "*i64"}
 _LISTS = ("INDEX", "COUNT", "WORK", "PLACES")
 _FLOATS = ("LSE", "GRAD_LSE", "DELTA", "PART_LSE", "GRAD_K", "GRAD_V")
 
@@ -67,11 +65,11 @@ def _type(name: str, spec: SelectedKernelSpec) -> str:
     if name in _FLOATS:
         return "*fp32"
     if name in {f"t{t}" for t in table_ranks(spec.selected.mask)}:
-        return _TABLES[spec.selected.mask.tables[int(name[1:])]]
+        return TABLE_TYPES[spec.selected.mask.tables[int(name[1:])]]
     if name == "scale":
         return "fp32"
     tables, sizes = mask_parameters(spec.selected.mask)
     known = {parameter for group in (*tables, sizes) for parameter in group}
     if name in known or name.islower():
         return "i32"
-    return f"*{_SHORT[spec.dtype]}"
+    return f"*{SHORT[spec.dtype]}"

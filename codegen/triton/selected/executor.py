@@ -4,32 +4,39 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparse_compile.codegen import cache
+from sparse_compile.codegen.selected_call import Result, SelectedCall
 from sparse_compile.codegen.triton import arguments
-from sparse_compile.codegen.triton.executor import arch_of
+from sparse_compile.codegen.triton.executor import (
+    DTYPE_NAMES,
+    LIMIT,
+    arch_of,
+    positive,
+    workers_of,
+)
 from sparse_compile.codegen.triton.launch import Launcher
 from sparse_compile.codegen.triton.selected.source import SelectedKernelSpec, selected_source
 from sparse_compile.codegen.triton.selected.tiles import Tile, Tiles, tiles_for
 from sparse_compile.codegen.triton.source import direct_lookups, table_ranks
-from sparse_compile.selected_spec import SelectedSpec
+from sparse_compile.errors import BadShape
+from sparse_compile.layout.device.launch import current
 from sparse_compile.selection import places, worklist
 
-_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _NAMES = ("forward", "merge", "backward_query", "forward_by_key", "backward_key_value")
 #: Entries of a unit of keys that one program handles at most.
 _ENTRIES = 512
-#: Keys are the outer loop of the forward for units of so many keys, selected by so many rows on
-#: average, if the parts of a group take no more bytes. Measured on an H200.
+#: Keys are the outer loop of the forward for units of at least so many keys, selected by so many
+#: rows on average, if the parts of a group take no more bytes. Of the first, 64 and 128 were tried
+#: on an H200 (with 16 rows, 65536 queries: 128 gains 30 %); the other two are guesses.
 _LONG, _OFTEN, _ROOM = 128, 1024, 8 << 30
-#: Queries that the kernels by key, forward and backward, go through before the next: what they read
-#: of a group's queries stays in the L2 cache.
+#: Queries that the kernels by key, forward and backward, go through before the next, so that what
+#: they read again of a group's queries may still be in a cache: 2 % faster on an H200.
 _STRETCH = (8192, 16384)
 
 
@@ -55,60 +62,59 @@ def kernels_of(spec: SelectedKernelSpec) -> Kernels:
 
 
 @dataclass(frozen=True)
-class _Call:
-    """A call: its operands, and how its heads are grouped."""
+class _Launch:
+    """A call, and what its launches share.
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    index: Tensor
-    count: Tensor
-    scale: float
+    Attributes:
+        call: with operands that the kernels can read, and a positive scale.
+        sign: what its q was multiplied with for that.
+        kernels: of the call.
+        mask_data: what the mask reads, as arguments.
+    """
+
+    call: SelectedCall
+    sign: float
     kernels: Kernels
     mask_data: list[Any]
 
     @staticmethod
-    def of(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        index: Tensor,
-        count: Tensor,
-        tables: Sequence[Tensor],
-        sizes: Sequence[int],
-        scale: float,
-        spec: SelectedSpec,
-    ) -> _Call:
-        groups = math.lcm(k.shape[1], index.shape[1])
-        key = SelectedKernelSpec(
-            *(spec, q.shape[3], v.shape[3], _DTYPES[q.dtype]),
-            *(arch_of(q.device), q.shape[1] // groups),
-        )
-        kernels = kernels_of(key)
-        mask_data = arguments.mask_arguments(kernels, tables, sizes, q.shape[2], k.shape[2])
-        q, k, v = (arguments.operand(t) for t in (q, k, v))
-        return _Call(q, k, v, index.contiguous(), count.contiguous(), scale, kernels, mask_data)
+    def of(call: SelectedCall) -> _Launch:
+        """Raises BadShape for more than the kernels can number."""
+        _check(call)
+        q, k, v = call.q, call.k, call.v
+        dtype, arch = DTYPE_NAMES[q.dtype], arch_of(q.device)
+        shape = q.shape[3], v.shape[3], dtype, arch, call.members
+        kernels = kernels_of(SelectedKernelSpec(call.spec, *shape))
+        data = arguments.mask_arguments(kernels, call.tables, call.sizes, q.shape[2], k.shape[2])
+        sign, scale = positive(call.scale)
+        q, k, v = (arguments.operand(t) for t in (q if sign == 1 else q * sign, k, v))
+        index, count = call.index.contiguous(), call.count.contiguous()
+        call = replace(call, q=q, k=k, v=v, index=index, count=count, scale=scale)
+        return _Launch(call, sign, kernels, data)
 
     @property
     def spec(self) -> SelectedKernelSpec:
+        """What the kernels were generated for."""
         return self.kernels.spec
-
-    @property
-    def groups(self) -> int:
-        return self.q.shape[1] // self.spec.members
 
     @property
     def shared(self) -> tuple[int, int]:
         """Groups per list and per key head."""
-        return self.groups // self.index.shape[1], self.groups // self.k.shape[1]
+        groups = self.call.groups
+        return groups // self.call.index.shape[1], groups // self.call.k.shape[1]
 
     @property
     def lists(self) -> tuple[int, int, int]:
         """Lists of a batch entry, units of queries, capacity of a list."""
-        _, lists, units, most = self.index.shape
+        _, lists, units, most = self.call.index.shape
         return lists, units, most
 
-    def launch(self, name: str, tile: Tile, grid: tuple[int, ...], *given: Any) -> None:
+    @property
+    def operands(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v."""
+        return self.call.q, self.call.k, self.call.v
+
+    def start(self, name: str, tile: Tile, grid: tuple[int, ...], *given: Any) -> None:
         """Launch a kernel; ``given`` are its arguments, then a tuple of its constants."""
         *values, constants = given
         self.kernels.launchers[name](grid, values, constants, tile.options)
@@ -116,88 +122,89 @@ class _Call:
     def by_query(self, tile: Tile, parts: int) -> tuple[int, int, int]:
         """The grid of a kernel by query."""
         subtiles = -(-self.spec.rows // tile.m)
-        return self.index.shape[2] * subtiles * parts, self.groups, self.q.shape[0]
+        return self.lists[1] * subtiles * parts, self.call.groups, self.call.q.shape[0]
 
     def work(self, stretch: int) -> tuple[Tensor, Tensor]:
         """Who handles which entries, and these by stretch of queries and by unit of keys."""
-        units = -(-self.k.shape[2] // self.spec.selected.unit_kv)
-        rows = max(1, stretch // self.spec.selected.unit_q)
-        start, order = places(self.index, self.count, units, rows)
-        each = max(1, _ENTRIES // self.spec.selected.unit_q)
-        return worklist(start, order.shape[-1], each), order
+        spec = self.call.spec
+        units = -(-self.call.k.shape[2] // spec.unit_kv)
+        rows = max(1, stretch // spec.unit_q)
+        start, order = places(self.call.index, self.call.count, units, rows)
+        return worklist(start, order.shape[-1], max(1, _ENTRIES // spec.unit_q)), order
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    index: Tensor,
-    count: Tensor,
-    tables: Sequence[Tensor],
-    sizes: Sequence[int],
-    scale: float,
-    spec: SelectedSpec,
-) -> tuple[Tensor, Tensor]:
+def _check(call: SelectedCall) -> None:
+    """Raise for more than int32 and grids can number."""
+    lengths, members = max(call.q.shape[2], call.k.shape[2]), max(call.q.shape[0], call.groups)
+    entries = call.index.shape[2] * call.index.shape[3]
+    if lengths >= LIMIT or members > 65535 or entries >= 1 << 31:
+        raise BadShape(
+            f"sparse_compile: q {list(call.q.shape)}, k {list(call.k.shape)} and index "
+            f"{list(call.index.shape)}: lengths must be below {LIMIT}, batch and groups of heads "
+            "at most 65535, and the entries of a list of all queries fewer than 2 ** 31."
+        )
+
+
+def forward(call: SelectedCall) -> tuple[Tensor, Tensor]:
     """As :func:`sparse_compile.codegen.cpu.selected.forward`."""
-    call = _Call.of(q, k, v, index, count, tables, sizes, scale, spec)
-    batch, heads, n_q, _ = q.shape
-    out = q.new_empty(batch, n_q, heads, v.shape[3]).transpose(1, 2)
-    lse = q.new_empty(batch, heads, n_q, dtype=torch.float32)
-    if not out.numel() or not k.numel() or not index.shape[3]:
+    batch, heads, n_q, _ = call.q.shape
+    out = call.q.new_empty(batch, n_q, heads, call.v.shape[3]).transpose(1, 2)
+    lse = call.q.new_empty(batch, heads, n_q, dtype=torch.float32)
+    if call.is_empty:
         return out.zero_(), lse.fill_(-math.inf)
-    with torch.cuda.device(q.device) if q.is_cuda else torch.no_grad():
-        if is_by_key(call):
-            _by_key_forward(call, out, lse)
+    launch = _Launch.of(call)
+    with current(call.q.device):
+        if is_by_key(launch):
+            _by_key_forward(launch, out, lse)
         else:
-            _by_query(call, out, lse, parts_of(call))
+            _by_query(launch, out, lse, parts_of(launch))
     return out, lse
 
 
-def is_by_key(call: _Call) -> bool:
+def is_by_key(launch: _Launch) -> bool:
     """Whether keys are the outer loop of the forward: each unit is read once for all its queries.
 
     That costs writing and reading a result for every entry, and pays where a unit is long and many
     queries select it: by the capacity of the lists, as their contents are on the device.
     """
-    _, units, most = call.lists
-    unit = call.spec.selected.unit_kv
-    entries, key_units = units * most, -(-call.k.shape[2] // unit)
-    room = call.q.shape[0] * entries * call.spec.rows * call.v.shape[3] * call.v.element_size()
-    often = entries * call.spec.rows >= _OFTEN * key_units
-    return unit >= _LONG and call.q.element_size() == 2 and often and room <= _ROOM
+    call, (_, units, most) = launch.call, launch.lists
+    entries, key_units = units * most, -(-call.k.shape[2] // call.spec.unit_kv)
+    room = call.q.shape[0] * entries * launch.spec.rows * call.v.shape[3] * call.v.element_size()
+    often = entries * launch.spec.rows >= _OFTEN * key_units
+    half = call.q.element_size() == 2
+    return call.spec.unit_kv >= _LONG and half and often and room <= _ROOM
 
 
-def parts_of(call: _Call) -> int:
+def parts_of(launch: _Launch) -> int:
     """Into how many parts the keys of a query are cut, so that few queries keep a GPU busy."""
+    call, tile = launch.call, launch.kernels.tiles.forward
     if not call.q.is_cuda:
         return 1
-    programs = math.prod(call.by_query(call.kernels.tiles.forward, 1))
-    wanted = 4 * torch.cuda.get_device_properties(call.q.device).multi_processor_count
-    keys = call.index.shape[3] * call.spec.selected.unit_kv
-    return max(1, min(wanted // programs, keys // (2 * call.kernels.tiles.forward.n)))
+    programs = math.prod(launch.by_query(tile, 1))
+    keys = call.index.shape[3] * call.spec.unit_kv
+    return max(1, min(2 * workers_of(call.q.device) // programs, keys // (2 * tile.n)))
 
 
-def _by_query(call: _Call, out: Tensor, lse: Tensor, parts: int) -> None:
-    tile, (batch, heads, n_q, _) = call.kernels.tiles.forward, call.q.shape
-    strides = arguments.strides(call.q, call.k, call.v)
+def _by_query(launch: _Launch, out: Tensor, lse: Tensor, parts: int) -> None:
+    call, tile = launch.call, launch.kernels.tiles.forward
+    batch, heads, n_q, _ = call.q.shape
     to, to_lse = out, lse
     if parts > 1:
-        shape = (batch, call.groups, call.index.shape[2], parts, call.spec.rows)
-        to = lse.new_empty(*shape, out.shape[3])
-        to_lse = lse.new_empty(shape)
-    call.launch(
-        *("forward", tile, call.by_query(tile, parts)),
-        *(call.q, call.k, call.v, call.index, call.count, to, to_lse, *strides),
-        *(*out.stride()[:3], *call.lists, parts, heads, n_q, call.k.shape[2], call.scale),
-        *call.mask_data,
-        (*call.shared, parts > 1),
+        shape = (batch, call.groups, launch.lists[1], parts, launch.spec.rows)
+        to, to_lse = lse.new_empty(*shape, out.shape[3]), lse.new_empty(shape)
+    launch.start(
+        *("forward", tile, launch.by_query(tile, parts), *launch.operands),
+        *(call.index, call.count, to, to_lse, *arguments.strides(*launch.operands)),
+        *(*out.stride()[:3], *launch.lists, parts, heads, n_q, call.k.shape[2], call.scale),
+        *launch.mask_data,
+        (*launch.shared, parts > 1),
     )
     if parts > 1:
-        _merge(call, (to, to_lse), (out, lse), (0, call.groups), parts, counted=False)
+        _merge(launch, (to, to_lse), (out, lse), (0, call.groups), parts, counted=False)
 
 
 def _merge(
-    call: _Call,
+    launch: _Launch,
     found: tuple[Tensor, Tensor],
     to: tuple[Tensor, Tensor],
     groups: tuple[int, int],
@@ -205,91 +212,95 @@ def _merge(
     counted: bool,
 ) -> None:
     """Merge the parts of some groups, from the first of ``groups`` up to the second."""
-    tile, (batch, heads, n_q, _) = call.kernels.tiles.forward, call.q.shape
-    lists, units, _ = call.lists
-    subtiles = -(-call.spec.rows // tile.m)
-    call.launch(
+    tile, (batch, heads, n_q, _) = launch.kernels.tiles.forward, launch.call.q.shape
+    lists, units, _ = launch.lists
+    subtiles = -(-launch.spec.rows // tile.m)
+    launch.start(
         *("merge", Tile(tile.m, 1, 4, 1), (units * subtiles, groups[1] - groups[0], batch)),
-        *(*found, call.count, *to, *to[0].stride()[:3]),
+        *(*found, launch.call.count, *to, *to[0].stride()[:3]),
         *(lists, units, parts, groups[0], heads, n_q),
-        (call.shared[0], counted),
+        (launch.shared[0], counted),
     )
 
 
-def _by_key_forward(call: _Call, out: Tensor, lse: Tensor) -> None:
+def _by_key_forward(launch: _Launch, out: Tensor, lse: Tensor) -> None:
     """The forward with keys outermost; group after group, so that the parts take less room."""
-    (lists, units, most), tile = call.lists, call.kernels.tiles.forward_by_key
-    batch, n_q, n_kv = call.q.shape[0], call.q.shape[2], call.k.shape[2]
-    work, order = call.work(_STRETCH[0])
-    strides = arguments.strides(call.q, call.k, call.v)
+    call, (lists, units, most) = launch.call, launch.lists
+    tile, batch = launch.kernels.tiles.forward_by_key, call.q.shape[0]
+    work, order = launch.work(_STRETCH[0])
     for first in range(call.groups):
-        shape = (batch, 1, units * most, call.spec.rows)
+        shape = (batch, 1, units * most, launch.spec.rows)
         part = call.q.new_empty(*shape, call.v.shape[3]), lse.new_empty(shape)
-        call.launch(
+        launch.start(
             *("forward_by_key", tile, (work.shape[2], 1, batch)),
-            *(call.q, call.k, call.v, work, order, *part, *strides),
-            *(lists, units, most, work.shape[2], first, 1, n_q, n_kv, call.scale),
-            *call.mask_data,
-            call.shared,
+            *(*launch.operands, work, order, *part, *arguments.strides(*launch.operands)),
+            *(lists, units, most, work.shape[2], first, 1),
+            *(call.q.shape[2], call.k.shape[2], call.scale, *launch.mask_data),
+            launch.shared,
         )
-        _merge(call, part, (out, lse), (first, first + 1), most, counted=True)
+        _merge(launch, part, (out, lse), (first, first + 1), most, counted=True)
 
 
-def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    index: Tensor,
-    count: Tensor,
-    tables: Sequence[Tensor],
-    sizes: Sequence[int],
-    scale: float,
-    spec: SelectedSpec,
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(call: SelectedCall, result: Result) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`sparse_compile.codegen.cpu.selected.backward`."""
-    call = _Call.of(q, k, v, index, count, tables, sizes, scale, spec)
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    dk, dv = (torch.zeros(t.shape, dtype=torch.float32, device=q.device) for t in (k, v))
-    if not q.numel() or not k.numel() or not index.shape[3]:
-        return dq.zero_(), dk.to(k.dtype), dv.to(v.dtype)
-    out, grad_out = arguments.operand(out), arguments.operand(grad_out.to(q.dtype))
-    lse, delta = lse.contiguous(), torch.empty_like(lse, memory_format=torch.contiguous_format)
-    strides = arguments.strides(call.q, call.k, call.v, out, grad_out)
-    sizes_of = (q.shape[1], k.shape[1], q.shape[2], k.shape[2], scale)
-    tile = call.kernels.tiles.backward_query
-    with torch.cuda.device(q.device) if q.is_cuda else torch.no_grad():
-        call.launch(
-            *("backward_query", tile, call.by_query(tile, 1)),
-            *(call.q, call.k, call.v, call.index, call.count, out, grad_out, lse),
-            *(arguments.single(grad_lse, lse), delta, dq, dk, dv, *strides),
-            *(*call.lists, 1, *sizes_of, *call.mask_data),
-            (*call.shared, grad_lse is not None),
-        )
-        if not call.spec.adds_by_query:
-            _by_key_backward(call, grad_out, (lse, delta), (dk, dv), sizes_of)
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
+    dq = torch.empty(call.q.shape, dtype=call.q.dtype, device=call.q.device)
+    dk, dv = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (call.k, call.v))
+    if call.is_empty:
+        return dq.zero_(), dk.to(call.k.dtype), dv.to(call.v.dtype)
+    launch = _Launch.of(call)
+    grad_out = arguments.operand(result.grad_out.to(call.q.dtype))
+    lse = result.lse.contiguous()
+    delta = torch.empty_like(lse, memory_format=torch.contiguous_format)
+    with current(call.q.device):
+        _by_query_backward(launch, result, grad_out, (lse, delta), (dq, dk, dv))
+        if not launch.spec.adds_by_query:
+            _by_key_backward(launch, grad_out, (lse, delta), (dk, dv))
+    dq = dq if launch.sign == 1 else dq.mul_(launch.sign)
+    return dq, dk.to(call.k.dtype), dv.to(call.v.dtype)
+
+
+def _sizes(call: SelectedCall) -> tuple[Any, ...]:
+    return call.q.shape[1], call.k.shape[1], call.q.shape[2], call.k.shape[2], call.scale
+
+
+def _by_query_backward(
+    launch: _Launch,
+    result: Result,
+    grad_out: Tensor,
+    statistics: tuple[Tensor, Tensor],
+    grads: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """The gradient of queries and the second of the statistics; for short units, all gradients."""
+    call, tile, out = (
+        launch.call,
+        launch.kernels.tiles.backward_query,
+        arguments.operand(result.out),
+    )
+    lse, delta = statistics
+    launch.start(
+        *("backward_query", tile, launch.by_query(tile, 1), *launch.operands),
+        *(call.index, call.count, out, grad_out, lse, arguments.single(result.grad_lse, lse)),
+        *(delta, *grads, *arguments.strides(*launch.operands, out, grad_out)),
+        *(*launch.lists, 1, *_sizes(call), *launch.mask_data),
+        (*launch.shared, result.grad_lse is not None),
+    )
 
 
 def _by_key_backward(
-    call: _Call,
+    launch: _Launch,
     grad_out: Tensor,
     statistics: tuple[Tensor, Tensor],
     grads: tuple[Tensor, Tensor],
-    sizes: tuple[Any, ...],
 ) -> None:
     """Add the gradients of keys and values, a unit of keys at a time."""
-    work, order = call.work(_STRETCH[1])
-    tile = call.kernels.tiles.backward_key_value
-    subtiles = call.spec.selected.unit_kv // tile.n
-    call.launch(
+    call, tile = launch.call, launch.kernels.tiles.backward_key_value
+    work, order = launch.work(_STRETCH[1])
+    subtiles = call.spec.unit_kv // tile.n
+    launch.start(
         "backward_key_value",
-        *(tile, (work.shape[2] * subtiles, call.groups, call.q.shape[0])),
-        *(call.q, call.k, call.v, work, order, grad_out, *statistics, *grads),
-        *arguments.strides(call.q, call.k, call.v, grad_out),
-        *(*call.lists, work.shape[2], 0, *sizes, *call.mask_data),
-        call.shared,
+        *(tile, (work.shape[2] * subtiles, call.groups, call.q.shape[0]), *launch.operands),
+        *(work, order, grad_out, *statistics, *grads),
+        *arguments.strides(*launch.operands, grad_out),
+        *(*launch.lists, work.shape[2], 0, *_sizes(call), *launch.mask_data),
+        launch.shared,
     )
