@@ -32,7 +32,8 @@ def attention(
     """Attention that computes only what its mask allows; differentiable.
 
     It can be called anywhere, also in code that torch.compile compiles, with any backend. There, a
-    pattern that holds tensors must come from outside: from a global, an argument or a module.
+    pattern that holds tensors, or selects by a score, must come from outside: from a global, an
+    argument or a module.
 
     Args:
         q: [B, Hq, Nq, D], float32, float16 or bfloat16.
