@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_compile.codegen.triton.launch import Launcher
+from sparse_compile.launch import Launcher
 
 _SIGNATURE, _KERNEL = "def forward(", "@triton.jit"
 _START = ["CLOCK_START = tl.extra.cuda.globaltimer()"]

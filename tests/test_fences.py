@@ -87,12 +87,12 @@ def test_frames_that_were_not_captured_are_known() -> None:
 
 @pytest.mark.parametrize("specialize", [True, False])
 def test_launches_tell_apart_what_triton_compiles_for(specialize: bool) -> None:
-    """codegen/triton/launch.py reuses a compiled kernel where all arguments are of equal kinds."""
+    """launch.py reuses a compiled kernel where all arguments are of equal kinds."""
     from triton.backends.nvidia.compiler import CUDABackend
     from triton.runtime.jit import native_specialize_impl
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    from sparse_compile.codegen.triton.launch import signature
+    from sparse_compile.launch import signature
 
     integers = [0, 1, 2, 8, 15, 16, 17, 32, 4096, -16, -1, 2**31 - 1, 2**31, 2**32 + 1, -(2**31)]
     numbers = torch.zeros(64)

@@ -21,6 +21,7 @@ SOURCES = sorted(
 RANK = {
     "errors": 0,
     "generated": 0,
+    "launch": 0,
     "expr": 1,
     "patterns": 2,
     "reference": 1,

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from sparse_compile.codegen import cache
 from sparse_compile.codegen.triton import arguments
-from sparse_compile.codegen.triton.launch import Launcher
 from sparse_compile.codegen.triton.predicate import COORDINATE_BITS
 from sparse_compile.codegen.triton.sections import (
     Described,
@@ -22,6 +21,7 @@ from sparse_compile.codegen.triton.sections import (
 from sparse_compile.codegen.triton.source import direct_lookups, kernel_source, table_ranks
 from sparse_compile.codegen.triton.tiles import Tile, Tiles, padded, tiles_for
 from sparse_compile.errors import BadShape, UnsupportedDtype
+from sparse_compile.launch import Launcher
 from sparse_compile.layout import Layout, Schedule
 from sparse_compile.layout.device.launch import current
 from sparse_compile.spec import AttentionSpec, KernelSpec

@@ -18,7 +18,7 @@ class _Pooled:
 
     Attributes:
         task: what is scored.
-        keys: fp32 [B, Hkv, blocks, F], features of the blocks.
+        keys: fp32 [B, Hkv, blocks, F], features of the blocks, times the scale.
         by_sign: whether queries count as their positive and negative parts, else as they are.
     """
 
@@ -36,19 +36,27 @@ class _Pooled:
 
     def __call__(self, first: int, end: int) -> Tensor:
         task, kv_heads = self.task, self.task.k.shape[1]
-        queries = task.q[:, :, task.queries(first, end)].float() * task.scale
+        queries = task.q[:, :, task.queries(first, end)]
         if self.by_sign:
+            queries = queries.float()
             queries = torch.cat([queries.clamp(min=0), queries.clamp(max=0)], -1)
-        queries = mean_of_units(queries, task.unit_q)
         if self.lists <= kv_heads:
-            return summed(summed(queries, kv_heads) @ self.keys.mT, self.lists)
+            # Scores are linear in queries: those of the heads of a list are summed first.
+            queries = mean_of_units(_summed_in_fp32(queries, kv_heads), task.unit_q)
+            return summed(queries @ self.keys.mT, self.lists)
+        queries = mean_of_units(queries.float(), task.unit_q)
         grouped = parted(queries, -3, queries.shape[1] // kv_heads)
         return (grouped @ self.keys[:, :, None].mT).flatten(1, 2)
 
 
+def _summed_in_fp32(queries: Tensor, lists: int) -> Tensor:
+    """fp32 [B, lists, ...]: the sum over the heads of each list; reads q once, as it is."""
+    return queries.unflatten(1, (lists, -1)).sum(2, dtype=torch.float32)
+
+
 def by_mean(scorer: MeanPool, task: Task) -> Scoring:
     """The query times the mean of the keys."""
-    return _Pooled(task, mean_of_units(task.k.float(), task.block))
+    return _Pooled(task, mean_of_units(task.k.float(), task.block) * task.scale)
 
 
 def by_bounds(scorer: MinMax, task: Task) -> Scoring:
@@ -59,4 +67,4 @@ def by_bounds(scorer: MinMax, task: Task) -> Scoring:
     for beyond, reduce in ((-math.inf, torch.amax), (math.inf, torch.amin)):
         keys = torch.nn.functional.pad(task.k.float(), missing, value=beyond)
         ends.append(reduce(parted(keys, -2, task.block), -2))
-    return _Pooled(task, torch.cat(ends, -1), by_sign=True)
+    return _Pooled(task, torch.cat(ends, -1) * task.scale, by_sign=True)

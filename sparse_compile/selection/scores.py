@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparse_compile.errors import BadShape
 from sparse_compile.patterns.scorers import Gate, Indexer, Scorer
+from sparse_compile.selection.device.index_scores import can_index, index_scores
 from sparse_compile.selection.visible import Visible
 
 
@@ -184,15 +185,24 @@ class _Indexed:
 
     def __call__(self, first: int, end: int) -> Tensor:
         task, rows = self.task, self.task.queries(first, end)
-        queries = self.indexer.q_index[:, :, rows].float()
-        weights = self.indexer.weights[:, rows].float().transpose(1, 2)
-        products = (queries @ self.indexer.k_index[:, None].float().mT).relu_()
-        by_token = (products * weights[..., None]).sum(1)
+        by_token = self._by_token(rows)
         if task.block > 1:
             missing = -by_token.shape[-1] % task.block
             by_token = torch.nn.functional.pad(by_token, (0, missing), value=-math.inf)
             by_token = parted(by_token, -1, task.block).amax(-1)
         return mean_of_units(by_token, task.unit_q)[:, None]
+
+    def _by_token(self, rows: slice) -> Tensor:
+        """fp32 [B, queries, Nkv] of some queries; anything where nothing is visible."""
+        indexer = self.indexer
+        if can_index(indexer.q_index, indexer.k_index):
+            of = indexer.q_index, indexer.k_index, indexer.weights
+            return index_scores(*of, (rows.start, rows.stop), self.task.visible)
+        queries = indexer.q_index[:, :, rows].float()
+        weights = indexer.weights[:, rows].float().transpose(1, 2)
+        products = (queries @ indexer.k_index[:, None].float().mT).relu_()
+        by_token: Tensor = (products * weights[..., None]).sum(1)
+        return by_token
 
 
 def by_indexer(scorer: Indexer, task: Task) -> Scoring:

@@ -11,6 +11,7 @@ from sparse_compile.errors import BadShape
 from sparse_compile.expr import MaskExpr
 from sparse_compile.patterns.checks import UPPER_LEFT, bad, blocks
 from sparse_compile.patterns.scored import Scored
+from sparse_compile.selection.device.choose import Chooser, can_choose
 from sparse_compile.selection.rules import Best, Candidates, ascending
 from sparse_compile.selection.scores import Scoring, Task
 from sparse_compile.selection.scoring import scoring
@@ -67,17 +68,26 @@ def select(
     shape = (q.shape[0], scores.lists, task.rows)
     index = torch.empty(*shape, capacity, dtype=torch.int32, device=q.device)
     count = torch.empty(shape, dtype=torch.int32, device=q.device)
+    choose = Chooser(pattern, task, scores.lists, index, count)
     for first, end in _chunks(task, scores):
-        found = Candidates(
-            scores(first, end),
-            task.visible.may(first, end, scores.lists),
-            _forced(pattern, task, first, end),
-        )
-        best = found.best(capacity)
-        if watch is not None:
-            watch(found, best)
-        index[:, :, first:end], count[:, :, first:end] = ascending(pattern, best, task.blocks)
+        found = scores(first, end)
+        if watch is None and can_choose(task):
+            choose(found, first, end)
+        else:
+            _choose(choose, found, (first, end), watch)
     return _in_units(pattern, index, count, k.shape[2])
+
+
+def _choose(to: Chooser, scores: Tensor, units: tuple[int, int], watch: Watch | None) -> None:
+    """What a Chooser does, where no kernel can, or where someone wants to look."""
+    pattern, task, (first, end) = to.pattern, to.task, units
+    visible = task.visible.may(first, end, to.lists)
+    found = Candidates(scores, visible, _forced(pattern, task, first, end))
+    best = found.best(to.index.shape[3])
+    if watch is not None:
+        watch(found, best)
+    index, count = ascending(pattern, best, task.blocks)
+    to.index[:, :, first:end], to.count[:, :, first:end] = index, count
 
 
 def _check(pattern: Scored, q: Tensor, k: Tensor) -> None:
@@ -120,6 +130,7 @@ def _check_heads(pattern: Scored, scores: Scoring) -> None:
 def _chunks(task: Task, scores: Scoring) -> Iterator[tuple[int, int]]:
     width = max(scores.width, scores.lists * task.blocks, task.visible.heads * task.blocks)
     step = max(1, _MOST // max(1, task.q.shape[0] * width))
+    step = step // 128 * 128 or step  # whole tiles of kernels
     for first in range(0, task.rows, step):
         yield first, min(first + step, task.rows)
 

@@ -20,11 +20,11 @@ from sparse_compile.codegen.triton.executor import (
     positive,
     workers_of,
 )
-from sparse_compile.codegen.triton.launch import Launcher
 from sparse_compile.codegen.triton.selected.source import SelectedKernelSpec, selected_source
 from sparse_compile.codegen.triton.selected.tiles import Tile, Tiles, tiles_for
 from sparse_compile.codegen.triton.source import direct_lookups, table_ranks
 from sparse_compile.errors import BadShape
+from sparse_compile.launch import Launcher
 from sparse_compile.layout.device.launch import current
 from sparse_compile.selection import places, worklist
 

@@ -29,9 +29,9 @@ def module_source(key: Key) -> str:
     name = module_name(key)
     parts = [
         _header(key, name),
-        *(_side(key, axis) for axis in _AXES),
+        *sides(key),
         tables_source(key),
-        _verdict(key),
+        verdict_text(key),
         _lines(key, "rows", "q", "kv"),
         _lines(key, "cols", "kv", "q"),
     ]
@@ -134,7 +134,13 @@ def _data(key: Key) -> list[str]:
     return [", ".join(group) + "," for group in list_parameters(key)]
 
 
-def _verdict(key: Key) -> str:
+def sides(key: Key) -> list[str]:
+    """The functions ``blocks_of_q``, ``digits_of_q`` and those of ``kv``."""
+    return [_side(key, axis) for axis in _AXES]
+
+
+def verdict_text(key: Key) -> str:
+    """The function ``verdict``: whether the mask must, and may, hold between bounds of digits."""
     return fill(
         text.VERDICT,
         DIGITS=", ".join([*_names(key, "q"), *_names(key, "kv")]),

@@ -1,0 +1,1 @@
+"""Selecting on a GPU: kernels that choose blocks by their scores, and that score tokens."""

@@ -1,0 +1,75 @@
+"""Launch the kernel that scores tokens as a lightning indexer does."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from sparse_compile.generated import load_module
+from sparse_compile.launch import Launcher
+from sparse_compile.layout.device.launch import current
+from sparse_compile.selection.device.index_source import IndexSpec, index_source, tiles
+from sparse_compile.selection.device.printable import free_sizes, key_of, printable
+from sparse_compile.selection.visible import Visible
+
+_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+#: What the kernel holds of a key and of the heads' products.
+_MOST_DIM, _MOST_HEADS = 256, 256
+
+
+@functools.lru_cache(maxsize=256)
+def _kernel(spec: IndexSpec) -> Launcher:
+    return Launcher(load_module(spec.name, index_source(spec)).index_scores)
+
+
+def can_index(q: Tensor, k: Tensor) -> bool:
+    """Whether the kernel can score these queries and keys: on a GPU, in its sizes and dtypes."""
+    heads, dim = q.shape[1], q.shape[3]
+    fits = heads <= _MOST_HEADS and dim <= _MOST_DIM and min(q.numel(), k.numel()) > 0
+    return q.is_cuda and fits and q.dtype == k.dtype and q.dtype in _DTYPES
+
+
+def index_scores(
+    q: Tensor,
+    k: Tensor,
+    w: Tensor,
+    queries: tuple[int, int],
+    visible: Visible,
+    factors: tuple[float, float] = (1.0, 1.0),
+) -> Tensor:
+    """``sum_i w_i * relu(q_i . k)`` for some queries.
+
+    Args:
+        q: [B, H, Nq, D].
+        k: [B, Nkv, D], same dtype.
+        w: [B, Nq, H], floating.
+        queries: the first, and the end.
+        visible: in its runs; those that are not visible need not be written.
+        factors: on the products, and on the sums.
+
+    Returns:
+        fp32 [B, end - first, Nkv].
+    """
+    (first, end), (batch, heads, n_q, dim), n_kv = queries, q.shape, k.shape[1]
+    q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k))
+    dtype = _DTYPES[q.dtype]
+    run_q, run_kv = tiles(dtype)
+    key = key_of(visible, run_q, run_kv)
+    # A tile that is left out must not hold a part of a run that is visible.
+    whole = first % run_q == run_q % visible.run_q == run_kv % visible.run_kv == 0
+    masked = whole and printable(visible)
+    arch = "interpreter"
+    if q.is_cuda:
+        arch = "sm_{}{}".format(*torch.cuda.get_device_capability(q.device))
+    spec = IndexSpec(key, masked, heads, dim, dtype, arch)
+    scores = torch.empty(batch, end - first, n_kv, dtype=torch.float32, device=q.device)
+    arguments = (
+        *(q, k, w, scores, *q.stride()[:3], *k.stride()[:2], *w.stride()),
+        *(first, end, *factors, n_q, n_kv, *(free_sizes(visible, key) if masked else [])),
+    )
+    grid = -(-n_kv // run_kv), -(-(end - first) // run_q), batch
+    with current(q.device):
+        _kernel(spec)(grid, arguments, (), spec.options)
+    return scores

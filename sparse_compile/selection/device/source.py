@@ -1,0 +1,123 @@
+"""From a ChooseSpec to the text of a Triton module that chooses: same spec, same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sparse_compile.expr.digits import digit_names
+from sparse_compile.generated import fill
+from sparse_compile.layout.device import source as layout_source
+from sparse_compile.layout.device.key import Key
+from sparse_compile.selection.device import text
+
+_LIMITS = {
+    "top_k": text.TOP_K,
+    "top_ratio": text.TOP_RATIO,
+    "top_p": text.TOP_P,
+    "scores": fill(text.THRESHOLD, VALUE="score"),
+    "softmax": fill(text.THRESHOLD, VALUE="share_of(score, visible)"),
+}
+#: A new length or number of blocks must not compile anything.
+_UNSPECIALIZED = (
+    *("visible_stride_b", "visible_stride_list", "visible_stride_row", "first", "rows", "units"),
+    *("lists", "blocks", "room", "sink", "reach", "shift", "n_q", "n_kv"),
+)
+
+
+@dataclass(frozen=True)
+class ChooseSpec:
+    """What a module is generated for; hashable.
+
+    Attributes:
+        key: the mask, in units of queries and blocks of keys.
+        given: whether what is visible is a tensor; else it follows from the mask.
+        rule: "top_k", "top_ratio", "top_p", "scores" or "softmax".
+        rows: units of queries that a program handles.
+        blocks, room: at least the blocks, and places of a list; powers of two.
+    """
+
+    key: Key
+    given: bool
+    rule: str
+    rows: int
+    blocks: int
+    room: int
+
+    @property
+    def name(self) -> str:
+        """What the module is called."""
+        shape = (self.given, self.rule, self.rows, self.blocks, self.room)
+        described = repr((self.key.text, self.key.q.fields, self.key.kv.fields, self.key.fixed))
+        digest = hashlib.sha256((described + repr(shape)).encode()).hexdigest()[:12]
+        return f"choose_{self.rule}_{digest}"
+
+    @property
+    def warps(self) -> int:
+        """32 scores a thread, from 4 warps to 16."""
+        return max(4, min(16, self.rows * self.blocks // 1024))
+
+
+def choose_source(spec: ChooseSpec) -> str:
+    """The module of a spec: the kernel ``choose``."""
+    key = spec.key
+    header = fill(
+        text.MODULE,
+        NAME=spec.name,
+        MASK="what is visible is given" if spec.given else str(key.mask),
+        RULE=spec.rule,
+        UNIT_Q=str(key.q.block),
+        BLOCK=str(key.kv.block),
+        ROWS=str(spec.rows),
+        BLOCKS=str(spec.blocks),
+        ROOM=str(spec.room),
+    )
+    kernel = fill(
+        text.CHOOSE,
+        UNSPECIALIZED=quoted([*_UNSPECIALIZED, *([] if spec.given else key.sizes)]),
+        SIZES=[] if spec.given else sizes_of(key),
+        VISIBLE=text.GIVEN.splitlines() if spec.given else _from_mask(key),
+        LIMIT=_LIMITS[spec.rule].splitlines(),
+    )
+    verdict = [] if spec.given else verdict_source(key)
+    return "".join([header, text.HELPERS, *verdict, kernel])
+
+
+def quoted(names: Sequence[str]) -> str:
+    """A list of strings, as text."""
+    return "[" + ", ".join(f'"{name}"' for name in names) + "]"
+
+
+def sizes_of(key: Key) -> list[str]:
+    """The line of parameters for the sizes of a mask; none if there are none."""
+    return [", ".join(key.sizes) + ","] if key.sizes else []
+
+
+def verdict_source(key: Key) -> list[str]:
+    """The functions ``digits_of_q``, ``digits_of_kv`` and ``verdict``; without tables."""
+    return [*layout_source.sides(key), layout_source.verdict_text(key)]
+
+
+def verdict_lines(key: Key, q: str, kv: str) -> list[str]:
+    """Lines that compute ``may``, of the blocks ``q`` and ``kv`` of either side."""
+    names = {axis: _digits(key, axis) for axis in ("q", "kv")}
+    sizes = ", ".join(["", *key.sizes])
+    return [
+        f"{', '.join(names['q'])}, q_whole = digits_of_q({q}, n_q, 1)",
+        f"{', '.join(names['kv'])}, kv_whole = digits_of_kv({kv}, n_kv, 1)",
+        f"must, may = verdict({', '.join([*names['q'], *names['kv']])}, 0, 0, 0, 0, n_q, n_kv"
+        f"{sizes})",
+    ]
+
+
+def _digits(key: Key, axis: str) -> list[str]:
+    names = digit_names(axis, len(key.order(axis).box))
+    return [f"{name}_{end}" for name in names for end in ("lo", "hi")]
+
+
+def _from_mask(key: Key) -> list[str]:
+    return [
+        *verdict_lines(key, "unit", "block"),
+        "visible = tl.where(may, there.to(tl.int32), 0) > 0",
+    ]
