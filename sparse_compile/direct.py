@@ -17,6 +17,7 @@ from sparse_compile.errors import BadShape, PatternMisuse
 from sparse_compile.expr import COORDINATES, MaskExpr
 from sparse_compile.layout.dense_tables import DenseRead
 from sparse_compile.patterns.base import Pattern
+from sparse_compile.selected_ops import WIDEST
 
 #: Stands for lengths and head counts that torch.compile knows by name only.
 _UNKNOWN = 4096
@@ -61,7 +62,8 @@ def attention(
     """
     if not torch.compiler.is_compiling():
         # The operators repeat the check of the operands while they are compiled.
-        ops.check_operands(q, k, v)
+        # The operators look again, and some take less.
+        ops.check_operands(q, k, v, WIDEST)
         if isinstance(mask, Pattern):
             mask.check(q.shape[2], k.shape[2], q.shape[0], q.shape[1])
     factor = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale

@@ -286,8 +286,12 @@ BLOCK_LAYOUT = torch.ops.sparse_compile.block_layout.default
 DENSE_LAYOUT = torch.ops.sparse_compile.dense_layout.default
 
 
-def check_operands(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_operands(q: Tensor, k: Tensor, v: Tensor, widest: tuple[int, int] = (256, 256)) -> None:
     """Raise before anything runs if q, k and v do not fit together.
+
+    Args:
+        q, k, v: of a call.
+        widest: features of q and k, and of v, at most.
 
     Raises:
         UnsupportedDtype: the dtype is not float32, float16 or bfloat16.
@@ -314,8 +318,9 @@ def check_operands(q: Tensor, k: Tensor, v: Tensor) -> None:
             "sparse_compile: q [B, Hq, Nq, D], k [B, Hkv, Nkv, D] and v [B, Hkv, Nkv, Dv] must "
             f"agree in B, Hkv, Nkv and D, got {shapes}."
         )
-    if not 1 <= q.shape[3] <= 256 or not 1 <= v.shape[3] <= 256:
-        raise BadShape(f"sparse_compile: head dims must lie in 1 to 256, got {shapes}.")
+    if not 1 <= q.shape[3] <= widest[0] or not 1 <= v.shape[3] <= widest[1]:
+        either = " and ".join(map(str, dict.fromkeys(widest)))
+        raise BadShape(f"sparse_compile: head dims must lie in 1 to {either}, got {shapes}.")
 
 
 def _memory(

@@ -20,6 +20,9 @@ from sparse_compile.ops import check_operands
 from sparse_compile.selected_spec import SelectedSpec
 from sparse_compile.selection import canonical
 
+#: Features of q and k, and of v: those of the latent keys of DeepSeek-V3, and some more.
+WIDEST = (640, 512)
+
 
 @torch.library.custom_op("sparse_compile::selected_attention", mutates_args=())
 def selected_attention(
@@ -70,7 +73,7 @@ def _(
     scale: float,
     spec: str,
 ) -> tuple[Tensor, Tensor]:
-    check_operands(q, k, v)
+    check_operands(q, k, v, WIDEST)
     batch, heads, n_q, _ = q.shape
     out = q.new_empty([batch, n_q, heads, v.shape[-1]]).transpose(1, 2)
     return out, q.new_empty([batch, heads, n_q], dtype=torch.float32)
@@ -169,7 +172,7 @@ def check_selection(
     Raises:
         BadShape, UnsupportedDtype: what does not fit.
     """
-    check_operands(q, k, v)
+    check_operands(q, k, v, WIDEST)
     wanted = (q.shape[0], -(-q.shape[2] // spec.unit_q))
     fits = index.dim() == 4 and (index.shape[0], index.shape[2]) == wanted
     fits = fits and index.shape[1] > 0 and q.shape[1] % index.shape[1] == 0

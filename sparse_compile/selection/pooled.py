@@ -51,7 +51,8 @@ class _Pooled:
 
 def _summed_in_fp32(queries: Tensor, lists: int) -> Tensor:
     """fp32 [B, lists, ...]: the sum over the heads of each list; reads q once, as it is."""
-    return queries.unflatten(1, (lists, -1)).sum(2, dtype=torch.float32)
+    by_list = queries.reshape(queries.shape[0], lists, -1, *queries.shape[2:])
+    return by_list.sum(2, dtype=torch.float32)
 
 
 def by_mean(scorer: MeanPool, task: Task) -> Scoring:

@@ -180,8 +180,12 @@ class _Indexed:
 
     @property
     def width(self) -> int:
-        heads: int = self.indexer.q_index.shape[1]
-        return self.task.unit_q * heads * self.task.k.shape[2]
+        width: int = self.task.unit_q * self.task.k.shape[2]
+        return width if self._by_kernel else width * self.indexer.q_index.shape[1]
+
+    @property
+    def _by_kernel(self) -> bool:
+        return can_index(self.indexer.q_index, self.indexer.k_index)
 
     def __call__(self, first: int, end: int) -> Tensor:
         task, rows = self.task, self.task.queries(first, end)
@@ -195,7 +199,7 @@ class _Indexed:
     def _by_token(self, rows: slice) -> Tensor:
         """fp32 [B, queries, Nkv] of some queries; anything where nothing is visible."""
         indexer = self.indexer
-        if can_index(indexer.q_index, indexer.k_index):
+        if self._by_kernel:
             of = indexer.q_index, indexer.k_index, indexer.weights
             return index_scores(*of, (rows.start, rows.stop), self.task.visible)
         queries = indexer.q_index[:, :, rows].float()

@@ -12,14 +12,16 @@ from sparse_compile.expr import MaskExpr
 from sparse_compile.patterns.checks import UPPER_LEFT, bad, blocks
 from sparse_compile.patterns.scored import Scored
 from sparse_compile.selection.device.choose import Chooser, can_choose
+from sparse_compile.selection.device.printable import printable
 from sparse_compile.selection.rules import Best, Candidates, ascending
 from sparse_compile.selection.scores import Scoring, Task
 from sparse_compile.selection.scoring import scoring
 from sparse_compile.selection.selection import Selection
 from sparse_compile.selection.visible import Visible
 
-#: Scores that a chunk of units of queries has at most, if it is more than one unit.
-_MOST = 1 << 24
+#: Scores that a chunk of units of queries has at most, if it is more than one unit; in torch, and
+#: where a kernel chooses.
+_MOST, _MOST_BY_KERNEL = 1 << 24, 1 << 26
 #: The parameter of each rule that may be given by head.
 _BY_HEAD = ("k", "ratio", "p", "t")
 
@@ -69,9 +71,10 @@ def select(
     index = torch.empty(*shape, capacity, dtype=torch.int32, device=q.device)
     count = torch.empty(shape, dtype=torch.int32, device=q.device)
     choose = Chooser(pattern, task, scores.lists, index, count)
-    for first, end in _chunks(task, scores):
+    by_kernel = watch is None and can_choose(task)
+    for first, end in _chunks(task, scores, by_kernel):
         found = scores(first, end)
-        if watch is None and can_choose(task):
+        if by_kernel:
             choose(found, first, end)
         else:
             _choose(choose, found, (first, end), watch)
@@ -127,9 +130,11 @@ def _check_heads(pattern: Scored, scores: Scoring) -> None:
         )
 
 
-def _chunks(task: Task, scores: Scoring) -> Iterator[tuple[int, int]]:
-    width = max(scores.width, scores.lists * task.blocks, task.visible.heads * task.blocks)
-    step = max(1, _MOST // max(1, task.q.shape[0] * width))
+def _chunks(task: Task, scores: Scoring, by_kernel: bool) -> Iterator[tuple[int, int]]:
+    width, most = scores.lists * task.blocks, _MOST_BY_KERNEL
+    if not by_kernel or not printable(task.visible):
+        width, most = max(width, task.visible.heads * task.blocks), _MOST
+    step = max(1, most // max(1, task.q.shape[0] * max(width, scores.width)))
     step = step // 128 * 128 or step  # whole tiles of kernels
     for first in range(0, task.rows, step):
         yield first, min(first + step, task.rows)

@@ -20,6 +20,8 @@ CASES = [
     Case("a list for each query head", lists=4, **SMALL),
     Case("negative scale", scale=-0.3, **SMALL),
     Case("scale of zero", scale=0.0, **SMALL),
+    Case("latent keys", dim=272, value_dim=256, shared=True, unit_kv=1, **SMALL),
+    Case("wide heads", dim=300, value_dim=80, unit_kv=16, **SMALL),
     Case("wide values, all pick one", dim=48, value_dim=80, how="one", **SMALL),
 ]
 

@@ -37,6 +37,7 @@ class Case:
     mask: MaskExpr = CAUSAL
     how: str = "random"
     scale: float | None = None
+    shared: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -69,7 +70,13 @@ class Case:
             (self.batch, self.kv_heads, self.n_kv, self.value_dim),
             (self.batch, self.q_heads, self.n_q, self.value_dim),
         )
-        return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+        made = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+        return self.with_shared(made) if self.shared else made
+
+    def with_shared(self, operands: list[Tensor]) -> list[Tensor]:
+        """The operands with the first features of the keys as values, in the same memory."""
+        q, k, _, grad = operands
+        return [q, k, k[..., : self.value_dim], grad]
 
     @property
     def spec(self) -> SelectedSpec:
@@ -97,6 +104,8 @@ class Case:
 
 PER_HEAD = MaskExpr((KV <= Q) & (Q - KV < sympy.Piecewise((40, sympy.Eq(H, 1)), (90, True))))
 
+LATENT: dict[str, Any] = dict(dim=576, value_dim=512, shared=True)
+
 CASES = [
     Case("blocks of 16"),
     Case("tokens", unit_kv=1, most=20),
@@ -116,6 +125,9 @@ CASES = [
     Case("one query", n_q=1, n_kv=100, mask=MaskExpr(sympy.true)),
     Case("negative scale", scale=-0.3),
     Case("scale of zero", scale=0.0),
+    Case("latent keys", q_heads=16, kv_heads=1, lists=1, unit_kv=1, most=40, **LATENT),
+    Case("latent keys in blocks", q_heads=70, kv_heads=1, lists=1, n_q=30, **LATENT),
+    Case("wide heads", dim=300, value_dim=500, unit_kv=32),
     Case("few queries at the end", n_q=5, n_kv=100, mask=MaskExpr(KV <= Q + 95)),
 ]
 
@@ -133,7 +145,8 @@ def eager(case: Case, operands: list[Tensor], mask: Tensor) -> list[Tensor]:
 
 def check_executor(executor: Any, case: Case, device: torch.device, dtype: torch.dtype) -> None:
     """Forward and gradients against fp64: in half precision at most 1.1 times eager's error."""
-    *inputs, grad = operands = [t.to(device) for t in case.operands(dtype)]
+    operands = [t.to(device) for t in case.operands(dtype)]
+    *inputs, grad = operands = case.with_shared(operands) if case.shared else operands
     chosen = case.selection()
     lists = chosen.index.to(device), chosen.count.to(device)
     call = SelectedCall(*inputs, *lists, [], [], case.factor, case.spec)

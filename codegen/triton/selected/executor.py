@@ -20,6 +20,7 @@ from sparse_compile.codegen.triton.executor import (
     positive,
     workers_of,
 )
+from sparse_compile.codegen.triton.selected.features import WIDE, features_of
 from sparse_compile.codegen.triton.selected.source import SelectedKernelSpec, selected_source
 from sparse_compile.codegen.triton.selected.tiles import Tile, Tiles, tiles_for
 from sparse_compile.codegen.triton.source import direct_lookups, table_ranks
@@ -83,7 +84,7 @@ class _Launch:
         _check(call)
         q, k, v = call.q, call.k, call.v
         dtype, arch = DTYPE_NAMES[q.dtype], arch_of(q.device)
-        shape = q.shape[3], v.shape[3], dtype, arch, call.members
+        shape = q.shape[3], v.shape[3], dtype, arch, call.members, _is_shared(k, v)
         kernels = kernels_of(SelectedKernelSpec(call.spec, *shape))
         data = arguments.mask_arguments(kernels, call.tables, call.sizes, q.shape[2], k.shape[2])
         sign, scale = positive(call.scale)
@@ -133,6 +134,13 @@ class _Launch:
         return worklist(start, order.shape[-1], max(1, _ENTRIES // spec.unit_q)), order
 
 
+def _is_shared(k: Tensor, v: Tensor) -> bool:
+    """Whether wide values are the first features of keys: then they are loaded once."""
+    same = k.data_ptr() == v.data_ptr() and k.stride() == v.stride() and k.stride(3) == 1
+    wide, width = k.shape[3] > WIDE, v.shape[3]
+    return same and wide and width == features_of(k.shape[3])[0].dim
+
+
 def _check(call: SelectedCall) -> None:
     """Raise for more than int32 and grids can number."""
     lengths, members = max(call.q.shape[2], call.k.shape[2]), max(call.q.shape[0], call.groups)
@@ -171,7 +179,7 @@ def is_by_key(launch: _Launch) -> bool:
     entries, key_units = units * most, -(-call.k.shape[2] // call.spec.unit_kv)
     room = call.q.shape[0] * entries * launch.spec.rows * call.v.shape[3] * call.v.element_size()
     often = entries * launch.spec.rows >= _OFTEN * key_units
-    half = call.q.element_size() == 2
+    half = call.q.element_size() == 2 and not launch.spec.adds_by_query
     return call.spec.unit_kv >= _LONG and half and often and room <= _ROOM
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from sparse_compile.codegen.triton.fill import fill
 from sparse_compile.codegen.triton.predicate import print_predicate
-from sparse_compile.codegen.triton.selected import text, text_by_key
+from sparse_compile.codegen.triton.selected import features, text, text_by_key
+from sparse_compile.codegen.triton.selected.features import WIDE, features_of
 from sparse_compile.codegen.triton.selected.tiles import Tile, tiles_for
 from sparse_compile.codegen.triton.source import escaped, legend, mask_parameters
 from sparse_compile.codegen.triton.text import common
@@ -32,6 +33,7 @@ class SelectedKernelSpec:
         selected: the mask and the units.
         head_dim, value_dim, dtype, arch: as in :class:`sparse_compile.spec.KernelSpec`.
         members: query heads that share a key head and a selection.
+        shared: whether the values are the first features of the keys, in the same memory.
     """
 
     selected: SelectedSpec
@@ -40,12 +42,13 @@ class SelectedKernelSpec:
     dtype: str
     arch: str
     members: int
+    shared: bool = False
 
     @functools.cached_property
     def name(self) -> str:
         """A readable unique name for its file."""
         short = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[self.dtype]
-        shape = [self.head_dim, self.value_dim, self.dtype, self.arch, self.members]
+        shape = [self.head_dim, self.value_dim, self.dtype, self.arch, self.members, self.shared]
         identity = json.dumps([self.selected.text, *shape])
         digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
         return f"selected_d{self.head_dim}_{short}_{digest}"
@@ -57,8 +60,11 @@ class SelectedKernelSpec:
 
     @property
     def adds_by_query(self) -> bool:
-        """Whether units of keys are so short that programs of queries add to their gradients."""
-        return self.selected.unit_kv < 16
+        """Whether programs of queries add to the gradients of keys.
+
+        They do where units are too short, or heads too wide, for programs that hold keys.
+        """
+        return self.selected.unit_kv < 16 or max(self.head_dim, self.value_dim) > WIDE
 
 
 def selected_source(spec: SelectedKernelSpec) -> str:
@@ -119,21 +125,29 @@ def _by_query(template: str, spec: SelectedKernelSpec, tile: Tile) -> str:
     ]
     whole = tile.n <= spec.selected.unit_kv
     precision = _precision(spec)
+    parts = features_of(spec.head_dim)
     shape = {"TILE_M": str(tile.m), "TILE_N": str(tile.n)}
     return fill(
         template,
-        UNIT=fill(text.UNIT, **shape).splitlines(),
+        UNIT=fill(text.UNIT, QUERY=features.queries(parts), **shape).splitlines(),
+        OPERANDS=features.operands(parts, spec.shared, precision),
+        NO_GRAD_Q=features.no_grad_q(parts),
+        GRAD_Q=features.grad_q(parts, precision),
+        STORE_GRAD_Q=features.store_grad_q(parts),
         BEFORE=[_AT_ROWS, *printed.before] if keep else [],
         FIRST_KEYS=(text.FIRST_WHOLE if whole else text.FIRST_GATHERED).splitlines(),
         KEYS=(text.WHOLE if whole else text.GATHERED).splitlines(),
         MASK=mask,
         PRECISION=precision,
         GRADS_OF_KEYS=_GRADS[spec.adds_by_query],
-        ADD_GRADS=fill(text.ADD_GRADS, PRECISION=precision).splitlines()
-        if spec.adds_by_query
-        else [],
+        ADD_GRADS=_add_grads(spec, precision) if spec.adds_by_query else [],
         **_parameters(template, spec),
     )
+
+
+def _add_grads(spec: SelectedKernelSpec, precision: str) -> list[str]:
+    grad_k = features.add_grad_k(features_of(spec.head_dim), precision)
+    return fill(text.ADD_GRADS, PRECISION=precision, ADD_GRAD_K=grad_k).splitlines()
 
 
 _AT_ROWS = "q, h = tl.minimum(token, n_q - 1)[:, None], h[:, None]"

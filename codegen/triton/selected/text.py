@@ -94,7 +94,7 @@ K += b.to(tl.int64) * k_stride_b + (group // GROUPS_PER_KEY).to(tl.int64) * k_st
 V += b.to(tl.int64) * v_stride_b + (group // GROUPS_PER_KEY).to(tl.int64) * v_stride_h
 Q += b.to(tl.int64) * q_stride_b
 factor = scale * LOG2_E
-query = rows_of(Q, h, token, q_stride_h, q_stride_n, exist, HEAD_DIM, HEAD_PAD)
+$QUERY
 """
 
 #: The keys of a tile, where a unit fills tiles, and where a tile holds several units. Lists are
@@ -146,9 +146,7 @@ def forward(
     $FIRST_KEYS
     for at in range(lo, hi, TILE_N):
         $KEYS
-        key = keys_of(K, kv, k_stride_n, there, HEAD_DIM, HEAD_PAD)
-        value = keys_of(V, kv, v_stride_n, there, VALUE_DIM, VALUE_PAD)
-        score = tl.dot(query, key.T$PRECISION)
+        $OPERANDS
         $MASK
         weight, shrink, peak, total = softmax_step(score, peak, total, factor)
         out = tl.dot(weight.to(value.dtype), value, out * shrink[:, None]$PRECISION)
@@ -253,35 +251,30 @@ def backward_query(
     lse = tl.load(LSE + statistic, mask=exist, other=float("inf"))
     # Where there is nothing to weigh, every weight is 0.
     lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
-    grad_q = tl.zeros([TILE_M, HEAD_PAD], tl.float32)
+    $NO_GRAD_Q
     heads = h
     $BEFORE
     $FIRST_KEYS
     for at in range(lo, hi, TILE_N):
         $KEYS
-        key = keys_of(K, kv, k_stride_n, there, HEAD_DIM, HEAD_PAD)
-        value = keys_of(V, kv, v_stride_n, there, VALUE_DIM, VALUE_PAD)
-        score = tl.dot(query, key.T$PRECISION)
+        $OPERANDS
         place_kv = kv
         $MASK
         weight = tl.exp2(score * factor - lse[:, None])
         grad_weight = tl.dot(grad_out, value.T$PRECISION)
         grad_score = (weight * (grad_weight - delta[:, None])).to(key.dtype)
-        grad_q = tl.dot(grad_score, key, grad_q$PRECISION)
+        $GRAD_Q
         $ADD_GRADS
     GRAD_Q += b.to(tl.int64) * q_heads * n_q * HEAD_DIM
-    store_rows(GRAD_Q, grad_q * scale, heads, token, n_q * HEAD_DIM, HEAD_DIM, exist, HEAD_DIM)
+    $STORE_GRAD_Q
 '''
 
 #: Gradients of single keys: their rows are few, and other programs add to them.
 ADD_GRADS = """\
-grad_k = tl.dot(grad_score.T, query$PRECISION) * scale
-grad_v = tl.dot(weight.to(grad_out.dtype).T, grad_out$PRECISION)
 owner = ((b * kv_heads + group // GROUPS_PER_KEY).to(tl.int64) * n_kv + place_kv)[:, None]
-column, width = tl.arange(0, HEAD_PAD)[None, :], tl.arange(0, VALUE_PAD)[None, :]
-tl.atomic_add(
-    GRAD_K + owner * HEAD_DIM + column, grad_k, mask=there[:, None] & (column < HEAD_DIM)
-)
+$ADD_GRAD_K
+grad_v = tl.dot(weight.to(grad_out.dtype).T, grad_out$PRECISION)
+width = tl.arange(0, VALUE_PAD)[None, :]
 tl.atomic_add(
     GRAD_V + owner * VALUE_DIM + width, grad_v, mask=there[:, None] & (width < VALUE_DIM)
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from sparse_compile.codegen.triton.selected.features import WIDE
 from sparse_compile.codegen.triton.tiles import padded
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ def tiles_for(spec: SelectedKernelSpec) -> Tiles:
     width = padded(max(spec.head_dim, spec.value_dim, 64))
     unit = spec.selected.unit_kv
     rows = max(16, 1 << (spec.rows - 1).bit_length())
+    if width > WIDE and spec.arch != "interpreter":
+        return _wide(spec, rows)
     if spec.arch == "interpreter":
         small = Tile(min(rows, 32), 32, 4, 1)
         return Tiles(small, small, Tile(32, unit, 4, 1), Tile(32, min(unit, 32), 4, 1))
@@ -58,6 +61,16 @@ def tiles_for(spec: SelectedKernelSpec) -> Tiles:
         return _single(width, rows, unit)
     large = spec.arch in ("sm_90", "sm_100")
     return _half(width, rows, unit) if large else _half_small(width, rows, unit)
+
+
+def _wide(spec: SelectedKernelSpec, rows: int) -> Tiles:
+    """Heads over 256: a row of keys fills a kilobyte or more. Kernels by key do not exist."""
+    single, large = spec.dtype == "float32", spec.arch in ("sm_90", "sm_100")
+    small = Tile(16, 16, 4, 1)
+    if single or not large:
+        return Tiles(small, small, small, small)
+    forward = Tile(min(rows, 64), 64 if spec.shared else 32, 8 if rows >= 64 else 4, 2)
+    return Tiles(forward, Tile(min(rows, 32), 16, 8, 1), small, small)
 
 
 def _single(width: int, rows: int, unit: int) -> Tiles:

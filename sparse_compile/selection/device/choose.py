@@ -22,8 +22,6 @@ from sparse_compile.selection.scores import Task
 
 #: Blocks that a row may have: their scores are held in registers.
 MOST = 1 << 15
-#: Scores that a program holds, if it is more than one row.
-_SCORES = 1 << 14
 
 
 def can_choose(task: Task) -> bool:
@@ -77,10 +75,10 @@ class Chooser:
         key = key_of(visible, pattern.unit_q, pattern.block_kv)
         kind, rule = self.rule
         batch, lists, units, room = self.index.shape
-        spec = ChooseSpec(key, given, kind, *_shape(end - first, task.blocks, room))
+        spec = ChooseSpec(key, given, kind, _power(max(task.blocks, 16)), _power(room))
         may = visible.may(first, end, lists) if given else None
         shift = 0 if pattern.align == UPPER_LEFT else task.k.shape[2] - task.q.shape[2]
-        grid = -(-(end - first) // spec.rows), batch * lists
+        grid = end - first, batch * lists
         arguments: tuple[Any, ...] = (
             *(scores.contiguous(), rule if may is None else may.contiguous(), rule),
             *(self.index, self.count, *_strides(may), first, end - first, units, lists),
@@ -97,13 +95,6 @@ def _strides(may: Tensor | None) -> tuple[int, int, int]:
     may = may.contiguous()
     of_b, of_list = (may.stride(d) if may.shape[d] > 1 else 0 for d in (0, 1))
     return of_b, of_list, may.stride(2)
-
-
-def _shape(rows: int, blocks: int, room: int) -> tuple[int, int, int]:
-    """Rows of a program, and the padded numbers of blocks and of places."""
-    padded, places = _power(max(blocks, 16)), _power(room)
-    fitting = max(1, min(64, _SCORES // max(padded, places)))
-    return min(fitting, _power(rows)), padded, places
 
 
 def _power(n: int) -> int:

@@ -34,29 +34,27 @@ class ChooseSpec:
         key: the mask, in units of queries and blocks of keys.
         given: whether what is visible is a tensor; else it follows from the mask.
         rule: "top_k", "top_ratio", "top_p", "scores" or "softmax".
-        rows: units of queries that a program handles.
         blocks, room: at least the blocks, and places of a list; powers of two.
     """
 
     key: Key
     given: bool
     rule: str
-    rows: int
     blocks: int
     room: int
 
     @property
     def name(self) -> str:
         """What the module is called."""
-        shape = (self.given, self.rule, self.rows, self.blocks, self.room)
+        shape = (self.given, self.rule, self.blocks, self.room)
         described = repr((self.key.text, self.key.q.fields, self.key.kv.fields, self.key.fixed))
         digest = hashlib.sha256((described + repr(shape)).encode()).hexdigest()[:12]
         return f"choose_{self.rule}_{digest}"
 
     @property
     def warps(self) -> int:
-        """32 scores a thread, from 4 warps to 16."""
-        return max(4, min(16, self.rows * self.blocks // 1024))
+        """One for 1024 scores, up to 16."""
+        return max(1, min(16, self.blocks // 1024))
 
 
 def choose_source(spec: ChooseSpec) -> str:
@@ -69,7 +67,6 @@ def choose_source(spec: ChooseSpec) -> str:
         RULE=spec.rule,
         UNIT_Q=str(key.q.block),
         BLOCK=str(key.kv.block),
-        ROWS=str(spec.rows),
         BLOCKS=str(spec.blocks),
         ROOM=str(spec.room),
     )
