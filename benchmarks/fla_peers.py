@@ -139,11 +139,12 @@ def only_compile(part: int, parts: int) -> None:
 
 
 def tune(unit: int, most: int, heads: Heads, n: int = TUNED_AT) -> None:
-    """Run the forward and the backward once, for which its autotuner chooses."""
+    """Run the forward, the backward and the selection once, for which its autotuner chooses."""
     p = made(n, unit, most, heads)
     inputs = [t.requires_grad_() for t in p.inputs]
     torch.autograd.grad(selected(p)(*inputs), inputs, p.grad_out)
-    selection(p, min(most, unit // 2), unit)
+    if unit >= 2 * most and unit <= 64:
+        selection(p, most, unit)
 
 
 def made(n: int, unit: int, most: int, heads: Heads) -> Problem:

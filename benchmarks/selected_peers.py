@@ -89,7 +89,7 @@ def per_block(sizes: Sizes, n: int) -> Problem:
     draws = torch.rand(1, KV_HEADS, len(own), len(own), device=device)
     draws = draws.masked_fill(own > own[:, None], -1).masked_fill(own == own[:, None], 2)
     count = (own // 10 + 1).to(torch.int32).expand(1, KV_HEADS, len(own)).contiguous()
-    index = draws.argsort(dim=-1, descending=True)[..., : len(own) // 10 + 1]
+    index = draws.argsort(dim=-1, descending=True)[..., : (len(own) - 1) // 10 + 1]
     used = torch.arange(index.shape[-1], device=device) < count[..., None]
     return problem(sizes, n, canonical(torch.where(used, index, -1), len(own)), block, block)
 

@@ -123,7 +123,7 @@ def _indexer_errors(q: Tensor, k: Tensor, w: Tensor, found: Tensor) -> Row:
     """What sampled queries miss of the best tokens by scores in fp64, and by how much.
 
     ``deficit`` is how far the least score that was kept is below the least that should have been,
-    relative to the greatest score.
+    relative to the largest score.
     """
     least, deficit, most = 1.0, 0.0, found.shape[2]
     for token in torch.linspace(most, q.shape[1] - 1, 16).long().tolist():
@@ -134,7 +134,7 @@ def _indexer_errors(q: Tensor, k: Tensor, w: Tensor, found: Tensor) -> Row:
         shared = torch.isin(kept, best.indices).double().mean()
         least = min(least, float(shared))
         worst = scores[kept.clamp(max=token)].min()
-        deficit = max(deficit, float((best.values[-1] - worst) / best.values[0]))
+        deficit = max(deficit, float((best.values[-1] - worst) / scores.abs().max()))
     return {"shared_with_fp64": least, "deficit": deficit}
 
 
