@@ -9,7 +9,6 @@ for random selections that are nearly all blocks.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -72,9 +71,12 @@ def _lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 def flex(mask: Any, compiled: bool = True) -> Call:
     """FlexAttention, compiled afresh."""
+    import torch._functorch.config
     from torch.nn.attention.flex_attention import flex_attention
 
     torch._dynamo.reset()
+    # Its backward is run many times over.
+    torch._functorch.config.donated_buffer = False
     call = functools.partial(flex_attention, block_mask=mask, enable_gqa=True)
     made: Call = torch.compile(call) if compiled else call
     return made
@@ -93,21 +95,24 @@ def sdpa(backend: str, causal: bool = True, gqa: bool = True) -> Call:
     return call
 
 
-def dense(p: Problem, backend: str) -> tuple[Problem, Call, str]:
+def dense(p: Problem, backend: str, backward: bool = True) -> tuple[Problem, Call, str]:
     """A problem without its selection, and SDPA for it by a backend.
 
     Where the backend does not take fewer heads of keys, they are repeated beforehand.
     """
     whole = Problem(p.q, p.k, p.v, p.grad_out)
     call = sdpa(backend)
-    if _takes(lambda: call(*(t[:, :, :BLOCK] for t in whole.inputs))):
+    if _takes(call, [t[:, :, :BLOCK] for t in whole.inputs], backward):
         return whole, call, "grouped heads"
     return whole.expanded(), sdpa(backend, gqa=False), "keys repeated for every head"
 
 
-def _takes(run: Callable[[], Any]) -> bool:
+def _takes(call: Call, inputs: list[Tensor], backward: bool) -> bool:
+    inputs = [t.detach().requires_grad_(backward) for t in inputs]
     try:
-        run()
+        out = call(*inputs)
+        if backward:
+            torch.autograd.grad(out.sum(), inputs)
     except RuntimeError:
         return False
     return True

@@ -101,6 +101,13 @@ def test_errors_see_what_is_wrong() -> None:
     assert row["dq_error"] > 0.05
 
 
+def test_where_a_time_wins_from() -> None:
+    times = [(1, 5.0, 1.0), (2, 1.0, 2.0), (4, 3.0, 2.0), (8, 3.0, 4.0), (16, 3.0, 9.0)]
+    rows = [{"n": n, "ours_ms": mine, "dense_ms": dense} for n, mine, dense in times]
+    assert selected_peers.wins_from(rows, "ours_ms") == 8
+    assert selected_peers.wins_from([*rows, {"n": 32, "error": "none"}], "ours_ms") is None
+
+
 def test_pairs_and_what_fails() -> None:
     p = per_block()
     assert p.pairs == 2 * 128 * 128 * float(p.lists[1].sum()) if p.lists else False
