@@ -121,15 +121,14 @@ def per_query_case(unit: int, most: int) -> Callable[[Sizes], Iterator[Row]]:
     def case(sizes: Sizes) -> Iterator[Row]:
         p = per_query(sizes, sizes.n, unit, most)
         names = {"case": f"{sizes.n} tokens, top {most} of units of {unit} for each query"}
-        seen: dict[str, Tensor] = {}
-        yield attempt({**names, "by": "ours"}, lambda: measure(p, ours(p), seen))
-        yield from with_fla(names, p, seen)
+        yield attempt({**names, "by": "ours"}, lambda: measure(p, ours(p)))
+        yield from with_fla(names, p)
         yield from with_dense(names, p)
 
     return case
 
 
-def with_fla(names: Row, p: Problem, seen: dict[str, Tensor]) -> Iterator[Row]:
+def with_fla(names: Row, p: Problem) -> Iterator[Row]:
     """FLA's attention to the same blocks, its autotuner's work done before."""
     if not p.q.is_cuda:
         return
@@ -139,7 +138,7 @@ def with_fla(names: Row, p: Problem, seen: dict[str, Tensor]) -> Iterator[Row]:
         return {"tuned_at": fla_peers.TUNED_AT}
 
     yield attempt({**names, "by": "fla, autotuning"}, prepare)
-    yield attempt({**names, "by": "fla"}, lambda: measure(p, fla_peers.selected(p), seen))
+    yield attempt({**names, "by": "fla"}, lambda: measure(p, fla_peers.selected(p)))
 
 
 def with_dense(names: Row, p: Problem) -> Iterator[Row]:
@@ -157,14 +156,13 @@ def blocks(sizes: Sizes) -> Iterator[Row]:
     """Blocks of 128 queries select blocks of 128 keys: ours, FlexAttention, FLA."""
     p = per_block(sizes, sizes.n)
     names = {"case": f"{sizes.n} tokens, 128 queries select 10 % of the blocks of 128"}
-    seen: dict[str, Tensor] = {}
-    yield attempt({**names, "by": "ours"}, lambda: measure(p, ours(p), seen))
+    yield attempt({**names, "by": "ours"}, lambda: measure(p, ours(p)))
 
     def run_flex() -> Row:
-        return measure(p, flex_selected.flex(flex_selected.by_block(p), sizes.on_gpu), seen)
+        return measure(p, flex_selected.flex(flex_selected.by_block(p), sizes.on_gpu))
 
     yield attempt({**names, "by": "flex, BlockMask.from_kv_blocks"}, run_flex)
-    for row in with_fla(names, p, seen):
+    for row in with_fla(names, p):
         yield {**row, "note": "the list of a block repeated for each of its queries"}
 
 
@@ -172,13 +170,12 @@ def flex(sizes: Sizes) -> Iterator[Row]:
     """Each query selects: ours, and FlexAttention with a table inside its blocks."""
     p = per_query(sizes, sizes.flex_n, 64, 16)
     names = {"case": f"{sizes.flex_n} tokens, top 16 of units of 64 for each query"}
-    seen: dict[str, Tensor] = {}
-    yield attempt({**names, "by": "ours"}, lambda: measure(p, ours(p), seen))
+    yield attempt({**names, "by": "ours"}, lambda: measure(p, ours(p)))
 
     def run() -> Row:
         mask = flex_selected.by_query(p)
         note = f"mask_mod reads a table of all queries and units; {mask.sparsity():.0f} % sparse"
-        return {"note": note, **measure(p, flex_selected.flex(mask, sizes.on_gpu), seen)}
+        return {"note": note, **measure(p, flex_selected.flex(mask, sizes.on_gpu))}
 
     yield attempt({**names, "by": "flex, mask_mod with a table"}, run)
 

@@ -63,17 +63,20 @@ class Problem:
         own = self.unit_q * self.unit_kv * self.q.shape[1] / self.lists[0].shape[1]
         return float(self.lists[1].double().sum()) * own
 
+    def listed(self, head: int, row: int) -> Tensor:
+        """The keys in a list, those after a query among them."""
+        assert self.lists is not None
+        index, count = self.lists
+        chosen = index[0, head, row, : int(count[0, head, row])].long()
+        within = torch.arange(self.unit_kv, device=self.q.device)
+        keys = (chosen[:, None] * self.unit_kv + within).flatten()
+        return keys[keys < self.k.shape[2]]
+
     def keys(self, head: int, token: int) -> Tensor:
         """The keys that a query attends to, for a head of keys."""
-        device = self.q.device
         if self.lists is None:
-            return torch.arange(token + self.offset + 1, device=device)
-        index, count = self.lists
-        row = token // self.unit_q
-        chosen = index[0, head, row, : int(count[0, head, row])].long()
-        keys = (
-            chosen[:, None] * self.unit_kv + torch.arange(self.unit_kv, device=device)
-        ).flatten()
+            return torch.arange(token + self.offset + 1, device=self.q.device)
+        keys = self.listed(head, token // self.unit_q)
         return keys[keys <= token + self.offset]
 
     def expanded(self) -> Problem:
@@ -147,14 +150,10 @@ def failure(error: Exception) -> Row:
     return {"error": f"{type(error).__name__} at {place}: {error}"[:500]}
 
 
-def measure(p: Problem, call: Call, seen: dict[str, Tensor] | None = None) -> Row:
-    """Times of forward and backward, and errors of sampled queries against fp64.
+def measure(p: Problem, call: Call) -> Row:
+    """Times of forward and backward, and errors against fp64 of sampled queries and keys.
 
     Where the backward fails, the row has what it said, and the forward.
-
-    Args:
-        seen: the gradients of keys and values of the first implementation, with which those of the
-            others are compared.
     """
     inputs = [t.detach().requires_grad_() for t in p.inputs]
     out = call(*inputs)
@@ -169,26 +168,13 @@ def measure(p: Problem, call: Call, seen: dict[str, Tensor] | None = None) -> Ro
         row |= _rate("backward", backward, p, 2 * width + p.q.shape[3])
     except Exception as error:
         return row | {f"backward_{name}": said for name, said in failure(error).items()}
-    return row | errors(p, out, grads[0]) | _differences(seen, grads[1:])
+    return row | errors(p, out, grads[0]) | key_errors(p, *grads[1:])
 
 
 def _rate(name: str, run: Callable[[], Any], p: Problem, width: int) -> Row:
     """Time, and rate; ``width`` counts the products of a pair."""
     ms = median_ms(run)
     return {f"{name}_ms": ms, f"{name}_tflops": 2 * width * p.pairs / ms / 1e9}
-
-
-def _differences(seen: dict[str, Tensor] | None, grads: tuple[Tensor, ...]) -> Row:
-    row: Row = {}
-    for name, grad in zip(("dk", "dv"), grads, strict=True):
-        if seen is None:
-            continue
-        if name in seen:
-            first = seen[name].float()
-            row[f"{name}_differs"] = float((grad.float() - first).abs().max() / first.abs().max())
-        else:
-            seen[name] = grad
-    return row
 
 
 def errors(p: Problem, out: Tensor, dq: Tensor | None = None) -> Row:
@@ -219,3 +205,43 @@ def _exact(p: Problem, token: int, head: int, own: slice) -> tuple[Tensor, Tenso
     out = weights @ v
     slope = weights * (grad @ v.T - (grad * out).sum(-1, keepdim=True))
     return out, slope @ k * p.scale
+
+
+def key_errors(p: Problem, dk: Tensor, dv: Tensor) -> Row:
+    """The largest errors of gradients of two units of keys, relative to the largest value.
+
+    Each comes from all queries that select the unit. Where all is attended to there are too many.
+    """
+    if p.lists is None:
+        return {}
+    units = -(-p.k.shape[2] // p.unit_kv)
+    row: Row = {}
+    for head, unit in ((0, units // 2), (p.k.shape[1] - 1, units - 1)):
+        own = slice(unit * p.unit_kv, (unit + 1) * p.unit_kv)
+        wanted = _exact_of_keys(p, head, unit)
+        for name, got, exact in zip(("dk", "dv"), (dk, dv), wanted, strict=True):
+            error = (got[0, head, own].double() - exact).abs().max() / exact.abs().max()
+            row[f"{name}_error"] = max(row.get(f"{name}_error", 0.0), float(error))
+    return row
+
+
+def _exact_of_keys(p: Problem, head: int, unit: int) -> tuple[Tensor, Tensor]:
+    """The gradients of the keys and values of a unit, in fp64."""
+    assert p.lists is not None
+    index, count = (t[0, head] for t in p.lists)
+    used = torch.arange(index.shape[1], device=index.device) < count[:, None]
+    heads = slice(head * p.group, (head + 1) * p.group)
+    own = slice(unit * p.unit_kv, (unit + 1) * p.unit_kv)
+    dk, dv = (torch.zeros_like(t[0, head, own], dtype=torch.float64) for t in (p.k, p.v))
+    for row in ((index == unit) & used).any(1).nonzero().flatten().tolist():
+        first, keys = row * p.unit_q, p.listed(head, row)
+        q, grad = (t[0, heads, first : first + p.unit_q].double() for t in (p.q, p.grad_out))
+        k, v = (t[0, head, keys].double() for t in (p.k, p.v))
+        token = torch.arange(first, first + q.shape[1], device=keys.device)[:, None]
+        hidden = keys > token + p.offset
+        weights = (q @ k.T * p.scale).masked_fill(hidden, float("-inf")).softmax(-1).nan_to_num(0)
+        slope = grad @ v.T - (grad * (weights @ v)).sum(-1, keepdim=True)
+        at = keys // p.unit_kv == unit
+        dk += torch.einsum("htk,htd->kd", (weights * slope)[..., at], q) * p.scale
+        dv += torch.einsum("htk,htd->kd", weights[..., at], grad)
+    return dk, dv

@@ -98,7 +98,7 @@ def test_errors_see_what_is_wrong() -> None:
     p = per_query()
     row = measure(p, lambda q, k, v: selected_peers.ours(p)(q, k, v) * 1.1)
     assert row["out_error"] > 0.05
-    assert row["dq_error"] > 0.05
+    assert min(row[f"{name}_error"] for name in ("dq", "dk", "dv")) > 0.05
 
 
 def test_where_a_time_wins_from() -> None:
