@@ -34,17 +34,17 @@ def median_ms(run: Callable[[], Any], rep: int = 100) -> float:
     return float(do_bench(run, warmup=25, rep=rep, return_mode="median"))
 
 
-def operands(batch: int, n_q: int, n_kv: int) -> list[Tensor]:
+def operands(batch: int, n_q: int, n_kv: int, device: str = "cuda") -> list[Tensor]:
     """q, k and v in bf16, stored as a projection leaves them."""
     shapes = ((n_q, Q_HEADS), (n_kv, KV_HEADS), (n_kv, KV_HEADS))
-    made = [torch.randn(batch, n, h, DIM, device="cuda").bfloat16() for n, h in shapes]
+    made = [torch.randn(batch, n, h, DIM, device=device).bfloat16() for n, h in shapes]
     return [t.transpose(1, 2) for t in made]
 
 
-def random_causal(n: int, unit: int, most: int) -> Tensor:
+def random_causal(n: int, unit: int, most: int, device: str = "cuda") -> Tensor:
     """int64 [1, KV_HEADS, n, most]: for each query, random units up to its own."""
-    own = torch.arange(n, device="cuda") // unit
-    return (torch.rand(1, KV_HEADS, n, most, device="cuda") * (own + 1)[:, None]).long()
+    own = torch.arange(n, device=device) // unit
+    return (torch.rand(1, KV_HEADS, n, most, device=device) * (own + 1)[:, None]).long()
 
 
 def worst_error(
