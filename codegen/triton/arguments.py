@@ -18,7 +18,16 @@ if TYPE_CHECKING:
     from sparse_compile.codegen.triton.executor import Kernels
 
 
-def operand(t: Tensor, *tiles: Tile) -> Tensor:
+class Loads(Protocol):
+    """How a kernel loads tiles."""
+
+    @property
+    def descriptors(self) -> bool:
+        """Whether by tensor descriptors."""
+        ...
+
+
+def operand(t: Tensor, *tiles: Loads) -> Tensor:
     """A tensor whose rows are contiguous, and aligned for descriptors where tiles use them."""
     by_batch, by_head, by_token, by_dim = t.stride()
     # Offsets within a tile are int32.
@@ -112,6 +121,11 @@ def descriptors(
             block = [1, 1, 1, one.extent]
             made.append(_descriptor(theirs, list(theirs.shape), list(theirs.stride()), block))
     return made
+
+
+def of_tiles(t: Tensor, rows: int) -> Any:
+    """A descriptor of tiles of so many tokens of [B, H, N, D], with all features."""
+    return _descriptor(t, list(t.shape), list(t.stride()), [1, 1, rows, padded(t.shape[3])])
 
 
 def _of_boxes(t: Tensor, one: Described) -> Any:

@@ -11,8 +11,11 @@ from torch import Tensor
 
 from sparse_compile.expr import KV, MaskExpr, Q
 from sparse_compile.layout.intervals import Bound, Span
-from sparse_compile.layout.superset import Problem
+from sparse_compile.layout.superset import Digits, Problem
 from sparse_compile.layout.table_bounds import BlockBounds
+
+#: Runs of keys that are not worth dividing.
+_FEW = 1024
 
 
 @dataclass(frozen=True)
@@ -79,12 +82,36 @@ class Visible:
         shape = (problem.batches, problem.heads, end - first, columns)
         return _spread(must, shape, self.device), _spread(may, shape, self.device)
 
+    def columns(self, first: int, end: int) -> int:
+        """So many runs of keys hold all that the runs ``first, ..., end - 1`` may see.
+
+        For masks without tables. What is left out is a half of the keys, or three quarters, ...
+        """
+        columns = -(-self.n_kv // self.run_kv)
+        if self.mask is None:
+            return columns
+        problem, _ = self._bounds
+        queries = (first * self.run_q, min(end * self.run_q, self.n_q) - 1)
+        b, h = Span(0, problem.batches - 1), Span(0, problem.heads - 1)
+        while columns > _FEW:
+            half = 1 << (columns - 1).bit_length() - 1
+            keys = (half * self.run_kv, min(columns * self.run_kv, self.n_kv) - 1)
+            digits = Digits((queries,), (keys,))
+            if problem.verdict(digits, b, h, _no_tables)[1]:
+                break
+            columns = half
+        return columns
+
     def may(self, first: int, end: int, lists: int) -> Tensor:
         """Whether some head of a list may attend: bool [B or 1, ``lists`` or 1, runs, runs]."""
         may = self.verdict(first, end)[1]
         if may.shape[1] == 1:
             return may
         return may.view(may.shape[0], lists, -1, *may.shape[2:]).any(2)
+
+
+def _no_tables(*_: object) -> Span:
+    raise AssertionError("the mask reads no table")
 
 
 def _spread(truth: Bound, shape: tuple[int, ...], device: torch.device) -> Tensor:

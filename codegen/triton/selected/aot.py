@@ -10,6 +10,7 @@ from sparse_compile.codegen.triton.aot import SHORT, TABLE_TYPES, Resources, com
 from sparse_compile.codegen.triton.selected.source import SelectedKernelSpec, selected_source
 from sparse_compile.codegen.triton.selected.tiles import Tile, tiles_for
 from sparse_compile.codegen.triton.source import mask_parameters, table_ranks
+from sparse_compile.codegen.triton.tiles import padded
 
 _LISTS = ("INDEX", "COUNT", "WORK", "PLACES")
 _FLOATS = ("LSE", "GRAD_LSE", "DELTA", "PART_LSE", "GRAD_K", "GRAD_V")
@@ -51,6 +52,10 @@ def _compiled(kernel: Any, spec: SelectedKernelSpec, tile: Tile, capability: int
     names = kernel.arg_names
     fixed = {name: value for name, value in constants.items() if name in names}
     signature = {name: "constexpr" if name in fixed else _type(name, spec) for name in names}
+    if tile.descriptors:
+        for name, dim in (("K", spec.head_dim), ("V", spec.value_dim)):
+            short = SHORT[spec.dtype]
+            signature[name] = f"tensordesc<{short}[1, 1, {tile.n}, {padded(dim)}]>"
     aligned = [
         name
         for name in names

@@ -88,7 +88,9 @@ class _Launch:
         kernels = kernels_of(SelectedKernelSpec(call.spec, *shape))
         data = arguments.mask_arguments(kernels, call.tables, call.sizes, q.shape[2], k.shape[2])
         sign, scale = positive(call.scale)
-        q, k, v = (arguments.operand(t) for t in (q if sign == 1 else q * sign, k, v))
+        tiles = kernels.tiles.forward, kernels.tiles.backward_query
+        q = arguments.operand(q if sign == 1 else q * sign)
+        k, v = (arguments.operand(t, *tiles) for t in (k, v))
         index, count = call.index.contiguous(), call.count.contiguous()
         call = replace(call, q=q, k=k, v=v, index=index, count=count, scale=scale)
         return _Launch(call, sign, kernels, data)
@@ -114,6 +116,13 @@ class _Launch:
     def operands(self) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v."""
         return self.call.q, self.call.k, self.call.v
+
+    def operands_for(self, tile: Tile) -> tuple[Any, Any, Any]:
+        """q, k and v as a kernel by query takes them."""
+        if not tile.descriptors:
+            return self.operands
+        k, v = (arguments.of_tiles(t, tile.n) for t in (self.call.k, self.call.v))
+        return self.call.q, k, v
 
     def start(self, name: str, tile: Tile, grid: tuple[int, ...], *given: Any) -> None:
         """Launch a kernel; ``given`` are its arguments, then a tuple of its constants."""
@@ -201,7 +210,7 @@ def _by_query(launch: _Launch, out: Tensor, lse: Tensor, parts: int) -> None:
         shape = (batch, call.groups, launch.lists[1], parts, launch.spec.rows)
         to, to_lse = lse.new_empty(*shape, out.shape[3]), lse.new_empty(shape)
     launch.start(
-        *("forward", tile, launch.by_query(tile, parts), *launch.operands),
+        *("forward", tile, launch.by_query(tile, parts), *launch.operands_for(tile)),
         *(call.index, call.count, to, to_lse, *arguments.strides(*launch.operands)),
         *(*out.stride()[:3], *launch.lists, parts, heads, n_q, call.k.shape[2], call.scale),
         *launch.mask_data,
@@ -286,7 +295,7 @@ def _by_query_backward(
     )
     lse, delta = statistics
     launch.start(
-        *("backward_query", tile, launch.by_query(tile, 1), *launch.operands),
+        *("backward_query", tile, launch.by_query(tile, 1), *launch.operands_for(tile)),
         *(call.index, call.count, out, grad_out, lse, arguments.single(result.grad_lse, lse)),
         *(delta, *grads, *arguments.strides(*launch.operands, out, grad_out)),
         *(*launch.lists, 1, *_sizes(call), *launch.mask_data),

@@ -73,14 +73,23 @@ def queries(parts: tuple[Features, ...]) -> list[str]:
     return _each(parts, _QUERY[0], "Q")
 
 
-def operands(parts: tuple[Features, ...], shared: bool, precision: str) -> list[str]:
+def operands(
+    parts: tuple[Features, ...], shared: bool, described: bool, precision: str
+) -> list[str]:
     """Lines that load keys and values, and multiply queries and keys.
 
     Args:
         parts: of a head.
         shared: whether the values are the first features of the keys.
+        described: whether K and V are tensor descriptors; then a head is one part.
         precision: what a product is told.
     """
+    if described:
+        return [
+            "key = K.load([b, key_head, first, 0]).reshape(TILE_N, HEAD_PAD)",
+            "value = V.load([b, key_head, first, 0]).reshape(TILE_N, VALUE_PAD)",
+            f"score = tl.dot(query, key.T{precision})",
+        ]
     value = "value = keys_of(V, kv, v_stride_n, there, VALUE_DIM, VALUE_PAD)"
     lines = _each(parts, _QUERY[1], "K")
     lines.append("value = key  # V is the first features of K" if shared else value)

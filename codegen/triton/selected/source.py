@@ -126,11 +126,15 @@ def _by_query(template: str, spec: SelectedKernelSpec, tile: Tile) -> str:
     whole = tile.n <= spec.selected.unit_kv
     precision = _precision(spec)
     parts = features_of(spec.head_dim)
+    key_head = text.DESCRIBED_KEY_HEAD if tile.descriptors else text.KEY_HEAD
     shape = {"TILE_M": str(tile.m), "TILE_N": str(tile.n)}
     return fill(
         template,
-        UNIT=fill(text.UNIT, QUERY=features.queries(parts), **shape).splitlines(),
-        OPERANDS=features.operands(parts, spec.shared, precision),
+        UNIT=fill(
+            text.UNIT, QUERY=features.queries(parts), KEY_HEAD=key_head.splitlines(), **shape
+        ).splitlines(),
+        DESCRIBED=[_DESCRIBED] if tile.descriptors else [],
+        OPERANDS=features.operands(parts, spec.shared, tile.descriptors, precision),
         NO_GRAD_Q=features.no_grad_q(parts),
         GRAD_Q=features.grad_q(parts, precision),
         STORE_GRAD_Q=features.store_grad_q(parts),
@@ -143,6 +147,9 @@ def _by_query(template: str, spec: SelectedKernelSpec, tile: Tile) -> str:
         ADD_GRADS=_add_grads(spec, precision) if spec.adds_by_query else [],
         **_parameters(template, spec),
     )
+
+
+_DESCRIBED = "K and V are tensor descriptors of tiles, of TILE_N tokens and all features."
 
 
 def _add_grads(spec: SelectedKernelSpec, precision: str) -> list[str]:

@@ -90,18 +90,26 @@ INDEX += own * most
 keys = tl.load(COUNT + own) * UNIT_KV
 each = tl.cdiv(tl.cdiv(keys, TILE_N), parts) * TILE_N
 lo, hi = part * each, tl.minimum(part * each + each, keys)
-K += b.to(tl.int64) * k_stride_b + (group // GROUPS_PER_KEY).to(tl.int64) * k_stride_h
-V += b.to(tl.int64) * v_stride_b + (group // GROUPS_PER_KEY).to(tl.int64) * v_stride_h
+$KEY_HEAD
 Q += b.to(tl.int64) * q_stride_b
 factor = scale * LOG2_E
 $QUERY
 """
 
+#: Where the keys and values of a program are.
+KEY_HEAD = """\
+K += b.to(tl.int64) * k_stride_b + (group // GROUPS_PER_KEY).to(tl.int64) * k_stride_h
+V += b.to(tl.int64) * v_stride_b + (group // GROUPS_PER_KEY).to(tl.int64) * v_stride_h
+"""
+#: K and V are descriptors of tiles.
+DESCRIBED_KEY_HEAD = "key_head = group // GROUPS_PER_KEY"
+
 #: The keys of a tile, where a unit fills tiles, and where a tile holds several units. Lists are
 #: read one tile ahead, so that the loads of keys can be started early.
 FIRST_WHOLE = "entry = tl.load(INDEX + lo // UNIT_KV, mask=lo < hi, other=0)"
 WHOLE = """\
-kv = (entry - at // UNIT_KV) * UNIT_KV + at + tl.arange(0, TILE_N)
+first = (entry - at // UNIT_KV) * UNIT_KV + at
+kv = first + tl.arange(0, TILE_N)
 there = kv < n_kv
 after = at + TILE_N
 entry = tl.load(INDEX + after // UNIT_KV, mask=after < hi, other=0)
@@ -134,6 +142,7 @@ def forward(
 ):
     """OUT = softmax(scale * Q K^T over what is selected and allowed) V, and its log-sum-exp.
 
+    $DESCRIBED
     With PARTED, each program takes one of ``parts`` parts of the keys, and leaves its result in
     OUT [B, groups, units, parts, ROWS, VALUE_DIM] and LSE for the kernel ``merge``.
     """
@@ -234,6 +243,7 @@ def backward_query(
 ):
     """GRAD_Q, and DELTA = sum(OUT * GRAD_OUT) - GRAD_LSE for the kernel of keys.
 
+    $DESCRIBED
     $GRADS_OF_KEYS
     """
     $UNIT

@@ -75,7 +75,8 @@ class Chooser:
         key = key_of(visible, pattern.unit_q, pattern.block_kv)
         kind, rule = self.rule
         batch, lists, units, room = self.index.shape
-        spec = ChooseSpec(key, given, kind, _power(max(task.blocks, 16)), _power(room))
+        seen = task.blocks if given else visible.columns(first, end)
+        spec = ChooseSpec(key, given, kind, _power(max(seen, 32)), _power(room))
         may = visible.may(first, end, lists) if given else None
         shift = 0 if pattern.align == UPPER_LEFT else task.k.shape[2] - task.q.shape[2]
         grid = end - first, batch * lists

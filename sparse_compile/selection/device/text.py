@@ -56,6 +56,15 @@ def key_of(score, possible, forced):
 
 
 @triton.jit
+def sums_before(each):
+    """The sum of what comes before each number: by 32, as a warp holds them, and of those."""
+    by_warp = each.reshape(BLOCKS // 32, 32)
+    sums = tl.sum(by_warp, 1)
+    within = tl.cumsum(by_warp, 1) - by_warp
+    return (within + (tl.cumsum(sums, 0) - sums)[:, None]).reshape(BLOCKS)
+
+
+@triton.jit
 def share_of(score, visible):
     """The softmax of the scores; infinities share the whole."""
     counted = visible & (score > float("-inf"))
@@ -107,8 +116,7 @@ def choose(
     above, equal = key > least, (key > LOWEST) & (key == least)
     wanted = limit - tl.sum(above.to(tl.int32), 0)
     # How many of either come before a block, in one sum: no more than 2 ** 15 of each.
-    each = (above.to(tl.int32) << 16) + equal.to(tl.int32)
-    before = tl.cumsum(each, 0) - each
+    before = sums_before((above.to(tl.int32) << 16) + equal.to(tl.int32))
     equal_before = before & 0xFFFF
     taken = above | (equal & (equal_before < wanted))
     place = ((before >> 16) & 0xFFFF) + tl.minimum(equal_before, wanted)
