@@ -122,9 +122,11 @@ def choose(
     place = ((before >> 16) & 0xFFFF) + tl.minimum(equal_before, wanted)
     count = tl.sum(taken.to(tl.int32), 0)
     line = own.to(tl.int64) * units + unit
-    tl.store(INDEX + line * room + place, block, mask=taken)
+    INDEX += line * room
+    # ``bit`` is -1: numbers that depend on it are not kept in registers through the loop.
+    tl.store(INDEX + place, tl.arange(0, BLOCKS) + (bit + 1), mask=taken)
     beyond = tl.arange(0, ROOM)
-    tl.store(INDEX + line * room + beyond, blocks, mask=(beyond >= count) & (beyond < room))
+    tl.store(INDEX + beyond, blocks, mask=(beyond >= count) & (beyond < room))
     tl.store(COUNT + line, count)
 '''
 
