@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sparse_compile.backend import backend
     from sparse_compile.direct import attention
     from sparse_compile.explain import explain, explain_with
+    from sparse_compile.nsa import native_sparse_attention, nsa_selection
     from sparse_compile.report import Report, SiteReport
 
 __version__ = "0.1.0"
@@ -36,6 +37,8 @@ __all__ = [
     "explain",
     "explain_with",
     "mask",
+    "native_sparse_attention",
+    "nsa_selection",
     "patterns",
 ]
 
@@ -47,6 +50,8 @@ _HOMES = {
     "explain": "explain",
     "explain_with": "explain",
     "mask": "annotate",
+    "native_sparse_attention": "nsa",
+    "nsa_selection": "nsa",
 }
 
 

@@ -17,6 +17,7 @@ from sparse_compile.errors import BadShape, PatternMisuse
 from sparse_compile.expr import COORDINATES, MaskExpr
 from sparse_compile.layout.dense_tables import DenseRead
 from sparse_compile.patterns.base import Pattern
+from sparse_compile.patterns.nsa import NSA
 
 #: Stands for lengths and head counts that torch.compile knows by name only.
 _UNKNOWN = 4096
@@ -153,6 +154,11 @@ def _by_tensor(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> T
 
 
 def _no_mask(mask: object) -> str:
+    if isinstance(mask, NSA):
+        return (
+            f"sparse_compile: attention() got {mask!r}, which is no mask but the sum of three "
+            "attentions. Call native_sparse_attention(q, k, v, gates, pattern)."
+        )
     return (
         f"sparse_compile: attention() got a mask of type {type(mask).__name__}. Pass a pattern of "
         "sparse_compile.patterns, a bool tensor, a floating one of 0 and -inf, or None."

@@ -16,7 +16,7 @@ from sparse_compile.codegen import empty_rows, selected_executor_for
 from sparse_compile.codegen.precision import full_precision
 from sparse_compile.codegen.selected_call import Result, SelectedCall
 from sparse_compile.errors import BadShape
-from sparse_compile.ops import check_operands
+from sparse_compile.ops import check_operands, no_gradient
 from sparse_compile.selected_spec import SelectedSpec
 from sparse_compile.selection import canonical
 
@@ -137,7 +137,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
         *(grad_out, grad_lse, q, k, v, out, lse, index, count, tables, ctx.sizes),
         *(ctx.scale, ctx.spec),
     )
-    return (*grads, None, None, [None] * len(tables), [None] * len(ctx.sizes), None, None)
+    return (*grads, None, None, [None] * len(tables), no_gradient(ctx.sizes), None, None)
 
 
 selected_attention.register_autograd(_backward, setup_context=_setup_context)

@@ -46,6 +46,8 @@ RANK = {
     "direct_selected": 7,
     "indexer_ops": 7,
     "direct": 7,
+    "nsa_ops": 7,
+    "nsa": 8,
     "direct_data": 7,
     "diagnose": 7,
     "passes": 7,
