@@ -71,7 +71,9 @@ def attention(
     if mask is not None and not isinstance(mask, Pattern):
         raise PatternMisuse(_no_mask(mask))
     given: list[Tensor] = []
-    plan = NOTHING_HIDDEN if mask is None else plan_of(mask, q.device.type, _sizes(q, k), given)
+    plan = (
+        NOTHING_HIDDEN if mask is None else plan_of(mask, q.device.type, views_sizes(q, k), given)
+    )
     if mask is not None and plan[4]:
         return by_selection(q, k, v, mask, plan[:3], plan[4], given, factor)
     if not plan[0]:
@@ -98,7 +100,7 @@ def _data(mask: Pattern, plan: Direct, q: Tensor, k: Tensor) -> tuple[list[Tenso
     return data_of(mask, (plan[1], plan[2], lengths, plan[0], q.device))
 
 
-def _sizes(q: Tensor, k: Tensor) -> Sizes:
+def views_sizes(q: Tensor, k: Tensor) -> Sizes:
     """What views are chosen for: n_q, n_kv, batch and heads.
 
     Only their cost depends on it: lengths are rounded, and code that is being compiled, which may

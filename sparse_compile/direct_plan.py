@@ -20,6 +20,7 @@ from sparse_compile.errors import PatternMisuse
 from sparse_compile.expr import KV, Q
 from sparse_compile.patterns.base import Pattern
 from sparse_compile.patterns.logic import And, Not, Or
+from sparse_compile.patterns.scorers import Scorer
 from sparse_compile.patterns.selected import Selected
 from sparse_compile.selection.split import selects
 
@@ -42,7 +43,8 @@ def plan_of(pattern: Pattern, device: str, sizes: Sizes, given: list[Tensor]) ->
     # torch.compile runs this: it sees the parameters even of a pattern that the compiled code makes
     # itself, and guards on them. Of a tensor it would bake the values in, unless that is an index;
     # it guards on the identity of a pattern that holds one.
-    if _is_plain(pattern) or _is_given_an_index(pattern):
+    opened = isinstance(pattern, (And, Or, Not)) or _holds_an_index(pattern)
+    if opened or _is_plain(pattern):
         plan: Direct = _plan_of_spelled(_spelled(pattern, given), device, sizes)
     else:
         plan = _plan_of_object(pattern, device, sizes)
@@ -51,7 +53,7 @@ def plan_of(pattern: Pattern, device: str, sizes: Sizes, given: list[Tensor]) ->
 
 def _is_plain(value: object) -> bool:
     """Whether a parameter of a pattern is made of numbers, words and tuples only."""
-    if isinstance(value, Pattern):
+    if isinstance(value, (Pattern, Scorer)):
         names = getattr(type(value), "__dataclass_fields__", None)
         return names is not None and all([_is_plain(getattr(value, name)) for name in names])
     if isinstance(value, tuple):
@@ -59,22 +61,19 @@ def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, (int, float, str))
 
 
-def _is_given_an_index(pattern: Pattern) -> bool:
-    """Whether a mask selects by a tensor, which may be another one in the next call."""
-    if isinstance(pattern, (And, Or)):
-        return any([_is_given_an_index(part) for part in pattern.parts])
-    if isinstance(pattern, Not):
-        return _is_given_an_index(pattern.part)
+def _holds_an_index(pattern: Pattern) -> bool:
+    """Whether a pattern selects by a tensor, which may be another one in the next call."""
     return type(pattern) is Selected and isinstance(pattern.index, Tensor)
 
 
 def _spelled(value: Any, given: list[Tensor]) -> Any:
     """A parameter as nested tuples, types first; for an index, its number in ``given``."""
     if isinstance(value, Pattern):
-        opened = isinstance(value, (And, Or, Not)) or type(value) is Selected
+        opened = isinstance(value, (And, Or, Not)) or _holds_an_index(value)
         if not opened and not _is_plain(value):
             return (Pattern, (_number_of(value),))
-        names = type(value).__dataclass_fields__  # type: ignore[attr-defined]
+    if isinstance(value, (Pattern, Scorer)):
+        names = type(value).__dataclass_fields__  # type: ignore[union-attr]
         return (type(value), tuple([_spelled(getattr(value, name), given) for name in names]))
     if isinstance(value, tuple):
         return (tuple, tuple([_spelled(item, given) for item in value]))

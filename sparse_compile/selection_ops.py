@@ -113,5 +113,6 @@ def _filled(leaf: Selecting, given: Sequence[Tensor]) -> Selecting:
     if isinstance(leaf, Union):
         return Union(tuple(_filled(part, given) for part in leaf.parts))
     if isinstance(leaf, Selected) and isinstance(leaf.index, int):
-        return replace(leaf, index=given[leaf.index])
+        count = None if leaf.count is None else given[leaf.count]
+        return replace(leaf, index=given[leaf.index], count=count)
     return leaf

@@ -49,6 +49,7 @@ RANK = {
     "nsa_ops": 7,
     "nsa": 8,
     "direct_data": 7,
+    "direct_select": 7,
     "diagnose": 7,
     "passes": 7,
     "inductor": 8,
