@@ -33,8 +33,8 @@ def attention(
     """Attention that computes only what its mask allows; differentiable.
 
     It can be called anywhere, also in code that torch.compile compiles, with any backend. There, a
-    pattern that holds tensors, or selects by a score, must come from outside: from a global, an
-    argument or a module.
+    pattern that holds a function, or tensors that it does not select by, must come from outside:
+    from a global, an argument or a module. It may be combined there with others.
 
     Args:
         q: [B, Hq, Nq, D], float32, float16 or bfloat16.

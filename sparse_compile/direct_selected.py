@@ -100,7 +100,8 @@ def lists_of(
         unit = units_of(text)[1]
         index, count = canonical_of(given[0], -(-k.shape[2] // unit), q.device)
     else:
-        index, count = SELECT(q.detach(), k.detach(), given, tables, [], mask_text, leaf)
+        content, held = (q.detach(), k.detach()), [tensor.detach() for tensor in given]
+        index, count = SELECT(*content, held, tables, [], mask_text, leaf)
     return index, count, tables
 
 
@@ -127,7 +128,7 @@ def by_selection(
         q, k, v: as for :func:`sparse_compile.attention`.
         mask: the pattern.
         static, selected: its plan.
-        given: the indices that it was given, in the order of their numbers.
+        given: the tensors that it was given, in the order of their numbers.
         scale: factor on the scores.
     """
     text, static_key, static_tables = static

@@ -36,6 +36,8 @@ class Compressed(HoldsData, Scorer):
         scale: factor on the products of queries and compressed keys; 1 / sqrt(D) unless given.
     """
 
+    tensors = ("keys",)
+
     keys: Any
     window: int = 32
     stride: int = 16

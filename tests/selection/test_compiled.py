@@ -92,15 +92,46 @@ def test_a_selection_from_outside_combined_in_compiled_code() -> None:
         torch.testing.assert_close(fast(q, k, v, chosen), expected)
 
 
-def test_a_scorer_that_holds_tensors_must_come_from_outside() -> None:
-    def run(q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> Tensor:
-        chosen = P.TopK(2, unit_kv=16, scorer=P.Compressed(keys, 8, 8))
+def by_compressed(q: Tensor, k: Tensor) -> P.TopK:
+    keys = k.unfold(2, 8, 8).mean(-1)
+    return P.TopK(2, unit_kv=16, scorer=P.Compressed(keys, 8, 8))
+
+
+def by_indexer(q: Tensor, k: Tensor) -> P.TopK:
+    return P.DSA(q * 2, k[:, 0] + 1, q[..., 0].transpose(1, 2).contiguous(), 9)
+
+
+@pytest.mark.parametrize("make", [by_compressed, by_indexer])
+@pytest.mark.parametrize("backend", ["aot_eager", "sparse_compile"])
+def test_a_scorer_that_holds_results_of_compiled_code(
+    make: Callable[[Tensor, Tensor], P.TopK], backend: str
+) -> None:
+    def run(q: Tensor, k: Tensor, v: Tensor, _: P.Pattern) -> Tensor:
+        return sparse_compile.attention(q, k, v, P.Causal() & make(q, k) | P.SlidingWindow(3))
+
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    fast = torch.compile(run, backend=counter, fullgraph=True)
+    given = operands(4, 2, N, N, torch.float32)
+    mask = P.Causal() & make(*given[:2]) | P.SlidingWindow(3)
+    chosen = sparse_compile.select(mask, *given[:2])
+    assert 0 < int(chosen.count.max()) <= chosen.index.shape[-1]
+    dense = chosen.dense(N, N).repeat_interleave(4 // chosen.index.shape[1], 1)
+    wanted = P.Causal().dense(N, N) & dense | P.SlidingWindow(3).dense(N, N)
+    plans = len(direct_plan._PLANS)
+    for call in (run, fast, run, fast):
+        check(mask, wanted, call)
+    assert counter.frame_count == 1
+    assert len(direct_plan._PLANS) <= plans + 1  # for the lengths that torch.compile knows by name
+
+
+def test_a_function_in_a_pattern_must_come_from_outside() -> None:
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        chosen = P.TopK(2, unit_kv=16, scorer=lambda q, k: q)
         return sparse_compile.attention(q, k, v, P.Causal() & chosen)
 
-    q, k, v = operands(4, 2, N, N, torch.float32)
-    keys = k.detach().unfold(2, 8, 8).mean(-1)
-    with pytest.raises(Exception, match=r"attention\(\) got a TopK that the compiled code makes"):
-        torch.compile(run, backend="aot_eager", fullgraph=True)(q, k, v, keys)
+    given = operands(4, 2, N, N, torch.float32)
+    with pytest.raises(Exception, match=r"TopK that the compiled code makes .*Make it outside"):
+        torch.compile(run, backend="aot_eager", fullgraph=True)(*given)
 
 
 class Routed(nn.Module):
