@@ -1,6 +1,7 @@
 """Learned and content-dependent masks: which keys are selected, and by what rule."""
 
 from sparse_compile.selection.checked import checked_select
+from sparse_compile.selection.checked_lists import check_lists
 from sparse_compile.selection.distill import distillation_loss
 from sparse_compile.selection.gate import PooledGate
 from sparse_compile.selection.pooled_map import allowed_units, pooled_attention
@@ -17,6 +18,7 @@ __all__ = [
     "Selection",
     "allowed_units",
     "canonical",
+    "check_lists",
     "checked_select",
     "distillation_loss",
     "gated_attention",
