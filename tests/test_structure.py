@@ -57,6 +57,7 @@ RANK = {
     "readable": 3,
     "factory": 1,
     "report": 10,
+    "explain_selection": 11,
     "explain": 11,
     "demo_model": 11,
     "kernels": 11,

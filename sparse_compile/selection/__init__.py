@@ -11,11 +11,13 @@ from sparse_compile.selection.selection import (
     places,
     worklist,
 )
+from sparse_compile.selection.selection_report import SelectionReport
 from sparse_compile.selection.soft_gate import gated_attention
 
 __all__ = [
     "PooledGate",
     "Selection",
+    "SelectionReport",
     "allowed_units",
     "canonical",
     "check_lists",
