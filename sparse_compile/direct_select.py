@@ -11,6 +11,7 @@ from sparse_compile.direct_plan import plan_of
 from sparse_compile.direct_selected import lists_of, units_of
 from sparse_compile.errors import PatternMisuse
 from sparse_compile.patterns.base import Pattern
+from sparse_compile.patterns.nsa import NSA
 from sparse_compile.selection import Selection
 
 
@@ -41,6 +42,11 @@ def select(mask: Pattern, q: Tensor, k: Tensor) -> Selection:
     >>> chosen.index.shape, chosen.unit_kv
     (torch.Size([1, 2, 100, 3]), 16)
     """
+    if isinstance(mask, NSA):
+        raise PatternMisuse(
+            f"sparse_compile: select() got {mask!r}, which is no mask. Call nsa_selection(q, k, "
+            "pattern), or pass Causal() & pattern.selection."
+        )
     if not isinstance(mask, Pattern):
         raise PatternMisuse(_nothing(f"a mask of type {type(mask).__name__}"))
     if not torch.compiler.is_compiling():

@@ -134,6 +134,12 @@ def _check(
             "sparse_compile: native_sparse_attention() got both compress and compressed. Pass one: "
             "what compresses, or what is compressed already."
         )
+    if any([part.shape[:3] != keys[0].shape[:3] for part in (*keys, *values)]):
+        shapes = [list(part.shape) for part in (*keys, *values)]
+        raise BadShape(
+            f"sparse_compile: native_sparse_attention() got keys and values {shapes}. Pass the "
+            "same batch, heads and length for all branches."
+        )
     if not torch.compiler.is_compiling():
         # The operators repeat the check of the operands while they are compiled.
         for key, value in zip(keys, values, strict=True):
@@ -194,8 +200,18 @@ def _compressed(
 def _windows(tokens: Tensor, pattern: NSA, compress: Compress | None) -> Tensor:
     if pattern.compressed(tokens.shape[2]) == 0:
         return tokens[:, :, :0]
-    windows = tokens.unfold(2, pattern.length, pattern.stride)
-    return windows.mean(-1) if compress is None else compress(windows.transpose(3, 4))
+    if compress is None:
+        return _means(tokens, pattern)
+    return compress(tokens.unfold(2, pattern.length, pattern.stride).transpose(3, 4))
+
+
+def _means(tokens: Tensor, pattern: NSA) -> Tensor:
+    """The means of all windows, which share the sums of the cells that they overlap in."""
+    windows, span = pattern.compressed(tokens.shape[2]), pattern.length // pattern.stride
+    cells = tokens.unfold(2, pattern.stride, pattern.stride).sum(-1, dtype=torch.float32)
+    # Not slices: torch.compile would compare their ends with a length that it knows by name.
+    shifted = [cells.narrow(2, shift, windows) for shift in range(span)]
+    return torch.stack(shifted).sum(0) / pattern.length
 
 
 def _selected_by(q: Tensor, k: Tensor, coarse: Tensor, pattern: NSA, scale: float) -> Selection:

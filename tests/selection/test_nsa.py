@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor, nn
 
 import sparse_compile
@@ -17,6 +18,7 @@ from sparse_compile.errors import BadPattern, BadShape, PatternMisuse
 from sparse_compile.nsa import native_sparse_attention, nsa_selection
 from sparse_compile.nsa_ops import NSA_SELECT
 from sparse_compile.reference import attention as reference
+from tests.passes.rewritten import Rewritten
 from tests.tolerance import relative_error
 
 B, D, DV = 2, 16, 8
@@ -274,6 +276,26 @@ def test_a_selection_is_used_again() -> None:
     assert not torch.equal(given, other)
 
 
+def test_layers_of_compiled_code_share_a_selection() -> None:
+    def layers(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
+        keys, values = k.unfold(2, 8, 4).mean(-1), v.unfold(2, 8, 4).amax(-1)
+        chosen = nsa_selection(q, k, SMALL, compressed=keys)
+        for _ in range(2):
+            more = native_sparse_attention(
+                q, k, v, gates, SMALL, compressed=(keys, values), selection=chosen
+            )
+            q = q + more.repeat(1, 1, 1, 2)
+        return q
+
+    case, program = Case(), Rewritten()
+    given = case.of(case.operands())
+    torch.testing.assert_close(program.compiled(layers)(*given), layers(*given))
+    called = program.targets()
+    assert called.count("sparse_compile.nsa_select.default") == 1
+    assert called.count("sparse_compile.selected_attention.default") == 2
+    assert program.squares(case.n_q) == []
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype: torch.dtype) -> None:
     case = Case()
@@ -319,7 +341,8 @@ def test_operator_fits_torch() -> None:
         ({"compressed": (torch.zeros(B, 2, 3, D),) * 2}, r"Return or pass \[2, 2, 24, 16\]"),
         ({"compress": torch.sum, "compressed": ()}, "got both compress and compressed"),
         ({"k": (torch.zeros(B, 2, 101, D),) * 2}, "got 2 tensors of keys"),
-        ({"k": torch.zeros(B, 3, 101, D)}, "4 query heads cannot share 3 key"),
+        ({"k": torch.zeros(B, 3, 101, D), "v": torch.zeros(B, 3, 101, D)}, "4 query heads cannot"),
+        ({"k": torch.zeros(B, 2, 99, D)}, "Pass the same batch, heads and length for all"),
     ],
 )
 def test_mistakes(change: dict[str, Any], message: str) -> None:
@@ -334,6 +357,8 @@ def test_it_is_no_mask() -> None:
     mask: Any = SMALL
     with pytest.raises(PatternMisuse, match="native_sparse_attention"):
         sparse_compile.attention(q, k, v, mask)
+    with pytest.raises(PatternMisuse, match="Call nsa_selection"):
+        sparse_compile.select(mask, q, k)
 
 
 @pytest.mark.parametrize(
