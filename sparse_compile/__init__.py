@@ -21,13 +21,17 @@ if TYPE_CHECKING:
     from sparse_compile.annotate import mask
     from sparse_compile.backend import backend
     from sparse_compile.direct import attention
+    from sparse_compile.direct_select import select
     from sparse_compile.explain import explain, explain_with
+    from sparse_compile.nsa import native_sparse_attention, nsa_selection
     from sparse_compile.report import Report, SiteReport
+    from sparse_compile.selection import Selection
 
 __version__ = "0.1.0"
 __all__ = [
     "Options",
     "Report",
+    "Selection",
     "SiteReport",
     "__version__",
     "attention",
@@ -36,17 +40,24 @@ __all__ = [
     "explain",
     "explain_with",
     "mask",
+    "native_sparse_attention",
+    "nsa_selection",
     "patterns",
+    "select",
 ]
 
 _HOMES = {
     "Report": "report",
+    "Selection": "selection",
     "SiteReport": "report",
     "attention": "direct",
     "backend": "backend",
     "explain": "explain",
     "explain_with": "explain",
     "mask": "annotate",
+    "native_sparse_attention": "nsa",
+    "nsa_selection": "nsa",
+    "select": "direct_select",
 }
 
 

@@ -26,6 +26,7 @@ from sparse_compile.passes import (
     remember_given,
     restricted_mask,
     selected_mask,
+    share_selections,
     with_annotation,
 )
 from sparse_compile.passes.graph_edit import device_of
@@ -60,7 +61,7 @@ def backend(
 def plan_and_rewrite(
     gm: GraphModule, example_inputs: Sequence[Any], options: Options
 ) -> tuple[Decision, ...]:
-    """The passes, in order: find, lift, choose, rewrite. Changes ``gm`` in place.
+    """The passes, in order: find, lift, choose, rewrite, share. Changes ``gm`` in place.
 
     Returns:
         for each attention seen, in graph order, its :class:`Plan` or the :class:`Rejection` that
@@ -75,6 +76,7 @@ def plan_and_rewrite(
         elif decision.unmet:
             raise _restriction_failed(decision)
     rewriter.finish()
+    share_selections(gm)
     return decisions
 
 

@@ -17,6 +17,7 @@ from sparse_compile.errors import BadShape, PatternMisuse
 from sparse_compile.expr import COORDINATES, MaskExpr
 from sparse_compile.layout.dense_tables import DenseRead
 from sparse_compile.patterns.base import Pattern
+from sparse_compile.patterns.nsa import NSA
 from sparse_compile.selected_ops import WIDEST
 
 #: Stands for lengths and head counts that torch.compile knows by name only.
@@ -33,8 +34,8 @@ def attention(
     """Attention that computes only what its mask allows; differentiable.
 
     It can be called anywhere, also in code that torch.compile compiles, with any backend. There, a
-    pattern that holds tensors, or selects by a score, must come from outside: from a global, an
-    argument or a module.
+    pattern that holds a function, or tensors that it does not select by, must come from outside:
+    from a global, an argument or a module. It may be combined there with others.
 
     Args:
         q: [B, Hq, Nq, D], float32, float16 or bfloat16.
@@ -72,7 +73,9 @@ def attention(
     if mask is not None and not isinstance(mask, Pattern):
         raise PatternMisuse(_no_mask(mask))
     given: list[Tensor] = []
-    plan = NOTHING_HIDDEN if mask is None else plan_of(mask, q.device.type, _sizes(q, k), given)
+    plan = (
+        NOTHING_HIDDEN if mask is None else plan_of(mask, q.device.type, views_sizes(q, k), given)
+    )
     if mask is not None and plan[4]:
         return by_selection(q, k, v, mask, plan[:3], plan[4], given, factor)
     if not plan[0]:
@@ -99,7 +102,7 @@ def _data(mask: Pattern, plan: Direct, q: Tensor, k: Tensor) -> tuple[list[Tenso
     return data_of(mask, (plan[1], plan[2], lengths, plan[0], q.device))
 
 
-def _sizes(q: Tensor, k: Tensor) -> Sizes:
+def views_sizes(q: Tensor, k: Tensor) -> Sizes:
     """What views are chosen for: n_q, n_kv, batch and heads.
 
     Only their cost depends on it: lengths are rounded, and code that is being compiled, which may
@@ -155,6 +158,11 @@ def _by_tensor(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> T
 
 
 def _no_mask(mask: object) -> str:
+    if isinstance(mask, NSA):
+        return (
+            f"sparse_compile: attention() got {mask!r}, which is no mask but the sum of three "
+            "attentions. Call native_sparse_attention(q, k, v, gates, pattern)."
+        )
     return (
         f"sparse_compile: attention() got a mask of type {type(mask).__name__}. Pass a pattern of "
         "sparse_compile.patterns, a bool tensor, a floating one of 0 and -inf, or None."

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from sparse_compile import ops
 from sparse_compile.expr import MaskExpr, table_index
-from sparse_compile.layout.tensor_state import state_of
+from sparse_compile.layout.tensor_state import memory_of, state_of
 from sparse_compile.pattern_ops import PATTERN_TABLE
 from sparse_compile.patterns.base import Pattern
 from sparse_compile.patterns.data import tensors_of
+from sparse_compile.selected_ops import CANONICAL_SELECTION
 
 #: Layouts of so many masks and lengths are kept; a long one takes some megabytes.
 _MOST = 8
@@ -71,6 +72,32 @@ def kept_data(pattern: Pattern, call: Call) -> Data:
             _KEPT.popitem(last=False)
     _KEPT.move_to_end(where)
     return kept[1]
+
+
+def canonical_of(index: Tensor, units: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The lists of any indices, see :func:`sparse_compile.selection.canonical`.
+
+    Calls that use the same tensor share them while it is not modified; in a graph, what compiles it
+    sees that the calls are the same.
+
+    Args:
+        index: integers [B, Hs, Uq, K].
+        units: how many units of keys there are.
+        device: where the lists are used.
+    """
+    if torch.compiler.is_compiling() or type(index) is not Tensor or _is_recorded(device):
+        return _canonical(index, units, device)
+    known = memory_of(index)
+    key = "lists", units, device, torch.is_inference_mode_enabled()
+    if key not in known:
+        known[key] = _canonical(index, units, device)
+    lists: tuple[Tensor, Tensor] = known[key]
+    return lists
+
+
+def _canonical(index: Tensor, units: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    lists: tuple[Tensor, Tensor] = CANONICAL_SELECTION(index.detach().to(device), units)
+    return lists
 
 
 def _state(pattern: Pattern) -> Any:

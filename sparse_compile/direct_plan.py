@@ -20,6 +20,8 @@ from sparse_compile.errors import PatternMisuse
 from sparse_compile.expr import KV, Q
 from sparse_compile.patterns.base import Pattern
 from sparse_compile.patterns.logic import And, Not, Or
+from sparse_compile.patterns.scored import Scored
+from sparse_compile.patterns.scorers import Scorer
 from sparse_compile.patterns.selected import Selected
 from sparse_compile.selection.split import selects
 
@@ -37,12 +39,12 @@ def plan_of(pattern: Pattern, device: str, sizes: Sizes, given: list[Tensor]) ->
         pattern: who may attend to whom.
         device: a type of device.
         sizes: what views are chosen for.
-        given: gets the tensors that are to be arguments of the operators: those of indices.
+        given: gets the tensors that are to be arguments of the operators: those it selects by.
     """
     # torch.compile runs this: it sees the parameters even of a pattern that the compiled code makes
-    # itself, and guards on them. Of a tensor it would bake the values in, unless that is an index;
+    # itself, and guards on them. Of a tensor it would bake the values in, unless it selects by it;
     # it guards on the identity of a pattern that holds one.
-    if _is_plain(pattern) or _is_given_an_index(pattern):
+    if _is_opened(pattern) or _is_plain(pattern):
         plan: Direct = _plan_of_spelled(_spelled(pattern, given), device, sizes)
     else:
         plan = _plan_of_object(pattern, device, sizes)
@@ -51,7 +53,7 @@ def plan_of(pattern: Pattern, device: str, sizes: Sizes, given: list[Tensor]) ->
 
 def _is_plain(value: object) -> bool:
     """Whether a parameter of a pattern is made of numbers, words and tuples only."""
-    if isinstance(value, Pattern):
+    if isinstance(value, (Pattern, Scorer)):
         names = getattr(type(value), "__dataclass_fields__", None)
         return names is not None and all([_is_plain(getattr(value, name)) for name in names])
     if isinstance(value, tuple):
@@ -59,22 +61,21 @@ def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, (int, float, str))
 
 
-def _is_given_an_index(pattern: Pattern) -> bool:
-    """Whether a mask selects by a tensor, which may be another one in the next call."""
-    if isinstance(pattern, (And, Or)):
-        return any([_is_given_an_index(part) for part in pattern.parts])
-    if isinstance(pattern, Not):
-        return _is_given_an_index(pattern.part)
-    return type(pattern) is Selected and isinstance(pattern.index, Tensor)
+def _is_opened(pattern: Pattern) -> bool:
+    """Whether it is told by its parts: the tensors that it selects by may be others next time."""
+    if isinstance(pattern, Scored):
+        return bool(getattr(pattern.scorer, "tensors", ()))
+    return isinstance(pattern, (And, Or, Not)) or (
+        type(pattern) is Selected and isinstance(pattern.index, Tensor)
+    )
 
 
 def _spelled(value: Any, given: list[Tensor]) -> Any:
-    """A parameter as nested tuples, types first; for an index, its number in ``given``."""
-    if isinstance(value, Pattern):
-        opened = isinstance(value, (And, Or, Not)) or type(value) is Selected
-        if not opened and not _is_plain(value):
-            return (Pattern, (_number_of(value),))
-        names = type(value).__dataclass_fields__  # type: ignore[attr-defined]
+    """A parameter as nested tuples, types first; for a tensor, its number in ``given``."""
+    if isinstance(value, Pattern) and not (_is_opened(value) or _is_plain(value)):
+        return (Pattern, (_number_of(value),))
+    if isinstance(value, (Pattern, Scorer)):
+        names = type(value).__dataclass_fields__  # type: ignore[union-attr]
         return (type(value), tuple([_spelled(getattr(value, name), given) for name in names]))
     if isinstance(value, tuple):
         return (tuple, tuple([_spelled(item, given) for item in value]))
@@ -85,7 +86,7 @@ def _spelled(value: Any, given: list[Tensor]) -> Any:
         given.append(value)
         return len(given) - 1
     # A number that torch.compile would keep symbolic becomes a constant, with a guard.
-    return operator.index(value) if isinstance(value, int) else value
+    return operator.index(value) if type(value) is not bool and isinstance(value, int) else value
 
 
 def _unspelled(spelled: Any) -> Any:
@@ -167,7 +168,8 @@ def _check_made_outside(pattern: Pattern) -> None:
     if not vars(pattern) and getattr(pattern, "__dataclass_fields__", None):
         raise PatternMisuse(
             f"sparse_compile: attention() got a {type(pattern).__name__} that the compiled code "
-            "makes from tensors. Make it outside, and change its tensors in place."
+            "makes from tensors or functions. Make it outside of that, and change its tensors in "
+            "place."
         )
 
 

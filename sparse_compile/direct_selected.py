@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from sparse_compile.annotation import name_mask
-from sparse_compile.direct_data import Tables, data_of, tables_of
+from sparse_compile.direct_data import Tables, canonical_of, data_of, tables_of
 from sparse_compile.expr import MaskExpr
 from sparse_compile.layout.choose import choose_views
 from sparse_compile.merged_ops import MERGED_ATTENTION
 from sparse_compile.patterns.base import BoundMask, Pattern
+from sparse_compile.patterns.selected import Selected
+from sparse_compile.patterns.selecting import Selecting
 from sparse_compile.selected_ops import SELECTED_ATTENTION
 from sparse_compile.selected_spec import SelectedSpec
 from sparse_compile.selection.split import split, without_selection
@@ -21,8 +23,10 @@ Sizes = tuple[int, int, int, int]
 #: Text of the spec, key of the mask, and its tables.
 Static = tuple[str, str, Tables]
 #: Text of the :class:`SelectedSpec` and of its mask, key of that mask, its tables, and the key of
-#: what selects.
+#: what selects, or one of the words below.
 SelectedPart = tuple[str, str, str, Tables, str]
+#: The lists are given; an index is given, of which they are made.
+_LISTS, _INDEX = "lists", "index"
 
 
 def planned(bound: BoundMask, owner: Pattern, device: str, sizes: Sizes) -> Static:
@@ -65,7 +69,47 @@ def plan_selected(
     tables = tables_of(expr)
     key = name_mask(parts.selected, owner) if tables else ""
     text = SelectedSpec(expr, leaf.unit_q, leaf.unit_kv).text
-    return static, (text, expr.text, key, tables, name_selecting(leaf, owner))
+    return static, (text, expr.text, key, tables, _given(leaf) or name_selecting(leaf, owner))
+
+
+def _given(leaf: Selecting) -> str:
+    """What the caller gives in the place of what selects; empty if nothing."""
+    # Indices that are tensors have a number in their place.
+    if type(leaf) is not Selected or not isinstance(leaf.index, int):
+        return ""
+    return _INDEX if leaf.count is None else _LISTS
+
+
+def lists_of(
+    q: Tensor, k: Tensor, mask: Pattern, selected: SelectedPart, given: list[Tensor]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Index and count of what a mask selects, and the tables of the mask of selected keys.
+
+    Args:
+        q, k, mask, selected, given: as for :func:`by_selection`.
+    """
+    text, mask_text, key, mask_tables, leaf = selected
+    tables: list[Tensor] = []
+    if mask_tables:
+        rest = mask if torch.compiler.is_compiling() else without_selection(mask)
+        lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+        tables = data_of(rest, (key, mask_tables, lengths, "", q.device))[0]
+    if leaf == _LISTS:
+        index, count = (part.detach().to(q.device) for part in given)
+    elif leaf == _INDEX:
+        unit = units_of(text)[1]
+        index, count = canonical_of(given[0], -(-k.shape[2] // unit), q.device)
+    else:
+        content, held = (q.detach(), k.detach()), [tensor.detach() for tensor in given]
+        index, count = SELECT(*content, held, tables, [], mask_text, leaf)
+    return index, count, tables
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def units_of(text: str) -> tuple[int, int]:
+    """Queries and keys of the units of a spec."""
+    spec = SelectedSpec.parse(text)
+    return spec.unit_q, spec.unit_kv
 
 
 def by_selection(
@@ -84,17 +128,12 @@ def by_selection(
         q, k, v: as for :func:`sparse_compile.attention`.
         mask: the pattern.
         static, selected: its plan.
-        given: the indices that it was given, in the order of their numbers.
+        given: the tensors that it was given, in the order of their numbers.
         scale: factor on the scores.
     """
     text, static_key, static_tables = static
-    selected_text, mask_text, key, mask_tables, leaf = selected
-    lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
-    rest = mask if torch.compiler.is_compiling() else without_selection(mask)
-    tables: list[Tensor] = []
-    if mask_tables:
-        tables = data_of(rest, (key, mask_tables, lengths, "", q.device))[0]
-    index, count = SELECT(q.detach(), k.detach(), given, tables, [], mask_text, leaf)
+    index, count, tables = lists_of(q, k, mask, selected, given)
+    selected_text = selected[0]
     if not text:
         alone: tuple[Tensor, Tensor] = SELECTED_ATTENTION(
             q, k, v, index, count, tables, [], scale, selected_text
@@ -103,6 +142,8 @@ def by_selection(
     own: list[Tensor] = []
     layout: list[Tensor] = []
     if static_tables:
+        rest = mask if torch.compiler.is_compiling() else without_selection(mask)
+        lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
         own, layout = data_of(rest, (static_key, static_tables, lengths, text, q.device))
     merged: Tensor = MERGED_ATTENTION(
         *(q, k, v, index, count, own, [], layout, tables, [], scale, text, selected_text)

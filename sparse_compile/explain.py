@@ -18,18 +18,20 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from sparse_compile.annotation import Annotation, bound_mask_named
+from sparse_compile.annotation import Annotation
 from sparse_compile.backend import plan_graph
 from sparse_compile.diagnose import bad_attention
 from sparse_compile.errors import SparseCompileError
+from sparse_compile.explain_selection import pattern_tables, selected_in_call
 from sparse_compile.layout import Layout, build_views
 from sparse_compile.options import Options
 from sparse_compile.passes import Decision
-from sparse_compile.passes.dense_tables import mask_data, shown_predicate
+from sparse_compile.passes.dense_tables import mask_data, selection_data, shown_predicate
 from sparse_compile.passes.graph_edit import device_of, example_value
 from sparse_compile.plan import Plan
 from sparse_compile.readable import readable
 from sparse_compile.report import Report, SiteReport
+from sparse_compile.selection import Selection, SelectionReport
 from sparse_compile.site import AttentionSite, LiftedMask, Operand, Rejection
 from sparse_compile.spec import KernelSpec
 
@@ -77,12 +79,14 @@ class Examined:
         shape: sizes ``b, h, h_kv, q, kv`` of the call; None if they are not known.
         tables: the tensors of the mask in this call; None if they are not known.
         sizes: the integers of the mask in this call.
+        chosen: what is selected in this call; None where nothing is, or if it is not known.
     """
 
     decision: Decision
     shape: Shape | None = None
     tables: tuple[Tensor, ...] | None = None
     sizes: tuple[int, ...] = ()
+    chosen: Selection | None = None
 
     def report(self) -> SiteReport:
         """The site as users see it."""
@@ -108,7 +112,13 @@ class Examined:
             cost=cost,
             utilisation=_utilisation(plan, layout),
             selection=None if plan.selected is None else plan.selected.shown,
+            lists=self._lists(),
         )
+
+    def _lists(self) -> SelectionReport | None:
+        if self.chosen is None or self.shape is None:
+            return None
+        return self.chosen.report(self.shape["q"], self.shape["kv"])
 
     def layout(self) -> Layout | None:
         """The blocks that hold a pair of this call's mask; None if its values are not known.
@@ -216,20 +226,6 @@ def _said(annotation: Annotation | None, node: Node | None) -> str | None:
     return annotation.shown(_readable_path(stack[keys[-1]][0]) if keys else "")
 
 
-def _pattern_tables(plan: Plan, shape: Shape | None) -> list[Tensor] | None:
-    """The tables that an annotation's pattern makes for this call."""
-    if shape is None:
-        return None
-    lengths = shape["q"], shape["kv"], shape["b"], shape["h"]
-    device = device_of(plan.site.q.node)
-    made = []
-    for extra in plan.lifted.extra:
-        bound = bound_mask_named(extra.key)
-        assert bound is not None, "the model that is explained keeps its annotations"
-        made.append(bound.makers[extra.index](device, *lengths).detach().clone())
-    return made
-
-
 #: Where the graphs that run during one :func:`examine` report their values. Dynamo keeps a captured
 #: graph for later calls with the same guards, so a graph must find the call it runs in by itself.
 _RUNNING: ContextVar[list[_Run] | None] = ContextVar("_RUNNING", default=None)
@@ -309,12 +305,14 @@ class _Values(Interpreter):
         plans = [decision for decision in decisions if isinstance(decision, Plan)]
         self._leaves = {leaf for plan in plans for leaf in plan.lifted.leaves}
         self._operands = {x.node for plan in plans for x in (plan.site.q, plan.site.k)}
+        choosing = [plan.site for plan in plans if plan.selected is not None]
+        self._content = {x.node for site in choosing for x in (site.q, site.k)}
         self._kept: dict[Node, Any] = {}
         self._shapes: dict[Node, tuple[int, ...]] = {}
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
-        if n in self._leaves:
+        if n in self._leaves | self._content:
             # The program may change it in place later on.
             self._kept[n] = value.detach().clone() if isinstance(value, Tensor) else value
         if n in self._operands and isinstance(value, Tensor):
@@ -326,23 +324,31 @@ class _Values(Interpreter):
         if isinstance(decision, Rejection):
             return Examined(decision)
         shape = self._shape(decision.site)
-        tables, sizes = self._mask_data(decision.lifted, shape)
-        if decision.lifted.extra and tables is not None:
-            made = _pattern_tables(decision, shape)
-            tables = None if made is None else (*tables, *made)
-        return Examined(decision, shape, tables, sizes)
+        lifted = decision.lifted
+        tables, sizes, chosen = self._mask_data(lifted, shape)
+        if tables is not None and shape is not None:
+            device = device_of(decision.site.q.node)
+            tables = (*tables, *pattern_tables(lifted, shape, device))
+            chosen = chosen or selected_in_call(decision, shape, tables, sizes, self._kept)
+        elif lifted.extra:
+            tables = None
+        return Examined(decision, shape, tables, sizes, chosen)
 
     def _mask_data(
         self, lifted: LiftedMask, shape: Shape | None
-    ) -> tuple[tuple[Tensor, ...] | None, tuple[int, ...]]:
+    ) -> tuple[tuple[Tensor, ...] | None, tuple[int, ...], Selection | None]:
         if lifted.program is None:
-            return (), ()
+            return (), (), None
         if shape is None or not all(leaf in self._kept for leaf in lifted.leaves):
-            return None, ()  # in the body of a higher-order call, whose values are not seen here
+            return (
+                None,
+                (),
+                None,
+            )  # in the body of a higher-order call, whose values are not seen here
         with torch.no_grad():
             data = lifted.program(*(self._kept[leaf] for leaf in lifted.leaves))
         tables, sizes = mask_data(lifted, data, shape["q"], shape["kv"])
-        return tuple(tables), tuple(sizes)
+        return tuple(tables), tuple(sizes), selection_data(lifted, data)
 
     def _shape(self, site: AttentionSite) -> Shape | None:
         q, k = self._sizes(site.q), self._sizes(site.k)

@@ -19,7 +19,7 @@ from torch import Tensor
 from sparse_compile.codegen import empty_rows, executor_for, selected_executor_for
 from sparse_compile.codegen.precision import full_precision
 from sparse_compile.codegen.selected_call import SelectedCall
-from sparse_compile.ops import attention_backward, check_operands, layout_of
+from sparse_compile.ops import attention_backward, check_operands, layout_of, no_gradient
 from sparse_compile.selected_ops import check_selection, selected_attention_backward
 from sparse_compile.selected_spec import SelectedSpec
 from sparse_compile.spec import AttentionSpec
@@ -137,8 +137,9 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
         *merged, index, count, more_tables, more_sizes, ctx.scale, more_spec
     )
     dq, dk, dv = (one + other for one, other in zip(static, selected, strict=True))
-    nothing = [[None] * len(part) for part in (tables, sizes, layout, more_tables, more_sizes)]
-    return (dq, dk, dv, None, None, *nothing, None, None, None)
+    kept, unused = ([None] * len(tables), no_gradient(sizes)), [None] * len(layout)
+    more = [None] * len(more_tables), no_gradient(more_sizes)
+    return (dq, dk, dv, None, None, *kept, unused, *more, None, None, None)
 
 
 merged_attention.register_autograd(_backward, setup_context=_setup_context)

@@ -274,8 +274,14 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     grads = attention_backward(
         grad_out, grad_lse, q, k, v, out, lse, tables, ctx.sizes, layout, ctx.scale, ctx.spec
     )
-    nothing = [None] * len(tables), [None] * len(ctx.sizes), [None] * len(layout)
+    nothing = [None] * len(tables), no_gradient(ctx.sizes), [None] * len(layout)
     return (*grads, *nothing, None, None)
+
+
+def no_gradient(sizes: Sequence[int]) -> list[None] | None:
+    """What the backward of an operator returns for a list of integers."""
+    # torch.library takes a list for one of tensors, unless something else is in it.
+    return None if sizes else []
 
 
 attention.register_autograd(_backward, setup_context=_setup_context)

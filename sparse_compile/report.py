@@ -6,6 +6,9 @@ import json
 import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from sparse_compile.selection import SelectionReport
 
 _WIDTH = 100
 _LABEL = 12
@@ -51,6 +54,7 @@ class SiteReport:
     cost: str = ""
     utilisation: float | None = None
     selection: str | None = None
+    lists: SelectionReport | None = None
 
 
 @dataclass(frozen=True)
@@ -82,8 +86,7 @@ class Report:
     def from_json(text: str) -> Report:
         """The report that :meth:`to_json` wrote."""
         read = json.loads(text)
-        sites = (SiteReport(**{**site, "views": tuple(site["views"])}) for site in read["sites"])
-        return Report(tuple(sites), read["graphs"])
+        return Report(tuple(map(_site_of, read["sites"])), read["graphs"])
 
     def __str__(self) -> str:
         """The summary, then each attention with what became of it."""
@@ -103,9 +106,14 @@ class Report:
         """Sites that differ only in where they stand, such as the layers of a model, together."""
         groups: dict[SiteReport, list[int]] = {}
         for number, site in enumerate(self.sites):
-            groups.setdefault(replace(site, where=""), []).append(number)
+            groups.setdefault(replace(site, where="", lists=None), []).append(number)
         for numbers in groups.values():
             yield numbers, [self.sites[number] for number in numbers]
+
+
+def _site_of(read: dict[str, Any]) -> SiteReport:
+    lists = read["lists"] and SelectionReport(**read["lists"])
+    return SiteReport(**{**read, "views": tuple(read["views"]), "lists": lists})
 
 
 def _count(number: int, noun: str) -> str:
@@ -127,6 +135,7 @@ def _site_lines(numbers: list[int], sites: list[SiteReport]) -> Iterator[str]:
         yield from _field("mask", site.mask)
     if site.selection is not None:
         yield from _field("selects", f"{site.selection}, an approximation")
+    yield from _selected(numbers, sites)
     if site.density is not None:
         yield from _field("density", f"{_percent(site.density)} of the pairs may attend")
     if site.block_density is not None:
@@ -141,6 +150,14 @@ def _site_lines(numbers: list[int], sites: list[SiteReport]) -> Iterator[str]:
     yield from _field("executor", site.executor)
     if site.kernel is not None:
         yield from _field("kernel", site.kernel)
+
+
+def _selected(numbers: list[int], sites: list[SiteReport]) -> Iterator[str]:
+    """How much each of the sites that are shown selects."""
+    shown = [(n, str(s.lists)) for n, s in zip(numbers, sites, strict=True) if s.lists][:_SHOWN]
+    one = len({text for _, text in shown}) == 1
+    for place, (number, text) in enumerate(shown[:1] if one else shown):
+        yield from _field("" if place else "selected", text if one else f"[{number}] {text}")
 
 
 def _field(label: str, text: str) -> list[str]:

@@ -16,9 +16,9 @@ from sparse_compile.codegen import empty_rows, selected_executor_for
 from sparse_compile.codegen.precision import full_precision
 from sparse_compile.codegen.selected_call import Result, SelectedCall
 from sparse_compile.errors import BadShape
-from sparse_compile.ops import check_operands
+from sparse_compile.ops import check_operands, no_gradient
 from sparse_compile.selected_spec import SelectedSpec
-from sparse_compile.selection import canonical
+from sparse_compile.selection import canonical, check_lists
 
 #: Features of q and k, and of v: those of the latent keys of DeepSeek-V3, and some more.
 WIDEST = (640, 512)
@@ -38,6 +38,12 @@ def selected_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention of every query to the keys that were selected for it.
 
+    Its kernels take the lists as they are: only those of a :class:`Selection` are allowed, such as
+    :func:`sparse_compile.select`, :data:`CANONICAL_SELECTION` and
+    :func:`sparse_compile.selection.canonical` make of any indices. What else is in them is found on
+    the CPU, and raises; on a GPU it may read beyond the keys, since looking would wait for the
+    device: :func:`sparse_compile.selection.check_lists` does look.
+
     Args:
         q: [B, Hq, Nq, D], float32, float16 or bfloat16.
         k: [B, Hkv, Nkv, D], same dtype; Hkv divides Hq.
@@ -47,6 +53,9 @@ def selected_attention(
         sizes: the integers ``s0, s1, ...`` of the mask.
         scale: factor on the scores.
         spec: the text of a :class:`SelectedSpec`.
+
+    Raises:
+        BadShape, UnsupportedDtype, BadPattern: what does not fit; on the CPU, wrong lists too.
 
     Returns:
         out [B, Hq, Nq, Dv] in q's dtype, stored as [B, Nq, Hq, Dv]; and the natural log-sum-exp
@@ -140,7 +149,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
         *(grad_out, grad_lse, q, k, v, out, lse, index, count, tables, ctx.sizes),
         *(ctx.scale, ctx.spec),
     )
-    return (*grads, None, None, [None] * len(tables), [None] * len(ctx.sizes), None, None)
+    return (*grads, None, None, [None] * len(tables), no_gradient(ctx.sizes), None, None)
 
 
 selected_attention.register_autograd(_backward, setup_context=_setup_context)
@@ -171,6 +180,7 @@ def check_selection(
 
     Raises:
         BadShape, UnsupportedDtype: what does not fit.
+        BadPattern: on the CPU, what :func:`check_lists` finds.
     """
     check_operands(q, k, v, WIDEST)
     wanted = (q.shape[0], -(-q.shape[2] // spec.unit_q))
@@ -190,3 +200,5 @@ def check_selection(
             f"sparse_compile: a selection of index {index.dtype} and count {count.dtype}. "
             "Make both int32, as selection.canonical does."
         )
+    if index.device.type == "cpu":
+        check_lists(index, count, -(-k.shape[2] // spec.unit_kv))

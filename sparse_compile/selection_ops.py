@@ -11,6 +11,7 @@ import itertools
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from sparse_compile.codegen.precision import full_precision
 from sparse_compile.errors import SparseCompileError
 from sparse_compile.expr import MaskExpr
 from sparse_compile.fresh_size import fresh_size
+from sparse_compile.patterns.scored import Scored
+from sparse_compile.patterns.scorers import Scorer
 from sparse_compile.patterns.selected import Selected
 from sparse_compile.patterns.selecting import Selecting
 from sparse_compile.selection.union import Union
@@ -71,7 +74,8 @@ def select(
     Args:
         q: [B, Hq, Nq, D].
         k: [B, Hkv, Nkv, D].
-        given: the indices of the :class:`Selected` patterns that hold a number in their place.
+        given: the tensors in whose place the pattern holds a number: indices of :class:`Selected`,
+            and those of scorers.
         tables: the tensors ``t0, t1, ...`` of the mask.
         sizes: the integers ``s0, s1, ...`` of the mask.
         mask: the text of the :class:`MaskExpr` that it selects among.
@@ -113,5 +117,11 @@ def _filled(leaf: Selecting, given: Sequence[Tensor]) -> Selecting:
     if isinstance(leaf, Union):
         return Union(tuple(_filled(part, given) for part in leaf.parts))
     if isinstance(leaf, Selected) and isinstance(leaf.index, int):
-        return replace(leaf, index=given[leaf.index])
+        count = None if leaf.count is None else given[leaf.count]
+        return replace(leaf, index=given[leaf.index], count=count)
+    if isinstance(leaf, Scored) and isinstance(leaf.scorer, Scorer) and leaf.scorer.tensors:
+        numbers = ((name, getattr(leaf.scorer, name)) for name in leaf.scorer.tensors)
+        filled = {name: given[number] for name, number in numbers if isinstance(number, int)}
+        scorer: Any = leaf.scorer
+        return replace(leaf, scorer=replace(scorer, **filled)) if filled else leaf
     return leaf

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import sparse_compile.ops  # noqa: F401  # registers the operators
+import sparse_compile.merged_ops  # noqa: F401  # registers the operators
 from sparse_compile.errors import BadShape, UnsupportedDtype
 from sparse_compile.expr import KV, B, MaskExpr, Q, table
+from sparse_compile.expr.nodes import size_symbol
 from sparse_compile.ops import check_operands
 from sparse_compile.reference import attention as reference
+from sparse_compile.selected_spec import SelectedSpec
 from sparse_compile.spec import AttentionSpec, EmptyRows
 from tests.tolerance import relative_error
 
@@ -41,6 +43,38 @@ def test_opcheck_forward() -> None:
     q, k, v = operands()
     torch.library.opcheck(ops.attention, (q, k, v, [], [], [], 0.25, WINDOW.text))
     torch.library.opcheck(ops.attention, (q, k, v, [keep()], [], packed(), 0.25, DOCS.text))
+
+
+OFFSET = MaskExpr(KV <= Q + size_symbol(0), n_sizes=1)
+
+
+@pytest.mark.parametrize("operator", ["attention", "selected_attention", "merged_attention"])
+def test_gradients_with_sizes(operator: str) -> None:
+    q, k, v = operands()
+    index = torch.tensor([0, 2], dtype=torch.int32).expand(2, 1, 50, 2).contiguous()
+    count = torch.full((2, 1, 50), 2, dtype=torch.int32)
+    own = AttentionSpec(OFFSET, block_q=16, block_kv=16)
+    chosen = SelectedSpec(OFFSET, 1, 16)
+    i = torch.arange(50)
+    past, listed = i[None] <= i[:, None] + 7, (i // 16) % 2 == 0
+    if operator == "attention":
+        mask, out = past, ops.attention(q, k, v, [], [7], [], 0.25, own.text)[0]
+    elif operator == "selected_attention":
+        mask = past & listed
+        out = ops.selected_attention(q, k, v, index, count, [], [7], 0.25, chosen.text)[0]
+    else:
+        rest = MaskExpr((KV > Q + size_symbol(0)) & (KV <= Q + 20), n_sizes=1)
+        mask = past & listed | ~past & (i[None] <= i[:, None] + 20)
+        own = AttentionSpec(rest, block_q=16, block_kv=16)
+        data = [], [7], [], [], [7], 0.25, own.text, chosen.text
+        out = ops.merged_attention(q, k, v, index, count, *data)[0]
+    exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    wanted = reference(*exact, mask, 0.25)[0]
+    weight = torch.randn(out.shape)
+    grads = torch.autograd.grad(out, (q, k, v), weight)
+    wanted_grads = torch.autograd.grad(wanted, exact, weight.double())
+    for found, its in zip([out, *grads], [wanted, *wanted_grads], strict=True):
+        assert relative_error(found, its) < 1e-5
 
 
 def test_opcheck_backward_and_layout() -> None:

@@ -13,6 +13,7 @@ from sparse_compile.patterns.axial import Axial
 from sparse_compile.patterns.base import BoundMask, Pattern, Tables
 from sparse_compile.patterns.bigbird import BigBird
 from sparse_compile.patterns.blocks import BlockLocal, BlockSparse
+from sparse_compile.patterns.compressed import Compressed
 from sparse_compile.patterns.documents import Documents
 from sparse_compile.patterns.global_ import Global
 from sparse_compile.patterns.learned import (
@@ -27,6 +28,7 @@ from sparse_compile.patterns.local import Causal, Dilated, SlidingWindow
 from sparse_compile.patterns.logic import All, And, Not, Or
 from sparse_compile.patterns.longformer import Longformer
 from sparse_compile.patterns.neighborhood import Neighborhood
+from sparse_compile.patterns.nsa import NSA
 from sparse_compile.patterns.padding import Padding
 from sparse_compile.patterns.per_head import Heads, heads
 from sparse_compile.patterns.predicate import Predicate
@@ -50,6 +52,7 @@ from sparse_compile.patterns.strided import Fixed, Strided
 
 __all__ = [
     "DSA",
+    "NSA",
     "All",
     "And",
     "Antidiagonal",
@@ -59,6 +62,7 @@ __all__ = [
     "BlockSparse",
     "BoundMask",
     "Causal",
+    "Compressed",
     "Dilated",
     "Documents",
     "Fixed",

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sparse_compile.patterns.checks import LOWER_RIGHT, bad, whole
+from sparse_compile.patterns.checks import LOWER_RIGHT, UPPER_LEFT, bad, whole
 from sparse_compile.patterns.rules import Threshold, TopK, TopP
 from sparse_compile.patterns.scored import UNITS
 from sparse_compile.patterns.scorers import (
@@ -134,24 +134,34 @@ def NSASelection(
     stride: int = 16,
     sink: int = 1,
     local: int = 2,
+    align: str = UPPER_LEFT,
 ) -> TopK:
     """The selected branch of Native Sparse Attention.
 
     Yuan et al. 2025, https://arxiv.org/abs/2502.11089. Heads that share a key head select together.
-    Keys are compressed by their mean, where the paper learns how.
+    Keys are compressed by their mean, where the paper learns how; :class:`Compressed` takes learned
+    ones, and :func:`sparse_compile.native_sparse_attention` computes all three branches.
 
     Args:
         block: keys of a block.
         k: how many blocks, forced ones among them.
         window, stride: of the compressed keys, see :class:`OverlapPool`.
         sink, local: forced blocks at the start, and up to the query's own.
+        align: see :class:`Scored`.
 
     >>> NSASelection()
     TopK(16, scorer=OverlapPool(), sink=1, local=2)
     """
     unit, block_kv = _parted("NSASelection", block)
-    scorer = OverlapPool(window, stride)
-    return TopK(k, unit_kv=unit, block=block_kv, scorer=scorer, sink=sink, local=local)
+    return TopK(
+        k,
+        unit_kv=unit,
+        block=block_kv,
+        scorer=OverlapPool(window, stride),
+        sink=sink,
+        local=local,
+        align=align,
+    )
 
 
 def _parted(name: str, block: int) -> tuple[int, int | None]:

@@ -18,7 +18,6 @@ UNITS = (1, 16, 32, 64, 128)
 #: Blocks that a list whose length depends on the scores has room for, unless ``most`` says another
 #: number.
 ROOM = 1024
-_MEAN = MeanPool()
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -43,7 +42,8 @@ class Scored(Selecting):
         unit_q: consecutive queries that share a selection: 1, 16, 32, 64 or 128.
         block: keys that are scored, counted and selected together, a multiple of ``unit_kv``;
             None for one unit.
-        scorer: how blocks are scored, or a function ``(q, k) -> scores``, see :class:`Gate`.
+        scorer: how blocks are scored, or a function ``(q, k) -> scores``, see :class:`Gate`;
+            :class:`MeanPool` unless given.
         sink: how many blocks at the start are forced.
         local: how many blocks that end with the query's own one are forced; for a unit of queries
             that stands in several blocks, as many that end with each of them.
@@ -60,7 +60,7 @@ class Scored(Selecting):
     unit_kv: int = 64
     unit_q: int = 1
     block: int | None = None
-    scorer: Scorer | Callable[[Any, Any], Any] = _MEAN
+    scorer: Scorer | Callable[[Any, Any], Any] | None = None
     sink: int = 0
     local: int = 0
     diagonal: bool = False
@@ -81,7 +81,8 @@ class Scored(Selecting):
             diagonal=flag(f"{name}: diagonal", self.diagonal),
             share=choice(f"{name}: share", self.share, ("group", "all", "none")),
             align=alignment(name, self.align),
-            scorer=_as_scorer(name, self.scorer),
+            # No object as default: torch.compile does not know where one comes from.
+            scorer=MeanPool() if self.scorer is None else _as_scorer(name, self.scorer),
         )
         if self.block is not None:
             self._check_block(whole(f"{name}: block", self.block, 1))
@@ -90,6 +91,10 @@ class Scored(Selecting):
         assert isinstance(self.scorer, Scorer)
         self.scorer.check_units(self.unit_q, self.block_kv)
         self.check_room(f"{name}: most is {self.most}", self.most)
+
+    def implied(self) -> dict[str, Any]:
+        """Blocks are scored by their means unless it says otherwise."""
+        return {"scorer": MeanPool()}
 
     def _check_block(self, block: int) -> None:
         if block % self.unit_kv:

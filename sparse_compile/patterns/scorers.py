@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from sparse_compile.patterns.base import Pattern, constructor_call
 from sparse_compile.patterns.checks import bad, store, whole
@@ -17,7 +17,13 @@ from sparse_compile.patterns.data import HoldsData, is_tensor
 
 
 class Scorer:
-    """Base of the scorers of this library: values that print as what makes them."""
+    """Base of the scorers of this library: values that print as what makes them.
+
+    Attributes:
+        tensors: its parameters that are tensors.
+    """
+
+    tensors: ClassVar[tuple[str, ...]] = ()
 
     def __repr__(self) -> str:
         return constructor_call(self)
@@ -135,6 +141,8 @@ class Indexer(HoldsData, Scorer):
         k_index: [B, Nkv, Di], same dtype; its keys.
         weights: [B, Nq, Hi], floating; of its heads.
     """
+
+    tensors = "q_index", "k_index", "weights"
 
     q_index: Any
     k_index: Any

@@ -32,6 +32,10 @@ class Selected(HoldsData, Selecting):
             out, and repeated ones count once.
         unit_kv: consecutive keys that are selected together: 3 is the keys ``3 * unit_kv, ...``
         unit_q: consecutive queries that share a row of the index.
+        count: int32 tensor, the index without its last axis: how many entries of each row count,
+            which then must be int32, distinct, ascending and in range, and are taken as they are.
+            Nothing is sorted, and nothing checks them: use the ``pattern`` of a
+            :class:`sparse_compile.Selection`. None for any index.
 
     >>> import torch
     >>> Selected(torch.tensor([[[[0, 2], [1, -1]]]]), unit_kv=1)
@@ -41,8 +45,12 @@ class Selected(HoldsData, Selecting):
     index: Any
     unit_kv: int = 64
     unit_q: int = 1
+    count: Any = None
 
     def __post_init__(self) -> None:
+        if isinstance(getattr(type(self.index), "pattern", None), property):
+            name = type(self.index).__name__
+            raise bad(f"Selected: index is a {name}", "Write its `pattern`, as in chosen.pattern.")
         index = frozen("Selected: index", self.index)
         if dtype_of(index) == "bool":
             raise bad("Selected: index is a tensor of bools", "Write numbers of units of keys.")
@@ -53,6 +61,17 @@ class Selected(HoldsData, Selecting):
             )
         unit_kv = whole("Selected: unit_kv", self.unit_kv, 1)
         store(self, index=index, unit_kv=unit_kv, unit_q=whole("Selected: unit_q", self.unit_q, 1))
+        if self.count is not None:
+            self._check_count()
+
+    def _check_count(self) -> None:
+        both = self.index, self.count
+        fits = all([is_tensor(part) and str(part.dtype) == "torch.int32" for part in both])
+        if not fits or tuple(self.count.shape) != tuple(self.index.shape[:3]):
+            raise bad(
+                "Selected: index and count are no int32 tensors [B, Hs, Uq, K] and [B, Hs, Uq]",
+                "Write what selection.canonical(index, units) returns, or the index alone.",
+            )
 
     def check(self, n_q: int, n_kv: int, batch: int, heads: int) -> None:
         """There must be a row for each unit of queries, of each batch entry and list of heads."""
@@ -66,10 +85,16 @@ class Selected(HoldsData, Selecting):
             )
 
     def select(self, q: Any, k: Any, mask: Any, tables: Any, sizes: Any) -> Any:
-        """The index on the device of ``q``, ascending and without what is repeated or negative."""
+        """The index on the device of ``q``, ascending and without what is repeated or negative.
+
+        With a count, the lists as they are.
+        """
         # Selections need torch, patterns do not: they meet when q and k are there.
         selection = importlib.import_module("sparse_compile.selection")
         index = self.index
+        if self.count is not None:
+            lists = (part.detach().to(q.device, copy=True) for part in (index, self.count))
+            return selection.Selection(*lists, self.unit_q, self.unit_kv)
         if is_tensor(index):
             index = index.detach().to(q.device)
         else:

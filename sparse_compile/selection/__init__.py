@@ -1,6 +1,7 @@
 """Learned and content-dependent masks: which keys are selected, and by what rule."""
 
 from sparse_compile.selection.checked import checked_select
+from sparse_compile.selection.checked_lists import check_lists
 from sparse_compile.selection.distill import distillation_loss
 from sparse_compile.selection.gate import PooledGate
 from sparse_compile.selection.pooled_map import allowed_units, pooled_attention
@@ -10,13 +11,16 @@ from sparse_compile.selection.selection import (
     places,
     worklist,
 )
+from sparse_compile.selection.selection_report import SelectionReport
 from sparse_compile.selection.soft_gate import gated_attention
 
 __all__ = [
     "PooledGate",
     "Selection",
+    "SelectionReport",
     "allowed_units",
     "canonical",
+    "check_lists",
     "checked_select",
     "distillation_loss",
     "gated_attention",

@@ -12,6 +12,7 @@ from sparse_compile.patterns.checks import bad, blocks
 from sparse_compile.patterns.scored import Scored
 from sparse_compile.patterns.selected import Selected
 from sparse_compile.patterns.selecting import Selecting
+from sparse_compile.selection.checked_lists import check_lists
 from sparse_compile.selection.rules import Best, Candidates, kept
 from sparse_compile.selection.select import select
 from sparse_compile.selection.selection import Selection
@@ -36,7 +37,8 @@ def checked_select(
 
     Raises:
         BadPattern: a score of a block that the mask may show is NaN; a list has no room for all
-            that its rule selects; or an index is beyond the last unit of keys.
+            that its rule selects; an index is beyond the last unit of keys; or lists with a count
+            are not what they are taken for.
 
     >>> from sparse_compile import patterns as P
     >>> q = k = torch.full((1, 1, 4, 2), float("nan"))
@@ -78,6 +80,9 @@ class _Watch:
 
 
 def _check_index(pattern: Selected, units: int) -> None:
+    if pattern.count is not None:
+        check_lists(pattern.index, pattern.count, units)
+        return
     index = torch.as_tensor(pattern.index)
     highest = int(index.max()) if index.numel() else -1
     if highest >= units:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from sparse_compile.patterns.compressed import Compressed
 from sparse_compile.patterns.scorers import Antidiagonal, OverlapPool
 from sparse_compile.selection.scores import (
     Scoring,
@@ -108,6 +109,15 @@ def by_windows(scorer: OverlapPool, task: Task) -> Scoring:
     assert isinstance(total, Tensor)
     assert isinstance(count, Tensor)
     return _Windows(task, stride, span, total / count, task.seen_in(1, stride))
+
+
+def by_compressed(scorer: Compressed, task: Task) -> Scoring:
+    """What the attention to given keys of windows gives to each block."""
+    keys = scorer.keys.detach().to(task.k.device).float()
+    if scorer.scale is not None:
+        keys = keys * (scorer.scale / task.scale)
+    span = scorer.window // scorer.stride
+    return _Windows(task, scorer.stride, span, keys, task.seen_in(1, scorer.stride))
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,8 @@ def summed(scores: Tensor, lists: int) -> Tensor:
     """Scores by head [B, H, ...], summed over the heads of each of ``lists`` lists."""
     if scores.shape[1] <= lists:
         return scores
-    return scores.view(scores.shape[0], lists, -1, *scores.shape[2:]).sum(2)
+    batch, heads, *rest = scores.shape
+    return scores.view(batch, lists, heads // lists, *rest).sum(2)
 
 
 def mean_of_units(rows: Tensor, unit: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from sparse_compile.patterns.compressed import Compressed
 from sparse_compile.patterns.scorers import (
     Antidiagonal,
     Gate,
@@ -13,12 +14,13 @@ from sparse_compile.patterns.scorers import (
     MinMax,
     OverlapPool,
 )
-from sparse_compile.selection.masses import by_antidiagonals, by_windows
+from sparse_compile.selection.masses import by_antidiagonals, by_compressed, by_windows
 from sparse_compile.selection.pooled import by_bounds, by_mean
 from sparse_compile.selection.scores import Scoring, Task, by_gate, by_indexer
 
 _MAKERS: dict[type, Callable[[Any, Task], Scoring]] = {
     Antidiagonal: by_antidiagonals,
+    Compressed: by_compressed,
     Gate: by_gate,
     Indexer: by_indexer,
     MeanPool: by_mean,

@@ -7,10 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparse_compile.patterns.selected import Selected
+from sparse_compile.selection.selection_report import SelectionReport, report_of
+
 
 @dataclass(frozen=True)
 class Selection:
     """The selected units of keys, as lists of a fixed capacity.
+
+    :func:`sparse_compile.select` makes one, and so does ``Selection(*canonical(index, units),
+    unit_q, unit_kv)`` of any indices; its :attr:`pattern` is part of the masks of the attentions
+    that share it.
 
     Queries ``u * unit_q, ..., u * unit_q + unit_q - 1`` of query head ``h`` attend to the keys of
     the units ``index[b, s, u, : count[b, s, u]]``, ``s = h // (Hq // Hs)``; unit ``j`` is the keys
@@ -27,6 +34,24 @@ class Selection:
     count: Tensor
     unit_q: int
     unit_kv: int
+
+    @property
+    def pattern(self) -> Selected:
+        """The pattern that selects this, at no cost: ``P.Causal() & chosen.pattern``."""
+        return Selected(self.index, self.unit_kv, self.unit_q, self.count)
+
+    def report(self, n_q: int, n_kv: int) -> SelectionReport:
+        """How many units the lists hold; print it, or read its fields. Waits for the device.
+
+        Args:
+            n_q, n_kv: queries and keys.
+
+        >>> index, count = canonical(torch.tensor([[[[0, 3], [1, 1]]]]), 4)
+        >>> print(Selection(index, count, 1, 16).report(2, 64))
+        1 to 2 of 4 units of 16 keys for each query (median 1.5, mean 1.5, 95 % have at most 2), \
+38 % of the pairs
+        """
+        return report_of(self.index, self.count, (self.unit_q, self.unit_kv), n_q, n_kv)
 
     def dense(self, n_q: int, n_kv: int) -> Tensor:
         """bool [B, Hs, n_q, n_kv], True where selected; for tests and pictures."""

@@ -163,6 +163,14 @@ CASES = [
         n=(80, 130),
         dims=(8, 16),
     ),
+    Case(
+        "compressed keys",
+        MaskExpr(4 * KV + 7 <= Q + S0, n_sizes=1),
+        n=(100, 26),
+        heads=(4, 2),
+        sizes=(11,),
+        block=(32, 32),
+    ),
     Case("zero scale", CAUSAL, n=(50, 50), scale=0.0, heads=(1, 1)),
 ]
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sparse_compile
-from sparse_compile import direct_plan, direct_selected, selection_ops
+from sparse_compile import direct_data, direct_plan, direct_selected, selection_ops
 from sparse_compile import patterns as P
 from sparse_compile.merged_ops import MERGED_ATTENTION
 from sparse_compile.patterns.data import HoldsData
+from sparse_compile.selected_ops import CANONICAL_SELECTION
 from sparse_compile.selection import Selection
 from sparse_compile.selection_ops import SELECT
 from tests.selection.test_composition import DOCUMENTS, N, Nearest, check, dense_of, index, operands
@@ -51,6 +52,86 @@ def test_a_selection_by_content() -> None:
     mask = P.Causal() & nearest | P.SlidingWindow(3)
     fast = torch.compile(sparse_compile.attention, backend="aot_eager", fullgraph=True)
     check(mask, P.Causal().dense(N, N) & dense | P.SlidingWindow(3).dense(N, N), fast)
+
+
+SCORED: list[Callable[[], P.Scored]] = [
+    lambda: P.TopK(2, unit_kv=16),
+    lambda: P.TopK((1, 3), unit_kv=16, unit_q=16, local=1, scorer=P.MinMax()),
+    lambda: P.TopRatio(0.4, unit_kv=16),
+    lambda: P.TopP(0.7, unit_kv=16, unit_q=16, scorer=P.Antidiagonal(8)),
+    lambda: P.Threshold(0.1, of="softmax", unit_kv=16),
+    lambda: P.NSASelection(16, 3, 8, 4, 1, 1),
+    lambda: P.MoBA(16, 2),
+]
+
+
+@pytest.mark.parametrize("make", SCORED, ids=[repr(make()) for make in SCORED])
+def test_a_selection_by_scores_made_in_compiled_code(make: Callable[[], P.Scored]) -> None:
+    def run(q: Tensor, k: Tensor, v: Tensor, _: P.Pattern) -> Tensor:
+        return sparse_compile.attention(q, k, v, P.Causal() & make() | P.SlidingWindow(3))
+
+    fast = torch.compile(run, backend="aot_eager", fullgraph=True)
+    given = operands(4, 2, N, N, torch.float32)
+    mask = P.Causal() & make() | P.SlidingWindow(3)
+    chosen = sparse_compile.select(mask, *given[:2])
+    dense = chosen.dense(N, N).repeat_interleave(4 // chosen.index.shape[1], 1)
+    near = P.SlidingWindow(3).dense(N, N)
+    check(mask, P.Causal().dense(N, N) & dense | near, fast)
+
+
+def test_a_selection_from_outside_combined_in_compiled_code() -> None:
+    nearest, plain = Weighted(torch.ones(16)), P.TopK(2, unit_kv=16)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, chosen: P.Pattern) -> Tensor:
+        return sparse_compile.attention(q, k, v, P.Causal() & chosen)
+
+    fast = torch.compile(run, backend="aot_eager", fullgraph=True)
+    q, k, v = operands(4, 2, N, N, torch.float32)
+    for chosen in (nearest, plain, DOCUMENTS):
+        expected = sparse_compile.attention(q, k, v, P.Causal() & chosen)
+        torch.testing.assert_close(fast(q, k, v, chosen), expected)
+
+
+def by_compressed(q: Tensor, k: Tensor) -> P.TopK:
+    keys = k.unfold(2, 8, 8).mean(-1)
+    return P.TopK(2, unit_kv=16, scorer=P.Compressed(keys, 8, 8))
+
+
+def by_indexer(q: Tensor, k: Tensor) -> P.TopK:
+    return P.DSA(q * 2, k[:, 0] + 1, q[..., 0].transpose(1, 2).contiguous(), 9)
+
+
+@pytest.mark.parametrize("make", [by_compressed, by_indexer])
+@pytest.mark.parametrize("backend", ["aot_eager", "sparse_compile"])
+def test_a_scorer_that_holds_results_of_compiled_code(
+    make: Callable[[Tensor, Tensor], P.TopK], backend: str
+) -> None:
+    def run(q: Tensor, k: Tensor, v: Tensor, _: P.Pattern) -> Tensor:
+        return sparse_compile.attention(q, k, v, P.Causal() & make(q, k) | P.SlidingWindow(3))
+
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    fast = torch.compile(run, backend=counter, fullgraph=True)
+    given = operands(4, 2, N, N, torch.float32)
+    mask = P.Causal() & make(*given[:2]) | P.SlidingWindow(3)
+    chosen = sparse_compile.select(mask, *given[:2])
+    assert 0 < int(chosen.count.max()) <= chosen.index.shape[-1]
+    dense = chosen.dense(N, N).repeat_interleave(4 // chosen.index.shape[1], 1)
+    wanted = P.Causal().dense(N, N) & dense | P.SlidingWindow(3).dense(N, N)
+    plans = len(direct_plan._PLANS)
+    for call in (run, fast, run, fast):
+        check(mask, wanted, call)
+    assert counter.frame_count == 1
+    assert len(direct_plan._PLANS) <= plans + 1  # for the lengths that torch.compile knows by name
+
+
+def test_a_function_in_a_pattern_must_come_from_outside() -> None:
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        chosen = P.TopK(2, unit_kv=16, scorer=lambda q, k: q)
+        return sparse_compile.attention(q, k, v, P.Causal() & chosen)
+
+    given = operands(4, 2, N, N, torch.float32)
+    with pytest.raises(Exception, match=r"TopK that the compiled code makes .*Make it outside"):
+        torch.compile(run, backend="aot_eager", fullgraph=True)(*given)
 
 
 class Routed(nn.Module):
@@ -164,19 +245,24 @@ def test_dynamic_lengths() -> None:
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("mask", MASKS, ids=range(len(MASKS)))
+@pytest.mark.parametrize("mask", [*MASKS, P.TopK(2, unit_kv=16)], ids=range(len(MASKS) + 1))
 def test_operators_fit_torch(mask: P.Pattern, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Callable[..., object], tuple[object, ...]]] = []
-    for name in ("SELECT", "MERGED_ATTENTION"):
-        original = getattr(direct_selected, name)
+    for home, name in (
+        (direct_selected, "SELECT"),
+        (direct_data, "CANONICAL_SELECTION"),
+        (direct_selected, "MERGED_ATTENTION"),
+    ):
+        original = getattr(home, name)
 
         def noted(*args: object, original: Callable[..., object] = original) -> object:
             calls.append((original, args))
             return original(*args)
 
-        monkeypatch.setattr(direct_selected, name, noted)
+        monkeypatch.setattr(home, name, noted)
+    CHOSEN.index.add_(0)  # whose lists may be known
     sparse_compile.attention(*operands(4, 2, N, N, torch.float32), mask)
-    assert calls[0][0] is SELECT
+    assert calls[0][0] is (SELECT if isinstance(mask, P.Scored) else CANONICAL_SELECTION)
     assert len(calls) == 1 or calls[1][0] is MERGED_ATTENTION
     for operator, args in calls:
         torch.library.opcheck(operator, args)

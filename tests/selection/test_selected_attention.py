@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_compile.errors import BadShape
+import sparse_compile
+from sparse_compile import patterns as P
+from sparse_compile.errors import BadPattern, BadShape
 from sparse_compile.selected_ops import SELECTED_ATTENTION
-from sparse_compile.selection import canonical, places
+from sparse_compile.selection import canonical, check_lists, checked_select, places
 from tests.selection.cases import CASES, Case
 
 
@@ -74,6 +76,37 @@ def test_a_selection_that_does_not_fit() -> None:
         )
     with pytest.raises(BadShape, match="int32"):
         SELECTED_ATTENTION(q, k, v, chosen.index.long(), chosen.count, [], [], 1.0, case.spec.text)
+
+
+@pytest.mark.parametrize(
+    ("entries", "count", "message"),
+    [
+        ([0, -1, 3], 2, r"lists unit -1 at \[1, 0, 5, 1\], but there are 7"),
+        ([0, 7, 3], 2, r"lists unit 7 at \[1, 0, 5, 1\], but there are 7"),
+        ([3, 1, 5], 2, r"lists unit 1 at \[1, 0, 5, 1\], after unit 3"),
+        ([3, 3, 5], 2, r"after unit 3\. Pass what selection.canonical\(index, units\)"),
+        ([0, 1, 3], 4, r"counts 4 of 3 units at \[1, 0, 5\]"),
+        ([0, 1, 3], -1, r"counts -1 of 3 units"),
+        ([0, 1, -1], 2, None),
+        ([9, 8, 7], 0, None),
+    ],
+)
+def test_lists_that_are_not_canonical(entries: list[int], count: int, message: str | None) -> None:
+    case = CASES[0]
+    q, k, v, _ = case.operands()
+    chosen = case.selection()
+    chosen.index[1, 0, 5], chosen.count[1, 0, 5] = torch.tensor(entries), count
+    lists = chosen.index, chosen.count
+    if message is None:
+        SELECTED_ATTENTION(q, k, v, *lists, [], [], 1.0, case.spec.text)
+        return
+    with pytest.raises(BadPattern, match=message):
+        SELECTED_ATTENTION(q, k, v, *lists, [], [], 1.0, case.spec.text)
+    for called in (check_lists, lambda *_: checked_select(chosen.pattern, q, k)):
+        with pytest.raises(BadPattern, match=message):
+            called(*lists, 7)
+    with pytest.raises(BadPattern, match=message):
+        sparse_compile.attention(q, k, v, chosen.pattern | P.SlidingWindow(3))
 
 
 def test_stretches_hold_the_same_entries_one_after_another() -> None:

@@ -164,7 +164,7 @@ def forward(
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     lse = tl.where(empty, float("-inf"), (peak + tl.log2(total)) * LN_2)
-    out = out / total[:, None]
+    out *= (1.0 / total)[:, None]
     if PARTED:
         entry = ((b * tl.num_programs(1) + group).to(tl.int64) * units + unit) * parts + part
         column = tl.arange(0, VALUE_PAD)[None, :]
@@ -222,7 +222,7 @@ def merge(
     total = tl.where(empty, 1.0, total)
     lse = tl.where(empty, float("-inf"), peak + tl.log(total))
     OUT += b.to(tl.int64) * out_stride_b
-    store_rows(OUT, out / total[:, None], h, token, out_stride_h, out_stride_n, exist, VALUE_DIM)
+    store_rows(OUT, out * (1.0 / total)[:, None], h, token, out_stride_h, out_stride_n, exist, VALUE_DIM)
     tl.store(LSE + (b * q_heads + h).to(tl.int64) * n_q + token, lse, mask=exist)
 '''
 

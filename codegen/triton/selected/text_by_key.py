@@ -126,6 +126,7 @@ def forward_by_key(
         here = (places + entry) * ROWS + row
         to = PART_OUT + here[:, None] * VALUE_DIM + column
         inside = exist[:, None] & (column < VALUE_DIM)
-        tl.store(to, (out / total[:, None]).to(PART_OUT.dtype.element_ty), mask=inside)
+        out *= (1.0 / total)[:, None]
+        tl.store(to, out.to(PART_OUT.dtype.element_ty), mask=inside)
         tl.store(PART_LSE + here, lse, mask=exist)
 '''
