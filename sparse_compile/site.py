@@ -218,8 +218,8 @@ class LiftedMask:
         program: a functional ATen graph from ``leaves`` to ``(*tables, *dense, *sizes)``, and then
             the index and count of ``selection``; None when the mask reads no run-time data beyond
             the lengths.
-        leaves: the inputs of ``program``: nodes of ``scope.gm``.
-        scope: where the leaves live: the site's scope or one of its parents.
+        leaves: the inputs of ``program``: nodes of ``scope.gm`` or of its parents' graphs.
+        scope: where ``program`` can run: the site's scope or one of its parents.
         dense: the tables of ``mask`` after those, of which ``program`` returns the mask tensors
             that they are made of.
         extra: the last tables of ``mask``, which an annotation's pattern makes; ``program`` does

@@ -16,7 +16,7 @@ from sparse_compile.passes.find_attention import values
 from sparse_compile.passes.find_attention.canonical import Call, canonical, is_reshape, op_name
 from sparse_compile.passes.find_attention.constants import constant
 from sparse_compile.passes.find_attention.contraction import Contraction, contraction
-from sparse_compile.passes.find_attention.dataflow import Dataflow
+from sparse_compile.passes.find_attention.dataflow import dataflow_of
 from sparse_compile.passes.find_attention.provenance import where
 from sparse_compile.passes.find_attention.refusal import Refusal
 from sparse_compile.site import (
@@ -64,9 +64,7 @@ class _Match:
         Raises:
             Refusal: it is not an indexer, or one that something else reads.
         """
-        if scope.parent is not None:
-            raise Refusal("it is inside a checkpoint")
-        self.index, self.scope, self.flow = index, scope, Dataflow(scope.gm.graph)
+        self.index, self.scope, self.flow = index, scope, dataflow_of(scope)
         self.mask: MaskOperand | None = None
         self.nodes: list[Node] = []
         self.product = True
@@ -82,7 +80,7 @@ class _Match:
     # From the top-k to the products -----------------------------------------------------------
 
     def _topk(self, topk: Node) -> Node:
-        if set(topk.users) != {self.index}:
+        if any(user.users for user in topk.users if user is not self.index):
             raise Refusal("its values are read, too")
         names = ("input", "k", "dim", "largest", "sorted")
         given: dict[str, Any] = {**dict(zip(names, topk.args, strict=False)), **topk.kwargs}

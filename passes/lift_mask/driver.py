@@ -314,7 +314,9 @@ def _named_sizes(
 
 
 def _size_holders(scope: Scope) -> dict[sympy.Symbol, Node]:
-    """The inputs of a graph that hold a size symbol."""
+    """The inputs of the captured graph that hold a size symbol."""
+    while scope.parent is not None:
+        scope = scope.parent
     found: dict[sympy.Symbol, Node] = {}
     for node in scope.gm.graph.nodes:
         value = node.meta.get("example_value")
