@@ -27,12 +27,20 @@ from sparse_compile.passes.lift_mask.selected import (
     Chosen,
     NotSelected,
     check_heads,
+    made_of,
     split_selection,
     uncast,
 )
 from sparse_compile.passes.lift_mask.simplify import Simplifier
 from sparse_compile.passes.lift_mask.sizes import size_expr, solve_for_symbol
-from sparse_compile.passes.lift_mask.slice import CannotSlice, Slice, Slicer, Wanted, is_topk_index
+from sparse_compile.passes.lift_mask.slice import (
+    CannotSlice,
+    Slice,
+    Slicer,
+    Wanted,
+    is_topk_index,
+    topk_of,
+)
 from sparse_compile.passes.lift_mask.tables import Tabler, build_program
 from sparse_compile.passes.lift_mask.value import Lifted, Unliftable
 from sparse_compile.passes.lift_mask.verify import Check, Examples, verify
@@ -289,7 +297,10 @@ def _selection(chosen: Chosen, traced: GraphModule, leaves: Sequence[Node]) -> S
     index = uncast(chosen.index)
     leaf = leaves[inputs.index(index)] if index in inputs else None
     source = leaf if leaf is not None and is_topk_index(leaf) else None
-    return SelectedKeys(chosen.unit_q, chosen.unit_kv, f"{chosen.most}", source)
+    read = [leaves[inputs.index(node)] for node in made_of(index) if node in inputs]
+    best = dict.fromkeys(topk for leaf in read if (topk := topk_of(leaf)) is not None)
+    units = chosen.unit_q, chosen.unit_kv
+    return SelectedKeys(*units, f"{chosen.most}", source, tuple(best))
 
 
 def _shown(axes: Sequence[str], lengths: Lengths) -> str:

@@ -172,3 +172,14 @@ def uncast(index: Node) -> Node:
             break
         index = source
     return index
+
+
+def made_of(node: Node) -> list[Node]:
+    """A node and all that it is computed from."""
+    found = {node: None}
+    front = [node]
+    while front:
+        new = [n for n in front.pop().all_input_nodes if n not in found]
+        found |= dict.fromkeys(new)
+        front += new
+    return list(found)

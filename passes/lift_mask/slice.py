@@ -265,10 +265,15 @@ def _is_leaf(node: Node) -> bool:
     return _is_source(node)
 
 
+def topk_of(node: Node) -> Node | None:
+    """The top-k of which a node is the values or the indices."""
+    source = node.args[0] if node.target is operator.getitem else None
+    return source if isinstance(source, Node) and _name(source) == "topk" else None
+
+
 def is_topk_index(node: Node) -> bool:
     """Whether a node is the indices of a top-k."""
-    source = node.args[0] if node.target is operator.getitem else None
-    return isinstance(source, Node) and _name(source) == "topk" and bool(node.args[1] == 1)
+    return topk_of(node) is not None and bool(node.args[1] == 1)
 
 
 def _is_source(node: Node) -> bool:
