@@ -259,7 +259,7 @@ def _block_scores(
     q = _arranged(insert, site.q, "bhnd")
     k = _arranged(insert, site.k, "bdt" if shared else "bhdt")
     k = insert.method("unsqueeze", k, 1) if shared else k
-    blocks = insert.size(site.scores.output.node, 3)
+    blocks = insert.size(site.view, 3)
     return insert.call(BLOCK_SCORES, q, k, tables, sizes, blocks, spec)
 
 

@@ -135,6 +135,7 @@ class BlockScoresSite:
             the node of the highest ones.
         q, k: the operands; ``axes`` are ``b``, ``h``, ``n`` (queries) or ``t`` (keys), and ``d``;
             those of size one that say nothing are ``1``, and k without ``h`` has one head.
+        view: the node of the scores as [B, H, Nq, blocks, size].
         size, before, padding: as in
             :class:`sparse_compile.block_scores_spec.BlockScoresSpec`.
     """
@@ -142,6 +143,7 @@ class BlockScoresSite:
     scores: AttentionSite
     q: Operand
     k: Operand
+    view: Node
     size: int
     before: tuple[Step, ...]
     padding: float

@@ -7,8 +7,7 @@ becomes of these numbers, up to the top-k, stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from torch.fx import Node
 
@@ -21,7 +20,7 @@ from sparse_compile.passes.find_attention.refusal import Refusal
 from sparse_compile.passes.mutation import written_inputs
 from sparse_compile.site import AttentionSite, BlockScoresSite, Operand, Scope
 
-#: Steps from a top-k back to its scores, at most.
+#: Steps from a top-k back to the products that it is made of, at most.
 _FAR = 16
 
 
@@ -42,26 +41,22 @@ def find_block_scores(best: Sequence[Node], scope: Scope) -> BlockScoresSite | N
     return _Match(pools[0], scope).found() if len(pools) == 1 else None
 
 
-def _pools(topk: Node) -> Iterator[Node]:
-    """The maxima over blocks that the scores of a top-k are made of."""
-    seen: set[Node] = set()
-    front = [topk]
+def _pools(topk: Node) -> list[Node]:
+    """The maxima over blocks of keys that the scores of a top-k are made of."""
+    pools = [node for node in _behind(topk) if op_name(node) == "amax"]
+    return [pool for pool in pools if any(contraction(node) for node in _behind(pool))]
+
+
+def _behind(last: Node) -> list[Node]:
+    """The floating tensors that a node is made of, up to products and maxima, nearest first."""
+    found: dict[Node, None] = {}
+    front = [last]
     for _ in range(_FAR):
         front = [n for node in front for n in node.all_input_nodes if values.is_float(n)]
-        front = [node for node in dict.fromkeys(front) if node not in seen]
-        seen |= set(front)
-        found = [node for node in front if op_name(node) == "amax" and _from_product(node)]
-        yield from found
-        front = [node for node in front if node not in found and contraction(node) is None]
-
-
-def _from_product(pool: Node) -> bool:
-    node: Any = source(pool)
-    for _ in range(_FAR):
-        if node is None or contraction(node) is not None:
-            return node is not None
-        node = source(node)
-    return False
+        front = [node for node in dict.fromkeys(front) if node not in found]
+        found |= dict.fromkeys(front)
+        front = [n for n in front if op_name(n) != "amax" and contraction(n) is None]
+    return list(found)
 
 
 class _Match(Chain):
@@ -69,6 +64,7 @@ class _Match(Chain):
 
     Attributes:
         pool: the maximum over each block.
+        view: the scores with an axis for the blocks.
         size: keys in a block.
         padding: the score of keys that do not exist, in the last block.
         q, k: the operands; ``axes`` are among ``b``, ``h``, ``n`` (queries), ``t`` (keys), ``d``.
@@ -101,9 +97,10 @@ class _Match(Chain):
         scores = self._taken(source(view), view)
         if len(rows) != 3 or not values.same_shape(tuple(rows), values.shape(scores)[:-1]):
             raise _other("they are not [B, H, Nq, Nkv]")
-        if not isinstance(size, int):
+        known = values.number(size)
+        if known is None:
             raise _other("the size of a block is known only at run time")
-        self.size = size
+        self.view, self.size = view, int(known)
         return scores
 
     def _padded(self, node: Node) -> Node:
@@ -153,7 +150,8 @@ class _Match(Chain):
             where=where(self.pool),
             region=tuple(self.nodes),
         )
-        return BlockScoresSite(scores, self.q, self.k, self.size, self.before, self.padding)
+        operands = self.q, self.k, self.view
+        return BlockScoresSite(scores, *operands, self.size, self.before, self.padding)
 
 
 def _check_gradient(pool: Node) -> None:

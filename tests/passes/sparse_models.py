@@ -41,10 +41,11 @@ SMALL: dict[str, Any] = {
 LAYERS = {"deepseek_v32": 1, "glm_moe_dsa": 3, "minimax_m3": 2}
 
 
-def model(kind: str, implementation: str = "sdpa") -> nn.Module:
-    """A model in training mode, always the same."""
+def model(kind: str, implementation: str = "sdpa", layers: int = 0) -> nn.Module:
+    """A model in training mode, always the same; by default with as many layers as LAYERS says."""
+    layers = layers or LAYERS[kind]
     if kind == "minimax_m3":
-        return _minimax(implementation)
+        return _minimax(implementation, layers)
     name = {"deepseek_v32": "DeepseekV32", "glm_moe_dsa": "GlmMoeDsa"}[kind]
     if not hasattr(transformers, f"{name}Config"):
         pytest.skip(f"this transformers has no {kind}")
@@ -52,8 +53,8 @@ def model(kind: str, implementation: str = "sdpa") -> nn.Module:
     config = getattr(transformers, f"{name}Config")(
         **SMALL,
         **extra,
-        num_hidden_layers=LAYERS[kind],
-        first_k_dense_replace=LAYERS[kind],
+        num_hidden_layers=layers,
+        first_k_dense_replace=layers,
         attn_implementation=implementation,
     )
     torch.manual_seed(0)
@@ -73,13 +74,12 @@ def padding(side: str) -> dict[str, Tensor]:
     return {"attention_mask": mask}
 
 
-def _minimax(implementation: str) -> nn.Module:
+def _minimax(implementation: str, layers: int) -> nn.Module:
     """It selects blocks of keys for each group of heads."""
     name = "transformers.models.minimax_m3_vl"
     settings = pytest.importorskip(f"{name}.configuration_minimax_m3_vl")
     modeling = pytest.importorskip(f"{name}.modeling_minimax_m3_vl")
     sizes = {key: SMALL[key] for key in ("vocab_size", "hidden_size", "intermediate_size")}
-    layers = LAYERS["minimax_m3"]
     config = settings.MiniMaxM3VLTextConfig(
         **sizes,
         num_hidden_layers=layers,

@@ -93,11 +93,11 @@ def test_blocks_of_keys(implementation: str, side: str) -> None:
 
 
 def test_blocks_of_keys_at_many_lengths() -> None:
-    network = model("minimax_m3").eval()
+    network = model("minimax_m3", layers=1).eval()
     program = Rewritten()
     fast = program.compiled(network, dynamic=True)
     with torch.no_grad():
-        for length in (37, 48, 61):
+        for length in (37, 61):
             torch.testing.assert_close(fast(tokens(length)).logits, network(tokens(length)).logits)
     assert {found.executor for found in program.decisions} == {"selected"}
     assert "sparse_compile.block_scores.default" in program.targets()
