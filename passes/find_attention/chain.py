@@ -16,6 +16,12 @@ from sparse_compile.passes.find_attention.dataflow import dataflow_of
 from sparse_compile.passes.find_attention.refusal import Refusal
 from sparse_compile.site import MaskOperand, Operand, Scope
 
+#: Calls that read a tensor's shape, dtype or device, not its values.
+_READS_NO_VALUES = frozenset(
+    "size dim shape zeros_like ones_like full_like empty_like new_zeros new_ones new_full "
+    "new_empty".split()
+)
+
 
 class Chain:
     """A chain of steps that only one another read.
@@ -37,7 +43,8 @@ class Chain:
             raise not_an_indexer()
         if self.flow.current(node, reader) is not node:
             raise Refusal("its scores are overwritten")
-        others = [user for user in node.users if user is not reader and op_name(user) != "size"]
+        others = [user for user in node.users if user is not reader]
+        others = [user for user in others if op_name(user) not in _READS_NO_VALUES]
         if others:
             raise Refusal(f"its scores are also read by `{op_name(others[0])}`")
         self.nodes.append(reader)

@@ -27,6 +27,7 @@ from sparse_compile.passes.lift_mask.selected import (
     Chosen,
     NotSelected,
     check_heads,
+    is_threshold,
     made_of,
     split_selection,
     uncast,
@@ -39,6 +40,8 @@ from sparse_compile.passes.lift_mask.slice import (
     Slicer,
     Wanted,
     is_topk_index,
+    ranking_of,
+    topk_dim,
     topk_of,
 )
 from sparse_compile.passes.lift_mask.tables import Tabler, build_program
@@ -55,6 +58,10 @@ from sparse_compile.site import (
 )
 
 Lengths = Mapping[sympy.Symbol, sympy.Expr]
+_THRESHOLD = (
+    "it keeps every key whose score reaches a threshold, and equal scores make that more than k; "
+    "scatter the indices of the top-k to keep k"
+)
 
 
 @dataclass
@@ -189,7 +196,9 @@ def _lift(
 ) -> LiftedMask:
     if work.trace_key not in cache.traced:
         traced = normalise(work.part)
-        expose(traced)
+        inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
+        pairs = zip(inputs, work.part.leaves, strict=True)
+        expose(traced, {node: topk_dim(leaf) for node, leaf in pairs if is_topk_index(leaf)})
         cache.traced[work.trace_key] = (traced, Lifter(traced))
     traced, lifter = cache.traced[work.trace_key]
     # Tracing may have fixed a size, as when a slice is compared with the length it is cut from.
@@ -246,7 +255,17 @@ def _with_selection(
     except NotSelected as error:
         lifted = _tabled(work, traced, lifter, predicate, simplify)
         return replace(lifted, unselected=str(error))
-    return _tabled(work, traced, lifter, rest, simplify, chosen)
+    lifted = _tabled(work, traced, lifter, rest, simplify, chosen)
+    if lifted.dense and is_threshold(traced, _ranked(work, traced)):
+        return replace(lifted, unselected=_THRESHOLD)
+    return lifted
+
+
+def _ranked(work: _Work, traced: GraphModule) -> list[Node]:
+    """The inputs of a traced mask that are results of a top-k or a sort."""
+    inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
+    pairs = zip(inputs, work.part.leaves, strict=True)
+    return [node for node, leaf in pairs if ranking_of(leaf) is not None]
 
 
 def _tabled(

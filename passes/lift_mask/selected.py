@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import sympy
 import torch
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from sparse_compile.expr import KV, B, FloorDiv, H, Q
 from sparse_compile.passes.lift_mask.emit import Emitter
@@ -172,6 +172,23 @@ def uncast(index: Node) -> Node:
             break
         index = source
     return index
+
+
+def is_threshold(traced: GraphModule, ranked: Collection[Node]) -> bool:
+    """Whether a mask compares scores with one of them, such as the k-th best.
+
+    Args:
+        traced: what computes the mask.
+        ranked: its inputs that are results of a top-k or a sort.
+    """
+    for node in traced.graph.nodes:
+        if node.target in (aten.ge.Tensor, aten.gt.Tensor, aten.le.Tensor, aten.lt.Tensor):
+            sides = [arg for arg in node.args if isinstance(arg, Node)]
+            floats = all(side.meta["val"].dtype.is_floating_point for side in sides)
+            hits = [any(n in ranked for n in made_of(side)) for side in sides]
+            if floats and hits.count(True) == 1:
+                return True
+    return False
 
 
 def made_of(node: Node) -> list[Node]:

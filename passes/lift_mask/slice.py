@@ -265,15 +265,32 @@ def _is_leaf(node: Node) -> bool:
     return _is_source(node)
 
 
+def ranking_of(node: Node) -> Node | None:
+    """The top-k, sort or k-th value of which a node is the values or the indices."""
+    source = node.args[0] if node.target is operator.getitem else None
+    ranks = isinstance(source, Node) and _name(source) in ("topk", "sort", "kthvalue")
+    return source if ranks else None  # type: ignore[return-value]
+
+
 def topk_of(node: Node) -> Node | None:
     """The top-k of which a node is the values or the indices."""
-    source = node.args[0] if node.target is operator.getitem else None
-    return source if isinstance(source, Node) and _name(source) == "topk" else None
+    source = ranking_of(node)
+    return source if source is not None and _name(source) == "topk" else None
 
 
 def is_topk_index(node: Node) -> bool:
     """Whether a node is the indices of a top-k."""
     return topk_of(node) is not None and bool(node.args[1] == 1)
+
+
+def topk_dim(index: Node) -> int:
+    """The dimension along which the indices of a top-k are distinct."""
+    topk = topk_of(index)
+    assert topk is not None
+    dim = topk.kwargs.get("dim", topk.args[2] if len(topk.args) > 2 else -1)
+    assert isinstance(dim, int)
+    rank: int = index.meta["example_value"].dim()
+    return dim % max(1, rank)
 
 
 def _is_source(node: Node) -> bool:
