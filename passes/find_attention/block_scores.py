@@ -43,8 +43,22 @@ def find_block_scores(best: Sequence[Node], scope: Scope) -> BlockScoresSite | N
 
 def _pools(topk: Node) -> list[Node]:
     """The maxima over blocks of keys that the scores of a top-k are made of."""
-    pools = [node for node in _behind(topk) if op_name(node) == "amax"]
-    return [pool for pool in pools if any(contraction(node) for node in _behind(pool))]
+    calls = [(node, _maximum(node)) for node in _behind(topk)]
+    return [
+        node
+        for node, call in calls
+        if call is not None and any(contraction(behind) for behind in _behind(call))
+    ]
+
+
+def _maximum(node: Node) -> Node | None:
+    """The call of which a node is the maxima: ``amax(x, dim)`` or ``max(x, dim).values``."""
+    if op_name(node) == "amax":
+        return node
+    call = node.args[0] if op_name(node) == "getitem" and node.args[1] == 0 else None
+    if not isinstance(call, Node) or op_name(call) != "max":
+        return None
+    return None if any(user.users for user in call.users if user is not node) else call
 
 
 def _behind(last: Node) -> list[Node]:
@@ -55,7 +69,7 @@ def _behind(last: Node) -> list[Node]:
         front = [n for node in front for n in node.all_input_nodes if values.is_float(n)]
         front = [node for node in dict.fromkeys(front) if node not in found]
         found |= dict.fromkeys(front)
-        front = [n for n in front if op_name(n) != "amax" and contraction(n) is None]
+        front = [n for n in front if _maximum(n) is None and contraction(n) is None]
     return list(found)
 
 
@@ -87,10 +101,13 @@ class _Match(Chain):
 
     def _blocks(self, pool: Node) -> Node:
         """The scores by key, of which ``pool`` holds the highest of each block."""
-        given = {**dict(zip(("input", "dim"), pool.args, strict=False)), **pool.kwargs}
+        call = _maximum(pool)
+        assert call is not None
+        names = ("input", "dim", "keepdim")
+        given = {**dict(zip(names, call.args, strict=False)), **call.kwargs}
         dim = given.get("dim")
         dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
-        view = self._taken(given["input"], pool)
+        view = self._taken(given["input"], call)
         if dim not in (-1, 4) or given.get("keepdim", False) or not is_reshape(view):
             raise _other("they are not pooled over blocks of the last axis")
         *rows, _, size = values.shape(view)

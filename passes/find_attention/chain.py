@@ -38,22 +38,23 @@ class Chain:
         self.nodes: list[Node] = []
 
     def _taken(self, node: Any, reader: Node) -> Node:
-        """A step of the chain: only ``reader`` reads it, and nothing overwrites it."""
+        """A step of the chain, which only ``reader`` reads: a tensor, or its last overwriting."""
         if not isinstance(node, Node) or not values.is_float(node):
             raise not_an_indexer()
-        if self.flow.current(node, reader) is not node:
+        step = self.flow.current(node, reader)
+        if step is not node and (call := canonical(step)) is not None and not call.in_place:
             raise Refusal("its scores are overwritten")
-        others = [user for user in node.users if user is not reader]
-        others = [user for user in others if op_name(user) not in _READS_NO_VALUES]
-        if others:
-            raise Refusal(f"its scores are also read by `{op_name(others[0])}`")
+        for user in {**node.users, **step.users}:
+            reads = user not in (reader, step) and op_name(user) not in _READS_NO_VALUES
+            if reads and self.flow.current(node, user) is step:
+                raise Refusal(f"its scores are also read by `{op_name(user)}`")
         self.nodes.append(reader)
-        return node
+        return step
 
     def _masked(self, node: Node) -> Node:
         """What a mask is on, or the node itself."""
         call = canonical(node)
-        if call is None or call.in_place:
+        if call is None:
             return node
         args = call.args
         if call.op in ("masked_fill", "where"):
@@ -85,21 +86,11 @@ class Chain:
                     raise Refusal("its scores are reshaped")
                 node = self._taken(node.args[0], node)
                 continue
-            step = None if call is None or call.in_place else self._step(call)
+            step = None if call is None else _step(call)
             if step is None:
                 return tuple(steps[::-1]), node
             steps.append(step[0])
             node = self._taken(step[1], node)
-
-    def _step(self, call: Call) -> tuple[Step, Any] | None:
-        if call.op not in ("mul", "div") or call.args.get("rounding_mode") is not None:
-            return None
-        pairs = [(call.args["input"], call.args["other"])]
-        pairs += [pairs[0][::-1]] if call.op == "mul" else []
-        for score, number in pairs:
-            if isinstance(number, (int, float)) and not isinstance(number, bool):
-                return (call.op, float(number)), score
-        return None
 
     def _contraction(self, node: Node) -> Contraction:
         product = contraction(node)
@@ -122,10 +113,29 @@ class Chain:
                     raise Refusal("its operands differ in their sizes")
 
 
+def _step(call: Call) -> tuple[Step, Any] | None:
+    """What a call multiplies with a number or divides by one, and the tensor that it is done to."""
+    if call.op not in ("mul", "div") or call.args.get("rounding_mode") is not None:
+        return None
+    pairs = [(call.args["input"], call.args["other"])]
+    pairs += [pairs[0][::-1]] if call.op == "mul" else []
+    for score, number in pairs:
+        if isinstance(number, (int, float)) and not isinstance(number, bool):
+            return (call.op, float(number)), score
+    return None
+
+
 def _is_product(node: Any) -> bool:
-    while isinstance(node, Node) and is_reshape(node):
-        node = node.args[0]
-    return isinstance(node, Node) and contraction(node) is not None
+    """Whether a tensor is made of a product or a sum, by steps."""
+    while isinstance(node, Node):
+        if contraction(node) is not None or op_name(node) == "sum":
+            return True
+        call = canonical(node)
+        step = None if call is None else _step(call)
+        if step is None and not is_reshape(node):
+            return False
+        node = node.args[0] if step is None else step[1]
+    return False
 
 
 def _same_axes(a: Node, b: Any) -> bool:

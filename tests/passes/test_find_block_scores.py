@@ -56,6 +56,12 @@ def reshaped(q: Tensor, k: Tensor) -> Tensor:
     return scores.unflatten(-1, (BLOCKS, BLOCK)).amax(4)
 
 
+def by_max(q: Tensor, k: Tensor) -> Tensor:
+    scores = (q @ k.mT).mul_(0.5).masked_fill_(~causal(), -math.inf)
+    scores = F.pad(scores, (0, BLOCKS * BLOCK - LENGTH), value=-math.inf)
+    return scores.view(BATCH, HEADS, LENGTH, BLOCKS, BLOCK).max(dim=-1).values
+
+
 def transposed(q: Tensor, k: Tensor) -> Tensor:
     q = q.transpose(1, 2).contiguous()
     return pooled(torch.einsum("bqhd,bhkd->bhqk", q, k).masked_fill(~causal(), -math.inf))
@@ -93,7 +99,7 @@ def operands(ties: bool) -> tuple[Tensor, ...]:
     ("scores", "chosen"),
     [
         *[(scores, without_future) for scores in (one_key_head, without_heads, added, transposed)],
-        *[(scores, with_own_block) for scores in (key_heads, reshaped)],
+        *[(scores, with_own_block) for scores in (key_heads, reshaped, by_max)],
     ],
 )
 def test_same_blocks(
