@@ -29,7 +29,7 @@ def block_scores(
     """``(q @ k).unflatten(-1, (blocks, size)).amax(-1)``, computed some queries at a time.
 
     The indexer of blocks of MiniMax-M3. Takes memory for the scores of some queries, never for all
-    of them.
+    of them; has no gradient, as what only chooses needs none.
 
     Args:
         q: [B, H, Nq, D], floating.
