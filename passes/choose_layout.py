@@ -10,6 +10,7 @@ from dataclasses import replace
 import sympy
 import torch
 
+from sparse_compile.block_scores_spec import BlockScoresSpec
 from sparse_compile.expr import KV, Q
 from sparse_compile.indexer_spec import IndexerSpec
 from sparse_compile.layout.choose import choose_views
@@ -21,6 +22,7 @@ from sparse_compile.plan import Indexer, Plan, SelectedPlan
 from sparse_compile.selected_spec import SelectedSpec
 from sparse_compile.site import (
     AttentionSite,
+    BlockScoresSite,
     IndexerSite,
     LiftedMask,
     Operand,
@@ -102,7 +104,9 @@ def choose_selection(
 
 
 def choose_indexer(
-    plan: Plan, found: IndexerSite | Rejection, lifted: LiftedMask | Rejection
+    plan: Plan,
+    found: IndexerSite | BlockScoresSite | Rejection,
+    lifted: LiftedMask | Rejection,
 ) -> Plan:
     """The plan of an attention over selected keys, with the indexer that selects them.
 
@@ -121,7 +125,9 @@ def choose_indexer(
     return replace(plan, reason=reason, indexer=decided)
 
 
-def _indexer(found: IndexerSite | Rejection, lifted: LiftedMask | Rejection) -> Indexer | str:
+def _indexer(
+    found: IndexerSite | BlockScoresSite | Rejection, lifted: LiftedMask | Rejection
+) -> Indexer | str:
     if isinstance(found, Rejection):
         return found.reason
     if isinstance(lifted, Rejection):
@@ -131,16 +137,13 @@ def _indexer(found: IndexerSite | Rejection, lifted: LiftedMask | Rejection) -> 
     masks = found.scores.masks
     if masks and len(lifted.fills) != 1:
         return "its mask changes scores in several ways"
-    spec = IndexerSpec(
-        found.before,
-        found.after,
-        found.product,
-        lifted.mask,
-        lifted.fills[0] if masks else float("-inf"),
-        bool(masks) and masks[0].role == "add",
-        found.largest,
-        found.is_sorted,
-    )
+    fill = lifted.fills[0] if masks else float("-inf")
+    masked = lifted.mask, fill, bool(masks) and masks[0].role == "add"
+    if isinstance(found, BlockScoresSite):
+        blocks = BlockScoresSpec(found.size, found.before, *masked, found.padding)
+        return Indexer(found, lifted, blocks)
+    flags = found.largest, found.is_sorted
+    spec = IndexerSpec(found.before, found.after, found.product, *masked, *flags)
     return Indexer(found, lifted, spec)
 
 

@@ -45,9 +45,11 @@ def realise(
         return [], []
     assert lifted.scope is not None
     if lifted.program not in cache.outputs:
-        cache.outputs[lifted.program] = _inline(
-            lifted.program, lifted.leaves, lifted.scope.gm, cache
+        leaves = tuple(
+            _hand_down(leaf, _scope_of(leaf, lifted.scope), lifted.scope, cache)
+            for leaf in lifted.leaves
         )
+        cache.outputs[lifted.program] = _inline(lifted.program, leaves, lifted.scope.gm, cache)
     nodes = [_hand_down(node, lifted.scope, scope, cache) for node in cache.outputs[lifted.program]]
     count = lifted.n_lifted_tables
     return nodes[:count], list(nodes[count:])
@@ -132,6 +134,14 @@ def _fake_mode(graph: Graph) -> Any:
         if mode is not None:
             return mode
     raise AssertionError("a graph with attention has tensors")
+
+
+def _scope_of(node: Node, scope: Scope) -> Scope:
+    """The scope that a node lives in: this one, or a parent."""
+    while scope.gm.graph is not node.graph:
+        assert scope.parent is not None
+        scope = scope.parent
+    return scope
 
 
 def _hand_down(node: Node, source: Scope, scope: Scope, cache: RealisedTables) -> Node:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
 from sparse_compile import ops, pattern_ops
+from sparse_compile.block_scores_ops import BLOCK_SCORES
 from sparse_compile.indexer_ops import INDEXED_TOPK
 from sparse_compile.layout.dense_tables import DenseRead
 from sparse_compile.merged_ops import MERGED_ATTENTION
@@ -21,7 +22,14 @@ from sparse_compile.plan import Indexer, Plan, SelectedPlan
 from sparse_compile.selected_ops import SELECTED_ATTENTION
 from sparse_compile.selected_spec import SelectedSpec
 from sparse_compile.selection_ops import SELECT
-from sparse_compile.site import AttentionSite, Operand, PatternTable, Scope
+from sparse_compile.site import (
+    AttentionSite,
+    BlockScoresSite,
+    IndexerSite,
+    Operand,
+    PatternTable,
+    Scope,
+)
 from sparse_compile.spec import EmptyRows
 
 _CANONICAL = ("b", "h", "n", "d")
@@ -90,17 +98,16 @@ class Rewriter:
             gm.recompile()
 
     def _index(self, indexer: Indexer) -> None:
-        """The indices that an indexer keeps, without the scores of all keys."""
+        """The indices that an indexer keeps, or the scores of blocks, without those of all keys."""
         site, old = indexer.site, indexer.site.scores.output.node
         gm = site.scores.scope.gm
         insert = Inserter(gm, old)
         tables, sizes = realise(indexer.lifted, site.scores.scope, self._tables)
-        q, k, w = (
-            _arranged(insert, operand, axes)
-            for operand, axes in ((site.q, "bnhd"), (site.k, "bdt"), (site.w, "bnh"))
-        )
-        index = insert.call(INDEXED_TOPK, q, k, w, tables, sizes, site.most, indexer.spec.text)
-        old.replace_all_uses_with(index)
+        if isinstance(site, BlockScoresSite):
+            new = _block_scores(insert, site, tables, sizes, indexer.spec.text)
+        else:
+            new = _indices(insert, site, tables, sizes, indexer.spec.text)
+        old.replace_all_uses_with(new)
         gm.graph.erase_node(old)
 
     def _operand(self, insert: Inserter, site: AttentionSite, operand: Operand) -> Node:
@@ -233,6 +240,27 @@ class Rewriter:
             parts = range(len(example_value(call)))
             self._layouts[key] = [insert.call(operator.getitem, call, part) for part in parts]
         return self._layouts[key]
+
+
+def _indices(
+    insert: Inserter, site: IndexerSite, tables: list[Node], sizes: list[int | Node], spec: str
+) -> Node:
+    q, k, w = (
+        _arranged(insert, operand, axes)
+        for operand, axes in ((site.q, "bnhd"), (site.k, "bdt"), (site.w, "bnh"))
+    )
+    return insert.call(INDEXED_TOPK, q, k, w, tables, sizes, site.most, spec)
+
+
+def _block_scores(
+    insert: Inserter, site: BlockScoresSite, tables: list[Node], sizes: list[int | Node], spec: str
+) -> Node:
+    shared = "h" not in site.k.axes
+    q = _arranged(insert, site.q, "bhnd")
+    k = _arranged(insert, site.k, "bdt" if shared else "bhdt")
+    k = insert.method("unsqueeze", k, 1) if shared else k
+    blocks = insert.size(site.view, 3)
+    return insert.call(BLOCK_SCORES, q, k, tables, sizes, blocks, spec)
 
 
 def _arranged(insert: Inserter, operand: Operand, axes: str) -> Node:

@@ -31,7 +31,7 @@ from sparse_compile.passes import (
 )
 from sparse_compile.passes.graph_edit import device_of
 from sparse_compile.plan import Plan
-from sparse_compile.site import AttentionSite, IndexerSite, Rejection
+from sparse_compile.site import AttentionSite, Rejection
 
 
 def backend(
@@ -120,10 +120,9 @@ def _with_indexer(
     found = find_indexer(plan.lifted)
     if found is None:
         return plan
-    scores = found.scores if isinstance(found, IndexerSite) else None
-    lifted = lift_mask(scores, example_inputs, options, cache) if scores else found
-    assert not isinstance(lifted, IndexerSite)
-    return choose_indexer(plan, found, lifted)
+    if isinstance(found, Rejection):
+        return choose_indexer(plan, found, found)
+    return choose_indexer(plan, found, lift_mask(found.scores, example_inputs, options, cache))
 
 
 def _restriction_failed(rejected: Rejection) -> RestrictionFailed:

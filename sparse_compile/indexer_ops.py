@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparse_compile.errors import BadShape
 from sparse_compile.expr import evaluate
-from sparse_compile.indexer_spec import IndexerSpec, Step
+from sparse_compile.indexer_spec import IndexerSpec, stepped
 
 #: Numbers that the scores of some queries have at most, all heads together.
 _MOST = 1 << 25
@@ -97,18 +97,12 @@ def _scores(q: Tensor, k: Tensor, w: Tensor, spec: IndexerSpec) -> Tensor:
     """The scores [B, C, Nkv] of C queries: the program's steps in its order."""
     batch, rows, heads, _ = q.shape
     each = (q.flatten(1, 2) @ k).view(batch, rows, heads, k.shape[2])
-    each = torch.relu(_stepped(each, spec.before))
+    each = torch.relu(stepped(each, spec.before))
     if spec.product:
         score = (w.unsqueeze(-2) @ each).squeeze(-2)
     else:
         score = (each * w.unsqueeze(-1)).sum(-2)
-    return _stepped(score, spec.after)
-
-
-def _stepped(score: Tensor, steps: Sequence[Step]) -> Tensor:
-    for name, number in steps:
-        score = score * number if name == "mul" else score / number
-    return score
+    return stepped(score, spec.after)
 
 
 def _keep(

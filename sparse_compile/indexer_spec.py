@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from sparse_compile.expr import MaskExpr
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 #: A scores' step: ``("mul", 0.25)`` or ``("div", 8.0)``.
 Step = tuple[str, float]
+
+
+def stepped(score: Tensor, steps: Sequence[Step]) -> Tensor:
+    """Scores after some steps, each rounded as in the program."""
+    for name, number in steps:
+        score = score * number if name == "mul" else score / number
+    return score
 
 
 @dataclass(frozen=True)

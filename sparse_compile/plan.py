@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sparse_compile.block_scores_spec import BlockScoresSpec
 from sparse_compile.indexer_spec import IndexerSpec
 from sparse_compile.layout.split_views import Split
 from sparse_compile.selected_spec import SelectedSpec
-from sparse_compile.site import AttentionSite, IndexerSite, LiftedMask
+from sparse_compile.site import AttentionSite, BlockScoresSite, IndexerSite, LiftedMask
 from sparse_compile.spec import AttentionSpec
 
 
@@ -35,14 +36,14 @@ class Indexer:
     """The decision to compute an indexer without the scores of all keys.
 
     Attributes:
-        site: the indexer.
+        site: the indexer, or the scores of blocks that one takes the best of.
         lifted: the mask on its scores.
         spec: what it computes.
     """
 
-    site: IndexerSite
+    site: IndexerSite | BlockScoresSite
     lifted: LiftedMask
-    spec: IndexerSpec
+    spec: IndexerSpec | BlockScoresSpec
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,29 @@ class IndexerSite:
 
 
 @dataclass(frozen=True)
+class BlockScoresSite:
+    """The highest score of each block of keys, proven closed: nothing else reads the scores.
+
+    Attributes:
+        scores: the scores as those of an attention: where they stand, their mask, and as the output
+            the node of the highest ones.
+        q, k: the operands; ``axes`` are ``b``, ``h``, ``n`` (queries) or ``t`` (keys), and ``d``;
+            those of size one that say nothing are ``1``, and k without ``h`` has one head.
+        view: the node of the scores as [B, H, Nq, blocks, size].
+        size, before, padding: as in
+            :class:`sparse_compile.block_scores_spec.BlockScoresSpec`.
+    """
+
+    scores: AttentionSite
+    q: Operand
+    k: Operand
+    view: Node
+    size: int
+    before: tuple[Step, ...]
+    padding: float
+
+
+@dataclass(frozen=True)
 class Rejection:
     """Why something was left as it was, and what would change that.
 
@@ -189,12 +212,14 @@ class SelectedKeys:
         unit_q, unit_kv: consecutive queries, and keys, that are selected together.
         most: how many units a query selects at most, in words.
         source: the indices of the top-k that the index is, None where it is something else.
+        best: the top-k's that the index is computed from.
     """
 
     unit_q: int
     unit_kv: int
     most: str
     source: Node | None = None
+    best: tuple[Node, ...] = ()
 
     @property
     def shown(self) -> str:
@@ -218,8 +243,8 @@ class LiftedMask:
         program: a functional ATen graph from ``leaves`` to ``(*tables, *dense, *sizes)``, and then
             the index and count of ``selection``; None when the mask reads no run-time data beyond
             the lengths.
-        leaves: the inputs of ``program``: nodes of ``scope.gm``.
-        scope: where the leaves live: the site's scope or one of its parents.
+        leaves: the inputs of ``program``: nodes of ``scope.gm`` or of its parents' graphs.
+        scope: where ``program`` can run: the site's scope or one of its parents.
         dense: the tables of ``mask`` after those, of which ``program`` returns the mask tensors
             that they are made of.
         extra: the last tables of ``mask``, which an annotation's pattern makes; ``program`` does

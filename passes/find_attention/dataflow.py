@@ -17,6 +17,16 @@ from sparse_compile.passes.find_attention.canonical import (
 )
 from sparse_compile.passes.find_attention.refusal import Refusal
 from sparse_compile.passes.mutation import written_inputs
+from sparse_compile.site import Scope
+
+
+def dataflow_of(scope: Scope) -> Dataflow:
+    """The data flow of a scope's graph, knowing which of its inputs share memory outside."""
+    if scope.parent is None:
+        return Dataflow(scope.gm.graph)
+    inner = [node for node in scope.gm.graph.nodes if node.op == "placeholder"]
+    pairs = dataflow_of(scope.parent).share_memory(scope.inputs)
+    return Dataflow(scope.gm.graph, [(inner[a], inner[b]) for a, b in pairs])
 
 
 class Dataflow:

@@ -244,7 +244,10 @@ def _written_at(step: Step, index: Lifted, dim: int) -> sympy.Basic:
 
 def _in_range(step: Step, index: Lifted, dim: int) -> sympy.Basic:
     """Positions ``start + stride * d`` for d below the length of the index."""
-    (size,) = [size for size in index.shape if size != 1]
+    sizes = [size for size in index.shape if size != 1]
+    if len(sizes) != 1:
+        raise Unliftable("it writes at computed positions")
+    (size,) = sizes
     counter = DIMS[next(i for i, s in enumerate(index.shape) if s != 1)]
     value = sympy.sympify(index.cases[0][1]) if len(index.cases) == 1 else None
     stride = sympy.S.Zero if value is None else sympy.expand(value).coeff(counter)

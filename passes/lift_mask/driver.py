@@ -27,12 +27,23 @@ from sparse_compile.passes.lift_mask.selected import (
     Chosen,
     NotSelected,
     check_heads,
+    is_threshold,
+    made_of,
     split_selection,
     uncast,
 )
 from sparse_compile.passes.lift_mask.simplify import Simplifier
 from sparse_compile.passes.lift_mask.sizes import size_expr, solve_for_symbol
-from sparse_compile.passes.lift_mask.slice import CannotSlice, Slice, Slicer, Wanted, is_topk_index
+from sparse_compile.passes.lift_mask.slice import (
+    CannotSlice,
+    Slice,
+    Slicer,
+    Wanted,
+    is_topk_index,
+    ranking_of,
+    topk_dim,
+    topk_of,
+)
 from sparse_compile.passes.lift_mask.tables import Tabler, build_program
 from sparse_compile.passes.lift_mask.value import Lifted, Unliftable
 from sparse_compile.passes.lift_mask.verify import Check, Examples, verify
@@ -47,6 +58,10 @@ from sparse_compile.site import (
 )
 
 Lengths = Mapping[sympy.Symbol, sympy.Expr]
+_THRESHOLD = (
+    "it keeps every key whose score reaches a threshold, and equal scores make that more than k; "
+    "scatter the indices of the top-k to keep k"
+)
 
 
 @dataclass
@@ -181,7 +196,9 @@ def _lift(
 ) -> LiftedMask:
     if work.trace_key not in cache.traced:
         traced = normalise(work.part)
-        expose(traced)
+        inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
+        pairs = zip(inputs, work.part.leaves, strict=True)
+        expose(traced, {node: topk_dim(leaf) for node, leaf in pairs if is_topk_index(leaf)})
         cache.traced[work.trace_key] = (traced, Lifter(traced))
     traced, lifter = cache.traced[work.trace_key]
     # Tracing may have fixed a size, as when a slice is compared with the length it is cut from.
@@ -238,7 +255,17 @@ def _with_selection(
     except NotSelected as error:
         lifted = _tabled(work, traced, lifter, predicate, simplify)
         return replace(lifted, unselected=str(error))
-    return _tabled(work, traced, lifter, rest, simplify, chosen)
+    lifted = _tabled(work, traced, lifter, rest, simplify, chosen)
+    if lifted.dense and is_threshold(traced, _ranked(work, traced)):
+        return replace(lifted, unselected=_THRESHOLD)
+    return lifted
+
+
+def _ranked(work: _Work, traced: GraphModule) -> list[Node]:
+    """The inputs of a traced mask that are results of a top-k or a sort."""
+    inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
+    pairs = zip(inputs, work.part.leaves, strict=True)
+    return [node for node, leaf in pairs if ranking_of(leaf) is not None]
 
 
 def _tabled(
@@ -289,7 +316,10 @@ def _selection(chosen: Chosen, traced: GraphModule, leaves: Sequence[Node]) -> S
     index = uncast(chosen.index)
     leaf = leaves[inputs.index(index)] if index in inputs else None
     source = leaf if leaf is not None and is_topk_index(leaf) else None
-    return SelectedKeys(chosen.unit_q, chosen.unit_kv, f"{chosen.most}", source)
+    read = [leaves[inputs.index(node)] for node in made_of(index) if node in inputs]
+    best = dict.fromkeys(topk for leaf in read if (topk := topk_of(leaf)) is not None)
+    units = chosen.unit_q, chosen.unit_kv
+    return SelectedKeys(*units, f"{chosen.most}", source, tuple(best))
 
 
 def _shown(axes: Sequence[str], lengths: Lengths) -> str:
@@ -314,7 +344,9 @@ def _named_sizes(
 
 
 def _size_holders(scope: Scope) -> dict[sympy.Symbol, Node]:
-    """The inputs of a graph that hold a size symbol."""
+    """The inputs of the captured graph that hold a size symbol."""
+    while scope.parent is not None:
+        scope = scope.parent
     found: dict[sympy.Symbol, Node] = {}
     for node in scope.gm.graph.nodes:
         value = node.meta.get("example_value")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 
 import sympy
 import torch
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from sparse_compile.expr import KV, B, FloorDiv, H, Q
 from sparse_compile.passes.lift_mask.emit import Emitter
@@ -93,8 +93,10 @@ def _read(lookup: sympy.Basic, named: Node, lengths: Lengths) -> Chosen:
         raise NotSelected(f"its selection is read at key {lookup.args[dim]}")
     axes: dict[sympy.Symbol, int] = {}
     units = {B: 1, H: 1, Q: 1}
+    index = _unexpanded(index, dim)
+    own = [size_expr(size) for size in index.meta["val"].shape]
     for axis, (at, size) in enumerate(zip(lookup.args, sizes, strict=True)):
-        if axis == dim or (at == 0 and size == 1):
+        if axis == dim or (own[axis] == 1 and (at == 0 or size != 1)):
             continue
         coordinate = next((c for c in units if c not in axes and _unit(at, c)), None)
         if coordinate is None:
@@ -107,7 +109,39 @@ def _read(lookup: sympy.Basic, named: Node, lengths: Lengths) -> Chosen:
     if units[B] != 1 or Q not in axes:
         raise NotSelected("its selection is one for all queries or for several batch entries")
     order = axes.get(B), axes.get(H), axes[Q]
-    return Chosen(index, dim, order, units[Q], unit_kv)
+    return _squeezed(Chosen(index, dim, order, units[Q], unit_kv))
+
+
+def _squeezed(chosen: Chosen) -> Chosen:
+    """The same with an index before axes were added to it, so that layers share what they can."""
+    index = uncast(chosen.index)
+    if index.target is not aten.unsqueeze.default:
+        return chosen
+    source, at = index.args
+    assert isinstance(source, Node)
+    assert isinstance(at, int)
+    added = at % index.meta["val"].dim()
+    if added == chosen.dim or added in chosen.axes:
+        return chosen
+    dim, *axes = (
+        None if axis is None else axis - (axis > added) for axis in (chosen.dim, *chosen.axes)
+    )
+    assert dim is not None
+    order = axes[0], axes[1], axes[2]
+    return _squeezed(replace(chosen, index=source, dim=dim, axes=order))
+
+
+def _unexpanded(index: Node, dim: int) -> Node:
+    """The index before it was repeated along axes of size one, as for heads that share lists."""
+    while index.target in (aten.expand.default, aten._to_copy.default):
+        source = index.args[0]
+        assert isinstance(source, Node)
+        shape, own = (node.meta["val"].shape for node in (index, source))
+        integers = source.meta["val"].dtype in (torch.int32, torch.int64)
+        if not integers or len(shape) != len(own) or size_expr(shape[dim]) != size_expr(own[dim]):
+            break
+        index = source
+    return index
 
 
 def _unit(at: sympy.Expr, coordinate: sympy.Symbol) -> int | None:
@@ -172,3 +206,31 @@ def uncast(index: Node) -> Node:
             break
         index = source
     return index
+
+
+def is_threshold(traced: GraphModule, ranked: Collection[Node]) -> bool:
+    """Whether a mask compares scores with one of them, such as the k-th best.
+
+    Args:
+        traced: what computes the mask.
+        ranked: its inputs that are results of a top-k or a sort.
+    """
+    for node in traced.graph.nodes:
+        if node.target in (aten.ge.Tensor, aten.gt.Tensor, aten.le.Tensor, aten.lt.Tensor):
+            sides = [arg for arg in node.args if isinstance(arg, Node)]
+            floats = all(side.meta["val"].dtype.is_floating_point for side in sides)
+            hits = [any(n in ranked for n in made_of(side)) for side in sides]
+            if floats and hits.count(True) == 1:
+                return True
+    return False
+
+
+def made_of(node: Node) -> list[Node]:
+    """A node and all that it is computed from."""
+    found = {node: None}
+    front = [node]
+    while front:
+        new = [n for n in front.pop().all_input_nodes if n not in found]
+        found |= dict.fromkeys(new)
+        front += new
+    return list(found)

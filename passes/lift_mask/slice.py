@@ -51,7 +51,7 @@ class Slice:
     """A part of a captured graph.
 
     Attributes:
-        scope: where ``leaves`` live.
+        scope: the innermost one that ``leaves`` live in; the others live in its parents.
         leaves: inputs: placeholders, and results of operations that are not sliced through.
         nodes: what is computed, in order; those of outer scopes first.
         outputs: the wanted nodes.
@@ -96,19 +96,20 @@ class Slicer:
         nodes: list[Node] = []
         outputs = tuple(want.node for want in wanted)
         leaves: list[Node] = []
+        at: Scope | None = None
         here: Scope | None = scope
         while here is not None:
-            picked = self._graph(here.gm).pick(wanted)
+            graph = self._graph(here.gm)
+            picked = graph.pick(wanted)
             nodes = picked.nodes + nodes
             inputs = [n for n in picked.leaves if n.op == "placeholder" and here.parent is not None]
             found = [n for n in picked.leaves if n not in inputs]
-            if leaves and found:
-                raise CannotSlice(
-                    "the mask is computed from tensors inside and outside a checkpoint"
-                )
-            leaves, at = (found, here) if found else (leaves, here)
+            if at is not None:
+                graph.check_stays(found, wanted[0].reader)
+            at = here if found and at is None else at
+            leaves += found
             if not inputs:
-                return Slice(at, tuple(leaves), tuple(nodes), outputs, aliases)
+                return Slice(at or here, tuple(leaves), tuple(nodes), outputs, aliases)
             wanted = [Wanted(self._feed(here, node, aliases), _call(here)) for node in inputs]
             here = here.parent
         raise AssertionError("the captured graph has no outer scope")
@@ -156,6 +157,22 @@ class _Graph:
                 self._check(picked, wanted)
                 return picked
             forced |= around
+
+    def check_stays(self, leaves: Sequence[Node], call: Node) -> None:
+        """Leaves that a mask inside a call is computed from must hold there what they did before.
+
+        Raises:
+            CannotSlice: one is written to, or the call writes to it.
+        """
+        memory = {self.memory.of(leaf): leaf for leaf in leaves}
+        for node, targets in self.writes.items():
+            for leaf in (memory.get(self.memory.of(target)) for target in targets):
+                if leaf is None or self.position[node] > self.position[call]:
+                    continue
+                if self.position[node] > self.position[leaf]:
+                    raise CannotSlice(
+                        f"the mask inside a checkpoint reads {leaf.name}, which the model writes to"
+                    )
 
     def _pass(self, wanted: Sequence[Wanted], forced: set[Node]) -> _Picked:
         """One walk backwards: a node counts if a later one needs its value or its writes."""
@@ -248,10 +265,32 @@ def _is_leaf(node: Node) -> bool:
     return _is_source(node)
 
 
+def ranking_of(node: Node) -> Node | None:
+    """The top-k, sort or k-th value of which a node is the values or the indices."""
+    source = node.args[0] if node.target is operator.getitem else None
+    ranks = isinstance(source, Node) and _name(source) in ("topk", "sort", "kthvalue")
+    return source if ranks else None  # type: ignore[return-value]
+
+
+def topk_of(node: Node) -> Node | None:
+    """The top-k of which a node is the values or the indices."""
+    source = ranking_of(node)
+    return source if source is not None and _name(source) == "topk" else None
+
+
 def is_topk_index(node: Node) -> bool:
     """Whether a node is the indices of a top-k."""
-    source = node.args[0] if node.target is operator.getitem else None
-    return isinstance(source, Node) and _name(source) == "topk" and bool(node.args[1] == 1)
+    return topk_of(node) is not None and bool(node.args[1] == 1)
+
+
+def topk_dim(index: Node) -> int:
+    """The dimension along which the indices of a top-k are distinct."""
+    topk = topk_of(index)
+    assert topk is not None
+    dim = topk.kwargs.get("dim", topk.args[2] if len(topk.args) > 2 else -1)
+    assert isinstance(dim, int)
+    rank: int = index.meta["example_value"].dim()
+    return dim % max(1, rank)
 
 
 def _is_source(node: Node) -> bool:

@@ -112,7 +112,10 @@ def verify(check: Check, lifted: LiftedMask, examples: Examples, verify_bytes: i
         raise Refused(f"its mask could not be computed for a check: {error}") from error
     _compare(check, lifted, leaves, masks, examples)
     for draw in _draws(leaves) if needed <= _MOST_RANDOM else ():
-        leaves = [draw(leaf) for leaf in leaves]
+        leaves = [
+            _example(node, examples) if is_topk_index(node) else draw(leaf)
+            for node, leaf in zip(check.part.leaves, leaves, strict=True)
+        ]
         try:
             masks = _run(check, leaves)
         except Refused:

@@ -78,6 +78,17 @@ def by_where(scores: Tensor) -> Tensor:
     return torch.where(causal(), scores, -math.inf)
 
 
+def in_place(scores: Tensor) -> Tensor:
+    scores.masked_fill_(~causal(), -math.inf)
+    return scores
+
+
+def added_in_place(scores: Tensor) -> Tensor:
+    scores /= 4
+    scores += torch.zeros(LENGTH, LENGTH).masked_fill(~causal(), -math.inf)
+    return scores
+
+
 def not_at_all(scores: Tensor) -> Tensor:
     return scores
 
@@ -89,6 +100,8 @@ def not_at_all(scores: Tensor) -> Tensor:
     [
         *[(matmul, masked) for masked in (by_fill, by_sum, by_where, not_at_all)],
         *[(scores, by_fill) for scores in (einsum, heads_first, summed)],
+        (matmul, in_place),
+        (einsum, added_in_place),
     ],
 )
 def test_same_indices(
@@ -126,12 +139,22 @@ def scores_read(q: Tensor, k: Tensor, w: Tensor, x: Tensor) -> Tensor:
     return out + scores.amax()
 
 
-def changed_in_place(q: Tensor, k: Tensor, w: Tensor, x: Tensor) -> Tensor:
+def changed_in_part(q: Tensor, k: Tensor, w: Tensor, x: Tensor) -> Tensor:
     scores = matmul(q, k, w)
-    scores.masked_fill_(~causal(), -math.inf)
+    scores[..., 0] = 1.0
     index = scores.topk(KEPT, -1).indices
     mask = torch.zeros(BATCH, LENGTH, LENGTH, dtype=torch.bool).scatter(-1, index, True)
     return F.scaled_dot_product_attention(x, x, x, attn_mask=(mask & causal()).unsqueeze(1))
+
+
+def read_before_it_changes(q: Tensor, k: Tensor, w: Tensor, x: Tensor) -> Tensor:
+    scores = matmul(q, k, w)
+    most = scores.amax()
+    scores.masked_fill_(~causal(), -math.inf)
+    index = scores.topk(KEPT, -1).indices
+    mask = torch.zeros(BATCH, LENGTH, LENGTH, dtype=torch.bool).scatter(-1, index, True)
+    out = F.scaled_dot_product_attention(x, x, x, attn_mask=(mask & causal()).unsqueeze(1))
+    return out + most
 
 
 def operand_overwritten(q: Tensor, k: Tensor, w: Tensor, x: Tensor) -> Tensor:
@@ -155,7 +178,8 @@ def another_activation(q: Tensor, k: Tensor, w: Tensor, x: Tensor) -> Tensor:
     [
         (values_read, "its values are read, too"),
         (scores_read, "its scores are also read by `amax`"),
-        (changed_in_place, "overwritten"),
+        (changed_in_part, "overwritten in part"),
+        (read_before_it_changes, "its scores are also read by `amax`"),
         (operand_overwritten, "is overwritten"),
         (another_activation, "not those of an indexer"),
     ],

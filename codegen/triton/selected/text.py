@@ -222,7 +222,8 @@ def merge(
     total = tl.where(empty, 1.0, total)
     lse = tl.where(empty, float("-inf"), peak + tl.log(total))
     OUT += b.to(tl.int64) * out_stride_b
-    store_rows(OUT, out * (1.0 / total)[:, None], h, token, out_stride_h, out_stride_n, exist, VALUE_DIM)
+    out *= (1.0 / total)[:, None]
+    store_rows(OUT, out, h, token, out_stride_h, out_stride_n, exist, VALUE_DIM)
     tl.store(LSE + (b * q_heads + h).to(tl.int64) * n_q + token, lse, mask=exist)
 '''
 

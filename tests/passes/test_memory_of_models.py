@@ -1,0 +1,56 @@
+"""The memory that models with an indexer take, backward included, grows with the length alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from sparse_compile import block_scores_ops, indexer_ops
+from tests.passes.rewritten import Rewritten, trained
+from tests.passes.sparse_models import model, tokens
+
+
+def largest(call: Callable[[], Any]) -> int:
+    """Bytes of the largest tensor that anything allocates, inside of operators, too."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        call()
+    assert profile.profiler is not None
+    events = profile.profiler.kineto_results.events()
+    return max(event.nbytes() for event in events if event.name() == "[memory]")
+
+
+def growth(kind: str, rewrite: bool, checkpointed: bool) -> float:
+    """How much larger the largest tensor of a training step is at twice the length."""
+    network = model(kind, layers=1)
+    if checkpointed:
+        network.gradient_checkpointing_enable({"use_reentrant": False})
+    sizes = []
+    for length in (512, 1024):
+        fast, given = Rewritten(rewrite).compiled(network), tokens(length)
+        trained(fast, network, given)  # tracing allocates what no call does
+        sizes.append(largest(lambda fast=fast, given=given: trained(fast, network, given)))
+    return sizes[1] / sizes[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "checkpointed"),
+    [
+        ("deepseek_v32", False),
+        ("glm_moe_dsa", False),
+        ("minimax_m3", True),
+    ],
+)
+def test_it_grows_with_the_length(
+    monkeypatch: pytest.MonkeyPatch, kind: str, checkpointed: bool
+) -> None:
+    for operators in (indexer_ops, block_scores_ops):
+        monkeypatch.setattr(operators, "_MOST", 1 << 16)
+    assert growth(kind, rewrite=True, checkpointed=checkpointed) < 2.2
+
+
+def test_without_the_passes_it_grows_with_the_square() -> None:
+    assert growth("minimax_m3", rewrite=False, checkpointed=False) > 3.5
