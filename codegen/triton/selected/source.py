@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from sparse_compile.codegen.triton.fill import fill
 from sparse_compile.codegen.triton.predicate import print_predicate
-from sparse_compile.codegen.triton.selected import features, text, text_by_key
+from sparse_compile.codegen.triton.selected import features, text, text_by_key, whole_items
 from sparse_compile.codegen.triton.selected.features import WIDE, features_of
 from sparse_compile.codegen.triton.selected.tiles import Tile, tiles_for
 from sparse_compile.codegen.triton.source import escaped, legend, mask_parameters
@@ -72,7 +72,9 @@ def selected_source(spec: SelectedKernelSpec) -> str:
     tiles = tiles_for(spec)
     mask = spec.selected.mask
     printed = [print_predicate(mask, axis) for axis in ("kv", "q")]
-    helpers = frozenset().union(*(one.helpers for one in printed))
+    can_skip = whole_items.can_print(mask) and not spec.adds_by_query
+    helpers = set().union(*(one.helpers for one in printed))
+    helpers |= whole_items.helpers(mask) if can_skip else set()
     parts = [
         _header(spec),
         *(common.HELPERS[name] for name in sorted(helpers)),
@@ -81,6 +83,8 @@ def selected_source(spec: SelectedKernelSpec) -> str:
         _by_query(text.BACKWARD_QUERY, spec, tiles.backward_query),
     ]
     if not spec.adds_by_query:
+        if can_skip:
+            parts += whole_items.functions(mask)
         parts.append(
             _by_key(text_by_key.FORWARD_BY_KEY, spec, tiles.forward_by_key, transposed=False)
         )
@@ -173,19 +177,20 @@ def _by_key(template: str, spec: SelectedKernelSpec, tile: Tile, transposed: boo
     before = [f"kv = tl.minimum(kv, n_kv - 1){across}"]
     keep: list[str] = []
     if printed.keep:
-        keep = [
-            f"q, h = tl.minimum(token, n_q - 1){along}, h{along}",
-            *(printed.before if by_head else ()),
-            *printed.inside,
-            f"keep = {printed.keep}",
-        ]
+        keep = [*(printed.before if by_head else ()), *printed.inside, f"keep = {printed.keep}"]
     kept = f"keep & there{across}" if printed.keep else f"there{across}"
+    mask = [*keep, f'score = tl.where({kept}, score, float("-inf"))']
+    can_skip = whole_items.can_print(spec.selected.mask)
+    if can_skip:
+        mask = ["if partly:", *(f"    {line}" for line in mask)]
+    at_rows = [f"q, h = tl.minimum(token, n_q - 1){along}, h{along}"] if keep else []
     return fill(
         template,
         START=fill(text_by_key.KEYS, TILE_M=str(tile.m), TILE_N=str(tile.n)).splitlines(),
         BEFORE=[*before, *(() if by_head else printed.before)] if keep else [],
+        PARTLY=whole_items.lines(spec.selected.mask) if can_skip else [],
         ENTRIES=text_by_key.ENTRIES.splitlines(),
-        MASK=[*keep, f'score = tl.where({kept}, score, float("-inf"))'],
+        MASK=[*at_rows, *mask],
         PRECISION=_precision(spec),
         **_parameters(template, spec),
     )

@@ -58,6 +58,7 @@ def backward_key_value(
     grad_v = tl.zeros([TILE_N, VALUE_PAD], tl.float32)
     place_kv = kv
     $BEFORE
+    $PARTLY
     ahead = lo + tl.arange(0, TILE_M)
     place = tl.load(PLACES + ahead // ROWS, mask=ahead < hi, other=0)
     for at in range(lo, hi, TILE_M):
@@ -108,6 +109,7 @@ def forward_by_key(
     places = (b * groups + group - first_group).to(tl.int64) * units * most
     column = tl.arange(0, VALUE_PAD)[None, :]
     $BEFORE
+    $PARTLY
     ahead = lo + tl.arange(0, TILE_M)
     place = tl.load(PLACES + ahead // ROWS, mask=ahead < hi, other=0)
     for at in range(lo, hi, TILE_M):

@@ -52,7 +52,7 @@ class Key:
         mask: MaskExpr, sizes: Sequence[int], q: Order, kv: Order, span: int | None = None
     ) -> Key:
         """The key of a call: its lengths, and most sizes, are parameters of the kernels."""
-        constant = _constants(mask.text)
+        constant = constant_sizes(mask.text)
         fixed = tuple(
             size if i in constant or not INT32_MIN <= size <= INT32_MAX else None
             for i, size in enumerate(sizes)
@@ -78,7 +78,7 @@ class Key:
 
 
 @functools.lru_cache(maxsize=1024)
-def _constants(text: str) -> frozenset[int]:
+def constant_sizes(text: str) -> frozenset[int]:
     """The sizes that divide or multiply: the analysis of steps needs their values."""
     mask = MaskExpr.parse(text)
     found: set[int] = set()

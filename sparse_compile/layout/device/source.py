@@ -67,6 +67,7 @@ def _header(key: Key, name: str) -> str:
         KV_ORDER=str(key.kv),
         SYMBOLS=symbols,
         SPAN=str(key.span),
+        DIVISIONS=text.DIVISIONS.splitlines(),
     )
 
 

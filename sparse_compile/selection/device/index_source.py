@@ -88,5 +88,5 @@ def index_source(spec: IndexSpec) -> str:
         QUERY="query.to(tl.float32)" if single else "query",
         PRECISION=', input_precision="ieee"' if single else "",
     )
-    helpers = [text.HELPERS, *verdict_source(key)] if spec.masked else []
-    return "".join([header, *helpers, "\n\n", kernel])
+    helpers = ["\n\n", *verdict_source(key)] if spec.masked else ["\n\n"]
+    return "".join([header, *helpers, kernel])

@@ -10,6 +10,7 @@ from sparse_compile.expr.digits import digit_names
 from sparse_compile.generated import fill
 from sparse_compile.layout.device import source as layout_source
 from sparse_compile.layout.device.key import Key
+from sparse_compile.layout.device.text import DIVISIONS
 from sparse_compile.selection.device import text
 
 _LIMITS = {
@@ -68,17 +69,20 @@ def choose_source(spec: ChooseSpec) -> str:
         UNIT_Q=str(key.q.block),
         BLOCK=str(key.kv.block),
         BLOCKS=str(spec.blocks),
+        SLICE=str(min(spec.blocks, 512 * spec.warps)),
         ROOM=str(spec.room),
     )
+    sizes = [] if spec.given else sizes_of(key)
     kernel = fill(
         text.CHOOSE,
         UNSPECIALIZED=quoted([*_UNSPECIALIZED, *([] if spec.given else key.sizes)]),
-        SIZES=[] if spec.given else sizes_of(key),
+        SIZES=sizes,
+        NAMES=sizes,
         VISIBLE=text.GIVEN.splitlines() if spec.given else _from_mask(key),
         LIMIT=_LIMITS[spec.rule].splitlines(),
     )
-    verdict = [] if spec.given else verdict_source(key)
-    return "".join([header, text.HELPERS, *verdict, kernel])
+    verdict = [DIVISIONS, "\n\n"] if spec.given else verdict_source(key)
+    return "".join([header, *verdict, kernel])
 
 
 def quoted(names: Sequence[str]) -> str:
@@ -92,8 +96,9 @@ def sizes_of(key: Key) -> list[str]:
 
 
 def verdict_source(key: Key) -> list[str]:
-    """The functions ``digits_of_q``, ``digits_of_kv`` and ``verdict``; without tables."""
-    return [*layout_source.sides(key), layout_source.verdict_text(key)]
+    """The functions ``digits_of_q``, ``digits_of_kv``, ``verdict``, and what they call."""
+    sides = layout_source.sides(key)
+    return [DIVISIONS, "\n\n", *sides, layout_source.verdict_text(key)]
 
 
 def verdict_lines(key: Key, q: str, kv: str) -> list[str]:

@@ -20,30 +20,9 @@ import triton
 import triton.language as tl
 
 BLOCKS, ROOM = tl.constexpr($BLOCKS), tl.constexpr($ROOM)
-LOWEST = tl.constexpr(-(2**31))
+SLICE = tl.constexpr($SLICE)
+LOWEST, HIGHEST = tl.constexpr(-(2**31)), tl.constexpr(2**31 - 1)
 UNIT_Q, BLOCK = tl.constexpr($UNIT_Q), tl.constexpr($BLOCK)
-'''
-
-#: What verdicts are printed with.
-HELPERS = '''\
-LEAST, GREATEST = tl.constexpr(-(2**63)), tl.constexpr(2**63 - 1)  # of all int64
-
-
-@triton.jit
-def floor_div(a, b):
-    """a // b rounding down; Triton's own // rounds towards zero."""
-    quotient = a // b
-    remainder = a - quotient * b
-    return tl.where((remainder != 0) & ((remainder < 0) != (b < 0)), quotient - 1, quotient)
-
-
-@triton.jit
-def floor_mod(a, b):
-    """a % b with the sign of b; Triton's own % has that of a."""
-    remainder = a % b
-    return tl.where((remainder != 0) & ((remainder < 0) != (b < 0)), remainder + b, remainder)
-
-
 '''
 
 CHOOSE = '''\
@@ -52,16 +31,30 @@ def key_of(score, possible, forced):
     """Greater for what comes first; LOWEST for what is impossible."""
     bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)  # -0.0 is 0.0
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
-    return tl.where(possible, tl.where(forced, 0x7FFFFFFF, ordered), LOWEST)
+    return tl.where(possible, tl.where(forced, HIGHEST, ordered), LOWEST)
 
 
 @triton.jit
 def sums_before(each):
     """The sum of what comes before each number: by 32, as a warp holds them, and of those."""
-    by_warp = each.reshape(BLOCKS // 32, 32)
+    by_warp = each.reshape(SLICE // 32, 32)
     sums = tl.sum(by_warp, 1)
     within = tl.cumsum(by_warp, 1) - by_warp
-    return (within + (tl.cumsum(sums, 0) - sums)[:, None]).reshape(BLOCKS)
+    return (within + (tl.cumsum(sums, 0) - sums)[:, None]).reshape(SLICE)
+
+
+@triton.jit
+def candidates(
+    block, SCORES, VISIBLE, unit, blocks, sink, near, until, n_q, n_kv,
+    $SIZES
+):
+    """Score, whether the mask may show it, and key of some blocks."""
+    there = block < blocks
+    $VISIBLE
+    forced = (block < sink) | ((block > near) & (block <= until))
+    score = tl.load(SCORES + block, mask=visible, other=0.0)
+    possible = visible & (forced | (score > float("-inf")))
+    return score, visible, key_of(score, possible, forced)
 
 
 @triton.jit
@@ -88,24 +81,23 @@ def choose(
     its end a list holds ``blocks``. RULE is fp64 [lists, 2].
     """
     row, own = tl.program_id(0), tl.program_id(1)
-    block = tl.arange(0, BLOCKS)
-    there = block < blocks
     unit = first + row
-    $VISIBLE
     start = unit * UNIT_Q + shift
     last = tl.minimum(start + (UNIT_Q - 1), n_q - 1 + shift)
+    near = floor_div(start, BLOCK) - reach
     until = tl.where(reach > 0, floor_div(last, BLOCK), -1)
-    forced = (block < sink) | ((block > floor_div(start, BLOCK) - reach) & (block <= until))
     SCORES += (own.to(tl.int64) * rows + row) * blocks
-    score = tl.load(SCORES + block, mask=visible, other=0.0)
-    possible = visible & (forced | (score > float("-inf")))
-    key = key_of(score, possible, forced)
+    VISIBLE += own // lists * visible_stride_b + own % lists * visible_stride_list
+    VISIBLE += row.to(tl.int64) * visible_stride_row
     RULE += own % lists * 2
+    score, visible, key = candidates(
+        tl.arange(0, BLOCKS), SCORES, VISIBLE, unit, blocks, sink, near, until, n_q, n_kv,
+        $NAMES
+    )
     $LIMIT
     # Forced blocks come first, and are selected whatever the rule allows.
-    limit = tl.maximum(limit, tl.sum((possible & forced).to(tl.int32), 0))
+    limit = tl.maximum(limit, tl.sum((key == HIGHEST).to(tl.int32), 0))
     limit = tl.minimum(limit, room)
-
     found = tl.sum((key >= 0).to(tl.int32), 0)
     least, bit = tl.where(found >= limit, 0, LOWEST), tl.where(found == limit, -1, 30)
     while bit >= 0:
@@ -113,27 +105,36 @@ def choose(
         found = tl.sum((key >= higher).to(tl.int32), 0)
         least = tl.where(found >= limit, higher, least)
         bit = tl.where(found == limit, -1, bit - 1)
-    above, equal = key > least, (key > LOWEST) & (key == least)
-    wanted = limit - tl.sum(above.to(tl.int32), 0)
-    # How many of either come before a block, in one sum: no more than 2 ** 15 of each.
-    before = sums_before((above.to(tl.int32) << 16) + equal.to(tl.int32))
-    equal_before = before & 0xFFFF
-    taken = above | (equal & (equal_before < wanted))
-    place = ((before >> 16) & 0xFFFF) + tl.minimum(equal_before, wanted)
-    count = tl.sum(taken.to(tl.int32), 0)
+    wanted = limit - tl.sum((key > least).to(tl.int32), 0)
+
+    # Scores are read again, a slice at a time, which takes fewer registers than to keep them.
     line = own.to(tl.int64) * units + unit
     INDEX += line * room
-    # ``bit`` is -1: numbers that depend on it are not kept in registers through the loop.
-    tl.store(INDEX + place, tl.arange(0, BLOCKS) + (bit + 1), mask=taken)
+    n_above, n_equal = limit * 0, limit * 0
+    for at in range(0, tl.minimum(blocks, BLOCKS), SLICE):
+        block = at + tl.arange(0, SLICE)
+        _score, _visible, keys = candidates(
+            block, SCORES, VISIBLE, unit, blocks, sink, near, until, n_q, n_kv,
+            $NAMES
+        )
+        above, equal = keys > least, (keys > LOWEST) & (keys == least)
+        # How many of either come before a block, in one sum: no more than SLICE of each.
+        each = (above.to(tl.int32) << 16) + equal.to(tl.int32)
+        before = sums_before(each)
+        equal_before = n_equal + (before & 0xFFFF)
+        taken = above | (equal & (equal_before < wanted))
+        place = n_above + (before >> 16) + tl.minimum(equal_before, wanted)
+        tl.store(INDEX + place, block, mask=taken)
+        total = tl.sum(each, 0)
+        n_above, n_equal = n_above + (total >> 16), n_equal + (total & 0xFFFF)
+    count = n_above + tl.minimum(n_equal, wanted)
     beyond = tl.arange(0, ROOM)
     tl.store(INDEX + beyond, blocks, mask=(beyond >= count) & (beyond < room))
     tl.store(COUNT + line, count)
 '''
 
 GIVEN = """\
-VISIBLE += own // lists * visible_stride_b + own % lists * visible_stride_list
-at = VISIBLE + row.to(tl.int64) * visible_stride_row + block
-visible = tl.load(at, mask=there, other=0) != 0
+visible = tl.load(VISIBLE + block, mask=there, other=0) != 0
 """
 
 #: How many.
@@ -150,7 +151,7 @@ limit = ((seen * over + (under - 1)) // under).to(tl.int32)
 
 #: The fewest whose shares sum to so much: those before which the sum is less.
 TOP_P = """\
-share = tl.where(possible, share_of(score, visible), 0.0).to(tl.float64)
+share = tl.where(key > LOWEST, share_of(score, visible), 0.0).to(tl.float64)
 enough = tl.load(RULE)
 low = tl.where(tl.sum(tl.where(key >= 0, share, 0.0), 0) >= enough, 0, LOWEST)
 for number in range(31):
@@ -168,8 +169,8 @@ limit = tl.sum(more.to(tl.int32), 0) + ties
 
 #: Those with so high a score, or share.
 THRESHOLD = """\
-high = $VALUE >= tl.load(RULE).to(tl.float32)
-limit = tl.sum((possible & (high | forced)).to(tl.int32), 0)
+high = (key > LOWEST) & ($VALUE >= tl.load(RULE).to(tl.float32))
+limit = tl.sum((high | (key == HIGHEST)).to(tl.int32), 0)
 """
 
 INDEX_MODULE = '''\
