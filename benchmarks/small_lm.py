@@ -68,11 +68,11 @@ class Text:
     def batches(self, config: Config, steps: int, seed: int) -> Iterator[Tensor]:
         """Random pieces of the training text: int64 [batch, context + 1]."""
         generator = torch.Generator().manual_seed(seed)
-        reach = torch.arange(config.context + 1)
+        reach = torch.arange(config.context + 1, device=self.train.device)
         for _ in range(steps):
             last = self.train.numel() - config.context - 1
             first = torch.randint(last, (config.batch, 1), generator=generator)
-            yield started(self.train[(first + reach).to(self.train.device)])
+            yield started(self.train[first.to(reach.device) + reach])
 
     def held_out_rows(self, config: Config, most: int) -> Tensor:
         """Pieces of the held-out text, evenly spread: int64 [at most ``most``, context + 1]."""
@@ -234,12 +234,10 @@ def autocast(device: torch.device) -> AbstractContextManager[object]:
 
 def optimiser_of(model: nn.Module, rate: float, decay: float) -> torch.optim.Optimizer:
     """AdamW whose decay is of matrices alone."""
-    kinds = [[p for p in model.parameters() if (p.dim() == 2) == matrix] for matrix in (True, False)]
-    groups = [
-        {"params": kind, "weight_decay": decay * matrix}
-        for kind, matrix in zip(kinds, (1, 0), strict=True)
-        if kind
-    ]
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if p.dim() != 2]
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
     fused = any(p.is_cuda for p in model.parameters())
     return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=fused)
 

@@ -41,18 +41,18 @@ SHARES = {"train": 0.42, "distil": 0.12, "tune": 0.5}
 class Settings:
     """What a run is made of."""
 
-    model: Config = Config()
-    gates: GateConfig = GateConfig()
+    model: Config
+    gates: GateConfig
     seed: int = 0
 
 
 #: A minute or two on a CPU; a few minutes on an H200, where time ends the phases.
 PRESETS = {
     "quick": Settings(
-        Config(context=256, steps=120, batch=4, vocabulary=512, most_bytes=1_000_000),
-        GateConfig(steps=40, tuning_steps=40, held_out_rows=4),
+        Config(context=512, steps=100, batch=2, vocabulary=512, most_bytes=1_000_000),
+        GateConfig(steps=40, tuning_steps=40, held_out_rows=8),
     ),
-    "cpu": Settings(),
+    "cpu": Settings(Config(), GateConfig()),
     "cuda": Settings(
         Config(
             *(6, 6, 6, 64),
@@ -62,6 +62,7 @@ PRESETS = {
             steps=100_000,
             rate=1.5e-3,
             most_bytes=100_000_000,
+            packages=("torch",),  # the standard library alone would be learnt by heart
         ),
         GateConfig(
             width=96,
