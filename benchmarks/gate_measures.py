@@ -25,6 +25,7 @@ SPEC = SelectedSpec(MaskExpr(KV <= Q), 1, UNIT).text
 RATIOS = (0.05, 0.10, 0.15, 0.20, 0.25)
 #: Where the model is tuned, and its loss compared.
 AIM = 0.15
+TRAINED = "trained gate"
 #: The scorers of each layer, by name.
 Scorers = dict[str, list[Scorer]]
 #: Held-out rows that are looked at together.

@@ -27,12 +27,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.environment import write_json
-from benchmarks.gate_measures import AIM, Scorers, compare_losses, compare_recall, losses
+from benchmarks.gate_measures import AIM, TRAINED, Scorers, compare_losses, compare_recall, losses
+from benchmarks.gate_report import plot, tables
 from benchmarks.gate_scorers import UNIT, UNTRAINED, most_units, oracle
 from benchmarks.gate_tuning import GateConfig, distil, scorer, tune
 from benchmarks.small_lm import Config, SmallLM, Text, read_text, train, trained_on
 
-TRAINED = "trained gate"
 #: Of the time that is left when a phase begins.
 SHARES = {"train": 0.42, "distil": 0.12, "tune": 0.5}
 
@@ -142,49 +142,6 @@ def measure(
     results.write()
 
 
-def mean_recalls(
-    recalls: list[dict[str, Any]], model: str, who: str
-) -> tuple[list[float], list[float]]:
-    """Densities and recalls of a scorer, averaged over seeds."""
-    own = [row for row in recalls if (row["model"], row["scorer"]) == (model, who)]
-    by_density: dict[float, list[float]] = {}
-    for row in own:
-        by_density.setdefault(row["density"], []).append(row["recall"])
-    return list(by_density), [sum(values) / len(values) for values in by_density.values()]
-
-
-def plot(recalls: list[dict[str, Any]], path: Path) -> None:
-    """Recall against density, before and after tuning; the same bytes for the same numbers."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    shown = ["oracle", TRAINED, *(name for name in UNTRAINED if not name.endswith("local"))]
-    shown += ["overlapping pool, sink and local", "sink and local", "local"]
-    models = list(dict.fromkeys(row["model"] for row in recalls))
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "recall"}):  # text is text
-        figure, panels = pyplot.subplots(
-            1, len(models), figsize=(3 + 4.5 * len(models), 5), sharey=True, layout="constrained"
-        )
-        for model, axes in zip(models, panels if len(models) > 1 else [panels], strict=True):
-            for name in shown:
-                across, up = mean_recalls(recalls, model, name)
-                width, style = (3 if name == TRAINED else 1.2), "--" if name == "oracle" else "-"
-                axes.plot(
-                    *([100 * x for x in across], [100 * y for y in up], style),
-                    **{"marker": ".", "lw": width, "label": name if model == models[0] else None},
-                )
-            axes.set(xlabel="selected keys, % of those before the token")
-            axes.set_title(f"{model} model", loc="left")
-            axes.grid(alpha=0.3)
-            axes.set(ylabel="recall, %" if model == models[0] else None)
-        figure.suptitle("Attention that the selected keys have, on held-out text")
-        figure.legend(loc="outside right center", frameon=False)
-        figure.savefig(path, metadata={"Date": None})
-        pyplot.close(figure)
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -234,6 +191,7 @@ def main() -> None:
         end = start + (seed + 1) / args.seeds * total
         run(replace(settings, seed=seed), text, Clock(end), results)
     plot(results.recalls, args.plot)
+    print(tables({"rows": results.recalls, "losses": results.losses}))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # where a plain `pytest` does not look
 
-from benchmarks import gate_measures, gate_scorers, small_lm, train_gate
+from benchmarks import gate_measures, gate_report, gate_scorers, small_lm, train_gate
 from benchmarks.gate_scorers import UNIT, choose, chosen, density, most_units
 from benchmarks.gate_tuning import (
     GateConfig,
@@ -39,7 +39,7 @@ def test_everything_with_tiny_settings(tmp_path: Path) -> None:
     told: list[str] = []
     results = train_gate.Results(tmp_path / "found.json", {"config": {}}, told.append)
     train_gate.run(train_gate.Settings(TINY, GATES), read_text(TINY), ENDLESS, results)
-    names = {train_gate.TRAINED, "oracle", *gate_scorers.UNTRAINED}
+    names = {gate_measures.TRAINED, "oracle", *gate_scorers.UNTRAINED}
     for model in ("frozen", "tuned"):
         own = [row for row in results.recalls if row["model"] == model]
         assert {row["scorer"] for row in own} == names
@@ -51,9 +51,11 @@ def test_everything_with_tiny_settings(tmp_path: Path) -> None:
             expected = row["loss"] / lost["dense baseline"]["loss"] - 1
             assert row["above_dense"] == pytest.approx(expected, abs=1e-4)
     assert json.loads(results.path.read_text())["losses"] == results.losses
-    train_gate.plot(results.recalls, tmp_path / "plot.svg")
+    table = gate_report.tables(json.loads(results.path.read_text()))
+    assert table.count("| trained gate |") == 2
+    gate_report.plot(results.recalls, tmp_path / "plot.svg")
     drawn = ElementTree.parse(tmp_path / "plot.svg").getroot()
-    assert any(train_gate.TRAINED in (text or "") for text in drawn.itertext())
+    assert any(gate_measures.TRAINED in (text or "") for text in drawn.itertext())
 
 
 def operands(heads: int = 4, kv_heads: int = 2, n: int = 96) -> list[Tensor]:
