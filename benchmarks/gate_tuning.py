@@ -7,8 +7,9 @@ the model goes on training and attends to nothing but what its gates select. Thr
 - the distillation of each gate to the attention of its layer, which the gate has to follow while
   the model changes, as DeepSeek-V3.2 does (https://arxiv.org/abs/2512.02556); it reaches the gate
   only;
-- ``-log(recall)``, the difference of the log-sum-exps over all keys and over the selected ones. It
-  reaches queries and keys, so the attention moves to where the gate looks.
+- the attention that the selection misses, ``1 - recall``. It reaches queries and keys, so the
+  attention moves to where the gate looks. Its weight is no choice: it rises while more is missed
+  than wanted, and falls otherwise, so the model gives up no more than that takes.
 
 For the second and the third the dense map is made, layer by layer: that is simple, and meant for
 contexts that are short enough.
@@ -59,8 +60,8 @@ class GateConfig:
     #: Of the model under the selection; the gates then learn at a third of their first rate.
     tuning_steps: int = 300
     tuning_rate: float = 1e-3
-    #: The weight of ``-log(recall)``, a mean over layers.
-    concentration: float = 0.3
+    #: The recall that the weight of what is missed is steered to.
+    aim: float = 0.96
     held_out_rows: int = 24
 
 
@@ -185,10 +186,16 @@ def under_selection(
         scores = gate(q.detach().float(), k.detach().float())
     seen.divergence.append(learnt(scores, mass))
     units = chosen(grouped(scores.detach(), k.shape[1]), most).repeat_interleave(heads, 1)
-    recall = (mass * units).sum(-1).clamp_min(1e-6)
-    seen.missed.append(-recall.log().mean())
+    recall = (mass * units).sum(-1)
+    seen.missed.append(1 - recall.mean())
     kept = (weight * units[..., None]).flatten(-2)
-    return (kept @ values) / recall[..., None]
+    return (kept @ values) / recall.clamp_min(1e-6)[..., None]
+
+
+def steered(weight: Tensor, missed: Tensor, wanted: float) -> Tensor:
+    """The next weight of what is missed: up to 5 % more or less than the last."""
+    push = (missed.detach() / wanted - 1).clamp(-1, 1)
+    return (weight * (0.05 * push).exp()).clamp(1e-3, 10.0)
 
 
 def tune(
@@ -210,21 +217,22 @@ def tune(
     rate = gates.tuning_rate
     optimisers = optimiser_of(model, rate, model.config.decay), optimiser_of(made, rate, 0.0)
     batches = text.batches(model.config, gates.tuning_steps, seed)
-    step = 0
+    weight, step = torch.full((), 0.3, device=text.train.device), 0
     for done, rows in zip(progress(gates.tuning_steps, seconds), batches, strict=False):
         seen = Seen()
         attend = [partial(under_selection, gate, most, seen) for gate in made]
         with attending(model, attend), autocast(rows.device):
             loss = model.loss(rows)
         missed = torch.stack(seen.missed).mean()
-        total = loss + gates.concentration * missed + torch.stack(seen.divergence).sum()
-        left = 1 - done
+        total = loss + weight * missed + torch.stack(seen.divergence).sum()
+        weight, left = steered(weight, missed, 1 - gates.aim), 1 - done
         stepped(total, (optimisers[0], left * rate), (optimisers[1], left * gates.rate / 3))
         if step % 50 == 0:
             divergence = torch.stack(seen.divergence).mean().item()
             say(
                 f"tuning, step {step}: {loss.item():.3f} nats per token, "
-                f"-log(recall) {missed.item():.3f}, divergence {divergence:.3f}"
+                f"missed {missed.item():.3f} at a weight of {weight.item():.2f}, "
+                f"divergence {divergence:.3f}"
             )
         step += 1
     return model.eval(), made, step

@@ -153,7 +153,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="of the language model")
     parser.add_argument("--gate-steps", type=int)
     parser.add_argument("--tuning-steps", type=int)
-    parser.add_argument("--concentration", type=float, help="weight of -log(recall) in tuning")
+    parser.add_argument("--aim", type=float, help="recall that tuning aims at")
     parser.add_argument("--packages", nargs="*", help="also learn from these installed packages")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("train_gate.json"))
@@ -164,8 +164,7 @@ def arguments() -> argparse.Namespace:
 def settings_of(args: argparse.Namespace) -> Settings:
     preset = PRESETS["quick" if args.quick else args.device]
     model = {"steps": args.steps, "packages": args.packages and tuple(args.packages)}
-    gates = {"steps": args.gate_steps, "tuning_steps": args.tuning_steps}
-    gates["concentration"] = args.concentration
+    gates = {"steps": args.gate_steps, "tuning_steps": args.tuning_steps, "aim": args.aim}
     given = [{k: v for k, v in part.items() if v is not None} for part in (model, gates)]
     return Settings(replace(preset.model, **given[0]), replace(preset.gates, **given[1]))
 

@@ -75,7 +75,7 @@ def test_tuning_is_attention_to_the_selected_keys(kv_heads: int) -> None:
     )
     keys = k.repeat_interleave(4 // kv_heads, 1)
     score = (q @ keys.mT * 32**-0.5).masked_fill(torch.ones(96, 96).triu(1).bool(), -math.inf)
-    missed = (score.logsumexp(-1) - lse).mean()
+    missed = 1 - (lse - score.logsumexp(-1)).exp().mean()
     seen = Seen()
     found = under_selection(gate, 2, seen, q, k, v)
     torch.testing.assert_close(found, out)
