@@ -24,6 +24,7 @@ from benchmarks.gate_tuning import (
     distil,
     new_gates,
     scorer,
+    steered,
     tune,
     under_selection,
 )
@@ -118,6 +119,13 @@ def test_choices() -> None:
         assert density(most, n) == pytest.approx(expected.item())
     assert density(most_units(0.5, n), n) <= 0.5 < density(most_units(0.5, n) + 1, n)
     assert most_units(1e-3, n) == 1
+
+
+def test_the_weight_rises_while_too_much_is_missed() -> None:
+    weight = torch.tensor(0.5)
+    assert steered(weight, torch.tensor(0.30), 0.05) == pytest.approx(0.5 * math.exp(0.05))
+    assert steered(weight, torch.tensor(0.05), 0.05) == 0.5
+    assert steered(weight, torch.tensor(0.04), 0.05) == pytest.approx(0.5 * math.exp(-0.01))
 
 
 def test_tuning_concentrates_attention_and_learns() -> None:
