@@ -7,7 +7,7 @@ model. The loss is that of the model when it attends to nothing else, by this li
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -89,7 +89,7 @@ def compare_losses(
     scorers: Scorers,
     dense: Tensor,
     say: Callable[[str], None],
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """The losses of a model with all scorers where aimed at, above those of a dense model.
 
     Args:
@@ -100,14 +100,12 @@ def compare_losses(
     cases: dict[str, list[Attend] | None] = {"dense": None}
     for who, by_layer in scorers.items():
         cases[who] = [partial(selected, scorer, most) for scorer in by_layer]
-    results = []
     for who, attend in cases.items():
         found = losses(model, rows, attend)
         mean, above = found.mean().item(), (found - dense) / dense.mean()
         error = above.std().item() / math.sqrt(len(rows))
-        results.append(
+        say(f"{name}, {who}: {mean:.4f} nats, {above.mean().item():+.2%} (+- {error:.2%})")
+        yield (
             {"model": name, "scorer": who, "units": None if who == "dense" else most}
             | {"loss": mean, "above_dense": above.mean().item(), "standard_error": error}
         )
-        say(f"{name}, {who}: {mean:.4f} nats, {above.mean().item():+.2%} (+- {error:.2%})")
-    return results

@@ -102,4 +102,7 @@ def plot(rows: Rows, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    print(tables(json.loads(Path(sys.argv[1]).read_text())))
+    content = json.loads(Path(sys.argv[1]).read_text())
+    print(tables(content))
+    for drawn in sys.argv[2:]:
+        plot(content["rows"], Path(drawn))

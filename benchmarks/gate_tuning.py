@@ -207,17 +207,13 @@ def tune(
     say: Callable[[str], None],
     seconds: float = math.inf,
     seed: int = 0,
-) -> tuple[SmallLM, nn.ModuleList, int]:
-    """Copies of the model and of its gates, trained on under the selection; and for how long.
-
-    Returns:
-        the model, the gates, and the number of steps.
-    """
+) -> tuple[SmallLM, nn.ModuleList]:
+    """Copies of the model and of its gates, trained on under the selection."""
     model, made = copy.deepcopy(model).train(), copy.deepcopy(made)
     rate = gates.tuning_rate
     optimisers = optimiser_of(model, rate, model.config.decay), optimiser_of(made, rate, 0.0)
     batches = text.batches(model.config, gates.tuning_steps, seed)
-    weight, step = torch.full((), 0.3, device=text.train.device), 0
+    weight = torch.full((), 0.3, device=text.train.device)
     for done, rows in zip(progress(gates.tuning_steps, seconds), batches, strict=False):
         seen = Seen()
         attend = [partial(under_selection, gate, most, seen) for gate in made]
@@ -227,12 +223,12 @@ def tune(
         total = loss + weight * missed + torch.stack(seen.divergence).sum()
         weight, left = steered(weight, missed, 1 - gates.aim), 1 - done
         stepped(total, (optimisers[0], left * rate), (optimisers[1], left * gates.rate / 3))
-        if step % 50 == 0:
+        if model.steps % 50 == 0:
             divergence = torch.stack(seen.divergence).mean().item()
             say(
-                f"tuning, step {step}: {loss.item():.3f} nats per token, "
+                f"tuning, step {model.steps}: {loss.item():.3f} nats per token, "
                 f"missed {missed.item():.3f} at a weight of {weight.item():.2f}, "
                 f"divergence {divergence:.3f}"
             )
-        step += 1
-    return model.eval(), made, step
+        model.steps += 1
+    return model.eval(), made

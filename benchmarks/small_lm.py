@@ -199,11 +199,11 @@ class Block(nn.Module):
 
 
 class SmallLM(nn.Module):
-    """Tokens int64 [B, N] to logits [B, N, vocabulary]."""
+    """Tokens int64 [B, N] to logits [B, N, vocabulary]; counts the ``steps`` of its training."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.steps = config, 0
         width = config.heads * config.head_dim
         self.embedding = nn.Embedding(config.vocabulary, width)
         self.blocks = nn.Sequential(*(Block(config) for _ in range(config.layers)))
@@ -281,6 +281,7 @@ def train(
         with autocast(rows.device):
             loss = model.loss(rows)
         stepped(loss, (optimiser, config.rate * min(1, (step + 1) / warm)))
+        model.steps += 1
         if step % 50 == 0:
             say(f"language model, step {step}: {loss.item():.3f} nats per token")
     return model.eval()
@@ -297,5 +298,6 @@ def trained_on(
         with autocast(rows.device):
             loss = model.loss(rows)
         stepped(loss, (optimiser, rate * (1 - done)))
+        model.steps += 1
     say(f"language model, {steps} steps more: {loss.item():.3f} nats per token")
     return model.eval()

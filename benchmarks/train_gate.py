@@ -34,7 +34,7 @@ from benchmarks.gate_tuning import GateConfig, distil, scorer, tune
 from benchmarks.small_lm import Config, SmallLM, Text, read_text, train, trained_on
 
 #: Of the time that is left when a phase begins.
-SHARES = {"train": 0.42, "distil": 0.12, "tune": 0.5}
+SHARES = {"train": 0.36, "distil": 0.1, "tune": 0.58}
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,8 @@ def run(settings: Settings, text: Text, clock: Clock, results: Results) -> None:
     frozen = train(model, text, say, clock.share("train"), seed)
     made = distil(frozen, text, gates, say, clock.share("distil"), seed)
     measure("frozen", frozen, made, rows, losses(frozen, rows), seed, results)
-    tuned, followed, steps = tune(frozen, made, text, gates, most, say, clock.share("tune"), after)
+    tuned, followed = tune(frozen, made, text, gates, most, say, clock.share("tune"), after)
+    steps = tuned.steps - frozen.steps
     dense = trained_on(frozen, text, steps, gates.tuning_rate, say, after)
     baseline = losses(dense, rows)
     say(f"dense for as long, {steps} steps: {baseline.mean().item():.4f} nats")
@@ -137,9 +138,10 @@ def measure(
     results.recalls += found
     results.write()
     baseline = {"scorer": "dense baseline", "loss": dense.mean().item()}
-    compared = [baseline, *compare_losses(name, model, rows, scorers, dense, results.say)]
-    results.losses += [about | row for row in compared]
-    results.write()
+    results.losses.append(about | baseline | {"steps": model.steps})
+    for row in compare_losses(name, model, rows, scorers, dense, results.say):
+        results.losses.append(about | row)
+        results.write()
 
 
 def arguments() -> argparse.Namespace:
@@ -157,7 +159,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--packages", nargs="*", help="also learn from these installed packages")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("train_gate.json"))
-    parser.add_argument("--plot", type=Path, default=Path("train_gate.svg"))
+    parser.add_argument("--plot", type=Path, help="draw the recalls here; takes matplotlib")
     return parser.parse_args()
 
 
@@ -189,8 +191,9 @@ def main() -> None:
     for seed in range(args.seeds):
         end = start + (seed + 1) / args.seeds * total
         run(replace(settings, seed=seed), text, Clock(end), results)
-    plot(results.recalls, args.plot)
     print(tables({"rows": results.recalls, "losses": results.losses}))
+    if args.plot is not None:
+        plot(results.recalls, args.plot)
 
 
 if __name__ == "__main__":
