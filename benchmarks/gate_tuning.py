@@ -192,10 +192,25 @@ def under_selection(
     return (kept @ values) / recall.clamp_min(1e-6)[..., None]
 
 
-def steered(weight: Tensor, missed: Tensor, wanted: float) -> Tensor:
-    """The next weight of what is missed: up to 5 % more or less than the last."""
-    push = (missed.detach() / wanted - 1).clamp(-1, 1)
-    return (weight * (0.05 * push).exp()).clamp(1e-3, 10.0)
+@dataclass
+class Steering:
+    """The weight of what is missed, so that in the end no more than ``wanted`` is.
+
+    Until half of the tuning is done it leads from what was missed at first to what is wanted: a
+    model that is hurried gives up what it cannot learn again.
+    """
+
+    wanted: float
+    weight: Tensor
+    first: Tensor | None = None
+
+    def next(self, missed: Tensor, done: float) -> Tensor:
+        """The weight to use now, at most 2 % more or less than the last; no more than 1."""
+        self.first = missed.detach() if self.first is None else self.first
+        now = self.wanted + (self.first - self.wanted).clamp_min(0) * max(1 - 2 * done, 0)
+        push = (missed.detach() / now - 1).clamp(-0.1, 0.1)
+        self.weight = (self.weight * (0.2 * push).exp()).clamp(1e-3, 1.0)
+        return self.weight
 
 
 def tune(
@@ -213,15 +228,15 @@ def tune(
     rate = gates.tuning_rate
     optimisers = optimiser_of(model, rate, model.config.decay), optimiser_of(made, rate, 0.0)
     batches = text.batches(model.config, gates.tuning_steps, seed)
-    weight = torch.full((), 0.3, device=text.train.device)
+    steering = Steering(1 - gates.aim, torch.full((), 0.1, device=text.train.device))
     for done, rows in zip(progress(gates.tuning_steps, seconds), batches, strict=False):
         seen = Seen()
         attend = [partial(under_selection, gate, most, seen) for gate in made]
         with attending(model, attend), autocast(rows.device):
             loss = model.loss(rows)
         missed = torch.stack(seen.missed).mean()
+        weight, left = steering.next(missed, done), 1 - done
         total = loss + weight * missed + torch.stack(seen.divergence).sum()
-        weight, left = steered(weight, missed, 1 - gates.aim), 1 - done
         stepped(total, (optimisers[0], left * rate), (optimisers[1], left * gates.rate / 3))
         if model.steps % 50 == 0:
             divergence = torch.stack(seen.divergence).mean().item()

@@ -21,10 +21,10 @@ from benchmarks.gate_scorers import UNIT, choose, chosen, density, most_units
 from benchmarks.gate_tuning import (
     GateConfig,
     Seen,
+    Steering,
     distil,
     new_gates,
     scorer,
-    steered,
     tune,
     under_selection,
 )
@@ -121,11 +121,17 @@ def test_choices() -> None:
     assert most_units(1e-3, n) == 1
 
 
-def test_the_weight_rises_while_too_much_is_missed() -> None:
-    weight = torch.tensor(0.5)
-    assert steered(weight, torch.tensor(0.30), 0.05) == pytest.approx(0.5 * math.exp(0.05))
-    assert steered(weight, torch.tensor(0.05), 0.05) == 0.5
-    assert steered(weight, torch.tensor(0.04), 0.05) == pytest.approx(0.5 * math.exp(-0.01))
+def test_the_weight_is_steered_to_what_is_wanted() -> None:
+    steering = Steering(0.05, torch.tensor(0.5))
+    assert steering.next(torch.tensor(0.25), 0.0) == 0.5  # as much as at first is fine at first
+    assert steering.next(torch.tensor(0.15), 0.25) == pytest.approx(0.5)  # half of the way
+    higher = steering.next(torch.tensor(0.15), 0.5)
+    assert higher == pytest.approx(0.5 * math.exp(0.02))
+    assert steering.next(torch.tensor(0.01), 1.0) == pytest.approx(0.5)
+    for _ in range(100):
+        highest = steering.next(torch.tensor(0.9), 1.0)
+    assert highest == 1
+    assert Steering(0.05, torch.tensor(0.5)).next(torch.tensor(0.01), 0.0) < 0.5
 
 
 def test_tuning_concentrates_attention_and_learns() -> None:
