@@ -65,7 +65,7 @@ PRESETS = {
             packages=("torch",),  # the standard library alone would be learnt by heart
         ),
         GateConfig(
-            width=96,
+            *(48, 16, 16),  # each key is scored on its own, in 48 channels, as DSA's indexer does
             batch=4,
             steps=100_000,
             tuning_steps=100_000,
@@ -155,6 +155,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="of the language model")
     parser.add_argument("--gate-steps", type=int)
     parser.add_argument("--tuning-steps", type=int)
+    parser.add_argument("--parts", type=int, help="of a unit, which a gate pools on their own")
+    parser.add_argument("--width", type=int, help="channels of a gate")
     parser.add_argument("--aim", type=float, help="recall that tuning aims at")
     parser.add_argument("--packages", nargs="*", help="also learn from these installed packages")
     parser.add_argument("--threads", type=int, default=2)
@@ -167,6 +169,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
     preset = PRESETS["quick" if args.quick else args.device]
     model = {"steps": args.steps, "packages": args.packages and tuple(args.packages)}
     gates = {"steps": args.gate_steps, "tuning_steps": args.tuning_steps, "aim": args.aim}
+    gates |= {"parts": args.parts, "width": args.width}
     given = [{k: v for k, v in part.items() if v is not None} for part in (model, gates)]
     return Settings(replace(preset.model, **given[0]), replace(preset.gates, **given[1]))
 
