@@ -7,7 +7,6 @@ for q [B, Hq, N, D] and k [B, Hkv, N, D]. The scores of heads that share a list 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -36,13 +35,13 @@ def untrained(scorer: P.Scorer) -> Scorer:
 
 def random(q: Tensor, k: Tensor) -> Tensor:
     shape = q.shape[0], k.shape[1], q.shape[2], k.shape[2] // UNIT
-    return torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    return torch.rand(shape, generator=torch.Generator(q.device).manual_seed(0), device=q.device)
 
 
 def local(q: Tensor, k: Tensor) -> Tensor:
     """The most recent units."""
     shape = q.shape[0], k.shape[1], q.shape[2], k.shape[2] // UNIT
-    return torch.arange(shape[-1]).float().expand(shape)
+    return torch.arange(shape[-1], device=q.device).float().expand(shape)
 
 
 def oracle(q: Tensor, k: Tensor) -> Tensor:
@@ -56,7 +55,7 @@ def forced(scorer: Scorer) -> Scorer:
 
     def score(q: Tensor, k: Tensor) -> Tensor:
         scores = scorer(q, k)
-        unit, own = torch.arange(scores.shape[-1]), torch.arange(q.shape[2])[:, None] // UNIT
+        own, unit = own_and_units(scores)
         always = (unit == 0) | ((unit <= own) & (own - unit < 3))
         # More for later units: a list that is too short for all of them has the latest.
         return torch.where(always, 1e6 + unit.float(), scores)
@@ -81,26 +80,46 @@ UNTRAINED: dict[str, Scorer] = {
 }
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """The best units of every query: bool [B, Hs, N, Ukv], and as lists."""
-
-    units: Tensor
-    lists: Selection
+def own_and_units(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Of scores [..., N, Ukv]: the unit in which each query stands, [N, 1], and all units."""
+    rows, units = (torch.arange(n, device=scores.device) for n in scores.shape[-2:])
+    return rows[:, None] // UNIT, units
 
 
-def choose(scores: Tensor, ratio: float) -> Chosen:
-    """The best of the units that a query sees, ``ratio`` of them, rounded, at least one.
+def ranked(scores: Tensor) -> Tensor:
+    """The units of each query from the best on: its own first, and those it does not see last."""
+    own, unit = own_and_units(scores)
+    seen = scores.masked_fill(unit == own, torch.inf).masked_fill(unit > own, -torch.inf)
+    return seen.sort(dim=-1, descending=True, stable=True).indices
 
-    The query's own unit comes first, whatever its score, and counts.
+
+def choose(scores: Tensor, most: int) -> Selection:
+    """The ``most`` best units of every query, its own among them; all that it sees if fewer."""
+    own, _ = own_and_units(scores)
+    best = ranked(scores)[..., :most]
+    index, count = canonical(torch.where(best <= own, best, -1), scores.shape[-1])
+    return Selection(index, count, 1, UNIT)
+
+
+def chosen(scores: Tensor, most: int) -> Tensor:
+    """The same as bool [..., N, Ukv]."""
+    own, unit = own_and_units(scores)
+    best = ranked(scores)[..., :most]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True) & (unit <= own)
+
+
+def density(most: int, context: int) -> float:
+    """The share of the pairs that a causal mask allows that ``most`` units of each query have.
+
+    >>> density(1000, 64), round(density(1, 64), 3)
+    (1.0, 0.262)
     """
-    n, most = scores.shape[2], scores.shape[3]
-    own, unit = torch.arange(n)[:, None] // UNIT, torch.arange(most)
-    scores = scores.masked_fill(unit == own, torch.inf).masked_fill(unit > own, -torch.inf)
-    wanted = ((own + 1) * ratio).round().long().clamp_min(1)
-    order = scores.sort(dim=-1, descending=True, stable=True).indices
-    rank = torch.zeros_like(order).scatter_(-1, order, unit.expand_as(order).contiguous())
-    best = order[..., : int(wanted.max())]
-    best = torch.where(unit[: best.shape[-1]] < wanted, best, -1)
-    index, count = canonical(best, most)
-    return Chosen(rank < wanted, Selection(index, count, 1, UNIT))
+    at = torch.arange(context)
+    whole = (at // UNIT + 1).clamp_max(most) - 1  # all but its own, which it sees in part
+    pairs = (whole * UNIT + at % UNIT + 1).sum()
+    return pairs.item() / (context * (context + 1) // 2)
+
+
+def most_units(ratio: float, context: int) -> int:
+    """The most units, at least one, that have no more than this share of the pairs."""
+    return max(n for n in range(1, context // UNIT + 1) if n == 1 or density(n, context) <= ratio)

@@ -126,12 +126,13 @@ def test_learns_what_attention_looks_at() -> None:
 
 def test_the_documented_training_runs() -> None:
     page = Path(__file__).parents[2] / "docs" / "training-a-gate.md"
-    (program,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    program, use = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     q, k = torch.randn(1, 4, 64, 32), torch.randn(1, 2, 64, 32)
     names: dict[str, Any] = {"attention_inputs": [(q, k)] * 20}
     exec(program, names)
     first = distillation_loss(PooledGate(32, 4, 2, unit_kv=16)(q, k), names["target"])
     assert names["loss"] < first
+    exec(use, names | {"q": q, "k": k, "v": k})
 
 
 def test_runs_in_torch_compile() -> None:
