@@ -73,8 +73,7 @@ def plot(rows: Rows, path: Path) -> None:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    shown = ["oracle", TRAINED, *(name for name in UNTRAINED if not name.endswith("local"))]
-    shown += ["overlapping pool, sink and local", "sink and local", "local"]
+    shown = ["oracle", TRAINED, *UNTRAINED]
     models, across = list(dict.fromkeys(row["model"] for row in rows)), densities(rows)
     across = [100 * value for value in across]
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "recall"}):  # text is text

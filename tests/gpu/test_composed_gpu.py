@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import sparse_compile
 from sparse_compile import patterns as P
+from sparse_compile.backend import backend
 from sparse_compile.expr import KV, MaskExpr, Q
 from sparse_compile.indexer_ops import INDEXED_TOPK
 from sparse_compile.indexer_spec import IndexerSpec
@@ -130,7 +131,7 @@ def test_in_compiled_code(case: Case) -> None:
     def run(q: Tensor, k: Tensor, v: Tensor, mask: P.Pattern) -> Tensor:
         return sparse_compile.attention(q * 1.0, k, v, mask) + 0.0
 
-    check(case, torch.bfloat16, torch.compile(run, backend="sparse_compile", fullgraph=True))
+    check(case, torch.bfloat16, torch.compile(run, backend=backend, fullgraph=True))
 
 
 def test_nothing_waits() -> None:
@@ -189,7 +190,7 @@ def test_a_model_with_an_indexer() -> None:
     network = model(kind, "sdpa").to(DEVICE)
     x = tokens(130).to(DEVICE)
     wanted = trained(network, network, x)
-    fast = torch.compile(network, backend="sparse_compile")
+    fast = torch.compile(network, backend=backend)
     assert_same(trained(fast, network, x), wanted, 1e-4)
     assert sparse_compile.explain(network, x).rewritten == LAYERS[kind]
 
@@ -237,7 +238,7 @@ def peak_bytes(run: Callable[[], Any]) -> int:
 def test_moba_is_recognised() -> None:
     torch._dynamo.reset()
     network, x = moba(1024)
-    fast = torch.compile(network, backend="sparse_compile")
+    fast = torch.compile(network, backend=backend)
     assert_same(trained(fast, network, x), trained(network, network, x), 1e-4)
     report = sparse_compile.explain(network, x)
     assert [site.executor for site in report.sites] == ["selected"]
@@ -247,7 +248,7 @@ def test_moba_takes_no_memory_for_all_pairs() -> None:
     torch._dynamo.reset()
     length = 16384
     network, x = moba(length)
-    fast = torch.compile(network, backend="sparse_compile")
+    fast = torch.compile(network, backend=backend)
     # The mask alone would have two heads of a byte for each pair, its bias four bytes for each.
     assert peak_bytes(lambda: trained(fast, network, x)) < 2 * length * length
 

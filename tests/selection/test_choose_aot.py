@@ -54,11 +54,11 @@ def test_choose(rule: str, given: bool, arch: int) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_index_scores(dtype: str, arch: int) -> None:
     run_q, run_kv = tiles(dtype)
-    for heads, dim in ((64, 128), (3, 40)):
+    for heads, dim in ((64, 128), (3, 40), (130, 64)):
         key = Key.of(CAUSAL, [], natural(run_q), natural(run_kv))
         spec = IndexSpec(key, True, heads, dim, dtype, f"sm_{arch}")
         kernel = load_module(spec.name, index_source(spec)).index_scores
-        types = {"SCORES": "*fp32", "before": "fp32", "after": "fp32"}
+        types = {"SCORES": "*fp32", "factor": "fp32"}
         types |= {name: f"*{SHORT[dtype]}" for name in "QKW"}
         options = Options(spec.options["num_warps"], spec.options["num_stages"])
         used = resources(kernel, types, options, arch)

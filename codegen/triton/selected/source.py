@@ -180,7 +180,8 @@ def _by_key(template: str, spec: SelectedKernelSpec, tile: Tile, transposed: boo
         keep = [*(printed.before if by_head else ()), *printed.inside, f"keep = {printed.keep}"]
     kept = f"keep & there{across}" if printed.keep else f"there{across}"
     mask = [*keep, f'score = tl.where({kept}, score, float("-inf"))']
-    can_skip = whole_items.can_print(spec.selected.mask)
+    # In the backward the branch costs more than the mask does.
+    can_skip = not transposed and whole_items.can_print(spec.selected.mask)
     if can_skip:
         mask = ["if partly:", *(f"    {line}" for line in mask)]
     at_rows = [f"q, h = tl.minimum(token, n_q - 1){along}, h{along}"] if keep else []

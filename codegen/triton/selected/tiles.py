@@ -94,8 +94,8 @@ def _half(width: int, rows: int, unit: int, aligned: bool) -> Tiles:
     few = Tile(16, n, 2, 2, descriptors=whole)
     return Tiles(
         few if rows == 16 else Tile(min(rows, m), n, 4, 3 if narrow else 2),
-        few if rows == 16 else Tile(min(rows, m), n, 4, 2),
-        Tile(m, unit, 4 if narrow else 8, 2 if not narrow else 3 if unit <= 64 else 1),
+        replace(few, stages=3 if narrow else 2) if rows == 16 else Tile(min(rows, m), n, 4, 2),
+        Tile(m, unit, 4 if narrow else 8, 3 if unit <= 64 and narrow else 2),
         Tile(m, min(unit, n), 4, 2),
     )
 

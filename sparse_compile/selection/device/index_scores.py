@@ -37,7 +37,7 @@ def index_scores(
     w: Tensor,
     queries: tuple[int, int],
     visible: Visible,
-    factors: tuple[float, float] = (1.0, 1.0),
+    factor: float = 1.0,
 ) -> Tensor:
     """``sum_i w_i * relu(q_i . k)`` for some queries.
 
@@ -47,7 +47,7 @@ def index_scores(
         w: [B, Nq, H], floating.
         queries: the first, and the end.
         visible: in its runs; those that are not visible need not be written.
-        factors: on the products, and on the sums.
+        factor: on the scores.
 
     Returns:
         fp32 [B, end - first, Nkv].
@@ -67,7 +67,7 @@ def index_scores(
     scores = torch.empty(batch, end - first, n_kv, dtype=torch.float32, device=q.device)
     arguments = (
         *(q, k, w, scores, *q.stride()[:3], *k.stride()[:2], *w.stride()),
-        *(first, end, *factors, n_q, n_kv, *(free_sizes(visible, key) if masked else [])),
+        *(first, end, factor, n_q, n_kv, *(free_sizes(visible, key) if masked else [])),
     )
     grid = -(-n_kv // run_kv), -(-(end - first) // run_q), batch
     with current(q.device):

@@ -59,7 +59,7 @@ class IndexSpec:
 
 def tiles(dtype: str) -> tuple[int, int]:
     """Queries, and keys, of a tile."""
-    return (64, 32) if dtype == "float32" else (128, 128)
+    return (64, 32) if dtype == "float32" else (64, 128)
 
 
 def index_source(spec: IndexSpec) -> str:

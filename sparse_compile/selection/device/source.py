@@ -54,8 +54,8 @@ class ChooseSpec:
 
     @property
     def warps(self) -> int:
-        """One for 1024 scores, up to 16."""
-        return max(1, min(16, self.blocks // 1024))
+        """One for 1024 scores, up to 32."""
+        return max(1, min(32, self.blocks // 1024))
 
 
 def choose_source(spec: ChooseSpec) -> str:

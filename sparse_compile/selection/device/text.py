@@ -200,13 +200,13 @@ def index_scores(
     q_stride_b, q_stride_h, q_stride_n,
     k_stride_b, k_stride_n,
     w_stride_b, w_stride_n, w_stride_h,
-    first, end, before, after, n_q, n_kv,
+    first, end, factor, n_q, n_kv,
     $SIZES
 ):
     """SCORES fp32 [B, end - first, n_kv] of the queries from ``first`` on.
 
-    Q is [B, HEADS, n_q, DIM], K [B, n_kv, DIM] and W [B, n_q, HEADS]. Products are multiplied with
-    ``before``, and scores with ``after``.
+    Q is [B, HEADS, n_q, DIM], K [B, n_kv, DIM] and W [B, n_q, HEADS]. Scores are multiplied with
+    ``factor``.
     """
     tile_q, tile_kv, b = tl.program_id(1), tl.program_id(0), tl.program_id(2)
     base = first + tile_q * TILE_Q
@@ -226,13 +226,13 @@ def index_scores(
         token = at + number
         exist = (token < end) & (h < HEADS)
         place = token.to(tl.int64) * q_stride_n + h.to(tl.int64) * q_stride_h
-        inside = exist[:, None] & (column < DIM)
-        query = tl.load(Q + place[:, None] + column, mask=inside, other=0.0)
+        given = exist[:, None] & (column < DIM)
+        query = tl.load(Q + place[:, None] + column, mask=given, other=0.0)
         place = token.to(tl.int64) * w_stride_n + h * w_stride_h
         weight = tl.load(W + place, mask=exist, other=0.0).to(tl.float32)
-        product = tl.dot($KEY, $QUERY.T$PRECISION) * before
+        product = tl.dot($KEY, $QUERY.T$PRECISION)
         product = tl.maximum(product, 0.0) * weight[None, :]
-        score = tl.sum(product.reshape(TILE_KV, TOKENS, HEADS_PAD), 2) * after
+        score = tl.sum(product.reshape(TILE_KV, TOKENS, HEADS_PAD), 2) * factor
         token = at + tl.arange(0, TOKENS)
         place = (token - first).to(tl.int64)[None, :] * n_kv + kv[:, None]
         tl.store(SCORES + place, score, mask=(token < end)[None, :] & (kv < n_kv)[:, None])
