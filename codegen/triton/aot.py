@@ -121,10 +121,9 @@ def compiled(
     """
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     positions = [(list(signature).index(name),) for name in aligned]
-    source = ASTSource(
+    source = source_class(kernel)(
         fn=kernel,
         signature=signature,
         constexprs=constants,
@@ -134,6 +133,18 @@ def compiled(
     result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, spills = _usage(result.asm["cubin"])
     return Resources(registers, spills, result.metadata.shared, result.asm["ptx"])
+
+
+def source_class(kernel: Any) -> Any:
+    """What the compiler takes a kernel as."""
+    from triton.compiler import ASTSource
+
+    if not kernel.is_gluon():
+        return ASTSource
+    # Gluon has no public name for it.
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
 
 
 def _type_of(name: str, spec: KernelSpec, tile: Tile) -> str:

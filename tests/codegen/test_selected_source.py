@@ -67,7 +67,7 @@ def test_the_kernels_compile(name: str, arch: int) -> None:
     by_key = {"forward_by_key", "backward_key_value"}
     assert set(found) == {"forward", "merge", "backward_query"} | (
         set() if SPECS[name].adds_by_query else by_key
-    )
+    ) | ({"forward_latent"} if name == "latent" and arch == 90 else set())
     for kernel, used in found.items():
         limit = 163 * 1024 if arch == 80 else 227 * 1024
         assert used.shared <= limit, (kernel, used.shared)

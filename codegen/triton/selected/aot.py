@@ -7,6 +7,7 @@ from typing import Any
 
 from sparse_compile.codegen import cache
 from sparse_compile.codegen.triton.aot import SHORT, TABLE_TYPES, Resources, compiled
+from sparse_compile.codegen.triton.selected import latent
 from sparse_compile.codegen.triton.selected.source import SelectedKernelSpec, selected_source
 from sparse_compile.codegen.triton.selected.tiles import Tile, tiles_for
 from sparse_compile.codegen.triton.source import mask_parameters, table_ranks
@@ -39,11 +40,16 @@ def compile_selected(
         "forward_by_key": tiles.forward_by_key,
         "backward_key_value": tiles.backward_key_value,
     }
-    return {
+    found = {
         name: _compiled(getattr(module, name), spec, tile, capability)
         for name, tile in named.items()
         if hasattr(module, name)
     }
+    if latent.can_be_latent(spec):
+        module = cache.load_module(latent.latent_name(spec), latent.latent_source(spec))
+        kernel = module.forward_latent
+        found["forward_latent"] = _compiled(kernel, spec, latent.TILE, capability)
+    return found
 
 
 def _compiled(kernel: Any, spec: SelectedKernelSpec, tile: Tile, capability: int) -> Resources:

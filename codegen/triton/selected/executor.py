@@ -20,7 +20,13 @@ from sparse_compile.codegen.triton.executor import (
     positive,
     workers_of,
 )
+from sparse_compile.codegen.triton.selected import latent
 from sparse_compile.codegen.triton.selected.features import WIDE, features_of
+from sparse_compile.codegen.triton.selected.latent import (
+    can_be_latent,
+    latent_name,
+    latent_source,
+)
 from sparse_compile.codegen.triton.selected.source import SelectedKernelSpec, selected_source
 from sparse_compile.codegen.triton.selected.tiles import Tile, Tiles, tiles_for
 from sparse_compile.codegen.triton.source import direct_lookups, table_ranks
@@ -58,6 +64,9 @@ def kernels_of(spec: SelectedKernelSpec) -> Kernels:
     module = cache.load_module(spec.name, selected_source(spec))
     mask = spec.selected.mask
     launchers = {name: Launcher(getattr(module, name)) for name in _NAMES if hasattr(module, name)}
+    if can_be_latent(spec):
+        module = cache.load_module(latent_name(spec), latent_source(spec))
+        launchers["forward_latent"] = Launcher(module.forward_latent)
     direct = tuple(sorted(direct_lookups(mask)))
     return Kernels(launchers, tiles_for(spec), tuple(table_ranks(mask)), direct, spec)
 
@@ -124,6 +133,11 @@ class _Launch:
         k, v = (arguments.of_tiles(t, tile.n) for t in (self.call.k, self.call.v))
         return self.call.q, k, v
 
+    @property
+    def is_aligned(self) -> bool:
+        """Whether q and k can be copied 16 bytes at a time."""
+        return latent.is_aligned(self.call.q, self.call.k)
+
     def start(self, name: str, tile: Tile, grid: tuple[int, ...], *given: Any) -> None:
         """Launch a kernel; ``given`` are its arguments, then a tuple of its constants."""
         *values, constants = given
@@ -171,10 +185,13 @@ def forward(call: SelectedCall) -> tuple[Tensor, Tensor]:
         return out.zero_(), lse.fill_(-math.inf)
     launch = _Launch.of(call)
     with current(call.q.device):
+        parts = parts_of(launch)
         if is_by_key(launch):
             _by_key_forward(launch, out, lse)
+        elif "forward_latent" in launch.kernels.launchers and parts == 1 and launch.is_aligned:
+            _latent(launch, out, lse)
         else:
-            _by_query(launch, out, lse, parts_of(launch))
+            _by_query(launch, out, lse, parts)
     return out, lse
 
 
@@ -200,6 +217,17 @@ def parts_of(launch: _Launch) -> int:
     programs = math.prod(launch.by_query(tile, 1))
     keys = call.index.shape[3] * call.spec.unit_kv
     return max(1, min(2 * workers_of(call.q.device) // programs, keys // (2 * tile.n)))
+
+
+def _latent(launch: _Launch, out: Tensor, lse: Tensor) -> None:
+    call = launch.call
+    grid = launch.by_query(latent.TILE, 1)
+    launch.start(
+        *("forward_latent", latent.TILE, grid, call.q, call.k, call.index, call.count, out, lse),
+        *(*arguments.strides(call.q, call.k, out), *launch.lists, call.q.shape[1], call.q.shape[2]),
+        *(call.k.shape[2], call.scale, *launch.mask_data),
+        launch.shared,
+    )
 
 
 def _by_query(launch: _Launch, out: Tensor, lse: Tensor, parts: int) -> None:

@@ -1,0 +1,73 @@
+"""The forward for latent keys on Hopper: where it can serve, and its source."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from sparse_compile.codegen.triton import gluon_names
+from sparse_compile.codegen.triton.predicate import print_predicate
+from sparse_compile.codegen.triton.selected.features import features_of
+from sparse_compile.codegen.triton.selected.text_latent import LATENT
+from sparse_compile.codegen.triton.selected.tiles import Tile
+from sparse_compile.codegen.triton.source import escaped, mask_parameters
+from sparse_compile.expr import KV, B, H
+from sparse_compile.generated import fill
+
+if TYPE_CHECKING:
+    from sparse_compile.codegen.triton.selected.source import SelectedKernelSpec
+
+#: Rows and keys of a tile, warps; copies are staged by the kernel itself.
+TILE = Tile(64, 64, 8, 1)
+_UNSPECIALIZED = ("lists", "units", "most", "q_heads", "n_q", "n_kv")
+
+
+def can_be_latent(spec: SelectedKernelSpec) -> bool:
+    """Whether the kernel is made for a spec: its tiles, and a mask without tables and heads."""
+    parts = features_of(spec.head_dim)
+    shape = spec.shared and [part.pad for part in parts] == [512, 64]
+    rows = spec.selected.unit_q == 1 and spec.members > 32
+    mask = spec.selected.mask
+    plain = not (mask.tables or mask.depends_on(B) or mask.depends_on(H))
+    printed = print_predicate(mask, "kv")
+    plain = plain and not printed.helpers and (not printed.keep or mask.depends_on(KV))
+    half = spec.arch == "sm_90" and spec.dtype != "float32"
+    return bool(half and shape and rows and plain and spec.head_dim % 8 == 0)
+
+
+def is_aligned(*tensors: Tensor) -> bool:
+    """Whether rows can be copied 16 bytes at a time, and the compiler can know that."""
+    return all(t.data_ptr() % 16 == 0 and all(s % 16 == 0 for s in t.stride()[:3]) for t in tensors)
+
+
+def latent_name(spec: SelectedKernelSpec) -> str:
+    """What its module is called."""
+    return f"{spec.name}_latent"
+
+
+def latent_source(spec: SelectedKernelSpec) -> str:
+    """The module of a spec: the kernel ``forward_latent``."""
+    mask = spec.selected.mask
+    printed = print_predicate(mask, "kv")
+    keep = [*printed.inside, f"there = there & ({printed.keep})"] if printed.keep else []
+    _, sizes = mask_parameters(mask)
+    names = ", ".join(f'"{name}"' for name in (*_UNSPECIALIZED, *sizes))
+    text = fill(
+        LATENT,
+        NAME=latent_name(spec),
+        MASK_TEXT=escaped(str(mask)),
+        WHERE=[*(escaped(f"at       {line}") for line in spec.selected.where), ""],
+        MAIN=str(spec.value_dim),
+        REST="64",
+        HEAD_DIM=str(spec.head_dim),
+        UNIT_KV=str(spec.selected.unit_kv),
+        MEMBERS=str(spec.members),
+        UNSPECIALIZED=f"[{names}]",
+        PARAMETERS=[", ".join(sizes) + ","] if sizes else [],
+        BEFORE=list(printed.before) if printed.keep else [],
+        MASK=keep,
+        BARRIER=gluon_names.barrier(),
+        ASYNC_LOAD=gluon_names.async_load(),
+    )
+    return text.replace("tl.", "gl.")
