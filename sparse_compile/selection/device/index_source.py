@@ -54,7 +54,8 @@ class IndexSpec:
     @property
     def options(self) -> dict[str, int]:
         """What the compiler is told."""
-        return {"num_warps": 4, "num_stages": 1 if self.dtype == "float32" else 2}
+        single = self.dtype == "float32"
+        return {"num_warps": 4 if single else 8, "num_stages": 1 if single else 2}
 
 
 def tiles(dtype: str) -> tuple[int, int]:
