@@ -15,8 +15,8 @@ from sparse_compile.selection.device.printable import free_sizes, key_of, printa
 from sparse_compile.selection.visible import Visible
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-#: What the kernel holds of a key and of the heads' products.
-_MOST_DIM, _MOST_HEADS = 256, 256
+#: What the kernel holds of a key, and of the heads' products in half and in single precision.
+_MOST_DIM, _MOST_HEADS, _MOST_HEADS_SINGLE = 256, 128, 32
 
 
 @functools.lru_cache(maxsize=256)
@@ -27,7 +27,8 @@ def _kernel(spec: IndexSpec) -> Launcher:
 def can_index(q: Tensor, k: Tensor) -> bool:
     """Whether the kernel can score these queries and keys: on a GPU, in its sizes and dtypes."""
     heads, dim = q.shape[1], q.shape[3]
-    fits = heads <= _MOST_HEADS and dim <= _MOST_DIM and min(q.numel(), k.numel()) > 0
+    most = _MOST_HEADS_SINGLE if q.dtype == torch.float32 else _MOST_HEADS
+    fits = heads <= most and dim <= _MOST_DIM and min(q.numel(), k.numel()) > 0
     return q.is_cuda and fits and q.dtype == k.dtype and q.dtype in _DTYPES
 
 

@@ -47,8 +47,8 @@ class IndexSpec:
 
     @property
     def tokens(self) -> int:
-        """Queries of one product, which then has about 128 columns, 16 at least."""
-        wide = 32 if self.dtype == "float32" else 128
+        """Queries of one product, which then has so many columns, or those of one query."""
+        wide = 32 if self.dtype == "float32" else 128 if self.arch == "sm_90" else 64
         return max(1, wide // self.heads_pad)
 
     @property
