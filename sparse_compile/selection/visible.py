@@ -90,17 +90,8 @@ class Visible:
         columns = -(-self.n_kv // self.run_kv)
         if self.mask is None:
             return columns
-        problem, _ = self._bounds
         queries = (first * self.run_q, min(end * self.run_q, self.n_q) - 1)
-        b, h = Span(0, problem.batches - 1), Span(0, problem.heads - 1)
-        while columns > _FEW:
-            half = 1 << (columns - 1).bit_length() - 1
-            keys = (half * self.run_kv, min(columns * self.run_kv, self.n_kv) - 1)
-            digits = Digits((queries,), (keys,))
-            if problem.verdict(digits, b, h, _no_tables)[1]:
-                break
-            columns = half
-        return columns
+        return _columns(self._bounds[0], queries, columns)
 
     def may(self, first: int, end: int, lists: int) -> Tensor:
         """Whether some head of a list may attend: bool [B or 1, ``lists`` or 1, runs, runs]."""
@@ -108,6 +99,19 @@ class Visible:
         if may.shape[1] == 1:
             return may
         return may.view(may.shape[0], lists, -1, *may.shape[2:]).any(2)
+
+
+@functools.lru_cache(maxsize=4096)
+def _columns(problem: Problem, queries: tuple[int, int], columns: int) -> int:
+    """The columns of blocks that some queries may see, halved as often as that is certain."""
+    run, b, h = problem.kv.block, Span(0, problem.batches - 1), Span(0, problem.heads - 1)
+    while columns > _FEW:
+        half = 1 << (columns - 1).bit_length() - 1
+        keys = (half * run, min(columns * run, problem.n_kv) - 1)
+        if problem.verdict(Digits((queries,), (keys,)), b, h, _no_tables)[1]:
+            break
+        columns = half
+    return columns
 
 
 def _no_tables(*_: object) -> Span:

@@ -22,6 +22,8 @@ from sparse_compile.selection.scores import Task
 
 #: Blocks that a row may have: their scores are held in registers.
 MOST = 1 << 15
+#: Lists that do not fill a GPU.
+_FEW = 256
 
 
 def can_choose(task: Task) -> bool:
@@ -59,10 +61,9 @@ class Chooser:
         kind, values = _rule_of(self.pattern)
         # Filling waits for nothing, unlike a copy from the host.
         made = torch.empty(self.lists, 2, dtype=torch.float64, device=self.index.device)
-        if len(values) == 1:
-            made[:, 0].fill_(values[0][0])
-            made[:, 1].fill_(values[0][1])
-            return kind, made
+        if len(values) == 1 and kind != "top_ratio":
+            return kind, made.fill_(values[0][0])
+        values = values * (self.lists if len(values) == 1 else 1)
         for row, (first, second) in zip(made, values, strict=True):
             row[0].fill_(first)
             row[1].fill_(second)
@@ -75,8 +76,9 @@ class Chooser:
         key = key_of(visible, pattern.unit_q, pattern.block_kv)
         kind, rule = self.rule
         batch, lists, units, room = self.index.shape
+        few = (end - first) * batch * lists <= _FEW
         seen = task.blocks if given else visible.columns(first, end)
-        spec = ChooseSpec(key, given, kind, _power(max(seen, 32)), _power(room))
+        spec = ChooseSpec(key, given, kind, _power(max(seen, 32)), _power(room), few)
         may = visible.may(first, end, lists) if given else None
         shift = 0 if pattern.align == UPPER_LEFT else task.k.shape[2] - task.q.shape[2]
         grid = end - first, batch * lists

@@ -36,6 +36,7 @@ class ChooseSpec:
         given: whether what is visible is a tensor; else it follows from the mask.
         rule: "top_k", "top_ratio", "top_p", "scores" or "softmax".
         blocks, room: at least the blocks, and places of a list; powers of two.
+        few: whether there are so few lists that each may take more warps.
     """
 
     key: Key
@@ -43,19 +44,20 @@ class ChooseSpec:
     rule: str
     blocks: int
     room: int
+    few: bool = False
 
     @property
     def name(self) -> str:
         """What the module is called."""
-        shape = (self.given, self.rule, self.blocks, self.room)
+        shape = (self.given, self.rule, self.blocks, self.room, self.few)
         described = repr((self.key.text, self.key.q.fields, self.key.kv.fields, self.key.fixed))
         digest = hashlib.sha256((described + repr(shape)).encode()).hexdigest()[:12]
         return f"choose_{self.rule}_{digest}"
 
     @property
     def warps(self) -> int:
-        """One for 1024 scores, up to 32."""
-        return max(1, min(32, self.blocks // 1024))
+        """One for 1024 scores, or 256, up to 32."""
+        return max(1, min(32, self.blocks // (256 if self.few else 1024)))
 
 
 def choose_source(spec: ChooseSpec) -> str:
