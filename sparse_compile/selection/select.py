@@ -71,7 +71,7 @@ def select(
     index = torch.empty(*shape, capacity, dtype=torch.int32, device=q.device)
     count = torch.empty(shape, dtype=torch.int32, device=q.device)
     choose = Chooser(pattern, task, scores.lists, index, count)
-    by_kernel = watch is None and can_choose(task)
+    by_kernel = watch is None and can_choose(pattern, task)
     for first, end in _chunks(task, scores, by_kernel):
         found = scores(first, end)
         if by_kernel:

@@ -13,6 +13,7 @@ from sparse_compile import patterns as P
 from sparse_compile.selection import Selection
 from sparse_compile.selection import scores as scores_home
 from sparse_compile.selection import select as home
+from sparse_compile.selection.device import choose, source
 
 INF = float("inf")
 DOCUMENTS = torch.tensor([[0] * 40 + [1] * 31, [0] * 20 + [1] * 51])
@@ -45,7 +46,7 @@ def both(
         tables = bound.tables("cpu", q.shape[2], k.shape[2], q.shape[0], q.shape[1])
     found = []
     for kernel in (True, False):
-        monkeypatch.setattr(home, "can_choose", lambda task, kernel=kernel: kernel)
+        monkeypatch.setattr(home, "can_choose", lambda pattern, task, kernel=kernel: kernel)
         found.append(pattern.select(q, k, expr, tables, []))
     return found
 
@@ -113,8 +114,16 @@ def test_indexer(
     pattern = P.TopK(5, unit_kv=unit, block=block, unit_q=unit_q, scorer=P.Indexer(q, k, w))
     found = []
     for kernel in (True, False):
-        monkeypatch.setattr(home, "can_choose", lambda task, kernel=kernel: kernel)
+        monkeypatch.setattr(home, "can_choose", lambda pattern, task, kernel=kernel: kernel)
         monkeypatch.setattr(scores_home, "can_index", lambda q, k, kernel=kernel: kernel)
         operands = torch.zeros(2, 2, n_q, 4), torch.zeros(2, 2, n_kv, 4)
         found.append(pattern.select(*operands, P.Causal().bound().expr, [], []))
     assert_same(found)
+
+
+def test_more_blocks_than_a_program_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "HELD", 64)
+    monkeypatch.setattr(choose, "_kernel", choose._kernel.__wrapped__)
+    q, k = (torch.randint(-2, 3, (1, h, n, 4)).float() for h, n in ((2, 6), (1, 1100)))
+    for pattern in (P.TopK(40, unit_kv=1, sink=1, local=2), P.TopK(2000, unit_kv=1)):
+        assert_same(both(pattern, q, k, P.Causal(align="lower_right"), monkeypatch))

@@ -40,7 +40,7 @@ def test_choose(rule: str, given: bool, arch: int) -> None:
     if given and rule != "top_k":
         pytest.skip("what is visible does not depend on the rule")
     key = Key.of(MaskExpr(sympy.true) if given else CAUSAL, [], natural(1), natural(64))
-    for blocks, room in ((1024, 16), (32768, 2048), (2048, 64)):
+    for blocks, room in ((1024, 16), (32768, 2048), (2048, 64), (1 << 17, 2048)):
         if rule != "top_k" and blocks > 1024:
             continue
         spec = ChooseSpec(key, given, rule, blocks, room)

@@ -17,18 +17,19 @@ from sparse_compile.patterns.checks import UPPER_LEFT
 from sparse_compile.patterns.rules import Threshold, TopK, TopP, TopRatio, exact
 from sparse_compile.patterns.scored import Scored
 from sparse_compile.selection.device.printable import free_sizes, key_of, printable
-from sparse_compile.selection.device.source import ChooseSpec, choose_source
+from sparse_compile.selection.device.source import HELD, ChooseSpec, choose_source
 from sparse_compile.selection.scores import Task
 
-#: Blocks that a row may have: their scores are held in registers.
-MOST = 1 << 15
+#: Blocks that a row may have for the rule that needs nothing but the order of scores.
+_MOST_IN_ORDER = 1 << 20
 #: Lists that do not fill a GPU.
 _FEW = 256
 
 
-def can_choose(task: Task) -> bool:
+def can_choose(pattern: Scored, task: Task) -> bool:
     """Whether the kernel can choose for a task: on a GPU, and not from too many blocks."""
-    fits = task.blocks <= MOST and max(task.q.shape[2], task.k.shape[2]) <= LONGEST
+    most = _MOST_IN_ORDER if isinstance(pattern, TopK) else HELD
+    fits = task.blocks <= most and max(task.q.shape[2], task.k.shape[2]) <= LONGEST
     return task.q.is_cuda and fits and task.rows * task.blocks < 1 << 40
 
 
@@ -116,7 +117,7 @@ def _each(value: Any) -> tuple[Any, ...]:
 
 @_rule_of.register
 def _(rule: TopK) -> tuple[str, list[tuple[float, float]]]:
-    return "top_k", [(min(k, MOST), 0) for k in _each(rule.k)]
+    return "top_k", [(min(k, _MOST_IN_ORDER), 0) for k in _each(rule.k)]
 
 
 @_rule_of.register

@@ -20,6 +20,8 @@ _LIMITS = {
     "scores": fill(text.THRESHOLD, VALUE="score"),
     "softmax": fill(text.THRESHOLD, VALUE="share_of(score, visible)"),
 }
+#: Blocks whose keys a program can hold.
+HELD = 1 << 15
 #: A new length or number of blocks must not compile anything.
 _UNSPECIALIZED = (
     *("visible_stride_b", "visible_stride_list", "visible_stride_row", "first", "rows", "units"),
@@ -55,9 +57,14 @@ class ChooseSpec:
         return f"choose_{self.rule}_{digest}"
 
     @property
+    def is_long(self) -> bool:
+        """Whether a program cannot hold all keys: it reads them again for each bit."""
+        return self.blocks > HELD
+
+    @property
     def warps(self) -> int:
         """One for 1024 scores, or 256, up to 32."""
-        return max(1, min(32, self.blocks // (256 if self.few else 1024)))
+        return 16 if self.is_long else max(1, min(32, self.blocks // (256 if self.few else 1024)))
 
 
 def choose_source(spec: ChooseSpec) -> str:
@@ -82,9 +89,32 @@ def choose_source(spec: ChooseSpec) -> str:
         NAMES=sizes,
         VISIBLE=text.GIVEN.splitlines() if spec.given else _from_mask(key),
         LIMIT=_LIMITS[spec.rule].splitlines(),
+        **_search(spec, sizes),
     )
     verdict = [DIVISIONS, "\n\n"] if spec.given else verdict_source(key)
     return "".join([header, *verdict, kernel])
+
+
+def _search(spec: ChooseSpec, parameters: list[str]) -> dict[str, str | list[str]]:
+    """How the least key is searched: among keys that a program holds, or by reading them."""
+    arguments = "SCORES, VISIBLE, unit, blocks, sink, near, until, n_q, n_kv"
+    sizes = [] if spec.given else spec.key.sizes
+
+    def found(bound: str) -> str:
+        if spec.is_long:
+            return f"found_from({', '.join([bound, arguments, *sizes])})"
+        return f"tl.sum((key >= {bound}).to(tl.int32), 0)"
+
+    keys = fill(text.ALL_KEYS, NAMES=parameters).splitlines()
+    function = fill(text.FOUND, SIZES=parameters, NAMES=parameters).splitlines()
+    return {
+        "FOUND": function if spec.is_long else [],
+        "ALL_KEYS": [] if spec.is_long else keys,
+        "FORCED": found("HIGHEST"),
+        "FOUND_POSITIVE": found("limit * 0"),
+        "FOUND_HIGHER": found("higher"),
+        "FOUND_ABOVE": found("least + 1"),
+    }
 
 
 def quoted(names: Sequence[str]) -> str:
