@@ -63,7 +63,7 @@ def attention(
     """
     if not torch.compiler.is_compiling():
         # The operators repeat the check of the operands while they are compiled.
-        # The operators look again, and some take less.
+        # Attention to blocks, besides a selection or alone, takes less, as is checked below.
         ops.check_operands(q, k, v, WIDEST)
         if isinstance(mask, Pattern):
             mask.check(q.shape[2], k.shape[2], q.shape[0], q.shape[1])
@@ -76,6 +76,8 @@ def attention(
     plan = (
         NOTHING_HIDDEN if mask is None else plan_of(mask, q.device.type, views_sizes(q, k), given)
     )
+    if plan[0] and not torch.compiler.is_compiling():
+        ops.check_operands(q, k, v)
     if mask is not None and plan[4]:
         return by_selection(q, k, v, mask, plan[:3], plan[4], given, factor)
     if not plan[0]:

@@ -1,6 +1,6 @@
 """Gluon is experimental: names that differ between the versions of Triton, in one place.
 
-``tests/test_fences.py`` compiles what uses them.
+``tests/codegen/test_selected_source.py`` compiles what uses them.
 """
 
 from __future__ import annotations
