@@ -142,7 +142,7 @@ def _indexer(
     if isinstance(found, BlockScoresSite):
         blocks = BlockScoresSpec(found.size, found.before, *masked, found.padding)
         return Indexer(found, lifted, blocks)
-    flags = found.largest, found.is_sorted
+    flags = found.largest, found.is_sorted, found.single
     spec = IndexerSpec(found.before, found.after, found.product, *masked, *flags)
     return Indexer(found, lifted, spec)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from torch import Tensor
 from sparse_compile.errors import BadShape
 from sparse_compile.expr import evaluate
 from sparse_compile.indexer_spec import IndexerSpec, stepped
+from sparse_compile.selection.device.index_scores import can_index, index_scores
+from sparse_compile.selection.visible import Visible
 
 #: Numbers that the scores of some queries have at most, all heads together.
 _MOST = 1 << 25
@@ -48,12 +51,14 @@ def indexed_topk(
     _check(q, k, w)
     parsed = IndexerSpec.parse(spec)
     index = q.new_empty(*q.shape[:2], most, dtype=torch.int64)
-    for first, end in _chunks(q, k):
-        score = _scores(q[:, first:end], k, w[:, first:end], parsed)
+    scores, heads = _scorer(q, k, w, tables, sizes, parsed)
+    # What is hidden need not have been computed.
+    adds = parsed.adds and parsed.fill != -math.inf
+    for first, end in _chunks(q, k, heads):
+        score = scores(first, end)
         keep = _keep(first, end, q, k, tables, sizes, parsed)
         fill = torch.full((), parsed.fill, dtype=score.dtype, device=score.device)
-        other = score + fill if parsed.adds else fill
-        score = torch.where(keep, score, other)
+        score = torch.where(keep, score, score + fill if adds else fill)
         best = score.topk(most, -1, largest=parsed.largest, sorted=parsed.is_sorted)
         index[:, first:end] = best.indices
     return index
@@ -85,12 +90,52 @@ def _check(q: Tensor, k: Tensor, w: Tensor) -> None:
         )
 
 
-def _chunks(q: Tensor, k: Tensor) -> Iterator[tuple[int, int]]:
-    """First and last query of the parts, as large as fit."""
-    batch, n_q, heads, _ = q.shape
+def _chunks(q: Tensor, k: Tensor, heads: int) -> Iterator[tuple[int, int]]:
+    """First and last query of the parts, as large as fit; scores of ``heads`` heads exist."""
+    batch, n_q = q.shape[:2]
     step = max(1, _MOST // max(1, batch * heads * k.shape[2]))
+    step = step // 128 * 128 or step  # whole tiles of kernels
     for first in range(0, n_q, step):
         yield first, min(first + step, n_q)
+
+
+#: The scores [B, end - first, Nkv] of the queries from the first up to the end.
+_Scorer = Callable[[int, int], Tensor]
+
+
+def _scorer(
+    q: Tensor,
+    k: Tensor,
+    w: Tensor,
+    tables: Sequence[Tensor],
+    sizes: Sequence[int],
+    spec: IndexerSpec,
+) -> tuple[_Scorer, int]:
+    """What computes scores, and of how many heads they exist meanwhile."""
+    by_head, by_key, factor = q.transpose(1, 2), k.mT, spec.factor
+    if factor is None or not (spec.single and can_index(by_head, by_key)):
+        return _by_steps(q, k, w, spec), q.shape[2]
+    # The kernel computes what the program does: products of half precision, summed in fp32.
+    # Scores that a finite fill is added to have to exist.
+    mask = None if spec.adds and spec.fill != -math.inf else spec.mask
+    lengths = q.shape[0], 1, q.shape[1], k.shape[2]
+    visible = Visible(mask, tables, sizes, *lengths, 1, 1, q.device)
+
+    def scores(first: int, end: int) -> Tensor:
+        return index_scores(by_head, by_key, w, (first, end), visible, factor)
+
+    return scores, 1
+
+
+def _by_steps(q: Tensor, k: Tensor, w: Tensor, spec: IndexerSpec) -> _Scorer:
+    """The program's steps in its order."""
+    keys = k.float() if spec.single else k
+
+    def scores(first: int, end: int) -> Tensor:
+        queries = q[:, first:end].float() if spec.single else q[:, first:end]
+        return _scores(queries, keys, w[:, first:end], spec)
+
+    return scores
 
 
 def _scores(q: Tensor, k: Tensor, w: Tensor, spec: IndexerSpec) -> Tensor:

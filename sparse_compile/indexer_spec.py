@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -36,6 +37,7 @@ class IndexerSpec:
         fill: see ``mask``.
         adds: whether the fill is added to their scores, else it takes their place.
         largest, is_sorted: of the top-k.
+        single: whether q and k, in half precision, count as fp32.
     """
 
     before: tuple[Step, ...]
@@ -46,6 +48,21 @@ class IndexerSpec:
     adds: bool
     largest: bool = True
     is_sorted: bool = True
+    single: bool = False
+
+    @property
+    def factor(self) -> float | None:
+        """All steps as one factor on the scores; None where a relu comes between.
+
+        >>> steps = (("mul", 3.0), ("div", 4.0))
+        >>> IndexerSpec(steps, (), True, MaskExpr(sympy.true), 0, False).factor
+        0.75
+        """
+        product = 1.0
+        for name, number in (*self.before, *self.after):
+            product = product * number if name == "mul" else product / number
+        positive = all(number > 0 for _, number in self.before)
+        return product if positive and math.isfinite(product) else None
 
     @functools.cached_property
     def text(self) -> str:
@@ -56,7 +73,7 @@ class IndexerSpec:
             "product": self.product,
             "mask": self.mask.text,
             "fill": repr(self.fill),
-            "flags": [self.adds, self.largest, self.is_sorted],
+            "flags": [self.adds, self.largest, self.is_sorted, self.single],
         }
         return json.dumps(fields, separators=(",", ":"))
 

@@ -110,8 +110,9 @@ class IndexerSite:
         q, k, w: the operands; ``axes`` are among ``b``, ``n`` (queries), ``t`` (keys), ``h``, ``d``
             and, for axes of size one that say nothing, ``1``.
         most: how many keys a query keeps.
-        before, after, product, largest, is_sorted: as in
-            :class:`sparse_compile.indexer_spec.IndexerSpec`.
+        before, after, product, largest, is_sorted, single: as in
+            :class:`sparse_compile.indexer_spec.IndexerSpec`; with ``single``, q and k are those
+            before they were made fp32.
     """
 
     scores: AttentionSite
@@ -124,6 +125,7 @@ class IndexerSite:
     product: bool
     largest: bool
     is_sorted: bool
+    single: bool = False
 
 
 @dataclass(frozen=True)

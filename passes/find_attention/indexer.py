@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from sparse_compile.passes.find_attention import values
@@ -160,6 +161,12 @@ class _Match(Chain):
             operand_of(factor, letters, meaning, wanted)
             for (factor, letters), wanted in zip(sides, ("bnhd", "bdt"), strict=True)
         )
+        narrowed = _narrowed(self.q), _narrowed(self.k)
+        self.single = all(operand is not None for operand in narrowed)
+        self.q, self.k = (
+            before or operand if self.single else operand
+            for before, operand in zip(narrowed, (self.q, self.k), strict=True)
+        )
         self.nodes.append(node)
 
     def found(self) -> IndexerSite:
@@ -178,6 +185,24 @@ class _Match(Chain):
             where=where(self.index),
             region=tuple(self.nodes),
         )
-        flags = self.product, self.largest, self.is_sorted
+        flags = self.product, self.largest, self.is_sorted, self.single
         operands = self.q, self.k, self.w
         return IndexerSite(scores, *operands, self.most, self.before, self.after, *flags)
+
+
+def _narrowed(operand: Operand) -> Operand | None:
+    """What an operand was before it was made fp32 from half precision; None if it was not."""
+    node, axes = operand.node, operand.axes
+    while op_name(node) == "unsqueeze":
+        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+        if not isinstance(dim, int) or axes[dim] != "1":
+            return None
+        dim %= len(axes)
+        node, axes = node.all_input_nodes[0], axes[:dim] + axes[dim + 1 :]
+    call, made = canonical(node), values.tensor(node)
+    if call is None or call.op != "cast" or made is None or made.dtype != torch.float32:
+        return None
+    before = node.all_input_nodes[0]
+    example = values.tensor(before)
+    is_half = example is not None and example.dtype in (torch.float16, torch.bfloat16)
+    return Operand(before, axes) if is_half else None

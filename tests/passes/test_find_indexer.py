@@ -202,3 +202,34 @@ def test_operators() -> None:
     torch.library.opcheck(indexer_ops.INDEXED_TOPK, args)
     index = indexer_ops.indexed_topk(*args)[:, None]
     torch.library.opcheck(selected_ops.CANONICAL_SELECTION, (index, LENGTH))
+
+
+def widened(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
+    """As in transformers' DeepSeek-V3.2: products and sums in fp32."""
+    each = torch.matmul(q.float(), k.transpose(-1, -2).float().unsqueeze(1)) * 0.25
+    return torch.matmul(w.unsqueeze(-2), F.relu(each)).squeeze(-2)
+
+
+def test_operands_that_were_made_fp32_stay_in_half_precision() -> None:
+    q, k, w, x = operands(ties=False)
+    args, rewritten = (q.bfloat16(), k.bfloat16(), w, x), Rewritten()
+    run = program(widened, by_fill)
+    torch.testing.assert_close(rewritten.compiled(run)(*args), run(*args))
+    (found,) = rewritten.decisions
+    assert isinstance(found, Plan)
+    assert found.indexer is not None
+    spec = found.indexer.spec
+    assert isinstance(spec, IndexerSpec)
+    assert spec.single
+    assert spec.factor == 0.25
+
+
+def test_operands_of_which_one_was_single_stay_single() -> None:
+    q, k, w, x = operands(ties=False)
+    args, rewritten = (q.bfloat16(), k, w, x), Rewritten()
+    run = program(widened, by_fill)
+    torch.testing.assert_close(rewritten.compiled(run)(*args), run(*args))
+    (found,) = rewritten.decisions
+    assert isinstance(found, Plan)
+    assert found.indexer is not None
+    assert not found.indexer.spec.single  # type: ignore[union-attr]

@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparse_compile import indexer_ops
 from sparse_compile import patterns as P
+from sparse_compile.expr import KV, MaskExpr, Q
+from sparse_compile.indexer_spec import IndexerSpec
 from sparse_compile.selection import Selection
 from sparse_compile.selection import scores as scores_home
 from sparse_compile.selection import select as home
@@ -127,3 +130,23 @@ def test_more_blocks_than_a_program_holds(monkeypatch: pytest.MonkeyPatch) -> No
     q, k = (torch.randint(-2, 3, (1, h, n, 4)).float() for h, n in ((2, 6), (1, 1100)))
     for pattern in (P.TopK(40, unit_kv=1, sink=1, local=2), P.TopK(2000, unit_kv=1)):
         assert_same(both(pattern, q, k, P.Causal(align="lower_right"), monkeypatch))
+
+
+@pytest.mark.parametrize(("fill", "adds"), [(-INF, False), (-INF, True), (-1e30, True)])
+def test_the_operator_of_an_indexer(
+    fill: float, adds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, w = (
+        torch.randint(-3, 4, shape).bfloat16() for shape in ((1, 40, 5, 8), (1, 70, 8), (1, 40, 5))
+    )
+    mask = MaskExpr(KV <= Q + 9)
+    steps = (("mul", 0.5),), (("div", 4.0),)
+    spec = IndexerSpec(*steps, True, mask, fill, adds, single=True)
+    scores = ((q.float() @ k.float().mT[:, None] * 0.5).relu() * w.float()[..., None]).sum(2) / 4
+    keep = torch.arange(70) <= torch.arange(40)[:, None] + 9
+    scores = torch.where(keep, scores, scores + fill if adds else fill)
+    wanted = scores.topk(6).values
+    for kernel in (True, False):
+        monkeypatch.setattr(indexer_ops, "can_index", lambda q, k, kernel=kernel: kernel)
+        args = q, k.mT, w.float(), [], [], 6, spec.text
+        torch.testing.assert_close(scores.gather(-1, indexer_ops.INDEXED_TOPK(*args)), wanted)
