@@ -95,7 +95,7 @@ def indexer(sizes: Sizes) -> Iterator[Row]:
     names = {"case": f"indexer, {n} x {n}, {heads} heads of {dim}, top {sizes.tokens}, causal"}
     mask = MaskExpr(KV <= Q)
     spec = IndexerSpec((("mul", dim**-0.5),), (), True, mask, -math.inf, False, single=True)
-    run = functools.partial(INDEXED_TOPK, q, k, w, [], [], sizes.tokens, spec.text)
+    run = functools.partial(INDEXED_TOPK, q, k, w.float(), [], [], sizes.tokens, spec.text)
 
     def measured() -> Row:
         found = run()
