@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from torch import Tensor
 
 from sparse_compile import patterns as P
+from sparse_compile.expr import KV, FloorDiv, MaskExpr, Q
 from sparse_compile.patterns.compressed import whole_windows
 from sparse_compile.selection import masses as home
 from sparse_compile.selection.device.window_scores import fits
@@ -30,11 +33,11 @@ MASKS: list[Any] = [
 ]
 
 
-def prepared(pattern: Any, q: Tensor, k: Tensor, mask: Any) -> _Windows:
-    """What scores the blocks of a pattern."""
-    expr = None if mask is None else mask.bound().expr
+def prepared(pattern: Any, q: Tensor, k: Tensor, mask: Any, sizes: Sequence[int] = ()) -> _Windows:
+    """What scores the blocks of a pattern; the mask is a pattern or an expression."""
+    expr = mask if mask is None or isinstance(mask, MaskExpr) else mask.bound().expr
     lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
-    visible = Visible(expr, (), (), *lengths, pattern.unit_q, pattern.block_kv, q.device)
+    visible = Visible(expr, (), sizes, *lengths, pattern.unit_q, pattern.block_kv, q.device)
     lists = naive.lists_of(pattern, q, k)
     found = scoring(pattern.scorer, Task(q, k, pattern.unit_q, pattern.block_kv, lists, visible))
     assert isinstance(found, _Windows)
@@ -52,12 +55,17 @@ def by_kernel(windows: _Windows, monkeypatch: pytest.MonkeyPatch) -> Tensor:
 
 
 def assert_as_in_torch(
-    pattern: Any, q: Tensor, k: Tensor, mask: Any, monkeypatch: pytest.MonkeyPatch
+    pattern: Any,
+    q: Tensor,
+    k: Tensor,
+    mask: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    sizes: Sequence[int] = (),
 ) -> None:
-    wanted = prepared(pattern, q, k, mask)
+    wanted = prepared(pattern, q, k, mask, sizes)
     assert not home.can_score_windows(wanted._fused)
     scores = wanted(0, wanted.task.rows)
-    found = by_kernel(prepared(pattern, q, k, mask), monkeypatch)
+    found = by_kernel(prepared(pattern, q, k, mask, sizes), monkeypatch)
     assert found.dtype == scores.dtype == torch.float32
     torch.testing.assert_close(found, scores, rtol=1e-4, atol=1e-4)
     # The best blocks are the same ones, where they are better than the next by more than rounding.
@@ -87,6 +95,15 @@ def test_masks(mask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows fill more than two tiles, the last of them and the last block in part."""
     pattern = P.TopK(3, unit_kv=32, scorer=P.OverlapPool(16, 8))
     assert_as_in_torch(pattern, *operands((8, 2), 33, 1190), mask, monkeypatch)
+
+
+def test_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes of a mask: one that is an argument of the kernel, and one that is a constant of it."""
+    s0 = sympy.Symbol("s0", integer=True)
+    pattern = P.TopK(3, unit_kv=32, scorer=P.OverlapPool(16, 8))
+    operand = operands((16, 1), 12, 700)
+    for predicate in (KV <= Q + s0, FloorDiv(KV, s0) <= FloorDiv(Q, s0) + 1):
+        assert_as_in_torch(pattern, *operand, MaskExpr(predicate, (), 1), monkeypatch, [300])
 
 
 @pytest.mark.parametrize("window", [16, 80])
@@ -145,6 +162,11 @@ def test_numbers_that_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     spoilt = torch.zeros(2, 2, 20, dtype=torch.bool)
     spoilt[0, 0, 3] = spoilt[1, 1, 5] = True
     assert torch.equal(found.isnan().any(-1), spoilt)
+    # Nor do keys that no query sees.
+    q, k = operands((3, 1), 20, 100)
+    k[:, :, 80:] = torch.nan
+    pattern = P.TopK(3, unit_kv=16, unit_q=16, scorer=P.OverlapPool(16, 8))
+    assert_as_in_torch(pattern, q, k, MaskExpr(sympy.And(KV <= Q + 80, KV < 80)), monkeypatch)
 
 
 def test_what_does_not_fit() -> None:

@@ -34,7 +34,7 @@ def sees(
     $SIZES
 ):
     """Which windows a query sees entirely; cells beyond the end hide nothing."""
-    seen = (token >= 0) & (window < windows)
+    seen = (token < n_q) & (window < windows)
     for number in tl.static_range(SPAN):
         $VERDICT
         beyond = (window + number) * $STRIDE >= n_kv
@@ -47,9 +47,10 @@ def sees_all(
     base, tile, windows, n_q, n_kv,
     $SIZES
 ):
-    """Whether all queries of this program see all windows of a tile entirely."""
+    """Whether all queries of this program exist, and see all windows of a tile entirely."""
     $WHOLE
-    return (tl.where(must, 1, 0) > 0) & ((tile + 1) * TILE <= windows)
+    exist = (base + TOKENS <= n_q) & ((tile + 1) * TILE <= windows)
+    return exist & (tl.where(must, 1, 0) > 0)
 
 
 @triton.jit
@@ -81,7 +82,7 @@ def sees(
     $SIZES
 ):
     """Which windows a query sees: those that exist."""
-    return (token >= 0) & (window < windows)
+    return (token < n_q) & (window < windows)
 
 
 @triton.jit
@@ -89,8 +90,8 @@ def sees_all(
     base, tile, windows, n_q, n_kv,
     $SIZES
 ):
-    """Whether all windows of a tile exist."""
-    return (tile + 1) * TILE <= windows
+    """Whether all queries of this program, and all windows of a tile, exist."""
+    return (base + TOKENS <= n_q) & ((tile + 1) * TILE <= windows)
 
 
 @triton.jit
