@@ -242,9 +242,10 @@ def test_windows(case: Any, dtype: torch.dtype, mask: Any, monkeypatch: pytest.M
     """The kernel scores as torch does, also where lengths are no multiples of tiles."""
     heads, dim, unit_q, scorer = case
     torch.manual_seed(0)
-    n = (1000 if scorer.stride == 8 else 4133), 4159
+    lengths = (1000 if scorer.stride == 8 else 4133), 4159
     q, k = (
-        torch.randn(2, h, n, dim, device=DEVICE).to(dtype) for h, n in zip(heads, n, strict=True)
+        torch.randn(2, h, n, dim, device=DEVICE).to(dtype)
+        for h, n in zip(heads, lengths, strict=True)
     )
     pattern = P.TopK(16, unit_kv=64, unit_q=unit_q, scorer=scorer)
     mine = prepared(pattern, q, k, mask)
