@@ -27,7 +27,8 @@ class Compressed(HoldsData, Scorer):
 
     The selection of Native Sparse Attention (Yuan et al. 2025, https://arxiv.org/abs/2502.11089,
     equations 8 to 10) with its learned compression. Unlike those of :class:`OverlapPool`, all
-    windows are whole: the last keys, which no whole window covers, count for nothing.
+    windows are whole: the last keys, which no whole window covers, count for nothing. Keys of
+    the dtype of the queries are exact in the kernel that is mentioned there.
 
     Args:
         keys: [B, Hc, Nc, D], floating; Hc divides the query heads, and ``Nc`` is the number of

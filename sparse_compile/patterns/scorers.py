@@ -71,6 +71,10 @@ class OverlapPool(Scorer):
 
     There are as many windows as cover all keys; only the last one may be shorter.
 
+    On a GPU, and under a mask that reads no tensor and is the same for all heads, one kernel does
+    all of this for queries of 16 bits. The means that it multiplies have 16 bits for bf16 and 22
+    for fp16; all the rest is fp32.
+
     Args:
         window: keys per window; a multiple of ``stride``.
         stride: keys from the start of a window to that of the next; it divides the block.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -11,6 +12,11 @@ from torch.nn.functional import pad
 
 from sparse_compile.patterns.compressed import Compressed
 from sparse_compile.patterns.scorers import Antidiagonal, OverlapPool
+from sparse_compile.selection.device.window_scores import (
+    Windows,
+    can_score_windows,
+    window_scores,
+)
 from sparse_compile.selection.scores import (
     Scoring,
     Task,
@@ -49,33 +55,65 @@ def _by_blocks(mass: Tensor, each: int, blocks: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Windows:
-    """Attention to the means of overlapping windows.
+    """Attention to keys of overlapping windows.
 
     Attributes:
         task: what is scored.
         stride, span: keys of a cell, and cells of a window.
-        means: fp32 [B, Hkv, windows, D].
-        visible: the mask, in single queries and cells.
+        keys: [B, Hc, windows, D], floating.
+        made_of: the dtype of what they are means of.
+        scale: factor on the products of queries and these keys.
     """
 
     task: Task
     stride: int
     span: int
-    means: Tensor
-    visible: Visible
+    keys: Tensor
+    made_of: torch.dtype
+    scale: float
 
     @property
     def lists(self) -> int:
         return self.task.lists
 
+    @functools.cached_property
+    def visible(self) -> Visible:
+        """The mask, in single queries and cells."""
+        return self.task.seen_in(1, self.stride)
+
+    @functools.cached_property
+    def _fused(self) -> Windows:
+        """What a kernel is asked for: lists of heads that have one key head."""
+        task = self.task
+        lists = max(self.lists, self.keys.shape[1])
+        per = task.block // self.stride
+        of_queries = task.q, self.keys, self.scale, lists, task.unit_q
+        return Windows(*of_queries, self.span, per, task.blocks, self.visible, self.made_of)
+
+    @property
+    def _finished(self) -> bool:
+        """Whether the kernel sums over all heads of a list and all queries of a unit."""
+        fused = self._fused
+        return fused.lists == self.lists and fused.summed == fused.unit
+
     @property
     def width(self) -> int:
-        cells = -(-self.task.k.shape[2] // self.stride)
+        fused, cells = self._fused, -(-self.task.k.shape[2] // self.stride)
+        if can_score_windows(fused):
+            return fused.lists * (fused.unit // fused.summed) * fused.blocks
         return self.task.q.shape[1] * self.task.unit_q * cells
 
     def __call__(self, first: int, end: int) -> Tensor:
+        if not can_score_windows(self._fused):
+            return self._in_torch(first, end)
+        scores = window_scores(self._fused, (first, end), self._finished)
+        if self._finished:
+            return scores
+        return _log(unit_sums(summed(scores, self.lists), self._fused.unit // self._fused.summed))
+
+    def _in_torch(self, first: int, end: int) -> Tensor:
         task, rows = self.task, self.task.queries(first, end)
-        logits = _products(task.q[:, :, rows].float() * task.scale, self.means)
+        logits = _products(task.q[:, :, rows].float() * self.scale, self.keys.float())
         mass = summed(_softmax(logits, self._seen(rows)), self.lists)
         mass = unit_sums(mass, task.unit_q)
         # A cell gets what the windows give that start at it, or up to span - 1 cells before.
@@ -87,7 +125,7 @@ class _Windows:
 
     def _seen(self, rows: slice) -> Tensor:
         """Which windows a query sees entirely: bool [B or 1, Hq or 1, rows, windows]."""
-        windows = self.means.shape[2]
+        windows = self.keys.shape[2]
         cells = self.visible.verdict(rows.start, rows.stop)[0]
         # Cells beyond the end hide nothing.
         cells = pad(cells, (0, max(windows + self.span - 1 - cells.shape[-1], 0)), value=True)
@@ -108,16 +146,15 @@ def by_windows(scorer: OverlapPool, task: Task) -> Scoring:
     count = sum(sizes[i : i + windows] for i in range(span))
     assert isinstance(total, Tensor)
     assert isinstance(count, Tensor)
-    return _Windows(task, stride, span, total / count, task.seen_in(1, stride))
+    return _Windows(task, stride, span, total / count, task.k.dtype, task.scale)
 
 
 def by_compressed(scorer: Compressed, task: Task) -> Scoring:
     """What the attention to given keys of windows gives to each block."""
-    keys = scorer.keys.detach().to(task.k.device).float()
-    if scorer.scale is not None:
-        keys = keys * (scorer.scale / task.scale)
+    keys = scorer.keys.detach().to(task.k.device)
+    scale = task.scale if scorer.scale is None else scorer.scale
     span = scorer.window // scorer.stride
-    return _Windows(task, scorer.stride, span, keys, task.seen_in(1, scorer.stride))
+    return _Windows(task, scorer.stride, span, keys, keys.dtype, scale)
 
 
 @dataclass(frozen=True)

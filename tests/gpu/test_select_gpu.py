@@ -11,9 +11,10 @@ from torch import Tensor
 
 from sparse_compile import patterns as P
 from sparse_compile.expr import KV, MaskExpr, Q
-from sparse_compile.selection import Selection
+from sparse_compile.selection import Selection, masses
 from sparse_compile.selection.select import select as select_by
 from tests.gpu.waiting import no_waiting
+from tests.selection.interpreted_windows import prepared
 from tests.selection.test_scored import MASKS, SCORERS, assert_canonical, indexer, operands
 
 DEVICE = torch.device("cuda")
@@ -215,3 +216,57 @@ def test_a_recorded_graph_follows_changed_operands(pattern: Any) -> None:
         graph.replay()
         wanted = select_by(pattern, q, k, causal)
         assert torch.equal(found.dense(100, 100), wanted.dense(100, 100))
+
+
+WINDOWED = [
+    # heads, width, units of queries, scorer
+    ((16, 1), 128, 1, P.OverlapPool()),
+    ((32, 2), 64, 1, P.OverlapPool(64, 16)),
+    ((6, 3), 80, 64, P.OverlapPool(32, 32)),
+    ((4, 4), 128, 16, P.OverlapPool(64, 64)),
+    ((8, 2), 256, 1, P.OverlapPool(16, 8)),
+]
+LOWER = P.Causal("lower_right")
+WINDOW_MASKS = [
+    None,
+    P.Causal(),
+    LOWER & P.SlidingWindow(700, align="lower_right"),
+    LOWER & (P.SlidingWindow(200, align="lower_right") | P.Global(500)),
+]
+
+
+@pytest.mark.parametrize("mask", WINDOW_MASKS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", WINDOWED, ids=str)
+def test_windows(case: Any, dtype: torch.dtype, mask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel scores as torch does, also where lengths are no multiples of tiles."""
+    heads, dim, unit_q, scorer = case
+    torch.manual_seed(0)
+    lengths = (1000 if scorer.stride == 8 else 4133), 4159
+    q, k = (
+        torch.randn(2, h, n, dim, device=DEVICE).to(dtype)
+        for h, n in zip(heads, lengths, strict=True)
+    )
+    pattern = P.TopK(16, unit_kv=64, unit_q=unit_q, scorer=scorer)
+    mine = prepared(pattern, q, k, mask)
+    assert masses.can_score_windows(mine._fused)
+    found = mine(0, mine.task.rows)
+    monkeypatch.setattr(masses, "can_score_windows", lambda windows: False)
+    wanted = prepared(pattern, q, k, mask)(0, mine.task.rows)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_windows_wait_for_nothing() -> None:
+    q, k = (torch.randn(1, h, 700, 64, device=DEVICE).bfloat16() for h in (16, 1))
+    pattern, causal = P.NSASelection(64, 4), MaskExpr(KV <= Q)
+    select_by(pattern, q, k, causal)  # compiles
+    with no_waiting():
+        select_by(pattern, q, k, causal)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = select_by(pattern, q, k, causal)
+    q.copy_(torch.randn(q.shape))
+    graph.replay()
+    wanted = select_by(pattern, q, k, causal)
+    assert torch.equal(found.index, wanted.index)
+    assert torch.equal(found.count, wanted.count)

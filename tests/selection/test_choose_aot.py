@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +28,11 @@ class Options:
     stages: int = 1
 
 
-def resources(kernel: Any, types: dict[str, str], options: Options, arch: int) -> Resources:
+def resources(
+    kernel: Any, types: dict[str, str], options: Options, arch: int, strides: Sequence[str] = ()
+) -> Resources:
     signature = {name: types.get(name, "i32") for name in kernel.arg_names}
-    aligned = [n for n in signature if n.isupper() or n in ("q_stride_n", "k_stride_n")]
+    aligned = [n for n in signature if n.isupper() or n in ("q_stride_n", "k_stride_n", *strides)]
     return compiled(kernel, signature, {}, aligned, options, arch)
 
 

@@ -133,13 +133,16 @@ def verdict_source(key: Key) -> list[str]:
     return [DIVISIONS, "\n\n", *sides, layout_source.verdict_text(key)]
 
 
-def verdict_lines(key: Key, q: str, kv: str) -> list[str]:
-    """Lines that compute ``may``, of the blocks ``q`` and ``kv`` of either side."""
+def verdict_lines(key: Key, q: str, kv: str, runs: tuple[str, str] = ("1", "1")) -> list[str]:
+    """Lines that compute ``must`` and ``may``, of the blocks ``q`` and ``kv`` of either side.
+
+    Or of ``runs`` of blocks from those on.
+    """
     names = {axis: _digits(key, axis) for axis in ("q", "kv")}
     sizes = ", ".join(["", *key.sizes])
     return [
-        f"{', '.join(names['q'])}, q_whole = digits_of_q({q}, n_q, 1)",
-        f"{', '.join(names['kv'])}, kv_whole = digits_of_kv({kv}, n_kv, 1)",
+        f"{', '.join(names['q'])}, q_whole = digits_of_q({q}, n_q, {runs[0]})",
+        f"{', '.join(names['kv'])}, kv_whole = digits_of_kv({kv}, n_kv, {runs[1]})",
         f"must, may = verdict({', '.join([*names['q'], *names['kv']])}, 0, 0, 0, 0, n_q, n_kv"
         f"{sizes})",
     ]
