@@ -108,19 +108,25 @@ def unite(index: Tensor, count: Tensor, neighbours: int, costs: tuple[int, int])
         count.new_empty(shape),
         torch.zeros(1, dtype=torch.int64, device=index.device),
     )
-    members, room = _power(neighbours), _power(most)
     lines = batch * lists * unions
-    together = max(1, min(_ENTRIES // (members * room), _power(lines)))
+    constants = constants_of(neighbours, most, lines)
     _LAUNCH(
-        (-(-lines // together),),
+        (-(-lines // constants["LINES"]),),
         (
             *(index, count, made.index, made.names, made.count, made.balance),
             *(lines, unions, units, most, *costs),
         ),
-        (neighbours, members, room, together),
+        tuple(constants.values()),
         {"num_warps": 4},
     )
     return made
+
+
+def constants_of(neighbours: int, most: int, lines: int) -> dict[str, int]:
+    """The constants of the kernel that makes ``lines`` unions."""
+    members, room = _power(neighbours), _power(most)
+    together = max(1, min(_ENTRIES // (members * room), _power(lines)))
+    return {"NEIGHBOURS": neighbours, "MEMBERS": members, "ROOM": room, "LINES": together}
 
 
 def slots(neighbours: int, most: int) -> int:
