@@ -56,8 +56,9 @@ def test_unions_are_those_of_sets(drawn: tuple[Tensor, int, int]) -> None:
     assert found.balance.tolist() == [16 * united_entries - 10 * entries]
 
 
-@pytest.mark.parametrize("writer", COSTS)
-@pytest.mark.parametrize("case", SERVED, ids=str)
+@pytest.mark.parametrize(
+    ("case", "writer"), [*((case, "union") for case in SERVED), (SERVED[0], "query")], ids=str
+)
 def test_case(case: Case, writer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(united, "COSTS", COSTS[writer])
     assert writers(case, torch.device("cpu"), torch.float32) == {writer}

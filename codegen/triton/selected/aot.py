@@ -40,8 +40,9 @@ def compile_selected(
         "backward_query": tiles.backward_query,
         "forward_by_key": tiles.forward_by_key,
         "backward_key_value": tiles.backward_key_value,
-        "forward_union": union_tile(spec) or tiles.forward,
     }
+    if (united := union_tile(spec)) is not None:
+        named["forward_union"] = united
     found = {
         name: _compiled(getattr(module, name), spec, tile, capability)
         for name, tile in named.items()

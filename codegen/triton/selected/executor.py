@@ -52,13 +52,18 @@ _STRETCH = (8192, 16384)
 
 @dataclass(frozen=True)
 class Kernels:
-    """The kernels of one spec, ready to launch."""
+    """The kernels of one spec, ready to launch.
+
+    Attributes:
+        by_query: the tiles of those that may load keys and values by descriptors.
+    """
 
     launchers: dict[str, Launcher]
     tiles: Tiles
     tables: tuple[int, ...]
     direct: tuple[tuple[int, int, str], ...]
     spec: SelectedKernelSpec
+    by_query: tuple[Tile, ...]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -71,7 +76,9 @@ def kernels_of(spec: SelectedKernelSpec) -> Kernels:
         module = cache.load_module(latent_name(spec), latent_source(spec))
         launchers["forward_latent"] = Launcher(module.forward_latent)
     direct = tuple(sorted(direct_lookups(mask)))
-    return Kernels(launchers, tiles_for(spec), tuple(table_ranks(mask)), direct, spec)
+    tiles = tiles_for(spec)
+    by_query = tiles.forward, tiles.backward_query, *by_union.tiles(spec)
+    return Kernels(launchers, tiles, tuple(table_ranks(mask)), direct, spec, by_query)
 
 
 @dataclass(frozen=True)
@@ -100,9 +107,8 @@ class _Launch:
         kernels = kernels_of(SelectedKernelSpec(call.spec, *shape))
         data = arguments.mask_arguments(kernels, call.tables, call.sizes, q.shape[2], k.shape[2])
         sign, scale = positive(call.scale)
-        tiles = kernels.tiles.forward, kernels.tiles.backward_query, *by_union.tiles(kernels.spec)
         q = arguments.operand(q if sign == 1 else q * sign)
-        k, v = (arguments.operand(t, *tiles) for t in (k, v))
+        k, v = (arguments.operand(t, *kernels.by_query) for t in (k, v))
         index, count = call.index.contiguous(), call.count.contiguous()
         call = replace(call, q=q, k=k, v=v, index=index, count=count, scale=scale)
         return _Launch(call, sign, kernels, data)

@@ -56,7 +56,7 @@ def neighbours(spec: SelectedKernelSpec) -> int:
 
 def can_unite(spec: SelectedKernelSpec, call: SelectedCall) -> bool:
     """Whether lists of a call can be united: there are several, of a length that can be sorted."""
-    if union_tile(spec) is None or call.index.shape[2] < 2:
+    if call.index.shape[2] < 2 or union_tile(spec) is None:
         return False
     # Imports Triton, as whatever runs kernels does.
     from sparse_compile.codegen.triton.selected.union_lists import slots
