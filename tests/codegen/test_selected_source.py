@@ -5,8 +5,12 @@ from __future__ import annotations
 import pytest
 import sympy
 
+from sparse_compile.codegen.triton.aot import compiled
 from sparse_compile.codegen.triton.selected.aot import compile_selected
 from sparse_compile.codegen.triton.selected.source import SelectedKernelSpec, selected_source
+from sparse_compile.codegen.triton.selected.tiles import Tile
+from sparse_compile.codegen.triton.selected.union_lists import constants_of, unite_lists
+from sparse_compile.codegen.triton.selected.united import union_tile
 from sparse_compile.expr import KV, B, H, MaskExpr, Q, size_symbol, table
 from sparse_compile.selected_spec import SelectedSpec
 
@@ -43,6 +47,11 @@ SPECS = {
     "latent": spec_of(unit_kv=1, dim=576, value_dim=512, members=128),
     "single precision": spec_of(dtype="float32", dim=64, members=4),
 }
+#: Those with a kernel over unions of lists: few rows, and units of keys that fill a tile.
+UNITED = {
+    *("blocks of 64", "blocks of 128", "blocks of 16, groups of 5"),
+    *("documents", "run-time sizes", "wide"),
+}
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -67,8 +76,32 @@ def test_the_kernels_compile(name: str, arch: int) -> None:
     by_key = {"forward_by_key", "backward_key_value"}
     assert set(found) == {"forward", "merge", "backward_query"} | (
         set() if SPECS[name].adds_by_query else by_key
-    ) | ({"forward_latent"} if name == "latent" and arch == 90 else set())
+    ) | ({"forward_latent"} if name == "latent" and arch == 90 else set()) | (
+        {"forward_union"} if name in UNITED else set()
+    )
     for kernel, used in found.items():
         limit = 163 * 1024 if arch == 80 else 227 * 1024
         assert used.shared <= limit, (kernel, used.shared)
     assert found["forward"].spills == 0 or name == "latent"
+    if name in UNITED and arch == 90:
+        assert found["forward_union"].spills == 0
+        assert "wgmma" in found["forward_union"].ptx
+
+
+def test_the_forward_yields_only_where_unions_can_serve() -> None:
+    for name, spec in SPECS.items():
+        assert (union_tile(spec) is not None) == (name in UNITED)
+        assert ("BALANCE" in selected_source(spec)) == (name in UNITED)
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_the_kernel_that_unites_lists_compiles(arch: int) -> None:
+    for neighbours, most in ((4, 16), (12, 9)):
+        constants = constants_of(neighbours, most, 100)
+        names = unite_lists.arg_names
+        signature = {name: "*i32" if name.isupper() else "i32" for name in names}
+        signature |= {"BALANCE": "*i64"} | dict.fromkeys(constants, "constexpr")
+        pointers = [name for name in names if signature[name].startswith("*")]
+        used = compiled(unite_lists, signature, constants, pointers, Tile(1, 1, 4, 1), arch)
+        assert used.spills <= 16
+        assert used.shared <= 16 * 1024

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import sympy
 import torch
 
-from sparse_compile.codegen.triton.selected import executor
+from sparse_compile.codegen.selected_call import SelectedCall
+from sparse_compile.codegen.triton.selected import by_union, executor, united
 from sparse_compile.expr import MaskExpr
 from sparse_compile.selected_ops import SELECTED_ATTENTION
 from sparse_compile.selection import canonical
 from tests.gpu.waiting import no_waiting
 from tests.selection.cases import CASES, Case, check_executor
+from tests.selection.united import COSTS, DECIDED, writers
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CUDA = torch.device("cuda")
@@ -35,6 +38,55 @@ def test_case(case: Case, dtype: torch.dtype) -> None:
 def test_keys_outermost(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executor, "is_by_key", lambda launch: True)
     check_executor(executor, case, CUDA, torch.bfloat16)
+
+
+UNITED = [
+    *(c for c in [*CASES, *WIDE] if c.unit_kv >= 16 and c.dim <= 256 and c.n_q > 1),
+    *(replace(WIDE[1], name=f"groups of {n}", q_heads=2 * n) for n in (1, 5, 8, 16, 32)),
+    replace(WIDE[0], name="long lists", n_q=200, n_kv=2000, most=25),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("writer", COSTS)
+@pytest.mark.parametrize("case", UNITED, ids=str)
+def test_unions(
+    case: Case, writer: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(united, "COSTS", COSTS[writer])
+    few = case.unit_q * (case.q_heads // math.lcm(case.kv_heads, case.lists)) <= 32
+    assert writers(case, CUDA, dtype) == {writer if few else "query alone"}
+
+
+@pytest.mark.parametrize(("case", "writer"), DECIDED, ids=str)
+def test_the_lists_decide_whether_they_are_united(case: Case, writer: str) -> None:
+    assert writers(case, CUDA, torch.bfloat16) == {writer}
+
+
+def test_unions_in_a_recorded_graph_follow_the_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One recording serves lists for which unions pay, and such for which they do not."""
+    monkeypatch.setattr(by_union, "is_large", lambda launch: True)
+    monkeypatch.setattr(executor, "parts_of", lambda launch: 1)
+    calls = [case for case, _ in DECIDED]
+    q, k, v = (t.cuda().bfloat16() for t in calls[0].operands()[:3])
+    chosen = [case.selection() for case in calls]
+    index, count = chosen[0].index.cuda(), chosen[0].count.cuda()
+
+    def run() -> torch.Tensor:
+        lists = index, count
+        return executor.forward(SelectedCall(q, k, v, *lists, [], [], 0.2, calls[0].spec))[0]
+
+    run()
+    with no_waiting():
+        run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    for one in (*chosen, chosen[0]):
+        index.copy_(one.index)
+        count.copy_(one.count)
+        graph.replay()
+        torch.testing.assert_close(out, run(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 5])

@@ -54,6 +54,9 @@ class Case:
         generator = torch.Generator().manual_seed(1)
         if self.how == "one":
             return torch.full(shape, units // 2)
+        if self.how == "apart":
+            # No two neighbours have a unit in common, as long as there are units.
+            return (torch.arange(rows * self.most) % units).view(rows, self.most).expand(shape)
         # Pads, repeated numbers and numbers out of range among them.
         return torch.randint(-2, units + 1, shape, generator=generator)
 

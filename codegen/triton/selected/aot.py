@@ -10,10 +10,11 @@ from sparse_compile.codegen.triton.aot import SHORT, TABLE_TYPES, Resources, com
 from sparse_compile.codegen.triton.selected import latent
 from sparse_compile.codegen.triton.selected.source import SelectedKernelSpec, selected_source
 from sparse_compile.codegen.triton.selected.tiles import Tile, tiles_for
+from sparse_compile.codegen.triton.selected.united import union_tile
 from sparse_compile.codegen.triton.source import mask_parameters, table_ranks
 from sparse_compile.codegen.triton.tiles import padded
 
-_LISTS = ("INDEX", "COUNT", "WORK", "PLACES")
+_LISTS = ("INDEX", "NAMES", "COUNT", "WORK", "PLACES")
 _FLOATS = ("LSE", "GRAD_LSE", "DELTA", "PART_LSE", "GRAD_K", "GRAD_V")
 
 
@@ -40,6 +41,8 @@ def compile_selected(
         "forward_by_key": tiles.forward_by_key,
         "backward_key_value": tiles.backward_key_value,
     }
+    if (united := union_tile(spec)) is not None:
+        named["forward_union"] = united
     found = {
         name: _compiled(getattr(module, name), spec, tile, capability)
         for name, tile in named.items()
@@ -75,6 +78,8 @@ def _type(name: str, spec: SelectedKernelSpec) -> str:
         return "*i32"
     if name in _FLOATS:
         return "*fp32"
+    if name == "BALANCE":
+        return "*i64"
     if name in {f"t{t}" for t in table_ranks(spec.selected.mask)}:
         return TABLE_TYPES[spec.selected.mask.tables[int(name[1:])]]
     if name == "scale":

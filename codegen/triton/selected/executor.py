@@ -20,7 +20,7 @@ from sparse_compile.codegen.triton.executor import (
     positive,
     workers_of,
 )
-from sparse_compile.codegen.triton.selected import latent
+from sparse_compile.codegen.triton.selected import by_union, latent
 from sparse_compile.codegen.triton.selected.features import WIDE, features_of
 from sparse_compile.codegen.triton.selected.latent import (
     can_be_latent,
@@ -35,7 +35,10 @@ from sparse_compile.launch import Launcher
 from sparse_compile.layout.device.launch import current
 from sparse_compile.selection import places, worklist
 
-_NAMES = ("forward", "merge", "backward_query", "forward_by_key", "backward_key_value")
+_NAMES = (
+    *("forward", "merge", "backward_query", "forward_by_key", "backward_key_value"),
+    "forward_union",
+)
 #: Entries of a unit of keys that one program handles at most.
 _ENTRIES = 512
 #: Keys are the outer loop of the forward for units of at least so many keys, selected by so many
@@ -49,13 +52,18 @@ _STRETCH = (8192, 16384)
 
 @dataclass(frozen=True)
 class Kernels:
-    """The kernels of one spec, ready to launch."""
+    """The kernels of one spec, ready to launch.
+
+    Attributes:
+        by_query: the tiles of those that may load keys and values by descriptors.
+    """
 
     launchers: dict[str, Launcher]
     tiles: Tiles
     tables: tuple[int, ...]
     direct: tuple[tuple[int, int, str], ...]
     spec: SelectedKernelSpec
+    by_query: tuple[Tile, ...]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -68,7 +76,9 @@ def kernels_of(spec: SelectedKernelSpec) -> Kernels:
         module = cache.load_module(latent_name(spec), latent_source(spec))
         launchers["forward_latent"] = Launcher(module.forward_latent)
     direct = tuple(sorted(direct_lookups(mask)))
-    return Kernels(launchers, tiles_for(spec), tuple(table_ranks(mask)), direct, spec)
+    tiles = tiles_for(spec)
+    by_query = tiles.forward, tiles.backward_query, *by_union.tiles(spec)
+    return Kernels(launchers, tiles, tuple(table_ranks(mask)), direct, spec, by_query)
 
 
 @dataclass(frozen=True)
@@ -97,9 +107,8 @@ class _Launch:
         kernels = kernels_of(SelectedKernelSpec(call.spec, *shape))
         data = arguments.mask_arguments(kernels, call.tables, call.sizes, q.shape[2], k.shape[2])
         sign, scale = positive(call.scale)
-        tiles = kernels.tiles.forward, kernels.tiles.backward_query
         q = arguments.operand(q if sign == 1 else q * sign)
-        k, v = (arguments.operand(t, *tiles) for t in (k, v))
+        k, v = (arguments.operand(t, *kernels.by_query) for t in (k, v))
         index, count = call.index.contiguous(), call.count.contiguous()
         call = replace(call, q=q, k=k, v=v, index=index, count=count, scale=scale)
         return _Launch(call, sign, kernels, data)
@@ -132,6 +141,11 @@ class _Launch:
             return self.operands
         k, v = (arguments.of_tiles(t, tile.n) for t in (self.call.k, self.call.v))
         return self.call.q, k, v
+
+    @property
+    def may_yield(self) -> bool:
+        """Whether the forward by query is told what unions cost."""
+        return "forward_union" in self.kernels.launchers
 
     @property
     def is_aligned(self) -> bool:
@@ -190,6 +204,9 @@ def forward(call: SelectedCall) -> tuple[Tensor, Tensor]:
             _by_key_forward(launch, out, lse)
         elif "forward_latent" in launch.kernels.launchers and parts == 1 and launch.is_aligned:
             _latent(launch, out, lse)
+        elif parts == 1 and by_union.can_serve(launch):
+            # The device decides which of the two does it.
+            _by_query(launch, out, lse, parts, by_union.forward(launch, out, lse))
         else:
             _by_query(launch, out, lse, parts)
     return out, lse
@@ -230,7 +247,10 @@ def _latent(launch: _Launch, out: Tensor, lse: Tensor) -> None:
     )
 
 
-def _by_query(launch: _Launch, out: Tensor, lse: Tensor, parts: int) -> None:
+def _by_query(
+    launch: _Launch, out: Tensor, lse: Tensor, parts: int, balance: Tensor | None = None
+) -> None:
+    """The forward by query; it does nothing if ``balance`` is below zero."""
     call, tile = launch.call, launch.kernels.tiles.forward
     batch, heads, n_q, _ = call.q.shape
     to, to_lse = out, lse
@@ -239,7 +259,8 @@ def _by_query(launch: _Launch, out: Tensor, lse: Tensor, parts: int) -> None:
         to, to_lse = lse.new_empty(*shape, out.shape[3]), lse.new_empty(shape)
     launch.start(
         *("forward", tile, launch.by_query(tile, parts), *launch.operands_for(tile)),
-        *(call.index, call.count, to, to_lse, *arguments.strides(*launch.operands)),
+        *(call.index, call.count, *([balance] if launch.may_yield else [])),
+        *(to, to_lse, *arguments.strides(*launch.operands)),
         *(*out.stride()[:3], *launch.lists, parts, heads, n_q, call.k.shape[2], call.scale),
         *launch.mask_data,
         (*launch.shared, parts > 1),

@@ -9,9 +9,16 @@ from dataclasses import dataclass
 
 from sparse_compile.codegen.triton.fill import fill
 from sparse_compile.codegen.triton.predicate import print_predicate
-from sparse_compile.codegen.triton.selected import features, text, text_by_key, whole_items
+from sparse_compile.codegen.triton.selected import (
+    features,
+    text,
+    text_by_key,
+    text_union,
+    whole_items,
+)
 from sparse_compile.codegen.triton.selected.features import WIDE, features_of
 from sparse_compile.codegen.triton.selected.tiles import Tile, tiles_for
+from sparse_compile.codegen.triton.selected.united import neighbours, union_tile
 from sparse_compile.codegen.triton.source import escaped, legend, mask_parameters
 from sparse_compile.codegen.triton.text import common
 from sparse_compile.codegen.triton.tiles import padded
@@ -20,7 +27,7 @@ from sparse_compile.selected_spec import SelectedSpec
 
 #: A new length or selection must not compile anything.
 _UNSPECIALIZED = (
-    *("lists", "units", "most", "parts", "n_work", "first_group", "groups"),
+    *("lists", "units", "unions", "most", "parts", "n_work", "first_group", "groups"),
     *("q_heads", "kv_heads", "n_q", "n_kv"),
 )
 
@@ -68,7 +75,7 @@ class SelectedKernelSpec:
 
 
 def selected_source(spec: SelectedKernelSpec) -> str:
-    """The module of a spec: ``forward``, ``merge``, ``backward_query``, and those by key."""
+    """The module of a spec: ``forward``, ``merge``, ``backward_query``, by key and by union."""
     tiles = tiles_for(spec)
     mask = spec.selected.mask
     printed = [print_predicate(mask, axis) for axis in ("kv", "q")]
@@ -91,6 +98,9 @@ def selected_source(spec: SelectedKernelSpec) -> str:
         parts.append(
             _by_key(text_by_key.BACKWARD_KEY_VALUE, spec, tiles.backward_key_value, transposed=True)
         )
+    united = union_tile(spec)
+    if united is not None:
+        parts.append(_by_query(text_union.FORWARD_UNION, spec, united))
     return "\n\n".join(parts)
 
 
@@ -121,6 +131,8 @@ def _by_query(template: str, spec: SelectedKernelSpec, tile: Tile) -> str:
     printed = print_predicate(spec.selected.mask, "kv")
     keep = [f"keep = {printed.keep}"] if printed.keep else []
     kept = "keep & there[None, :]" if printed.keep else "there[None, :]"
+    united = template is text_union.FORWARD_UNION
+    kept = f"{kept} & named" if united else kept
     mask = [
         *(["kv = tl.minimum(kv, n_kv - 1)[None, :]"] if keep else []),
         *printed.inside,
@@ -131,26 +143,47 @@ def _by_query(template: str, spec: SelectedKernelSpec, tile: Tile) -> str:
     precision = _precision(spec)
     parts = features_of(spec.head_dim)
     key_head = text.DESCRIBED_KEY_HEAD if tile.descriptors else text.KEY_HEAD
-    shape = {"TILE_M": str(tile.m), "TILE_N": str(tile.n)}
+    shape = {"TILE_M": str(tile.m), "TILE_N": str(tile.n), "NEIGHBOURS": str(neighbours(spec))}
+    yields = template is text.FORWARD and union_tile(spec) is not None
+    first_keys, keys = _keys(whole, united)
     return fill(
         template,
         UNIT=fill(
-            text.UNIT, QUERY=features.queries(parts), KEY_HEAD=key_head.splitlines(), **shape
+            text_union.UNIT if united else text.UNIT,
+            YIELD=text_union.YIELD.splitlines() if yields else [],
+            QUERY=features.queries(parts),
+            KEY_HEAD=key_head.splitlines(),
+            **shape,
         ).splitlines(),
+        NEIGHBOURS=str(neighbours(spec)),
+        BALANCE=" BALANCE," if yields else "",
         DESCRIBED=[_DESCRIBED] if tile.descriptors else [],
         OPERANDS=features.operands(parts, spec.shared, tile.descriptors, precision),
         NO_GRAD_Q=features.no_grad_q(parts),
         GRAD_Q=features.grad_q(parts, precision),
         STORE_GRAD_Q=features.store_grad_q(parts),
         BEFORE=[_AT_ROWS, *printed.before] if keep else [],
-        FIRST_KEYS=(text.FIRST_WHOLE if whole else text.FIRST_GATHERED).splitlines(),
-        KEYS=(text.WHOLE if whole else text.GATHERED).splitlines(),
+        FIRST_KEYS=first_keys,
+        KEYS=keys,
         MASK=mask,
         PRECISION=precision,
         GRADS_OF_KEYS=_GRADS[spec.adds_by_query],
         ADD_GRADS=_add_grads(spec, precision) if spec.adds_by_query else [],
         **_parameters(template, spec),
     )
+
+
+def _keys(whole: bool, united: bool) -> tuple[list[str], list[str]]:
+    """Lines that place the keys of a tile: before the loop, and in it."""
+    first = (text.FIRST_WHOLE if whole else text.FIRST_GATHERED).splitlines()
+    keys = (text.WHOLE if whole else text.GATHERED).splitlines()
+    if not united:
+        return first, keys
+    if whole:
+        names = text_union.FIRST_WHOLE, text_union.NAMED_WHOLE, text_union.NEXT_WHOLE
+    else:
+        names = text_union.FIRST_GATHERED, text_union.NAMED_GATHERED, text_union.NEXT_GATHERED
+    return [*first, names[0]], [names[1], *keys, names[2]]
 
 
 _DESCRIBED = "K and V are tensor descriptors of tiles, of TILE_N tokens and all features."

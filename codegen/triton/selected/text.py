@@ -88,6 +88,7 @@ exist = (row < ROWS) & (token < n_q)
 own = (b * lists + group // GROUPS_PER_LIST).to(tl.int64) * units + unit
 INDEX += own * most
 keys = tl.load(COUNT + own) * UNIT_KV
+$YIELD
 each = tl.cdiv(tl.cdiv(keys, TILE_N), parts) * TILE_N
 lo, hi = part * each, tl.minimum(part * each + each, keys)
 $KEY_HEAD
@@ -129,7 +130,7 @@ entry = tl.load(INDEX + number // UNIT_KV, mask=number < hi, other=0)
 FORWARD = '''\
 @triton.jit(do_not_specialize=$UNSPECIALIZED)
 def forward(
-    Q, K, V, INDEX, COUNT, OUT, LSE,
+    Q, K, V, INDEX, COUNT,$BALANCE OUT, LSE,
     q_stride_b, q_stride_h, q_stride_n,
     k_stride_b, k_stride_h, k_stride_n,
     v_stride_b, v_stride_h, v_stride_n,

@@ -1,0 +1,85 @@
+"""Template of the forward for neighbouring units of queries, over the union of their lists."""
+
+#: What a program of neighbouring units starts with.
+UNIT = """\
+TILE_M: tl.constexpr = $TILE_M
+TILE_N: tl.constexpr = $TILE_N
+NEIGHBOURS: tl.constexpr = $NEIGHBOURS
+place, group, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+own = (b * lists + group // GROUPS_PER_LIST).to(tl.int64) * unions + place
+hi = tl.load(COUNT + own) * UNIT_KV
+if tl.load(BALANCE) >= 0:
+    return
+row = tl.arange(0, TILE_M)
+neighbour = row // ROWS
+token = place * (NEIGHBOURS * UNIT_Q) + row // MEMBERS
+h = group * MEMBERS + row % MEMBERS
+exist = (neighbour < NEIGHBOURS) & (token < n_q)
+INDEX += own * most
+NAMES += own * most
+lo = 0
+$KEY_HEAD
+Q += b.to(tl.int64) * q_stride_b
+factor = scale * LOG2_E
+$QUERY
+"""
+
+#: Which units named the keys of a tile, read one tile ahead as the lists are: around the lines that
+#: place the keys, where a unit fills tiles and where a tile holds several units.
+FIRST_WHOLE = "names = tl.load(NAMES, mask=lo < hi, other=0)"
+NAMED_WHOLE = "named = ((names >> neighbour) & 1)[:, None] != 0"
+NEXT_WHOLE = "names = tl.load(NAMES + after // UNIT_KV, mask=after < hi, other=0)"
+FIRST_GATHERED = "names = tl.load(NAMES + number // UNIT_KV, mask=number < hi, other=0)"
+NAMED_GATHERED = "named = (names[None, :] >> neighbour[:, None]) & 1 != 0"
+NEXT_GATHERED = FIRST_GATHERED
+
+#: At the start of a program of the forward by query, which is launched as well.
+YIELD = """\
+if BALANCE is not None:
+    if tl.load(BALANCE) < 0:
+        return  # forward_union computes it
+"""
+
+FORWARD_UNION = '''\
+@triton.jit(do_not_specialize=$UNSPECIALIZED)
+def forward_union(
+    Q, K, V, INDEX, NAMES, COUNT, BALANCE, OUT, LSE,
+    q_stride_b, q_stride_h, q_stride_n,
+    k_stride_b, k_stride_h, k_stride_n,
+    v_stride_b, v_stride_h, v_stride_n,
+    out_stride_b, out_stride_h, out_stride_n,
+    lists, unions, most, q_heads, n_q, n_kv, scale,
+    $PARAMETERS
+    GROUPS_PER_LIST: tl.constexpr,
+    GROUPS_PER_KEY: tl.constexpr,
+):
+    """As forward: a program holds $NEIGHBOURS neighbouring units, and reads what one of them lists.
+
+    $DESCRIBED
+    INDEX and COUNT are those of unions, int32 [B, lists, unions, most] and [B, lists, unions]; bit
+    g of NAMES, like INDEX, is set where the g-th unit listed the entry. BALANCE, one int64, is
+    below zero where this is the faster way; else this kernel does nothing, and forward does it.
+    """
+    $UNIT
+    peak = tl.full([TILE_M], float("-inf"), tl.float32)
+    total = tl.zeros([TILE_M], tl.float32)
+    out = tl.zeros([TILE_M, VALUE_PAD], tl.float32)
+    heads = h
+    $BEFORE
+    $FIRST_KEYS
+    for at in range(lo, hi, TILE_N):
+        $KEYS
+        $OPERANDS
+        $MASK
+        weight, shrink, peak, total = softmax_step(score, peak, total, factor)
+        out = tl.dot(weight.to(value.dtype), value, out * shrink[:, None]$PRECISION)
+
+    # A query without any key: 0, and -inf.
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    lse = tl.where(empty, float("-inf"), (peak + tl.log2(total)) * LN_2)
+    out *= (1.0 / total)[:, None]
+    OUT += b.to(tl.int64) * out_stride_b
+    store_rows(OUT, out, heads, token, out_stride_h, out_stride_n, exist, VALUE_DIM)
+    tl.store(LSE + (b * q_heads + heads).to(tl.int64) * n_q + token, lse, mask=exist)
+'''

@@ -1,0 +1,142 @@
+"""The lists of neighbouring units of queries as one, on the device and in one launch.
+
+Imported only where attention runs by Triton, so that nothing else needs it.
+"""
+
+# Triton reads the annotations of a kernel, and knows none for pointers and numbers.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparse_compile.launch import Launcher
+
+#: Entries that a program sorts at a time, if one union does not have more.
+_ENTRIES = 1024
+#: Beyond the greatest unit of keys.
+_NONE = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def together(unit, names, next_unit, next_names):
+    """Of two runs of sorted entries: the last unit, and who names it."""
+    return next_unit, tl.where(unit == next_unit, names | next_names, next_names)
+
+
+@triton.jit(do_not_specialize=["lines", "unions", "units", "most", "cost_query", "cost_union"])
+def unite_lists(
+    INDEX, COUNT, UNION, NAMES, UNION_COUNT, BALANCE,
+    lines, unions, units, most, cost_query, cost_union,
+    NEIGHBOURS: tl.constexpr, MEMBERS: tl.constexpr, ROOM: tl.constexpr, LINES: tl.constexpr,
+):  # fmt: skip
+    """LINES unions: their entries are sorted by units of keys, and equal ones become one.
+
+    MEMBERS and ROOM are at least NEIGHBOURS and ``most``, and powers of two.
+    """
+    SLOTS: tl.constexpr = MEMBERS * ROOM
+    line = tl.program_id(0) * LINES + tl.arange(0, LINES)[:, None]
+    slot = tl.arange(0, SLOTS)[None, :]
+    member, at = slot // ROOM, slot % ROOM
+    unit = line % unions * NEIGHBOURS + member
+    there = (line < lines) & (member < NEIGHBOURS) & (unit < units)
+    own = (line // unions).to(tl.int64) * units + unit
+    used = there & (at < tl.load(COUNT + own, mask=there, other=0))
+    entry = tl.load(INDEX + own * most + at, mask=used, other=0)
+    entry = tl.sort(tl.where(used, entry * NEIGHBOURS + member, _NONE))
+
+    unit, names = entry // NEIGHBOURS, 1 << (entry % NEIGHBOURS)
+    after = tl.broadcast_to(tl.minimum(slot + 1, SLOTS - 1), [LINES, SLOTS])
+    last = (entry != _NONE) & ((unit != tl.gather(unit, after, 1)) | (slot == SLOTS - 1))
+    _, names = tl.associative_scan((unit, names), 1, together)
+    counted = last.to(tl.int32)
+    place = tl.cumsum(counted, 1) - 1
+    to = line.to(tl.int64) * (NEIGHBOURS * most) + place
+    tl.store(UNION + to, unit, mask=last)
+    tl.store(NAMES + to, names, mask=last)
+    length = tl.sum(counted, 1)
+    row = tl.program_id(0) * LINES + tl.arange(0, LINES)
+    tl.store(UNION_COUNT + row, length, mask=row < lines)
+    entries = tl.sum(tl.sum(used.to(tl.int32), 1), 0).to(tl.int64)
+    united = tl.sum(length, 0).to(tl.int64)
+    tl.atomic_add(BALANCE, united * cost_union - entries * cost_query)
+
+
+_LAUNCH = Launcher(unite_lists)
+
+
+@dataclass(frozen=True, eq=False)
+class UnionLists:
+    """What ``neighbours`` units of queries, one after another, select together.
+
+    Attributes:
+        index: int32 [B, lists, ceil(units / neighbours), neighbours * most], ascending; what
+            follows the first ``count`` of a row is never read.
+        names: int32, like ``index``: bit ``g`` is set if the g-th of the units named the entry.
+        count: int32 [B, lists, ceil(units / neighbours)].
+        balance: int64 [1], below zero if the unions cost less than the lists.
+    """
+
+    index: Tensor
+    names: Tensor
+    count: Tensor
+    balance: Tensor
+
+
+def unite(index: Tensor, count: Tensor, neighbours: int, costs: tuple[int, int]) -> UnionLists:
+    """Unite the lists of neighbouring units of queries; does not synchronise.
+
+    Args:
+        index: int32 [B, lists, units, most], contiguous; as in
+            :class:`sparse_compile.selection.Selection`.
+        count: int32 [B, lists, units], contiguous.
+        neighbours: units that are united, at most 32; times the number of units of keys, they must
+            be below 2 ** 31 - 1.
+        costs: of an entry of a list, and of an entry of a union.
+    """
+    batch, lists, units, most = index.shape
+    unions = -(-units // neighbours)
+    shape = (batch, lists, unions)
+    made = UnionLists(
+        index.new_empty(*shape, neighbours * most),
+        index.new_empty(*shape, neighbours * most),
+        count.new_empty(shape),
+        torch.zeros(1, dtype=torch.int64, device=index.device),
+    )
+    lines = batch * lists * unions
+    constants = constants_of(neighbours, most, lines)
+    _LAUNCH(
+        (-(-lines // constants["LINES"]),),
+        (
+            *(index, count, made.index, made.names, made.count, made.balance),
+            *(lines, unions, units, most, *costs),
+        ),
+        tuple(constants.values()),
+        {"num_warps": 4},
+    )
+    return made
+
+
+def constants_of(neighbours: int, most: int, lines: int) -> dict[str, int]:
+    """The constants of the kernel that makes ``lines`` unions."""
+    members, room = _power(neighbours), _power(most)
+    together = max(1, min(_ENTRIES // (members * room), _power(lines)))
+    return {"NEIGHBOURS": neighbours, "MEMBERS": members, "ROOM": room, "LINES": together}
+
+
+def slots(neighbours: int, most: int) -> int:
+    """Entries that are sorted for one union.
+
+    >>> slots(5, 16)
+    128
+    """
+    return _power(neighbours) * _power(most)
+
+
+def _power(n: int) -> int:
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,70 @@
+"""The forward over unions of neighbouring lists: where it can serve, its tiles, and when it pays.
+
+Neighbouring queries often select nearly the same keys. A program that holds several of their
+units, and goes through the union of their lists, reads each unit of keys once for all of them and
+gives the tensor cores more rows at a time; what a row did not select is masked. How much the lists
+have in common is known on the device only, so it is decided there: both kernels are launched, and
+the programs of one of them return at once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sparse_compile.codegen.selected_call import SelectedCall
+from sparse_compile.codegen.triton.selected.features import WIDE
+from sparse_compile.codegen.triton.selected.tiles import Tile
+from sparse_compile.codegen.triton.tiles import padded
+
+if TYPE_CHECKING:
+    from sparse_compile.codegen.triton.selected.source import SelectedKernelSpec
+
+#: What an entry of a list costs the forward by query, and an entry of a union the forward over
+#: unions, in tenths. Estimates until measured.
+COSTS = (10, 16)
+#: Rows of a tile, and units that it holds at most: their names are the bits of an int32.
+_ROWS, _MOST = 64, 32
+#: Entries that are sorted for a union at most.
+_SLOTS = 1024
+
+
+def union_tile(spec: SelectedKernelSpec) -> Tile | None:
+    """The tile of the kernel; None where it is not made.
+
+    It is for units of few rows, which leave room for others in a tile, and of keys that fill one.
+    """
+    single = spec.dtype == "float32" and spec.arch != "interpreter"
+    if spec.adds_by_query or spec.rows > _ROWS // 2 or single:
+        return None
+    width = padded(max(spec.head_dim, spec.value_dim, 64))
+    held = min(_MOST, _ROWS // spec.rows) * spec.rows
+    m = max(16, 1 << (held - 1).bit_length())
+    if spec.arch == "interpreter":
+        return Tile(m, 32, 4, 1)
+    n = 64 if width < WIDE else 32
+    if spec.arch not in ("sm_90", "sm_100"):
+        return Tile(m, 32, 4, 2 if width < WIDE else 1)
+    aligned = spec.head_dim % 8 == spec.value_dim % 8 == 0
+    whole = aligned and n <= spec.selected.unit_kv
+    return Tile(m, n, 4, 3 if width < WIDE else 2, descriptors=whole)
+
+
+def neighbours(spec: SelectedKernelSpec) -> int:
+    """How many units of queries a program holds."""
+    return min(_MOST, _ROWS // spec.rows)
+
+
+def can_unite(spec: SelectedKernelSpec, call: SelectedCall) -> bool:
+    """Whether lists of a call can be united: there are several, of a length that can be sorted."""
+    if call.index.shape[2] < 2 or union_tile(spec) is None:
+        return False
+    # Imports Triton, as whatever runs kernels does.
+    from sparse_compile.codegen.triton.selected.union_lists import slots
+
+    n, key_units = neighbours(spec), -(-call.k.shape[2] // call.spec.unit_kv)
+    return slots(n, call.index.shape[3]) <= _SLOTS and n * key_units < (1 << 31) - 1
+
+
+def programs(spec: SelectedKernelSpec, call: SelectedCall) -> tuple[int, int, int]:
+    """The grid of the kernel."""
+    return -(-call.index.shape[2] // neighbours(spec)), call.groups, call.q.shape[0]
