@@ -9,8 +9,8 @@ from sparse_compile.codegen.triton.aot import compiled
 from sparse_compile.codegen.triton.selected.aot import compile_selected
 from sparse_compile.codegen.triton.selected.source import SelectedKernelSpec, selected_source
 from sparse_compile.codegen.triton.selected.tiles import Tile
-from sparse_compile.codegen.triton.selected.union_lists import constants_of, unite_lists
-from sparse_compile.codegen.triton.selected.united import union_tile
+from sparse_compile.codegen.triton.selected.union_lists import unite_lists
+from sparse_compile.codegen.triton.selected.united import constants_of, union_tile
 from sparse_compile.expr import KV, B, H, MaskExpr, Q, size_symbol, table
 from sparse_compile.selected_spec import SelectedSpec
 

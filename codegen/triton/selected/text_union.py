@@ -35,9 +35,10 @@ NEXT_GATHERED = FIRST_GATHERED
 
 #: At the start of a program of the forward by query, which is launched as well.
 YIELD = """\
+# Below zero where unions of lists cost less than the lists; None where that was not asked.
 if BALANCE is not None:
     if tl.load(BALANCE) < 0:
-        return  # forward_union computes it
+        return  # forward_union does it
 """
 
 FORWARD_UNION = '''\

@@ -15,10 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_compile.codegen.triton.selected.united import constants_of
 from sparse_compile.launch import Launcher
 
-#: Entries that a program sorts at a time, if one union does not have more.
-_ENTRIES = 1024
 #: Beyond the greatest unit of keys.
 _NONE = tl.constexpr(2**31 - 1)
 
@@ -120,23 +119,3 @@ def unite(index: Tensor, count: Tensor, neighbours: int, costs: tuple[int, int])
         {"num_warps": 4},
     )
     return made
-
-
-def constants_of(neighbours: int, most: int, lines: int) -> dict[str, int]:
-    """The constants of the kernel that makes ``lines`` unions."""
-    members, room = _power(neighbours), _power(most)
-    together = max(1, min(_ENTRIES // (members * room), _power(lines)))
-    return {"NEIGHBOURS": neighbours, "MEMBERS": members, "ROOM": room, "LINES": together}
-
-
-def slots(neighbours: int, most: int) -> int:
-    """Entries that are sorted for one union.
-
-    >>> slots(5, 16)
-    128
-    """
-    return _power(neighbours) * _power(most)
-
-
-def _power(n: int) -> int:
-    return 1 << (n - 1).bit_length()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 COSTS = (10, 16)
 #: Rows of a tile, and units that it holds at most: their names are the bits of an int32.
 _ROWS, _MOST = 64, 32
-#: Entries that are sorted for a union at most.
+#: Entries of a union before equal ones become one, at most; so many a program sorts at a time.
 _SLOTS = 1024
 
 
@@ -38,7 +38,7 @@ def union_tile(spec: SelectedKernelSpec) -> Tile | None:
         return None
     width = padded(max(spec.head_dim, spec.value_dim, 64))
     held = min(_MOST, _ROWS // spec.rows) * spec.rows
-    m = max(16, 1 << (held - 1).bit_length())
+    m = max(16, _power(held))
     if spec.arch == "interpreter":
         return Tile(m, 32, 4, 1)
     n = 64 if width < WIDE else 32
@@ -58,13 +58,26 @@ def can_unite(spec: SelectedKernelSpec, call: SelectedCall) -> bool:
     """Whether lists of a call can be united: there are several, of a length that can be sorted."""
     if call.index.shape[2] < 2 or union_tile(spec) is None:
         return False
-    # Imports Triton, as whatever runs kernels does.
-    from sparse_compile.codegen.triton.selected.union_lists import slots
-
     n, key_units = neighbours(spec), -(-call.k.shape[2] // call.spec.unit_kv)
-    return slots(n, call.index.shape[3]) <= _SLOTS and n * key_units < (1 << 31) - 1
+    slots = _power(n) * _power(call.index.shape[3])
+    return slots <= _SLOTS and n * key_units < (1 << 31) - 1
 
 
 def programs(spec: SelectedKernelSpec, call: SelectedCall) -> tuple[int, int, int]:
     """The grid of the kernel."""
     return -(-call.index.shape[2] // neighbours(spec)), call.groups, call.q.shape[0]
+
+
+def constants_of(neighbours: int, most: int, lines: int) -> dict[str, int]:
+    """The constants of the kernel that makes ``lines`` unions, of lists of up to ``most`` entries.
+
+    >>> constants_of(3, 16, 1000)
+    {'NEIGHBOURS': 3, 'MEMBERS': 4, 'ROOM': 16, 'LINES': 16}
+    """
+    members, room = _power(neighbours), _power(most)
+    together = max(1, min(_SLOTS // (members * room), _power(lines)))
+    return {"NEIGHBOURS": neighbours, "MEMBERS": members, "ROOM": room, "LINES": together}
+
+
+def _power(n: int) -> int:
+    return 1 << (n - 1).bit_length()
