@@ -62,9 +62,8 @@ def attention(
     torch.Size([1, 2, 100, 16])
     """
     if not torch.compiler.is_compiling():
-        # The operators repeat the check of the operands while they are compiled.
-        # Attention to blocks, besides a selection or alone, takes less, as is checked below.
-        ops.check_operands(q, k, v, WIDEST)
+        # The operators repeat it while they are compiled; attention to blocks takes less, see below.
+        ops.check_operands(q, k, v, WIDEST if isinstance(mask, Pattern) else (256, 256))
         if isinstance(mask, Pattern):
             mask.check(q.shape[2], k.shape[2], q.shape[0], q.shape[1])
     factor = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -73,9 +72,8 @@ def attention(
     if mask is not None and not isinstance(mask, Pattern):
         raise PatternMisuse(_no_mask(mask))
     given: list[Tensor] = []
-    plan = (
-        NOTHING_HIDDEN if mask is None else plan_of(mask, q.device.type, views_sizes(q, k), given)
-    )
+    sizes = views_sizes(q, k)
+    plan = NOTHING_HIDDEN if mask is None else plan_of(mask, q.device.type, sizes, given)
     if plan[0] and not torch.compiler.is_compiling():
         ops.check_operands(q, k, v)
     if mask is not None and plan[4]:

@@ -5,6 +5,7 @@ A plan is made of plain values, by functions whose results torch.compile takes f
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import operator
 import weakref
@@ -47,7 +48,7 @@ def plan_of(pattern: Pattern, device: str, sizes: Sizes, given: list[Tensor]) ->
     if _is_opened(pattern) or _is_plain(pattern):
         plan: Direct = _plan_of_spelled(_spelled(pattern, given), device, sizes)
     else:
-        plan = _plan_of_object(pattern, device, sizes)
+        plan = _plan_of_object(id(pattern), device, sizes)
     return plan
 
 
@@ -73,7 +74,7 @@ def _is_opened(pattern: Pattern) -> bool:
 def _spelled(value: Any, given: list[Tensor]) -> Any:
     """A parameter as nested tuples, types first; for a tensor, its number in ``given``."""
     if isinstance(value, Pattern) and not (_is_opened(value) or _is_plain(value)):
-        return (Pattern, (_number_of(value),))
+        return (Pattern, (_number_of(id(value)),))
     if isinstance(value, (Pattern, Scorer)):
         names = type(value).__dataclass_fields__  # type: ignore[union-attr]
         return (type(value), tuple([_spelled(getattr(value, name), given) for name in names]))
@@ -122,9 +123,9 @@ _KEPT: list[Pattern] = []
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _number_of(pattern: Pattern) -> int:
+def _number_of(address: int) -> int:
     """A number for a pattern that holds tensors, given to no other."""
-    _check_made_outside(pattern)
+    pattern = _at(address)
     if id(pattern) not in _NUMBERS:
         number = _NUMBERS[id(pattern)] = next(_COUNT)
         _NUMBERED[number] = weakref.ref(pattern)
@@ -155,22 +156,33 @@ _PLANS: dict[tuple[Any, str, Sizes], Direct] = {}
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _plan_of_object(pattern: Pattern, device: str, sizes: Sizes) -> Direct:
-    key = (id(pattern), device, sizes)
+def _plan_of_object(address: int, device: str, sizes: Sizes) -> Direct:
+    key = (address, device, sizes)
     if key not in _PLANS:
-        _check_made_outside(pattern)
+        pattern = _at(address)
         _PLANS[key] = plan_direct(pattern, device, sizes)
         weakref.finalize(pattern, _PLANS.pop, key, None)
     return _PLANS[key]
 
 
-def _check_made_outside(pattern: Pattern) -> None:
-    if not vars(pattern) and getattr(pattern, "__dataclass_fields__", None):
-        raise PatternMisuse(
-            f"sparse_compile: attention() got a {type(pattern).__name__} that the compiled code "
-            "makes from tensors or functions. Make it outside of that, and change its tensors in "
-            "place."
-        )
+def _at(address: int) -> Pattern:
+    """The pattern whose ``id`` this is; the caller keeps it alive.
+
+    Before torch 2.13, torch.compile hands no frozen dataclass to a function whose result it takes
+    for constant, but it does hand an ``id``, and guards on it. Where the code that is compiled
+    makes the pattern, there is none yet, and the ``id`` is that of what stands for it.
+
+    Raises:
+        PatternMisuse: the compiled code makes it.
+    """
+    found: Any = ctypes.cast(address, ctypes.py_object).value
+    if isinstance(found, Pattern) and (vars(found) or not hasattr(found, "__dataclass_fields__")):
+        return found
+    name = type(getattr(found, "value", found)).__name__
+    raise PatternMisuse(
+        f"sparse_compile: attention() got a {name} that the compiled code makes from tensors or "
+        "functions. Make it outside of that, and change its tensors in place."
+    )
 
 
 def plan_direct(
