@@ -62,7 +62,7 @@ def attention(
     torch.Size([1, 2, 100, 16])
     """
     if not torch.compiler.is_compiling():
-        # The operators repeat it while they are compiled; attention to blocks takes less, see below.
+        # Operators repeat it while they are compiled. Attention to blocks takes less, see below.
         ops.check_operands(q, k, v, WIDEST if isinstance(mask, Pattern) else (256, 256))
         if isinstance(mask, Pattern):
             mask.check(q.shape[2], k.shape[2], q.shape[0], q.shape[1])
