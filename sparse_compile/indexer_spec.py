@@ -54,6 +54,7 @@ class IndexerSpec:
     def factor(self) -> float | None:
         """All steps as one factor on the scores; None where a relu comes between.
 
+        >>> import sympy
         >>> steps = (("mul", 3.0), ("div", 4.0))
         >>> IndexerSpec(steps, (), True, MaskExpr(sympy.true), 0, False).factor
         0.75
