@@ -48,6 +48,17 @@ def apply_forward(out: Tensor, lse: Tensor, v: Tensor, policy: EmptyRows) -> Ten
     return torch.where(empty, mean.to(out.dtype), out)
 
 
+def without(out: Tensor, grad_out: Tensor, lse: Tensor, policy: EmptyRows) -> tuple[Tensor, Tensor]:
+    """``out`` and its gradient as an executor's backward takes them: empty rows are not its own.
+
+    It must see neither their mean nor their NaN. With ZERO they hold nothing, and stay as they are.
+    """
+    if policy is EmptyRows.ZERO:
+        return out, grad_out
+    empty = lse.eq(-math.inf).unsqueeze(-1)
+    return out.masked_fill(empty, 0), grad_out.masked_fill(empty, 0)
+
+
 def apply_backward(
     grad_out: Tensor,
     q: Tensor,

@@ -22,7 +22,7 @@ from sparse_compile.fresh_size import fresh_size
 from sparse_compile.layout import Layout, build_views, static_layout, unpack
 from sparse_compile.layout.dense_tables import DenseCall, DenseRead
 from sparse_compile.layout.tensor_state import memory_of
-from sparse_compile.spec import AttentionSpec, EmptyRows
+from sparse_compile.spec import AttentionSpec
 
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -229,11 +229,7 @@ def attention_backward(
     parsed = AttentionSpec.parse(spec)
     executor = executor_for(q.device)
     blocks = layout_of(parsed, q, k, tables, sizes, layout)
-    kept_grad, kept_out = grad_out, out
-    if parsed.empty_rows is not EmptyRows.ZERO:
-        # Rows without a key are not the kernel's: it must see neither their mean nor their NaN.
-        empty = lse.eq(float("-inf")).unsqueeze(-1)
-        kept_grad, kept_out = grad_out.masked_fill(empty, 0), out.masked_fill(empty, 0)
+    kept_out, kept_grad = empty_rows.without(out, grad_out, lse, parsed.empty_rows)
     grads = executor.backward(
         kept_grad, grad_lse, q, k, v, kept_out, lse, tables, sizes, blocks, scale, parsed
     )

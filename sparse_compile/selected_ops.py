@@ -107,8 +107,8 @@ def selected_attention_backward(
     """Gradients of :func:`selected_attention`: of q, k and v, in their dtypes, contiguous."""
     parsed = SelectedSpec.parse(spec)
     call = SelectedCall(q, k, v, index, count, tables, sizes, scale, parsed)
-    empty = lse.eq(float("-inf")).unsqueeze(-1)
-    result = Result(out.masked_fill(empty, 0), lse, grad_out.masked_fill(empty, 0), grad_lse)
+    kept_out, kept_grad = empty_rows.without(out, grad_out, lse, parsed.empty_rows)
+    result = Result(kept_out, lse, kept_grad, grad_lse)
     with full_precision(q.device.type):
         grads = selected_executor_for(q.device).backward(call, result)
     dq, dk, dv = empty_rows.apply_backward(grad_out, q, k, v, lse, scale, parsed.empty_rows, *grads)

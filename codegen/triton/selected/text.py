@@ -127,7 +127,30 @@ number += TILE_N
 entry = tl.load(INDEX + number // UNIT_KV, mask=number < hi, other=0)
 """
 
-FORWARD = '''\
+#: One pass over the keys of a program: its result and log-sum-exp.
+SCAN = """\
+    peak = tl.full([TILE_M], float("-inf"), tl.float32)
+    total = tl.zeros([TILE_M], tl.float32)
+    out = tl.zeros([TILE_M, VALUE_PAD], tl.float32)
+    heads = h
+    $BEFORE
+    $FIRST_KEYS
+    for at in range(lo, hi, TILE_N):
+        $KEYS
+        $OPERANDS
+        $MASK
+        weight, shrink, peak, total = softmax_step(score, peak, total, factor)
+        out = tl.dot(weight.to(value.dtype), value, out * shrink[:, None]$PRECISION)
+
+    # A query without any key: 0, and -inf.
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    lse = tl.where(empty, float("-inf"), (peak + tl.log2(total)) * LN_2)
+    out *= (1.0 / total)[:, None]
+"""
+
+FORWARD = (
+    '''\
 @triton.jit(do_not_specialize=$UNSPECIALIZED)
 def forward(
     Q, K, V, INDEX, COUNT,$BALANCE OUT, LSE,
@@ -148,24 +171,9 @@ def forward(
     OUT [B, groups, units, parts, ROWS, VALUE_DIM] and LSE for the kernel ``merge``.
     """
     $UNIT
-    peak = tl.full([TILE_M], float("-inf"), tl.float32)
-    total = tl.zeros([TILE_M], tl.float32)
-    out = tl.zeros([TILE_M, VALUE_PAD], tl.float32)
-    heads = h
-    $BEFORE
-    $FIRST_KEYS
-    for at in range(lo, hi, TILE_N):
-        $KEYS
-        $OPERANDS
-        $MASK
-        weight, shrink, peak, total = softmax_step(score, peak, total, factor)
-        out = tl.dot(weight.to(value.dtype), value, out * shrink[:, None]$PRECISION)
-
-    # A query without any key: 0, and -inf.
-    empty = total == 0.0
-    total = tl.where(empty, 1.0, total)
-    lse = tl.where(empty, float("-inf"), (peak + tl.log2(total)) * LN_2)
-    out *= (1.0 / total)[:, None]
+'''
+    + SCAN
+    + """\
     if PARTED:
         entry = ((b * tl.num_programs(1) + group).to(tl.int64) * units + unit) * parts + part
         column = tl.arange(0, VALUE_PAD)[None, :]
@@ -176,7 +184,8 @@ def forward(
         OUT += b.to(tl.int64) * out_stride_b
         store_rows(OUT, out, heads, token, out_stride_h, out_stride_n, exist, VALUE_DIM)
         tl.store(LSE + (b * q_heads + heads).to(tl.int64) * n_q + token, lse, mask=exist)
-'''
+"""
+)
 
 MERGE = '''\
 @triton.jit(do_not_specialize=["lists", "units", "parts", "first_group", "q_heads", "n_q"])

@@ -1,5 +1,7 @@
 """Template of the forward for neighbouring units of queries, over the union of their lists."""
 
+from sparse_compile.codegen.triton.selected.text import SCAN
+
 #: What a program of neighbouring units starts with.
 UNIT = """\
 TILE_M: tl.constexpr = $TILE_M
@@ -41,7 +43,8 @@ if BALANCE is not None:
         return  # forward_union does it
 """
 
-FORWARD_UNION = '''\
+FORWARD_UNION = (
+    '''\
 @triton.jit(do_not_specialize=$UNSPECIALIZED)
 def forward_union(
     Q, K, V, INDEX, NAMES, COUNT, BALANCE, OUT, LSE,
@@ -62,25 +65,11 @@ def forward_union(
     below zero where this is the faster way; else this kernel does nothing, and forward does it.
     """
     $UNIT
-    peak = tl.full([TILE_M], float("-inf"), tl.float32)
-    total = tl.zeros([TILE_M], tl.float32)
-    out = tl.zeros([TILE_M, VALUE_PAD], tl.float32)
-    heads = h
-    $BEFORE
-    $FIRST_KEYS
-    for at in range(lo, hi, TILE_N):
-        $KEYS
-        $OPERANDS
-        $MASK
-        weight, shrink, peak, total = softmax_step(score, peak, total, factor)
-        out = tl.dot(weight.to(value.dtype), value, out * shrink[:, None]$PRECISION)
-
-    # A query without any key: 0, and -inf.
-    empty = total == 0.0
-    total = tl.where(empty, 1.0, total)
-    lse = tl.where(empty, float("-inf"), (peak + tl.log2(total)) * LN_2)
-    out *= (1.0 / total)[:, None]
+'''
+    + SCAN
+    + """\
     OUT += b.to(tl.int64) * out_stride_b
     store_rows(OUT, out, heads, token, out_stride_h, out_stride_n, exist, VALUE_DIM)
     tl.store(LSE + (b * q_heads + heads).to(tl.int64) * n_q + token, lse, mask=exist)
-'''
+"""
+)
