@@ -23,6 +23,7 @@ from sparse_compile.backend import plan_graph
 from sparse_compile.diagnose import bad_attention
 from sparse_compile.errors import SparseCompileError
 from sparse_compile.explain_selection import pattern_tables, selected_in_call
+from sparse_compile.launch import arch_of
 from sparse_compile.layout import Layout, build_views
 from sparse_compile.options import Options
 from sparse_compile.passes import Decision
@@ -192,8 +193,6 @@ def kernel_spec(plan: Plan, arch: str | None = None) -> KernelSpec:
         plan: a plan.
         arch: as ``"sm_90"``; default the GPU that the tensors are on.
     """
-    from sparse_compile.codegen.triton.executor import arch_of  # needs triton
-
     site = plan.site
     sizes = [
         example_value(operand.node).shape[operand.axes.index("d")] for operand in (site.q, site.v)

@@ -12,11 +12,22 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 #: Versions whose rules are those of :func:`kind`; ``tests/test_fences.py`` compares them.
 _KNOWN = ("3.6.", "3.7.", "3.8.", "3.9.")
 _MOST = 1024
+#: Dtypes of operands, as the names of modules spell them.
+DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+def arch_of(device: torch.device) -> str:
+    """``"sm_90"`` and the like; ``"interpreter"`` for CPU tensors."""
+    if device.type == "cpu":
+        return "interpreter"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
 class Launcher:

@@ -129,12 +129,18 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     )
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    merged = grad_out, grad_lse, q, k, v, out, lse
     sizes, more_sizes = ctx.sizes
     spec, more_spec = ctx.specs
-    static = attention_backward(*merged, tables, sizes, layout, ctx.scale, spec)
+    static = attention_backward(
+        *(grad_out, grad_lse, q, k, v, out, lse), tables, sizes, layout, ctx.scale, spec
+    )
+    # What rows without any key yield is the static part's; the selected one holds zeros there.
+    kept_out, kept_grad = empty_rows.without(
+        out, grad_out, lse, AttentionSpec.parse(spec).empty_rows
+    )
     selected = selected_attention_backward(
-        *merged, index, count, more_tables, more_sizes, ctx.scale, more_spec
+        *(kept_grad, grad_lse, q, k, v, kept_out, lse, index, count),
+        *(more_tables, more_sizes, ctx.scale, more_spec),
     )
     dq, dk, dv = (one + other for one, other in zip(static, selected, strict=True))
     kept, unused = ([None] * len(tables), no_gradient(sizes)), [None] * len(layout)

@@ -21,12 +21,11 @@ from sparse_compile.codegen.triton.sections import (
 from sparse_compile.codegen.triton.source import direct_lookups, kernel_source, table_ranks
 from sparse_compile.codegen.triton.tiles import Tile, Tiles, padded, tiles_for
 from sparse_compile.errors import BadShape, UnsupportedDtype
-from sparse_compile.launch import Launcher
+from sparse_compile.launch import DTYPE_NAMES, Launcher, arch_of
 from sparse_compile.layout import Layout, Schedule
 from sparse_compile.layout.device.launch import current
 from sparse_compile.spec import AttentionSpec, KernelSpec
 
-DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _NAMES = (
     *("forward", "backward_query", "backward_key_value"),
     *("merge_forward", "merge_query", "merge_key_value"),
@@ -89,14 +88,6 @@ def is_exact(spec: AttentionSpec, n_q: int, n_kv: int) -> bool:
     return all(
         n_q % view.q.strides[0] == 0 and n_kv % view.kv.strides[0] == 0 for view in spec.parts
     )
-
-
-def arch_of(device: torch.device) -> str:
-    """``"sm_90"`` and the like; ``"interpreter"`` for CPU tensors."""
-    if device.type == "cpu":
-        return "interpreter"
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
 
 
 def forward(

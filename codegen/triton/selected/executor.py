@@ -14,9 +14,7 @@ from sparse_compile.codegen import cache
 from sparse_compile.codegen.selected_call import Result, SelectedCall
 from sparse_compile.codegen.triton import arguments
 from sparse_compile.codegen.triton.executor import (
-    DTYPE_NAMES,
     LIMIT,
-    arch_of,
     positive,
     workers_of,
 )
@@ -31,7 +29,7 @@ from sparse_compile.codegen.triton.selected.source import SelectedKernelSpec, se
 from sparse_compile.codegen.triton.selected.tiles import Tile, Tiles, tiles_for
 from sparse_compile.codegen.triton.source import direct_lookups, table_ranks
 from sparse_compile.errors import BadShape
-from sparse_compile.launch import Launcher
+from sparse_compile.launch import DTYPE_NAMES, Launcher, arch_of
 from sparse_compile.layout.device.launch import current
 from sparse_compile.selection import places, worklist
 

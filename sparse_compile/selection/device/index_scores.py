@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from sparse_compile.generated import load_module
-from sparse_compile.launch import Launcher
+from sparse_compile.launch import DTYPE_NAMES, Launcher, arch_of
 from sparse_compile.layout.device.launch import current
 from sparse_compile.selection.device.index_source import IndexSpec, index_source, tiles
 from sparse_compile.selection.device.printable import free_sizes, key_of, printable
 from sparse_compile.selection.visible import Visible
 
-_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 #: What the kernel holds of a key, and of the heads' products in half and in single precision.
 _MOST_DIM, _MOST_HEADS, _MOST_HEADS_SINGLE = 256, 128, 32
 
@@ -29,7 +28,7 @@ def can_index(q: Tensor, k: Tensor) -> bool:
     heads, dim = q.shape[1], q.shape[3]
     most = _MOST_HEADS_SINGLE if q.dtype == torch.float32 else _MOST_HEADS
     fits = heads <= most and dim <= _MOST_DIM and min(q.numel(), k.numel()) > 0
-    return q.is_cuda and fits and q.dtype == k.dtype and q.dtype in _DTYPES
+    return q.is_cuda and fits and q.dtype == k.dtype and q.dtype in DTYPE_NAMES
 
 
 def index_scores(
@@ -55,16 +54,13 @@ def index_scores(
     """
     (first, end), (batch, heads, n_q, dim), n_kv = queries, q.shape, k.shape[1]
     q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k))
-    dtype = _DTYPES[q.dtype]
+    dtype = DTYPE_NAMES[q.dtype]
     run_q, run_kv = tiles(dtype)
     key = key_of(visible, run_q, run_kv)
     # A tile that is left out must not hold a part of a run that is visible.
     whole = first % run_q == run_q % visible.run_q == run_kv % visible.run_kv == 0
     masked = whole and printable(visible)
-    arch = "interpreter"
-    if q.is_cuda:
-        arch = "sm_{}{}".format(*torch.cuda.get_device_capability(q.device))
-    spec = IndexSpec(key, masked, heads, dim, dtype, arch)
+    spec = IndexSpec(key, masked, heads, dim, dtype, arch_of(q.device))
     scores = torch.empty(batch, end - first, n_kv, dtype=torch.float32, device=q.device)
     arguments = (
         *(q, k, w, scores, *q.stride()[:3], *k.stride()[:2], *w.stride()),

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sparse_compile.generated import load_module
-from sparse_compile.launch import Launcher
+from sparse_compile.launch import DTYPE_NAMES, Launcher, arch_of
 from sparse_compile.layout.device.key import LONGEST
 from sparse_compile.layout.device.launch import current
 from sparse_compile.selection.device import window_source
@@ -20,7 +20,6 @@ from sparse_compile.selection.device.printable import free_sizes, key_of, printa
 from sparse_compile.selection.device.window_source import WindowSpec
 from sparse_compile.selection.visible import Visible
 
-_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 #: What the kernel holds of a key, of the heads of a list, and of the cells of windows and blocks.
 _MOST_DIM, _MOST_HEADS, _MOST_SPAN, _MOST_PER = 256, window_source.ROWS, 16, 32
 #: Verdicts are asked of so many runs of cells at once.
@@ -124,12 +123,9 @@ def window_scores(windows: Windows, units: tuple[int, int], logarithm: bool) -> 
     q = q if q.stride(-1) == 1 else q.contiguous()
     first, rows = units[0] * windows.unit, (units[1] - units[0]) * windows.unit // windows.summed
     key = replace(key_of(visible, 1, visible.run_kv), span=_SPAN)
-    arch = "interpreter"
-    if q.is_cuda:
-        arch = "sm_{}{}".format(*torch.cuda.get_device_capability(q.device))
     shape = parts.shape[0], windows.span, windows.per, windows.unit
-    of_heads = windows.heads, q.shape[3], _DTYPES[q.dtype]
-    spec = WindowSpec(key, *of_heads, *shape, logarithm, arch)
+    of_heads = windows.heads, q.shape[3], DTYPE_NAMES[q.dtype]
+    spec = WindowSpec(key, *of_heads, *shape, logarithm, arch_of(q.device))
     least = window_source.LEAST_SCORE if logarithm else 0.0
     scores = torch.full((q.shape[0], windows.lists, rows, windows.blocks), least, device=q.device)
     factor = windows.scale if windows.scale > 0 else 1.0
