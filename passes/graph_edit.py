@@ -52,7 +52,7 @@ class Inserter:
             node = self.gm.graph.create_node(op, target, args, kwargs)
         fake_args = map_arg(args, example_value)
         fake_kwargs = map_arg(kwargs, example_value)
-        with self._fake_mode, _fresh_sizes_allowed(self._fake_mode):
+        with self._fake_mode, fresh_sizes_allowed(self._fake_mode):
             if op == "call_method":
                 value = getattr(fake_args[0], target)(*fake_args[1:], **fake_kwargs)
             else:
@@ -65,9 +65,12 @@ class Inserter:
 
 
 @contextlib.contextmanager
-def _fresh_sizes_allowed(fake_mode: Any) -> Iterator[None]:
-    # A layout's length is a new symbolic size. Dynamo has finished binding such sizes by the time
-    # a backend runs; AOTAutograd traces the graph anew and binds its own.
+def fresh_sizes_allowed(fake_mode: Any) -> Iterator[None]:
+    """Let fake tensors have sizes that are only known at run time, as a layout's length.
+
+    Dynamo has finished binding such sizes by the time a backend runs; AOTAutograd traces the graph
+    anew and binds its own.
+    """
     shape_env = fake_mode.shape_env
     if shape_env is None:
         yield

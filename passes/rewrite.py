@@ -11,21 +11,20 @@ import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
 from sparse_compile import ops, pattern_ops
-from sparse_compile.block_scores_ops import BLOCK_SCORES
-from sparse_compile.indexer_ops import INDEXED_TOPK
 from sparse_compile.layout.dense_tables import DenseRead
 from sparse_compile.merged_ops import MERGED_ATTENTION
 from sparse_compile.passes.dense_tables import dense_reads
 from sparse_compile.passes.graph_edit import Inserter, device_of, example_value, first_reader
 from sparse_compile.passes.realise_tables import RealisedTables, realise
+from sparse_compile.passes.rewrite_indexer import replace_indexer, replace_lists
 from sparse_compile.plan import Indexer, Plan, SelectedPlan
 from sparse_compile.selected_ops import SELECTED_ATTENTION
 from sparse_compile.selected_spec import SelectedSpec
 from sparse_compile.selection_ops import SELECT
 from sparse_compile.site import (
     AttentionSite,
-    BlockScoresSite,
     IndexerSite,
+    LiftedMask,
     Operand,
     PatternTable,
     Scope,
@@ -50,6 +49,7 @@ class Rewriter:
         self._changed: dict[GraphModule, None] = {}
         self._replaced: dict[Node, Node] = {}
         self._indexers: dict[Node, Indexer] = {}
+        self._lists: dict[tuple[Node, ...], Indexer] = {}
 
     def apply(self, plan: Plan) -> None:
         """Replace one site."""
@@ -66,9 +66,9 @@ class Rewriter:
         elif plan.executor == "sdpa":
             out = _call_sdpa(insert, plan, q, k, v, scale)
         elif plan.listed is not None:
-            if plan.indexer is not None:
-                self._indexers.setdefault(plan.indexer.site.scores.output.node, plan.indexer)
             out = self._call_listed(insert, plan, plan.listed, q, k, v, scale)
+            if plan.indexer is not None:
+                self._note_indexer(plan.indexer, plan.lifted)
         else:
             out = self._call_sparse(insert, plan, q, k, v, scale)
         out = _restore_axes(insert, site, out)
@@ -89,26 +89,22 @@ class Rewriter:
             self._changed[scope.gm] = None
             scope = scope.parent
 
+    def _note_indexer(self, indexer: Indexer, lifted: LiftedMask) -> None:
+        if isinstance(indexer.site, IndexerSite) and indexer.site.reached is not None:
+            assert lifted.program is not None
+            self._lists.setdefault(self._tables.outputs[lifted.program][-2:], indexer)
+        else:
+            self._indexers.setdefault(indexer.site.scores.output.node, indexer)
+
     def finish(self) -> None:
         """Replace the indexers, now that all lists are made; recompile what was changed."""
         for indexer in self._indexers.values():
-            self._index(indexer)
+            replace_indexer(indexer, self._tables)
+        for lists, indexer in self._lists.items():
+            replace_lists(lists, indexer, self._tables)
         for gm in self._changed:
             gm.graph.lint()
             gm.recompile()
-
-    def _index(self, indexer: Indexer) -> None:
-        """The indices that an indexer keeps, or the scores of blocks, without those of all keys."""
-        site, old = indexer.site, indexer.site.scores.output.node
-        gm = site.scores.scope.gm
-        insert = Inserter(gm, old)
-        tables, sizes = realise(indexer.lifted, site.scores.scope, self._tables)
-        if isinstance(site, BlockScoresSite):
-            new = _block_scores(insert, site, tables, sizes, indexer.spec.text)
-        else:
-            new = _indices(insert, site, tables, sizes, indexer.spec.text)
-        old.replace_all_uses_with(new)
-        gm.graph.erase_node(old)
 
     def _operand(self, insert: Inserter, site: AttentionSite, operand: Operand) -> Node:
         node = operand.node
@@ -240,37 +236,6 @@ class Rewriter:
             parts = range(len(example_value(call)))
             self._layouts[key] = [insert.call(operator.getitem, call, part) for part in parts]
         return self._layouts[key]
-
-
-def _indices(
-    insert: Inserter, site: IndexerSite, tables: list[Node], sizes: list[int | Node], spec: str
-) -> Node:
-    q, k, w = (
-        _arranged(insert, operand, axes)
-        for operand, axes in ((site.q, "bnhd"), (site.k, "bdt"), (site.w, "bnh"))
-    )
-    return insert.call(INDEXED_TOPK, q, k, w, tables, sizes, site.most, spec)
-
-
-def _block_scores(
-    insert: Inserter, site: BlockScoresSite, tables: list[Node], sizes: list[int | Node], spec: str
-) -> Node:
-    shared = "h" not in site.k.axes
-    q = _arranged(insert, site.q, "bhnd")
-    k = _arranged(insert, site.k, "bdt" if shared else "bhdt")
-    k = insert.method("unsqueeze", k, 1) if shared else k
-    blocks = insert.size(site.view, 3)
-    return insert.call(BLOCK_SCORES, q, k, tables, sizes, blocks, spec)
-
-
-def _arranged(insert: Inserter, operand: Operand, axes: str) -> Node:
-    """An operand of an indexer with its axes in order, without a gradient."""
-    node = insert.method("detach", operand.node)
-    for dim in reversed([d for d, axis in enumerate(operand.axes) if axis == "1"]):
-        node = insert.method("squeeze", node, dim)
-    kept = [axis for axis in operand.axes if axis != "1"]
-    order = [kept.index(axis) for axis in axes]
-    return node if order == sorted(order) else insert.method("permute", node, *order)
 
 
 def _where_masks_are_read(insert: Inserter, plan: Plan, tables: list[Node]) -> Inserter:

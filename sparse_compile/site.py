@@ -106,13 +106,14 @@ class IndexerSite:
 
     Attributes:
         scores: its scores as those of an attention: where it stands, its mask, and as the output
-            the node of its indices.
+            the node of its indices, or with ``reached`` of its values.
         q, k, w: the operands; ``axes`` are among ``b``, ``n`` (queries), ``t`` (keys), ``h``, ``d``
             and, for axes of size one that say nothing, ``1``.
         most: how many keys a query keeps.
         before, after, product, largest, is_sorted, single: as in
             :class:`sparse_compile.indexer_spec.IndexerSpec`; with ``single``, q and k are those
             before they were made fp32.
+        reached: what the scores reach that are kept; None if these are the best ``most``.
     """
 
     scores: AttentionSite
@@ -126,6 +127,7 @@ class IndexerSite:
     largest: bool
     is_sorted: bool
     single: bool = False
+    reached: Reached | None = None
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,21 @@ class DenseTable:
 
 
 @dataclass(frozen=True)
+class Reached:
+    """That keys are kept whose scores [B, Nq, Nkv] reach the last of a top-k, row by row.
+
+    Attributes:
+        values: the values of the top-k.
+        comparison: of a score with that value, as ``ge``; or of what is left out, as ``not lt``.
+        least: whether the least of the values is meant, wherever it stands.
+    """
+
+    values: Node
+    comparison: str
+    least: bool
+
+
+@dataclass(frozen=True)
 class SelectedKeys:
     """The keys that an index selects for each query, besides what the predicate allows.
 
@@ -214,7 +231,10 @@ class SelectedKeys:
         unit_q, unit_kv: consecutive queries, and keys, that are selected together.
         most: how many units a query selects at most, in words.
         source: the indices of the top-k that the index is, None where it is something else.
-        best: the top-k's that the index is computed from.
+        best: the top-k's that the index, or a threshold, is computed from.
+        waits: for a threshold on scores instead of an index, which ``most`` but for equal scores
+            reach: whether their number is asked of the device in each call.
+        reached: for a threshold, what it is if that is known.
     """
 
     unit_q: int
@@ -222,16 +242,21 @@ class SelectedKeys:
     most: str
     source: Node | None = None
     best: tuple[Node, ...] = ()
+    waits: bool | None = None
+    reached: Reached | None = None
 
     @property
     def shown(self) -> str:
         """In words, as ``selected: top-k of 8 indices, units of 1 query and 64 keys``."""
         what = f"top-k of {self.most} indices" if self.source else f"{self.most} indices"
+        if self.waits is not None:
+            what = f"the {self.most} best scores and those that equal the last of them"
         units = [
             f"{unit} {noun}{'s' if unit > 1 and noun == 'key' else ''}"
             for unit, noun in ((self.unit_q, "query"), (self.unit_kv, "key"))
         ]
-        return f"selected: {what}, units of {' and '.join(units)}"
+        asked = "; how many these are is asked of the device in each call" if self.waits else ""
+        return f"selected: {what}, units of {' and '.join(units)}{asked}"
 
 
 @dataclass(frozen=True)

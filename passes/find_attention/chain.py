@@ -17,7 +17,7 @@ from sparse_compile.passes.find_attention.refusal import Refusal
 from sparse_compile.site import MaskOperand, Operand, Scope
 
 #: Calls that read a tensor's shape, dtype or device, not its values.
-_READS_NO_VALUES = frozenset(
+READS_NO_VALUES = frozenset(
     "size dim shape zeros_like ones_like full_like empty_like new_zeros new_ones new_full "
     "new_empty".split()
 )
@@ -37,15 +37,18 @@ class Chain:
         self.mask: MaskOperand | None = None
         self.nodes: list[Node] = []
 
-    def _taken(self, node: Any, reader: Node) -> Node:
-        """A step of the chain, which only ``reader`` reads: a tensor, or its last overwriting."""
+    def _taken(self, node: Any, reader: Node, *others: Node) -> Node:
+        """A step of the chain, which only ``reader`` reads: a tensor, or its last overwriting.
+
+        ``others`` may read it, too.
+        """
         if not isinstance(node, Node) or not values.is_float(node):
             raise not_an_indexer()
         step = self.flow.current(node, reader)
         if step is not node and (call := canonical(step)) is not None and not call.in_place:
             raise Refusal("its scores are overwritten")
         for user in {**node.users, **step.users}:
-            reads = user not in (reader, step) and op_name(user) not in _READS_NO_VALUES
+            reads = user not in (reader, step, *others) and op_name(user) not in READS_NO_VALUES
             if reads and self.flow.current(node, user) is step:
                 raise Refusal(f"its scores are also read by `{op_name(user)}`")
         self.nodes.append(reader)

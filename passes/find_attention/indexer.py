@@ -16,6 +16,7 @@ from sparse_compile.passes.find_attention import values
 from sparse_compile.passes.find_attention.block_scores import find_block_scores
 from sparse_compile.passes.find_attention.canonical import canonical, op_name
 from sparse_compile.passes.find_attention.chain import Chain, not_an_indexer, operand_of
+from sparse_compile.passes.find_attention.only_comparison import only_comparison
 from sparse_compile.passes.find_attention.provenance import where
 from sparse_compile.passes.find_attention.refusal import Refusal
 from sparse_compile.site import (
@@ -24,6 +25,7 @@ from sparse_compile.site import (
     IndexerSite,
     LiftedMask,
     Operand,
+    Reached,
     Rejection,
     Scope,
 )
@@ -42,8 +44,12 @@ def find_indexer(lifted: LiftedMask) -> IndexerSite | BlockScoresSite | Rejectio
     source, best = lifted.selection.source, lifted.selection.best
     try:
         pooled = find_block_scores(best, lifted.scope)
-        if pooled is not None or source is None:
+        reached = lifted.selection.reached
+        if pooled is not None or (source is None and reached is None):
             return pooled
+        if reached is not None:
+            return _Match(reached.values, lifted.scope, reached).found()
+        assert source is not None
         return _Match(source, lifted.scope).found()
     except Refusal as refusal:
         return Rejection(refusal.reason, refusal.hint, where(best[0]), best[0])
@@ -53,20 +59,21 @@ class _Match(Chain):
     """The steps of an indexer, from its top-k backwards.
 
     Attributes:
-        index: the indices.
+        index: the indices, or the values that others reach.
+        reached: how, if so.
         q, k, w: the operands; ``axes`` are among ``b``, ``n`` (queries), ``t`` (keys), ``h``, ``d``
             and, for axes of size one that say nothing, ``1``.
         before, after, product: as in :class:`IndexerSpec`.
     """
 
-    def __init__(self, index: Node, scope: Scope) -> None:
+    def __init__(self, index: Node, scope: Scope, reached: Reached | None = None) -> None:
         """Match.
 
         Raises:
             Refusal: it is not an indexer, or one that something else reads.
         """
         super().__init__(scope)
-        self.index, self.product = index, True
+        self.index, self.reached, self.product = index, reached, True
         (topk,) = index.all_input_nodes
         scores = self._topk(topk)
         scores = self._masked(scores)
@@ -89,7 +96,16 @@ class _Match(Chain):
         if not all(isinstance(flag, bool) for flag in flags):
             raise Refusal("its order is known only at run time")
         self.most, self.largest, self.is_sorted = given["k"], *flags
-        return self._taken(given["input"], topk)
+        if self.reached is None:
+            return self._taken(given["input"], topk)
+        if not (self.largest if self.reached.least else self.is_sorted):
+            raise Refusal("which of its values is the last of the best is not known")
+        comparison = only_comparison(self.index, self.flow)
+        scores = self._taken(given["input"], topk, comparison)
+        sides = comparison.all_input_nodes
+        if [self.flow.current(n, comparison) for n in sides].count(scores) != 1:
+            raise Refusal("its values are not compared with the scores that they are of")
+        return scores
 
     def _relu(self, node: Node) -> Node:
         if op_name(node) != "relu" or node.kwargs.get("inplace") or len(node.args) > 1:
@@ -187,7 +203,8 @@ class _Match(Chain):
         )
         flags = self.product, self.largest, self.is_sorted, self.single
         operands = self.q, self.k, self.w
-        return IndexerSite(scores, *operands, self.most, self.before, self.after, *flags)
+        steps = self.before, self.after
+        return IndexerSite(scores, *operands, self.most, *steps, *flags, self.reached)
 
 
 def _narrowed(operand: Operand) -> Operand | None:

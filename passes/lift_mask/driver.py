@@ -20,14 +20,21 @@ from sparse_compile.passes.lift_mask.empty_rows import (
     never_empty,
 )
 from sparse_compile.passes.lift_mask.expose import expose
+from sparse_compile.passes.lift_mask.kept import Kept, split_kept
 from sparse_compile.passes.lift_mask.lift import Lifter
 from sparse_compile.passes.lift_mask.normalize import normalise
 from sparse_compile.passes.lift_mask.operands import Keep, Refused, read_operand
+from sparse_compile.passes.lift_mask.rankings import (
+    Bound,
+    bound_of,
+    is_topk_index,
+    ranking_of,
+    topk_dim,
+    topk_of,
+)
+from sparse_compile.passes.lift_mask.rows import NotSelected
 from sparse_compile.passes.lift_mask.selected import (
-    Chosen,
-    NotSelected,
     check_heads,
-    is_threshold,
     made_of,
     split_selection,
     uncast,
@@ -39,12 +46,8 @@ from sparse_compile.passes.lift_mask.slice import (
     Slice,
     Slicer,
     Wanted,
-    is_topk_index,
-    ranking_of,
-    topk_dim,
-    topk_of,
 )
-from sparse_compile.passes.lift_mask.tables import Tabler, build_program
+from sparse_compile.passes.lift_mask.tables import Selects, Tabler, build_program
 from sparse_compile.passes.lift_mask.value import Lifted, Unliftable
 from sparse_compile.passes.lift_mask.verify import Check, Examples, verify
 from sparse_compile.site import (
@@ -52,16 +55,13 @@ from sparse_compile.site import (
     DenseTable,
     LiftedMask,
     Operand,
+    Reached,
     Rejection,
     Scope,
     SelectedKeys,
 )
 
 Lengths = Mapping[sympy.Symbol, sympy.Expr]
-_THRESHOLD = (
-    "it keeps every key whose score reaches a threshold, and equal scores make that more than k; "
-    "scatter the indices of the top-k to keep k"
-)
 
 
 @dataclass
@@ -249,23 +249,24 @@ def _with_selection(
 ) -> LiftedMask:
     """The predicate over tables; what an index selects is apart from it, where lists can say it."""
     try:
+        chosen: Selects | None
         rest, chosen = split_selection(predicate, lifter, work.lengths)
+        if chosen is None:
+            bounds = _bounds(work, traced)
+            rest, chosen = split_kept(predicate, lifter, work.lengths, bounds)
         if chosen is not None:
             check_heads(chosen.lists, _size(work.site.k, "h"))
     except NotSelected as error:
         lifted = _tabled(work, traced, lifter, predicate, simplify)
         return replace(lifted, unselected=str(error))
-    lifted = _tabled(work, traced, lifter, rest, simplify, chosen)
-    if lifted.dense and is_threshold(traced, _ranked(work, traced)):
-        return replace(lifted, unselected=_THRESHOLD)
-    return lifted
+    return _tabled(work, traced, lifter, rest, simplify, chosen)
 
 
-def _ranked(work: _Work, traced: GraphModule) -> list[Node]:
-    """The inputs of a traced mask that are results of a top-k or a sort."""
+def _bounds(work: _Work, traced: GraphModule) -> dict[Node, Bound]:
+    """The inputs of a traced mask that are results of a ranking."""
     inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
     pairs = zip(inputs, work.part.leaves, strict=True)
-    return [node for node, leaf in pairs if ranking_of(leaf) is not None]
+    return {node: bound_of(ranked) for node, leaf in pairs if (ranked := ranking_of(leaf))}
 
 
 def _tabled(
@@ -274,7 +275,7 @@ def _tabled(
     lifter: Lifter,
     predicate: sympy.Basic,
     simplify: Simplifier,
-    chosen: Chosen | None = None,
+    chosen: Selects | None = None,
 ) -> LiftedMask:
     """The predicate with run-time data as tables and sizes, and the program that computes them."""
     tabled = Tabler(same_length=work.lengths[Q] == work.lengths[KV])(predicate)
@@ -310,16 +311,21 @@ def _tabled(
     )
 
 
-def _selection(chosen: Chosen, traced: GraphModule, leaves: Sequence[Node]) -> SelectedKeys:
+def _selection(chosen: Selects, traced: GraphModule, leaves: Sequence[Node]) -> SelectedKeys:
     """What a selection is, and the top-k that it comes from, if one."""
     inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
-    index = uncast(chosen.index)
-    leaf = leaves[inputs.index(index)] if index in inputs else None
+    start = chosen.node if isinstance(chosen, Kept) else uncast(chosen.index)
+    read = [leaves[inputs.index(node)] for node in made_of(start) if node in inputs]
+    best = tuple(dict.fromkeys(topk for leaf in read if (topk := topk_of(leaf)) is not None))
+    units = chosen.rows.unit_q, chosen.rows.unit_kv
+    if isinstance(chosen, Kept):
+        row, reached = chosen.reached, None
+        if row is not None:
+            reached = Reached(leaves[inputs.index(row.values)], row.comparison, row.least)
+        return SelectedKeys(*units, f"{chosen.most}", None, best, not chosen.fixed, reached)
+    leaf = leaves[inputs.index(start)] if start in inputs else None
     source = leaf if leaf is not None and is_topk_index(leaf) else None
-    read = [leaves[inputs.index(node)] for node in made_of(index) if node in inputs]
-    best = dict.fromkeys(topk for leaf in read if (topk := topk_of(leaf)) is not None)
-    units = chosen.unit_q, chosen.unit_kv
-    return SelectedKeys(*units, f"{chosen.most}", source, tuple(best))
+    return SelectedKeys(*units, f"{chosen.most}", source, best)
 
 
 def _shown(axes: Sequence[str], lengths: Lengths) -> str:

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import sympy
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
-from sparse_compile.expr import KV, B, FloorDiv, H, Q
+from sparse_compile.expr import KV, B
 from sparse_compile.passes.lift_mask.emit import Emitter
 from sparse_compile.passes.lift_mask.expose import is_named
 from sparse_compile.passes.lift_mask.lift import Lifter
+from sparse_compile.passes.lift_mask.rows import (
+    Lengths,
+    NotSelected,
+    Rows,
+    arranged,
+    rows_of,
+    units_of,
+)
 from sparse_compile.passes.lift_mask.sizes import size_expr
+from sparse_compile.passes.lift_mask.value import is_data
 from sparse_compile.selected_ops import CANONICAL_SELECTION
 
 aten = torch.ops.aten
-Lengths = Mapping[sympy.Symbol, sympy.Expr]
-
-
-class NotSelected(Exception):
-    """Why a mask that reads an index is not attention over selected keys, for a user."""
 
 
 @dataclass(frozen=True)
@@ -31,29 +34,53 @@ class Chosen:
 
     Attributes:
         index: the node of the traced graph that holds it.
-        dim: the dimension of ``index`` along which its entries lie.
-        axes: for each of b, h and q, the dimension of ``index``; None where it does not vary.
-        unit_q, unit_kv: consecutive queries, and keys, that one entry stands for.
+        rows: how it lies; ``dim`` is that along which its entries lie.
+        among: further masks of the shape of what the index names: keys count where all hold.
     """
 
     index: Node
-    dim: int
-    axes: tuple[int | None, int | None, int | None]
-    unit_q: int
-    unit_kv: int
+    rows: Rows
+    among: tuple[BoolRead, ...] = ()
 
     @property
     def lists(self) -> sympy.Expr:
         """How many heads have a list of their own."""
-        return sympy.S.One if self.axes[1] is None else self._size(self.axes[1])
+        axis = self.rows.axes[1]
+        return sympy.S.One if axis is None else self._size(axis)
 
     @property
     def most(self) -> sympy.Expr:
         """How many entries a list has."""
-        return self._size(self.dim)
+        return self._size(self.rows.dim)
 
     def _size(self, dim: int) -> sympy.Expr:
         return size_expr(self.index.meta["val"].shape[dim])
+
+
+@dataclass(frozen=True)
+class BoolRead:
+    """A condition that is an element of a bool tensor.
+
+    Attributes:
+        lookup: the element.
+        node: the node of the traced graph that holds the tensor.
+        negated: whether the condition is that the element is False.
+    """
+
+    lookup: sympy.Basic
+    node: Node
+    negated: bool
+
+
+def bool_read(condition: sympy.Basic, lifter: Lifter) -> BoolRead | None:
+    """The condition as one element of a run-time bool tensor, if that is what it is."""
+    if not isinstance(condition, (sympy.Ne, sympy.Eq)) or not is_data(condition.args[0]):
+        return None
+    lookup, number = condition.args
+    node = node_of(lookup, lifter)
+    if number != 0 or node.meta["val"].dtype != torch.bool:
+        return None
+    return BoolRead(lookup, node, isinstance(condition, sympy.Eq))
 
 
 def split_selection(
@@ -65,70 +92,66 @@ def split_selection(
         NotSelected: an index takes part, in a way that lists of keys cannot say.
     """
     lookups = predicate.atoms(sympy.core.function.AppliedUndef)
-    named = {lookup for lookup in lookups if is_named(_node(lookup, lifter))}
+    named = {lookup for lookup in lookups if is_named(node_of(lookup, lifter))}
     if not named:
         return predicate, None
     if len(named) > 1:
         raise NotSelected("it combines several selections")
     (lookup,) = named
-    parts = predicate.args if isinstance(predicate, sympy.And) else (predicate,)
+    parts = sympy.And.make_args(predicate)
     if [part for part in parts if part.has(lookup)] != [sympy.Ne(lookup, 0)]:
         raise NotSelected("it does not just narrow the mask to the keys that its index selects")
-    rest = sympy.And(*(part for part in parts if not part.has(lookup)))
-    return rest, _read(lookup, _node(lookup, lifter), lengths)
+    named_node = node_of(lookup, lifter)
+    rest = {part: bool_read(part, lifter) for part in parts if not part.has(lookup)}
+    among = {part: read for part, read in rest.items() if read and _alike(read, lookup, named_node)}
+    chosen = _read(lookup, named_node, lengths, tuple(among.values()))
+    return sympy.And(*(part for part in rest if part not in among)), chosen
 
 
-def _node(lookup: sympy.Basic, lifter: Lifter) -> Node:
+def _alike(read: BoolRead, lookup: sympy.Basic, named: Node) -> bool:
+    """Whether a tensor is read where what an index names is, and has its shape."""
+    sizes = [[size_expr(n) for n in node.meta["val"].shape] for node in (read.node, named)]
+    return read.lookup.args == lookup.args and sizes[0] == sizes[1]
+
+
+def node_of(lookup: sympy.Basic, lifter: Lifter) -> Node:
+    """The node of the traced graph that a lookup reads."""
     return lifter.data[int(lookup.func.__name__[1:])]
 
 
-def _read(lookup: sympy.Basic, named: Node, lengths: Lengths) -> Chosen:
+def _read(
+    lookup: sympy.Basic, named: Node, lengths: Lengths, among: tuple[BoolRead, ...]
+) -> Chosen:
     _, dim, index, _ = named.args
     assert isinstance(index, Node)
     assert isinstance(dim, int)
     sizes = [size_expr(size) for size in index.meta["val"].shape]
     dim = dim % len(sizes)
-    unit_kv = _unit(lookup.args[dim], KV)
-    if unit_kv is None:
-        raise NotSelected(f"its selection is read at key {lookup.args[dim]}")
-    axes: dict[sympy.Symbol, int] = {}
-    units = {B: 1, H: 1, Q: 1}
+    if among:
+        return Chosen(index, rows_of(lookup.args, dim, sizes, lengths), among)
     index = _unexpanded(index, dim)
     own = [size_expr(size) for size in index.meta["val"].shape]
-    for axis, (at, size) in enumerate(zip(lookup.args, sizes, strict=True)):
-        if axis == dim or (own[axis] == 1 and (at == 0 or size != 1)):
-            continue
-        coordinate = next((c for c in units if c not in axes and _unit(at, c)), None)
-        if coordinate is None:
-            raise NotSelected(f"its selection is read at {at}")
-        axes[coordinate], units[coordinate] = axis, _unit(at, coordinate) or 1
-        if not _covers(size, units[coordinate], lengths[coordinate], coordinate == Q):
-            raise NotSelected(
-                f"its index has {size} rows for {lengths[coordinate]} of {coordinate}"
-            )
-    if units[B] != 1 or Q not in axes:
-        raise NotSelected("its selection is one for all queries or for several batch entries")
-    order = axes.get(B), axes.get(H), axes[Q]
-    return _squeezed(Chosen(index, dim, order, units[Q], unit_kv))
+    repeated = [axis for axis, size in enumerate(own) if size == 1 != sizes[axis]]
+    return _squeezed(Chosen(index, rows_of(lookup.args, dim, sizes, lengths, repeated)))
 
 
 def _squeezed(chosen: Chosen) -> Chosen:
     """The same with an index before axes were added to it, so that layers share what they can."""
-    index = uncast(chosen.index)
+    index, rows = uncast(chosen.index), chosen.rows
     if index.target is not aten.unsqueeze.default:
         return chosen
     source, at = index.args
     assert isinstance(source, Node)
     assert isinstance(at, int)
     added = at % index.meta["val"].dim()
-    if added == chosen.dim or added in chosen.axes:
+    if added == rows.dim or added in rows.axes:
         return chosen
     dim, *axes = (
-        None if axis is None else axis - (axis > added) for axis in (chosen.dim, *chosen.axes)
+        None if axis is None else axis - (axis > added) for axis in (rows.dim, *rows.axes)
     )
     assert dim is not None
-    order = axes[0], axes[1], axes[2]
-    return _squeezed(replace(chosen, index=source, dim=dim, axes=order))
+    moved = replace(rows, dim=dim, axes=(axes[0], axes[1], axes[2]))
+    return _squeezed(Chosen(source, moved))
 
 
 def _unexpanded(index: Node, dim: int) -> Node:
@@ -142,22 +165,6 @@ def _unexpanded(index: Node, dim: int) -> Node:
             break
         index = source
     return index
-
-
-def _unit(at: sympy.Expr, coordinate: sympy.Symbol) -> int | None:
-    """How many consecutive values of a coordinate ``at`` is the same for; None if not constant."""
-    if at == coordinate:
-        return 1
-    if isinstance(at, FloorDiv) and at.args[0] == coordinate and at.args[1].is_Integer:
-        return int(at.args[1]) if at.args[1] > 0 else None
-    return None
-
-
-def _covers(size: sympy.Expr, unit: int, length: sympy.Expr, partly: bool) -> bool:
-    """Whether ``size`` units are just enough for a length; the last one may be cut for queries."""
-    if size * unit == length:
-        return True
-    return partly and size.is_Integer and length.is_Integer and size == -(-int(length) // unit)
 
 
 def check_heads(lists: sympy.Expr, key_heads: sympy.Expr) -> None:
@@ -175,26 +182,25 @@ def check_heads(lists: sympy.Expr, key_heads: sympy.Expr) -> None:
 
 def emit_selection(chosen: Chosen, emitter: Emitter, lengths: Lengths) -> list[Node]:
     """The lists of a selection as nodes of the program: index and count."""
-    graph, rank = emitter.graph, chosen.index.meta["val"].dim()
-    node = emitter.copy(uncast(chosen.index))
-    varying = [axis for axis in (*chosen.axes, chosen.dim) if axis is not None]
-    ones = [axis for axis in range(rank) if axis not in varying]
-    if ones:
-        node = graph.call_function(aten.squeeze.dims, (node, ones))
-    kept = sorted(varying)
-    order = [kept.index(axis) for axis in varying]
-    if order != sorted(order):
-        node = graph.call_function(aten.permute.default, (node, order))
-    for position, axis in enumerate(chosen.axes):
-        if axis is None:
-            node = graph.call_function(aten.unsqueeze.default, (node, position))
-    if chosen.axes[0] is None and lengths[B] != 1:
-        sizes = [emitter.size(lengths[B]), -1, -1, -1]
-        node = graph.call_function(aten.expand.default, (node, sizes))
-    unit = sympy.Integer(chosen.unit_kv)
-    units = emitter.size(lengths[KV] if unit == 1 else FloorDiv(lengths[KV] + unit - 1, unit))
-    lists = graph.call_function(CANONICAL_SELECTION, (node, units))
-    return [graph.call_function(operator.getitem, (lists, number)) for number in (0, 1)]
+    index = chosen.index if chosen.among else uncast(chosen.index)
+    node = emitter.copy(index)
+    for read in chosen.among:
+        node = _where(read, node, chosen.rows.dim, emitter)
+    node = arranged(node, index.meta["val"].dim(), chosen.rows, emitter, lengths[B])
+    units = units_of(lengths[KV], chosen.rows.unit_kv, emitter)
+    lists = emitter.graph.call_function(CANONICAL_SELECTION, (node, units))
+    return [emitter.graph.call_function(operator.getitem, (lists, part)) for part in (0, 1)]
+
+
+def _where(read: BoolRead, index: Node, dim: int, emitter: Emitter) -> Node:
+    """An index without the entries that name what a mask of the same shape hides: -1 instead."""
+    call = emitter.graph.call_function
+    holds = call(
+        aten.gather.default, (emitter.copy(read.node), dim, call(aten.clamp.default, (index, 0)))
+    )
+    if read.negated:
+        holds = call(aten.bitwise_not.default, (holds,))
+    return call(aten.where.ScalarOther, (holds, index, -1))
 
 
 def uncast(index: Node) -> Node:
@@ -206,23 +212,6 @@ def uncast(index: Node) -> Node:
             break
         index = source
     return index
-
-
-def is_threshold(traced: GraphModule, ranked: Collection[Node]) -> bool:
-    """Whether a mask compares scores with one of them, such as the k-th best.
-
-    Args:
-        traced: what computes the mask.
-        ranked: its inputs that are results of a top-k or a sort.
-    """
-    for node in traced.graph.nodes:
-        if node.target in (aten.ge.Tensor, aten.gt.Tensor, aten.le.Tensor, aten.lt.Tensor):
-            sides = [arg for arg in node.args if isinstance(arg, Node)]
-            floats = all(side.meta["val"].dtype.is_floating_point for side in sides)
-            hits = [any(n in ranked for n in made_of(side)) for side in sides]
-            if floats and hits.count(True) == 1:
-                return True
-    return False
 
 
 def made_of(node: Node) -> list[Node]:

@@ -146,7 +146,7 @@ class _Graph:
         self.memory = Memory(gm)
         self.writes = {node: written for node in self.nodes if (written := written_inputs(node))}
         self.brackets = _brackets(self.nodes)
-        self.lazy_loads = [node for node in self.nodes if _name(node) == _LAZY_LOAD]
+        self.lazy_loads = [node for node in self.nodes if call_name(node) == _LAZY_LOAD]
 
     def pick(self, wanted: Sequence[Wanted]) -> _Picked:
         forced: set[Node] = set()
@@ -198,7 +198,9 @@ class _Graph:
                 leaves.append(node)
                 continue
             if writes and _is_source(node):
-                raise CannotSlice(f"the mask is written by {_name(node)}, which cannot be replayed")
+                raise CannotSlice(
+                    f"the mask is written by {call_name(node)}, which cannot be replayed"
+                )
             picked.append(node)
             need(node.all_input_nodes)
         return _Picked(picked[::-1], leaves[::-1])
@@ -219,10 +221,10 @@ class _Graph:
     def _check(self, picked: _Picked, wanted: Sequence[Wanted]) -> None:
         for leaf in picked.leaves:
             if leaf.op != "placeholder" and any(
-                _name(opening) == _VMAP and self._encloses(opening, closing, leaf)
+                call_name(opening) == _VMAP and self._encloses(opening, closing, leaf)
                 for opening, closing in self.brackets
             ):
-                raise CannotSlice(f"the mask reads the result of {_name(leaf)} inside a vmap")
+                raise CannotSlice(f"the mask reads the result of {call_name(leaf)} inside a vmap")
         given = {self.memory.of(leaf): leaf for leaf in picked.leaves}
         outputs = {self.memory.of(want.node): self.position[want.reader] for want in wanted}
         for node in picked.nodes:
@@ -239,7 +241,7 @@ def _brackets(nodes: Sequence[Node]) -> list[tuple[Node, Node]]:
     open_: list[tuple[str, Node]] = []
     found: list[tuple[Node, Node]] = []
     for node in nodes:
-        name = _name(node)
+        name = call_name(node)
         if name in _OPENING:
             open_.append((_OPENING[name], node))
         elif name in _CLOSING and any(kind == _CLOSING[name] for kind, _ in open_):
@@ -248,7 +250,8 @@ def _brackets(nodes: Sequence[Node]) -> list[tuple[Node, Node]]:
     return found
 
 
-def _name(node: Node) -> str:
+def call_name(node: Node) -> str:
+    """What a node calls: the name of a function, a method or an operator."""
     if node.op in ("placeholder", "output", "get_attr"):
         return ""
     target = node.target
@@ -265,34 +268,6 @@ def _is_leaf(node: Node) -> bool:
     return _is_source(node)
 
 
-def ranking_of(node: Node) -> Node | None:
-    """The top-k, sort or k-th value of which a node is the values or the indices."""
-    source = node.args[0] if node.target is operator.getitem else None
-    ranks = isinstance(source, Node) and _name(source) in ("topk", "sort", "kthvalue")
-    return source if ranks else None  # type: ignore[return-value]
-
-
-def topk_of(node: Node) -> Node | None:
-    """The top-k of which a node is the values or the indices."""
-    source = ranking_of(node)
-    return source if source is not None and _name(source) == "topk" else None
-
-
-def is_topk_index(node: Node) -> bool:
-    """Whether a node is the indices of a top-k."""
-    return topk_of(node) is not None and bool(node.args[1] == 1)
-
-
-def topk_dim(index: Node) -> int:
-    """The dimension along which the indices of a top-k are distinct."""
-    topk = topk_of(index)
-    assert topk is not None
-    dim = topk.kwargs.get("dim", topk.args[2] if len(topk.args) > 2 else -1)
-    assert isinstance(dim, int)
-    rank: int = index.meta["example_value"].dim()
-    return dim % max(1, rank)
-
-
 def _is_source(node: Node) -> bool:
     if node.op == "call_module":
         return True
@@ -302,7 +277,7 @@ def _is_source(node: Node) -> bool:
     if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         if str(target).split(".")[0] not in ("aten", "prims", "prim"):
             return True
-    name = _name(node)
+    name = call_name(node)
     return name in _SOURCES and not (name.startswith("dropout") and _is_off(node))
 
 

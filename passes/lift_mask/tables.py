@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 
 from sparse_compile.expr import KV, B, FloorDiv, FloorMod, H, Q, dense_bit, table
 from sparse_compile.passes.lift_mask.emit import Emitter
+from sparse_compile.passes.lift_mask.kept import Kept, emit_kept
 from sparse_compile.passes.lift_mask.lift import Lifter
 from sparse_compile.passes.lift_mask.selected import Chosen, emit_selection
 from sparse_compile.passes.lift_mask.value import is_data, reads_data
@@ -24,6 +25,9 @@ _ORDER = (B, H, Q, KV)
 #: What a table holds ready-made. Sums stay in the predicate, so that their terms can be shared.
 _NOT_LINEAR = (FloorDiv, FloorMod, sympy.Abs, sympy.Min, sympy.Max)
 
+
+#: What selects keys: an index, or a threshold on scores.
+Selects: TypeAlias = Chosen | Kept
 
 #: An element over run-time data, and the coordinates that its table is indexed with.
 Content: TypeAlias = tuple[sympy.Basic, tuple[sympy.Symbol, ...]]
@@ -173,7 +177,7 @@ def build_program(
     sizes: Sequence[sympy.Symbol],
     lengths: Mapping[sympy.Symbol, sympy.Expr],
     extra: Sequence[sympy.Symbol],
-    chosen: Chosen | None = None,
+    chosen: Selects | None = None,
 ) -> Program:
     """The program that computes tables, mask tensors and sizes, then the lists of a selection.
 
@@ -196,7 +200,10 @@ def build_program(
     dense = [emitter.mask(element, coordinates) for element, coordinates in tabled.dense]
     outputs = [node for node, *_ in tables] + [node for node, *_ in dense]
     outputs += [emitter.size_node(symbol) for symbol in sizes]
-    outputs += [] if chosen is None else emit_selection(chosen, emitter, lengths)
+    if isinstance(chosen, Kept):
+        outputs += emit_kept(chosen, emitter, lengths)
+    elif chosen is not None:
+        outputs += emit_selection(chosen, emitter, lengths)
     origins = emitter.finish(outputs)
     dtypes = tuple(str(dtype).removeprefix("torch.") for _, dtype in tables)
     read = tuple((axes, source) for _, axes, source in dense)

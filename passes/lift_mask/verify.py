@@ -16,8 +16,9 @@ from torch.fx import Interpreter, Node
 from sparse_compile.expr import KV, H, Q, evaluate
 from sparse_compile.passes.dense_tables import mask_data, selection_data
 from sparse_compile.passes.lift_mask.operands import Refused
+from sparse_compile.passes.lift_mask.rankings import is_topk_index
 from sparse_compile.passes.lift_mask.sizes import size_expr
-from sparse_compile.passes.lift_mask.slice import Slice, is_topk_index
+from sparse_compile.passes.lift_mask.slice import Slice
 from sparse_compile.site import LiftedMask, MaskOperand, Scope
 
 _ORDER = ("b", "h", "q", "kv")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,13 +47,17 @@ class Rewritten:
         return make_boxed_func(gm.forward)
 
     def squares(self, n: int) -> list[str]:
-        """The nodes whose tensors have two axes of size ``n``, or as many numbers."""
+        """The nodes whose tensors have two axes of size ``n``, or as many numbers.
+
+        Sizes that are known at run time only count as different ones.
+        """
         return [
-            f"{node.name} {list(value.shape)}"
+            f"{node.name} {sizes}"
             for gm in self.graphs
             for node in gm.graph.nodes
             for value in _tensors(node.meta.get("val"))
-            if list(value.shape).count(n) > 1 or (value.numel() and value.numel() % (n * n) == 0)
+            for sizes in [[size for size in value.shape if isinstance(size, int)]]
+            if sizes.count(n) > 1 or (math.prod(sizes) and math.prod(sizes) % (n * n) == 0)
         ]
 
     def targets(self) -> list[str]:

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from sparse_compile import block_scores_ops, indexer_ops
 from tests.passes.rewritten import Rewritten, trained
 from tests.passes.sparse_models import model, tokens
+from tests.passes.test_recognise_threshold import Indexed
 
 
 def largest(call: Callable[[], Any]) -> int:
@@ -23,14 +25,11 @@ def largest(call: Callable[[], Any]) -> int:
     return max(event.nbytes() for event in events if event.name() == "[memory]")
 
 
-def growth(kind: str, rewrite: bool, checkpointed: bool) -> float:
+def growth(network: nn.Module, given_of: Callable[[int], Tensor], rewrite: bool = True) -> float:
     """How much larger the largest tensor of a training step is at twice the length."""
-    network = model(kind, layers=1)
-    if checkpointed:
-        network.gradient_checkpointing_enable({"use_reentrant": False})
     sizes = []
     for length in (512, 1024):
-        fast, given = Rewritten(rewrite).compiled(network), tokens(length)
+        fast, given = Rewritten(rewrite).compiled(network), given_of(length)
         trained(fast, network, given)  # tracing allocates what no call does
         sizes.append(largest(lambda fast=fast, given=given: trained(fast, network, given)))
     return sizes[1] / sizes[0]
@@ -49,8 +48,20 @@ def test_it_grows_with_the_length(
 ) -> None:
     for operators in (indexer_ops, block_scores_ops):
         monkeypatch.setattr(operators, "_MOST", 1 << 16)
-    assert growth(kind, rewrite=True, checkpointed=checkpointed) < 2.2
+    network = model(kind, layers=1)
+    if checkpointed:
+        network.gradient_checkpointing_enable({"use_reentrant": False})
+    assert growth(network, tokens) < 2.2
 
 
 def test_without_the_passes_it_grows_with_the_square() -> None:
-    assert growth("minimax_m3", rewrite=False, checkpointed=False) > 3.5
+    assert growth(model("minimax_m3", layers=1), tokens, rewrite=False) > 3.5
+
+
+@pytest.mark.parametrize("rewrite", [False, True])
+def test_a_threshold_on_the_scores_of_all_keys(
+    monkeypatch: pytest.MonkeyPatch, rewrite: bool
+) -> None:
+    monkeypatch.setattr(indexer_ops, "_MOST", 1 << 16)
+    found = growth(Indexed(), lambda length: torch.randn(1, length, Indexed.WIDTH), rewrite)
+    assert found < 2.2 if rewrite else found > 3.5

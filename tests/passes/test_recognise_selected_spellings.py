@@ -125,22 +125,6 @@ EXPANSIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 #: Right, and only what the mask allows is visited; but the mask tensor of all pairs is made.
 TENSORS: dict[str, tuple[Masked, str]] = {
-    "k-th value": (lambda g, i: g >= g.topk(9, -1).values[..., -1:], "reaches a threshold"),
-    "least of the best": (
-        lambda g, i: g >= g.topk(9, -1).values.amin(-1, keepdim=True),
-        "reaches a threshold",
-    ),
-    "gathered": (lambda g, i: g >= g.gather(-1, i)[..., -1:], "reaches a threshold"),
-    "kthvalue": (
-        lambda g, i: g >= g.kthvalue(LENGTH - 8, -1, keepdim=True).values,
-        "reaches a threshold",
-    ),
-    "below is masked": (
-        lambda g, i: torch.zeros_like(g).masked_fill(
-            g < g.topk(9).values[..., -1, None], -math.inf
-        ),
-        "reaches a threshold",
-    ),
     "rank": (lambda g, i: g.argsort(-1, descending=True).argsort(-1) < 9, "the mask tensor"),
 }
 

@@ -1,0 +1,82 @@
+"""rewrite_indexer: operators in the place of what scores keys, so that no scores of all exist."""
+
+from __future__ import annotations
+
+import operator
+
+from torch.fx import Node
+
+from sparse_compile.block_scores_ops import BLOCK_SCORES
+from sparse_compile.indexer_ops import INDEXED_KEPT, INDEXED_TOPK
+from sparse_compile.passes.graph_edit import Inserter
+from sparse_compile.passes.realise_tables import RealisedTables, realise
+from sparse_compile.plan import Indexer
+from sparse_compile.site import BlockScoresSite, IndexerSite, Operand
+
+
+def replace_indexer(indexer: Indexer, realised: RealisedTables) -> None:
+    """The indices that an indexer keeps, or the scores of blocks, without those of all keys."""
+    site, old = indexer.site, indexer.site.scores.output.node
+    gm = site.scores.scope.gm
+    insert = Inserter(gm, old)
+    tables, sizes = realise(indexer.lifted, site.scores.scope, realised)
+    if isinstance(site, BlockScoresSite):
+        new = _block_scores(insert, site, tables, sizes, indexer.spec.text)
+    else:
+        operands = _operands(insert, site)
+        new = insert.call(INDEXED_TOPK, *operands, tables, sizes, site.most, indexer.spec.text)
+    old.replace_all_uses_with(new)
+    gm.graph.erase_node(old)
+
+
+def replace_lists(lists: tuple[Node, ...], indexer: Indexer, realised: RealisedTables) -> None:
+    """The lists of keys whose scores reach a threshold, without the scores of all keys.
+
+    Args:
+        lists: the index and the count that a call of ``KEPT_SELECTION`` makes of these scores.
+        indexer: what scores the keys.
+        realised: the tables of the graph.
+    """
+    site = indexer.site
+    assert isinstance(site, IndexerSite)
+    assert site.reached is not None
+    scope = site.scores.scope
+    (call,) = lists[0].all_input_nodes
+    _, units, fixed = call.args
+    tables, sizes = realise(indexer.lifted, scope, realised)
+    insert = Inserter(scope.gm, lists[0])
+    reaches = f"{'least ' * site.reached.least}{site.reached.comparison}"
+    data = tables, sizes, site.most, units, fixed, reaches, indexer.spec.text
+    made = insert.call(INDEXED_KEPT, *_operands(insert, site), *data)
+    new = [insert.call(operator.getitem, made, part) for part in (0, 1)]
+    for before, after in zip(lists, new, strict=True):
+        before.replace_all_uses_with(after)
+        scope.gm.graph.erase_node(before)
+    scope.gm.graph.erase_node(call)
+
+
+def _operands(insert: Inserter, site: IndexerSite) -> list[Node]:
+    """q, k and the weights of an indexer, as its operators take them."""
+    axes = ((site.q, "bnhd"), (site.k, "bdt"), (site.w, "bnh"))
+    return [_arranged(insert, operand, order) for operand, order in axes]
+
+
+def _block_scores(
+    insert: Inserter, site: BlockScoresSite, tables: list[Node], sizes: list[int | Node], spec: str
+) -> Node:
+    shared = "h" not in site.k.axes
+    q = _arranged(insert, site.q, "bhnd")
+    k = _arranged(insert, site.k, "bdt" if shared else "bhdt")
+    k = insert.method("unsqueeze", k, 1) if shared else k
+    blocks = insert.size(site.view, 3)
+    return insert.call(BLOCK_SCORES, q, k, tables, sizes, blocks, spec)
+
+
+def _arranged(insert: Inserter, operand: Operand, axes: str) -> Node:
+    """An operand of an indexer with its axes in order, without a gradient."""
+    node = insert.method("detach", operand.node)
+    for dim in reversed([d for d, axis in enumerate(operand.axes) if axis == "1"]):
+        node = insert.method("squeeze", node, dim)
+    kept = [axis for axis in operand.axes if axis != "1"]
+    order = [kept.index(axis) for axis in axes]
+    return node if order == sorted(order) else insert.method("permute", node, *order)
