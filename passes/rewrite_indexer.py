@@ -7,7 +7,8 @@ import operator
 from torch.fx import Node
 
 from sparse_compile.block_scores_ops import BLOCK_SCORES
-from sparse_compile.indexer_ops import INDEXED_KEPT, INDEXED_TOPK
+from sparse_compile.indexer_ops import INDEXED_TOPK
+from sparse_compile.kept_ops import INDEXED_KEPT
 from sparse_compile.passes.graph_edit import Inserter
 from sparse_compile.passes.realise_tables import RealisedTables, realise
 from sparse_compile.plan import Indexer
@@ -42,11 +43,11 @@ def replace_lists(lists: tuple[Node, ...], indexer: Indexer, realised: RealisedT
     assert site.reached is not None
     scope = site.scores.scope
     (call,) = lists[0].all_input_nodes
-    _, units, fixed = call.args
+    _, _, fixed, *seen, _, mask = call.args
     tables, sizes = realise(indexer.lifted, scope, realised)
     insert = Inserter(scope.gm, lists[0])
     reaches = f"{'least ' * site.reached.least}{site.reached.comparison}"
-    data = tables, sizes, site.most, units, fixed, reaches, indexer.spec.text
+    data = tables, sizes, site.most, indexer.spec.text, reaches, fixed, *seen, mask
     made = insert.call(INDEXED_KEPT, *_operands(insert, site), *data)
     new = [insert.call(operator.getitem, made, part) for part in (0, 1)]
     for before, after in zip(lists, new, strict=True):

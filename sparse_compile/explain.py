@@ -10,7 +10,7 @@ import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -119,7 +119,11 @@ class Examined:
     def _lists(self) -> SelectionReport | None:
         if self.chosen is None or self.shape is None:
             return None
-        return self.chosen.report(self.shape["q"], self.shape["kv"])
+        found = self.chosen.report(self.shape["q"], self.shape["kv"])
+        lifted = None if isinstance(self.decision, Rejection) else self.decision.lifted.selection
+        # The room of lists says how many a top-k keeps, but nothing of a threshold.
+        threshold = lifted is not None and lifted.waits is not None
+        return replace(found, room=found.most) if threshold else found
 
     def layout(self) -> Layout | None:
         """The blocks that hold a pair of this call's mask; None if its values are not known.

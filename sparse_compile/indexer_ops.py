@@ -11,16 +11,14 @@ from torch import Tensor
 
 from sparse_compile.errors import BadShape
 from sparse_compile.expr import evaluate
-from sparse_compile.fresh_size import fresh_size
 from sparse_compile.indexer_spec import IndexerSpec, stepped
 from sparse_compile.selection.device.index_scores import can_index, index_scores
-from sparse_compile.selection.kept import kept_lists
 from sparse_compile.selection.visible import Visible
 
 #: Numbers that the scores of some queries have at most, all heads together.
 _MOST = 1 << 25
-#: Keys that may equal the last of the best before the lists are made once more.
-_SPARE = 64
+#: The scores of the queries from the first up to the end, and the top-k of these.
+Ranking = Callable[[int, int], tuple[Tensor, Any]]
 
 
 @torch.library.custom_op("sparse_compile::indexed_topk", mutates_args=())
@@ -53,10 +51,10 @@ def indexed_topk(
     Raises:
         BadShape: the operands do not fit together.
     """
-    _check(q, k, w)
+    parts, ranked = ranking(q, k, w, tables, sizes, most, IndexerSpec.parse(spec))
     index = q.new_empty(*q.shape[:2], most, dtype=torch.int64)
-    for first, end, _, best in _ranked(q, k, w, tables, sizes, most, IndexerSpec.parse(spec)):
-        index[:, first:end] = best.indices
+    for first, end in parts:
+        index[:, first:end] = ranked(first, end)[1].indices
     return index
 
 
@@ -77,116 +75,40 @@ def _(
 INDEXED_TOPK = torch.ops.sparse_compile.indexed_topk.default
 
 
-@torch.library.custom_op("sparse_compile::indexed_kept", mutates_args=())
-def indexed_kept(
+def ranking(
     q: Tensor,
     k: Tensor,
     w: Tensor,
     tables: Sequence[Tensor],
     sizes: Sequence[int],
     most: int,
-    units: int,
-    fixed: bool,
-    reaches: str,
-    spec: str,
-) -> tuple[Tensor, Tensor]:
-    """The keys whose scores reach the last of the best, computed some queries at a time.
-
-    With ``scores`` as in :func:`indexed_topk`, ``scores >= topk(scores, most).values[..., -1:]``:
-    ``most`` keys of every query, and those whose scores equal the last of them.
+    spec: IndexerSpec,
+) -> tuple[list[tuple[int, int]], Ranking]:
+    """The scores of an indexer, and the best of them, of some queries at a time.
 
     Args:
         q, k, w, tables, sizes, most, spec: as for :func:`indexed_topk`.
-        units: of the keys, so many are kept at most: the first ones.
-        fixed: whether each list has room for all keys; else as much as the longest needs, for which
-            the device is waited for once.
-        reaches: the comparison with the last, ``ge``, ``gt``, ``le`` or ``lt``; after ``not``, that
-            of those that are left out; after ``least``, with the least of the best instead.
 
     Returns:
-        int32 index [B, 1, Nq, room] and count [B, 1, Nq], as in
-        :class:`sparse_compile.selection.Selection`.
+        parts of the queries, from the first up to the end of each, and what computes their scores
+        [B, end - first, Nkv] and the top-k of these.
 
     Raises:
         BadShape: the operands do not fit together.
     """
     _check(q, k, w)
-    operands, parsed = (q, k, w, tables, sizes, most), IndexerSpec.parse(spec)
-    room = units if fixed else min(units, most + _SPARE)
-    index, count = _reaching(*operands, room, units, reaches, parsed)
-    longest = room if fixed or not count.numel() else int(count.max())
-    if longest > room:
-        index, count = _reaching(*operands, longest, units, reaches, parsed)
-    return index, count
-
-
-@indexed_kept.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    w: Tensor,
-    tables: Sequence[Tensor],
-    sizes: Sequence[int],
-    most: int,
-    units: int,
-    fixed: bool,
-    reaches: str,
-    spec: str,
-) -> tuple[Tensor, Tensor]:
-    rows = [q.shape[0], 1, q.shape[1]]
-    index = q.new_empty([*rows, units if fixed else fresh_size()], dtype=torch.int32)
-    return index, q.new_empty(rows, dtype=torch.int32)
-
-
-#: The operator as nodes of a graph call it.
-INDEXED_KEPT = torch.ops.sparse_compile.indexed_kept.default
-
-
-def _reaching(
-    q: Tensor,
-    k: Tensor,
-    w: Tensor,
-    tables: Sequence[Tensor],
-    sizes: Sequence[int],
-    most: int,
-    room: int,
-    units: int,
-    reaches: str,
-    spec: IndexerSpec,
-) -> tuple[Tensor, Tensor]:
-    """:func:`indexed_kept` with a given room; longer lists are cut off."""
-    *words, name = reaches.split()
-    index = q.new_empty(q.shape[0], 1, q.shape[1], room, dtype=torch.int32)
-    count = q.new_empty(q.shape[0], 1, q.shape[1], dtype=torch.int32)
-    for first, end, score, best in _ranked(q, k, w, tables, sizes, most, spec):
-        least = "least" in words
-        bound = best.values.amin(-1, keepdim=True) if least else best.values[..., -1:]
-        kept = getattr(torch, name)(score, bound)
-        kept = (~kept if "not" in words else kept)[:, None, :, :units]
-        index[:, :, first:end], count[:, :, first:end] = kept_lists(kept, room)
-    return index, count
-
-
-def _ranked(
-    q: Tensor,
-    k: Tensor,
-    w: Tensor,
-    tables: Sequence[Tensor],
-    sizes: Sequence[int],
-    most: int,
-    spec: IndexerSpec,
-) -> Iterator[tuple[int, int, Tensor, Any]]:
-    """Of some queries at a time: the first, the end, the scores of all keys, and their top-k."""
     scores, heads = _scorer(q, k, w, tables, sizes, spec)
     # What is hidden need not have been computed.
     adds = spec.adds and spec.fill != -math.inf
-    for first, end in _chunks(q, k, heads):
+
+    def ranked(first: int, end: int) -> tuple[Tensor, Any]:
         score = scores(first, end)
         keep = _keep(first, end, q, k, tables, sizes, spec)
         fill = torch.full((), spec.fill, dtype=score.dtype, device=score.device)
         score = torch.where(keep, score, score + fill if adds else fill)
-        best = score.topk(most, -1, largest=spec.largest, sorted=spec.is_sorted)
-        yield first, end, score, best
+        return score, score.topk(most, -1, largest=spec.largest, sorted=spec.is_sorted)
+
+    return list(_chunks(q, k, heads)), ranked
 
 
 def _check(q: Tensor, k: Tensor, w: Tensor) -> None:

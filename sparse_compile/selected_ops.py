@@ -16,10 +16,9 @@ from sparse_compile.codegen import empty_rows, selected_executor_for
 from sparse_compile.codegen.precision import full_precision
 from sparse_compile.codegen.selected_call import Result, SelectedCall
 from sparse_compile.errors import BadShape
-from sparse_compile.fresh_size import fresh_size
 from sparse_compile.ops import check_operands, no_gradient
 from sparse_compile.selected_spec import SelectedSpec
-from sparse_compile.selection import canonical, check_lists, kept_lists
+from sparse_compile.selection import canonical, check_lists
 
 #: Features of q and k, and of v: those of the latent keys of DeepSeek-V3, and some more.
 WIDEST = (640, 512)
@@ -172,32 +171,6 @@ def _(index: Tensor, units: int) -> tuple[Tensor, Tensor]:
 
 
 CANONICAL_SELECTION = torch.ops.sparse_compile.canonical_selection.default
-
-
-@torch.library.custom_op("sparse_compile::kept_selection", mutates_args=())
-def kept_selection(kept: Tensor, units: int, fixed: bool) -> tuple[Tensor, Tensor]:
-    """The lists of the units that a mask keeps.
-
-    Args:
-        kept: bool [B, Hs, U, at least units].
-        units: how many units of keys there are.
-        fixed: whether each list has room for all; else as much as the longest needs, for which the
-            device is waited for.
-
-    Returns:
-        index and count, int32, as in :class:`sparse_compile.selection.Selection`.
-    """
-    return kept_lists(kept[..., :units], units if fixed else None)
-
-
-@kept_selection.register_fake
-def _(kept: Tensor, units: int, fixed: bool) -> tuple[Tensor, Tensor]:
-    most = units if fixed else fresh_size()
-    index = kept.new_empty([*kept.shape[:-1], most], dtype=torch.int32)
-    return index, kept.new_empty(kept.shape[:-1], dtype=torch.int32)
-
-
-KEPT_SELECTION = torch.ops.sparse_compile.kept_selection.default
 
 
 def check_selection(

@@ -47,6 +47,7 @@ RANK = {
     "direct_plan": 7,
     "direct_selected": 7,
     "indexer_ops": 7,
+    "kept_ops": 7,
     "block_scores_ops": 7,
     "direct": 7,
     "nsa_ops": 7,

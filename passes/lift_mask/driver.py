@@ -285,7 +285,7 @@ def _tabled(
     holders = _size_holders(work.part.scope)
     extra = [s for s in holders if holders[s] not in work.part.leaves]
     try:
-        program = build_program(traced, lifter, tabled, sizes, work.lengths, extra, chosen)
+        program = build_program(traced, lifter, tabled, sizes, work.lengths, extra, named, chosen)
     except Unliftable as error:
         raise Refused(f"its mask is not understood: {error}") from error
     given = work.part.leaves

@@ -7,7 +7,7 @@ say it exactly, however many that makes; an index of k would not.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import sympy
@@ -15,7 +15,8 @@ import torch
 from sympy.core.function import AppliedUndef
 from torch.fx import Node
 
-from sparse_compile.expr import KV, B
+from sparse_compile.expr import KV, B, H, MaskExpr, Q
+from sparse_compile.kept_ops import KEPT_SELECTION
 from sparse_compile.passes.lift_mask.emit import Emitter
 from sparse_compile.passes.lift_mask.lift import Lifter
 from sparse_compile.passes.lift_mask.rankings import Bound
@@ -25,12 +26,10 @@ from sparse_compile.passes.lift_mask.rows import (
     Rows,
     arranged,
     rows_of,
-    units_of,
 )
 from sparse_compile.passes.lift_mask.selected import BoolRead, bool_read, made_of, node_of
 from sparse_compile.passes.lift_mask.sizes import size_expr
 from sparse_compile.passes.lift_mask.value import DIMS, is_data
-from sparse_compile.selected_ops import KEPT_SELECTION
 
 aten = torch.ops.aten
 #: Comparisons, and what they are called with the sides exchanged.
@@ -198,12 +197,29 @@ def _kept(read: BoolRead, most: sympy.Expr | None, lengths: Lengths) -> Kept:
     return Kept(node, read.negated, rows, most, fixed)
 
 
-def emit_kept(kept: Kept, emitter: Emitter, lengths: Lengths) -> list[Node]:
-    """The lists of a threshold as nodes of the program: index and count."""
-    graph, node = emitter.graph, emitter.copy(kept.node)
+def emit_kept(
+    kept: Kept,
+    emitter: Emitter,
+    lengths: Lengths,
+    mask: MaskExpr,
+    tables: Sequence[Node],
+    sizes: Sequence[Node],
+) -> list[Node]:
+    """The lists of a threshold as nodes of the program: index and count.
+
+    Args:
+        kept: the threshold.
+        emitter: of the program.
+        lengths: of the coordinates.
+        mask: what else the attention's mask says; what it hides is not listed.
+        tables, sizes: what that reads, as nodes of the program.
+    """
+    graph, rows, node = emitter.graph, kept.rows, emitter.copy(kept.node)
     if kept.negated:
         node = graph.call_function(aten.bitwise_not.default, (node,))
-    node = arranged(node, kept.node.meta["val"].dim(), kept.rows, emitter, lengths[B])
-    units = units_of(lengths[KV], kept.rows.unit_kv, emitter)
-    lists = graph.call_function(KEPT_SELECTION, (node, units, kept.fixed))
+    node = arranged(node, kept.node.meta["val"].dim(), rows, emitter, lengths[B])
+    most, *given = (emitter.size(size) for size in (kept.most, *(lengths[c] for c in (H, Q, KV))))
+    units = [rows.unit_q, rows.unit_kv]
+    args = node, most, kept.fixed, list(tables), list(sizes), given, units, mask.text
+    lists = graph.call_function(KEPT_SELECTION, args)
     return [graph.call_function(operator.getitem, (lists, part)) for part in (0, 1)]

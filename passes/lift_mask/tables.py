@@ -14,7 +14,7 @@ import sympy
 from sympy.core.function import AppliedUndef
 from torch.fx import GraphModule
 
-from sparse_compile.expr import KV, B, FloorDiv, FloorMod, H, Q, dense_bit, table
+from sparse_compile.expr import KV, B, Bit, FloorDiv, FloorMod, H, MaskExpr, Q, dense_bit, table
 from sparse_compile.passes.lift_mask.emit import Emitter
 from sparse_compile.passes.lift_mask.kept import Kept, emit_kept
 from sparse_compile.passes.lift_mask.lift import Lifter
@@ -177,6 +177,7 @@ def build_program(
     sizes: Sequence[sympy.Symbol],
     lengths: Mapping[sympy.Symbol, sympy.Expr],
     extra: Sequence[sympy.Symbol],
+    named: sympy.Basic,
     chosen: Selects | None = None,
 ) -> Program:
     """The program that computes tables, mask tensors and sizes, then the lists of a selection.
@@ -188,6 +189,7 @@ def build_program(
         sizes: torch size symbols to output last.
         lengths: number of batch entries, heads, queries and keys, in torch's size symbols.
         extra: torch size symbols that the program may take as further inputs.
+        named: the predicate, over the tables and the named sizes.
         chosen: the selection, if there is one.
 
     Raises:
@@ -200,11 +202,18 @@ def build_program(
     dense = [emitter.mask(element, coordinates) for element, coordinates in tabled.dense]
     outputs = [node for node, *_ in tables] + [node for node, *_ in dense]
     outputs += [emitter.size_node(symbol) for symbol in sizes]
+    dtypes = tuple(str(dtype).removeprefix("torch.") for _, dtype in tables)
     if isinstance(chosen, Kept):
-        outputs += emit_kept(chosen, emitter, lengths)
+        mask = MaskExpr(_without_bits(named), dtypes, len(sizes))
+        given = [node for node, _ in tables], [emitter.size_node(symbol) for symbol in sizes]
+        outputs += emit_kept(chosen, emitter, lengths, mask, *given)
     elif chosen is not None:
         outputs += emit_selection(chosen, emitter, lengths)
     origins = emitter.finish(outputs)
-    dtypes = tuple(str(dtype).removeprefix("torch.") for _, dtype in tables)
     read = tuple((axes, source) for _, axes, source in dense)
     return Program(GraphModule(traced, emitter.graph), origins, dtypes, read)
+
+
+def _without_bits(predicate: sympy.Basic) -> sympy.Basic:
+    """The parts of a predicate that read no mask tensor."""
+    return sympy.And(*(part for part in sympy.And.make_args(predicate) if not part.has(Bit)))

@@ -4,7 +4,6 @@ from sparse_compile.selection.checked import checked_select
 from sparse_compile.selection.checked_lists import check_lists
 from sparse_compile.selection.distill import distillation_loss
 from sparse_compile.selection.gate import PooledGate
-from sparse_compile.selection.kept import kept_lists
 from sparse_compile.selection.pooled_map import allowed_units, pooled_attention
 from sparse_compile.selection.selection import (
     Selection,
@@ -25,7 +24,6 @@ __all__ = [
     "checked_select",
     "distillation_loss",
     "gated_attention",
-    "kept_lists",
     "places",
     "pooled_attention",
     "worklist",

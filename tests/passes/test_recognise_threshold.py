@@ -12,11 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import sparse_compile
 from sparse_compile import indexer_ops
+from sparse_compile.expr import KV, B, MaskExpr, Q, table
+from sparse_compile.indexer_spec import IndexerSpec
+from sparse_compile.kept_ops import INDEXED_KEPT, KEPT_SELECTION
 from sparse_compile.passes import Plan
 from sparse_compile.passes.lift_mask import kept
-from sparse_compile.selected_ops import KEPT_SELECTION
-from sparse_compile.selection import Selection, kept_lists
+from sparse_compile.selection import Selection, check_lists
+from sparse_compile.selection import kept as lists_of
+from sparse_compile.selection.kept import kept_lists
 from tests.passes import test_find_indexer as indexing
 from tests.passes.rewritten import Rewritten, assert_same, trained
 from tests.passes.test_recognise_selected import (
@@ -113,6 +118,23 @@ def test_scores_without_order() -> None:
         assert agree(program(way, 1), *operands(), gate).listed is not None
 
 
+def test_hidden_keys_are_not_listed() -> None:
+    """Where less than k keys are visible, all the hidden ones reach -inf, too."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, lengths: Tensor) -> Tensor:
+        visible = causal() & (torch.arange(LENGTH) < lengths.view(-1, 1, 1, 1))
+        gate = gate.masked_fill(~visible, -math.inf)
+        mask = visible & (gate >= gate.topk(7, -1).values[..., -1:])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    args = *operands(), gate_of(HEADS, LENGTH), torch.tensor([LENGTH, 9])
+    found = agree(run, *args)
+    assert found.listed is not None, found.reason
+    lists = sparse_compile.explain(run, *args).sites[0].lists
+    assert lists is not None
+    assert (lists.least, lists.most, lists.room) == (1, 7, 7)
+
+
 @pytest.mark.parametrize("lists", [1, 2, HEADS])
 def test_heads_share_lists(lists: int) -> None:
     def run(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
@@ -200,24 +222,32 @@ def test_a_model(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
 @settings(max_examples=50, deadline=None)
 def test_lists_say_what_is_kept(shape: tuple[int, ...], part: float, seed: int) -> None:
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < part
-    for room in (None, shape[-1]):
-        found = Selection(*kept_lists(mask, room), 1, 1)
-        assert torch.equal(found.dense(shape[2], shape[3]), mask)
-        used = torch.arange(found.index.shape[-1]) < found.count[..., None]
-        assert (found.index.diff(dim=-1) > 0)[used[..., 1:]].all()
-    cut, count = kept_lists(mask, 1)
-    assert torch.equal(count, found.count)
-    assert torch.equal(cut[count > 0][:, 0], found.index[count > 0][:, 0])
+    parts = [(0, shape[2] // 2), (shape[2] // 2, shape[2])]
+    for expected in (None, 0, shape[3]):
+        lists = kept_lists(lambda a, b: mask[:, :, a:b], parts, shape, mask.device, expected)
+        check_lists(*lists, shape[3])
+        assert torch.equal(Selection(*lists, 1, 1).dense(shape[2], shape[3]), mask)
 
 
 @pytest.mark.parametrize("fixed", [False, True])
 def test_the_operators(fixed: bool) -> None:
-    mask = torch.rand(BATCH, HEADS, 7, 9) < 0.5
-    torch.library.opcheck(KEPT_SELECTION, (mask, 8, fixed))
-    spec = indexing.IndexerSpec((), (), True, indexing.MaskExpr(indexing.KV <= indexing.Q), 0, True)
+    mask = MaskExpr((KV <= Q) & (KV < table(0)(B)), ("int64",))
+    seen = [torch.tensor([20, 30])], []
+    kept = torch.rand(BATCH, HEADS, 5, 9) < 0.5
+    args = kept, 3, fixed, *seen, [2 * HEADS, 33, 33], [8, 4], mask.text
+    torch.library.opcheck(KEPT_SELECTION, args)
+    found = Selection(*KEPT_SELECTION(*args), 8, 4).dense(33, 33)
+    at = torch.arange(33)
+    visible = (at <= at[:, None]) & (at < seen[0][0].view(-1, 1, 1, 1))
+    by_key = kept.repeat_interleave(8, 2).repeat_interleave(4, 3)[:, :, :33, :33]
+    assert torch.equal(found & visible, by_key & visible)
+    assert not found[:, :, :, 32:].any()
+    assert not found[:, :, :8, 8:].any()
     q, k, w, _ = indexing.operands(ties=False)
-    args = (q, k.mT, w, [], [], 5, indexing.LENGTH, fixed, "ge", spec.text)
-    torch.library.opcheck(indexer_ops.INDEXED_KEPT, args)
+    spec = IndexerSpec((), (), True, MaskExpr(KV <= Q), 0, True)
+    lengths = [2, indexing.LENGTH, indexing.LENGTH]
+    given_ = (q, k.mT, w, [], [], 5, spec.text, "ge", fixed, *seen, lengths, mask.text)
+    torch.library.opcheck(INDEXED_KEPT, given_)
 
 
 # Of the scores of an indexer ---------------------------------------------------------------------
@@ -266,7 +296,7 @@ def test_no_scores_of_all_keys(
 ) -> None:
     monkeypatch.setattr(kept, "_FEW", 0)
     monkeypatch.setattr(kept, "_FEW_TIMES", 0)
-    monkeypatch.setattr(indexer_ops, "_SPARE", spare)
+    monkeypatch.setattr(lists_of, "_SPARE", spare)
     monkeypatch.setattr(indexer_ops, "_MOST", 10 * indexing.HEADS * indexing.LENGTH)
     run, args = by_indexer(scores, masked, reaching), indexing.operands(ties)
     rewritten = Rewritten()
