@@ -101,7 +101,7 @@ def split_kept(
         threshold = None if read is None else _threshold(read.node, bounds)
         if read is not None and threshold is not None:
             kept = _kept(read, threshold.most(bounds, read.negated), lengths)
-            if kept.rows == Rows(2, (0, None, 1), 1, 1):
+            if _is_plain(kept, lengths):
                 kept = replace(kept, reached=_reached(threshold, read.negated, lifter))
             return sympy.And(*(p for p in sympy.And.make_args(predicate) if p != part)), kept
     raise NotSelected("a threshold on scores takes part, but does not just narrow the mask")
@@ -162,6 +162,13 @@ def _reached(threshold: _Threshold, negated: bool, lifter: Lifter) -> RowReached
     if list(read.args[:2]) != row or read.args[2:] not in wanted:
         return None
     return RowReached(values, f"{'not ' * negated}{threshold.name}", values is not node)
+
+
+def _is_plain(kept: Kept, lengths: Lengths) -> bool:
+    """Whether scores are [B, Nq, Nkv], those of the attention's batch entries and queries."""
+    batch = 0 if lengths[B] != 1 else kept.rows.axes[0]
+    rank = kept.node.meta["val"].dim()
+    return rank == 3 and kept.rows == Rows(2, (batch, None, 1), 1, 1)
 
 
 def _least_of(node: Node) -> Node | None:

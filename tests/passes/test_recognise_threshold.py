@@ -368,10 +368,11 @@ class Indexed(nn.Module):
         return out
 
 
-def test_a_model_with_an_indexer() -> None:
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_model_with_an_indexer(batch: int) -> None:
     torch.manual_seed(0)
     network = nn.Sequential(Indexed(), Indexed())
-    x, program = torch.randn(2, 150, Indexed.WIDTH), Rewritten()
+    x, program = torch.randn(batch, 150, Indexed.WIDTH), Rewritten()
     assert_same(trained(program.compiled(network), network, x), trained(network, network, x))
     assert program.squares(150) == []
 
