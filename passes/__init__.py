@@ -10,6 +10,7 @@ from sparse_compile.passes.annotations import (
 from sparse_compile.passes.choose_layout import (
     choose_indexer,
     choose_layout,
+    choose_ranking,
     choose_selection,
 )
 from sparse_compile.passes.dense_tables import remember_given
@@ -31,6 +32,7 @@ __all__ = [
     "check_fit",
     "choose_indexer",
     "choose_layout",
+    "choose_ranking",
     "choose_selection",
     "find_attention",
     "find_indexer",

@@ -23,10 +23,11 @@ from sparse_compile.selected_spec import SelectedSpec
 from sparse_compile.site import (
     AttentionSite,
     BlockScoresSite,
-    IndexerSite,
     LiftedMask,
     Operand,
+    OwnScoresSite,
     Rejection,
+    ScoringSite,
     SelectedKeys,
 )
 from sparse_compile.spec import AttentionSpec, EmptyRows
@@ -34,6 +35,9 @@ from sparse_compile.spec import AttentionSpec, EmptyRows
 _DEVICES = ("cuda", "cpu")
 #: Stands for a length, batch or head count that is only known when the graph runs.
 _UNKNOWN = 4096
+#: Of so many keys one is kept at most where an attention ranks its own scores: a list of keys for
+#: every query and head costs about so many times as much as these keys in blocks. An estimate.
+_OWN_TIMES = 8
 
 
 def choose_layout(
@@ -105,7 +109,7 @@ def choose_selection(
 
 def choose_indexer(
     plan: Plan,
-    found: IndexerSite | BlockScoresSite | Rejection,
+    found: ScoringSite | Rejection,
     lifted: LiftedMask | Rejection,
 ) -> Plan:
     """The plan of an attention over selected keys, with the indexer that selects them.
@@ -121,13 +125,28 @@ def choose_indexer(
     decided = _indexer(found, lifted)
     if isinstance(decided, str):
         return replace(plan, reason=f"{plan.reason}; its top-k is left as it is: {decided}")
-    reason = f"{plan.reason}; the scores of its indexer are computed some queries at a time"
+    whose = "its scores" if isinstance(found, OwnScoresSite) else "the scores of its indexer"
+    reason = f"{plan.reason}; {whose} are computed some queries at a time"
     return replace(plan, reason=reason, indexer=decided)
 
 
-def _indexer(
-    found: IndexerSite | BlockScoresSite | Rejection, lifted: LiftedMask | Rejection
-) -> Indexer | str:
+def choose_ranking(site: AttentionSite, decision: Plan | Rejection) -> Plan | Rejection:
+    """The decision for a site whose scores are also ranked, to keep the best.
+
+    It stays as it is where these scores must exist, or would be computed twice for little.
+    """
+    if site.ranked is None or isinstance(decision, Rejection):
+        return decision
+    if decision.indexer is None:
+        return _left_alone(site, *site.ranked)
+    assert not isinstance(decision.indexer.site, BlockScoresSite)
+    most, keys = decision.indexer.site.most, _size(site.k, "n")
+    if isinstance(most, int) and _OWN_TIMES * most > keys:
+        return _left_alone(site, f"it keeps {most} of {keys} keys: lists of these do not pay", "")
+    return decision
+
+
+def _indexer(found: ScoringSite | Rejection, lifted: LiftedMask | Rejection) -> Indexer | str:
     if isinstance(found, Rejection):
         return found.reason
     if isinstance(lifted, Rejection):
@@ -142,6 +161,9 @@ def _indexer(
     if isinstance(found, BlockScoresSite):
         blocks = BlockScoresSpec(found.size, found.before, *masked, found.padding)
         return Indexer(found, lifted, blocks)
+    if isinstance(found, OwnScoresSite):
+        # Blocks of one key, none of which is lacking.
+        return Indexer(found, lifted, BlockScoresSpec(1, found.before, *masked, float("-inf")))
     flags = found.largest, found.is_sorted, found.single
     spec = IndexerSpec(found.before, found.after, found.product, *masked, *flags)
     return Indexer(found, lifted, spec)

@@ -23,7 +23,7 @@ from sparse_compile.selected_spec import SelectedSpec
 from sparse_compile.selection_ops import SELECT
 from sparse_compile.site import (
     AttentionSite,
-    IndexerSite,
+    BlockScoresSite,
     LiftedMask,
     Operand,
     PatternTable,
@@ -90,7 +90,7 @@ class Rewriter:
             scope = scope.parent
 
     def _note_indexer(self, indexer: Indexer, lifted: LiftedMask) -> None:
-        if isinstance(indexer.site, IndexerSite) and indexer.site.reached is not None:
+        if not isinstance(indexer.site, BlockScoresSite) and indexer.site.reached is not None:
             assert lifted.program is not None
             self._lists.setdefault(self._tables.outputs[lifted.program][-2:], indexer)
         else:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 from torch.fx import Node
 
 from sparse_compile.block_scores_ops import BLOCK_SCORES
 from sparse_compile.indexer_ops import INDEXED_TOPK
-from sparse_compile.kept_ops import INDEXED_KEPT
+from sparse_compile.kept_ops import INDEXED_KEPT, OWN_KEPT
+from sparse_compile.own_topk_ops import OWN_TOPK
 from sparse_compile.passes.graph_edit import Inserter
 from sparse_compile.passes.realise_tables import RealisedTables, realise
 from sparse_compile.plan import Indexer
-from sparse_compile.site import BlockScoresSite, IndexerSite, Operand
+from sparse_compile.site import BlockScoresSite, IndexerSite, Operand, OwnScoresSite
 
 
 def replace_indexer(indexer: Indexer, realised: RealisedTables) -> None:
@@ -24,8 +26,8 @@ def replace_indexer(indexer: Indexer, realised: RealisedTables) -> None:
     if isinstance(site, BlockScoresSite):
         new = _block_scores(insert, site, tables, sizes, indexer.spec.text)
     else:
-        operands = _operands(insert, site)
-        new = insert.call(INDEXED_TOPK, *operands, tables, sizes, site.most, indexer.spec.text)
+        target = INDEXED_TOPK if isinstance(site, IndexerSite) else OWN_TOPK
+        new = insert.call(target, *_ranking(insert, site, tables, sizes, indexer.spec.text))
     old.replace_all_uses_with(new)
     gm.graph.erase_node(old)
 
@@ -39,7 +41,7 @@ def replace_lists(lists: tuple[Node, ...], indexer: Indexer, realised: RealisedT
         realised: the tables of the graph.
     """
     site = indexer.site
-    assert isinstance(site, IndexerSite)
+    assert not isinstance(site, BlockScoresSite)
     assert site.reached is not None
     scope = site.scores.scope
     (call,) = lists[0].all_input_nodes
@@ -47,8 +49,9 @@ def replace_lists(lists: tuple[Node, ...], indexer: Indexer, realised: RealisedT
     tables, sizes = realise(indexer.lifted, scope, realised)
     insert = Inserter(scope.gm, lists[0])
     reaches = f"{'least ' * site.reached.least}{site.reached.comparison}"
-    data = tables, sizes, site.most, indexer.spec.text, reaches, fixed, *seen, mask
-    made = insert.call(INDEXED_KEPT, *_operands(insert, site), *data)
+    target = INDEXED_KEPT if isinstance(site, IndexerSite) else OWN_KEPT
+    ranking = _ranking(insert, site, tables, sizes, indexer.spec.text)
+    made = insert.call(target, *ranking, reaches, fixed, *seen, mask)
     new = [insert.call(operator.getitem, made, part) for part in (0, 1)]
     for before, after in zip(lists, new, strict=True):
         before.replace_all_uses_with(after)
@@ -56,21 +59,35 @@ def replace_lists(lists: tuple[Node, ...], indexer: Indexer, realised: RealisedT
     scope.gm.graph.erase_node(call)
 
 
-def _operands(insert: Inserter, site: IndexerSite) -> list[Node]:
-    """q, k and the weights of an indexer, as its operators take them."""
-    axes = ((site.q, "bnhd"), (site.k, "bdt"), (site.w, "bnh"))
-    return [_arranged(insert, operand, order) for operand, order in axes]
+def _ranking(
+    insert: Inserter,
+    site: IndexerSite | OwnScoresSite,
+    tables: list[Node],
+    sizes: list[int | Node],
+    spec: str,
+) -> tuple[Any, ...]:
+    """What an operator that ranks scores takes."""
+    if isinstance(site, IndexerSite):
+        axes = ((site.q, "bnhd"), (site.k, "bdt"), (site.w, "bnh"))
+        operands = [_arranged(insert, operand, order) for operand, order in axes]
+        return (*operands, tables, sizes, site.most, spec)
+    flags = [site.largest, site.is_sorted]
+    return (*_by_head(insert, site), tables, sizes, site.most, flags, spec)
 
 
 def _block_scores(
     insert: Inserter, site: BlockScoresSite, tables: list[Node], sizes: list[int | Node], spec: str
 ) -> Node:
+    blocks = insert.size(site.view, 3)
+    return insert.call(BLOCK_SCORES, *_by_head(insert, site), tables, sizes, blocks, spec)
+
+
+def _by_head(insert: Inserter, site: BlockScoresSite | OwnScoresSite) -> tuple[Node, Node]:
+    """q and k as [B, H, Nq, D] and [B, H or 1, D, Nkv]."""
     shared = "h" not in site.k.axes
-    q = _arranged(insert, site.q, "bhnd")
     k = _arranged(insert, site.k, "bdt" if shared else "bhdt")
     k = insert.method("unsqueeze", k, 1) if shared else k
-    blocks = insert.size(site.view, 3)
-    return insert.call(BLOCK_SCORES, q, k, tables, sizes, blocks, spec)
+    return _arranged(insert, site.q, "bhnd"), k
 
 
 def _arranged(insert: Inserter, operand: Operand, axes: str) -> Node:

@@ -18,6 +18,7 @@ from sparse_compile.passes import (
     check_fit,
     choose_indexer,
     choose_layout,
+    choose_ranking,
     choose_selection,
     find_attention,
     find_indexer,
@@ -97,6 +98,13 @@ def _decide(
     found = with_annotation(found)
     if isinstance(found, Rejection):
         return found
+    decision = _decided(found, example_inputs, options, cache)
+    return with_annotation(choose_ranking(found, decision))
+
+
+def _decided(
+    found: AttentionSite, example_inputs: Sequence[Any], options: Options, cache: LiftCache
+) -> Decision:
     check_fit(found)
     lifted = promised_mask(found) or lift_mask(found, example_inputs, options, cache)
     if isinstance(lifted, Rejection):
@@ -117,7 +125,7 @@ def _with_indexer(
     plan: Plan, example_inputs: Sequence[Any], options: Options, cache: LiftCache
 ) -> Plan:
     """Find, lift and choose for what selects the keys of an attention, if its mask says."""
-    found = find_indexer(plan.lifted)
+    found = find_indexer(plan.site, plan.lifted)
     if found is None:
         return plan
     if isinstance(found, Rejection):

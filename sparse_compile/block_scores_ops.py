@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -45,21 +45,13 @@ def block_scores(
     Raises:
         BadShape: the operands do not fit together.
     """
-    _check(q, k)
     parsed = BlockScoresSpec.parse(spec)
+    parts, scores = scores_by_head(q, k, tables, sizes, parsed)
     best = q.new_empty(*q.shape[:3], blocks)
-    fill = torch.full((), parsed.fill, dtype=q.dtype, device=q.device)
-    step = max(1, _MOST // max(1, q.shape[0] * q.shape[1] * k.shape[3]))
-    for first in range(0, q.shape[2], step):
-        rows = q[:, :, first : first + step]
-        score = stepped(rows @ k, parsed.before)
-        keep = _keep(first, rows, q, k, tables, sizes, parsed)
-        score = torch.where(keep, score, score + fill if parsed.adds else fill)
-        lacking = blocks * parsed.size - k.shape[3]
-        score = F.pad(score, (0, lacking), value=parsed.padding)
-        best[:, :, first : first + step] = score.view(*score.shape[:3], blocks, parsed.size).amax(
-            -1
-        )
+    lacking = blocks * parsed.size - k.shape[3]
+    for first, end in parts:
+        score = F.pad(scores(first, end), (0, lacking), value=parsed.padding)
+        best[:, :, first:end] = score.view(*score.shape[:3], blocks, parsed.size).amax(-1)
     return best
 
 
@@ -77,6 +69,35 @@ def _(
 
 #: The operator as nodes of a graph call it.
 BLOCK_SCORES = torch.ops.sparse_compile.block_scores.default
+
+
+def scores_by_head(
+    q: Tensor, k: Tensor, tables: Sequence[Tensor], sizes: Sequence[int], spec: BlockScoresSpec
+) -> tuple[list[tuple[int, int]], Callable[[int, int], Tensor]]:
+    """The masked scores of all keys, of some queries at a time.
+
+    Args:
+        q, k, tables, sizes, spec: as for :func:`block_scores`.
+
+    Returns:
+        parts of the queries, from the first up to the end of each, and what computes their scores
+        [B, H, end - first, Nkv], by the program's steps in its order.
+
+    Raises:
+        BadShape: the operands do not fit together.
+    """
+    _check(q, k)
+    fill = torch.full((), spec.fill, dtype=q.dtype, device=q.device)
+
+    def scores(first: int, end: int) -> Tensor:
+        rows = q[:, :, first:end]
+        score = stepped(rows @ k, spec.before)
+        keep = _keep(first, rows, q, k, tables, sizes, spec)
+        return torch.where(keep, score, score + fill if spec.adds else fill)
+
+    step = max(1, _MOST // max(1, q.shape[0] * q.shape[1] * k.shape[3]))
+    starts = range(0, q.shape[2], step)
+    return [(first, min(first + step, q.shape[2])) for first in starts], scores
 
 
 def _check(q: Tensor, k: Tensor) -> None:

@@ -17,6 +17,7 @@ from sparse_compile.expr import MaskExpr
 from sparse_compile.fresh_size import fresh_size
 from sparse_compile.indexer_ops import ranking
 from sparse_compile.indexer_spec import IndexerSpec
+from sparse_compile.own_topk_ops import own_ranking
 from sparse_compile.selection.kept import in_parts, kept_lists
 from sparse_compile.selection.visible import Visible
 
@@ -107,16 +108,12 @@ def indexed_kept(
     Raises:
         BadShape: the operands do not fit together.
     """
-    *words, name = reaches.split()
     visible = _visible(q, mask_tables, mask_sizes, lengths, (1, 1), mask)
     parts, ranked = ranking(q, k, w, tables, sizes, most, IndexerSpec.parse(spec))
 
     def kept(first: int, end: int) -> Tensor:
-        score, best = ranked(first, end)
-        last = best.values.amin(-1, keepdim=True) if "least" in words else best.values[..., -1:]
-        reached: Tensor = _COMPARISONS[name](score, last)
-        reached = ~reached if "not" in words else reached
-        return reached[:, None, :, : lengths[2]] & visible.may(first, end, 1)
+        reached = _reached(*ranked(first, end), reaches)[:, None, :, : lengths[2]]
+        return reached & visible.may(first, end, 1)
 
     shape = q.shape[0], 1, q.shape[1], lengths[2]
     return kept_lists(kept, parts, shape, q.device, None if fixed else most)
@@ -139,6 +136,72 @@ def _(
     mask: str,
 ) -> tuple[Tensor, Tensor]:
     return _like(q, [q.shape[0], 1, q.shape[1]], lengths[2] if fixed else fresh_size())
+
+
+@torch.library.custom_op("sparse_compile::own_kept", mutates_args=())
+def own_kept(
+    q: Tensor,
+    k: Tensor,
+    tables: Sequence[Tensor],
+    sizes: Sequence[int],
+    most: int,
+    flags: Sequence[bool],
+    spec: str,
+    reaches: str,
+    fixed: bool,
+    mask_tables: Sequence[Tensor],
+    mask_sizes: Sequence[int],
+    lengths: Sequence[int],
+    mask: str,
+) -> tuple[Tensor, Tensor]:
+    """The keys whose scores, of an attention, reach the last of the best; some queries at a time.
+
+    Args:
+        q, k, tables, sizes, most, flags, spec: as for :func:`own_topk`.
+        reaches, fixed, mask_tables, mask_sizes, lengths, mask: as for :func:`indexed_kept`.
+
+    Returns:
+        int32 index [B, H, Nq, room] and count [B, H, Nq], as for :func:`kept_selection`.
+
+    Raises:
+        BadShape: the operands do not fit together.
+    """
+    visible = _visible(q, mask_tables, mask_sizes, lengths, (1, 1), mask)
+    parts, ranked = own_ranking(q, k, tables, sizes, most, flags, spec)
+
+    def kept(first: int, end: int) -> Tensor:
+        reached = _reached(*ranked(first, end), reaches)[..., : lengths[2]]
+        return reached & visible.may(first, end, q.shape[1])
+
+    shape = *q.shape[:3], lengths[2]
+    return kept_lists(kept, parts, shape, q.device, None if fixed else most)
+
+
+@own_kept.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    tables: Sequence[Tensor],
+    sizes: Sequence[int],
+    most: int,
+    flags: Sequence[bool],
+    spec: str,
+    reaches: str,
+    fixed: bool,
+    mask_tables: Sequence[Tensor],
+    mask_sizes: Sequence[int],
+    lengths: Sequence[int],
+    mask: str,
+) -> tuple[Tensor, Tensor]:
+    return _like(q, [*q.shape[:3]], lengths[2] if fixed else fresh_size())
+
+
+def _reached(score: Tensor, best: Any, reaches: str) -> Tensor:
+    """Which scores reach the last of the best."""
+    *words, name = reaches.split()
+    last = best.values.amin(-1, keepdim=True) if "least" in words else best.values[..., -1:]
+    reached: Tensor = _COMPARISONS[name](score, last)
+    return ~reached if "not" in words else reached
 
 
 def _like(x: Tensor, rows: Sequence[int], room: int | torch.SymInt) -> tuple[Tensor, Tensor]:
@@ -164,3 +227,4 @@ def _visible(
 #: The operators as nodes of a graph call them.
 KEPT_SELECTION = torch.ops.sparse_compile.kept_selection.default
 INDEXED_KEPT = torch.ops.sparse_compile.indexed_kept.default
+OWN_KEPT = torch.ops.sparse_compile.own_kept.default

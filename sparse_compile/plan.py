@@ -8,7 +8,7 @@ from sparse_compile.block_scores_spec import BlockScoresSpec
 from sparse_compile.indexer_spec import IndexerSpec
 from sparse_compile.layout.split_views import Split
 from sparse_compile.selected_spec import SelectedSpec
-from sparse_compile.site import AttentionSite, BlockScoresSite, IndexerSite, LiftedMask
+from sparse_compile.site import AttentionSite, LiftedMask, ScoringSite
 from sparse_compile.spec import AttentionSpec
 
 
@@ -36,12 +36,12 @@ class Indexer:
     """The decision to compute an indexer without the scores of all keys.
 
     Attributes:
-        site: the indexer, or the scores of blocks that one takes the best of.
+        site: the indexer, or the scores of blocks or of the attention, of which the best are kept.
         lifted: the mask on its scores.
         spec: what it computes.
     """
 
-    site: IndexerSite | BlockScoresSite
+    site: ScoringSite
     lifted: LiftedMask
     spec: IndexerSpec | BlockScoresSpec
 

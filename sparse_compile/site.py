@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from torch.fx import GraphModule, Node
 
@@ -83,6 +84,8 @@ class AttentionSite:
         where: source lines in the user's code, innermost last, as ``file.py:12 in forward``.
         region: every node that the rewrite makes dead, in graph order.
         annotation: the innermost pattern that the user attached to this code.
+        ranked: why its scores must exist, and what helps, unless the ranking that reads them can do
+            without; None where nothing else reads them.
     """
 
     scope: Scope
@@ -98,6 +101,7 @@ class AttentionSite:
     where: tuple[str, ...] = ()
     region: tuple[Node, ...] = field(default=(), repr=False)
     annotation: Annotation | None = None
+    ranked: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,27 @@ class IndexerSite:
 
 
 @dataclass(frozen=True)
+class OwnScoresSite:
+    """An attention's own scores, of which it keeps the best, proven closed.
+
+    Attributes:
+        scores: as for :class:`IndexerSite`.
+        q, k: as for :class:`BlockScoresSite`.
+        most, largest, is_sorted, reached: as for :class:`IndexerSite`.
+        before: as in :class:`sparse_compile.block_scores_spec.BlockScoresSpec`.
+    """
+
+    scores: AttentionSite
+    q: Operand
+    k: Operand
+    most: int | Node
+    largest: bool
+    is_sorted: bool
+    before: tuple[Step, ...]
+    reached: Reached | None = None
+
+
+@dataclass(frozen=True)
 class BlockScoresSite:
     """The highest score of each block of keys, proven closed: nothing else reads the scores.
 
@@ -151,6 +176,10 @@ class BlockScoresSite:
     size: int
     before: tuple[Step, ...]
     padding: float
+
+
+#: What scores keys, of which an attention keeps the best.
+ScoringSite: TypeAlias = IndexerSite | BlockScoresSite | OwnScoresSite
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ RANK = {
     "direct_selected": 7,
     "indexer_ops": 7,
     "kept_ops": 7,
+    "own_topk_ops": 7,
     "block_scores_ops": 7,
     "direct": 7,
     "nsa_ops": 7,

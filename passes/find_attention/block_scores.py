@@ -13,12 +13,11 @@ from torch.fx import Node
 
 from sparse_compile.passes.find_attention import values
 from sparse_compile.passes.find_attention.canonical import is_reshape, op_name, source
-from sparse_compile.passes.find_attention.chain import Chain, operand_of
+from sparse_compile.passes.find_attention.chain import Chain
 from sparse_compile.passes.find_attention.contraction import contraction
-from sparse_compile.passes.find_attention.provenance import where
 from sparse_compile.passes.find_attention.refusal import Refusal
 from sparse_compile.passes.mutation import written_inputs
-from sparse_compile.site import AttentionSite, BlockScoresSite, Operand, Scope
+from sparse_compile.site import BlockScoresSite, Operand, Scope
 
 #: Steps from a top-k back to the products that it is made of, at most.
 _FAR = 16
@@ -95,7 +94,7 @@ class _Match(Chain):
         self.pool, self.padding = pool, float("-inf")
         scores = self._masked(self._padded(self._blocks(pool)))
         self.before, product = self._steps(scores)
-        self._scored(product)
+        self.q, self.k = self._by_head(product)
         self._check_operands((self.q, self.k), pool)
         _check_gradient(pool)
 
@@ -134,39 +133,9 @@ class _Match(Chain):
         self.padding = value
         return self._taken(given["input"], node)
 
-    def _scored(self, node: Node) -> None:
-        product = self._contraction(node)
-        if len(product.out_letters) != 4 or len(product.summed) != 1:
-            raise _other("they are not products of q [B, H, Nq, D] and k [B, H, Nkv, D]")
-        meaning = dict(zip(product.out_letters, "bhnt", strict=True))
-        (feature,) = product.summed
-        meaning[feature] = "d"
-        sides = [(product.left, product.left_letters), (product.right, product.right_letters)]
-        if "t" in {meaning[letter] for letter in product.left_letters}:
-            sides.reverse()
-        (q, q_letters), (k, k_letters) = sides
-        self.q = operand_of(q, q_letters, meaning, "bhnd")
-        # One key head for all serves as well as one for each.
-        shape = dict(zip((meaning[letter] for letter in k_letters), values.shape(k), strict=True))
-        shared = values.same(shape.get("h", 1), 1)
-        self.k = operand_of(k, k_letters, meaning, "bdt" if shared else "bhdt")
-        self.nodes.append(node)
-
     def found(self) -> BlockScoresSite:
-        """What was matched, with its scores as those of an attention, so that masks are lifted."""
-        k = Operand(self.k.node, tuple("n" if axis == "t" else axis for axis in self.k.axes))
-        scores = AttentionSite(
-            self.scope,
-            Operand(self.pool),
-            self.q,
-            k,
-            k,
-            1.0,
-            "eager",
-            masks=() if self.mask is None else (self.mask,),
-            where=where(self.pool),
-            region=tuple(self.nodes),
-        )
+        """What was matched."""
+        scores = self._as_attention(Operand(self.pool), self.q, self.k, ("b", "h", "q", "kv"))
         operands = self.q, self.k, self.view
         return BlockScoresSite(scores, *operands, self.size, self.before, self.padding)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch.fx import Node
@@ -13,8 +13,9 @@ from sparse_compile.passes.find_attention.canonical import Call, canonical, is_r
 from sparse_compile.passes.find_attention.constants import constant
 from sparse_compile.passes.find_attention.contraction import Contraction, contraction
 from sparse_compile.passes.find_attention.dataflow import dataflow_of
+from sparse_compile.passes.find_attention.provenance import where
 from sparse_compile.passes.find_attention.refusal import Refusal
-from sparse_compile.site import MaskOperand, Operand, Scope
+from sparse_compile.site import AttentionSite, MaskOperand, Operand, Scope
 
 #: Calls that read a tensor's shape, dtype or device, not its values.
 READS_NO_VALUES = frozenset(
@@ -30,25 +31,25 @@ class Chain:
         scope, flow: where it stands.
         mask: the mask on the scores, if there is one.
         nodes: of the chain, last first.
+        others: nodes outside of it that may read it, too, since they go as well.
     """
 
-    def __init__(self, scope: Scope) -> None:
+    def __init__(self, scope: Scope, others: Collection[Node] = ()) -> None:
         self.scope, self.flow = scope, dataflow_of(scope)
         self.mask: MaskOperand | None = None
         self.nodes: list[Node] = []
+        self.others = set(others)
 
-    def _taken(self, node: Any, reader: Node, *others: Node) -> Node:
-        """A step of the chain, which only ``reader`` reads: a tensor, or its last overwriting.
-
-        ``others`` may read it, too.
-        """
+    def _taken(self, node: Any, reader: Node) -> Node:
+        """A step of the chain, which only ``reader`` reads: a tensor, or its last overwriting."""
         if not isinstance(node, Node) or not values.is_float(node):
             raise not_an_indexer()
         step = self.flow.current(node, reader)
         if step is not node and (call := canonical(step)) is not None and not call.in_place:
             raise Refusal("its scores are overwritten")
         for user in {**node.users, **step.users}:
-            reads = user not in (reader, step, *others) and op_name(user) not in READS_NO_VALUES
+            goes = user in (reader, step) or user in self.others
+            reads = not goes and op_name(user) not in READS_NO_VALUES
             if reads and self.flow.current(node, user) is step:
                 raise Refusal(f"its scores are also read by `{op_name(user)}`")
         self.nodes.append(reader)
@@ -104,6 +105,45 @@ class Chain:
         if len({tensor.dtype for tensor in tensors if tensor is not None}) != 1:
             raise Refusal("autocast computes its scores in another dtype")
         return product
+
+    def _by_head(self, node: Node) -> tuple[Operand, Operand]:
+        """q and k, whose products [B, H, Nq, Nkv] are; one key head for all serves, too."""
+        product = self._contraction(node)
+        if len(product.out_letters) != 4 or len(product.summed) != 1:
+            raise Refusal("its scores are not products of q [B, H, Nq, D] and k [B, H, Nkv, D]")
+        meaning = dict(zip(product.out_letters, "bhnt", strict=True))
+        (feature,) = product.summed
+        meaning[feature] = "d"
+        sides = [(product.left, product.left_letters), (product.right, product.right_letters)]
+        if "t" in {meaning[letter] for letter in product.left_letters}:
+            sides.reverse()
+        (q, q_letters), (k, k_letters) = sides
+        shape = dict(zip((meaning[letter] for letter in k_letters), values.shape(k), strict=True))
+        shared = values.same(shape.get("h", 1), 1)
+        self.nodes.append(node)
+        return (
+            operand_of(q, q_letters, meaning, "bhnd"),
+            operand_of(k, k_letters, meaning, "bdt" if shared else "bhdt"),
+        )
+
+    def _as_attention(
+        self, output: Operand, q: Operand, k: Operand, axes: tuple[str, ...]
+    ) -> AttentionSite:
+        """The scores as those of an attention, so that their masks are lifted."""
+        keys = Operand(k.node, tuple("n" if axis == "t" else axis for axis in k.axes))
+        return AttentionSite(
+            self.scope,
+            output,
+            q,
+            keys,
+            keys,
+            1.0,
+            "eager",
+            masks=() if self.mask is None else (self.mask,),
+            score_axes=axes,
+            where=where(output.node),
+            region=tuple(self.nodes),
+        )
 
     def _check_operands(self, operands: Sequence[Operand], last: Node) -> None:
         """Sizes agree, and nothing overwrites an operand between the products and ``last``."""

@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from sparse_compile.passes.find_attention import values
 from sparse_compile.passes.find_attention.canonical import canonical, is_reshape, op_name
+from sparse_compile.passes.find_attention.chain import READS_NO_VALUES
 from sparse_compile.passes.find_attention.contraction import Letters
 from sparse_compile.passes.find_attention.dataflow import Dataflow
 from sparse_compile.passes.find_attention.operands import (
@@ -42,6 +43,8 @@ from sparse_compile.passes.find_attention.weights import (
 )
 from sparse_compile.site import AttentionSite, Operand, Rejection, Scope
 
+#: What keeps the best of the scores, by index or by a threshold.
+_RANKS = frozenset("topk ge gt le lt greater_equal greater less_equal less".split())
 _SCORE_AXES = {4: ("b", "h", "q", "kv"), 3: ("b", "q", "kv"), 2: ("q", "kv")}
 
 
@@ -64,7 +67,7 @@ def _match(softmax: Node, flow: Dataflow, scope: Scope) -> AttentionSite:
     sides = _Sides(scores, weights)
     output, tail = sides.output()
     region = {*scores.nodes, *weights.nodes, *tail}
-    _check_closed(region, output.node, flow)
+    ranked = _check_closed(region, output.node, flow)
     _check_grad_mode(region, output.node, flow)
     q, k, v = _operands(sides, output.node, flow)
     check_query(q.operand, sides.score_shape, sides.score_axes)
@@ -87,6 +90,7 @@ def _match(softmax: Node, flow: Dataflow, scope: Scope) -> AttentionSite:
         score_axes=sides.score_axes,
         where=where(softmax),
         region=dead_nodes(region, (q, k, v), flow),
+        ranked=ranked,
     )
 
 
@@ -205,11 +209,22 @@ def _check_axis(softmax: Node, dim: object) -> None:
         raise Refusal(f"the softmax runs over {axis}, not over the keys", "write dim=-1")
 
 
-def _check_closed(region: set[Node], output: Node, flow: Dataflow) -> None:
+def _check_closed(region: set[Node], output: Node, flow: Dataflow) -> tuple[str, str] | None:
+    """Why the scores must exist, and what helps, if only a ranking reads them besides.
+
+    Raises:
+        Refusal: something else does.
+    """
+    ranked = None
     for node in flow.in_order(region - {output}):
         readers = [reader for reader in node.users if reader not in region]
+        readers = [reader for reader in readers if op_name(reader) not in READS_NO_VALUES]
         if readers:
-            raise read_elsewhere("scores", readers, node)
+            refusal = read_elsewhere("scores", readers, node)
+            if not all(op_name(reader) in _RANKS for reader in readers):
+                raise refusal
+            ranked = ranked or (refusal.reason, refusal.hint)
+    return ranked
 
 
 def _check_grad_mode(region: set[Node], output: Node, flow: Dataflow) -> None:

@@ -7,7 +7,6 @@ scores are the one tensor [Nq, Nkv] that attention over selected keys would leav
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch.fx import Node
@@ -15,24 +14,29 @@ from torch.fx import Node
 from sparse_compile.passes.find_attention import values
 from sparse_compile.passes.find_attention.block_scores import find_block_scores
 from sparse_compile.passes.find_attention.canonical import canonical, op_name
-from sparse_compile.passes.find_attention.chain import Chain, not_an_indexer, operand_of
-from sparse_compile.passes.find_attention.only_comparison import only_comparison
+from sparse_compile.passes.find_attention.chain import not_an_indexer, operand_of
+from sparse_compile.passes.find_attention.own_scores import find_own_scores
 from sparse_compile.passes.find_attention.provenance import where
+from sparse_compile.passes.find_attention.ranked import RankedChain
 from sparse_compile.passes.find_attention.refusal import Refusal
 from sparse_compile.site import (
     AttentionSite,
-    BlockScoresSite,
     IndexerSite,
     LiftedMask,
     Operand,
     Reached,
     Rejection,
     Scope,
+    ScoringSite,
 )
 
 
-def find_indexer(lifted: LiftedMask) -> IndexerSite | BlockScoresSite | Rejection | None:
-    """The indexer that selects the keys of a mask.
+def find_indexer(site: AttentionSite, lifted: LiftedMask) -> ScoringSite | Rejection | None:
+    """What scores the keys that a mask selects: an indexer, or the attention itself.
+
+    Args:
+        site: the attention.
+        lifted: its mask.
 
     Returns:
         why its top-k is none, or must stay, if it is not one; None for a mask that selects no keys
@@ -43,24 +47,22 @@ def find_indexer(lifted: LiftedMask) -> IndexerSite | BlockScoresSite | Rejectio
     assert lifted.scope is not None
     source, best = lifted.selection.source, lifted.selection.best
     try:
-        pooled = find_block_scores(best, lifted.scope)
         reached = lifted.selection.reached
-        if pooled is not None or (source is None and reached is None):
+        ranked = source if reached is None else reached.values
+        if site.ranked is not None and ranked is not None:
+            return find_own_scores(ranked, lifted.scope, reached, site.region)
+        pooled = find_block_scores(best, lifted.scope)
+        if pooled is not None or ranked is None:
             return pooled
-        if reached is not None:
-            return _Match(reached.values, lifted.scope, reached).found()
-        assert source is not None
-        return _Match(source, lifted.scope).found()
+        return _Match(ranked, lifted.scope, reached).found()
     except Refusal as refusal:
         return Rejection(refusal.reason, refusal.hint, where(best[0]), best[0])
 
 
-class _Match(Chain):
+class _Match(RankedChain):
     """The steps of an indexer, from its top-k backwards.
 
     Attributes:
-        index: the indices, or the values that others reach.
-        reached: how, if so.
         q, k, w: the operands; ``axes`` are among ``b``, ``n`` (queries), ``t`` (keys), ``h``, ``d``
             and, for axes of size one that say nothing, ``1``.
         before, after, product: as in :class:`IndexerSpec`.
@@ -72,40 +74,14 @@ class _Match(Chain):
         Raises:
             Refusal: it is not an indexer, or one that something else reads.
         """
-        super().__init__(scope)
-        self.index, self.reached, self.product = index, reached, True
-        (topk,) = index.all_input_nodes
-        scores = self._topk(topk)
-        scores = self._masked(scores)
+        super().__init__(index, scope, reached)
+        self.product = True
+        scores = self._masked(self._ranked())
         self.after, scores = self._steps(scores)
         each = self._summed(scores) if op_name(scores) == "sum" else self._weighted(scores)
         self.before, product = self._steps(self._relu(each))
         self._scored(product)
-        self._check_operands((self.q, self.k, self.w), topk)
-
-    # From the top-k to the products -----------------------------------------------------------
-
-    def _topk(self, topk: Node) -> Node:
-        if any(user.users for user in topk.users if user is not self.index):
-            raise Refusal("its values are read, too")
-        names = ("input", "k", "dim", "largest", "sorted")
-        given: dict[str, Any] = {**dict(zip(names, topk.args, strict=False)), **topk.kwargs}
-        if given.get("dim", -1) not in (-1, len(values.shape(given["input"])) - 1):
-            raise Refusal("it does not run over the keys")
-        flags = given.get("largest", True), given.get("sorted", True)
-        if not all(isinstance(flag, bool) for flag in flags):
-            raise Refusal("its order is known only at run time")
-        self.most, self.largest, self.is_sorted = given["k"], *flags
-        if self.reached is None:
-            return self._taken(given["input"], topk)
-        if not (self.largest if self.reached.least else self.is_sorted):
-            raise Refusal("which of its values is the last of the best is not known")
-        comparison = only_comparison(self.index, self.flow)
-        scores = self._taken(given["input"], topk, comparison)
-        sides = comparison.all_input_nodes
-        if [self.flow.current(n, comparison) for n in sides].count(scores) != 1:
-            raise Refusal("its values are not compared with the scores that they are of")
-        return scores
+        self._check_operands((self.q, self.k, self.w), self.topk)
 
     def _relu(self, node: Node) -> Node:
         if op_name(node) != "relu" or node.kwargs.get("inplace") or len(node.args) > 1:
@@ -186,24 +162,11 @@ class _Match(Chain):
         self.nodes.append(node)
 
     def found(self) -> IndexerSite:
-        """What was matched, with its scores as those of an attention, so that masks are lifted."""
-        k = Operand(self.k.node, tuple("n" if axis == "t" else axis for axis in self.k.axes))
-        scores = AttentionSite(
-            self.scope,
-            Operand(self.index, ("b", "n", "d")),
-            self.q,
-            k,
-            k,
-            1.0,
-            "eager",
-            masks=() if self.mask is None else (self.mask,),
-            score_axes=("b", "q", "kv"),
-            where=where(self.index),
-            region=tuple(self.nodes),
-        )
+        """What was matched."""
+        output = Operand(self.index, ("b", "n", "d"))
+        scores = self._as_attention(output, self.q, self.k, ("b", "q", "kv"))
         flags = self.product, self.largest, self.is_sorted, self.single
-        operands = self.q, self.k, self.w
-        steps = self.before, self.after
+        operands, steps = (self.q, self.k, self.w), (self.before, self.after)
         return IndexerSite(scores, *operands, self.most, *steps, *flags, self.reached)
 
 

@@ -145,30 +145,32 @@ def _threshold(node: Node, bounds: Mapping[Node, Bound]) -> _Threshold | None:
 
 
 def _reached(threshold: _Threshold, negated: bool, lifter: Lifter) -> RowReached | None:
-    """What bounds [B, Nq, 1] are of values [B, Nq, k], if the last or the least of each row."""
+    """What bounds [..., 1] are of values [..., k], if the last or the least of each row."""
     bounds = lifter.tensor(threshold.side)
-    if len(bounds.shape) != 3 or bounds.shape[2] != 1 or len(bounds.cases) != 1:
+    *rows, one = bounds.shape
+    if one != 1 or len(bounds.cases) != 1:
         return None
     ((_, read),) = bounds.cases
     if not isinstance(read, sympy.Basic) or not is_data(read):
         return None
     node = node_of(read, lifter)
     values = _least_of(node) or node
-    if values not in threshold.sources or values.meta["val"].dim() != 3:
+    if values not in threshold.sources or values.meta["val"].dim() != len(bounds.shape):
         return None
-    row = [sympy.S.Zero if size == 1 else DIMS[dim] for dim, size in enumerate(bounds.shape[:2])]
-    last = (size_expr(values.meta["val"].shape[2]) - 1,)
+    row = [sympy.S.Zero if size == 1 else DIMS[dim] for dim, size in enumerate(rows)]
+    last = (size_expr(values.meta["val"].shape[-1]) - 1,)
     wanted = [last] if values is node else [(), (sympy.S.Zero,)]
-    if list(read.args[:2]) != row or read.args[2:] not in wanted:
+    if list(read.args[: len(rows)]) != row or read.args[len(rows) :] not in wanted:
         return None
     return RowReached(values, f"{'not ' * negated}{threshold.name}", values is not node)
 
 
 def _is_plain(kept: Kept, lengths: Lengths) -> bool:
-    """Whether scores are [B, Nq, Nkv], those of the attention's batch entries and queries."""
-    batch = 0 if lengths[B] != 1 else kept.rows.axes[0]
-    rank = kept.node.meta["val"].dim()
-    return rank == 3 and kept.rows == Rows(2, (batch, None, 1), 1, 1)
+    """Whether scores are [B, Nq, Nkv] or [B, H, Nq, Nkv], as the attention's own are."""
+    rank, axes = kept.node.meta["val"].dim(), kept.rows.axes
+    batch = 0 if lengths[B] != 1 else axes[0]
+    heads = None if rank == 3 else 1 if lengths[H] != 1 else axes[1]
+    return rank in (3, 4) and kept.rows == Rows(rank - 1, (batch, heads, rank - 2), 1, 1)
 
 
 def _least_of(node: Node) -> Node | None:
