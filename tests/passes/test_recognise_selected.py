@@ -184,13 +184,16 @@ class Moba(nn.Module):
         own = torch.arange(length)[:, None] // BLOCK
         blocks = torch.arange(length // BLOCK)
         gate = gate.masked_fill(blocks > own, -math.inf).masked_fill(blocks == own, math.inf)
-        best = gate.topk(KEPT, -1).indices
-        mask = torch.zeros_like(gate, dtype=torch.bool).scatter(-1, best, True)
-        mask = mask.repeat_interleave(BLOCK, -1)
+        mask = self.best(gate).repeat_interleave(BLOCK, -1)
         at = torch.arange(length)
         mask = mask & (at <= at[:, None])
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return x + self.out(out.transpose(1, 2).reshape(batch, length, -1))
+
+    def best(self, gate: Tensor) -> Tensor:
+        """Which blocks are attended to."""
+        index = gate.topk(KEPT, -1).indices
+        return torch.zeros_like(gate, dtype=torch.bool).scatter(-1, index, True)
 
 
 def test_moba() -> None:

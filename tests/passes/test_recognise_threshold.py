@@ -30,6 +30,7 @@ from tests.passes.test_recognise_selected import (
     DIM,
     HEADS,
     LENGTH,
+    Moba,
     agree,
     causal,
     gate_of,
@@ -171,27 +172,11 @@ def test_left_as_a_tensor(way: Mask, why: str) -> None:
     assert why in found.reason
 
 
-class Moba(nn.Module):
-    """Mixture of block attention by a threshold, in plain PyTorch."""
+class ByThreshold(Moba):
+    """The same blocks, and those whose scores equal the last of them."""
 
-    def __init__(self, width: int = HEADS * DIM) -> None:
-        super().__init__()
-        self.norm, self.out = nn.RMSNorm(width), nn.Linear(width, width, bias=False)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, length, _ = x.shape
-        qkv = self.qkv(self.norm(x)).view(batch, length, 3, HEADS, DIM)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        means = k.view(batch, HEADS, length // BLOCK, BLOCK, DIM).mean(3)
-        gate = torch.einsum("bhqd,bhnd->bhqn", q, means)
-        own = torch.arange(length)[:, None] // BLOCK
-        blocks = torch.arange(length // BLOCK)
-        gate = gate.masked_fill(blocks > own, -math.inf).masked_fill(blocks == own, math.inf)
-        mask = (gate >= gate.topk(KEPT, -1).values[..., -1:]).repeat_interleave(BLOCK, -1)
-        at = torch.arange(length)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask & (at <= at[:, None]))
-        return x + self.out(out.transpose(1, 2).reshape(batch, length, -1))
+    def best(self, gate: Tensor) -> Tensor:
+        return gate >= gate.topk(KEPT, -1).values[..., -1:]
 
 
 @pytest.mark.parametrize("backend", ["passes", "sparse_compile"])
@@ -199,7 +184,7 @@ def test_a_model(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     monkeypatch.setattr(kept, "_FEW", 0)  # 13 blocks: the longest list is asked for
     monkeypatch.setattr(kept, "_FEW_TIMES", 0)
     torch.manual_seed(0)
-    network = nn.Sequential(Moba(), Moba())
+    network = nn.Sequential(ByThreshold(), ByThreshold())
     x = torch.randn(1, 104, HEADS * DIM)  # no other tensor has 104 * 104 numbers
     if backend == "sparse_compile":
         fast = torch.compile(network, backend=backend, fullgraph=True)
