@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch.fx import Node
@@ -11,7 +11,7 @@ from sparse_compile.passes.find_attention import values
 from sparse_compile.passes.find_attention.chain import Chain
 from sparse_compile.passes.find_attention.only_comparison import only_comparison
 from sparse_compile.passes.find_attention.refusal import Refusal
-from sparse_compile.site import Reached, Scope
+from sparse_compile.site import Operand, Reached, Scope
 
 
 class RankedChain(Chain):
@@ -30,6 +30,13 @@ class RankedChain(Chain):
         super().__init__(scope, others)
         self.index, self.reached = index, reached
         (self.topk,) = index.all_input_nodes
+
+    def _check_operands(self, operands: Sequence[Operand], last: Node) -> None:
+        """As for every chain; what others reach is computed later than the top-k was."""
+        super()._check_operands(operands, last)
+        changed = [o.node.name for o in operands if self.flow.is_mutated(o.node)]
+        if self.reached is not None and changed:
+            raise Refusal(f"`{changed[0]}` is overwritten")
 
     def _ranked(self) -> Node:
         """The scores that the top-k is of.

@@ -28,6 +28,7 @@ from sparse_compile.passes.lift_mask.rankings import (
     Bound,
     bound_of,
     is_topk_index,
+    is_topk_values,
     ranking_of,
     topk_dim,
     topk_of,
@@ -320,11 +321,11 @@ def _selection(chosen: Selects, traced: GraphModule, leaves: Sequence[Node]) -> 
     units = chosen.rows.unit_q, chosen.rows.unit_kv
     if isinstance(chosen, Kept):
         row, reached = chosen.reached, None
-        if row is not None:
-            reached = Reached(leaves[inputs.index(row.values)], row.comparison, row.least)
+        if row is not None and is_topk_values(leaf := leaves[inputs.index(row.values)]):
+            reached = Reached(leaf, row.comparison, row.least)
         return SelectedKeys(*units, f"{chosen.most}", None, best, not chosen.fixed, reached)
-    leaf = leaves[inputs.index(start)] if start in inputs else None
-    source = leaf if leaf is not None and is_topk_index(leaf) else None
+    found = leaves[inputs.index(start)] if start in inputs else None
+    source = found if found is not None and is_topk_index(found) else None
     return SelectedKeys(*units, f"{chosen.most}", source, best)
 
 

@@ -143,6 +143,24 @@ def test_the_longest_list_is_asked_for(
     assert rewritten.squares(LENGTH) == []
 
 
+def test_scores_are_ranked_before_they_are_masked() -> None:
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = plain(q, k)
+        best = scores.topk(BEST, -1).values
+        return scores.masked_fill((scores < best[..., -1:]) | ~causal(), -1e9).softmax(-1) @ v
+
+    fast, args = Rewritten(), operands(ties=True)
+    assert_same(gradients(fast.compiled(run), *args), gradients(run, *args))
+
+    def apart(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = plain(q, k)
+        best = scores.topk(BEST, -1).values
+        shown = scores.masked_fill(~causal(), -math.inf)
+        return shown.masked_fill(scores < best[..., -1:], -math.inf).softmax(-1) @ v
+
+    agree(apart, args)
+
+
 def test_few_keys_are_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kept, "_FEW", 128)
     found, _ = agree(program(hidden, below_is_filled), operands(ties=True))
@@ -168,6 +186,19 @@ def values_read(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     best = scores.topk(BEST, -1).values
     kept_ = scores.masked_fill(scores < best[..., -1:], -math.inf)
     return kept_.softmax(-1) @ v + best[..., :1]
+
+
+def masked_between(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = plain(q, k)
+    bound = scores.topk(BEST, -1).values[..., -1:]
+    scores = scores.masked_fill(~causal(), -math.inf)
+    return scores.masked_fill(scores < bound, -math.inf).softmax(-1) @ v
+
+
+def doubled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = plain(q, k)
+    below = scores * 2 < scores.topk(BEST, -1).values[..., -1:]
+    return scores.masked_fill(below, -math.inf).softmax(-1) @ v
 
 
 def of_other_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -205,6 +236,8 @@ def added_and_filled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         (added_and_filled, "masks several times, in different ways"),
         (values_read, "also read by `topk`"),
         (of_other_scores, "also read by `lt`"),
+        (masked_between, "also read by `topk`"),
+        (doubled, "also read by"),
         (fixed_threshold, "also read by `lt`"),
         (many, "12 of 41 keys: lists of these do not pay"),
         (by_query, "also read by `topk`"),

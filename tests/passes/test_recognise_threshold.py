@@ -362,6 +362,34 @@ def test_a_model_with_an_indexer(batch: int) -> None:
     assert program.squares(150) == []
 
 
+#: Scores to keys that they keep; the bounds are not, or not known to be, the last of the best.
+OTHER_BOUNDS: dict[str, Mask] = {
+    "k-th value": lambda s: s >= s.kthvalue(30, -1, keepdim=True).values,
+    "indices": lambda s: s >= s.topk(5, -1).indices.float()[..., -1:],
+    "rounded": lambda s: s >= s.topk(5, -1).values[..., -1:].bfloat16().float(),
+    "in another dtype": lambda s: s >= s.topk(5, -1).values[..., -1:].to(torch.float16),
+    "scaled": lambda s: s >= s.topk(5, -1).values[..., -1:] * 0.9,
+    "without sign": lambda s: s >= s.topk(5, -1).values[..., -1:].abs(),
+    "not below a number": lambda s: s >= s.topk(5, -1).values[..., -1:].clamp(min=0.3),
+    "the first": lambda s: s >= s.topk(5, -1).values.amax(-1, keepdim=True),
+    "the last but one": lambda s: s >= s.topk(5, -1).values[..., -2:-1],
+    "of keys": lambda s: s >= s.topk(5, 1).values[:, -1:],
+    "rounded scores": lambda s: s.bfloat16() >= s.topk(5, -1).values[..., -1:],
+    "other scores": lambda s: s * 2 >= s.topk(5, -1).values[..., -1:],
+}
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("reaching", OTHER_BOUNDS.values(), ids=OTHER_BOUNDS)
+def test_other_bounds(reaching: Mask, ties: bool) -> None:
+    run = by_indexer(indexing.matmul, indexing.by_fill, reaching)
+    rewritten, args = Rewritten(), indexing.operands(ties)
+    torch.testing.assert_close(rewritten.compiled(run)(*args), run(*args), equal_nan=True)
+    (found,) = rewritten.decisions
+    assert isinstance(found, Plan)
+    assert found.indexer is None
+
+
 def values_read(q: Tensor, k: Tensor, w: Tensor, x: Tensor) -> Tensor:
     scores = indexing.by_fill(indexing.matmul(q, k, w))
     best = scores.topk(5, -1).values
@@ -399,6 +427,16 @@ def bound_changed(q: Tensor, k: Tensor, w: Tensor, x: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(x, x, x, attn_mask=mask.unsqueeze(1))
 
 
+def operand_changed(q: Tensor, k: Tensor, w: Tensor, x: Tensor) -> Tensor:
+    q = q.clone()
+    scores = indexing.by_fill(indexing.matmul(q, k, w))
+    reached = scores >= scores.topk(5, -1).values[..., -1:]
+    q.zero_()
+    visible = (torch.rand(1, 1, indexing.LENGTH) < 2) & indexing.causal()
+    mask = (reached & visible).unsqueeze(1)
+    return F.scaled_dot_product_attention(x, x, x, attn_mask=mask) + q.sum()
+
+
 def first_of_the_best(q: Tensor, k: Tensor, w: Tensor, x: Tensor) -> Tensor:
     scores = indexing.by_fill(indexing.matmul(q, k, w))
     mask = (scores >= scores.topk(5, -1).values[..., :1]) & indexing.causal()
@@ -420,6 +458,7 @@ def of_another_row(q: Tensor, k: Tensor, w: Tensor, x: Tensor) -> Tensor:
         others_compared,
         changed_between,
         bound_changed,
+        operand_changed,
         first_of_the_best,
         of_another_row,
     ],
