@@ -12,6 +12,7 @@ from sparse_compile.passes.choose_layout import (
     choose_layout,
     choose_ranking,
     choose_selection,
+    why_no_lists,
 )
 from sparse_compile.passes.dense_tables import remember_given
 from sparse_compile.passes.find_attention import find_attention, find_indexer
@@ -42,5 +43,6 @@ __all__ = [
     "restricted_mask",
     "selected_mask",
     "share_selections",
+    "why_no_lists",
     "with_annotation",
 ]

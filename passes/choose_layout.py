@@ -25,7 +25,6 @@ from sparse_compile.site import (
     BlockScoresSite,
     LiftedMask,
     Operand,
-    OwnScoresSite,
     Rejection,
     ScoringSite,
     SelectedKeys,
@@ -35,9 +34,13 @@ from sparse_compile.spec import AttentionSpec, EmptyRows
 _DEVICES = ("cuda", "cpu")
 #: Stands for a length, batch or head count that is only known when the graph runs.
 _UNKNOWN = 4096
-#: Of so many keys one is kept at most where an attention ranks its own scores: a list of keys for
-#: every query and head costs about so many times as much as these keys in blocks. An estimate.
-_OWN_TIMES = 8
+#: Of at least so many keys one is kept where lists of single keys cost less than blocks do, by
+#: device: measured on the CPU; on a GPU an estimate, for one query head to a key head. There, heads
+#: that share keys fill the rows of a tile together.
+KEYS_FOR_ONE = {"cpu": 96, "cuda": 64}
+_ROWS = 16
+#: The same for lists of blocks of keys, or where the scores of all keys need not exist for them.
+_UNITS_FOR_ONE = 2
 
 
 def choose_layout(
@@ -111,7 +114,7 @@ def choose_indexer(
     plan: Plan,
     found: ScoringSite | Rejection,
     lifted: LiftedMask | Rejection,
-) -> Plan:
+) -> Plan | Rejection:
     """The plan of an attention over selected keys, with the indexer that selects them.
 
     Args:
@@ -120,30 +123,65 @@ def choose_indexer(
         lifted: the mask on its scores.
 
     Returns:
-        the plan, whose ``indexer`` is None where all scores must exist; its reason says why.
+        the plan, whose ``indexer`` is None where all scores must exist; its reason says why. Where
+        these are the attention's own, it is left alone instead.
     """
     decided = _indexer(found, lifted)
+    if isinstance(decided, str) and plan.site.ranked is not None:
+        reason, hint = plan.site.ranked
+        return _left_alone(plan.site, f"{reason}; they cannot be ranked apart: {decided}", hint)
     if isinstance(decided, str):
         return replace(plan, reason=f"{plan.reason}; its top-k is left as it is: {decided}")
-    whose = "its scores" if isinstance(found, OwnScoresSite) else "the scores of its indexer"
+    own = plan.site.ranked is not None
+    whose = "its scores" if own else "the scores of its indexer"
     reason = f"{plan.reason}; {whose} are computed some queries at a time"
     return replace(plan, reason=reason, indexer=decided)
 
 
-def choose_ranking(site: AttentionSite, decision: Plan | Rejection) -> Plan | Rejection:
-    """The decision for a site whose scores are also ranked, to keep the best.
+def choose_ranking(plan: Plan, device: torch.device) -> Plan | Rejection:
+    """The plan of an attention whose own scores are ranked, to keep the best.
 
-    It stays as it is where these scores must exist, or would be computed twice for little.
+    Returns:
+        a :class:`Rejection` where these scores must exist anyway, or ranking them apart from the
+        attention costs more than it saves.
     """
-    if site.ranked is None or isinstance(decision, Rejection):
-        return decision
-    if decision.indexer is None:
+    site = plan.site
+    if site.ranked is None:
+        return plan
+    if plan.indexer is None:
         return _left_alone(site, *site.ranked)
-    assert not isinstance(decision.indexer.site, BlockScoresSite)
-    most, keys = decision.indexer.site.most, _size(site.k, "n")
-    if isinstance(most, int) and _OWN_TIMES * most > keys:
-        return _left_alone(site, f"it keeps {most} of {keys} keys: lists of these do not pay", "")
-    return decision
+    costly = _too_many(plan, device, _for_one_key(site, device))
+    return _left_alone(site, costly, "") if costly else plan
+
+
+def why_no_lists(plan: Plan, device: torch.device) -> str:
+    """Why the keys that reach a threshold are better left in a mask tensor; empty if they are not.
+
+    What an index names is listed however much that is, since no mask tensor has to exist then.
+    """
+    selection = plan.lifted.selection
+    if selection is None or selection.waits is None or plan.site.ranked is not None:
+        return ""
+    single = selection.unit_kv == 1 and plan.indexer is None
+    return _too_many(plan, device, _for_one_key(plan.site, device) if single else _UNITS_FOR_ONE)
+
+
+def _for_one_key(site: AttentionSite, device: torch.device) -> int:
+    shared = max(1, _size(site.q, "h") // _size(site.k, "h"))
+    rows = 1 if device.type == "cpu" else min(shared, _ROWS)
+    return KEYS_FOR_ONE[device.type] // rows
+
+
+def _too_many(plan: Plan, device: torch.device, for_one: int) -> str:
+    """That lists hold too many keys to pay, in words; empty if they pay."""
+    selection = plan.lifted.selection
+    assert selection is not None
+    units = -(-_size(plan.site.k, "n") // selection.unit_kv)
+    if not selection.most.isdecimal() or for_one * int(selection.most) <= units:
+        return ""
+    what = "keys" if selection.unit_kv == 1 else f"units of {selection.unit_kv} keys"
+    kept = f"it keeps {selection.most} of {units} {what}"
+    return f"{kept}, and on {device.type} lists pay from one of {for_one} on"
 
 
 def _indexer(found: ScoringSite | Rejection, lifted: LiftedMask | Rejection) -> Indexer | str:
@@ -161,9 +199,6 @@ def _indexer(found: ScoringSite | Rejection, lifted: LiftedMask | Rejection) -> 
     if isinstance(found, BlockScoresSite):
         blocks = BlockScoresSpec(found.size, found.before, *masked, found.padding)
         return Indexer(found, lifted, blocks)
-    if isinstance(found, OwnScoresSite):
-        # Blocks of one key, none of which is lacking.
-        return Indexer(found, lifted, BlockScoresSpec(1, found.before, *masked, float("-inf")))
     flags = found.largest, found.is_sorted, found.single
     spec = IndexerSpec(found.before, found.after, found.product, *masked, *flags)
     return Indexer(found, lifted, spec)

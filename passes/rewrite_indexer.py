@@ -9,12 +9,11 @@ from torch.fx import Node
 
 from sparse_compile.block_scores_ops import BLOCK_SCORES
 from sparse_compile.indexer_ops import INDEXED_TOPK
-from sparse_compile.kept_ops import INDEXED_KEPT, OWN_KEPT
-from sparse_compile.own_topk_ops import OWN_TOPK
+from sparse_compile.kept_ops import INDEXED_KEPT
 from sparse_compile.passes.graph_edit import Inserter
 from sparse_compile.passes.realise_tables import RealisedTables, realise
 from sparse_compile.plan import Indexer
-from sparse_compile.site import BlockScoresSite, IndexerSite, Operand, OwnScoresSite
+from sparse_compile.site import BlockScoresSite, IndexerSite, Operand
 
 
 def replace_indexer(indexer: Indexer, realised: RealisedTables) -> None:
@@ -26,8 +25,8 @@ def replace_indexer(indexer: Indexer, realised: RealisedTables) -> None:
     if isinstance(site, BlockScoresSite):
         new = _block_scores(insert, site, tables, sizes, indexer.spec.text)
     else:
-        target = INDEXED_TOPK if isinstance(site, IndexerSite) else OWN_TOPK
-        new = insert.call(target, *_ranking(insert, site, tables, sizes, indexer.spec.text))
+        ranking = _ranking(insert, site, tables, sizes, indexer.spec.text)
+        new = insert.call(INDEXED_TOPK, *ranking)
     old.replace_all_uses_with(new)
     gm.graph.erase_node(old)
 
@@ -41,17 +40,16 @@ def replace_lists(lists: tuple[Node, ...], indexer: Indexer, realised: RealisedT
         realised: the tables of the graph.
     """
     site = indexer.site
-    assert not isinstance(site, BlockScoresSite)
+    assert isinstance(site, IndexerSite)
     assert site.reached is not None
     scope = site.scores.scope
     (call,) = lists[0].all_input_nodes
-    _, _, fixed, *seen, _, mask = call.args
+    _, fixed, *seen, _, mask = call.args
     tables, sizes = realise(indexer.lifted, scope, realised)
     insert = Inserter(scope.gm, lists[0])
     reaches = f"{'least ' * site.reached.least}{site.reached.comparison}"
-    target = INDEXED_KEPT if isinstance(site, IndexerSite) else OWN_KEPT
     ranking = _ranking(insert, site, tables, sizes, indexer.spec.text)
-    made = insert.call(target, *ranking, reaches, fixed, *seen, mask)
+    made = insert.call(INDEXED_KEPT, *ranking, reaches, fixed, *seen, mask)
     new = [insert.call(operator.getitem, made, part) for part in (0, 1)]
     for before, after in zip(lists, new, strict=True):
         before.replace_all_uses_with(after)
@@ -61,18 +59,17 @@ def replace_lists(lists: tuple[Node, ...], indexer: Indexer, realised: RealisedT
 
 def _ranking(
     insert: Inserter,
-    site: IndexerSite | OwnScoresSite,
+    site: IndexerSite,
     tables: list[Node],
     sizes: list[int | Node],
     spec: str,
 ) -> tuple[Any, ...]:
     """What an operator that ranks scores takes."""
-    if isinstance(site, IndexerSite):
-        axes = ((site.q, "bnhd"), (site.k, "bdt"), (site.w, "bnh"))
-        operands = [_arranged(insert, operand, order) for operand, order in axes]
-        return (*operands, tables, sizes, site.most, spec)
-    flags = [site.largest, site.is_sorted]
-    return (*_by_head(insert, site), tables, sizes, site.most, flags, spec)
+    if site.w is None:
+        return (*_by_head(insert, site), None, tables, sizes, site.most, spec)
+    axes = ((site.q, "bnhd"), (site.k, "bdt"), (site.w, "bnh"))
+    operands = [_arranged(insert, operand, order) for operand, order in axes]
+    return (*operands, tables, sizes, site.most, spec)
 
 
 def _block_scores(
@@ -82,7 +79,7 @@ def _block_scores(
     return insert.call(BLOCK_SCORES, *_by_head(insert, site), tables, sizes, blocks, spec)
 
 
-def _by_head(insert: Inserter, site: BlockScoresSite | OwnScoresSite) -> tuple[Node, Node]:
+def _by_head(insert: Inserter, site: BlockScoresSite | IndexerSite) -> tuple[Node, Node]:
     """q and k as [B, H, Nq, D] and [B, H or 1, D, Nkv]."""
     shared = "h" not in site.k.axes
     k = _arranged(insert, site.k, "bdt" if shared else "bhdt")

@@ -28,6 +28,7 @@ from sparse_compile.passes import (
     restricted_mask,
     selected_mask,
     share_selections,
+    why_no_lists,
     with_annotation,
 )
 from sparse_compile.passes.graph_edit import device_of
@@ -98,15 +99,23 @@ def _decide(
     found = with_annotation(found)
     if isinstance(found, Rejection):
         return found
-    decision = _decided(found, example_inputs, options, cache)
-    return with_annotation(choose_ranking(found, decision))
+    check_fit(found)
+    decision, device = _decided(found, example_inputs, options, cache), device_of(found.q.node)
+    if isinstance(decision, Plan) and (why := why_no_lists(decision, device)):
+        decision = _decided(found, example_inputs, options, cache, why)
+    if isinstance(decision, Plan):
+        decision = choose_ranking(decision, device)
+    return with_annotation(decision)
 
 
 def _decided(
-    found: AttentionSite, example_inputs: Sequence[Any], options: Options, cache: LiftCache
+    found: AttentionSite,
+    example_inputs: Sequence[Any],
+    options: Options,
+    cache: LiftCache,
+    no_lists: str = "",
 ) -> Decision:
-    check_fit(found)
-    lifted = promised_mask(found) or lift_mask(found, example_inputs, options, cache)
+    lifted = promised_mask(found) or lift_mask(found, example_inputs, options, cache, no_lists)
     if isinstance(lifted, Rejection):
         return with_annotation(lifted)
     restricted = restricted_mask(found, lifted)
@@ -118,12 +127,12 @@ def _decided(
         return replace(decision, annotation=found.annotation)  # left alone, it already obeys
     if isinstance(decision, Plan):
         decision = _with_indexer(decision, example_inputs, options, cache)
-    return with_annotation(decision)
+    return decision
 
 
 def _with_indexer(
     plan: Plan, example_inputs: Sequence[Any], options: Options, cache: LiftCache
-) -> Plan:
+) -> Decision:
     """Find, lift and choose for what selects the keys of an attention, if its mask says."""
     found = find_indexer(plan.site, plan.lifted)
     if found is None:

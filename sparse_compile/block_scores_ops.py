@@ -11,7 +11,7 @@ from torch import Tensor
 from sparse_compile.block_scores_spec import BlockScoresSpec
 from sparse_compile.errors import BadShape
 from sparse_compile.expr import evaluate
-from sparse_compile.indexer_spec import stepped
+from sparse_compile.indexer_spec import IndexerSpec, stepped
 
 #: Numbers that the scores of some queries have at most, all heads together.
 _MOST = 1 << 25
@@ -72,12 +72,17 @@ BLOCK_SCORES = torch.ops.sparse_compile.block_scores.default
 
 
 def scores_by_head(
-    q: Tensor, k: Tensor, tables: Sequence[Tensor], sizes: Sequence[int], spec: BlockScoresSpec
+    q: Tensor,
+    k: Tensor,
+    tables: Sequence[Tensor],
+    sizes: Sequence[int],
+    spec: BlockScoresSpec | IndexerSpec,
 ) -> tuple[list[tuple[int, int]], Callable[[int, int], Tensor]]:
     """The masked scores of all keys, of some queries at a time.
 
     Args:
-        q, k, tables, sizes, spec: as for :func:`block_scores`.
+        q, k, tables, sizes: as for :func:`block_scores`.
+        spec: the steps before the relu, if it is of an indexer, and the mask.
 
     Returns:
         parts of the queries, from the first up to the end of each, and what computes their scores
@@ -116,7 +121,7 @@ def _keep(
     k: Tensor,
     tables: Sequence[Tensor],
     sizes: Sequence[int],
-    spec: BlockScoresSpec,
+    spec: BlockScoresSpec | IndexerSpec,
 ) -> Tensor:
     """Which scores of some queries are not masked: broadcasts to [B, H, rows, Nkv]."""
     device = q.device

@@ -63,7 +63,7 @@ def attention(
     """
     if not torch.compiler.is_compiling():
         # Operators repeat it while they are compiled. Attention to blocks takes less, see below.
-        ops.check_operands(q, k, v, WIDEST if isinstance(mask, Pattern) else (256, 256))
+        ops.check_operands(q, k, v, WIDEST if isinstance(mask, Pattern) else ops.WIDEST)
         if isinstance(mask, Pattern):
             mask.check(q.shape[2], k.shape[2], q.shape[0], q.shape[1])
     factor = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale

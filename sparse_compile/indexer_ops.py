@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_compile.block_scores_ops import scores_by_head
 from sparse_compile.errors import BadShape
 from sparse_compile.expr import evaluate
 from sparse_compile.indexer_spec import IndexerSpec, stepped
@@ -25,7 +26,7 @@ Ranking = Callable[[int, int], tuple[Tensor, Any]]
 def indexed_topk(
     q: Tensor,
     k: Tensor,
-    w: Tensor,
+    w: Tensor | None,
     tables: Sequence[Tensor],
     sizes: Sequence[int],
     most: int,
@@ -35,26 +36,27 @@ def indexed_topk(
 
     The lightning indexer of DeepSeek-V3.2 (https://arxiv.org/abs/2512.02556). Takes memory for the
     scores of some queries, never for all of them. Which of several equal scores are kept is as
-    open as it is for :func:`torch.topk`.
+    open as it is for :func:`torch.topk`. Without weights it is ``topk(q k, most).indices``, head by
+    head: the scores of an attention that keeps its best (https://arxiv.org/abs/1912.11637).
 
     Args:
-        q: [B, Nq, H, D].
-        k: [B, D, Nkv], same dtype.
-        w: [B, Nq, H].
+        q: [B, Nq, H, D]; without weights [B, H, Nq, D].
+        k: [B, D, Nkv], same dtype; without weights [B, H or 1, D, Nkv].
+        w: [B, Nq, H], or None.
         tables, sizes: the tensors ``t0, t1, ...`` and the integers ``s0, s1, ...`` of the mask.
         most: how many keys a query keeps.
         spec: the text of an :class:`IndexerSpec`.
 
     Returns:
-        int64 [B, Nq, most].
+        int64 [B, Nq, most]; without weights [B, H, Nq, most].
 
     Raises:
         BadShape: the operands do not fit together.
     """
     parts, ranked = ranking(q, k, w, tables, sizes, most, IndexerSpec.parse(spec))
-    index = q.new_empty(*q.shape[:2], most, dtype=torch.int64)
+    index = q.new_empty([*rows_of(q, w), most], dtype=torch.int64)
     for first, end in parts:
-        index[:, first:end] = ranked(first, end)[1].indices
+        index[..., first:end, :] = ranked(first, end)[1].indices
     return index
 
 
@@ -62,23 +64,28 @@ def indexed_topk(
 def _(
     q: Tensor,
     k: Tensor,
-    w: Tensor,
+    w: Tensor | None,
     tables: Sequence[Tensor],
     sizes: Sequence[int],
     most: int,
     spec: str,
 ) -> Tensor:
-    return q.new_empty([q.shape[0], q.shape[1], most], dtype=torch.int64)
+    return q.new_empty([*rows_of(q, w), most], dtype=torch.int64)
 
 
 #: The operator as nodes of a graph call it.
 INDEXED_TOPK = torch.ops.sparse_compile.indexed_topk.default
 
 
+def rows_of(q: Tensor, w: Tensor | None) -> list[int]:
+    """What scores there are: [B, Nq], and [B, H, Nq] where every head has its own."""
+    return [*q.shape[:3]] if w is None else [q.shape[0], q.shape[1]]
+
+
 def ranking(
     q: Tensor,
     k: Tensor,
-    w: Tensor,
+    w: Tensor | None,
     tables: Sequence[Tensor],
     sizes: Sequence[int],
     most: int,
@@ -91,24 +98,44 @@ def ranking(
 
     Returns:
         parts of the queries, from the first up to the end of each, and what computes their scores
-        [B, end - first, Nkv] and the top-k of these.
+        [..., end - first, Nkv] and the top-k of these.
 
     Raises:
         BadShape: the operands do not fit together.
     """
+    if w is None:
+        parts, scores = scores_by_head(q, k, tables, sizes, spec)
+    else:
+        parts, scores = _masked_scores(q, k, w, tables, sizes, spec)
+
+    def ranked(first: int, end: int) -> tuple[Tensor, Any]:
+        score = scores(first, end)
+        return score, score.topk(most, -1, largest=spec.largest, sorted=spec.is_sorted)
+
+    return parts, ranked
+
+
+def _masked_scores(
+    q: Tensor,
+    k: Tensor,
+    w: Tensor,
+    tables: Sequence[Tensor],
+    sizes: Sequence[int],
+    spec: IndexerSpec,
+) -> tuple[list[tuple[int, int]], _Scorer]:
+    """Parts of the queries, and what computes their masked scores."""
     _check(q, k, w)
     scores, heads = _scorer(q, k, w, tables, sizes, spec)
     # What is hidden need not have been computed.
     adds = spec.adds and spec.fill != -math.inf
 
-    def ranked(first: int, end: int) -> tuple[Tensor, Any]:
+    def masked(first: int, end: int) -> Tensor:
         score = scores(first, end)
         keep = _keep(first, end, q, k, tables, sizes, spec)
         fill = torch.full((), spec.fill, dtype=score.dtype, device=score.device)
-        score = torch.where(keep, score, score + fill if adds else fill)
-        return score, score.topk(most, -1, largest=spec.largest, sorted=spec.is_sorted)
+        return torch.where(keep, score, score + fill if adds else fill)
 
-    return list(_chunks(q, k, heads)), ranked
+    return list(_chunks(q, k, heads)), masked
 
 
 def _check(q: Tensor, k: Tensor, w: Tensor) -> None:

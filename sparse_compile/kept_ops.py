@@ -15,9 +15,8 @@ from torch import Tensor
 
 from sparse_compile.expr import MaskExpr
 from sparse_compile.fresh_size import fresh_size
-from sparse_compile.indexer_ops import ranking
+from sparse_compile.indexer_ops import ranking, rows_of
 from sparse_compile.indexer_spec import IndexerSpec
-from sparse_compile.own_topk_ops import own_ranking
 from sparse_compile.selection.kept import in_parts, kept_lists
 from sparse_compile.selection.visible import Visible
 
@@ -27,7 +26,6 @@ _COMPARISONS = {"ge": torch.ge, "gt": torch.gt, "le": torch.le, "lt": torch.lt}
 @torch.library.custom_op("sparse_compile::kept_selection", mutates_args=())
 def kept_selection(
     kept: Tensor,
-    most: int,
     fixed: bool,
     tables: Sequence[Tensor],
     sizes: Sequence[int],
@@ -39,9 +37,8 @@ def kept_selection(
 
     Args:
         kept: bool [B, Hs, ceil(Nq / unit_q), at least ceil(Nkv / unit_kv)].
-        most: how many are kept of a row, but for a few.
         fixed: whether each list has room for all units; else as much as the longest needs, for
-            which the device is waited for.
+            which the device is waited for, some rows at a time.
         tables, sizes: the tensors ``t0, t1, ...`` and the integers ``s0, s1, ...`` of the mask.
         lengths: query heads, Nq and Nkv.
         units: unit_q and unit_kv, as in :class:`sparse_compile.selection.Selection`.
@@ -58,13 +55,12 @@ def kept_selection(
         return kept[:, :, first:end] & visible.may(first, end, lists)
 
     parts = in_parts(rows, batch * max(lists, lengths[0]) * columns)
-    return kept_lists(shown, parts, kept.shape, kept.device, None if fixed else most)
+    return kept_lists(shown, parts, kept.shape[:3], kept.device, columns if fixed else None)
 
 
 @kept_selection.register_fake
 def _(
     kept: Tensor,
-    most: int,
     fixed: bool,
     tables: Sequence[Tensor],
     sizes: Sequence[int],
@@ -80,7 +76,7 @@ def _(
 def indexed_kept(
     q: Tensor,
     k: Tensor,
-    w: Tensor,
+    w: Tensor | None,
     tables: Sequence[Tensor],
     sizes: Sequence[int],
     most: int,
@@ -103,7 +99,8 @@ def indexed_kept(
             the attention.
 
     Returns:
-        int32 index [B, 1, Nq, room] and count [B, 1, Nq], as for :func:`kept_selection`.
+        int32 index [B, Hs, Nq, room] and count [B, Hs, Nq], as for :func:`kept_selection`; Hs is 1,
+        or without weights H.
 
     Raises:
         BadShape: the operands do not fit together.
@@ -111,19 +108,21 @@ def indexed_kept(
     visible = _visible(q, mask_tables, mask_sizes, lengths, (1, 1), mask)
     parts, ranked = ranking(q, k, w, tables, sizes, most, IndexerSpec.parse(spec))
 
-    def kept(first: int, end: int) -> Tensor:
-        reached = _reached(*ranked(first, end), reaches)[:, None, :, : lengths[2]]
-        return reached & visible.may(first, end, 1)
+    batch, lists, rows = _lists_of(q, w)
 
-    shape = q.shape[0], 1, q.shape[1], lengths[2]
-    return kept_lists(kept, parts, shape, q.device, None if fixed else most)
+    def kept(first: int, end: int) -> Tensor:
+        reached = _reached(*ranked(first, end), reaches)[..., : lengths[2]]
+        return reached.view(batch, lists, -1, lengths[2]) & visible.may(first, end, lists)
+
+    room = lengths[2] if fixed else None
+    return kept_lists(kept, parts, (batch, lists, rows), q.device, room)
 
 
 @indexed_kept.register_fake
 def _(
     q: Tensor,
     k: Tensor,
-    w: Tensor,
+    w: Tensor | None,
     tables: Sequence[Tensor],
     sizes: Sequence[int],
     most: int,
@@ -135,65 +134,13 @@ def _(
     lengths: Sequence[int],
     mask: str,
 ) -> tuple[Tensor, Tensor]:
-    return _like(q, [q.shape[0], 1, q.shape[1]], lengths[2] if fixed else fresh_size())
+    return _like(q, _lists_of(q, w), lengths[2] if fixed else fresh_size())
 
 
-@torch.library.custom_op("sparse_compile::own_kept", mutates_args=())
-def own_kept(
-    q: Tensor,
-    k: Tensor,
-    tables: Sequence[Tensor],
-    sizes: Sequence[int],
-    most: int,
-    flags: Sequence[bool],
-    spec: str,
-    reaches: str,
-    fixed: bool,
-    mask_tables: Sequence[Tensor],
-    mask_sizes: Sequence[int],
-    lengths: Sequence[int],
-    mask: str,
-) -> tuple[Tensor, Tensor]:
-    """The keys whose scores, of an attention, reach the last of the best; some queries at a time.
-
-    Args:
-        q, k, tables, sizes, most, flags, spec: as for :func:`own_topk`.
-        reaches, fixed, mask_tables, mask_sizes, lengths, mask: as for :func:`indexed_kept`.
-
-    Returns:
-        int32 index [B, H, Nq, room] and count [B, H, Nq], as for :func:`kept_selection`.
-
-    Raises:
-        BadShape: the operands do not fit together.
-    """
-    visible = _visible(q, mask_tables, mask_sizes, lengths, (1, 1), mask)
-    parts, ranked = own_ranking(q, k, tables, sizes, most, flags, spec)
-
-    def kept(first: int, end: int) -> Tensor:
-        reached = _reached(*ranked(first, end), reaches)[..., : lengths[2]]
-        return reached & visible.may(first, end, q.shape[1])
-
-    shape = *q.shape[:3], lengths[2]
-    return kept_lists(kept, parts, shape, q.device, None if fixed else most)
-
-
-@own_kept.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    tables: Sequence[Tensor],
-    sizes: Sequence[int],
-    most: int,
-    flags: Sequence[bool],
-    spec: str,
-    reaches: str,
-    fixed: bool,
-    mask_tables: Sequence[Tensor],
-    mask_sizes: Sequence[int],
-    lengths: Sequence[int],
-    mask: str,
-) -> tuple[Tensor, Tensor]:
-    return _like(q, [*q.shape[:3]], lengths[2] if fixed else fresh_size())
+def _lists_of(q: Tensor, w: Tensor | None) -> list[int]:
+    """B, Hs and Nq of the lists of an indexer: one for all heads, or one for each."""
+    batch, *heads, rows = rows_of(q, w)
+    return [batch, *(heads or [1]), rows]
 
 
 def _reached(score: Tensor, best: Any, reaches: str) -> Tensor:
@@ -227,4 +174,3 @@ def _visible(
 #: The operators as nodes of a graph call them.
 KEPT_SELECTION = torch.ops.sparse_compile.kept_selection.default
 INDEXED_KEPT = torch.ops.sparse_compile.indexed_kept.default
-OWN_KEPT = torch.ops.sparse_compile.own_kept.default

@@ -24,6 +24,8 @@ from sparse_compile.layout.dense_tables import DenseCall, DenseRead
 from sparse_compile.layout.tensor_state import memory_of
 from sparse_compile.spec import AttentionSpec
 
+#: Features of q and k, and of v, that attention to blocks takes.
+WIDEST = (256, 256)
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -288,7 +290,7 @@ BLOCK_LAYOUT = torch.ops.sparse_compile.block_layout.default
 DENSE_LAYOUT = torch.ops.sparse_compile.dense_layout.default
 
 
-def check_operands(q: Tensor, k: Tensor, v: Tensor, widest: tuple[int, int] = (256, 256)) -> None:
+def check_operands(q: Tensor, k: Tensor, v: Tensor, widest: tuple[int, int] = WIDEST) -> None:
     """Raise before anything runs if q, k and v do not fit together.
 
     Args:

@@ -108,11 +108,13 @@ class AttentionSite:
 class IndexerSite:
     """One indexer in the graph, proven closed: nothing else reads its scores.
 
+    Or an attention's own scores, of which it keeps the best; these have no weights.
+
     Attributes:
         scores: its scores as those of an attention: where it stands, its mask, and as the output
             the node of its indices, or with ``reached`` of its values.
         q, k, w: the operands; ``axes`` are among ``b``, ``n`` (queries), ``t`` (keys), ``h``, ``d``
-            and, for axes of size one that say nothing, ``1``.
+            and, for axes of size one that say nothing, ``1``. Without weights k may have heads.
         most: how many keys a query keeps.
         before, after, product, largest, is_sorted, single: as in
             :class:`sparse_compile.indexer_spec.IndexerSpec`; with ``single``, q and k are those
@@ -123,7 +125,7 @@ class IndexerSite:
     scores: AttentionSite
     q: Operand
     k: Operand
-    w: Operand
+    w: Operand | None
     most: int | Node
     before: tuple[Step, ...]
     after: tuple[Step, ...]
@@ -131,27 +133,6 @@ class IndexerSite:
     largest: bool
     is_sorted: bool
     single: bool = False
-    reached: Reached | None = None
-
-
-@dataclass(frozen=True)
-class OwnScoresSite:
-    """An attention's own scores, of which it keeps the best, proven closed.
-
-    Attributes:
-        scores: as for :class:`IndexerSite`.
-        q, k: as for :class:`BlockScoresSite`.
-        most, largest, is_sorted, reached: as for :class:`IndexerSite`.
-        before: as in :class:`sparse_compile.block_scores_spec.BlockScoresSpec`.
-    """
-
-    scores: AttentionSite
-    q: Operand
-    k: Operand
-    most: int | Node
-    largest: bool
-    is_sorted: bool
-    before: tuple[Step, ...]
     reached: Reached | None = None
 
 
@@ -179,7 +160,7 @@ class BlockScoresSite:
 
 
 #: What scores keys, of which an attention keeps the best.
-ScoringSite: TypeAlias = IndexerSite | BlockScoresSite | OwnScoresSite
+ScoringSite: TypeAlias = IndexerSite | BlockScoresSite
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,6 @@ RANK = {
     "direct_selected": 7,
     "indexer_ops": 7,
     "kept_ops": 7,
-    "own_topk_ops": 7,
     "block_scores_ops": 7,
     "direct": 7,
     "nsa_ops": 7,

@@ -12,12 +12,12 @@ from collections.abc import Collection
 from torch.fx import Node
 
 from sparse_compile.passes.find_attention.ranked import RankedChain
-from sparse_compile.site import Operand, OwnScoresSite, Reached, Scope
+from sparse_compile.site import IndexerSite, Operand, Reached, Scope
 
 
 def find_own_scores(
     index: Node, scope: Scope, reached: Reached | None, attention: Collection[Node]
-) -> OwnScoresSite:
+) -> IndexerSite:
     """The scores that a top-k is taken of, and that become the weights of an attention.
 
     Args:
@@ -37,7 +37,7 @@ class _Match(RankedChain):
 
     Attributes:
         q, k: the operands; ``axes`` are among ``b``, ``h``, ``n`` (queries), ``t`` (keys), ``d``.
-        before: as in :class:`BlockScoresSpec`.
+        before: the steps from products to scores.
     """
 
     def __init__(
@@ -48,9 +48,10 @@ class _Match(RankedChain):
         self.q, self.k = self._by_head(product)
         self._check_operands((self.q, self.k), self.topk)
 
-    def found(self) -> OwnScoresSite:
+    def found(self) -> IndexerSite:
         """What was matched."""
         axes = ("b", "h", "q", "kv")
         scores = self._as_attention(Operand(self.index, ("b", "h", "n", "d")), self.q, self.k, axes)
-        flags = self.largest, self.is_sorted
-        return OwnScoresSite(scores, self.q, self.k, self.most, *flags, self.before, self.reached)
+        flags = False, self.largest, self.is_sorted, False
+        ranked = self.most, self.before, (), *flags, self.reached
+        return IndexerSite(scores, self.q, self.k, None, *ranked)

@@ -75,7 +75,11 @@ class LiftCache:
 
 
 def lift_mask(
-    site: AttentionSite, example_inputs: Sequence[Any], options: Options, cache: LiftCache
+    site: AttentionSite,
+    example_inputs: Sequence[Any],
+    options: Options,
+    cache: LiftCache,
+    no_lists: str = "",
 ) -> LiftedMask | Rejection:
     """The meaning of a site's masks as one predicate.
 
@@ -84,11 +88,12 @@ def lift_mask(
         example_inputs: the captured graph's inputs, as Dynamo passes them to a backend.
         options: ``finite_fill`` and ``verify_bytes`` matter here.
         cache: shared by the sites of one backend call.
+        no_lists: why the keys that reach a threshold stay in a mask tensor; empty if they do not.
     """
     try:
         if not site.masks:
             return LiftedMask(MaskExpr(sympy.Le(KV, Q) if site.causal else sympy.true))
-        work = _Work.of(site, cache)
+        work = _Work.of(site, cache, no_lists)
         key = (work.key, options.finite_fill)
         if key not in cache.lifted:
             cache.lifted[key] = _attempt(work, example_inputs, options, cache)
@@ -133,15 +138,17 @@ class _Work:
         part: the slice that computes the operands, then the fills that are nodes.
         lengths: number of batch entries, heads, queries and keys, in torch's size symbols.
         dtype: of the scores when they are masked.
+        no_lists: as for :func:`lift_mask`.
     """
 
     site: AttentionSite
     part: Slice
     lengths: Lengths
     dtype: torch.dtype
+    no_lists: str
 
     @staticmethod
-    def of(site: AttentionSite, cache: LiftCache) -> _Work:
+    def of(site: AttentionSite, cache: LiftCache, no_lists: str) -> _Work:
         wanted = [Wanted(mask.node, first_reader(site, mask.node)) for mask in site.masks]
         wanted += [
             Wanted(mask.fill, first_reader(site, mask.fill))
@@ -149,13 +156,13 @@ class _Work:
             if isinstance(mask.fill, Node)
         ]
         part = cache.slicer(wanted, site.scope)
-        return _Work(site, part, _lengths(site), _score_dtype(site))
+        return _Work(site, part, _lengths(site), _score_dtype(site), no_lists)
 
     @property
     def key(self) -> Any:
         site = self.site
         roles = tuple((mask.role, mask.fill) for mask in site.masks)
-        plan = (site.kind, site.causal, site.score_axes, self.dtype)
+        plan = (site.kind, site.causal, site.score_axes, self.dtype, self.no_lists)
         return (self.part.nodes, self.part.outputs, roles, plan, tuple(self.lengths.items()))
 
     @property
@@ -253,6 +260,8 @@ def _with_selection(
         chosen: Selects | None
         rest, chosen = split_selection(predicate, lifter, work.lengths)
         if chosen is None:
+            if work.no_lists:
+                raise NotSelected(work.no_lists)
             bounds = _bounds(work, traced)
             rest, chosen = split_kept(predicate, lifter, work.lengths, bounds)
         if chosen is not None:

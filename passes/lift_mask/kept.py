@@ -39,8 +39,8 @@ _COMPARISONS = {
     aten.le.Tensor: ("le", "ge"),
     aten.lt.Tensor: ("lt", "gt"),
 }
-#: Lists that can hold every unit take little memory up to so many units, or so many for one kept.
-_FEW, _FEW_TIMES = 128, 8
+#: Up to so many units, every list has room for all of them.
+_FEW = 128
 
 
 @dataclass(frozen=True)
@@ -175,15 +175,13 @@ def _is_plain(kept: Kept, lengths: Lengths) -> bool:
 
 def _least_of(node: Node) -> Node | None:
     """The tensor of which a node is the minimum over the last axis."""
-    if node.target is operator.getitem and node.args[1] == 0:
-        node = node.args[0]  # type: ignore[assignment]
-        dims = [node.args[1]] if node.target is aten.min.dim else []
-    else:
-        dims = node.args[1] if node.target is aten.amin.default else []  # type: ignore[assignment]
-    source = node.args[0] if dims else None
-    if not isinstance(source, Node):
+    call = node.args[0] if node.target is operator.getitem and node.args[1] == 0 else node
+    if not isinstance(call, Node) or call.target not in (aten.min.dim, aten.amin.default):
         return None
-    return source if list(dims) in ([-1], [source.meta["val"].dim() - 1]) else None
+    source, dims = (*call.args, None)[:2]
+    assert isinstance(source, Node)
+    last: int = source.meta["val"].dim() - 1
+    return source if dims in (-1, last, [-1], [last]) else None
 
 
 def _kept(read: BoolRead, most: sympy.Expr | None, lengths: Lengths) -> Kept:
@@ -199,11 +197,7 @@ def _kept(read: BoolRead, most: sympy.Expr | None, lengths: Lengths) -> Kept:
             "it keeps every key whose score reaches a threshold, and nothing says how many these "
             "are; take the threshold from topk(k).values"
         )
-    known = most.is_Integer and units.is_Integer
-    if known and 2 * most > units:
-        raise NotSelected(f"it keeps {most} of {units} and more, for which lists do not pay")
-    fixed = bool(units.is_Integer and (units <= _FEW or (known and units <= _FEW_TIMES * most)))
-    return Kept(node, read.negated, rows, most, fixed)
+    return Kept(node, read.negated, rows, most, bool(units.is_Integer and units <= _FEW))
 
 
 def emit_kept(
@@ -227,8 +221,8 @@ def emit_kept(
     if kept.negated:
         node = graph.call_function(aten.bitwise_not.default, (node,))
     node = arranged(node, kept.node.meta["val"].dim(), rows, emitter, lengths[B])
-    most, *given = (emitter.size(size) for size in (kept.most, *(lengths[c] for c in (H, Q, KV))))
+    given = [emitter.size(lengths[coordinate]) for coordinate in (H, Q, KV)]
     units = [rows.unit_q, rows.unit_kv]
-    args = node, most, kept.fixed, list(tables), list(sizes), given, units, mask.text
+    args = node, kept.fixed, list(tables), list(sizes), given, units, mask.text
     lists = graph.call_function(KEPT_SELECTION, args)
     return [graph.call_function(operator.getitem, (lists, part)) for part in (0, 1)]

@@ -31,8 +31,9 @@ class Bound:
 def ranking_of(node: Node) -> Node | None:
     """The top-k, sort or k-th value of which a node is the values or the indices."""
     source = node.args[0] if node.target is operator.getitem else None
-    ranks = isinstance(source, Node) and call_name(source) in ("topk", "sort", "kthvalue")
-    return source if ranks else None  # type: ignore[return-value]
+    if isinstance(source, Node) and call_name(source) in ("topk", "sort", "kthvalue"):
+        return source
+    return None
 
 
 def topk_of(node: Node) -> Node | None:

@@ -19,7 +19,7 @@ def test_lists(units: tuple[int, int], fixed: bool) -> None:
     n, mask = 3000, MaskExpr(KV <= Q)
     shape = 2, 3, -(-n // units[0]), -(-n // units[1])
     kept = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.1
-    args = 10, fixed, [], [], [6, n, n], list(units), mask.text
+    args = fixed, [], [], [6, n, n], list(units), mask.text
     found = Selection(*(part.cpu() for part in KEPT_SELECTION(kept.cuda(), *args)), *units)
     expected = Selection(*KEPT_SELECTION(kept, *args), *units)
     assert torch.equal(found.count, expected.count)

@@ -18,9 +18,9 @@ from sparse_compile.expr import KV, B, MaskExpr, Q, table
 from sparse_compile.indexer_spec import IndexerSpec
 from sparse_compile.kept_ops import INDEXED_KEPT, KEPT_SELECTION
 from sparse_compile.passes import Plan
+from sparse_compile.passes.choose_layout import KEYS_FOR_ONE
 from sparse_compile.passes.lift_mask import kept
 from sparse_compile.selection import Selection, check_lists
-from sparse_compile.selection import kept as lists_of
 from sparse_compile.selection.kept import kept_lists
 from tests.passes import test_find_indexer as indexing
 from tests.passes.rewritten import Rewritten, assert_same, trained
@@ -39,6 +39,12 @@ from tests.passes.test_recognise_selected import (
 
 Mask = Callable[[Tensor], Tensor]
 KEPT = 2
+
+
+@pytest.fixture(autouse=True)
+def lists_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists of single keys pay for these few keys, as they do for many."""
+    monkeypatch.setitem(KEYS_FOR_ONE, "cpu", 2)
 
 
 def by_bool_index(gate: Tensor) -> Tensor:
@@ -89,7 +95,6 @@ def test_equal_scores_are_kept(
 ) -> None:
     if waits:
         monkeypatch.setattr(kept, "_FEW", 0)
-        monkeypatch.setattr(kept, "_FEW_TIMES", 0)
     gate = gate_of(HEADS, LENGTH // block).mul(2).round()
     assert (way(gate) != way(gate + torch.rand_like(gate) / 9)).any(), "scores are equal"
     found = agree(program(way, block), *operands(), gate)
@@ -162,7 +167,7 @@ def or_others(gate: Tensor) -> Tensor:
     ("way", "why"),
     [
         (unbounded, "nothing says how many these are"),
-        (most_of_them, "30 of 40 and more"),
+        (most_of_them, "30 of 40 keys, and on cpu lists pay from one of 2 on"),
         (or_others, "does not just narrow the mask"),
     ],
 )
@@ -182,7 +187,6 @@ class ByThreshold(Moba):
 @pytest.mark.parametrize("backend", ["passes", "sparse_compile"])
 def test_a_model(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     monkeypatch.setattr(kept, "_FEW", 0)  # 13 blocks: the longest list is asked for
-    monkeypatch.setattr(kept, "_FEW_TIMES", 0)
     torch.manual_seed(0)
     network = nn.Sequential(ByThreshold(), ByThreshold())
     x = torch.randn(1, 104, HEADS * DIM)  # no other tensor has 104 * 104 numbers
@@ -208,8 +212,9 @@ def test_a_model(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
 def test_lists_say_what_is_kept(shape: tuple[int, ...], part: float, seed: int) -> None:
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < part
     parts = [(0, shape[2] // 2), (shape[2] // 2, shape[2])]
-    for expected in (None, 0, shape[3]):
-        lists = kept_lists(lambda a, b: mask[:, :, a:b], parts, shape, mask.device, expected)
+    for room in (None, shape[3]):
+        lists = kept_lists(lambda a, b: mask[:, :, a:b], parts, shape[:3], mask.device, room)
+        assert lists[0].shape[3] == (lists[1].max() if room is None else room)
         check_lists(*lists, shape[3])
         assert torch.equal(Selection(*lists, 1, 1).dense(shape[2], shape[3]), mask)
 
@@ -219,7 +224,7 @@ def test_the_operators(fixed: bool) -> None:
     mask = MaskExpr((KV <= Q) & (KV < table(0)(B)), ("int64",))
     seen = [torch.tensor([20, 30])], []
     kept = torch.rand(BATCH, HEADS, 5, 9) < 0.5
-    args = kept, 3, fixed, *seen, [2 * HEADS, 33, 33], [8, 4], mask.text
+    args = kept, fixed, *seen, [2 * HEADS, 33, 33], [8, 4], mask.text
     torch.library.opcheck(KEPT_SELECTION, args)
     found = Selection(*KEPT_SELECTION(*args), 8, 4).dense(33, 33)
     at = torch.arange(33)
@@ -259,7 +264,6 @@ def by_indexer(
     return run
 
 
-@pytest.mark.parametrize("spare", [0, 64])
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("reaching", REACHING.values(), ids=REACHING)
 @pytest.mark.parametrize(
@@ -277,11 +281,8 @@ def test_no_scores_of_all_keys(
     masked: Mask,
     reaching: Mask,
     ties: bool,
-    spare: int,
 ) -> None:
     monkeypatch.setattr(kept, "_FEW", 0)
-    monkeypatch.setattr(kept, "_FEW_TIMES", 0)
-    monkeypatch.setattr(lists_of, "_SPARE", spare)
     monkeypatch.setattr(indexer_ops, "_MOST", 10 * indexing.HEADS * indexing.LENGTH)
     run, args = by_indexer(scores, masked, reaching), indexing.operands(ties)
     rewritten = Rewritten()
