@@ -21,9 +21,10 @@ from torch import Tensor
 
 from benchmarks.environment import write_json
 from sparse_compile import reference
+from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.codegen.cpu import executor
 from sparse_compile.expr import KV, MaskExpr, Q
-from sparse_compile.layout import build_layout
+from sparse_compile.layout import Layout, build_layout
 from sparse_compile.spec import AttentionSpec
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -39,15 +40,21 @@ class Executor(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, data: tuple[Any, ...]) -> Tensor:
-        out, lse = executor.forward(q, k, v, (), (), *data)
+        out, lse = executor.forward(call_of(q, k, v, data))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.data = data
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        saved = ctx.saved_tensors
-        return *executor.backward(grads[0], None, *saved, (), (), *ctx.data), None
+        q, k, v, out, lse = ctx.saved_tensors
+        result = AttentionResult(out, lse, grads[0])
+        return *executor.backward(call_of(q, k, v, ctx.data), result), None
+
+
+def call_of(q: Tensor, k: Tensor, v: Tensor, data: tuple[Any, ...]) -> AttentionCall:
+    layout, scale, spec = data
+    return AttentionCall(q, k, v, (), (), (), scale, spec, layout=layout)
 
 
 def ours(args: argparse.Namespace) -> Attend:
@@ -62,7 +69,7 @@ def ours(args: argparse.Namespace) -> Attend:
         block_q=args.block,
         block_kv=args.block,
     )
-    data = (layout, args.dim**-0.5, spec)
+    data = (Layout(spec, (layout,), 1, args.heads), args.dim**-0.5, spec)
     return lambda q, k, v: Executor.apply(q, k, v, data)
 
 

@@ -18,10 +18,10 @@ from benchmarks.gate_scorers import UNIT, Scorer, choose, density, most_units, r
 from benchmarks.gate_tuning import attending, mass_of, queries_and_keys
 from benchmarks.small_lm import Attend, SmallLM, autocast, causal
 from sparse_compile.expr import KV, MaskExpr, Q
-from sparse_compile.selected_ops import SELECTED_ATTENTION
-from sparse_compile.selected_spec import SelectedSpec
+from sparse_compile.ops import ATTENTION
+from sparse_compile.spec import AttentionSpec
 
-SPEC = SelectedSpec(MaskExpr(KV <= Q), 1, UNIT).text
+SPEC = AttentionSpec.of_units(MaskExpr(KV <= Q), 1, UNIT).text
 RATIOS = (0.05, 0.10, 0.15, 0.20, 0.25)
 #: Where the model is tuned, and its loss compared.
 AIM = 0.15
@@ -71,7 +71,9 @@ def selected(scorer: Scorer, most: int, q: Tensor, k: Tensor, v: Tensor) -> Tens
         lists = choose(scorer(q.float(), k.float()), most)
     operands = (t.to(v.dtype) for t in (q, k, v))
     scale = q.shape[-1] ** -0.5
-    return SELECTED_ATTENTION(*operands, lists.index, lists.count, [], [], scale, SPEC)[0]
+    chosen = [lists.index, lists.count]
+    out: Tensor = ATTENTION(*operands, [], [], [], chosen, scale, SPEC)[0]
+    return out
 
 
 @torch.no_grad()

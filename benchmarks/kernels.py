@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.environment import write_json
+from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.codegen.triton import executor
 from sparse_compile.expr import KV, MaskExpr, Q, evaluate, table
-from sparse_compile.layout import build_layout
+from sparse_compile.layout import Layout, build_layout
 from sparse_compile.spec import AttentionSpec
 
 DOCUMENT = table(0)
@@ -102,15 +103,16 @@ def ours(p: Problem, block: int) -> Pair:
         tables=p.tables,
         device="cuda",
     )
-    shared = (p.tables, [], layout, dim**-0.5, spec)
+    blocks = Layout(spec, (layout,), 1, heads)
+    call = AttentionCall(*p.inputs, p.tables, [], [], dim**-0.5, spec, layout=blocks)
 
     def forward() -> tuple[Tensor, Tensor]:
-        return executor.forward(*p.inputs, *shared)
+        return executor.forward(call)
 
     out, lse = forward()
 
     def backward() -> tuple[Tensor, ...]:
-        return executor.backward(p.grad_out, None, *p.inputs, out, lse, *shared)
+        return executor.backward(call, AttentionResult(out, lse, p.grad_out))
 
     return forward, backward, (out, *backward())
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import sparse_compile
 from benchmarks.accuracy import Problem, Run
+from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.direct_plan import plan_direct
 from sparse_compile.layout import Layout, build_views
 from sparse_compile.patterns import Pattern
@@ -37,9 +38,10 @@ class Ours:
     tables: list[Tensor]
     layout: Layout
 
-    def arguments(self, dim: int) -> tuple[Any, ...]:
-        """The arguments of an executor after the operands."""
-        return self.tables, [], self.layout, dim**-0.5, self.spec
+    def call(self, q: Tensor, k: Tensor, v: Tensor) -> AttentionCall:
+        """What an executor takes."""
+        scale = q.shape[-1] ** -0.5
+        return AttentionCall(q, k, v, self.tables, [], [], scale, self.spec, layout=self.layout)
 
 
 def spec_of(pattern: Pattern, n: int, heads: int, device: str = "cuda") -> AttentionSpec:
@@ -76,16 +78,16 @@ def kernels(p: Problem, backward: bool) -> Run:
     """The generated kernels as the operator launches them, layout and all else at hand."""
     from sparse_compile.codegen.triton import executor
 
-    _, heads, n, dim = p.inputs[0].shape
+    _, heads, n, _ = p.inputs[0].shape
     made = ours(p.pattern, n, heads, p.device)
-    shared = made.arguments(dim)
-    out, lse = executor.forward(*p.inputs, *shared)
+    call = made.call(*p.inputs)
+    out, lse = executor.forward(call)
 
     def gradients(grad_out: Tensor) -> tuple[Tensor, ...]:
-        return executor.backward(grad_out, None, *p.inputs, out, lse, *shared)
+        return executor.backward(call, AttentionResult(out, lse, grad_out))
 
     return Run(
-        lambda: executor.forward(*p.inputs, *shared)[0],
+        lambda: executor.forward(call)[0],
         gradients if backward else None,
         notes={
             "views": len(made.spec.parts),
@@ -160,13 +162,13 @@ def cold_call(p: Problem) -> Callable[[], Any]:
     """Layout and forward of one call."""
     from sparse_compile.codegen.triton import executor
 
-    _, heads, n, dim = p.inputs[0].shape
+    _, heads, n, _ = p.inputs[0].shape
     spec = spec_of(p.pattern, n, heads, p.device)
     tables = p.pattern.bound().tables(p.device, n, n, 1, heads)
 
     def run() -> Any:
         layout = layout_of_spec(spec, tables, n, heads, p.device)
-        return executor.forward(*p.inputs, *Ours(spec, tables, layout).arguments(dim))
+        return executor.forward(Ours(spec, tables, layout).call(*p.inputs))
 
     return run
 

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.environment import write_json
-from sparse_compile.codegen.selected_call import Result, SelectedCall
+from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.codegen.triton.selected import executor
 from sparse_compile.expr import KV, MaskExpr, Q
-from sparse_compile.selected_spec import SelectedSpec
 from sparse_compile.selection import canonical, places
+from sparse_compile.spec import AttentionSpec
 
 Row = dict[str, Any]
 Q_HEADS, KV_HEADS, DIM = 64, 4, 128
@@ -68,12 +68,12 @@ def worst_error(
 
 def training(n: int, unit: int, most: int) -> Row:
     """Forward, backward and the lists of one selection."""
-    inputs, spec = operands(1, n, n), SelectedSpec(MaskExpr(KV <= Q), 1, unit)
+    inputs, spec = operands(1, n, n), AttentionSpec.of_units(MaskExpr(KV <= Q), 1, unit)
     index, units = random_causal(n, unit, most), n // unit
     lists = canonical(index, units)
-    call = SelectedCall(*inputs, *lists, [], [], DIM**-0.5, spec)
+    call = AttentionCall(*inputs, [], [], lists, DIM**-0.5, spec)
     out, lse = executor.forward(call)
-    result = Result(out, lse, torch.randn_like(out))
+    result = AttentionResult(out, lse, torch.randn_like(out))
     pairs = float(lists[1].double().sum()) * unit * (Q_HEADS // KV_HEADS)
     row: Row = {
         "case": f"{n} tokens, top {most} of units of {unit}",
@@ -94,8 +94,8 @@ def decoding(batch: int, n: int, unit: int, most: int) -> Row:
     orders = [torch.randperm(n // unit, device="cuda")[:most] for _ in range(batch * KV_HEADS)]
     index = torch.stack(orders).view(batch, KV_HEADS, 1, most)
     lists = canonical(index, n // unit)
-    spec = SelectedSpec(MaskExpr(sympy.true), 1, unit)
-    call = SelectedCall(q, k, v, *lists, [], [], DIM**-0.5, spec)
+    spec = AttentionSpec.of_units(MaskExpr(sympy.true), 1, unit)
+    call = AttentionCall(q, k, v, [], [], lists, DIM**-0.5, spec)
     run = functools.partial(executor.forward, call)
     run()
     graph = torch.cuda.CUDAGraph()

@@ -36,10 +36,10 @@ from benchmarks.side_by_side import (
 )
 from sparse_compile import patterns as P
 from sparse_compile.expr import KV, MaskExpr, Q
-from sparse_compile.selected_ops import SELECTED_ATTENTION
-from sparse_compile.selected_spec import SelectedSpec
+from sparse_compile.ops import ATTENTION
 from sparse_compile.selection import Selection, canonical, places
 from sparse_compile.selection.select import select
+from sparse_compile.spec import AttentionSpec
 
 CAUSAL = MaskExpr(KV <= Q)
 HEADS = (Q_HEADS, KV_HEADS, DIM)
@@ -98,18 +98,19 @@ def ours(p: Problem) -> Call:
     """The operator, with the lists at hand."""
     assert p.lists is not None
     index, count = p.lists
-    text = SelectedSpec(CAUSAL, p.unit_q, p.unit_kv).text
-    return lambda q, k, v: SELECTED_ATTENTION(q, k, v, index, count, [], [], p.scale, text)[0]
+    text = AttentionSpec.of_units(CAUSAL, p.unit_q, p.unit_kv).text
+    return lambda q, k, v: ATTENTION(q, k, v, [], [], [], [index, count], p.scale, text)[0]
 
 
 def choosing(pattern: Any) -> Call:
     """Selection and then attention."""
-    text = SelectedSpec(CAUSAL, pattern.unit_q, pattern.unit_kv).text
+    text = AttentionSpec.of_units(CAUSAL, pattern.unit_q, pattern.unit_kv).text
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         found = select(pattern, q.detach(), k.detach(), CAUSAL)
         scale = q.shape[3] ** -0.5
-        out: Tensor = SELECTED_ATTENTION(q, k, v, found.index, found.count, [], [], scale, text)[0]
+        lists = [found.index, found.count]
+        out: Tensor = ATTENTION(q, k, v, [], [], [], lists, scale, text)[0]
         return out
 
     return call

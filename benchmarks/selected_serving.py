@@ -18,9 +18,9 @@ from sparse_compile import patterns as P
 from sparse_compile.expr import KV, MaskExpr, Q
 from sparse_compile.indexer_ops import INDEXED_TOPK
 from sparse_compile.indexer_spec import IndexerSpec
-from sparse_compile.selected_ops import SELECTED_ATTENTION
-from sparse_compile.selected_spec import SelectedSpec
+from sparse_compile.ops import ATTENTION
 from sparse_compile.selection.select import select
+from sparse_compile.spec import AttentionSpec
 
 if TYPE_CHECKING:
     from benchmarks.selected_peers import Sizes
@@ -50,14 +50,14 @@ Way = tuple[str, Callable[[], Any], str]
 
 
 def _ways_to_decode(sizes: Sizes, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Way]:
-    text = SelectedSpec(MaskExpr(sympy.true), 1, 64).text
+    text = AttentionSpec.of_units(MaskExpr(sympy.true), 1, 64).text
     pattern = P.TopK(sizes.most, unit_kv=64, local=1, align="lower_right")
     index = [torch.randperm(sizes.cache // 64, device=q.device)[: sizes.most].sort().values]
     index = [index[0].to(torch.int32).expand(q.shape[0], KV_HEADS, 1, -1).contiguous()]
     count = torch.full(index[0].shape[:3], sizes.most, dtype=torch.int32, device=q.device)
 
     def attend(index: Tensor, count: Tensor) -> Tensor:
-        out: Tensor = SELECTED_ATTENTION(q, k, v, index, count, [], [], DIM**-0.5, text)[0]
+        out: Tensor = ATTENTION(q, k, v, [], [], [], [index, count], DIM**-0.5, text)[0]
         return out
 
     yield "ours, attention alone", functools.partial(attend, index[0], count), "random units"
@@ -169,11 +169,11 @@ def latent(sizes: Sizes) -> Iterator[Row]:
     del draws
     count = torch.full(index.shape[:3], sizes.tokens, dtype=torch.int32, device=device)
     p = Problem(q, kv, kv[..., :value_dim], grad, (index, count), offset=n_kv - n_q)
-    text = SelectedSpec(MaskExpr(sympy.true), 1, 1).text
+    text = AttentionSpec.of_units(MaskExpr(sympy.true), 1, 1).text
     names = {"case": f"{heads} heads of {dim}/{value_dim}, {sizes.tokens} of {n_kv} tokens, {n_q}"}
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out: Tensor = SELECTED_ATTENTION(q, k, v, index, count, [], [], p.scale, text)[0]
+        out: Tensor = ATTENTION(q, k, v, [], [], [], [index, count], p.scale, text)[0]
         return out
 
     def forward() -> Row:

@@ -97,18 +97,18 @@ def measured(name: str, n: int, heads: int, dim: int, repeats: int) -> Row:
         for _ in range(3)
     )
     made = ours(CASES[name].pattern(n, "cuda"), n, heads)
-    shared = made.arguments(dim)
-    plain = executor.forward(q, k, v, *shared)[0]
-    forward_ms = do_bench(lambda: executor.forward(q, k, v, *shared), return_mode="median")
+    call = made.call(q, k, v)
+    plain = executor.forward(call)[0]
+    forward_ms = do_bench(lambda: executor.forward(call), return_mode="median")
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     with instrumented() as recorder:
-        clocked = executor.forward(q, k, v, *shared)[0]
+        clocked = executor.forward(call)[0]
         assert relative_error(clocked, plain) < 1e-3, "clocks change no result"
-        clocked_ms = do_bench(lambda: executor.forward(q, k, v, *shared), return_mode="median")
+        clocked_ms = do_bench(lambda: executor.forward(call), return_mode="median")
         recorder.take()
         found = []
         for _ in range(repeats):
-            executor.forward(q, k, v, *shared)
+            executor.forward(call)
             found.append(summary(recorder.take(), processors))
     found.sort(key=lambda row: row["utilisation"])
     values = [row["utilisation"] for row in found]

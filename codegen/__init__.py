@@ -1,79 +1,50 @@
-"""Code generation: from a spec and a layout to something that runs."""
+"""Code generation: from a spec and the data of its mask to something that runs."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from sparse_compile.codegen.selected_call import Result, SelectedCall
-from sparse_compile.layout import Layout
-from sparse_compile.spec import AttentionSpec
+from sparse_compile.codegen.call import AttentionCall, AttentionResult
+from sparse_compile.codegen.merge import add, merge
+
+Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 class Executor(Protocol):
-    """Runs block-sparse attention on one kind of device. Empty rows give 0 and lse = -inf."""
+    """Runs a piece of an attention on one kind of device. Empty rows give 0 and lse = -inf."""
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        tables: Sequence[Tensor],
-        sizes: Sequence[int],
-        layout: Layout,
-        scale: float,
-        spec: AttentionSpec,
-    ) -> tuple[Tensor, Tensor]:
-        """``(out [B, Hq, Nq, Dv], lse [B, Hq, Nq] fp32)``."""
+    def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        """``(out [B, Hq, Nq, Dv] in q's dtype, lse [B, Hq, Nq] fp32)``."""
         ...
 
-    def backward(
-        self,
-        grad_out: Tensor,
-        grad_lse: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        tables: Sequence[Tensor],
-        sizes: Sequence[int],
-        layout: Layout,
-        scale: float,
-        spec: AttentionSpec,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, call: AttentionCall, result: AttentionResult) -> Gradients:
         """``(dq, dk, dv)`` in the dtypes and shapes of q, k, v."""
         ...
 
 
-def executor_for(device: torch.device) -> Executor:
-    """The executor for tensors on ``device``: generated Triton kernels on a GPU, else the CPU one.
+def executor_for(piece: AttentionCall) -> Executor:
+    """The executor of a piece: generated Triton kernels on a GPU, else PyTorch's operators.
 
-    Imported on first use, so that a machine without triton still runs the CPU executor.
+    Imported on first use, so that a machine without triton still runs those of the CPU.
     """
-    room = "triton.executor" if device.type == "cuda" else "cpu.views"
+    on_gpu = piece.q.is_cuda
+    if piece.spec.units:
+        room = "triton.selected.executor" if on_gpu else "cpu.selected"
+    else:
+        room = "triton.executor" if on_gpu else "cpu.views"
     executor: Executor = importlib.import_module(f"sparse_compile.codegen.{room}")
     return executor
 
 
-class SelectedExecutor(Protocol):
-    """Runs attention over selected keys on one kind of device. Empty rows give 0 and lse = -inf."""
-
-    def forward(self, call: SelectedCall) -> tuple[Tensor, Tensor]:
-        """``(out [B, Hq, Nq, Dv], lse [B, Hq, Nq] fp32)``."""
-        ...
-
-    def backward(self, call: SelectedCall, result: Result) -> tuple[Tensor, Tensor, Tensor]:
-        """``(dq, dk, dv)`` in the dtypes and shapes of q, k, v."""
-        ...
+def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """``(out, lse)`` of an attention, whatever covers its mask. Empty rows give 0 and -inf."""
+    results = [executor_for(piece).forward(piece) for piece in call.pieces()]
+    return merge(results, call.q.dtype)
 
 
-def selected_executor_for(device: torch.device) -> SelectedExecutor:
-    """The executor of attention over selected keys; as :func:`executor_for`."""
-    room = "triton.selected.executor" if device.type == "cuda" else "cpu.selected"
-    executor: SelectedExecutor = importlib.import_module(f"sparse_compile.codegen.{room}")
-    return executor
+def backward(call: AttentionCall, result: AttentionResult) -> Gradients:
+    """``(dq, dk, dv)`` of :func:`forward`; ``result`` holds 0 on empty rows."""
+    return add([executor_for(piece).backward(piece, result) for piece in call.pieces()])

@@ -17,28 +17,34 @@ whose sums over j and i are products with matrices [D, Dv], never [n, n].
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.codegen.precision import full_precision
 from sparse_compile.spec import EmptyRows
 
 
-def apply_forward(out: Tensor, lse: Tensor, v: Tensor, policy: EmptyRows) -> Tensor:
+def apply_forward(call: AttentionCall, out: Tensor, lse: Tensor) -> Tensor:
     """``out`` with the policy's value on the empty rows.
 
     Args:
+        call: says the policy.
         out: [B, Hq, Nq, Dv].
         lse: [B, Hq, Nq], -inf on empty rows.
-        v: [B, Hkv, Nkv, Dv].
-        policy: what an empty row yields.
 
+    >>> from sparse_compile.expr import KV, MaskExpr, Q
+    >>> from sparse_compile.spec import AttentionSpec
+    >>> spec = AttentionSpec(MaskExpr(KV < Q), EmptyRows.MEAN)
     >>> out, lse = torch.zeros(1, 1, 2, 1), torch.tensor([[[0.0, -math.inf]]])
     >>> v = torch.tensor([1.0, 3.0]).view(1, 1, 2, 1)
-    >>> apply_forward(out, lse, v, EmptyRows.MEAN).flatten().tolist()
+    >>> call = AttentionCall(v, v, v, [], [], [], 1.0, spec)
+    >>> apply_forward(call, out, lse).flatten().tolist()
     [0.0, 2.0]
     """
+    v, policy = call.v, call.spec.empty_rows
     if policy is EmptyRows.ZERO:
         return out
     empty = lse.eq(-math.inf).unsqueeze(-1)
@@ -48,49 +54,38 @@ def apply_forward(out: Tensor, lse: Tensor, v: Tensor, policy: EmptyRows) -> Ten
     return torch.where(empty, mean.to(out.dtype), out)
 
 
-def without(out: Tensor, grad_out: Tensor, lse: Tensor, policy: EmptyRows) -> tuple[Tensor, Tensor]:
-    """``out`` and its gradient as an executor's backward takes them: empty rows are not its own.
+def without(call: AttentionCall, result: AttentionResult) -> AttentionResult:
+    """A result as an executor's backward takes it: empty rows are not its own.
 
     It must see neither their mean nor their NaN. With ZERO they hold nothing, and stay as they are.
     """
-    if policy is EmptyRows.ZERO:
-        return out, grad_out
-    empty = lse.eq(-math.inf).unsqueeze(-1)
-    return out.masked_fill(empty, 0), grad_out.masked_fill(empty, 0)
+    if call.spec.empty_rows is EmptyRows.ZERO:
+        return result
+    empty = result.lse.eq(-math.inf).unsqueeze(-1)
+    out, grad_out = (x.masked_fill(empty, 0) for x in (result.out, result.grad_out))
+    return replace(result, out=out, grad_out=grad_out)
 
 
 def apply_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lse: Tensor,
-    scale: float,
-    policy: EmptyRows,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
+    call: AttentionCall, result: AttentionResult, grads: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients with the share of the empty rows added.
 
     Args:
-        grad_out: [B, Hq, Nq, Dv], also of the empty rows.
-        q: [B, Hq, Nq, D].
-        k: [B, Hkv, Nkv, D].
-        v: [B, Hkv, Nkv, Dv].
-        lse: [B, Hq, Nq], -inf on empty rows.
-        scale: factor on the scores.
-        policy: what an empty row yields.
-        dq, dk, dv: the gradients through the other rows, in the shapes of q, k, v.
+        call: says the policy.
+        result: with the gradient of the empty rows, too.
+        grads: dq, dk and dv through the other rows.
 
     Returns:
         dq, dk and dv, in the dtypes given. With NAN, dv is NaN for every key head that has an empty
         row, as NaN weights make it; with NAN_ADDED also dk, and dq on the empty rows.
     """
+    policy, (dq, dk, dv) = call.spec.empty_rows, grads
     if policy is EmptyRows.ZERO:
         return dq, dk, dv
+    q, k, v, scale = call.q, call.k, call.v, call.scale
     group = _group(q, k)
-    empty = lse.eq(-math.inf).unsqueeze(-1)
+    empty = result.lse.eq(-math.inf).unsqueeze(-1)
     if policy in (EmptyRows.NAN, EmptyRows.NAN_ADDED):
         touched = _by_key_head(empty, group).any(2, keepdim=True)
         dv = dv.masked_fill(touched, math.nan)
@@ -99,11 +94,11 @@ def apply_backward(
         return dq, dk, dv
     with full_precision(q.device.type):
         wide, n_kv = _wide(v), k.shape[2]
-        grads = _by_key_head(grad_out.to(wide).masked_fill(~empty, 0.0), group)
-        dv = _add(dv, grads.sum(2, keepdim=True) / n_kv)
+        rest = _by_key_head(result.grad_out.to(wide).masked_fill(~empty, 0.0), group)
+        dv = _add(dv, rest.sum(2, keepdim=True) / n_kv)
         if policy is EmptyRows.MEAN_ADDED:
             rows = _by_key_head(q.to(wide), group)
-            dq_rows, dk_rows = _through_scores(grads, rows, k.to(wide), v.to(wide))
+            dq_rows, dk_rows = _through_scores(rest, rows, k.to(wide), v.to(wide))
             dq = _add(dq, dq_rows.reshape(q.shape) * (scale / n_kv))
             dk = _add(dk, dk_rows * (scale / n_kv))
     return dq, dk, dv

@@ -11,7 +11,7 @@ import torch
 from torch.fx import Node
 
 from sparse_compile.annotation import META_KEY, Annotation, annotation_named
-from sparse_compile.expr import KV, MaskExpr, Q, is_table, table, table_index
+from sparse_compile.expr import KV, MaskExpr, Q, renumbered, table_index
 from sparse_compile.passes.graph_edit import example_value
 from sparse_compile.patterns.base import BoundMask
 from sparse_compile.plan import Plan
@@ -100,7 +100,7 @@ def _joined(lifted: LiftedMask, bound: BoundMask, key: str) -> LiftedMask:
     used = sorted(rank)
     first = len(lifted.mask.tables)
     number = {old: first + new for new, old in enumerate(used)}
-    pattern = expr.predicate.replace(is_table, lambda at: table(number[table_index(at)])(*at.args))
+    pattern = renumbered(expr.predicate, number)
     extra = tuple(PatternTable(key, i, rank[i], expr.tables[i]) for i in used)
     mask = MaskExpr(
         sympy.And(lifted.mask.predicate, pattern),

@@ -19,7 +19,6 @@ from sparse_compile.options import Options
 from sparse_compile.passes.dense_tables import dense_reason
 from sparse_compile.passes.graph_edit import example_value
 from sparse_compile.plan import Indexer, Plan, SelectedPlan
-from sparse_compile.selected_spec import SelectedSpec
 from sparse_compile.site import (
     AttentionSite,
     BlockScoresSite,
@@ -29,7 +28,7 @@ from sparse_compile.site import (
     ScoringSite,
     SelectedKeys,
 )
-from sparse_compile.spec import AttentionSpec, EmptyRows
+from sparse_compile.spec import AttentionSpec, EmptyRows, are_blocks
 
 _DEVICES = ("cuda", "cpu")
 #: Stands for a length, batch or head count that is only known when the graph runs.
@@ -54,7 +53,7 @@ def choose_layout(
         reason = f"there is no executor for {device.type} tensors"
         return _left_alone(site, reason, "run the model on a CUDA device or on the CPU")
     if lifted.selection is not None:
-        return _selected(site, lifted, lifted.selection)
+        return _selected(site, lifted, lifted.selection, device)
     spec, split = _spec(site, lifted, device, options)
     causal = lifted.mask.predicate == sympy.Le(KV, Q)
     skips_nothing = lifted.mask.predicate == sympy.true
@@ -97,17 +96,16 @@ def choose_selection(
     if too_large := _too_large(site):
         return _left_alone(site, too_large, "")
     leaf, alone = note.parts.leaf, static.mask.predicate == sympy.false
-    empty = selected.empty_rows if alone else EmptyRows.ZERO
-    spec = SelectedSpec(selected.mask, leaf.unit_q, leaf.unit_kv, empty, site.where)
-    chosen = SelectedPlan(selected, spec, note.key, repr(leaf), alone)
+    chosen = SelectedPlan(selected, note.key, repr(leaf), alone)
     executor = "triton" if device.type == "cuda" else "cpu"
     reason = f"as its annotation asks, it is approximated by the keys that {leaf!r} selects"
     if alone:
-        whole = AttentionSpec(selected.mask, empty, where=site.where)
-        return Plan(site, selected, whole, executor, reason=reason, selected=chosen)
+        spec = _named(site, selected, (leaf.unit_q, leaf.unit_kv), device)
+        return Plan(site, selected, spec, executor, reason=reason, selected=chosen)
     own, split = _spec(site, static, device, options)
     reason += ", and those of the static part of the mask"
-    return Plan(site, static, own, executor, reason=reason, split=split, selected=chosen)
+    spec = own.with_units(selected.mask, leaf.unit_q, leaf.unit_kv)
+    return Plan(site, static, spec, executor, reason=reason, split=split, selected=chosen)
 
 
 def choose_indexer(
@@ -204,16 +202,24 @@ def _indexer(found: ScoringSite | Rejection, lifted: LiftedMask | Rejection) -> 
     return Indexer(found, lifted, spec)
 
 
-def _selected(site: AttentionSite, lifted: LiftedMask, selection: SelectedKeys) -> Plan | Rejection:
+def _named(
+    site: AttentionSite, lifted: LiftedMask, units: tuple[int, int], device: torch.device
+) -> AttentionSpec:
+    """Attention to selected keys alone; ``units`` are unit_q and unit_kv."""
+    by_blocks = are_blocks(*units, device.type) and not lifted.dense
+    make = AttentionSpec.of_listed_blocks if by_blocks else AttentionSpec.of_units
+    return make(lifted.mask, *units, lifted.empty_rows, site.where)
+
+
+def _selected(
+    site: AttentionSite, lifted: LiftedMask, selection: SelectedKeys, device: torch.device
+) -> Plan | Rejection:
     """Attention over the keys that an index names; its cost follows their number."""
     too_large = _too_large(site)
     if too_large:
         return _left_alone(site, too_large, "")
-    spec = SelectedSpec(
-        lifted.mask, selection.unit_q, selection.unit_kv, lifted.empty_rows, site.where
-    )
-    plain = AttentionSpec(lifted.mask, lifted.empty_rows, where=site.where)
-    return Plan(site, lifted, plain, "selected", reason=selection.shown, listed=spec)
+    spec = _named(site, lifted, (selection.unit_q, selection.unit_kv), device)
+    return Plan(site, lifted, spec, "selected", reason=selection.shown)
 
 
 def _spec(

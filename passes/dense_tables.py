@@ -76,7 +76,7 @@ def remember_given(gm: GraphModule) -> None:
     While it is captured, such a call cannot tell a tensor from outside from a result of the code,
     whose memory is used again for other tensors.
     """
-    calls = gm.graph.find_nodes(op="call_function", target=ops.DENSE_LAYOUT)
+    calls = gm.graph.find_nodes(op="call_function", target=ops.LAYOUT)
     if not calls:
         return
     memory = Memory(gm)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,14 +13,11 @@ from torch.fx import GraphModule, Node
 
 from sparse_compile import ops, pattern_ops
 from sparse_compile.layout.dense_tables import DenseRead
-from sparse_compile.merged_ops import MERGED_ATTENTION
 from sparse_compile.passes.dense_tables import dense_reads
 from sparse_compile.passes.graph_edit import Inserter, device_of, example_value, first_reader
 from sparse_compile.passes.realise_tables import RealisedTables, realise
 from sparse_compile.passes.rewrite_indexer import replace_indexer, replace_lists
 from sparse_compile.plan import Indexer, Plan, SelectedPlan
-from sparse_compile.selected_ops import SELECTED_ATTENTION
-from sparse_compile.selected_spec import SelectedSpec
 from sparse_compile.selection_ops import SELECT
 from sparse_compile.site import (
     AttentionSite,
@@ -61,16 +59,15 @@ class Rewriter:
         q, scale = _scale(insert, site, q)
         if self._check_promises:
             q = _checked(insert, site, q, k)
-        if plan.selected is not None:
-            out = self._call_selected(insert, plan, plan.selected, q, k, v, scale)
-        elif plan.executor == "sdpa":
+        if plan.executor == "sdpa":
             out = _call_sdpa(insert, plan, q, k, v, scale)
-        elif plan.listed is not None:
-            out = self._call_listed(insert, plan, plan.listed, q, k, v, scale)
-            if plan.indexer is not None:
-                self._note_indexer(plan.indexer, plan.lifted)
         else:
-            out = self._call_sparse(insert, plan, q, k, v, scale)
+            tables, sizes, lists = self._mask_data(insert, plan, q, k)
+            data = tables, sizes, lists, scale, plan.spec.text
+            call = insert.call(ops.ATTENTION, q, k, v, [], *data)
+            out = insert.call(operator.getitem, call, 0)
+        if plan.indexer is not None:
+            self._note_indexer(plan.indexer, plan.lifted)
         out = _restore_axes(insert, site, out)
         site.output.node.replace_all_uses_with(out)
         self._replaced[site.output.node] = out
@@ -120,83 +117,52 @@ class Rewriter:
                 node = insert.method("unsqueeze", node, position)
         return node
 
-    def _call_sparse(
-        self, insert: Inserter, plan: Plan, q: Node, k: Node, v: Node, scale: float | Node
-    ) -> Node:
-        tables, sizes, layout = self._mask_data(insert, plan)
-        text = plan.spec.text
-        call = insert.call(ops.ATTENTION, q, k, v, tables, sizes, layout, scale, text)
-        return insert.call(operator.getitem, call, 0)
+    def _mask_data(
+        self, insert: Inserter, plan: Plan, q: Node, k: Node
+    ) -> tuple[list[Node], list[int | Node], list[Node]]:
+        """The tables and sizes of the mask of a plan, and the lists of its parts."""
+        tables, sizes = realise(plan.lifted, plan.site.scope, self._tables)
+        named: list[Any] = []
+        if plan.listed is not None:
+            sizes, named = sizes[:-2], sizes[-2:]
+        early = _where_masks_are_read(insert, plan, tables)
+        tables += [self._pattern_table(early, made, plan.site) for made in plan.lifted.extra]
+        reads = dense_reads(plan.lifted)
+        lists: list[Node] = []
+        of_blocks = any(not part.listed for part in plan.spec.parts)
+        if reads or (of_blocks and plan.lifted.mask.uses_table):
+            made = self._layout(early, plan, reads, tables, sizes)
+            for read, words in zip(reads, made, strict=False):
+                tables[read.table] = words
+            lists = made[len(reads) :]
+        if plan.selected is not None:
+            others, *named = self._select(insert, plan, plan.selected, (q, k), (tables, sizes))
+            tables = others if plan.selected.alone else tables + others
+        if any(part.listed for part in plan.spec.parts):
+            named = self._layout(insert, plan, (), tables, sizes, named)
+        return tables, sizes, lists + named
 
-    def _call_selected(
+    def _select(
         self,
         insert: Inserter,
         plan: Plan,
         chosen: SelectedPlan,
-        q: Node,
-        k: Node,
-        v: Node,
-        scale: float | Node,
-    ) -> Node:
-        """Select, then attend to what is selected and to the static part if there is one."""
-        tables, sizes, layout = self._mask_data(insert, plan)
+        content: tuple[Node, Node],
+        data: tuple[list[Node], list[int | Node]],
+    ) -> tuple[list[Node], Node, Node]:
+        """The tables of the mask of selected keys; index and count of what is selected."""
+        tables, sizes = data
         others = tables
         if not chosen.alone:
             # Both masks read the same tables of the program; those of the annotation follow.
             extra = chosen.lifted.extra
             others = tables[: chosen.lifted.n_lifted_tables]
             others += [self._pattern_table(insert, made, plan.site) for made in extra]
-        content = [insert.method("detach", operand) for operand in (q, k)]
+        q, k = (insert.method("detach", operand) for operand in content)
         among = chosen.lifted.mask.text
-        pair = insert.call(SELECT, *content, [], others, sizes, among, chosen.key)
+        pair = insert.call(SELECT, q, k, [], others, sizes, among, chosen.key)
         index, count = (insert.call(operator.getitem, pair, part) for part in (0, 1))
-        operands = q, k, v, index, count
-        text = chosen.spec.text
-        if chosen.alone:
-            call = insert.call(SELECTED_ATTENTION, *operands, others, sizes, scale, text)
-        else:
-            data = tables, sizes, layout, others, sizes, scale, plan.spec.text, text
-            call = insert.call(MERGED_ATTENTION, *operands, *data)
-        return insert.call(operator.getitem, call, 0)
-
-    def _mask_data(
-        self, insert: Inserter, plan: Plan
-    ) -> tuple[list[Node], list[int | Node], list[Node]]:
-        """The tables, the sizes and the packed layout of the mask of a plan."""
-        tables, sizes = realise(plan.lifted, plan.site.scope, self._tables)
-        early = _where_masks_are_read(insert, plan, tables)
-        tables += [self._pattern_table(early, made, plan.site) for made in plan.lifted.extra]
-        reads = dense_reads(plan.lifted)
-        unlisted = plan.selected is not None and plan.selected.alone
-        if not plan.spec.mask.uses_table or (unlisted and not reads):
-            return tables, sizes, []
-        made = self._layout(early, plan, reads, tables, sizes)
-        for read, words in zip(reads, made, strict=False):
-            tables[read.table] = words
-        return tables, sizes, made[len(reads) :]
-
-    def _call_listed(
-        self,
-        insert: Inserter,
-        plan: Plan,
-        spec: SelectedSpec,
-        q: Node,
-        k: Node,
-        v: Node,
-        scale: float | Node,
-    ) -> Node:
-        tables, rest = realise(plan.lifted, plan.site.scope, self._tables)
-        sizes, (index, count) = rest[:-2], rest[-2:]
-        early = _where_masks_are_read(insert, plan, tables)
-        tables += [self._pattern_table(early, made, plan.site) for made in plan.lifted.extra]
-        reads = dense_reads(plan.lifted)
-        words = self._layout(early, plan, reads, tables, sizes) if reads else []
-        for read, word in zip(reads, words, strict=False):
-            tables[read.table] = word
-        call = insert.call(
-            *(SELECTED_ATTENTION, q, k, v, index, count, tables, sizes, scale, spec.text)
-        )
-        return insert.call(operator.getitem, call, 0)
+        return others, index, count
 
     def _pattern_table(self, insert: Inserter, made: PatternTable, site: AttentionSite) -> Node:
         """A table that an annotation's pattern makes, once for all sites of one shape."""
@@ -221,18 +187,28 @@ class Rewriter:
         reads: tuple[DenseRead, ...],
         tables: list[Node],
         sizes: list[int | Node],
+        named: Sequence[Node] = (),
     ) -> list[Node]:
-        """The tables of bits, if the mask reads mask tensors, and the packed layouts."""
+        """The tables of bits, if the mask reads mask tensors, and the packed layouts.
+
+        Where a selection names the blocks, ``named`` are its index and count.
+        """
         site, device = plan.site, device_of(plan.site.q.node)
         # The layout does not depend on where the attention stands: drop it, so that layers share.
-        text = replace(plan.spec, where=(), empty_rows=EmptyRows.ZERO).text
-        key = (insert.gm, text, _shape(site), device, reads, tuple(tables), tuple(sizes))
+        text = replace(plan.spec.blocks, where=(), empty_rows=EmptyRows.ZERO).text
+        key = (
+            insert.gm,
+            text,
+            _shape(site),
+            device,
+            reads,
+            tuple(tables),
+            tuple(sizes),
+            tuple(named),
+        )
         if key not in self._layouts:
-            rest = sizes, *_lengths(insert, site), text, device
-            if reads:
-                call = insert.call(ops.DENSE_LAYOUT, tables, DenseRead.text(reads), *rest)
-            else:
-                call = insert.call(ops.BLOCK_LAYOUT, tables, *rest)
+            rest = sizes, *_lengths(insert, site), text, device, list(named)
+            call = insert.call(ops.LAYOUT, tables, DenseRead.text(reads), *rest)
             parts = range(len(example_value(call)))
             self._layouts[key] = [insert.call(operator.getitem, call, part) for part in parts]
         return self._layouts[key]

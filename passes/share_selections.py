@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 
 from sparse_compile.passes.graph_edit import example_value
 from sparse_compile.passes.mutation import Memory, written_inputs
-from sparse_compile.selected_ops import CANONICAL_SELECTION
+from sparse_compile.selection_ops import CANONICAL_SELECTION
 
 
 def share_selections(gm: GraphModule) -> None:

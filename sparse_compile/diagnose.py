@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from sparse_compile.errors import BadShape, SparseCompileError
-from sparse_compile.ops import check_operands
+from sparse_compile.operands import check_operands
 
 
 def bad_attention(

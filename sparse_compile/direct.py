@@ -10,15 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_compile import ops
-from sparse_compile.direct_data import data_of
-from sparse_compile.direct_plan import NOTHING_HIDDEN, Direct, plan_of
-from sparse_compile.direct_selected import Sizes, by_selection, spec_text
+from sparse_compile.direct_plan import NOTHING_HIDDEN, plan_of, static_data
+from sparse_compile.direct_selected import Sizes, lists_of, spec_text
 from sparse_compile.errors import BadShape, PatternMisuse
 from sparse_compile.expr import COORDINATES, MaskExpr
-from sparse_compile.layout.dense_tables import DenseRead
+from sparse_compile.layout.dense_tables import NO_READS, DenseRead
+from sparse_compile.operands import WIDEST, WIDEST_UNITS, check_operands
 from sparse_compile.patterns.base import Pattern
 from sparse_compile.patterns.nsa import NSA
-from sparse_compile.selected_ops import WIDEST
 
 #: Stands for lengths and head counts that torch.compile knows by name only.
 _UNKNOWN = 4096
@@ -63,7 +62,7 @@ def attention(
     """
     if not torch.compiler.is_compiling():
         # Operators repeat it while they are compiled. Attention to blocks takes less, see below.
-        ops.check_operands(q, k, v, WIDEST if isinstance(mask, Pattern) else ops.WIDEST)
+        check_operands(q, k, v, WIDEST_UNITS if isinstance(mask, Pattern) else WIDEST)
         if isinstance(mask, Pattern):
             mask.check(q.shape[2], k.shape[2], q.shape[0], q.shape[1])
     factor = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -74,14 +73,22 @@ def attention(
     given: list[Tensor] = []
     sizes = views_sizes(q, k)
     plan = NOTHING_HIDDEN if mask is None else plan_of(mask, q.device.type, sizes, given)
-    if plan[0] and not torch.compiler.is_compiling():
-        ops.check_operands(q, k, v)
-    if mask is not None and plan[4]:
-        return by_selection(q, k, v, mask, plan[:3], plan[4], given, factor)
-    if not plan[0]:
-        return _by_sdpa(q, k, v, plan[3], factor)
-    tables, layout = _data(mask, plan, q, k) if mask is not None and plan[2] else ([], [])
-    out: Tensor = ops.ATTENTION(q, k, v, tables, [], layout, factor, plan[0])[0]
+    text, _, static, causal, selected = plan
+    if text and not torch.compiler.is_compiling():
+        check_operands(q, k, v)
+    if not text and selected is None:
+        return _by_sdpa(q, k, v, causal, factor)
+    tables: list[Tensor] = []
+    lists: list[Tensor] = []
+    if mask is not None and static:
+        tables, lists = static_data(q, k, mask, plan)
+    if mask is not None and selected is not None:
+        index, count, more = lists_of(q, k, mask, selected, given)
+        text, tables, lists = selected[0], [*tables, *more], [*lists, index, count]
+        if selected[5] and q.shape[3] <= WIDEST[0] and v.shape[3] <= WIDEST[1]:
+            text, lengths = selected[5], (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+            lists = ops.LAYOUT(tables, NO_READS, [], *lengths, text, q.device, lists)
+    out: Tensor = ops.ATTENTION(q, k, v, [], tables, [], lists, factor, text)[0]
     return out
 
 
@@ -94,12 +101,6 @@ def _by_sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Ten
     return F.scaled_dot_product_attention(
         q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped
     )
-
-
-def _data(mask: Pattern, plan: Direct, q: Tensor, k: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """The tables of a pattern, and its layout."""
-    lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
-    return data_of(mask, (plan[1], plan[2], lengths, plan[0], q.device))
 
 
 def views_sizes(q: Tensor, k: Tensor) -> Sizes:
@@ -152,8 +153,8 @@ def _by_tensor(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> T
     shared = tuple([size == 1 for size in mask.shape])
     compiling = torch.compiler.is_compiling()
     text, reads = _plan_of_tensor(shared, q.device.type, compiling)
-    bits, *layout = ops.DENSE_LAYOUT([mask], reads, [], *lengths, text, q.device)
-    out: Tensor = ops.ATTENTION(q, k, v, [bits], [], layout, scale, text)[0]
+    bits, *lists = ops.LAYOUT([mask], reads, [], *lengths, text, q.device, [])
+    out: Tensor = ops.ATTENTION(q, k, v, [], [bits], [], lists, scale, text)[0]
     return out
 
 

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from sparse_compile import ops
 from sparse_compile.expr import MaskExpr, table_index
+from sparse_compile.layout.dense_tables import NO_READS
 from sparse_compile.layout.tensor_state import memory_of, state_of
 from sparse_compile.pattern_ops import PATTERN_TABLE
 from sparse_compile.patterns.base import Pattern
 from sparse_compile.patterns.data import tensors_of
-from sparse_compile.selected_ops import CANONICAL_SELECTION
+from sparse_compile.selection_ops import CANONICAL_SELECTION
 
 #: Layouts of so many masks and lengths are kept; a long one takes some megabytes.
 _MOST = 8
@@ -48,7 +49,9 @@ def make_data(call: Call) -> Data:
     """The tables of a mask, and its packed layout; no layout without the text of a spec."""
     key, tables, lengths, text, device = call
     made = [PATTERN_TABLE(key, *table, *lengths, device) for table in tables]
-    return made, ops.BLOCK_LAYOUT(made, [], *lengths, text, device) if text else []
+    if not text:
+        return made, []
+    return made, ops.LAYOUT(made, NO_READS, [], *lengths, text, device, [])
 
 
 def kept_data(pattern: Pattern, call: Call) -> Data:

@@ -15,7 +15,7 @@ import sympy
 import torch
 from torch import Tensor
 
-from sparse_compile.direct_data import Tables
+from sparse_compile.direct_data import Tables, data_of
 from sparse_compile.direct_selected import SelectedPart, Sizes, plan_selected, planned
 from sparse_compile.errors import PatternMisuse
 from sparse_compile.expr import KV, Q
@@ -24,7 +24,7 @@ from sparse_compile.patterns.logic import And, Not, Or
 from sparse_compile.patterns.scored import Scored
 from sparse_compile.patterns.scorers import Scorer
 from sparse_compile.patterns.selected import Selected
-from sparse_compile.selection.split import selects
+from sparse_compile.selection.split import selects, without_selection
 
 #: Text of the spec, empty to leave it to SDPA; key of the mask; index, rank and dtype of each
 #: table; whether SDPA is causal; what is selected besides, None if nothing is. Plain values, which
@@ -50,6 +50,17 @@ def plan_of(pattern: Pattern, device: str, sizes: Sizes, given: list[Tensor]) ->
     else:
         plan = _plan_of_object(id(pattern), device, sizes)
     return plan
+
+
+def static_data(
+    q: Tensor, k: Tensor, mask: Pattern, plan: Direct
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The tables of the static part of a pattern, and its packed layout."""
+    text, key, tables, _, selected = plan
+    if selected is not None and not torch.compiler.is_compiling():
+        mask = without_selection(mask)
+    lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+    return data_of(mask, (key, tables, lengths, text, q.device))
 
 
 def _is_plain(value: object) -> bool:

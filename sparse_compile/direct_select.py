@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_compile import ops
 from sparse_compile.direct import views_sizes
 from sparse_compile.direct_plan import plan_of
 from sparse_compile.direct_selected import lists_of, units_of
 from sparse_compile.errors import PatternMisuse
+from sparse_compile.operands import WIDEST_UNITS, check_operands
 from sparse_compile.patterns.base import Pattern
 from sparse_compile.patterns.nsa import NSA
-from sparse_compile.selected_ops import WIDEST
 from sparse_compile.selection import Selection
 
 
@@ -51,7 +50,7 @@ def select(mask: Pattern, q: Tensor, k: Tensor) -> Selection:
     if not isinstance(mask, Pattern):
         raise PatternMisuse(_nothing(f"a mask of type {type(mask).__name__}"))
     if not torch.compiler.is_compiling():
-        ops.check_operands(q, k, k, (WIDEST[0], WIDEST[0]))
+        check_operands(q, k, k, (WIDEST_UNITS[0], WIDEST_UNITS[0]))
         mask.check(q.shape[2], k.shape[2], q.shape[0], q.shape[1])
     given: list[Tensor] = []
     selected = plan_of(mask, q.device.type, views_sizes(q, k), given)[4]

@@ -1,4 +1,4 @@
-"""Calls of attention whose mask selects: what runs for them, and the calls of the operators."""
+"""Calls of attention whose mask selects: what runs for them, and the lists of what they select."""
 
 from __future__ import annotations
 
@@ -9,22 +9,21 @@ from sparse_compile.annotation import name_mask
 from sparse_compile.direct_data import Tables, canonical_of, data_of, tables_of
 from sparse_compile.expr import MaskExpr
 from sparse_compile.layout.choose import choose_views
-from sparse_compile.merged_ops import MERGED_ATTENTION
 from sparse_compile.patterns.base import BoundMask, Pattern
 from sparse_compile.patterns.selected import Selected
 from sparse_compile.patterns.selecting import Selecting
-from sparse_compile.selected_ops import SELECTED_ATTENTION
-from sparse_compile.selected_spec import SelectedSpec
 from sparse_compile.selection.split import split, without_selection
 from sparse_compile.selection_ops import SELECT, name_selecting
+from sparse_compile.spec import AttentionSpec, are_blocks
 
 #: n_q, n_kv, batch and heads.
 Sizes = tuple[int, int, int, int]
 #: Text of the spec, key of the mask, and its tables.
 Static = tuple[str, str, Tables]
-#: Text of the :class:`SelectedSpec` and of its mask, key of that mask, its tables, and the key of
-#: what selects, or one of the words below.
-SelectedPart = tuple[str, str, str, Tables, str]
+#: Text of the spec of all parts, text of the mask of selected keys, key of that mask, its tables,
+#: the key of what selects, or one of the words below, and text of the spec if what is selected are
+#: blocks for the kernels of blocks, else empty.
+SelectedPart = tuple[str, str, str, Tables, str, str]
 #: The lists are given; an index is given, of which they are made.
 _LISTS, _INDEX = "lists", "index"
 
@@ -68,8 +67,15 @@ def plan_selected(
     expr, leaf = parts.selected.expr, parts.leaf
     tables = tables_of(expr)
     key = name_mask(parts.selected, owner) if tables else ""
-    text = SelectedSpec(expr, leaf.unit_q, leaf.unit_kv).text
-    return static, (text, expr.text, key, tables, _given(leaf) or name_selecting(leaf, owner))
+    units, blocks = (leaf.unit_q, leaf.unit_kv), ""
+    if static[0]:
+        spec = AttentionSpec.parse(static[0]).with_units(expr, *units)
+    else:
+        spec = AttentionSpec.of_units(expr, *units)
+        if are_blocks(*units, device):
+            blocks = AttentionSpec.of_listed_blocks(expr, *units).text
+    chosen = _given(leaf) or name_selecting(leaf, owner)
+    return static, (spec.text, expr.text, key, tables, chosen, blocks)
 
 
 def _given(leaf: Selecting) -> str:
@@ -86,9 +92,12 @@ def lists_of(
     """Index and count of what a mask selects, and the tables of the mask of selected keys.
 
     Args:
-        q, k, mask, selected, given: as for :func:`by_selection`.
+        q, k: as for :func:`sparse_compile.attention`.
+        mask: the pattern.
+        selected: its plan.
+        given: the tensors that it was given, in the order of their numbers.
     """
-    text, mask_text, key, mask_tables, leaf = selected
+    text, mask_text, key, mask_tables, leaf, _ = selected
     tables: list[Tensor] = []
     if mask_tables:
         rest = mask if torch.compiler.is_compiling() else without_selection(mask)
@@ -108,44 +117,5 @@ def lists_of(
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def units_of(text: str) -> tuple[int, int]:
     """Queries and keys of the units of a spec."""
-    spec = SelectedSpec.parse(text)
-    return spec.unit_q, spec.unit_kv
-
-
-def by_selection(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Pattern,
-    static: Static,
-    selected: SelectedPart,
-    given: list[Tensor],
-    scale: float,
-) -> Tensor:
-    """Select, attend to the static part and to what is selected, and merge.
-
-    Args:
-        q, k, v: as for :func:`sparse_compile.attention`.
-        mask: the pattern.
-        static, selected: its plan.
-        given: the tensors that it was given, in the order of their numbers.
-        scale: factor on the scores.
-    """
-    text, static_key, static_tables = static
-    index, count, tables = lists_of(q, k, mask, selected, given)
-    selected_text = selected[0]
-    if not text:
-        alone: tuple[Tensor, Tensor] = SELECTED_ATTENTION(
-            q, k, v, index, count, tables, [], scale, selected_text
-        )
-        return alone[0]
-    own: list[Tensor] = []
-    layout: list[Tensor] = []
-    if static_tables:
-        rest = mask if torch.compiler.is_compiling() else without_selection(mask)
-        lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
-        own, layout = data_of(rest, (static_key, static_tables, lengths, text, q.device))
-    merged: Tensor = MERGED_ATTENTION(
-        *(q, k, v, index, count, own, [], layout, tables, [], scale, text, selected_text)
-    )[0]
-    return merged
+    (part,) = AttentionSpec.parse(text).units
+    return part.unit_q, part.unit_kv

@@ -136,13 +136,14 @@ class Examined:
             return None
         if self.decision.listed is not None:
             return None  # its cost follows the lists of the call
+        blocks, used = self.decision.spec.pieces[0]
         return build_views(
-            self.decision.spec,
+            blocks,
             batch=self.shape["b"],
             heads=self.shape["h"],
             n_q=self.shape["q"],
             n_kv=self.shape["kv"],
-            tables=self.tables,
+            tables=[self.tables[number] for number in used],
             sizes=self.sizes,
             device=device_of(self.decision.site.q.node),
         )
@@ -203,7 +204,7 @@ def kernel_spec(plan: Plan, arch: str | None = None) -> KernelSpec:
     ]
     dtype = str(example_value(site.output.node).dtype).removeprefix("torch.")
     arch = arch or arch_of(device_of(site.q.node))
-    return KernelSpec(plan.spec, int(sizes[0]), int(sizes[1]), dtype, arch)
+    return KernelSpec(plan.spec.pieces[0][0], int(sizes[0]), int(sizes[1]), dtype, arch)
 
 
 def place(node: Node | None, where: Sequence[str]) -> str:

@@ -9,18 +9,17 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from sparse_compile import ops
 from sparse_compile.direct import attention
 from sparse_compile.errors import BadShape, PatternMisuse
 from sparse_compile.expr import KV, MaskExpr, Q
 from sparse_compile.expr.nodes import size_symbol
 from sparse_compile.layout.choose import choose_views
 from sparse_compile.nsa_ops import NSA_SELECT
+from sparse_compile.operands import check_operands
+from sparse_compile.ops import ATTENTION
 from sparse_compile.patterns.checks import LOWER_RIGHT
 from sparse_compile.patterns.local import Causal
 from sparse_compile.patterns.nsa import NSA
-from sparse_compile.selected_ops import SELECTED_ATTENTION
-from sparse_compile.selected_spec import SelectedSpec
 from sparse_compile.selection import Selection
 from sparse_compile.spec import AttentionSpec
 
@@ -143,7 +142,7 @@ def _check(
     if not torch.compiler.is_compiling():
         # The operators repeat the check of the operands while they are compiled.
         for key, value in zip(keys, values, strict=True):
-            ops.check_operands(q, key, value)
+            check_operands(q, key, value)
 
 
 def _three(given: Tensor | Three) -> Three:
@@ -232,7 +231,7 @@ def _to_compressed(
     late = pattern.align == LOWER_RIGHT
     text = _compressed_spec(pattern.length, pattern.stride, late, q.device.type)
     shift = [n_kv - q.shape[2]] if late else []
-    out: Tensor = ops.ATTENTION(q, k, v, [], shift, [], scale, text)[0]
+    out: Tensor = ATTENTION(q, k, v, [], [], shift, [], scale, text)[0]
     return out
 
 
@@ -240,8 +239,8 @@ def _to_selected(
     q: Tensor, k: Tensor, v: Tensor, selection: Selection, pattern: NSA, scale: float
 ) -> Tensor:
     text = _selected_spec(pattern.align, selection.unit_q, selection.unit_kv)
-    lists = selection.index, selection.count
-    out: Tensor = SELECTED_ATTENTION(q, k, v, *lists, [], [], scale, text)[0]
+    lists = [selection.index, selection.count]
+    out: Tensor = ATTENTION(q, k, v, [], [], [], lists, scale, text)[0]
     return out
 
 
@@ -268,5 +267,5 @@ def _selected_spec(align: str, unit_q: int, unit_kv: int) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def _past_keys(align: str, unit_q: int, unit_kv: int) -> SelectedSpec:
-    return SelectedSpec(Causal(align).bound().expr, unit_q, unit_kv)
+def _past_keys(align: str, unit_q: int, unit_kv: int) -> AttentionSpec:
+    return AttentionSpec.of_units(Causal(align).bound().expr, unit_q, unit_kv)

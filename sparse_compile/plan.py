@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from sparse_compile.block_scores_spec import BlockScoresSpec
 from sparse_compile.indexer_spec import IndexerSpec
 from sparse_compile.layout.split_views import Split
-from sparse_compile.selected_spec import SelectedSpec
 from sparse_compile.site import AttentionSite, LiftedMask, ScoringSite
 from sparse_compile.spec import AttentionSpec
 
@@ -18,14 +17,12 @@ class SelectedPlan:
 
     Attributes:
         lifted: who may attend to whom among what is selected; disjoint from the static part.
-        spec: what the operator of selected keys will compute.
         key: of the annotation that selects.
         shown: what selects, as a constructor call.
         alone: whether there is no static part.
     """
 
     lifted: LiftedMask
-    spec: SelectedSpec
     key: str
     shown: str
     alone: bool
@@ -54,7 +51,8 @@ class Plan:
         site: the attention.
         lifted: its mask as a predicate; where keys are selected, the static part of it, or without
             one what they are selected among.
-        spec: what the operators will compute.
+        spec: what the operators will compute. The tables of what is selected besides stand behind
+            those of ``lifted``.
         executor: ``"triton"`` or ``"cpu"`` (block-sparse); ``"selected"``: attention over the keys
             that an index names; or ``"sdpa"``: PyTorch's dense kernel without a mask tensor, when
             the mask skips nothing that SDPA does not skip itself.
@@ -62,7 +60,6 @@ class Plan:
         reason: why this executor, in one sentence.
         split: the views of its mask, and what they cost; None where they were not weighed.
         selected: what it attends to besides, where the annotation selects keys.
-        listed: for ``"selected"``: what to compute instead of ``spec``.
         indexer: what selects the keys, if that can be computed without the scores of all of them.
     """
 
@@ -74,5 +71,9 @@ class Plan:
     reason: str = ""
     split: Split | None = None
     selected: SelectedPlan | None = None
-    listed: SelectedSpec | None = None
     indexer: Indexer | None = None
+
+    @property
+    def listed(self) -> AttentionSpec | None:
+        """What to compute, where an index of the program names the keys."""
+        return self.spec if self.executor == "selected" else None

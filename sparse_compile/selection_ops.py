@@ -1,4 +1,4 @@
-"""The operator that selects: what a pattern chooses for the queries and keys of a call.
+"""The operators that select: what a pattern chooses in a call, and what an index names.
 
 What travels in the graph is the key of what selects, so its data may change without a new
 compilation; what it selects are tensors of a fixed shape, so nothing waits for them.
@@ -25,6 +25,7 @@ from sparse_compile.patterns.scored import Scored
 from sparse_compile.patterns.scorers import Scorer
 from sparse_compile.patterns.selected import Selected
 from sparse_compile.patterns.selecting import Selecting
+from sparse_compile.selection import canonical
 from sparse_compile.selection.union import Union
 
 #: What selects may read tensors that the graph does not name.
@@ -108,8 +109,21 @@ def _(
     return index, q.new_empty([q.shape[0], lists, rows], dtype=torch.int32)
 
 
-#: The operator as nodes of a graph call it.
+@torch.library.custom_op("sparse_compile::canonical_selection", mutates_args=())
+def canonical_selection(index: Tensor, units: int) -> tuple[Tensor, Tensor]:
+    """:func:`sparse_compile.selection.canonical` as an operator: int32 index and count."""
+    return canonical(index, units)
+
+
+@canonical_selection.register_fake
+def _(index: Tensor, units: int) -> tuple[Tensor, Tensor]:
+    lists = index.new_empty(index.shape, dtype=torch.int32)
+    return lists, index.new_empty(index.shape[:-1], dtype=torch.int32)
+
+
+#: The operators as nodes of a graph call them.
 SELECT = torch.ops.sparse_compile.select.default
+CANONICAL_SELECTION = torch.ops.sparse_compile.canonical_selection.default
 
 
 def _filled(leaf: Selecting, given: Sequence[Tensor]) -> Selecting:

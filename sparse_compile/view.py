@@ -145,19 +145,51 @@ class View:
     Attributes:
         predicate: the part, as a predicate over tokens.
         q, kv: the orders of the queries and of the keys.
+        listed: whether a selection names its blocks; then every batch entry and query head has
+            lists of its own.
     """
 
     predicate: sympy.Basic
     q: Order
     kv: Order
+    listed: bool = False
 
     @property
     def fields(self) -> list[Any]:
         """What :meth:`of_fields` makes the view of; plain values for JSON."""
-        return [to_text(self.predicate), self.q.fields, self.kv.fields]
+        return [to_text(self.predicate), self.q.fields, self.kv.fields, self.listed]
 
     @staticmethod
     def of_fields(fields: list[Any]) -> View:
         """The view with these :attr:`fields`."""
-        text, q, kv = fields
-        return View(from_text(text), Order.of_fields(q), Order.of_fields(kv))
+        text, q, kv, listed = fields
+        return View(from_text(text), Order.of_fields(q), Order.of_fields(kv), listed)
+
+
+@dataclass(frozen=True)
+class Units:
+    """One of the disjoint parts of a mask, whose keys a selection names in units.
+
+    A query attends to a key that the list of its unit has *and* the predicate allows, see
+    :class:`sparse_compile.selection.Selection`.
+
+    Attributes:
+        predicate: what is left of the mask among selected keys, over tokens.
+        unit_q: consecutive queries that share a list.
+        unit_kv: consecutive keys that are selected together.
+    """
+
+    predicate: sympy.Basic
+    unit_q: int = 1
+    unit_kv: int = 64
+
+    @property
+    def fields(self) -> list[Any]:
+        """What :meth:`of_fields` makes the part of; plain values for JSON."""
+        return [to_text(self.predicate), self.unit_q, self.unit_kv]
+
+    @staticmethod
+    def of_fields(fields: list[Any]) -> Units:
+        """The part with these :attr:`fields`."""
+        text, unit_q, unit_kv = fields
+        return Units(from_text(text), unit_q, unit_kv)

@@ -18,7 +18,7 @@ from sparse_compile.errors import BadPattern, PatternMisuse
 from sparse_compile.expr import KV, MaskExpr, Q
 from sparse_compile.layout import from_dense
 from sparse_compile.layout.dense_tables import DenseRead
-from sparse_compile.ops import DENSE_LAYOUT
+from sparse_compile.ops import LAYOUT
 from sparse_compile.reference import attention as reference
 from sparse_compile.spec import AttentionSpec
 from tests.tolerance import relative_error
@@ -326,9 +326,9 @@ def test_opcheck(causal: bool) -> None:
     reads = [DenseRead(0, ("", "", "q", "kv"), remember=True)]
     predicate = sympy.Ne(reads[0].bit, 0) & (KV <= Q if causal else sympy.true)
     spec = AttentionSpec(MaskExpr(predicate, ("int32",)), block_q=32, block_kv=32)
-    args = ([blocky()], DenseRead.text(reads), [], B, H, N, N, spec.text, torch.device("cpu"))
-    torch.library.opcheck(DENSE_LAYOUT, args)
-    layouts = [DENSE_LAYOUT(*args)[1] for _ in range(2)]
+    args = ([blocky()], DenseRead.text(reads), [], B, H, N, N, spec.text, torch.device("cpu"), [])
+    torch.library.opcheck(LAYOUT, args)
+    layouts = [LAYOUT(*args)[1] for _ in range(2)]
     assert torch.equal(*layouts)
     assert layouts[0].data_ptr() != layouts[1].data_ptr()
 

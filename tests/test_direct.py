@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import sparse_compile
-from sparse_compile import direct_data, ops
+from sparse_compile import direct_data
 from sparse_compile import patterns as P
 from sparse_compile.errors import BadPattern, BadShape, PatternMisuse, UnsupportedDtype
-from sparse_compile.layout import tensor_state
+from sparse_compile.layout import known, tensor_state
 from sparse_compile.reference import attention as reference
 from tests.tolerance import relative_error
 
@@ -232,7 +232,7 @@ def test_no_layout_is_read_back_from_its_packed_form(
     backend: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a GPU that would wait for the device, and schedule all lines again."""
-    monkeypatch.setattr(ops, "unpack", lambda *_, **__: pytest.fail("unpacked"))
+    monkeypatch.setattr(known, "unpack", lambda *_, **__: pytest.fail("unpacked"))
     pattern = P.Documents(torch.arange(N) // 20) & P.SlidingWindow(30)
 
     def call(*given: Tensor) -> Tensor:

@@ -37,8 +37,8 @@ def test_fresh_size_works_where_dynamo_forbids_dynamic_output_shapes(allowed: bo
         table = mode.from_tensor(torch.ones(1, 8, dtype=torch.bool))
         padding = MaskExpr(sympy.Ne(lookup(0)(B, KV), 0), ("bool",))
         text = AttentionSpec(padding, block_q=16, block_kv=16).text
-        args = ([table], [], 1, 1, 8, 8, text, torch.device("cpu"))
-        (packed,) = torch.ops.sparse_compile.block_layout(*args)
+        args = ([table], "[]", [], 1, 1, 8, 8, text, torch.device("cpu"), [])
+        (packed,) = torch.ops.sparse_compile.layout(*args)
     assert isinstance(packed.shape[0], torch.SymInt)
     assert packed.shape[0] >= 0
 

@@ -6,13 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import sparse_compile.merged_ops  # noqa: F401  # registers the operators
+import sparse_compile.ops  # noqa: F401  # registers the operators
 from sparse_compile.errors import BadShape, UnsupportedDtype
 from sparse_compile.expr import KV, B, MaskExpr, Q, table
 from sparse_compile.expr.nodes import size_symbol
-from sparse_compile.ops import check_operands
+from sparse_compile.operands import check_operands
 from sparse_compile.reference import attention as reference
-from sparse_compile.selected_spec import SelectedSpec
 from sparse_compile.spec import AttentionSpec, EmptyRows
 from tests.tolerance import relative_error
 
@@ -36,38 +35,37 @@ def keep() -> Tensor:
 
 
 def packed() -> Tensor:
-    return ops.block_layout([keep()], [], 2, 6, 50, 50, DOCS.text, torch.device("cpu"))
+    return ops.layout([keep()], "[]", [], 2, 6, 50, 50, DOCS.text, torch.device("cpu"), [])
 
 
 def test_opcheck_forward() -> None:
     q, k, v = operands()
-    torch.library.opcheck(ops.attention, (q, k, v, [], [], [], 0.25, WINDOW.text))
-    torch.library.opcheck(ops.attention, (q, k, v, [keep()], [], packed(), 0.25, DOCS.text))
+    torch.library.opcheck(ops.attention, (q, k, v, [], [], [], [], 0.25, WINDOW.text))
+    torch.library.opcheck(ops.attention, (q, k, v, [], [keep()], [], packed(), 0.25, DOCS.text))
 
 
 OFFSET = MaskExpr(KV <= Q + size_symbol(0), n_sizes=1)
 
 
-@pytest.mark.parametrize("operator", ["attention", "selected_attention", "merged_attention"])
-def test_gradients_with_sizes(operator: str) -> None:
+@pytest.mark.parametrize("covered_by", ["blocks", "units", "both"])
+def test_gradients_with_sizes(covered_by: str) -> None:
     q, k, v = operands()
     index = torch.tensor([0, 2], dtype=torch.int32).expand(2, 1, 50, 2).contiguous()
-    count = torch.full((2, 1, 50), 2, dtype=torch.int32)
+    lists = [index, torch.full((2, 1, 50), 2, dtype=torch.int32)]
     own = AttentionSpec(OFFSET, block_q=16, block_kv=16)
-    chosen = SelectedSpec(OFFSET, 1, 16)
     i = torch.arange(50)
     past, listed = i[None] <= i[:, None] + 7, (i // 16) % 2 == 0
-    if operator == "attention":
-        mask, out = past, ops.attention(q, k, v, [], [7], [], 0.25, own.text)[0]
-    elif operator == "selected_attention":
+    if covered_by == "blocks":
+        mask, out = past, ops.attention(q, k, v, [], [], [7], [], 0.25, own.text)[0]
+    elif covered_by == "units":
         mask = past & listed
-        out = ops.selected_attention(q, k, v, index, count, [], [7], 0.25, chosen.text)[0]
+        chosen = AttentionSpec.of_units(OFFSET, 1, 16)
+        out = ops.attention(q, k, v, [], [], [7], lists, 0.25, chosen.text)[0]
     else:
         rest = MaskExpr((KV > Q + size_symbol(0)) & (KV <= Q + 20), n_sizes=1)
         mask = past & listed | ~past & (i[None] <= i[:, None] + 20)
-        own = AttentionSpec(rest, block_q=16, block_kv=16)
-        data = [], [7], [], [], [7], 0.25, own.text, chosen.text
-        out = ops.merged_attention(q, k, v, index, count, *data)[0]
+        both = AttentionSpec(rest, block_q=16, block_kv=16).with_units(OFFSET, 1, 16)
+        out = ops.attention(q, k, v, [], [], [7], lists, 0.25, both.text)[0]
     exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
     wanted = reference(*exact, mask, 0.25)[0]
     weight = torch.randn(out.shape)
@@ -79,16 +77,16 @@ def test_gradients_with_sizes(operator: str) -> None:
 
 def test_opcheck_backward_and_layout() -> None:
     q, k, v = operands(requires_grad=False)
-    out, lse = ops.attention(q, k, v, [keep()], [], packed(), 0.25, DOCS.text)
-    args = (torch.randn_like(out), None, q, k, v, out, lse, [keep()], [], packed(), 0.25, DOCS.text)
-    torch.library.opcheck(ops.attention_backward, args)
-    layout_args = ([keep()], [], 2, 6, 50, 50, DOCS.text, torch.device("cpu"))
-    torch.library.opcheck(ops.block_layout, layout_args)
+    call = (q, k, v, [], [keep()], [], packed(), 0.25, DOCS.text)
+    out, lse = ops.attention(*call)
+    torch.library.opcheck(ops.attention_backward, (torch.randn_like(out), None, out, lse, *call))
+    layout_args = ([keep()], "[]", [], 2, 6, 50, 50, DOCS.text, torch.device("cpu"), [])
+    torch.library.opcheck(ops.layout, layout_args)
 
 
 def test_lse_is_differentiable() -> None:
     q, k, v = operands()
-    out, lse = ops.attention(q, k, v, [], [], [], 0.25, WINDOW.text)
+    out, lse = ops.attention(q, k, v, [], [], [], [], 0.25, WINDOW.text)
     i = torch.arange(50)
     mask = (i[None] <= i[:, None]) & (i[:, None] - i[None] < 20)
     exact, exact_lse = reference(q, k, v, mask, 0.25)
@@ -102,7 +100,7 @@ def test_lse_is_differentiable() -> None:
 
 def test_empty_rows_policy_reaches_the_operator() -> None:
     q, k, v = operands()
-    out, lse = ops.attention(q, k, v, [keep()], [], packed(), 0.25, DOCS.text)
+    out, lse = ops.attention(q, k, v, [], [keep()], [], packed(), 0.25, DOCS.text)
     i = torch.arange(50)
     mask = (i[None] <= i[:, None])[None, None] & keep()[:, None, None]
     exact, _ = reference(q, k, v, mask, 0.25, "mean_added")
@@ -136,4 +134,4 @@ def test_bad_dtypes_are_named() -> None:
     with pytest.raises(BadShape, match="one dtype"):
         check_operands(half, half, half.float())
     with pytest.raises(BadShape, match="one dtype"):
-        ops.attention(half, half, half.float(), [], [], [], 0.25, WINDOW.text)
+        ops.attention(half, half, half.float(), [], [], [], [], 0.25, WINDOW.text)

@@ -28,7 +28,6 @@ RANK = {
     "spec": 2,
     "view": 2,
     "options": 2,
-    "selected_spec": 3,
     "indexer_spec": 3,
     "block_scores_spec": 3,
     "layout": 3,
@@ -39,11 +38,10 @@ RANK = {
     "plan": 4,
     "codegen": 5,
     "fresh_size": 5,
+    "operands": 5,
     "ops": 6,
     "pattern_ops": 6,
-    "selected_ops": 7,
     "selection_ops": 7,
-    "merged_ops": 7,
     "direct_plan": 7,
     "direct_selected": 7,
     "indexer_ops": 7,
@@ -149,7 +147,7 @@ def test_imports_without_triton() -> None:
         "from sparse_compile.spec import AttentionSpec\n"
         "q = torch.randn(1, 2, 40, 16)\n"
         "text = AttentionSpec(MaskExpr(KV <= Q), block_q=16, block_kv=16).text\n"
-        "print(torch.ops.sparse_compile.attention(q, q, q, [], [], [], 0.25, text)[0].shape)\n"
+        "print(torch.ops.sparse_compile.attention(q, q, q, [], [], [], [], 0.25, text)[0].shape)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

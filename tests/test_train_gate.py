@@ -29,7 +29,7 @@ from benchmarks.gate_tuning import (
     under_selection,
 )
 from benchmarks.small_lm import Config, Text, causal, encode, read_text, train, vocabulary
-from sparse_compile.selected_ops import SELECTED_ATTENTION
+from sparse_compile.ops import ATTENTION
 
 TINY = Config(layers=2, context=64, batch=1, steps=2, vocabulary=300, most_bytes=20_000)
 GATES = GateConfig(width=40, rope=8, steps=2, tuning_steps=2, held_out_rows=2)
@@ -71,9 +71,8 @@ def test_tuning_is_attention_to_the_selected_keys(kv_heads: int) -> None:
     q, k, v = operands(kv_heads=kv_heads)
     gate = new_gates(Config(kv_heads=kv_heads), GATES, q.device)[0]
     lists = choose(scorer(gate)(q.detach(), k.detach()), 2)
-    out, lse = SELECTED_ATTENTION(
-        *(q, k, v, lists.index, lists.count, [], [], 32**-0.5, gate_measures.SPEC)
-    )
+    chosen = [lists.index, lists.count]
+    out, lse = ATTENTION(q, k, v, [], [], [], chosen, 32**-0.5, gate_measures.SPEC)
     keys = k.repeat_interleave(4 // kv_heads, 1)
     score = (q @ keys.mT * 32**-0.5).masked_fill(torch.ones(96, 96).triu(1).bool(), -math.inf)
     missed = 1 - (lse - score.logsumexp(-1)).exp().mean()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sparse_compile.codegen.call import AttentionCall
 from sparse_compile.codegen.cpu.batches import Batch, Gathered, Strided
 from sparse_compile.codegen.cpu.cache import BoundedCache, fingerprint
 from sparse_compile.codegen.cpu.flash import Bias
@@ -47,19 +48,14 @@ class MaskCall:
     biases: BoundedCache[Bias]
 
     @staticmethod
-    def make(
-        mask: MaskExpr,
-        n_q: int,
-        n_kv: int,
-        tables: Sequence[Tensor],
-        sizes: Sequence[int],
-        dtype: torch.dtype,
-    ) -> MaskCall:
-        """The call, with its key."""
+    def make(call: AttentionCall) -> MaskCall:
+        """The mask of a call, with its key."""
+        mask, tables, dtype = call.spec.mask, tuple(call.tables), call.q.dtype
+        (_, _, n_q, n_kv), sizes = call.shape, tuple(call.sizes)
         content = fingerprint(tables, LARGEST_KEY)
         biases = _CACHE if content is not None else BoundedCache[Bias](CACHE_BYTES)
-        key = (mask.text, n_q, n_kv, tuple(sizes), dtype, content)
-        return MaskCall(mask, n_q, n_kv, tuple(tables), tuple(sizes), dtype, key, biases)
+        key = (mask.text, n_q, n_kv, sizes, dtype, content)
+        return MaskCall(mask, n_q, n_kv, tables, sizes, dtype, key, biases)
 
     def at(self, batch: int, head: int) -> MaskAt:
         """The mask of one batch entry and query head."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.codegen.cpu import flash
 from sparse_compile.codegen.cpu.batches import Batch, Strided, cut
 from sparse_compile.codegen.cpu.bias import MaskCall
@@ -21,7 +22,6 @@ from sparse_compile.codegen.cpu.flash import Bias
 from sparse_compile.codegen.cpu.parts import Part, parts_of
 from sparse_compile.codegen.cpu.plan import Plan, make_plan
 from sparse_compile.layout import BlockLayout
-from sparse_compile.spec import AttentionSpec
 
 #: Bytes that the gathered keys, or the gradients of the keys, of one call may take.
 CHUNK_BYTES = 1 << 25
@@ -30,32 +30,14 @@ CHUNK_SCORES = 1 << 21
 
 
 @torch.no_grad()
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tables: Sequence[Tensor],
-    sizes: Sequence[int],
-    layout: BlockLayout,
-    scale: float,
-    spec: AttentionSpec,
-) -> tuple[Tensor, Tensor]:
-    """Attention over the visited blocks.
-
-    Args:
-        q: [B, Hq, Nq, D], floating; any strides.
-        k: [B, Hkv, Nkv, D].
-        v: [B, Hkv, Nkv, Dv].
-        tables: the tensors ``t0, t1, ...`` of the mask.
-        sizes: the integers ``s0, s1, ...`` of the mask.
-        layout: the blocks to visit; on the CPU.
-        scale: factor on the scores.
-        spec: its mask is evaluated in PARTIAL blocks.
+def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Attention over the visited blocks of the only view, which is in plain order.
 
     Returns:
         out [B, Hq, Nq, Dv] in q.dtype, stored as [B, Nq, Hq, Dv], and lse fp32 [B, Hq, Nq]; 0 and
         -inf on rows without a key.
     """
+    q, k, v, (layout,) = call.q, call.k, call.v, call.blocks.views
     batch, heads, n_q, _ = q.shape
     plans = _plans(layout)
     width = max(q.shape[3], v.shape[3])
@@ -64,17 +46,17 @@ def forward(
     make = torch.empty if plans.complete else torch.zeros
     out = make(batch, n_q, heads, width, dtype=wide if plans.merges else q.dtype).transpose(1, 2)
     lse = torch.full((batch, heads, n_q), -math.inf, dtype=wide)
-    call = MaskCall.make(spec.mask, n_q, k.shape[2], tables, sizes, q.dtype)
-    for part in parts_of(batch, heads, k.shape[1], layout, spec):
+    mask = MaskCall.make(call)
+    for part in parts_of(call):
         qs, outs, lses = (part.query_side(x) for x in (operands[0], out, lse.unsqueeze(-1)))
         ks, vs = (part.key_side(x) for x in operands[1:])
-        for piece, bias in _pieces(plans, part, call, ks, backward=False):
+        for piece, bias in _pieces(plans, part, mask, ks, backward=False):
             tile = flash.forward(
                 piece.rows_of(qs),
                 part.per_head(piece.keys_of(ks)),
                 part.per_head(piece.keys_of(vs)),
                 bias,
-                scale,
+                call.scale,
             )
             _store(piece, outs, lses, *tile)
     out = out[..., : v.shape[3]]
@@ -99,32 +81,14 @@ def _store(piece: Batch, out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Ten
 
 
 @torch.no_grad()
-def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    tables: Sequence[Tensor],
-    sizes: Sequence[int],
-    layout: BlockLayout,
-    scale: float,
-    spec: AttentionSpec,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`forward`, from its arguments and results.
-
-    Args:
-        grad_out: [B, Hq, Nq, Dv] in q.dtype.
-        grad_lse: fp32 [B, Hq, Nq], or None for 0.
-        q, k, v, tables, sizes, layout, scale, spec: as given to :func:`forward`.
-        out, lse: its results.
+def backward(call: AttentionCall, result: AttentionResult) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`forward`.
 
     Returns:
         dq, dk and dv: contiguous, in the shapes of q, k and v. The same bits at each call.
     """
-    batch, heads, _, _ = q.shape
+    q, k, v, (layout,) = call.q, call.k, call.v, call.blocks.views
+    out, lse, grad_out, grad_lse = result.out, result.lse, result.grad_out, result.grad_lse
     plans = _plans(layout)
     empty = lse == -math.inf
     if bool(empty.any()):
@@ -142,12 +106,12 @@ def backward(
     dq = make(qw.shape, dtype=row_dtype)
     dk, dv = (torch.zeros(x.shape, dtype=wide) for x in (kw, vw))
     lse = lse.to(wide).unsqueeze(-1)
-    call = MaskCall.make(spec.mask, q.shape[2], k.shape[2], tables, sizes, q.dtype)
-    for part in parts_of(batch, heads, k.shape[1], layout, spec):
+    mask = MaskCall.make(call)
+    for part in parts_of(call):
         rows = [part.query_side(x) for x in (grad, qw, ow, lse, dq)]
         keys = [part.key_side(x) for x in (kw, vw, dk, dv)]
-        for piece, bias in _pieces(plans, part, call, keys[0], backward=True):
-            _accumulate(piece, part, rows, keys, bias, scale)
+        for piece, bias in _pieces(plans, part, mask, keys[0], backward=True):
+            _accumulate(piece, part, rows, keys, bias, call.scale)
     grads = ((dq, q), (dk, k), (dv, v))
     dq, dk, dv = (dx[..., : x.shape[2], : x.shape[3]].to(x.dtype).contiguous() for dx, x in grads)
     return dq, dk, dv
@@ -231,7 +195,8 @@ _PLANS: BoundedCache[_Plans] = BoundedCache(max_bytes=1 << 26)
 
 
 def _plans(layout: BlockLayout) -> _Plans:
-    shape = torch.tensor([layout.n_q, layout.n_kv, layout.block_q, layout.block_kv, layout.heads])
+    blocks = layout.block_q, layout.block_kv
+    shape = torch.tensor([layout.n_q, layout.n_kv, *blocks, layout.heads, layout.listed])
     name = fingerprint([shape, *layout.rows.tensors()])
     assert name is not None
 

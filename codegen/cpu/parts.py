@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from sparse_compile.codegen.call import AttentionCall
 from sparse_compile.expr import H
-from sparse_compile.layout import BlockLayout
-from sparse_compile.spec import AttentionSpec
 
 
 @dataclass(frozen=True)
@@ -47,14 +46,13 @@ class Part:
         return grad.sum(1, keepdim=True) if shared else grad
 
 
-def parts_of(
-    batch: int, heads: int, kv_heads: int, layout: BlockLayout, spec: AttentionSpec
-) -> Iterator[Part]:
+def parts_of(call: AttentionCall) -> Iterator[Part]:
     """All heads, in as few parts as keep the mask the same within a part and copy no K or V."""
+    (batch, heads, _, _), kv_heads, (layout,) = call.shape, call.k.shape[1], call.blocks.views
     group = heads // kv_heads
     for b in range(batch):
         first = b % layout.batches * layout.heads
-        if layout.heads > 1 or spec.mask.depends_on(H):
+        if layout.heads > 1 or call.spec.mask.depends_on(H):
             for h in range(heads):
                 shared = range(h // group, h // group + 1)
                 yield Part(b, range(h, h + 1), shared, first + h % layout.heads)

@@ -60,7 +60,11 @@ def make_plan(layout: BlockLayout, index: int) -> Plan:
     """The plan of class ``index`` of a layout on the CPU."""
     tiles = choose_tiles(layout, index)
     segments = segments_of(tiles)
-    stacked, runs = _stack(join(segments, tiles.rows), segments, tiles.rows)
+    stacked: list[Batch] = []
+    runs = join(segments, tiles.rows)
+    if not layout.listed:
+        # A tile of several rows visits all of their blocks: the mask leaves out what is not theirs.
+        stacked, runs = _stack(runs, segments, tiles.rows)
     regular, small = _split(runs, len(segments), tiles)
     batches = stacked + _batches(tiles, regular, small)
     if sum(isinstance(batch, Gathered) for batch in batches) * 4 > len(small):

@@ -103,6 +103,8 @@ class TileBlocks:
 def choose_tiles(layout: BlockLayout, index: int) -> TileBlocks:
     """The cheapest height of tiles for class ``index``: taller ones read K and V less often."""
     best = tiles = _single_blocks(layout, index)
+    if layout.listed:
+        return best  # a taller tile visits blocks of one row in others, too
     while tiles.rows * 2 <= MAX_ROWS and tiles.rows < layout.n_q:
         tiles = tiles.doubled()
         if tiles.cost() < best.cost():

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_compile.codegen.selected_call import Result, SelectedCall
+from sparse_compile.codegen.call import AttentionCall, AttentionResult
+from sparse_compile.codegen.precision import full_precision
 from sparse_compile.expr import evaluate
 
 #: Numbers that the gathered keys and the scores of a chunk have at most.
 _MOST = 1 << 23
 
 
-def _chunks(call: SelectedCall) -> Iterator[_Chunk]:
+def _chunks(call: AttentionCall) -> Iterator[_Chunk]:
     """The units of queries, as many at a time as fit."""
     batch, units, most = call.q.shape[0], call.index.shape[2], call.index.shape[3]
     keys, rows = most * call.spec.unit_kv, call.members * call.spec.unit_q
@@ -26,7 +27,7 @@ def _chunks(call: SelectedCall) -> Iterator[_Chunk]:
         yield _Chunk(call, first, min(first + step, units))
 
 
-def _by_group(call: SelectedCall, t: Tensor) -> Tensor:
+def _by_group(call: AttentionCall, t: Tensor) -> Tensor:
     """[B, heads, ...] of keys or lists as [B, groups, ...]."""
     return t.repeat_interleave(call.groups // t.shape[1], 1)
 
@@ -35,7 +36,7 @@ def _by_group(call: SelectedCall, t: Tensor) -> Tensor:
 class _Chunk:
     """Some units of queries; U of them, R = members * unit_q rows each, L gathered keys."""
 
-    call: SelectedCall
+    call: AttentionCall
     first: int
     end: int
 
@@ -100,13 +101,18 @@ class _Chunk:
         return query, key, score.masked_fill(~self.keep(keys, exist), -math.inf), keys
 
 
-def forward(call: SelectedCall) -> tuple[Tensor, Tensor]:
+def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Attention over selected keys.
 
     Returns:
         out [B, Hq, Nq, Dv] in q's dtype, 0 on empty rows; the natural log-sum-exp [B, Hq, Nq] in
         fp32, -inf on empty rows.
     """
+    with full_precision(call.q.device.type):
+        return _forward(call)
+
+
+def _forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     q, v = call.q, call.v
     out = q.new_zeros(*q.shape[:3], v.shape[3])
     lse = q.new_full(q.shape[:3], -math.inf, dtype=torch.float32)
@@ -119,8 +125,13 @@ def forward(call: SelectedCall) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def backward(call: SelectedCall, result: Result) -> tuple[Tensor, Tensor, Tensor]:
+def backward(call: AttentionCall, result: AttentionResult) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`forward`: ``(dq, dk, dv)`` in the dtypes of q, k and v."""
+    with full_precision(call.q.device.type):
+        return _backward(call, result)
+
+
+def _backward(call: AttentionCall, result: AttentionResult) -> tuple[Tensor, Tensor, Tensor]:
     dq = torch.zeros_like(call.q)
     dk, dv = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (call.k, call.v))
     delta = (result.grad_out.float() * result.out.float()).sum(-1, keepdim=True)

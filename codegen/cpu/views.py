@@ -16,7 +16,9 @@ import sympy
 import torch
 from torch import Tensor
 
+from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.codegen.cpu import executor
+from sparse_compile.codegen.merge import add, merge
 from sparse_compile.expr import KV, MaskExpr, Q, is_table, table
 from sparse_compile.layout import BlockLayout, Layout
 from sparse_compile.spec import AttentionSpec
@@ -24,113 +26,42 @@ from sparse_compile.view import Order, View, natural
 
 
 @torch.no_grad()
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tables: Sequence[Tensor],
-    sizes: Sequence[int],
-    layout: Layout,
-    scale: float,
-    spec: AttentionSpec,
-) -> tuple[Tensor, Tensor]:
+def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Attention over the visited blocks of all views.
-
-    Args:
-        q: [B, Hq, Nq, D], floating; any strides.
-        k: [B, Hkv, Nkv, D].
-        v: [B, Hkv, Nkv, Dv].
-        tables, sizes: what the mask reads.
-        layout: the blocks to visit; on the CPU.
-        scale: factor on the scores.
-        spec: the mask and its views.
 
     Returns:
         out [B, Hq, Nq, Dv] in q.dtype, and lse fp32 [B, Hq, Nq]; 0 and -inf on rows without a key.
     """
-    results = [
-        _in_order(part, view, spec, q, k, v, tables, sizes, scale)
-        for part, view in zip(spec.parts, layout.views, strict=True)
-    ]
-    if len(results) == 1:
-        return results[0]
-    outs, lses = zip(*results, strict=True)
-    lse = torch.stack(lses).logsumexp(0)
-    known = lse.masked_fill(lse == -math.inf, 0.0)
-    out = torch.zeros_like(outs[0], dtype=lse.dtype)
-    for part_out, part_lse in results:
-        out += part_out * (part_lse - known).exp().unsqueeze(-1)
-    return out.to(q.dtype), lse
+    return merge([_in_order(at, call) for at in _views(call)], call.q.dtype)
 
 
 @torch.no_grad()
-def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    tables: Sequence[Tensor],
-    sizes: Sequence[int],
-    layout: Layout,
-    scale: float,
-    spec: AttentionSpec,
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(call: AttentionCall, result: AttentionResult) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`forward`; each view uses the merged ``out`` and ``lse``."""
-    totals: list[Tensor] | None = None
-    for part, view in zip(spec.parts, layout.views, strict=True):
-        at = _Reordered.of(part, view, spec)
-        rows = [at.queries(x) for x in (q, out, grad_out)]
-        weights = [
-            at.queries(x.unsqueeze(-1), fill).squeeze(-1)
-            for x, fill in ((lse, -math.inf), (grad_lse, 0.0))
-            if x is not None
-        ]
-        grads = executor.backward(
-            rows[2],
-            weights[1] if grad_lse is not None else None,
-            rows[0],
-            at.keys(k),
-            at.keys(v),
-            rows[1],
-            weights[0],
-            at.tables(tables),
-            sizes,
-            at.layout,
-            scale,
-            at.spec,
-        )
-        if at.plain and len(spec.parts) == 1:
-            return grads
-        whole = [at.queries_back(grads[0], q), *(at.keys_back(g, k) for g in grads[1:])]
-        totals = whole if totals is None else [a + b for a, b in zip(totals, whole, strict=True)]
-    assert totals is not None
-    dq, dk, dv = (total.to(q.dtype).contiguous() for total in totals)
+    q, k, views = call.q, call.k, _views(call)
+    grads = []
+    for at in views:
+        found = executor.backward(at.call(call), at.result(result))
+        if at.plain and len(views) == 1:
+            return found
+        dq, dk, dv = found
+        grads.append((at.queries_back(dq, q), at.keys_back(dk, k), at.keys_back(dv, k)))
+    dq, dk, dv = (total.to(q.dtype).contiguous() for total in add(grads))
     return dq, dk, dv
 
 
-def _in_order(
-    part: View,
-    view: BlockLayout,
-    spec: AttentionSpec,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tables: Sequence[Tensor],
-    sizes: Sequence[int],
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    at = _Reordered.of(part, view, spec)
-    own = at.tables(tables)
-    out, lse = executor.forward(
-        at.queries(q), at.keys(k), at.keys(v), own, sizes, at.layout, scale, at.spec
-    )
+def _in_order(at: _Reordered, call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """``(out, lse)`` of one view; out in fp32 where its queries were gathered."""
+    out, lse = executor.forward(at.call(call))
     if at.plain:
         return out, lse
-    back = at.queries_back(lse.unsqueeze(-1), q, -math.inf).squeeze(-1)
-    return at.queries_back(out, q).to(q.dtype), back
+    back = at.queries_back(lse.unsqueeze(-1), call.q, -math.inf).squeeze(-1)
+    return at.queries_back(out, call.q).to(call.q.dtype), back
+
+
+def _views(call: AttentionCall) -> list[_Reordered]:
+    views = zip(call.spec.parts, call.blocks.views, strict=True)
+    return [_Reordered.of(part, view, call.spec) for part, view in views]
 
 
 @dataclass(frozen=True)
@@ -155,13 +86,36 @@ class _Reordered:
         """The problem of a view."""
         nothing = torch.empty(0, dtype=torch.int64)
         if part.q.is_natural and part.kv.is_natural:
-            alone = replace(spec, mask=spec.part_mask(part), views=())
+            alone = replace(spec, mask=spec.part_mask(part), coverage=())
             return _Reordered(view, alone, nothing, nothing, True)
         q, kv = _tokens(part.q, view.n_q), _tokens(part.kv, view.n_kv)
         runs = natural(view.block_q), natural(view.block_kv)
         moved = replace(view, q=runs[0], kv=runs[1], n_q=q.numel(), n_kv=kv.numel())
         mask = _of_tokens(spec.part_mask(part), view.n_q, view.n_kv)
-        return _Reordered(moved, replace(spec, mask=mask, views=()), q, kv, False)
+        return _Reordered(moved, replace(spec, mask=mask, coverage=()), q, kv, False)
+
+    def call(self, call: AttentionCall) -> AttentionCall:
+        """The call of this view alone, in its order."""
+        lengths = call.q.shape[0], call.q.shape[1]
+        return replace(
+            call,
+            q=self.queries(call.q),
+            k=self.keys(call.k),
+            v=self.keys(call.v),
+            tables=self.tables(call.tables),
+            spec=self.spec,
+            layout=Layout(self.spec, (self.layout,), *lengths),
+        )
+
+    def result(self, result: AttentionResult) -> AttentionResult:
+        """The result of all views, in the order of this one."""
+        lse, grad_lse = (
+            None if x is None else self.queries(x.unsqueeze(-1), fill).squeeze(-1)
+            for x, fill in ((result.lse, -math.inf), (result.grad_lse, 0.0))
+        )
+        assert lse is not None
+        out, grad_out = self.queries(result.out), self.queries(result.grad_out)
+        return AttentionResult(out, lse, grad_out, grad_lse)
 
     def tables(self, tables: Sequence[Tensor]) -> list[Tensor]:
         """What the mask of gathered tokens reads."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.codegen import cache
+from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.codegen.triton import arguments
 from sparse_compile.codegen.triton.predicate import COORDINATE_BITS
 from sparse_compile.codegen.triton.sections import (
@@ -90,32 +91,14 @@ def is_exact(spec: AttentionSpec, n_q: int, n_kv: int) -> bool:
     )
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tables: Sequence[Tensor],
-    sizes: Sequence[int],
-    layout: Layout,
-    scale: float,
-    spec: AttentionSpec,
-) -> tuple[Tensor, Tensor]:
+def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Block-sparse attention.
-
-    Args:
-        q: [B, Hq, Nq, D], float32, float16 or bfloat16, any strides.
-        k: [B, Hkv, Nkv, D], same dtype; Hkv divides Hq.
-        v: [B, Hkv, Nkv, Dv], same dtype.
-        tables: the tensors ``t0, t1, ...`` of the mask.
-        sizes: the integers ``s0, s1, ...`` of the mask.
-        layout: the blocks that each view of the mask visits.
-        scale: factor on the scores.
-        spec: the mask.
 
     Returns:
         out [B, Hq, Nq, Dv] in q's dtype, stored as [B, Nq, Hq, Dv], 0 on empty rows; and the
         natural log-sum-exp [B, Hq, Nq] in fp32, -inf on empty rows.
     """
+    q, k, v, layout, spec = call.q, call.k, call.v, call.blocks, call.spec
     batch, q_heads, n_q, n_kv, group = _checked(q, k, v, layout)
     exact = is_exact(spec, n_q, n_kv)
     kernels = _kernels_for(spec, q.shape[-1], v.shape[-1], q.dtype, q.device, exact)
@@ -127,20 +110,20 @@ def forward(
     if not kernels.complete["q"]:
         out.zero_()
         lse.fill_(float("-inf"))
-    sign, scale = positive(scale)
+    sign, scale = positive(call.scale)
     q, k, v = (
         arguments.operand(q if sign == 1 else q * sign, tile),
         arguments.operand(k, tile),
         arguments.operand(v, tile),
     )
-    mask_data = arguments.mask_arguments(kernels, tables, sizes, n_q, n_kv)
-    call = _Forward(kernels, layout, (q, k, v), (out, lse), scale, group, mask_data)
+    mask_data = arguments.mask_arguments(kernels, call.tables, call.sizes, n_q, n_kv)
+    launch = _Forward(kernels, layout, (q, k, v), (out, lse), scale, group, mask_data)
     with current(q.device):
         # The lists may be being made: what does not wait for them comes first.
-        prepared = [call.prepared(section) for section in range(len(spec.sections("q")))]
+        prepared = [launch.prepared(section) for section in range(len(spec.sections("q")))]
         works = layout.schedules("q", batch * q_heads, workers_of(q.device), q.device)
         for section, work in enumerate(works):
-            call.run(section, work, prepared[section])
+            launch.run(section, work, prepared[section])
     return out, lse
 
 
@@ -198,29 +181,10 @@ class _Forward:
             )
 
 
-def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    tables: Sequence[Tensor],
-    sizes: Sequence[int],
-    layout: Layout,
-    scale: float,
-    spec: AttentionSpec,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`forward`: ``(dq, dk, dv)``, contiguous, in the dtype of q.
-
-    Args:
-        grad_out: gradient of ``out``.
-        grad_lse: gradient of ``lse``, if anything read it.
-        out: result of :func:`forward`.
-        lse: result of :func:`forward`.
-        q, k, v, tables, sizes, layout, scale, spec: as in :func:`forward`.
-    """
+def backward(call: AttentionCall, result: AttentionResult) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`forward`: ``(dq, dk, dv)``, contiguous, in the dtype of q."""
+    q, k, v, layout, spec = call.q, call.k, call.v, call.blocks, call.spec
+    out, lse, grad_out, grad_lse = result.out, result.lse, result.grad_out, result.grad_lse
     batch, q_heads, n_q, n_kv, group = _checked(q, k, v, layout)
     exact = is_exact(spec, n_q, n_kv)
     kernels = _kernels_for(spec, q.shape[-1], v.shape[-1], q.dtype, q.device, exact)
@@ -229,7 +193,7 @@ def backward(
     dk, dv = (arguments.gradient(t, kernels.complete["kv"]) for t in (k, v))
     if not q.numel() or not k.numel():
         return dq.zero_(), dk.zero_(), dv.zero_()
-    sign, scale = positive(scale)
+    sign, scale = positive(call.scale)
     q, k, v, grad_out = (
         arguments.operand(t, over_keys, over_queries)
         for t in (q if sign == 1 else q * sign, k, v, grad_out.to(q.dtype))
@@ -237,18 +201,18 @@ def backward(
     out, lse = arguments.operand(out), lse.contiguous()
     rows = (n_q // 128 + 1) * 128  # at least one that does not exist
     statistics = lse.new_empty(2, batch, q_heads, rows)
-    mask_data = arguments.mask_arguments(kernels, tables, sizes, n_q, n_kv)
+    mask_data = arguments.mask_arguments(kernels, call.tables, call.sizes, n_q, n_kv)
     if any(not view.q.is_natural for view in spec.parts):
         # What stands for a query that does not exist: places that fill up a block read it.
         statistics[0, ..., n_q:] = float("inf")
         statistics[1, ..., n_q:] = 0.0
-    call = _Backward(kernels, layout, (q, k, v, grad_out, statistics), scale, group, mask_data)
+    launch = _Backward(kernels, layout, (q, k, v, grad_out, statistics), scale, group, mask_data)
     with current(q.device):
         by_query = layout.schedules("q", batch * q_heads, workers_of(q.device), q.device)
         of_query = (out, grad_out, lse, arguments.single(grad_lse, lse), statistics)
-        call.run("query", over_keys, by_query, (dq,), of_query, (grad_lse is not None,))
+        launch.run("query", over_keys, by_query, (dq,), of_query, (grad_lse is not None,))
         by_key = layout.schedules("kv", batch * k.shape[1], workers_of(q.device), q.device)
-        call.run("key_value", over_queries, by_key, (dk, dv), (grad_out, statistics), ())
+        launch.run("key_value", over_queries, by_key, (dk, dv), (grad_out, statistics), ())
     return dq if sign == 1 else dq.mul_(sign), dk, dv
 
 

@@ -255,7 +255,7 @@ def _section(
         kernel.section,
         TITLE=f"Section {section.number}: blocks of "
         f"{'queries' if kernel.lines == 'q' else 'keys'} in {section.order}.",
-        LISTS=[line for v in section.views for line in fill(loops.LISTS, V=str(v)).splitlines()],
+        LISTS=[line for v in section.views for line in _lists(kernel, spec, v)],
         FIRST_BLOCK=fill(loops.FIRST_BLOCK, V=str(section.views[0])).splitlines(),
         VIEWS="\n\n".join(views).splitlines(),
         START=start,
@@ -265,6 +265,15 @@ def _section(
         **lines,
         **_operand_bases(kernel, spec, tile),
     )
+
+
+def _lists(kernel: _Kernel, spec: KernelSpec, number: int) -> list[str]:
+    """Lines that find the lists of a line of a view."""
+    own = ""
+    if kernel.lines == "kv" and spec.attention.parts[number].listed:
+        member = f"((b % batches_{number}) * heads_{number} + h % heads_{number})"
+        own = f" + {member} * (lines_{number} + 1)"
+    return fill(loops.LISTS, V=str(number), OWN=own).splitlines()
 
 
 def _view(

@@ -23,7 +23,7 @@ from sparse_compile.passes.lift_mask.rows import (
 )
 from sparse_compile.passes.lift_mask.sizes import size_expr
 from sparse_compile.passes.lift_mask.value import is_data
-from sparse_compile.selected_ops import CANONICAL_SELECTION
+from sparse_compile.selection_ops import CANONICAL_SELECTION
 
 aten = torch.ops.aten
 

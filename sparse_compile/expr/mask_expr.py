@@ -7,7 +7,14 @@ from dataclasses import dataclass
 
 import sympy
 
-from sparse_compile.expr.nodes import COORDINATES, N_KV, N_Q, is_table, table_index
+from sparse_compile.expr.nodes import (
+    COORDINATES,
+    N_KV,
+    N_Q,
+    is_table,
+    renumbered,
+    table_index,
+)
 from sparse_compile.expr.text import from_text, to_text
 
 
@@ -62,6 +69,19 @@ class MaskExpr:
         """Every distinct table lookup, in a stable order."""
         found = {node for node in sympy.preorder_traversal(self.predicate) if is_table(node)}
         return tuple(sorted(found, key=lambda node: (table_index(node), str(node))))
+
+    def trimmed(self) -> tuple[MaskExpr, tuple[int, ...]]:
+        """The same with only the tables that it reads, numbered anew, and which these were.
+
+        >>> from sparse_compile.expr import KV, table
+        >>> mask, which = MaskExpr(table(1)(KV) > 0, ("int64", "int32")).trimmed()
+        >>> str(mask), mask.tables, which
+        ('t0(kv) > 0', ('int32',), (1,))
+        """
+        used = tuple(sorted({table_index(lookup) for lookup in self.lookups}))
+        dtypes = tuple(self.tables[number] for number in used)
+        numbers = {old: new for new, old in enumerate(used)}
+        return MaskExpr(renumbered(self.predicate, numbers), dtypes, self.n_sizes), used
 
     def __post_init__(self) -> None:
         names = {f"s{i}" for i in range(self.n_sizes)}

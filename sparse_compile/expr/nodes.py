@@ -7,7 +7,7 @@ tables (integer tensors indexed by coordinates, whose *values* are never baked i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -49,6 +49,19 @@ def is_table(expr: sympy.Basic) -> bool:
 def table_index(expr: sympy.Basic) -> int:
     """Which table a lookup reads: 3 for ``t3(b, q)``."""
     return int(expr.func.__name__[1:])
+
+
+def renumbered(predicate: sympy.Basic, numbers: Mapping[int, int]) -> sympy.Basic:
+    """The predicate with table ``numbers[i]`` in the place of each table ``i`` that it reads.
+
+    >>> renumbered(table(0)(KV) > table(1)(Q), {0: 5, 1: 0})
+    t5(kv) > t0(q)
+    """
+
+    def moved(lookup: sympy.Basic) -> sympy.Basic:
+        return table(numbers[table_index(lookup)])(*lookup.args)
+
+    return predicate.replace(is_table, moved)
 
 
 class FloorDiv(sympy.Function):  # type: ignore[misc]  # sympy has no types

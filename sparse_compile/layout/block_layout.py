@@ -78,7 +78,8 @@ class BlockLists:
         partial, full = blocks[: counts[c, r, 0]], blocks[counts[c, r, 0] :]
 
     Attributes:
-        start: int32 [lines + 1]; the room reserved for each line, the same for every class.
+        start: int32 [lines + 1]; the room reserved for each line, the same for every class. Or
+            int32 [classes, lines + 1].
         counts: int32 [classes, lines, 2]; how many PARTIAL and how many FULL blocks.
         index: int32 [classes, start[-1]]; block numbers, each line's PARTIAL ones first, both kinds
             ascending. Room that a class does not use holds 0 and is never read.
@@ -104,7 +105,7 @@ class BlockLists:
 
         By line, PARTIAL before FULL (synchronises with the device).
         """
-        start = self.start.long()
+        start = (self.start if self.start.dim() == 1 else self.start[c]).long()
         line = torch.repeat_interleave(start.diff())
         partial, full = self.counts[c].long().unbind(-1)
         place = torch.arange(line.numel(), device=line.device) - start[line]
@@ -129,6 +130,7 @@ class BlockLayout:
         batches, heads: number of classes along each dimension.
         rows: for each query block, its key blocks.
         columns: what :attr:`cols` holds, or what makes it: a forward needs the rows alone.
+        listed: whether a selection names the blocks: others may hold pairs that the mask allows.
     """
 
     n_q: int
@@ -139,6 +141,7 @@ class BlockLayout:
     heads: int
     rows: BlockLists
     columns: BlockLists | Callable[[], BlockLists] = field(repr=False)
+    listed: bool = False
 
     @functools.cached_property
     def cols(self) -> BlockLists:

@@ -92,6 +92,10 @@ class DenseRead:
         return found
 
 
+#: The text of none; torch.compile cannot trace how a text is made.
+NO_READS = DenseRead.text([])
+
+
 @dataclass(frozen=True)
 class DenseCall:
     """A call of an attention whose mask reads mask tensors.
@@ -127,6 +131,8 @@ class DenseCall:
         }
         words = [found[read.table].table.to(self.device, copy=True) for read in self.reads]
         read = self.reads[0]
+        if not self.spec.parts:
+            return words, []
         if len(self.tables) > 1 or not read.remember:
             return words, self._packed(words, found)
         # The layout follows from one mask tensor alone.
@@ -144,7 +150,7 @@ class DenseCall:
     ) -> tuple[BlockLayout, ...]:
         read = self.reads[0]
         whole = self.spec.mask.predicate == sympy.Ne(read.bit, 0)
-        if whole and not self.spec.views and {"q", "kv"} <= set(read.axes):
+        if whole and not self.spec.coverage and {"q", "kv"} <= set(read.axes):
             # The pass over the mask has listed just the blocks that it visits.
             batches = self.batch if "b" in read.axes else 1
             heads = self.heads if "h" in read.axes else 1

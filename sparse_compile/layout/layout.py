@@ -14,6 +14,7 @@ from sparse_compile.layout.block_layout import BlockLayout, Load
 from sparse_compile.layout.build import build_layout
 from sparse_compile.layout.candidates import candidates
 from sparse_compile.layout.density import mask_pairs
+from sparse_compile.layout.listed import unpacked_lists
 from sparse_compile.layout.schedule import Schedule, make_schedule
 from sparse_compile.layout.superset import Problem
 from sparse_compile.layout.trusted import counted, device_layout
@@ -247,7 +248,12 @@ def unpack(
     views = []
     for part, vector in zip(spec.parts, packed, strict=True):
         blocks = part.q, part.kv
-        problem = Problem.of(spec.part_mask(part), sizes, batch, heads, (n_q, n_kv), blocks)
+        problem = Problem.of(
+            spec.part_mask(part), sizes, batch, heads, (n_q, n_kv), blocks, part.listed
+        )
+        if part.listed:
+            views.append(unpacked_lists(vector, problem))
+            continue
         view = BlockLayout.unpack(vector, n_q, n_kv, *blocks, problem.batches, problem.heads)
         known = not vector.is_cuda or is_listed(problem)
         views.append(view if known else counted(view))

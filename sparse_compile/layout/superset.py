@@ -58,9 +58,16 @@ class Problem:
         heads: int,
         lengths: tuple[int, int],
         blocks: tuple[int | Order, int | Order],
+        listed: bool = False,
     ) -> Problem:
-        """The problem of a call; a number in ``blocks`` means runs of that many tokens."""
-        by_batch, by_head = _class_coordinates(mask.text)
+        """The problem of a call.
+
+        Args:
+            mask, sizes, batch, heads, lengths: of the call.
+            blocks: how tokens are put into blocks; a number means runs of that many.
+            listed: as in :class:`sparse_compile.view.View`.
+        """
+        by_batch, by_head = (True, True) if listed else _class_coordinates(mask.text)
         batches, heads = batch if by_batch else 1, heads if by_head else 1
         q, kv = (natural(order) if isinstance(order, int) else order for order in blocks)
         return Problem(mask.text, sizes, batches, heads, *lengths, q, kv)

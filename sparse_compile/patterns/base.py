@@ -17,7 +17,7 @@ import sympy
 
 from sparse_compile.errors import PatternMisuse
 from sparse_compile.expr.mask_expr import MaskExpr
-from sparse_compile.expr.nodes import is_table, table, table_index
+from sparse_compile.expr.nodes import table
 from sparse_compile.patterns.data import spelled
 
 #: Makes the data of a table when it is needed: ``values(device, n_q, n_kv, batch, heads)``.
@@ -64,12 +64,8 @@ class BoundMask:
 
         Simplification may leave a table unread.
         """
-        used = sorted({table_index(lookup) for lookup in self.expr.lookups})
-        predicate = self.expr.predicate.replace(
-            is_table, lambda lookup: table(used.index(table_index(lookup)))(*lookup.args)
-        )
-        dtypes = tuple(self.expr.tables[number] for number in used)
-        return BoundMask(MaskExpr(predicate, dtypes), tuple(self.makers[number] for number in used))
+        expr, used = self.expr.trimmed()
+        return BoundMask(expr, tuple(self.makers[number] for number in used))
 
     def tables(self, device: Any, n_q: int, n_kv: int, batch: int, heads: int) -> list[Any]:
         """The tensors of the tables on ``device``, for a problem of this size."""

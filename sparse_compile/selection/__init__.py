@@ -1,5 +1,6 @@
 """Learned and content-dependent masks: which keys are selected, and by what rule."""
 
+from sparse_compile.layout.places import places
 from sparse_compile.selection.checked import checked_select
 from sparse_compile.selection.checked_lists import check_lists
 from sparse_compile.selection.distill import distillation_loss
@@ -8,7 +9,6 @@ from sparse_compile.selection.pooled_map import allowed_units, pooled_attention
 from sparse_compile.selection.selection import (
     Selection,
     canonical,
-    places,
     worklist,
 )
 from sparse_compile.selection.selection_report import SelectionReport

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparse_compile.codegen.selected_call import SelectedCall
+from sparse_compile.codegen.call import AttentionCall
 from sparse_compile.codegen.triton.selected import executor
 from sparse_compile.errors import BadShape
 from tests.selection.cases import Case, check_executor
@@ -53,6 +53,6 @@ def test_more_than_can_be_numbered() -> None:
     *inputs, _ = case.operands()
     chosen = case.selection()
     many = chosen.index[..., :1].expand(1, 2, 40, 1 << 26)
-    call = SelectedCall(*inputs, many, chosen.count, [], [], 1.0, case.spec)
+    call = AttentionCall(*inputs, [], [], [many, chosen.count], 1.0, case.spec)
     with pytest.raises(BadShape, match="2 \\*\\* 31"):
         executor.forward(call)

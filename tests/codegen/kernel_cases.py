@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparse_compile import reference
 from sparse_compile.codegen import Executor
+from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.codegen.triton import executor as triton_executor
 from sparse_compile.expr import (
     KV,
@@ -279,7 +280,7 @@ def check(case: Case, device: torch.device, executor: Executor = triton_executor
     q, k, v, grad_out, grad_lse = _inputs(case, device)
     tables = case.tables(case, device)
     block_q, block_kv = case.block
-    spec = AttentionSpec(case.mask, block_q=block_q, block_kv=block_kv, views=case.views)
+    spec = AttentionSpec(case.mask, block_q=block_q, block_kv=block_kv, coverage=case.views)
     layout = build_views(
         spec,
         batch=case.batch,
@@ -291,13 +292,12 @@ def check(case: Case, device: torch.device, executor: Executor = triton_executor
         device=device,
     )
     mask = dense(case, tables, device)
-    arguments = (tables, case.sizes, layout, case.scale, spec)
-    out, lse = executor.forward(q, k, v, *arguments)
+    call = AttentionCall(q, k, v, tables, case.sizes, [], case.scale, spec, layout=layout)
+    out, lse = executor.forward(call)
     empty = ~mask.any(-1)
     weigh_lse = not bool(empty.any())  # the log-sum-exp of an empty row has no gradient
-    ours = executor.backward(
-        grad_out, grad_lse if weigh_lse else None, q, k, v, out, lse, *arguments
-    )
+    result = AttentionResult(out, lse, grad_out, grad_lse if weigh_lse else None)
+    ours = executor.backward(call, result)
 
     exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
     truth, true_lse = reference.attention(*exact, mask, case.scale)

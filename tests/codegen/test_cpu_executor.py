@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_compile import reference
+from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.codegen.cpu import executor, flash
 from sparse_compile.expr import (
     KV,
@@ -29,7 +30,7 @@ from sparse_compile.expr import (
     size_symbol,
     table,
 )
-from sparse_compile.layout import BlockLayout, BlockLists, build_layout
+from sparse_compile.layout import BlockLayout, BlockLists, Layout, build_layout
 from sparse_compile.spec import AttentionSpec
 from sparse_compile.view import natural
 from tests.tolerance import assert_close_as_eager, relative_error
@@ -106,11 +107,20 @@ class Case:
 
 def run(case: Case, operands: Sequence[Tensor], grad_lse: Tensor | None) -> list[Tensor]:
     """out, lse, dq, dk, dv of the executor."""
-    q, k, v, grad_out = operands
-    data = (case.tables, case.sizes, case.layout, case.scale, case.spec)
-    out, lse = executor.forward(q, k, v, *data)
-    grads = executor.backward(grad_out, grad_lse, q, k, v, out, lse, *data)
+    call = call_of(case, operands)
+    out, lse = executor.forward(call)
+    grads = executor.backward(call, AttentionResult(out, lse, operands[3], grad_lse))
     return [out, lse, *grads]
+
+
+def call_of(
+    case: Case, operands: Sequence[Tensor], layout: BlockLayout | None = None
+) -> AttentionCall:
+    """The call of a case, with its own blocks or others."""
+    blocks = (layout or case.layout,)
+    made = Layout(case.spec, blocks, case.batch, case.kv_heads * case.group)
+    data = case.tables, case.sizes, (), case.scale, case.spec
+    return AttentionCall(*operands[:3], *data, layout=made)
 
 
 def truth(case: Case, operands: Sequence[Tensor], grad_lse: Tensor | None) -> list[Tensor]:
@@ -288,8 +298,8 @@ def test_one_layout_serves_different_masks() -> None:
     some = torch.arange(100) % 3
     for tables, size in [((some,), 3), ((some,), 4), ((some.roll(1),), 4)]:
         case = Case(mask, n_q=100, n_kv=100, group=2, tables=tables, sizes=(size,))
-        q, k, v, _ = operands = case.operands(torch.float32)
-        out, _ = executor.forward(q, k, v, case.tables, case.sizes, layout, case.scale, case.spec)
+        operands = case.operands(torch.float32)
+        out, _ = executor.forward(call_of(case, operands, layout))
         assert relative_error(out, truth(case, operands, None)[0]) < 1e-5
 
 
@@ -343,9 +353,9 @@ def test_tables_are_read_at_each_call() -> None:
 def test_nan_in_a_value_stays_where_it_may_be_seen() -> None:
     mask = MaskExpr((KV < 2) | ((KV <= Q) & (Q - KV < 8)))
     case = Case(mask, n_q=1000, n_kv=1000, batch=1, block=16)
-    q, k, v, _ = case.operands(torch.float32)
-    v[:, :, 600] = math.nan
-    out, _ = executor.forward(q, k, v, (), (), case.layout, case.scale, case.spec)
+    operands = case.operands(torch.float32)
+    operands[2][:, :, 600] = math.nan
+    out, _ = executor.forward(call_of(case, operands))
     poisoned = out[0, 0].isnan().any(-1)
     assert bool(poisoned[600:608].all())
     # As in dense attention, 0 * NaN is NaN: queries of the same tile share its keys.
@@ -374,9 +384,9 @@ def test_memory_is_not_quadratic(name: str) -> None:
     case = replace(CASES[name], n_q=n, n_kv=n, batch=1, kv_heads=1, dim=8, value_dim=8, block=128)
     if name == "strided":
         case = replace(case, n_q=n // 4)
-    q, k, v, grad = case.operands(torch.float32)
-    data = ((), (), case.layout, case.scale, case.spec)
+    operands = case.operands(torch.float32)
+    call = call_of(case, operands)
     with LargestTensor() as largest:
-        out, lse = executor.forward(q, k, v, *data)
-        executor.backward(grad, None, q, k, v, out, lse, *data)
+        out, lse = executor.forward(call)
+        executor.backward(call, AttentionResult(out, lse, operands[3]))
     assert largest.numel <= case.n_q * n // 8

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 import pytest
+import sympy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,7 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparse_compile import reference
 from sparse_compile.codegen import empty_rows
-from sparse_compile.spec import EmptyRows
+from sparse_compile.codegen.call import AttentionCall, AttentionResult
+from sparse_compile.expr import MaskExpr
+from sparse_compile.spec import AttentionSpec, EmptyRows
 from tests.tolerance import assert_close_as_eager, relative_error
 
 SCALE = 0.4
@@ -43,6 +46,11 @@ def results(
     return out.detach(), *torch.autograd.grad(out, leaves, grad_out.to(out.dtype))
 
 
+def call_of(q: Tensor, k: Tensor, v: Tensor, policy: EmptyRows) -> AttentionCall:
+    spec = AttentionSpec(MaskExpr(sympy.true), policy)
+    return AttentionCall(q, k, v, [], [], [], SCALE, spec)
+
+
 def ours(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, grad_out: Tensor, policy: EmptyRows
 ) -> tuple[Tensor, ...]:
@@ -55,9 +63,11 @@ def ours(
     kept = grad_out.masked_fill(lse.eq(-math.inf).unsqueeze(-1), 0.0)
     out, *grads = (x.to(q.dtype) for x in results(zero, q, k, v, kept))
     lse = lse.float()
+    call = call_of(q, k, v, policy)
+    dq, dk, dv = grads
     return (
-        empty_rows.apply_forward(out, lse, v, policy),
-        *empty_rows.apply_backward(grad_out, q, k, v, lse, SCALE, policy, *grads),
+        empty_rows.apply_forward(call, out, lse),
+        *empty_rows.apply_backward(call, AttentionResult(out, lse, grad_out), (dq, dk, dv)),
     )
 
 
@@ -193,8 +203,9 @@ def test_half_precision(policy: EmptyRows) -> None:
 def test_zero_is_free() -> None:
     q, k, v, grad_out = operands(1, 5, 5)
     lse = torch.full(q.shape[:3], -math.inf)
-    assert empty_rows.apply_forward(q, lse, v, EmptyRows.ZERO) is q
-    grads = empty_rows.apply_backward(grad_out, q, k, v, lse, SCALE, EmptyRows.ZERO, q, k, v)
+    call = call_of(q, k, v, EmptyRows.ZERO)
+    assert empty_rows.apply_forward(call, q, lse) is q
+    grads = empty_rows.apply_backward(call, AttentionResult(q, lse, grad_out), (q, k, v))
     assert all(a is b for a, b in zip(grads, (q, k, v), strict=True))
 
 
@@ -202,6 +213,7 @@ def test_zero_is_free() -> None:
 def test_no_value_is_read_back(policy: EmptyRows) -> None:
     q, k, v, grad_out = (x.to("meta") for x in operands(2, 4, 6))
     lse = torch.empty(q.shape[:3], device="meta")
-    out = empty_rows.apply_forward(grad_out, lse, v, policy)
-    grads = empty_rows.apply_backward(grad_out, q, k, v, lse, SCALE, policy, q, k, v)
+    call = call_of(q, k, v, policy)
+    out = empty_rows.apply_forward(call, grad_out, lse)
+    grads = empty_rows.apply_backward(call, AttentionResult(out, lse, grad_out), (q, k, v))
     assert [x.shape for x in (out, *grads)] == [x.shape for x in (grad_out, q, k, v)]

@@ -12,7 +12,7 @@ from sparse_compile.codegen.triton.selected.tiles import Tile
 from sparse_compile.codegen.triton.selected.union_lists import unite_lists
 from sparse_compile.codegen.triton.selected.united import constants_of, union_tile
 from sparse_compile.expr import KV, B, H, MaskExpr, Q, size_symbol, table
-from sparse_compile.selected_spec import SelectedSpec
+from sparse_compile.spec import AttentionSpec
 
 CAUSAL = MaskExpr(KV <= Q)
 DOCUMENTS = MaskExpr((KV <= Q) & sympy.Eq(table(0)(B, Q), table(0)(B, KV)), ("int32",))
@@ -29,7 +29,7 @@ def spec_of(
     arch: str = "sm_90",
     value_dim: int | None = None,
 ) -> SelectedKernelSpec:
-    selected = SelectedSpec(mask, unit_q, unit_kv, where=("model.py:12",))
+    selected = AttentionSpec.of_units(mask, unit_q, unit_kv, where=("model.py:12",))
     shared = value_dim is not None
     value_dim = value_dim or dim
     return SelectedKernelSpec(selected, dim, value_dim, dtype, arch, members, shared)

@@ -180,7 +180,7 @@ COLUMNS = Order((8, 8), (128,), (0, 1), ((120, 128),))
 
 def in_views(*views: View, exact: bool = True) -> KernelSpec:
     mask = MaskExpr(sympy.Or(*(view.predicate for view in views)))
-    attention = AttentionSpec(mask, block_q=64, block_kv=64, views=views)
+    attention = AttentionSpec(mask, block_q=64, block_kv=64, coverage=views)
     return KernelSpec(attention, 128, 128, "bfloat16", "sm_90", exact)
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.codegen.triton import executor
 from sparse_compile.layout import build_views, unpack
 from sparse_compile.spec import AttentionSpec
@@ -79,10 +80,9 @@ def _run(case: Case) -> list[torch.Tensor]:
     layout = build_views(spec, **shape, device=device)
     # As the operators get it: lists that are views into one vector.
     layout = unpack(spec, [view.pack() for view in layout.views], **shape)
-    out, lse = executor.forward(q, k, v, [], case.sizes, layout, 0.1, spec)
-    grads = executor.backward(
-        torch.ones_like(out), None, q, k, v, out, lse, [], case.sizes, layout, 0.1, spec
-    )
+    call = AttentionCall(q, k, v, [], case.sizes, [], 0.1, spec, layout=layout)
+    out, lse = executor.forward(call)
+    grads = executor.backward(call, AttentionResult(out, lse, torch.ones_like(out)))
     return [out, lse, *grads]
 
 

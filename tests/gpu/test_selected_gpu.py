@@ -9,10 +9,10 @@ import pytest
 import sympy
 import torch
 
-from sparse_compile.codegen.selected_call import SelectedCall
+from sparse_compile.codegen.call import AttentionCall
 from sparse_compile.codegen.triton.selected import by_union, executor, united
 from sparse_compile.expr import MaskExpr
-from sparse_compile.selected_ops import SELECTED_ATTENTION
+from sparse_compile.ops import ATTENTION
 from sparse_compile.selection import canonical
 from tests.gpu.waiting import no_waiting
 from tests.selection.cases import CASES, Case, check_executor
@@ -74,7 +74,7 @@ def test_unions_in_a_recorded_graph_follow_the_lists(monkeypatch: pytest.MonkeyP
 
     def run() -> torch.Tensor:
         lists = index, count
-        return executor.forward(SelectedCall(q, k, v, *lists, [], [], 0.2, calls[0].spec))[0]
+        return executor.forward(AttentionCall(q, k, v, [], [], lists, 0.2, calls[0].spec))[0]
 
     run()
     with no_waiting():
@@ -102,7 +102,7 @@ def test_nothing_waits() -> None:
 
     def run() -> None:
         lists = canonical(index, -(-case.n_kv // case.unit_kv))
-        SELECTED_ATTENTION(q, k, v, *lists, [], [], 0.2, case.spec.text)[0].sum().backward()
+        ATTENTION(q, k, v, [], [], [], lists, 0.2, case.spec.text)[0].sum().backward()
 
     run()  # compiles
     with no_waiting():
@@ -117,7 +117,7 @@ def test_a_recorded_graph_follows_a_changing_selection() -> None:
 
     def run() -> torch.Tensor:
         lists = canonical(index, units)
-        return SELECTED_ATTENTION(q, k, v, *lists, [], [], 0.2, case.spec.text)[0]
+        return ATTENTION(q, k, v, [], [], [], lists, 0.2, case.spec.text)[0]
 
     run()
     graph = torch.cuda.CUDAGraph()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_compile import indexer_ops, selected_ops
+from sparse_compile import indexer_ops, selection_ops
 from sparse_compile.expr import KV, MaskExpr, Q
 from sparse_compile.indexer_spec import IndexerSpec
 from sparse_compile.passes import Plan
@@ -201,7 +201,7 @@ def test_operators() -> None:
     args = (q, k.mT, w, [], [], KEPT, spec.text)
     torch.library.opcheck(indexer_ops.INDEXED_TOPK, args)
     index = indexer_ops.indexed_topk(*args)[:, None]
-    torch.library.opcheck(selected_ops.CANONICAL_SELECTION, (index, LENGTH))
+    torch.library.opcheck(selection_ops.CANONICAL_SELECTION, (index, LENGTH))
 
 
 def widened(q: Tensor, k: Tensor, w: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ def test_models(kind: str, reentrant: bool, side: str) -> None:
     assert program.squares(LENGTH) == []
     # Once in the forward, and again where the backward computes the layer anew.
     called = program.targets()
-    assert called.count("sparse_compile.selected_attention.default") == 2 * LAYERS[kind]
+    assert called.count("sparse_compile.attention.default") == 2 * LAYERS[kind]
 
 
 class Layer(nn.Module):

@@ -36,7 +36,7 @@ def test_training(kind: str, implementation: str, side: str) -> None:
     assert program.squares(LENGTH) == []
     full = 2 if kind == "glm_moe_dsa" else 1
     called = program.targets()
-    assert called.count("sparse_compile.selected_attention.default") == LAYERS[kind]
+    assert called.count("sparse_compile.attention.default") == LAYERS[kind]
     assert called.count("sparse_compile.canonical_selection.default") == full
     assert called.count("sparse_compile.indexed_topk.default") == full
     assert not [name for name in called if "topk" in name and "indexed" not in name]

@@ -85,7 +85,7 @@ def test_one_set_of_lists(masks: Masks, outside: bool) -> None:
     assert all(isinstance(found, Plan) and found.listed for found in program.decisions)
     called = program.targets()
     assert called.count("sparse_compile.canonical_selection.default") == 1
-    assert called.count("sparse_compile.selected_attention.default") == len(program.decisions)
+    assert called.count("sparse_compile.attention.default") == len(program.decisions)
 
 
 def test_checkpoints_share_what_is_outside_of_them() -> None:
@@ -104,5 +104,5 @@ def test_checkpoints_share_what_is_outside_of_them() -> None:
     grads = [torch.autograd.grad(out.sum(), x)[0] for out in (ours, theirs)]
     assert_same([ours, grads[0]], [theirs, grads[1]])
     called = program.targets()
-    assert called.count("sparse_compile.selected_attention.default") == 4
+    assert called.count("sparse_compile.attention.default") == 4
     assert called.count("sparse_compile.canonical_selection.default") == 1

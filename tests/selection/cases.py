@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from sparse_compile import reference
-from sparse_compile.codegen.selected_call import Result, SelectedCall
+from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.expr import KV, H, MaskExpr, Q, evaluate
-from sparse_compile.selected_spec import SelectedSpec
 from sparse_compile.selection import Selection, canonical
+from sparse_compile.spec import AttentionSpec
 
 CAUSAL = MaskExpr(KV <= Q)
 
@@ -82,8 +82,8 @@ class Case:
         return [q, k, k[..., : self.value_dim], grad]
 
     @property
-    def spec(self) -> SelectedSpec:
-        return SelectedSpec(self.mask, self.unit_q, self.unit_kv)
+    def spec(self) -> AttentionSpec:
+        return AttentionSpec.of_units(self.mask, self.unit_q, self.unit_kv)
 
     def dense_mask(self) -> Tensor:
         """bool [B, Hq, n_q, n_kv]: selected, and allowed by the mask."""
@@ -152,9 +152,9 @@ def check_executor(executor: Any, case: Case, device: torch.device, dtype: torch
     *inputs, grad = operands = case.with_shared(operands) if case.shared else operands
     chosen = case.selection()
     lists = chosen.index.to(device), chosen.count.to(device)
-    call = SelectedCall(*inputs, *lists, [], [], case.factor, case.spec)
+    call = AttentionCall(*inputs, [], [], lists, case.factor, case.spec)
     out, lse = executor.forward(call)
-    found = [out, *executor.backward(call, Result(out, lse, grad))]
+    found = [out, *executor.backward(call, AttentionResult(out, lse, grad))]
     wanted_out, wanted_lse, *wanted_grads = (t.to(device) for t in case.expected(dtype))
     torch.testing.assert_close(lse.double(), wanted_lse, rtol=1e-4, atol=1e-4)
     theirs = eager(case, operands, case.dense_mask().to(device))

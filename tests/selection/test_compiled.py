@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sparse_compile
-from sparse_compile import direct_data, direct_plan, direct_selected, selection_ops
+from sparse_compile import direct_data, direct_plan, direct_selected, ops, selection_ops
 from sparse_compile import patterns as P
-from sparse_compile.merged_ops import MERGED_ATTENTION
+from sparse_compile.ops import ATTENTION
 from sparse_compile.patterns.data import HoldsData
-from sparse_compile.selected_ops import CANONICAL_SELECTION
 from sparse_compile.selection import Selection
-from sparse_compile.selection_ops import SELECT
+from sparse_compile.selection_ops import CANONICAL_SELECTION, SELECT
 from tests.selection.test_composition import DOCUMENTS, N, Nearest, check, dense_of, index, operands
 
 CHOSEN = P.Selected(index(), unit_kv=16)
@@ -251,7 +250,7 @@ def test_operators_fit_torch(mask: P.Pattern, monkeypatch: pytest.MonkeyPatch) -
     for home, name in (
         (direct_selected, "SELECT"),
         (direct_data, "CANONICAL_SELECTION"),
-        (direct_selected, "MERGED_ATTENTION"),
+        (ops, "ATTENTION"),
     ):
         original = getattr(home, name)
 
@@ -263,7 +262,7 @@ def test_operators_fit_torch(mask: P.Pattern, monkeypatch: pytest.MonkeyPatch) -
     CHOSEN.index.add_(0)  # whose lists may be known
     sparse_compile.attention(*operands(4, 2, N, N, torch.float32), mask)
     assert calls[0][0] is (SELECT if isinstance(mask, P.Scored) else CANONICAL_SELECTION)
-    assert len(calls) == 1 or calls[1][0] is MERGED_ATTENTION
+    assert len(calls) == 1 or calls[1][0] is ATTENTION
     for operator, args in calls:
         torch.library.opcheck(operator, args)
 

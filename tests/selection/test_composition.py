@@ -16,10 +16,9 @@ import sparse_compile
 from sparse_compile import patterns as P
 from sparse_compile.errors import BadPattern, BadShape, PatternMisuse
 from sparse_compile.expr import KV, MaskExpr, Q, evaluate
-from sparse_compile.merged_ops import MERGED_ATTENTION
+from sparse_compile.ops import ATTENTION
 from sparse_compile.patterns.selecting import Selecting
 from sparse_compile.reference import attention as reference
-from sparse_compile.selected_spec import SelectedSpec
 from sparse_compile.selection import Selection, canonical
 from sparse_compile.selection.split import split
 from sparse_compile.spec import AttentionSpec, EmptyRows
@@ -328,8 +327,7 @@ def test_a_wide_selection_leaves_nothing_to_merge() -> None:
 def test_rows_without_keys_keep_their_policy(policy: EmptyRows) -> None:
     """Of a static and a selected part together: neither alone decides which rows are empty."""
     static, rest = (KV <= Q) & (Q < 20), (Q >= 10) & (Q < 60) & ~((KV <= Q) & (Q < 20))
-    spec = AttentionSpec(MaskExpr(static), policy, 32, 32).text
-    selected_spec = SelectedSpec(MaskExpr(rest), 1, 16).text
+    spec = AttentionSpec(MaskExpr(static), policy, 32, 32).with_units(MaskExpr(rest), 1, 16)
     found = CHOSEN.select(torch.zeros(B, 4, N, 1), torch.zeros(B, 2, N, 1), None, [], [])
     rows, keys = torch.arange(N)[:, None], torch.arange(N)
     allowed = (keys <= rows) & (rows < 20)
@@ -337,9 +335,8 @@ def test_rows_without_keys_keep_their_policy(policy: EmptyRows) -> None:
     dense = (found.dense(N, N) & rest_dense | allowed).expand(B, 4, N, N)
     ours = operands(4, 2, N, N, torch.float32)
     exact = [t.detach().double().requires_grad_() for t in ours]
-    out, lse = MERGED_ATTENTION(
-        *(*ours, found.index, found.count, [], [], [], [], [], 0.25, spec, selected_spec)
-    )
+    lists = [found.index, found.count]
+    out, lse = ATTENTION(*ours, [], [], [], lists, 0.25, spec.text)
     wanted, wanted_lse = reference(*exact, dense, 0.25, policy.value)
     torch.testing.assert_close(lse.double(), wanted_lse.detach(), rtol=1e-5, atol=1e-5)
     assert relative_error(out, wanted) < 1e-5

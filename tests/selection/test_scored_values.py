@@ -11,9 +11,9 @@ from torch import Tensor
 
 from sparse_compile import patterns as P
 from sparse_compile.errors import BadPattern, BadShape
-from sparse_compile.selected_ops import SELECTED_ATTENTION
-from sparse_compile.selected_spec import SelectedSpec
+from sparse_compile.ops import ATTENTION
 from sparse_compile.selection import checked_select
+from sparse_compile.spec import AttentionSpec
 from tests.selection.test_scored import check, dense, given_scores, operands, select
 
 VALUES: list[Any] = [
@@ -196,8 +196,9 @@ def test_gates() -> None:
 def test_attention_over_what_is_selected(pattern: Any) -> None:
     q, k = operands()
     found = select(pattern, q, k, P.Causal())
-    spec = SelectedSpec(P.Causal().bound().expr, found.unit_q, found.unit_kv)
-    out, _ = SELECTED_ATTENTION(q, k, k, found.index, found.count, [], [], 0.25, spec.text)
+    spec = AttentionSpec.of_units(P.Causal().bound().expr, found.unit_q, found.unit_kv)
+    lists = [found.index, found.count]
+    out, _ = ATTENTION(q, k, k, [], [], [], lists, 0.25, spec.text)
     chosen = found.dense(100, 100).repeat_interleave(4 // found.index.shape[1], 1)
     keep = chosen & dense(P.Causal(), q, k)
     score = (q @ k.repeat_interleave(2, 1).mT * 0.25).masked_fill(~keep, float("-inf"))

@@ -9,7 +9,7 @@ from torch import Tensor
 import sparse_compile
 from sparse_compile import patterns as P
 from sparse_compile.errors import BadPattern, BadShape
-from sparse_compile.selected_ops import SELECTED_ATTENTION
+from sparse_compile.ops import ATTENTION
 from sparse_compile.selection import canonical, check_lists, checked_select, places
 from tests.selection.cases import CASES, Case
 
@@ -19,9 +19,8 @@ def run(case: Case, operands: list[Tensor]) -> list[Tensor]:
     q, k, v = (t.detach().requires_grad_() for t in inputs)
     chosen = case.selection()
     scale = case.factor
-    out, lse = SELECTED_ATTENTION(
-        q, k, v, chosen.index, chosen.count, [], [], scale, case.spec.text
-    )
+    lists = [chosen.index, chosen.count]
+    out, lse = ATTENTION(q, k, v, [], [], [], lists, scale, case.spec.text)
     return [out, lse, *torch.autograd.grad(out, (q, k, v), grad)]
 
 
@@ -36,8 +35,8 @@ def test_operator_fits_torch() -> None:
     q, k, v = (t.requires_grad_() for t in case.operands()[:3])
     chosen = case.selection()
     torch.library.opcheck(
-        SELECTED_ATTENTION,
-        (q, k, v, chosen.index, chosen.count, [], [], 0.25, case.spec.text),
+        ATTENTION,
+        (q, k, v, [], [], [], [chosen.index, chosen.count], 0.25, case.spec.text),
     )
 
 
@@ -70,12 +69,12 @@ def test_a_selection_that_does_not_fit() -> None:
     case = CASES[0]
     q, k, v, _ = case.operands()
     chosen = case.selection()
+    lists = [chosen.index[:, :, 1:], chosen.count]
     with pytest.raises(BadShape, match=r"ceil\(Nq / unit_q\)"):
-        SELECTED_ATTENTION(
-            q, k, v, chosen.index[:, :, 1:], chosen.count, [], [], 1.0, case.spec.text
-        )
+        ATTENTION(q, k, v, [], [], [], lists, 1.0, case.spec.text)
+    lists = [chosen.index.long(), chosen.count]
     with pytest.raises(BadShape, match="int32"):
-        SELECTED_ATTENTION(q, k, v, chosen.index.long(), chosen.count, [], [], 1.0, case.spec.text)
+        ATTENTION(q, k, v, [], [], [], lists, 1.0, case.spec.text)
 
 
 @pytest.mark.parametrize(
@@ -98,10 +97,10 @@ def test_lists_that_are_not_canonical(entries: list[int], count: int, message: s
     chosen.index[1, 0, 5], chosen.count[1, 0, 5] = torch.tensor(entries), count
     lists = chosen.index, chosen.count
     if message is None:
-        SELECTED_ATTENTION(q, k, v, *lists, [], [], 1.0, case.spec.text)
+        ATTENTION(q, k, v, [], [], [], lists, 1.0, case.spec.text)
         return
     with pytest.raises(BadPattern, match=message):
-        SELECTED_ATTENTION(q, k, v, *lists, [], [], 1.0, case.spec.text)
+        ATTENTION(q, k, v, [], [], [], lists, 1.0, case.spec.text)
     for called in (check_lists, lambda *_: checked_select(chosen.pattern, q, k)):
         with pytest.raises(BadPattern, match=message):
             called(*lists, 7)

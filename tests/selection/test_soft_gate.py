@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparse_compile.errors import BadShape
 from sparse_compile.expr import KV, MaskExpr, Q
-from sparse_compile.selected_ops import SELECTED_ATTENTION
+from sparse_compile.ops import ATTENTION
 from sparse_compile.selection import gated_attention
 from tests.selection.cases import CASES, Case
 
@@ -65,8 +65,8 @@ def test_straight_through_is_the_operator_with_the_gradient_of_a_gate(case: Case
     q, k, v, grad = case.operands()
     chosen, log_gate = case.selection(), gates(case).requires_grad_()
     out = gated_attention(q, k, v, log_gate, chosen, mask=case.mask, straight_through=True)
-    operands = q, k, v, chosen.index, chosen.count
-    hard, _ = SELECTED_ATTENTION(*operands, [], [], case.dim**-0.5, case.spec.text)
+    lists = [chosen.index, chosen.count]
+    hard, _ = ATTENTION(q, k, v, [], [], [], lists, case.dim**-0.5, case.spec.text)
     torch.testing.assert_close(out, hard, rtol=1e-4, atol=1e-5)
     zero = torch.zeros_like(log_gate, requires_grad=True)
     soft = gated_attention(q, k, v, zero, chosen, mask=case.mask)

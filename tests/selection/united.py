@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch import Tensor
 
-from sparse_compile.codegen.selected_call import SelectedCall
+from sparse_compile.codegen.call import AttentionCall
 from sparse_compile.codegen.triton.selected import by_union, executor
 from sparse_compile.expr import MaskExpr
 from tests.selection.cases import Case, eager
@@ -34,7 +34,7 @@ def writers(case: Case, device: torch.device, dtype: torch.dtype) -> set[str]:
     q, k, v = (t.to(device) for t in case.operands(dtype)[:3])
     chosen = case.selection()
     lists = chosen.index.to(device), chosen.count.to(device)
-    call = SelectedCall(q, k, v, *lists, [], [], case.factor, case.spec)
+    call = AttentionCall(q, k, v, [], [], lists, case.factor, case.spec)
     found: set[str] = set()
     with pytest.MonkeyPatch.context() as patched:
         _watch(patched, found)

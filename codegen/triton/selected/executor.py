@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.codegen import cache
-from sparse_compile.codegen.selected_call import Result, SelectedCall
+from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.codegen.triton import arguments
 from sparse_compile.codegen.triton.executor import (
     LIMIT,
@@ -90,13 +90,13 @@ class _Launch:
         mask_data: what the mask reads, as arguments.
     """
 
-    call: SelectedCall
+    call: AttentionCall
     sign: float
     kernels: Kernels
     mask_data: list[Any]
 
     @staticmethod
-    def of(call: SelectedCall) -> _Launch:
+    def of(call: AttentionCall) -> _Launch:
         """Raises BadShape for more than the kernels can number."""
         _check(call)
         q, k, v = call.q, call.k, call.v
@@ -107,8 +107,8 @@ class _Launch:
         sign, scale = positive(call.scale)
         q = arguments.operand(q if sign == 1 else q * sign)
         k, v = (arguments.operand(t, *kernels.by_query) for t in (k, v))
-        index, count = call.index.contiguous(), call.count.contiguous()
-        call = replace(call, q=q, k=k, v=v, index=index, count=count, scale=scale)
+        lists = call.index.contiguous(), call.count.contiguous()
+        call = replace(call, q=q, k=k, v=v, lists=lists, scale=scale)
         return _Launch(call, sign, kernels, data)
 
     @property
@@ -176,7 +176,7 @@ def _is_shared(k: Tensor, v: Tensor) -> bool:
     return same and wide and width == features_of(k.shape[3])[0].dim
 
 
-def _check(call: SelectedCall) -> None:
+def _check(call: AttentionCall) -> None:
     """Raise for more than int32 and grids can number."""
     lengths, members = max(call.q.shape[2], call.k.shape[2]), max(call.q.shape[0], call.groups)
     entries = call.index.shape[2] * call.index.shape[3]
@@ -188,7 +188,7 @@ def _check(call: SelectedCall) -> None:
         )
 
 
-def forward(call: SelectedCall) -> tuple[Tensor, Tensor]:
+def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """As :func:`sparse_compile.codegen.cpu.selected.forward`."""
     batch, heads, n_q, _ = call.q.shape
     out = call.q.new_empty(batch, n_q, heads, call.v.shape[3]).transpose(1, 2)
@@ -305,7 +305,7 @@ def _by_key_forward(launch: _Launch, out: Tensor, lse: Tensor) -> None:
         _merge(launch, part, (out, lse), (first, first + 1), most, counted=True)
 
 
-def backward(call: SelectedCall, result: Result) -> tuple[Tensor, Tensor, Tensor]:
+def backward(call: AttentionCall, result: AttentionResult) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`sparse_compile.codegen.cpu.selected.backward`."""
     dq = torch.empty(call.q.shape, dtype=call.q.dtype, device=call.q.device)
     dk, dv = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (call.k, call.v))
@@ -323,13 +323,13 @@ def backward(call: SelectedCall, result: Result) -> tuple[Tensor, Tensor, Tensor
     return dq, dk.to(call.k.dtype), dv.to(call.v.dtype)
 
 
-def _sizes(call: SelectedCall) -> tuple[Any, ...]:
+def _sizes(call: AttentionCall) -> tuple[Any, ...]:
     return call.q.shape[1], call.k.shape[1], call.q.shape[2], call.k.shape[2], call.scale
 
 
 def _by_query_backward(
     launch: _Launch,
-    result: Result,
+    result: AttentionResult,
     grad_out: Tensor,
     statistics: tuple[Tensor, Tensor],
     grads: tuple[Tensor, Tensor, Tensor],

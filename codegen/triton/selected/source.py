@@ -23,7 +23,7 @@ from sparse_compile.codegen.triton.source import escaped, legend, mask_parameter
 from sparse_compile.codegen.triton.text import common
 from sparse_compile.codegen.triton.tiles import padded
 from sparse_compile.expr import H
-from sparse_compile.selected_spec import SelectedSpec
+from sparse_compile.spec import AttentionSpec
 
 #: A new length or selection must not compile anything.
 _UNSPECIALIZED = (
@@ -37,13 +37,13 @@ class SelectedKernelSpec:
     """Everything that determines the source of the kernels. It *is* the cache key.
 
     Attributes:
-        selected: the mask and the units.
+        selected: the mask; one part of units covers it.
         head_dim, value_dim, dtype, arch: as in :class:`sparse_compile.spec.KernelSpec`.
         members: query heads that share a key head and a selection.
         shared: whether the values are the first features of the keys, in the same memory.
     """
 
-    selected: SelectedSpec
+    selected: AttentionSpec
     head_dim: int
     value_dim: int
     dtype: str

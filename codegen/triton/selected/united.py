@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sparse_compile.codegen.selected_call import SelectedCall
+from sparse_compile.codegen.call import AttentionCall
 from sparse_compile.codegen.triton.selected.features import WIDE
 from sparse_compile.codegen.triton.selected.tiles import Tile
 from sparse_compile.codegen.triton.tiles import padded
@@ -54,7 +54,7 @@ def neighbours(spec: SelectedKernelSpec) -> int:
     return min(_MOST, _ROWS // spec.rows)
 
 
-def can_unite(spec: SelectedKernelSpec, call: SelectedCall) -> bool:
+def can_unite(spec: SelectedKernelSpec, call: AttentionCall) -> bool:
     """Whether lists of a call can be united: there are several, of a length that can be sorted."""
     if call.index.shape[2] < 2 or union_tile(spec) is None:
         return False
@@ -63,7 +63,7 @@ def can_unite(spec: SelectedKernelSpec, call: SelectedCall) -> bool:
     return slots <= _SLOTS and n * key_units < (1 << 31) - 1
 
 
-def programs(spec: SelectedKernelSpec, call: SelectedCall) -> tuple[int, int, int]:
+def programs(spec: SelectedKernelSpec, call: AttentionCall) -> tuple[int, int, int]:
     """The grid of the kernel."""
     return -(-call.index.shape[2] // neighbours(spec)), call.groups, call.q.shape[0]
 

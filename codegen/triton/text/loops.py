@@ -3,7 +3,7 @@
 #: Before the tile is loaded, so that the numbers are there when its loads are under way.
 LISTS = """\
 blocks_$V, n_partial_$V, n_blocks_$V = line(
-    start_$V, counts_$V, index_$V, room_$V, lines_$V,
+    start_$V$OWN, counts_$V, index_$V, room_$V, lines_$V,
     (b % batches_$V) * heads_$V + h % heads_$V, number,
 )
 """

@@ -1,0 +1,116 @@
+"""AttentionCall and AttentionResult: what executors compute from, forward and backward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from sparse_compile.layout import Layout
+from sparse_compile.layout.known import known_layout
+from sparse_compile.spec import AttentionSpec
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """One attention: its operands, the data of its mask, and what it means.
+
+    Attributes:
+        q: [B, Hq, Nq, D], float32, float16 or bfloat16; any strides.
+        k: [B, Hkv, Nkv, D], same dtype; Hkv divides Hq.
+        v: [B, Hkv, Nkv, Dv], same dtype.
+        tables: the tensors ``t0, t1, ...`` that the mask reads.
+        sizes: the integers ``s0, s1, ...`` that it reads.
+        lists: part after part of the coverage, for each part of blocks one packed int32 vector,
+            none at all where the mask of these parts reads no tensors; for each part of units
+            index and count, int32, as in :class:`sparse_compile.selection.Selection`.
+        scale: factor on the scores.
+        spec: the mask, and the parts that cover it.
+        learned: further tensors that it reads, those that get gradients.
+        layout: the blocks to visit, as :meth:`pieces` finds them for the executors of blocks.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    tables: Sequence[Tensor]
+    sizes: Sequence[int]
+    lists: Sequence[Tensor]
+    scale: float
+    spec: AttentionSpec
+    learned: tuple[Tensor, ...] = ()
+    layout: Layout | None = None
+
+    def pieces(self) -> list[AttentionCall]:
+        """What one executor each computes: all blocks together, and every part of units alone."""
+        packed = len(self.lists) - 2 * len(self.spec.units)
+        starts = iter(range(packed, len(self.lists), 2))
+        pieces = []
+        for spec, used in self.spec.pieces:
+            tables, layout = [self.tables[number] for number in used], self.layout
+            if spec.units:
+                first = next(starts)
+                lists = self.lists[first : first + 2]
+            else:
+                lists = self.lists[:packed]
+                layout = layout or known_layout(
+                    spec, self.shape, tables, self.sizes, lists, self.q.device
+                )
+            pieces.append(replace(self, tables=tables, lists=lists, spec=spec, layout=layout))
+        return pieces
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Batch, query heads, Nq and Nkv."""
+        batch, heads, n_q, _ = self.q.shape
+        return batch, heads, n_q, self.k.shape[2]
+
+    @property
+    def blocks(self) -> Layout:
+        """The layout, which an executor of blocks is given."""
+        assert self.layout is not None
+        return self.layout
+
+    @property
+    def index(self) -> Tensor:
+        """Of a call of one part of units, the units of keys of each list."""
+        return self.lists[0]
+
+    @property
+    def count(self) -> Tensor:
+        """Of a call of one part of units, how long each list is."""
+        return self.lists[1]
+
+    @property
+    def groups(self) -> int:
+        """Groups of query heads; those of a group share both a key head and a selection."""
+        return math.lcm(self.k.shape[1], self.index.shape[1])
+
+    @property
+    def members(self) -> int:
+        """Query heads of a group."""
+        return self.q.shape[1] // self.groups
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to compute, or no list has room for anything."""
+        return not (self.q.numel() and self.k.numel() and self.index.shape[3])
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionResult:
+    """What a backward follows from: maybe that of a larger attention, of which the call is a piece.
+
+    Attributes:
+        out: [B, Hq, Nq, Dv] in q's dtype; for an executor, 0 on empty rows.
+        lse: fp32 [B, Hq, Nq], the natural log-sum-exp, -inf on empty rows.
+        grad_out: gradient of ``out``.
+        grad_lse: gradient of ``lse``, if anything read it.
+    """
+
+    out: Tensor
+    lse: Tensor
+    grad_out: Tensor
+    grad_lse: Tensor | None = None

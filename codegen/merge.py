@@ -1,0 +1,48 @@
+"""The algebra of attentions to disjoint keys.
+
+With the results out_i and log-sum-exps lse_i of the pieces,
+
+    lse = log(sum_i exp(lse_i)),    out = sum_i exp(lse_i - lse) out_i
+
+and the gradients of q, k and v are the sums of those of the pieces, each computed with the merged
+out and lse: exp(score - lse) is then the weight of a key among all of them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def merge(results: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Attention to the keys of disjoint pieces, from ``(out, lse)`` of each.
+
+    Args:
+        results: out [..., Dv], 0 on empty rows, and lse [...] in fp32, -inf on empty rows.
+        dtype: of the merged out.
+
+    >>> from math import inf, log
+    >>> one, two = torch.tensor([[1.0], [1.0], [0.0]]), torch.tensor([[4.0], [0.0], [0.0]])
+    >>> lse, more_lse = torch.tensor([0, 0, -inf]), torch.tensor([log(2), -inf, -inf])
+    >>> out, total = merge([(one, lse), (two, more_lse)], torch.float32)
+    >>> [round(value, 3) for value in out.flatten().tolist()], total.isinf().tolist()
+    ([3.0, 1.0, 0.0], [False, False, True])
+    """
+    if len(results) == 1:
+        return results[0]
+    total = functools.reduce(torch.logaddexp, [lse for _, lse in results])
+    # Rows without any key keep the 0 that all pieces gave them.
+    known = total.masked_fill(total.isneginf(), 0)
+    weighed = [(lse - known).exp().unsqueeze(-1) * out for out, lse in results]
+    return functools.reduce(torch.add, weighed).to(dtype), total
+
+
+def add(
+    grads: Sequence[tuple[Tensor, Tensor, Tensor]],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v, from those of each piece."""
+    dq, dk, dv = (functools.reduce(torch.add, parts) for parts in zip(*grads, strict=True))
+    return dq, dk, dv
