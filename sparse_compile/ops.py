@@ -112,7 +112,7 @@ def dense_layout(
 ) -> list[Tensor]:
     """Like :func:`block_layout`, for a mask that reads mask tensors as tables of bits.
 
-    Waits for the device once for each mask tensor that is new or was modified.
+    Waits for the device once for each mask tensor.
 
     Args:
         tables: the tensors ``t0, t1, ...`` of the mask; those of ``reads`` are mask tensors.

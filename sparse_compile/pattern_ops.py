@@ -70,7 +70,8 @@ def pattern_table(
         )
     # Memory of its own: what compiles the graph may reuse it, and the user's tensor may change
     # before the backward reads it.
-    return made.to(device=device, dtype=dtype, copy=True)
+    result: Tensor = made.to(device=device, dtype=dtype, copy=True)
+    return result
 
 
 @pattern_table.register_fake

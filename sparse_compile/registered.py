@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef, custom_op, infer_schema
+from torch.library import custom_op, infer_schema
 
 
 def operator(
     name: str, *, tags: Sequence[torch.Tag] = (), by_token: bool = False
-) -> Callable[[Callable[..., Any]], CustomOpDef]:
+) -> Callable[[Callable[..., Any]], Any]:
     """Register a function as ``sparse_compile::name``; it changes none of its arguments.
 
     Its results are contiguous; its fake must make them so, as ``new_empty`` does.
@@ -30,7 +30,7 @@ def operator(
             projection back to [B, N, H * D] reads.
     """
 
-    def register(run: Callable[..., Any]) -> CustomOpDef:
+    def register(run: Callable[..., Any]) -> Any:
         @wraps(run)
         def stored(*args: Any, **kwargs: Any) -> Any:
             return _stored(run(*args, **kwargs), by_token)
