@@ -77,10 +77,8 @@ class CarefulCall:
 
         Always of one entry and head.
         """
-        group, step = (
-            self.q.shape[1] // self.k.shape[1],
-            max(1, _AT_ONCE // max(1, self.k.shape[2])),
-        )
+        group = self.q.shape[1] // self.k.shape[1]
+        step = max(1, _AT_ONCE // max(1, self.k.shape[2]))
         for b, h in chosen.any(-1).nonzero().tolist():
             for rows in chosen[b, h].nonzero().flatten().split(step):
                 yield b, h, h // group, rows
