@@ -9,16 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.library import custom_op, infer_schema
 
+if TYPE_CHECKING:
+    from torch._library.custom_ops import CustomOpDef
+
 
 def operator(
     name: str, *, tags: Sequence[torch.Tag] = (), by_token: bool = False
-) -> Callable[[Callable[..., Any]], Any]:
+) -> Callable[[Callable[..., Any]], CustomOpDef]:
     """Register a function as ``sparse_compile::name``; it changes none of its arguments.
 
     Its results are contiguous; its fake must make them so, as ``new_empty`` does.
@@ -30,7 +33,7 @@ def operator(
             projection back to [B, N, H * D] reads.
     """
 
-    def register(run: Callable[..., Any]) -> Any:
+    def register(run: Callable[..., Any]) -> CustomOpDef:
         @wraps(run)
         def stored(*args: Any, **kwargs: Any) -> Any:
             return _stored(run(*args, **kwargs), by_token)

@@ -80,7 +80,7 @@ class CarefulCall:
         group = self.q.shape[1] // self.k.shape[1]
         step = max(1, _AT_ONCE // max(1, self.k.shape[2]))
         for b, h in chosen.any(-1).nonzero().tolist():
-            for rows in chosen[b, h].nonzero().flatten().split(step):
+            for rows in torch.split(chosen[b, h].nonzero().flatten(), step):
                 yield b, h, h // group, rows
 
     def scores(self, b: int, h: int, head: int, rows: Tensor) -> tuple[Tensor, Tensor]:
