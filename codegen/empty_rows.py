@@ -45,8 +45,8 @@ def apply_forward(call: AttentionCall, out: Tensor, lse: Tensor) -> Tensor:
     [0.0, 2.0]
     """
     v, policy = call.v, call.spec.empty_rows
-    if policy is EmptyRows.ZERO:
-        return out
+    if policy is EmptyRows.ZERO or not v.shape[2]:
+        return out  # a sum over no keys is 0, whatever their weights are
     empty = lse.eq(-math.inf).unsqueeze(-1)
     if policy in (EmptyRows.NAN, EmptyRows.NAN_ADDED):
         return out.masked_fill(empty, math.nan)
@@ -81,7 +81,7 @@ def apply_backward(
         row, as NaN weights make it; with NAN_ADDED also dk, and dq on the empty rows.
     """
     policy, (dq, dk, dv) = call.spec.empty_rows, grads
-    if policy is EmptyRows.ZERO:
+    if policy is EmptyRows.ZERO or not call.v.shape[2]:
         return dq, dk, dv
     q, k, v, scale = call.q, call.k, call.v, call.scale
     group = _group(q, k)

@@ -24,6 +24,7 @@ from sparse_compile.layout import build_views
 from sparse_compile.layout.dense_tables import DenseCall, DenseRead
 from sparse_compile.layout.known import listed_views, packed_layout
 from sparse_compile.operands import check_call, check_operands, widest
+from sparse_compile.registered import operator
 from sparse_compile.spec import AttentionSpec
 
 #: Layouts are cached across calls and their lengths are only known at run time: neither may live in
@@ -31,7 +32,7 @@ from sparse_compile.spec import AttentionSpec
 _TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
-@torch.library.custom_op("sparse_compile::layout", mutates_args=(), tags=_TAGS)
+@operator("layout", tags=_TAGS)
 def layout(
     tables: Sequence[Tensor],
     reads: str,
@@ -48,7 +49,7 @@ def layout(
 
     Lists are built on ``device`` without synchronising where the predicate leaves few enough blocks
     possible (32768) to have room for all of them; otherwise the host waits once for their number,
-    as it does for each mask tensor that is new or was modified.
+    as it does for each mask tensor.
 
     Args:
         tables: the tensors ``t0, t1, ...`` of the mask; those of ``reads`` are mask tensors.
@@ -113,7 +114,7 @@ def _(
     return made
 
 
-@torch.library.custom_op("sparse_compile::attention", mutates_args=(), tags=_TAGS)
+@operator("attention", tags=_TAGS, by_token=True)
 def attention(
     q: Tensor,
     k: Tensor,
@@ -158,9 +159,7 @@ def attention(
     )
     check_call(call)
     out, lse = codegen.forward(call)
-    out = empty_rows.apply_forward(call, out, lse)
-    # A no-op for executors that store it so: what a projection back to [B, N, Hq * Dv] reads.
-    return out.transpose(1, 2).contiguous().transpose(1, 2), lse
+    return empty_rows.apply_forward(call, out, lse), lse
 
 
 @attention.register_fake
@@ -181,7 +180,7 @@ def _(
     return out, q.new_empty([batch, heads, n_q], dtype=torch.float32)
 
 
-@torch.library.custom_op("sparse_compile::attention_backward", mutates_args=(), tags=_TAGS)
+@operator("attention_backward", tags=_TAGS)
 def attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -203,8 +202,7 @@ def attention_backward(
     )
     result = AttentionResult(out, lse, grad_out, grad_lse)
     grads = codegen.backward(call, empty_rows.without(call, result))
-    grads = empty_rows.apply_backward(call, result, grads)
-    return [grad.contiguous() for grad in grads]
+    return list(empty_rows.apply_backward(call, result, grads))
 
 
 @attention_backward.register_fake

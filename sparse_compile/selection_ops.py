@@ -25,6 +25,7 @@ from sparse_compile.patterns.scored import Scored
 from sparse_compile.patterns.scorers import Scorer
 from sparse_compile.patterns.selected import Selected
 from sparse_compile.patterns.selecting import Selecting
+from sparse_compile.registered import operator
 from sparse_compile.selection import canonical
 from sparse_compile.selection.union import Union
 
@@ -60,7 +61,7 @@ def selecting_named(key: str) -> Selecting:
     return _LEAVES[key]
 
 
-@torch.library.custom_op("sparse_compile::select", mutates_args=(), tags=_TAGS)
+@operator("select", tags=_TAGS)
 def select(
     q: Tensor,
     k: Tensor,
@@ -109,7 +110,7 @@ def _(
     return index, q.new_empty([q.shape[0], lists, rows], dtype=torch.int32)
 
 
-@torch.library.custom_op("sparse_compile::canonical_selection", mutates_args=())
+@operator("canonical_selection")
 def canonical_selection(index: Tensor, units: int) -> tuple[Tensor, Tensor]:
     """:func:`sparse_compile.selection.canonical` as an operator: int32 index and count."""
     return canonical(index, units)

@@ -39,6 +39,7 @@ RANK = {
     "codegen": 5,
     "fresh_size": 5,
     "operands": 5,
+    "registered": 5,
     "ops": 6,
     "pattern_ops": 6,
     "selection_ops": 7,

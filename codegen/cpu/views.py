@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.codegen.cpu import executor
+from sparse_compile.codegen.cpu.careful import CarefulCall, is_finite
 from sparse_compile.codegen.merge import add, merge
 from sparse_compile.expr import KV, MaskExpr, Q, is_table, table
 from sparse_compile.layout import BlockLayout, Layout
@@ -32,12 +33,19 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     Returns:
         out [B, Hq, Nq, Dv] in q.dtype, and lse fp32 [B, Hq, Nq]; 0 and -inf on rows without a key.
     """
-    return merge([_in_order(at, call) for at in _views(call)], call.q.dtype)
+    out, lse = merge([_in_order(at, call) for at in _views(call)], call.q.dtype)
+    return (out, lse) if is_finite(out) else CarefulCall(call).mend(out, lse)
 
 
 @torch.no_grad()
 def backward(call: AttentionCall, result: AttentionResult) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`forward`; each view uses the merged ``out`` and ``lse``."""
+    grads = _sums(call, result)
+    return grads if is_finite(*grads) else CarefulCall(call).gradients(result)
+
+
+def _sums(call: AttentionCall, result: AttentionResult) -> tuple[Tensor, Tensor, Tensor]:
+    """The sums of the gradients through all views."""
     q, k, views = call.q, call.k, _views(call)
     grads = []
     for at in views:

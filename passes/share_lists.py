@@ -1,19 +1,24 @@
-"""share_selections: the lists that several attentions make of one index, made once."""
+"""share_lists: what several attentions find out about one index or one mask tensor, found once."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from sparse_compile.ops import LAYOUT
 from sparse_compile.passes.graph_edit import example_value
 from sparse_compile.passes.mutation import Memory, written_inputs
 from sparse_compile.selection_ops import CANONICAL_SELECTION
 
+_LISTING = (CANONICAL_SELECTION, LAYOUT)
 
-def share_selections(gm: GraphModule) -> None:
-    """Keep one of the calls that make lists of the same index; changes ``gm`` in place.
+
+def share_lists(gm: GraphModule) -> None:
+    """Keep one of the calls that list the same; changes ``gm`` in place.
 
     AOTAutograd would find them, too, but only where it partitions a graph for a backward.
     """
@@ -24,27 +29,40 @@ def share_selections(gm: GraphModule) -> None:
 
 
 def _share(gm: GraphModule) -> bool:
-    calls = [node for node in gm.graph.nodes if node.target is CANONICAL_SELECTION]
+    calls = [node for node in gm.graph.nodes if node.target in _LISTING]
     if len(calls) < 2:
         return False
     memory = Memory(gm)
     written = {memory.of(node) for writer in gm.graph.nodes for node in written_inputs(writer)}
     made: dict[Hashable, Node] = {}
     for call in calls:
-        index, units = call.args
-        assert isinstance(index, Node)
-        source = _source(index)
-        if memory.of(source) in written:
-            continue  # it may hold something else by now
-        first = made.setdefault((source, _size(units)), call)
+        sources = [_source(node) for node in call.all_input_nodes if _is_tensor(node)]
+        if any(memory.of(source) in written for source in sources):
+            continue  # they may hold something else by now
+        first = made.setdefault((call.target, _key(call.args)), call)
         if first is not call:
             call.replace_all_uses_with(first)
             gm.graph.erase_node(call)
     return True
 
 
+def _is_tensor(node: Node) -> bool:
+    return isinstance(example_value(node), Tensor)
+
+
+def _key(arg: Any) -> Hashable:
+    """What an argument is: a tensor by its node, a size by its value, whichever node holds it."""
+    if isinstance(arg, (tuple, list)):
+        return tuple(map(_key, arg))
+    if isinstance(arg, Node):
+        if _is_tensor(arg):
+            return _source(arg)
+        arg = example_value(arg)
+    return str(arg.node.expr) if isinstance(arg, torch.SymInt) else arg
+
+
 def _source(index: Node) -> Node:
-    """The index before calls that keep it as it is."""
+    """The tensor before calls that keep it as it is."""
     while index.op == "call_method" and index.target in ("detach", "to"):
         source = index.args[0]
         assert isinstance(source, Node)
@@ -53,12 +71,3 @@ def _source(index: Node) -> Node:
             break
         index = source
     return index
-
-
-def _size(units: object) -> Hashable:
-    """A size by what it is, whichever node holds it."""
-    value = example_value(units) if isinstance(units, Node) else units
-    if isinstance(value, torch.SymInt):
-        return str(value.node.expr)
-    assert isinstance(value, int)
-    return value
