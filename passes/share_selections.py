@@ -8,7 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from sparse_compile.passes.graph_edit import example_value
-from sparse_compile.passes.mutation import Memory, written_inputs
+from sparse_compile.passes.mutation import Memory
 from sparse_compile.selected_ops import CANONICAL_SELECTION
 
 
@@ -27,14 +27,13 @@ def _share(gm: GraphModule) -> bool:
     calls = [node for node in gm.graph.nodes if node.target is CANONICAL_SELECTION]
     if len(calls) < 2:
         return False
-    memory = Memory(gm)
-    written = {memory.of(node) for writer in gm.graph.nodes for node in written_inputs(writer)}
+    memory = Memory(gm.graph)
     made: dict[Hashable, Node] = {}
     for call in calls:
         index, units = call.args
         assert isinstance(index, Node)
         source = _source(index)
-        if memory.of(source) in written:
+        if memory.is_written(source):
             continue  # it may hold something else by now
         first = made.setdefault((source, _size(units)), call)
         if first is not call:

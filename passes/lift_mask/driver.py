@@ -102,7 +102,7 @@ def lift_mask(
             raise lifted
         return lifted
     except CannotSlice as error:
-        return Rejection(str(error), "", site.where, site.output.node)
+        return Rejection(str(error), error.hint, site.where, site.output.node)
     except Refused as refused:
         return Rejection(refused.reason, refused.hint, site.where, site.output.node)
     except Exception as error:  # A mistake of ours must not stop the user's program: it is told.
@@ -118,7 +118,7 @@ def _attempt(
     except Refused as refused:
         return Refused(refused.reason, _float_hint(work.part) or refused.hint)
     except CannotSlice as error:
-        return Refused(str(error))
+        return Refused(str(error), error.hint)
 
 
 def _float_hint(part: Slice) -> str:
