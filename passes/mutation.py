@@ -122,14 +122,14 @@ def _named(node: Node, name: str) -> Effect:
 
 
 def _of_operator(node: Node, target: Any) -> Effect:
-    overloads = (
-        (target,)
-        if isinstance(target, torch._ops.OpOverload)
-        else tuple(getattr(target, name) for name in target.overloads())
-    )
+    overloads = (target,) if isinstance(target, torch._ops.OpOverload) else _overloads(target)
     written = [_at(node, written_arguments(overload)) for overload in overloads]
     random = any(draws(overload) for overload in overloads)
     return _writes((value for values in written for value in values), random)
+
+
+def _overloads(packet: Any) -> tuple[torch._ops.OpOverload, ...]:
+    return tuple(getattr(packet, name) for name in packet.overloads())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -137,7 +137,7 @@ def _positions(name: str) -> Mapping[str, int]:
     packet = getattr(torch.ops.aten, name, None)
     if not isinstance(packet, torch._ops.OpOverloadPacket):
         return {}
-    found = [written_arguments(getattr(packet, overload)) for overload in packet.overloads()]
+    found = [written_arguments(overload) for overload in _overloads(packet)]
     return {key: position for written in found for key, position in written.items()}
 
 
@@ -146,7 +146,7 @@ def _draws_by_name(name: str) -> bool:
     packet = getattr(torch.ops.aten, name, None)
     if not isinstance(packet, torch._ops.OpOverloadPacket):
         return name in _DROPOUTS
-    return any(draws(getattr(packet, overload)) for overload in packet.overloads())
+    return any(draws(overload) for overload in _overloads(packet))
 
 
 def _random(node: Node, name: str) -> bool:

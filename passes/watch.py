@@ -58,11 +58,11 @@ def watch(
     return Seen(frozenset(recorder.written), recorder.random)
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes which storages operators write to."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.written: set[int] = set()
         self.random = False
 

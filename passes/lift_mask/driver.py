@@ -224,9 +224,11 @@ def _lift(
     fills = [keep.fills for keep in keeps]
     lifted = replace(lifted, empty_rows=policy, fills=tuple(itertools.chain(*fills)))
     site = work.site
-    check = Check(work.part, site.masks, fills, site.score_axes, site.causal, work.lengths)
+    wanted = [Wanted(mask.node, first_reader(site, mask.node)) for mask in site.masks]
+    axes, causal = site.score_axes, site.causal
+    check = Check(*(site.scope, work.part, wanted, site.masks, fills, axes, causal, work.lengths))
     examples = Examples.of(work.site.scope, example_inputs)
-    verify(check, lifted, examples, options.verify_bytes)
+    verify(check, lifted, examples, options.verify_bytes, cache.slicer)
     return lifted
 
 

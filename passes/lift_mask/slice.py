@@ -18,7 +18,7 @@ from sparse_compile.site import Scope
 
 #: Function and method names whose results a mask is computed *from*: they are expensive, random,
 #: or take values to Python. The mask program starts after them.
-_SOURCES = frozenset(
+SOURCES = frozenset(
     "linear bilinear matmul mm bmm addmm addbmm baddbmm einsum tensordot mv dot inner outer "
     "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d embedding "
     "embedding_bag topk sort argsort kthvalue msort scaled_dot_product_attention softmax "
@@ -31,7 +31,7 @@ _SOURCES = frozenset(
 _VMAP = "_vmap_increment_nesting"
 _OPENING = {_VMAP: "vmap", "_enter_autocast": "autocast"}
 _CLOSING = {"_vmap_decrement_nesting": "vmap", "_exit_autocast": "autocast"}
-_LAZY_LOAD = "lazy_load_decompositions"
+LAZY_LOAD = "lazy_load_decompositions"
 
 
 class CannotSlice(Exception):
@@ -92,7 +92,7 @@ class Slicer:
     """Slices graphs; remembers which nodes of a graph share memory."""
 
     def __init__(self) -> None:
-        self._graphs: dict[GraphModule, _Graph] = {}
+        self._graphs: dict[GraphModule, Order] = {}
 
     def __call__(self, wanted: Sequence[Wanted], scope: Scope) -> Slice:
         """The slice that computes ``wanted``, all read in ``scope``.
@@ -107,7 +107,7 @@ class Slicer:
         at: Scope | None = None
         here: Scope | None = scope
         while here is not None:
-            graph = self._graph(here)
+            graph = self.graph(here)
             picked = graph.pick(wanted)
             nodes = picked.nodes + nodes
             inputs = [n for n in picked.leaves if n.op == "placeholder" and here.parent is not None]
@@ -128,10 +128,11 @@ class Slicer:
         aliases[node] = outer
         return outer
 
-    def _graph(self, scope: Scope) -> _Graph:
+    def graph(self, scope: Scope) -> Order:
+        """What is known of a scope's graph."""
         if scope.gm not in self._graphs:
-            outer = None if scope.parent is None else self._graph(scope.parent).memory
-            self._graphs[scope.gm] = _Graph(scope.gm, memory_of(scope, outer))
+            outer = None if scope.parent is None else self.graph(scope.parent).memory
+            self._graphs[scope.gm] = Order(scope.gm, memory_of(scope, outer))
         return self._graphs[scope.gm]
 
 
@@ -146,17 +147,18 @@ class _Picked:
     leaves: list[Node]
 
 
-class _Graph:
+class Order:
     """One graph: its order, its writes and its bracketed regions."""
 
     def __init__(self, gm: GraphModule, memory: Memory) -> None:
         self.nodes = list(gm.graph.nodes)
         self.memory, self.position, self.effects = memory, memory.position, memory.effects
         self.writes = {node: e.written for node, e in self.effects.items() if e.written}
-        self.brackets = _brackets(self.nodes)
-        self.lazy_loads = [node for node in self.nodes if call_name(node) == _LAZY_LOAD]
+        self.brackets = brackets(self.nodes)
+        self.lazy_loads = [node for node in self.nodes if call_name(node) == LAZY_LOAD]
 
     def pick(self, wanted: Sequence[Wanted]) -> _Picked:
+        """What computes ``wanted`` in this graph, with the brackets that it stands in."""
         forced: set[Node] = set()
         while True:
             picked = self._pass(wanted, forced)
@@ -229,7 +231,7 @@ class _Graph:
             if str(target).split(".")[0] not in ("aten", "prims", "prim"):
                 return True
         name = call_name(node)
-        return name in _SOURCES and not (name.startswith("dropout") and is_off(node))
+        return name in SOURCES and not (name.startswith("dropout") and is_off(node))
 
     def _cannot_replay(self, node: Node) -> CannotSlice:
         name = call_name(node)
@@ -280,7 +282,8 @@ class _Graph:
                     raise CannotSlice("a mask changes between the two places that read it")
 
 
-def _brackets(nodes: Sequence[Node]) -> list[tuple[Node, Node]]:
+def brackets(nodes: Sequence[Node]) -> list[tuple[Node, Node]]:
+    """The first and the last node of each region of a vmap or an autocast."""
     open_: list[tuple[str, Node]] = []
     found: list[tuple[Node, Node]] = []
     for node in nodes:

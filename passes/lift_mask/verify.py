@@ -16,9 +16,10 @@ from torch.fx import Interpreter, Node
 from sparse_compile.expr import KV, H, Q, evaluate
 from sparse_compile.passes.dense_tables import mask_data, selection_data
 from sparse_compile.passes.lift_mask.operands import Refused
+from sparse_compile.passes.lift_mask.prefix import CannotRun, Prefix, prefix_of
 from sparse_compile.passes.lift_mask.rankings import is_topk_index
 from sparse_compile.passes.lift_mask.sizes import size_expr
-from sparse_compile.passes.lift_mask.slice import Slice
+from sparse_compile.passes.lift_mask.slice import Slice, Slicer, Wanted
 from sparse_compile.site import LiftedMask, MaskOperand, Scope
 
 _ORDER = ("b", "h", "q", "kv")
@@ -76,7 +77,9 @@ class Check:
     """One mask to be checked.
 
     Attributes:
+        scope: where the masks are read.
         part: the slice whose first outputs are the operands' tensors.
+        wanted: the operands' tensors, each with the first node that reads it.
         operands: the mask operands.
         fills: for each operand, the scores it gives to masked entries.
         axes: the axes of the scores.
@@ -84,7 +87,9 @@ class Check:
         lengths: number of batch entries, heads, queries and keys.
     """
 
+    scope: Scope
     part: Slice
+    wanted: Sequence[Wanted]
     operands: Sequence[MaskOperand]
     fills: Sequence[Sequence[float]]
     axes: Sequence[str]
@@ -92,8 +97,13 @@ class Check:
     lengths: Mapping[sympy.Symbol, sympy.Expr]
 
 
-def verify(check: Check, lifted: LiftedMask, examples: Examples, verify_bytes: int) -> None:
+def verify(
+    check: Check, lifted: LiftedMask, examples: Examples, verify_bytes: int, slicer: Slicer
+) -> None:
     """Compare the lifted mask with the program's own mask tensors.
+
+    These come from the captured graph as it is, where that can be run so far, and not from the
+    slice: what the slice gets wrong, the lifted mask does, too.
 
     Raises:
         Refused: when they differ, or when the tensors are too large to be computed for a check.
@@ -105,20 +115,23 @@ def verify(check: Check, lifted: LiftedMask, examples: Examples, verify_bytes: i
             f'options={{"verify_bytes": {needed}}} allows it; or compile with a shorter example',
         )
     leaves = [_example(leaf, examples) for leaf in check.part.leaves]
+    prefix = _prefix(check, examples, slicer)
     try:
-        masks = _run(check, leaves)
+        masks = _kept(check, _tensors(check, prefix, leaves, examples))
     except Refused:
         raise
     except Exception as error:  # The user's operators: anything can be raised.
         raise Refused(f"its mask could not be computed for a check: {error}") from error
     _compare(check, lifted, leaves, masks, examples)
+    if prefix is not None and prefix.beside > _MOST_RANDOM:
+        prefix = None
     for draw in _draws(leaves) if needed <= _MOST_RANDOM else ():
         leaves = [
             _example(node, examples) if is_topk_index(node) else draw(leaf)
             for node, leaf in zip(check.part.leaves, leaves, strict=True)
         ]
         try:
-            masks = _run(check, leaves)
+            masks = _kept(check, _tensors(check, prefix, leaves, examples))
         except Refused:
             raise
         except Exception:  # Random inputs that the program itself refuses.
@@ -162,12 +175,33 @@ def _topk(leaf: Node, shape: Sequence[int], examples: Examples) -> Tensor:
     return torch.rand(full, device=device).topk(shape[dim], dim).indices
 
 
-def _run(check: Check, leaves: Sequence[Any]) -> list[Tensor]:
-    """For each operand, which scores it keeps, over [b, h, q, kv]."""
+def _prefix(check: Check, examples: Examples, slicer: Slicer) -> Prefix | None:
+    """What comes before the masks; None where it cannot be run.
+
+    Then the slice serves: nothing that is not known wrote to its memory.
+    """
+    try:
+        return prefix_of(check.scope, check.wanted, check.part, slicer, examples.size)
+    except CannotRun:
+        return None
+
+
+def _tensors(
+    check: Check, prefix: Prefix | None, leaves: Sequence[Any], examples: Examples
+) -> Sequence[Any]:
+    """The masks as the program computes them."""
+    if prefix is not None:
+        given = dict(zip(check.part.leaves, leaves, strict=True))
+        return prefix.run({**examples.values, **given}, examples.size)
     with torch.no_grad():
-        outputs = Interpreter(check.part.graph_module()).run(*leaves)
+        outputs: Sequence[Any] = Interpreter(check.part.graph_module()).run(*leaves)
+    return outputs
+
+
+def _kept(check: Check, tensors: Sequence[Any]) -> list[Tensor]:
+    """For each operand, which scores it keeps, over [b, h, q, kv]."""
     masks = []
-    for operand, fills, mask in zip(check.operands, check.fills, outputs, strict=False):
+    for operand, fills, mask in zip(check.operands, check.fills, tensors, strict=False):
         for dim in range(mask.dim()):
             if mask.stride(dim) == 0 and mask.shape[dim] > 1:
                 mask = mask.narrow(dim, 0, 1)

@@ -125,7 +125,6 @@ def near() -> Tensor:
     return (rows() - keys()).abs() < 4
 
 
-ONE = torch.tensor([1, 5])
 TORCH: dict[str, Callable[[Tensor], object]] = {
     "setitem": lambda m: m.__setitem__((slice(None), slice(0, 4)), True),
     "setitem of a mask": lambda m: m.__setitem__(near(), True),
@@ -176,7 +175,6 @@ TORCH: dict[str, Callable[[Tensor], object]] = {
     "detach": lambda m: m.detach()[3].fill_(True),
     "unfold": lambda m: m.unfold(0, 4, 4)[1].fill_(True),
     "flatten": lambda m: m.flatten()[5:40].fill_(True),
-    "expand_as": lambda m: m.expand_as(m)[2].fill_(True),
     "out": lambda m: torch.logical_or(m, near(), out=m),
     "out of a comparison": lambda m: torch.lt(rows(), keys(), out=m),
     "out into a view": lambda m: torch.lt(rows()[3:7], keys(), out=m[3:7]),
