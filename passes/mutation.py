@@ -183,7 +183,8 @@ def _is_torch_function(target: Any) -> bool:
     if module == "builtins":
         return target not in (builtins.setattr, builtins.delattr)
     root, _, rest = module.partition(".")
-    return root in ("torch", "_operator", "math") and not rest.startswith("_dynamo")
+    told = not rest.startswith(("_dynamo", "distributed"))
+    return root in ("torch", "_operator", "math") and told
 
 
 def _asks_in_place(node: Node) -> bool:

@@ -111,6 +111,7 @@ def prefix_of(
     beside = 0
     while True:
         parts.insert(0, _part(scope, wanted, slicer.graph(scope), given))
+        _check_made_up(parts[0], given, free)
         beside += sum(_cost(node, free, size) for node in parts[0].run)
         if beside > _MOST_BESIDE:
             raise CannotRun("the model computes too much before the mask is read")
@@ -145,6 +146,16 @@ def _part(scope: Scope, wanted: Sequence[Wanted], graph: Order, given: set[Node]
     opened.sort(key=lambda pair: graph.position[pair[0]])
     closing = tuple(last for _, last in reversed(opened))
     return _Part(scope, tuple(reversed(run)), closing, tuple(wanted))
+
+
+def _check_made_up(part: _Part, given: set[Node], free: set[Node]) -> None:
+    """Values that are made up for results of sources serve the mask; others may expect better."""
+    for node in part.run:
+        made_up = [arg for arg in node.all_input_nodes if arg in given and arg.op != "placeholder"]
+        if made_up and node not in free:
+            raise CannotRun(
+                f"`{call_name(node)}` reads `{made_up[0].name}`, whose value is not known"
+            )
 
 
 def _acts(node: Node, done: Effect) -> bool:

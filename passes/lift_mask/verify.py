@@ -180,8 +180,14 @@ def _prefix(check: Check, examples: Examples, slicer: Slicer) -> Prefix | None:
 
     Then the slice serves: nothing that is not known wrote to its memory.
     """
+
+    def size(length: Any) -> int:
+        if size_expr(length).free_symbols <= set(examples.symbols):
+            return examples.size(length)
+        raise CannotRun("a size is known only at run time")
+
     try:
-        return prefix_of(check.scope, check.wanted, check.part, slicer, examples.size)
+        return prefix_of(check.scope, check.wanted, check.part, slicer, size)
     except CannotRun:
         return None
 

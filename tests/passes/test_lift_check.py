@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,16 +10,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx import Node
 
 from sparse_compile.backend import plan_and_rewrite
 from sparse_compile.expr import KV, Q
 from sparse_compile.options import Options
 from sparse_compile.passes import mutation
-from sparse_compile.passes.lift_mask import driver, prefix, verify
+from sparse_compile.passes.lift_mask import LiftCache, lift_mask, prefix
+from sparse_compile.passes.lift_mask.slice import Slice, Slicer, Wanted
 from sparse_compile.passes.mutation import Effect, effect
+from sparse_compile.passes.watch import Unwatched
 from sparse_compile.plan import Plan
-from sparse_compile.site import LiftedMask, Rejection
-from tests.passes.lifting import attend, capture, lift, lifted, refused
+from sparse_compile.site import LiftedMask, Rejection, Scope
+from tests.passes.lifting import Captured, attend, capture, lift, lifted, refused, sites
 from tests.passes.rewritten import Rewritten
 
 N = 16
@@ -35,24 +38,25 @@ def causal() -> Tensor:
     return i[None] <= i[:, None]
 
 
-@torch.compiler.allow_in_graph
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def widen(m: Tensor) -> None:
     """Writes to its input, and its name does not say so."""
     m[:, :3] = True
 
 
-@torch.compiler.allow_in_graph
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def inverted(m: Tensor) -> Tensor:
     return ~m
 
 
-@torch.compiler.allow_in_graph
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def noise(m: Tensor) -> Tensor:
     return torch.rand(m.shape) < 0.5
 
 
-def call_of(captured: Any, function: Callable[..., Any]) -> torch.fx.Node:
-    (node,) = (n for n in captured.gm.graph.nodes if n.target is function)
+def call_of(captured: Captured, function: Callable[..., Any]) -> Node:
+    nodes: list[Node] = [n for n in captured.gm.graph.nodes if n.target is function]
+    (node,) = nodes
     return node
 
 
@@ -74,7 +78,8 @@ def test_a_function_that_writes_to_its_input_is_seen_to(x: Tensor) -> None:
 def test_a_function_that_only_reads_writes_nothing(x: Tensor) -> None:
     def run(x: Tensor) -> Tensor:
         mask = causal()
-        return attend(x, mask) + inverted(mask).sum()
+        unused: Tensor = inverted(mask)
+        return attend(x, mask) + unused.sum()
 
     assert effect(call_of(capture(run, x), inverted)) == Effect()
 
@@ -88,7 +93,7 @@ def test_a_function_that_cannot_be_watched_writes_to_all(
         return attend(x, mask)
 
     def fails(*_: Any) -> Any:
-        raise mutation.Unwatched("no")
+        raise Unwatched("no")
 
     monkeypatch.setattr(mutation, "watch", fails)
     captured = capture(run, x)
@@ -107,41 +112,25 @@ WRITES: dict[str, Callable[[Tensor], object]] = {
 
 
 @pytest.mark.parametrize("name", WRITES)
-def test_a_write_that_the_analysis_misses_is_caught(
-    name: str, x: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As if the function were taken for one that reads: what was lifted is wrong, and refused."""
+def test_a_write_that_the_slice_misses_is_caught(name: str, x: Tensor) -> None:
+    """As if the function were taken for one that reads: what is lifted then is wrong."""
 
     def run(x: Tensor) -> Tensor:
         mask = causal()
         WRITES[name](mask)
         return attend(x, mask)
 
+    class Blind(Slicer):
+        def __call__(self, wanted: Sequence[Wanted], scope: Scope) -> Slice:
+            graph = self.graph(scope)
+            graph.writes = {}
+            return super().__call__(wanted, scope)
+
     captured = capture(run, x)
-    seen: dict[Any, Effect] = {n: effect(n) for n in captured.gm.graph.nodes}
-    slicer = driver.Slicer
-    blind = {n: Effect() if done.written else done for n, done in seen.items()}
-
-    class Blind(slicer):  # type: ignore[misc, valid-type]
-        def __call__(self, *args: Any) -> Any:
-            graph = self.graph(args[1])
-            graph.writes, kept = {}, graph.writes
-            part = super().__call__(*args)
-            graph.writes = kept
-            return part
-
-    assert blind != seen
-    cache = driver.LiftCache(slicer=Blind())
-    (site,) = driver_sites(captured)
-    found = driver.lift_mask(site, captured.inputs, Options(), cache)
+    (site,) = sites(captured.gm)
+    found = lift_mask(site, captured.inputs, Options(), LiftCache(slicer=Blind()))
     assert isinstance(found, Rejection), found
     assert "differs from the program's" in found.reason
-
-
-def driver_sites(captured: Any) -> Any:
-    from sparse_compile.passes.find_attention import find_attention
-
-    return find_attention(captured.gm)
 
 
 def test_the_check_leaves_the_inputs_alone(x: Tensor) -> None:
@@ -166,11 +155,14 @@ def test_layers_that_share_a_mask_check_it_once(x: Tensor, monkeypatch: pytest.M
             x = attend(attend(x, mask), other)
         return x
 
-    runs = []
+    runs: list[prefix.Prefix] = []
     kept = prefix.Prefix.run
-    monkeypatch.setattr(
-        prefix.Prefix, "run", lambda self, *args: (runs.append(self), kept(self, *args))[1]
-    )
+
+    def counted(self: prefix.Prefix, *args: Any) -> list[Any]:
+        runs.append(self)
+        return kept(self, *args)
+
+    monkeypatch.setattr(prefix.Prefix, "run", counted)
     captured = capture(run, x)
     decisions = plan_and_rewrite(captured.gm, captured.inputs, Options())
     assert all(isinstance(decision, Plan) for decision in decisions)
@@ -204,7 +196,7 @@ def test_without_a_prefix_what_is_not_known_is_refused(
         return big(x, weight, mask)
 
     def fails(*_: Any) -> Any:
-        raise mutation.Unwatched("no")
+        raise Unwatched("no")
 
     monkeypatch.setattr(prefix, "_MOST_BESIDE", 100)
     monkeypatch.setattr(mutation, "watch", fails)
@@ -221,8 +213,6 @@ def test_random_numbers_before_the_mask_are_not_drawn(x: Tensor) -> None:
     found = lift(captured)
     assert isinstance(found, LiftedMask)
     assert found.mask.predicate == (KV <= Q)
-    draws = verify._draws
-    assert draws is not None
     assert torch.equal(torch.get_rng_state(), state)
 
 
