@@ -183,6 +183,8 @@ def _number(node: Node) -> Any:
 
 def _cost(node: Node, free: set[Node], size: Callable[[Any], int]) -> int:
     value = node.meta.get("example_value")
+    if (number := _number(node)) is not None:
+        size(number)  # Raises CannotRun where it is not known.
     if node in free or not isinstance(value, Tensor):
         return 0
     count = value.dtype.itemsize

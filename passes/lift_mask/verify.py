@@ -20,6 +20,7 @@ from sparse_compile.passes.lift_mask.prefix import CannotRun, Prefix, prefix_of
 from sparse_compile.passes.lift_mask.rankings import is_topk_index
 from sparse_compile.passes.lift_mask.sizes import size_expr
 from sparse_compile.passes.lift_mask.slice import Slice, Slicer, Wanted
+from sparse_compile.passes.lift_mask.value import Unliftable
 from sparse_compile.site import LiftedMask, MaskOperand, Scope
 
 _ORDER = ("b", "h", "q", "kv")
@@ -182,8 +183,11 @@ def _prefix(check: Check, examples: Examples, slicer: Slicer) -> Prefix | None:
     """
 
     def size(length: Any) -> int:
-        if size_expr(length).free_symbols <= set(examples.symbols):
-            return examples.size(length)
+        try:
+            if size_expr(length).free_symbols <= set(examples.symbols):
+                return examples.size(length)
+        except Unliftable as error:
+            raise CannotRun(str(error)) from error
         raise CannotRun("a size is known only at run time")
 
     try:
