@@ -39,8 +39,8 @@ def apply_forward(out: Tensor, lse: Tensor, v: Tensor, policy: EmptyRows) -> Ten
     >>> apply_forward(out, lse, v, EmptyRows.MEAN).flatten().tolist()
     [0.0, 2.0]
     """
-    if policy is EmptyRows.ZERO:
-        return out
+    if policy is EmptyRows.ZERO or not v.shape[2]:
+        return out  # a sum over no keys is 0, whatever their weights are
     empty = lse.eq(-math.inf).unsqueeze(-1)
     if policy in (EmptyRows.NAN, EmptyRows.NAN_ADDED):
         return out.masked_fill(empty, math.nan)
@@ -87,7 +87,7 @@ def apply_backward(
         dq, dk and dv, in the dtypes given. With NAN, dv is NaN for every key head that has an empty
         row, as NaN weights make it; with NAN_ADDED also dk, and dq on the empty rows.
     """
-    if policy is EmptyRows.ZERO:
+    if policy is EmptyRows.ZERO or not v.shape[2]:
         return dq, dk, dv
     group = _group(q, k)
     empty = lse.eq(-math.inf).unsqueeze(-1)

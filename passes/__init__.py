@@ -18,7 +18,7 @@ from sparse_compile.passes.dense_tables import remember_given
 from sparse_compile.passes.find_attention import find_attention, find_indexer
 from sparse_compile.passes.lift_mask import LiftCache, lift_mask
 from sparse_compile.passes.rewrite import Rewriter
-from sparse_compile.passes.share_selections import share_selections
+from sparse_compile.passes.share_lists import share_lists
 from sparse_compile.plan import Plan
 from sparse_compile.site import Rejection
 
@@ -42,7 +42,7 @@ __all__ = [
     "remember_given",
     "restricted_mask",
     "selected_mask",
-    "share_selections",
+    "share_lists",
     "why_no_lists",
     "with_annotation",
 ]

@@ -19,12 +19,9 @@ from sparse_compile.site import LiftedMask
 
 
 def dense_reads(lifted: LiftedMask) -> tuple[DenseRead, ...]:
-    """How the mask tensors are read.
-
-    What was found out about a tensor from outside is reused while that is not modified.
-    """
+    """How the mask tensors are read."""
     return tuple(
-        DenseRead(number, table.axes, table.given)
+        DenseRead(number, table.axes)
         for number, table in enumerate(lifted.dense, lifted.first_dense)
     )
 
@@ -65,16 +62,13 @@ def dense_reason(lifted: LiftedMask) -> str:
     """Where the blocks come from, in words; empty for a mask that reads no mask tensor."""
     if not lifted.dense:
         return ""
-    reason = "its blocks are found from the mask tensor in each call"
-    reused = all(table.given for table in lifted.dense)
-    return f"{reason}, and reused while it is unmodified" if reused else reason
+    return "its blocks are found from the mask tensor in each call"
 
 
 def remember_given(gm: GraphModule) -> None:
-    """Let calls of :func:`sparse_compile.attention` reuse what they know of the graph's inputs.
+    """Let what is found out about mask tensors that are inputs of the graph be reused.
 
-    While it is captured, such a call cannot tell a tensor from outside from a result of the code,
-    whose memory is used again for other tensors.
+    Only where the user says that they are stable, and of those that nothing here writes to.
     """
     calls = gm.graph.find_nodes(op="call_function", target=ops.DENSE_LAYOUT)
     if not calls:

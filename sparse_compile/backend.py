@@ -27,7 +27,7 @@ from sparse_compile.passes import (
     remember_given,
     restricted_mask,
     selected_mask,
-    share_selections,
+    share_lists,
     why_no_lists,
     with_annotation,
 )
@@ -70,7 +70,6 @@ def plan_and_rewrite(
         says why it was left alone.
     """
     decisions = plan_graph(gm, example_inputs, options)
-    remember_given(gm)
     rewriter = Rewriter(options.check_promises)
     for decision in decisions:
         if isinstance(decision, Plan):
@@ -78,7 +77,9 @@ def plan_and_rewrite(
         elif decision.unmet:
             raise _restriction_failed(decision)
     rewriter.finish()
-    share_selections(gm)
+    share_lists(gm)
+    if options.masks == "stable":
+        remember_given(gm)
     return decisions
 
 

@@ -12,12 +12,13 @@ from sparse_compile.block_scores_spec import BlockScoresSpec
 from sparse_compile.errors import BadShape
 from sparse_compile.expr import evaluate
 from sparse_compile.indexer_spec import IndexerSpec, stepped
+from sparse_compile.registered import operator
 
 #: Numbers that the scores of some queries have at most, all heads together.
 _MOST = 1 << 25
 
 
-@torch.library.custom_op("sparse_compile::block_scores", mutates_args=())
+@operator("block_scores")
 def block_scores(
     q: Tensor,
     k: Tensor,

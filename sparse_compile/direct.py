@@ -43,9 +43,9 @@ def attention(
         v: [B, Hkv, Nkv, Dv], same dtype.
         mask: who may attend to whom: a pattern, or a tensor that broadcasts to [B, Hq, Nq, Nkv]:
             bool, True to attend, or floating, added to the scores, of 0 and -inf alone. Its blocks
-            are found in one pass over it, and reused while it is not modified. None: everyone to
-            everyone. In a pattern that selects keys, the static part is attended to anyway, and
-            the selection is made among the others.
+            are found in one pass over it, in each call. None: everyone to everyone. In a
+            pattern that selects keys, the static part is attended to anyway, and the selection is
+            made among the others.
         scale: factor on the scores; 1 / sqrt(D) unless given.
 
     Returns:
@@ -115,17 +115,16 @@ def views_sizes(q: Tensor, k: Tensor) -> Sizes:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _plan_of_tensor(shared: tuple[bool, ...], device: str, compiling: bool) -> tuple[str, str]:
+def _plan_of_tensor(shared: tuple[bool, ...], device: str) -> tuple[str, str]:
     """The spec of a mask tensor, and how it is read.
 
     Args:
         shared: of each of its axes, whether it has size one.
         device: type of the device.
-        compiling: whether the tensor may be a result of compiled code.
     """
     names = [symbol.name for symbol in COORDINATES][4 - len(shared) :]
     axes = tuple("" if one else name for one, name in zip(shared, names, strict=True))
-    read = DenseRead(0, axes, remember=not compiling)
+    read = DenseRead(0, axes)
     expr = MaskExpr(sympy.Ne(read.bit, 0), ("int32",))
     return spec_text(expr, device, (_UNKNOWN, _UNKNOWN, 1, 1)), DenseRead.text([read])
 
@@ -150,8 +149,7 @@ def _by_tensor(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> T
             f"broadcast to [B, Hq, Nq, Nkv] = {list(lengths)}. Use unsqueeze to add missing axes."
         )
     shared = tuple([size == 1 for size in mask.shape])
-    compiling = torch.compiler.is_compiling()
-    text, reads = _plan_of_tensor(shared, q.device.type, compiling)
+    text, reads = _plan_of_tensor(shared, q.device.type)
     bits, *layout = ops.DENSE_LAYOUT([mask], reads, [], *lengths, text, q.device)
     out: Tensor = ops.ATTENTION(q, k, v, [bits], [], layout, scale, text)[0]
     return out

@@ -13,6 +13,7 @@ from sparse_compile.block_scores_ops import scores_by_head
 from sparse_compile.errors import BadShape
 from sparse_compile.expr import evaluate
 from sparse_compile.indexer_spec import IndexerSpec, stepped
+from sparse_compile.registered import operator
 from sparse_compile.selection.device.index_scores import can_index, index_scores
 from sparse_compile.selection.visible import Visible
 
@@ -22,7 +23,7 @@ _MOST = 1 << 25
 Ranking = Callable[[int, int], tuple[Tensor, Any]]
 
 
-@torch.library.custom_op("sparse_compile::indexed_topk", mutates_args=())
+@operator("indexed_topk")
 def indexed_topk(
     q: Tensor,
     k: Tensor,

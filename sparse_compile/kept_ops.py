@@ -17,13 +17,14 @@ from sparse_compile.expr import MaskExpr
 from sparse_compile.fresh_size import fresh_size
 from sparse_compile.indexer_ops import ranking, rows_of
 from sparse_compile.indexer_spec import IndexerSpec
+from sparse_compile.registered import operator
 from sparse_compile.selection.kept import in_parts, kept_lists
 from sparse_compile.selection.visible import Visible
 
 _COMPARISONS = {"ge": torch.ge, "gt": torch.gt, "le": torch.le, "lt": torch.lt}
 
 
-@torch.library.custom_op("sparse_compile::kept_selection", mutates_args=())
+@operator("kept_selection")
 def kept_selection(
     kept: Tensor,
     fixed: bool,
@@ -72,7 +73,7 @@ def _(
     return _like(kept, [*kept.shape[:3]], room)
 
 
-@torch.library.custom_op("sparse_compile::indexed_kept", mutates_args=())
+@operator("indexed_kept")
 def indexed_kept(
     q: Tensor,
     k: Tensor,

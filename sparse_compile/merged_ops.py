@@ -20,14 +20,13 @@ from sparse_compile.codegen import empty_rows, executor_for, selected_executor_f
 from sparse_compile.codegen.precision import full_precision
 from sparse_compile.codegen.selected_call import SelectedCall
 from sparse_compile.ops import attention_backward, check_operands, layout_of, no_gradient
+from sparse_compile.registered import operator
 from sparse_compile.selected_ops import check_selection, selected_attention_backward
 from sparse_compile.selected_spec import SelectedSpec
 from sparse_compile.spec import AttentionSpec
 
 
-@torch.library.custom_op(
-    "sparse_compile::merged_attention", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
-)
+@operator("merged_attention", tags=(torch.Tag.cudagraph_unsafe,), by_token=True)
 def merged_attention(
     q: Tensor,
     k: Tensor,
@@ -68,8 +67,7 @@ def merged_attention(
         call = SelectedCall(q, k, v, index, count, selected_tables, selected_sizes, scale, selected)
         more, more_lse = selected_executor_for(q.device).forward(call)
     out, lse = merge(out, lse, more, more_lse)
-    out = empty_rows.apply_forward(out, lse, v, static.empty_rows)
-    return out.transpose(1, 2).contiguous().transpose(1, 2), lse
+    return empty_rows.apply_forward(out, lse, v, static.empty_rows), lse
 
 
 def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from sparse_compile.patterns.checks import blocks
 from sparse_compile.patterns.compressed import Compressed
 from sparse_compile.patterns.local import Causal
 from sparse_compile.patterns.rules import TopK
+from sparse_compile.registered import operator
 from sparse_compile.selection.select import select
 
 #: Keys of a unit, and of a block; how many blocks; keys of a window, and from one to the next;
@@ -17,7 +18,7 @@ from sparse_compile.selection.select import select
 Settings = tuple[int, int, int, int, int, int, int]
 
 
-@torch.library.custom_op("sparse_compile::nsa_select", mutates_args=())
+@operator("nsa_select")
 def nsa_select(
     q: Tensor,
     k: Tensor,

@@ -22,6 +22,7 @@ from sparse_compile.fresh_size import fresh_size
 from sparse_compile.layout import Layout, build_views, static_layout, unpack
 from sparse_compile.layout.dense_tables import DenseCall, DenseRead
 from sparse_compile.layout.tensor_state import memory_of
+from sparse_compile.registered import operator
 from sparse_compile.spec import AttentionSpec
 
 #: Features of q and k, and of v, that attention to blocks takes.
@@ -34,7 +35,7 @@ SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
-@torch.library.custom_op("sparse_compile::block_layout", mutates_args=(), tags=_TAGS)
+@operator("block_layout", tags=_TAGS)
 def block_layout(
     tables: Sequence[Tensor],
     sizes: Sequence[int],
@@ -97,7 +98,7 @@ def _(
     ]
 
 
-@torch.library.custom_op("sparse_compile::dense_layout", mutates_args=(), tags=_TAGS)
+@operator("dense_layout", tags=_TAGS)
 def dense_layout(
     tables: Sequence[Tensor],
     reads: str,
@@ -111,7 +112,7 @@ def dense_layout(
 ) -> list[Tensor]:
     """Like :func:`block_layout`, for a mask that reads mask tensors as tables of bits.
 
-    Waits for the device once for each mask tensor that is new or was modified.
+    Waits for the device once for each mask tensor.
 
     Args:
         tables: the tensors ``t0, t1, ...`` of the mask; those of ``reads`` are mask tensors.
@@ -158,7 +159,7 @@ def _(
     return made + [torch.empty([fresh_size()], dtype=torch.int32, device=device) for _ in views]
 
 
-@torch.library.custom_op("sparse_compile::attention", mutates_args=(), tags=_TAGS)
+@operator("attention", tags=_TAGS, by_token=True)
 def attention(
     q: Tensor,
     k: Tensor,
@@ -190,9 +191,7 @@ def attention(
     executor = executor_for(q.device)
     blocks = layout_of(parsed, q, k, tables, sizes, layout)
     out, lse = executor.forward(q, k, v, tables, sizes, blocks, scale, parsed)
-    out = empty_rows.apply_forward(out, lse, v, parsed.empty_rows)
-    # A no-op for executors that store it so: what a projection back to [B, N, Hq * Dv] reads.
-    return out.transpose(1, 2).contiguous().transpose(1, 2), lse
+    return empty_rows.apply_forward(out, lse, v, parsed.empty_rows), lse
 
 
 @attention.register_fake
@@ -212,7 +211,7 @@ def _(
     return out, q.new_empty([batch, heads, n_q], dtype=torch.float32)
 
 
-@torch.library.custom_op("sparse_compile::attention_backward", mutates_args=(), tags=_TAGS)
+@operator("attention_backward", tags=_TAGS)
 def attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -235,8 +234,7 @@ def attention_backward(
     grads = executor.backward(
         kept_grad, grad_lse, q, k, v, kept_out, lse, tables, sizes, blocks, scale, parsed
     )
-    dq, dk, dv = empty_rows.apply_backward(grad_out, q, k, v, lse, scale, parsed.empty_rows, *grads)
-    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+    return empty_rows.apply_backward(grad_out, q, k, v, lse, scale, parsed.empty_rows, *grads)
 
 
 @attention_backward.register_fake

@@ -23,6 +23,10 @@ class Options:
             the library choose.
         finite_fill: ``"exact"`` keeps finite fills such as -1e4 what they are, a bias, so such
             masks are not rewritten; ``"minus_inf"`` reads every fill <= -1e4 as minus infinity.
+        masks: ``"fresh"`` reads a mask tensor in every call, however it was changed since the last;
+            ``"stable"`` promises that mask tensors from outside of the compiled code are changed
+            only where PyTorch counts it (``mask[:4] = True``; not through ``mask.data``, numpy or
+            shared memory), and reuses what was read until then.
         verify_bytes: a lifted mask is checked against the program's own mask tensor, evaluated
             once while compiling, if that tensor takes at most this many bytes.
         check_promises: whether masks that ``mask(pattern, promise=True)`` promises to be a pattern
@@ -36,6 +40,7 @@ class Options:
     dense: str = "sdpa"
     block: tuple[int, int] | None = None
     finite_fill: str = "exact"
+    masks: str = "fresh"
     verify_bytes: int = 16 * 2**30
     check_promises: bool = False
     inductor: Mapping[str, Any] = field(default_factory=dict)
@@ -62,6 +67,7 @@ class Options:
     def _check(self) -> None:
         _check_choice("dense", self.dense, ("sdpa", "rewrite"))
         _check_choice("finite_fill", self.finite_fill, ("exact", "minus_inf"))
+        _check_choice("masks", self.masks, ("fresh", "stable"))
         block_ok = self.block is None or (
             isinstance(self.block, tuple)
             and len(self.block) == 2

@@ -18,6 +18,7 @@ from sparse_compile.errors import BadPattern, BrokenPromise, SparseCompileError
 from sparse_compile.expr import MaskExpr, evaluate
 from sparse_compile.fresh_size import fresh_size
 from sparse_compile.patterns.base import BoundMask
+from sparse_compile.registered import operator
 
 #: A recorded CUDA graph would replay the values of the first call.
 _TAGS = (torch.Tag.cudagraph_unsafe,)
@@ -36,7 +37,7 @@ def _mask_named(key: str) -> BoundMask:
     return bound
 
 
-@torch.library.custom_op("sparse_compile::pattern_table", mutates_args=(), tags=_TAGS)
+@operator("pattern_table", tags=_TAGS)
 def pattern_table(
     key: str,
     index: int,
@@ -69,7 +70,7 @@ def pattern_table(
         )
     # Memory of its own: what compiles the graph may reuse it, and the user's tensor may change
     # before the backward reads it.
-    result: Tensor = made.to(device=device, dtype=dtype, copy=True).contiguous()
+    result: Tensor = made.to(device=device, dtype=dtype, copy=True)
     return result
 
 
@@ -89,7 +90,7 @@ def _(
     return torch.empty([fresh_size() for _ in range(rank)], dtype=dtype, device=device)
 
 
-@torch.library.custom_op("sparse_compile::check_promise", mutates_args=(), tags=_TAGS)
+@operator("check_promise", tags=_TAGS)
 def check_promise(q: Tensor, masks: Sequence[Tensor], n_kv: int, key: str, plan: str) -> Tensor:
     """``q``, if the mask tensors of an attention are the pattern that they were promised to be.
 
@@ -129,7 +130,7 @@ def check_promise(q: Tensor, masks: Sequence[Tensor], n_kv: int, key: str, plan:
 
 @check_promise.register_fake
 def _(q: Tensor, masks: Sequence[Tensor], n_kv: int, key: str, plan: str) -> Tensor:
-    return q.clone()
+    return q.new_empty(q.shape)
 
 
 def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -2,6 +2,9 @@
 
     out = softmax(scale * Q K^T, where mask) V
 
+A pair that the mask hides contributes nothing, forward and backward: NaN or infinity in a key or
+value reaches exactly the queries that may attend to it.
+
 This module imports torch only and makes the dense [n_q, n_kv] matrices that nothing else may make.
 """
 
@@ -39,13 +42,16 @@ def attention(
     >>> q = k = torch.zeros(1, 1, 2, 4); v = torch.arange(2.0).view(1, 1, 2, 1)
     >>> attention(q, k, v, torch.tensor([[True, True], [False, False]]))[0].flatten().tolist()
     [0.5, 0.0]
+    >>> v[0, 0, 1] = math.nan
+    >>> attention(q, k, v, torch.tensor([[True, False], [True, True]]))[0].flatten().tolist()
+    [0.0, nan]
     """
     group = q.shape[1] // k.shape[1]
     q, k, v = q.double(), _per_query_head(k, group), _per_query_head(v, group)
-    scores = (q @ k.mT) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
     if mask is None:
         mask = torch.ones((), dtype=torch.bool, device=q.device)
-    mask = mask.expand(scores.shape)
+    mask = mask.expand(*q.shape[:3], k.shape[2])
+    scores = _scores(q, k, mask) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
     empty = ~mask.any(-1, keepdim=True)
     lse = scores.masked_fill(~mask, -math.inf).logsumexp(-1)
     absorbed = scores - scores.detach()
@@ -53,10 +59,30 @@ def attention(
     fill["nan_added"] = absorbed + math.nan
     chosen = torch.where(empty, fill.get(empty_rows, absorbed), scores)
     kept = chosen.masked_fill(~mask & ~empty, -math.inf)
-    out = kept.softmax(-1) @ v
+    seen = mask if empty_rows == "zero" else mask | empty
+    out = _mixed(kept.softmax(-1).masked_fill(~seen & ~empty, 0.0), v, seen)
     if empty_rows == "zero":
         out = out.masked_fill(empty, 0.0)
     return out, lse.detach() if bool(empty.any()) else lse
+
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+    """``q @ k.mT``; 0 at hidden pairs if it matters, whose gradients do not meet 0 times NaN."""
+    if bool(q.isfinite().all()) and bool(k.isfinite().all()):
+        return q @ k.mT
+    pairs = mask.unsqueeze(-1)
+    return (_at(pairs, q.unsqueeze(-2)) * _at(pairs, k.unsqueeze(-3))).sum(-1)
+
+
+def _mixed(weights: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """``weights @ v``, over the pairs of the mask."""
+    if bool(v.isfinite().all()):
+        return weights @ v
+    return (weights.unsqueeze(-1) * _at(mask.unsqueeze(-1), v.unsqueeze(-3))).sum(-2)
+
+
+def _at(pairs: Tensor, x: Tensor) -> Tensor:
+    return torch.where(pairs, x, torch.zeros_like(x))
 
 
 def _per_query_head(x: Tensor, group: int) -> Tensor:

@@ -17,6 +17,7 @@ from sparse_compile.codegen.precision import full_precision
 from sparse_compile.codegen.selected_call import Result, SelectedCall
 from sparse_compile.errors import BadShape
 from sparse_compile.ops import check_operands, no_gradient
+from sparse_compile.registered import operator
 from sparse_compile.selected_spec import SelectedSpec
 from sparse_compile.selection import canonical, check_lists
 
@@ -24,7 +25,7 @@ from sparse_compile.selection import canonical, check_lists
 WIDEST = (640, 512)
 
 
-@torch.library.custom_op("sparse_compile::selected_attention", mutates_args=())
+@operator("selected_attention", by_token=True)
 def selected_attention(
     q: Tensor,
     k: Tensor,
@@ -66,8 +67,7 @@ def selected_attention(
     call = SelectedCall(q, k, v, index, count, tables, sizes, scale, parsed)
     with full_precision(q.device.type):
         out, lse = selected_executor_for(q.device).forward(call)
-    out = empty_rows.apply_forward(out, lse, v, parsed.empty_rows)
-    return out.transpose(1, 2).contiguous().transpose(1, 2), lse
+    return empty_rows.apply_forward(out, lse, v, parsed.empty_rows), lse
 
 
 @selected_attention.register_fake
@@ -88,7 +88,7 @@ def _(
     return out, q.new_empty([batch, heads, n_q], dtype=torch.float32)
 
 
-@torch.library.custom_op("sparse_compile::selected_attention_backward", mutates_args=())
+@operator("selected_attention_backward")
 def selected_attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -111,8 +111,7 @@ def selected_attention_backward(
     result = Result(kept_out, lse, kept_grad, grad_lse)
     with full_precision(q.device.type):
         grads = selected_executor_for(q.device).backward(call, result)
-    dq, dk, dv = empty_rows.apply_backward(grad_out, q, k, v, lse, scale, parsed.empty_rows, *grads)
-    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+    return empty_rows.apply_backward(grad_out, q, k, v, lse, scale, parsed.empty_rows, *grads)
 
 
 @selected_attention_backward.register_fake
@@ -158,7 +157,7 @@ selected_attention.register_autograd(_backward, setup_context=_setup_context)
 SELECTED_ATTENTION = torch.ops.sparse_compile.selected_attention.default
 
 
-@torch.library.custom_op("sparse_compile::canonical_selection", mutates_args=())
+@operator("canonical_selection")
 def canonical_selection(index: Tensor, units: int) -> tuple[Tensor, Tensor]:
     """:func:`sparse_compile.selection.canonical` as an operator: int32 index and count."""
     return canonical(index, units)

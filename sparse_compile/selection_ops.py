@@ -25,6 +25,7 @@ from sparse_compile.patterns.scored import Scored
 from sparse_compile.patterns.scorers import Scorer
 from sparse_compile.patterns.selected import Selected
 from sparse_compile.patterns.selecting import Selecting
+from sparse_compile.registered import operator
 from sparse_compile.selection.union import Union
 
 #: What selects may read tensors that the graph does not name.
@@ -59,7 +60,7 @@ def selecting_named(key: str) -> Selecting:
     return _LEAVES[key]
 
 
-@torch.library.custom_op("sparse_compile::select", mutates_args=(), tags=_TAGS)
+@operator("select", tags=_TAGS)
 def select(
     q: Tensor,
     k: Tensor,

@@ -208,13 +208,10 @@ class DenseTable:
     Attributes:
         axes: what each axis of the tensor is: ``"b"``, ``"h"``, ``"q"`` or ``"kv"``, or ``""`` for
             one of size one.
-        given: whether the tensor comes from outside the captured graph, so that it may well be the
-            same, unmodified, in the next call.
         shown: the tensor in words, as ``tensor [1, 1, 4096, 4096]``.
     """
 
     axes: tuple[str, ...]
-    given: bool
     shown: str
 
 

@@ -39,6 +39,7 @@ RANK = {
     "plan": 4,
     "codegen": 5,
     "fresh_size": 5,
+    "registered": 5,
     "ops": 6,
     "pattern_ops": 6,
     "selected_ops": 7,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparse_compile.codegen.cpu.careful import mixed
 from sparse_compile.codegen.selected_call import Result, SelectedCall
 from sparse_compile.expr import evaluate
 
@@ -92,12 +93,15 @@ class _Chunk:
         )
         return allowed & exist[:, :, :, None, :]
 
-    def scores(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Queries, gathered keys, scores with -inf where masked, and which keys they are."""
+    def scores(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Queries, gathered keys, scores with -inf where masked, which keys they are, what is not
+        masked.
+        """
         keys, exist = self.keys()
         query, key = self.rows(self.call.q), self.gathered(self.call.k, keys)
         score = (query @ key.mT) * self.call.scale
-        return query, key, score.masked_fill(~self.keep(keys, exist), -math.inf), keys
+        keep = self.keep(keys, exist).expand(score.shape)
+        return query, key, score.masked_fill(~keep, -math.inf), keys, keep
 
 
 def forward(call: SelectedCall) -> tuple[Tensor, Tensor]:
@@ -111,10 +115,10 @@ def forward(call: SelectedCall) -> tuple[Tensor, Tensor]:
     out = q.new_zeros(*q.shape[:3], v.shape[3])
     lse = q.new_full(q.shape[:3], -math.inf, dtype=torch.float32)
     for chunk in () if call.is_empty else _chunks(call):
-        *_, score, keys = chunk.scores()
+        *_, score, keys, keep = chunk.scores()
         total = score.logsumexp(-1, keepdim=True)
-        weight = (score - total.masked_fill(total == -math.inf, 0)).exp()
-        chunk.write(out, (weight @ chunk.gathered(v, keys)).to(out.dtype))
+        weight = _weight(score, total, keep)
+        chunk.write(out, mixed(weight, keep, chunk.gathered(v, keys)).to(out.dtype))
         chunk.write(lse[..., None], total)
     return out, lse
 
@@ -127,16 +131,22 @@ def backward(call: SelectedCall, result: Result) -> tuple[Tensor, Tensor, Tensor
     if result.grad_lse is not None:
         delta = delta - result.grad_lse.float()[..., None]
     for chunk in () if call.is_empty else _chunks(call):
-        query, key, score, keys = chunk.scores()
+        query, key, score, keys, keep = chunk.scores()
         total = chunk.rows(result.lse[..., None])
-        weight = (score - total.masked_fill(total == -math.inf, 0)).exp()
+        weight = _weight(score, total, keep)
         grad = chunk.rows(result.grad_out)
         d_weight = grad @ chunk.gathered(call.v, keys).mT
         d_score = weight * (d_weight - chunk.rows(delta)) * call.scale
-        chunk.write(dq, (d_score @ key).to(dq.dtype))
-        _scatter(dk, keys, d_score.mT @ query)
-        _scatter(dv, keys, weight.mT @ grad)
+        d_score = d_score.masked_fill(~keep, 0)
+        chunk.write(dq, mixed(d_score, keep, key).to(dq.dtype))
+        _scatter(dk, keys, mixed(d_score.mT, keep.mT, query))
+        _scatter(dv, keys, mixed(weight.mT, keep.mT, grad))
     return dq, dk.to(call.k.dtype), dv.to(call.v.dtype)
+
+
+def _weight(score: Tensor, total: Tensor, keep: Tensor) -> Tensor:
+    """The weights, 0 where masked even in rows that are NaN."""
+    return (score - total.masked_fill(total == -math.inf, 0)).exp().masked_fill(~keep, 0)
 
 
 def _scatter(to: Tensor, keys: Tensor, rows: Tensor) -> None:

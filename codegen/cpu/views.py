@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.codegen.cpu import executor
+from sparse_compile.codegen.cpu.careful import CarefulCall, is_finite
 from sparse_compile.expr import KV, MaskExpr, Q, is_table, table
 from sparse_compile.layout import BlockLayout, Layout
 from sparse_compile.spec import AttentionSpec
@@ -52,15 +53,21 @@ def forward(
         _in_order(part, view, spec, q, k, v, tables, sizes, scale)
         for part, view in zip(spec.parts, layout.views, strict=True)
     ]
-    if len(results) == 1:
-        return results[0]
+    out, lse = results[0] if len(results) == 1 else _merged(results)
+    if not is_finite(out):
+        out, lse = CarefulCall(q, k, v, tables, sizes, scale, spec.mask).mend(out, lse)
+    return out.to(q.dtype), lse
+
+
+def _merged(results: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Attention to the keys of all views, from that to those of each."""
     outs, lses = zip(*results, strict=True)
     lse = torch.stack(lses).logsumexp(0)
     known = lse.masked_fill(lse == -math.inf, 0.0)
     out = torch.zeros_like(outs[0], dtype=lse.dtype)
     for part_out, part_lse in results:
         out += part_out * (part_lse - known).exp().unsqueeze(-1)
-    return out.to(q.dtype), lse
+    return out, lse
 
 
 @torch.no_grad()
@@ -79,6 +86,28 @@ def backward(
     spec: AttentionSpec,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`forward`; each view uses the merged ``out`` and ``lse``."""
+    grads = _sums(grad_out, grad_lse, q, k, v, out, lse, tables, sizes, layout, scale, spec)
+    if not is_finite(*grads):
+        call = CarefulCall(q, k, v, tables, sizes, scale, spec.mask)
+        return call.gradients(grad_out, grad_lse, out, lse)
+    return grads
+
+
+def _sums(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    tables: Sequence[Tensor],
+    sizes: Sequence[int],
+    layout: Layout,
+    scale: float,
+    spec: AttentionSpec,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sums of the gradients through all views."""
     totals: list[Tensor] | None = None
     for part, view in zip(spec.parts, layout.views, strict=True):
         at = _Reordered.of(part, view, spec)

@@ -302,14 +302,7 @@ def _tabled(
         raise Refused(f"its mask is not understood: {error}") from error
     given = work.part.leaves
     leaves = tuple(given[n] if n >= 0 else holders[extra[-1 - n]] for n in program.origins)
-    dense = tuple(
-        DenseTable(
-            axes,
-            source is not None and given[source].op == "placeholder",
-            _shown(axes, work.lengths),
-        )
-        for axes, source in program.dense
-    )
+    dense = tuple(DenseTable(axes, _shown(axes, work.lengths)) for axes in program.dense)
     mask = MaskExpr(named, (*program.dtypes, *["int32"] * len(dense)), len(sizes))
     scope = work.part.scope
     selection = None if chosen is None else _selection(chosen, traced, given)

@@ -133,18 +133,18 @@ class Emitter:
 
     def mask(
         self, element: sympy.Basic, coordinates: tuple[sympy.Symbol, ...]
-    ) -> tuple[Node, tuple[str, ...], int | None]:
-        """A bool tensor with the given element: what its axes are, and which input it is, if one.
+    ) -> tuple[Node, tuple[str, ...]]:
+        """A bool tensor with the given element, and what its axes are.
 
-        An input itself, not a view of it: then what was found out about it can be remembered.
+        An input itself, not a view of it: where that is stable, it need not be read again.
         """
         lookup = element.args[0] if isinstance(element, sympy.Ne) else None
         if lookup is not None and self._is_input(lookup, coordinates):
             node = self.copy(self.data[int(lookup.func.__name__[1:])])
             names = tuple("" if arg == 0 else arg.name for arg in lookup.args)
-            return node, names, self._origin[node]
+            return node, names
         node = fold(element, _Writer(self, element, coordinates))
-        return node, tuple(coordinate.name for coordinate in coordinates), None
+        return node, tuple(coordinate.name for coordinate in coordinates)
 
     def _is_input(self, lookup: sympy.Basic, coordinates: tuple[sympy.Symbol, ...]) -> bool:
         """Whether a lookup reads a bool input at these coordinates, each once."""

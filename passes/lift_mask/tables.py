@@ -160,14 +160,13 @@ class Program:
         origins: for each of its placeholders, which placeholder of the traced graph it is, or
             ``-1 - i`` for the i-th of the extra sizes.
         dtypes: of the tables.
-        dense: the axes of each mask tensor, and which placeholder of the traced graph it is; None
-            where it is computed.
+        dense: the axes of each mask tensor.
     """
 
     module: GraphModule
     origins: tuple[int, ...]
     dtypes: tuple[str, ...]
-    dense: tuple[tuple[tuple[str, ...], int | None], ...]
+    dense: tuple[tuple[str, ...], ...]
 
 
 def build_program(
@@ -200,7 +199,7 @@ def build_program(
     emitter = Emitter(traced, lifter, lengths, extra, device)
     tables = [emitter.table(element, coordinates) for element, coordinates in tabled.contents]
     dense = [emitter.mask(element, coordinates) for element, coordinates in tabled.dense]
-    outputs = [node for node, *_ in tables] + [node for node, *_ in dense]
+    outputs = [node for node, _ in (*tables, *dense)]
     outputs += [emitter.size_node(symbol) for symbol in sizes]
     dtypes = tuple(str(dtype).removeprefix("torch.") for _, dtype in tables)
     if isinstance(chosen, Kept):
@@ -210,8 +209,8 @@ def build_program(
     elif chosen is not None:
         outputs += emit_selection(chosen, emitter, lengths)
     origins = emitter.finish(outputs)
-    read = tuple((axes, source) for _, axes, source in dense)
-    return Program(GraphModule(traced, emitter.graph), origins, dtypes, read)
+    axes = tuple(axes for _, axes in dense)
+    return Program(GraphModule(traced, emitter.graph), origins, dtypes, axes)
 
 
 def _without_bits(predicate: sympy.Basic) -> sympy.Basic:

@@ -27,8 +27,8 @@ class DenseRead:
         table: the number of the table.
         axes: what each axis of the tensor is: ``"b"``, ``"h"``, ``"q"`` or ``"kv"``, or ``""`` for
             one of size one that it does not depend on.
-        remember: whether to reuse what was found while the tensor is not modified. Not for tensors
-            that compiled code makes, whose memory it reuses as it likes.
+        remember: whether to reuse what was found: only where the user says that the tensor, which
+            comes from outside, is stable. Modifications that are counted are found all the same.
 
     >>> reads = (DenseRead(1, ("", "", "q", "kv"), True),)
     >>> DenseRead.parse(DenseRead.text(reads)) == reads
@@ -37,7 +37,7 @@ class DenseRead:
 
     table: int
     axes: tuple[str, ...]
-    remember: bool
+    remember: bool = False
 
     @staticmethod
     def text(reads: Sequence[DenseRead]) -> str:
@@ -125,7 +125,7 @@ class DenseCall:
             read.table: read.found(self.tables[read.table], self.spec, self.n_q, self.n_kv)
             for read in self.reads
         }
-        words = [found[read.table].table.to(self.device, copy=True) for read in self.reads]
+        words = [found[read.table].table.to(self.device, copy=read.remember) for read in self.reads]
         read = self.reads[0]
         if len(self.tables) > 1 or not read.remember:
             return words, self._packed(words, found)

@@ -118,24 +118,10 @@ def dense_layout(mask: Tensor, block_q: int, block_kv: int) -> DenseMask:
     return DenseMask(mask, _read(mask, block_q, block_kv))
 
 
-def cached_dense_layout(mask: Tensor, block_q: int, block_kv: int) -> DenseMask:
-    """:func:`dense_layout`, remembered as :func:`remembered` says.
-
-    >>> mask = torch.ones(16, 16, dtype=torch.bool)
-    >>> first = cached_dense_layout(mask, 16, 16).blocks
-    >>> cached_dense_layout(mask, 16, 16).blocks is first
-    True
-    >>> _ = mask[0].fill_(False)
-    >>> cached_dense_layout(mask, 16, 16).blocks is first
-    False
-    """
-    key = dense_layout, block_q, block_kv
-    blocks = remembered(mask, key, lambda: dense_layout(mask, block_q, block_kv).blocks)
-    return DenseMask(_four_dimensional(mask), blocks)
-
-
 def remembered(mask: Tensor, key: Hashable, make: Callable[[], T]) -> T:
-    """What ``make`` found out about a tensor, as long as that lives and keeps its state.
+    """What ``make`` found out about a tensor whose values the user promised to leave alone.
+
+    Made again when its memory is freed or a modification is counted.
 
     Args:
         mask: the tensor.

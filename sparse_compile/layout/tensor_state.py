@@ -1,4 +1,4 @@
-"""What is known of a tensor, while it lives and holds what it held."""
+"""What is known of a tensor, while its memory lives and counts no modification."""
 
 from __future__ import annotations
 
@@ -9,24 +9,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.storage import UntypedStorage
 
 
-def state_of(tensor: Tensor) -> tuple[Any, ...] | None:
+def _version_of(tensor: Tensor) -> int | None:
     """What changes when a living tensor is modified; None where that cannot be told.
 
     Changes that autograd does not see, through ``tensor.data`` or another library, go unnoticed, as
-    they do in autograd. Where such changes are usual there is no state: inference tensors count no
-    modifications, and the results of a CUDA graph are overwritten by its next run.
-
-    >>> mask = torch.ones(2, 2)
-    >>> before = state_of(mask)
-    >>> state_of(mask) == before, state_of(mask.zero_()) == before
-    (True, False)
+    they do in autograd: so only who makes a tensor, or a user who says that it stays, may build on
+    it. Where such changes are usual there is no version: inference tensors count no modifications,
+    and the results of a CUDA graph are overwritten by its next run.
     """
     if tensor.is_inference() or (tensor.is_cuda and not _is_of_the_allocator(tensor)):
         return None
-    shape = tuple(tensor.shape), tensor.stride(), tensor.dtype
-    return tensor._version, tensor.data_ptr(), *shape
+    return tensor._version
 
 
 def _is_of_the_allocator(tensor: Tensor) -> bool:
@@ -40,36 +36,43 @@ def _is_of_the_allocator(tensor: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class _Memory:
-    """What is known of one tensor, in one state."""
+    """What is known of the tensors in one storage, in one version."""
 
-    of: weakref.ref[Tensor]
-    state: tuple[Any, ...]
-    known: dict[Hashable, Any] = field(default_factory=dict)
+    of: weakref.ref[UntypedStorage]
+    version: int
+    known: dict[Hashable, dict[Hashable, Any]] = field(default_factory=dict)
 
 
-#: By id, because tensors compare entry by entry. An entry goes when its tensor does.
+#: By id of the storage. It is the storage that is referred to, not the tensor: a tensor that
+#: something refers to cannot be swapped. An entry goes when its storage does.
 _MEMORIES: dict[int, _Memory] = {}
 
 
 def memory_of(tensor: Tensor) -> dict[Hashable, Any]:
     """What is known of a tensor, to read and to add to.
 
-    Forgotten when the tensor dies or its :func:`state_of` changes; at once if it has none. What is
+    Forgotten when its memory is freed or a modification counted; at once if it counts none. What is
     put in must not refer to the tensor, or that lives for ever.
+
+    >>> mask = torch.ones(2, 2)
+    >>> memory_of(mask)["sum"] = 4
+    >>> memory_of(mask), memory_of(mask[0]), memory_of(mask.zero_())
+    ({'sum': 4}, {}, {})
     """
-    state, number = state_of(tensor), id(tensor)
-    if state is None:
+    version, storage = _version_of(tensor), tensor.untyped_storage()
+    if version is None:
         return {}
+    number = id(storage)
     memory = _MEMORIES.get(number)
-    if memory is not None and memory.of() is tensor and memory.state == state:
-        return memory.known
+    if memory is None or memory.of() is not storage or memory.version != version:
+        memory = _Memory(weakref.ref(storage, lambda of: _forget(number, of)), version)
+        _MEMORIES[number] = memory
+    view = tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+    return memory.known.setdefault(view, {})
 
-    def forget(of: weakref.ref[Tensor]) -> None:
-        # Another tensor may have got the same id since.
-        entry = _MEMORIES.get(number)
-        if entry is not None and entry.of is of:
-            del _MEMORIES[number]
 
-    memory = _Memory(weakref.ref(tensor, forget), state)
-    _MEMORIES[number] = memory
-    return memory.known
+def _forget(number: int, of: weakref.ref[UntypedStorage]) -> None:
+    # Another storage may have got the same id since.
+    entry = _MEMORIES.get(number)
+    if entry is not None and entry.of is of:
+        del _MEMORIES[number]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from sparse_compile.errors import BadPattern
 from sparse_compile.expr import evaluate
 from sparse_compile.layout import from_dense, tensor_state
-from sparse_compile.layout.from_dense import DenseMask, cached_dense_layout, dense_layout
+from sparse_compile.layout.from_dense import DenseBlocks, DenseMask, dense_layout, remembered
 from tests.interpreted import passed_in_the_interpreter
 from tests.layout.dense_cases import CASES, DenseCase, check_pass, expected_kinds
 from tests.layout.test_build import check_lists, check_transpose
@@ -124,27 +125,43 @@ def test_bytes_that_are_neither_0_nor_1() -> None:
     assert torch.equal(words, dense_layout(odd != 0, 8, 32).words)
 
 
+def kept(mask: Tensor, *block: int) -> DenseBlocks:
+    """The blocks of a mask that is stable."""
+    return remembered(mask, block, lambda: dense_layout(mask, *block).blocks)
+
+
 def test_the_cache_follows_the_tensor() -> None:
     mask = torch.ones(64, 64, dtype=torch.bool).tril()
-    first = cached_dense_layout(mask, 16, 16)
-    assert cached_dense_layout(mask, 16, 16).blocks is first.blocks
-    assert cached_dense_layout(mask, 32, 16).blocks is not first.blocks
-    assert cached_dense_layout(mask, 16, 16).blocks is first.blocks
-    assert cached_dense_layout(mask.clone(), 16, 16).blocks is not first.blocks
+    first = kept(mask, 16, 16)
+    assert kept(mask, 16, 16) is first
+    assert kept(mask, 32, 16) is not first
+    assert kept(mask, 16, 16) is first
+    assert kept(mask.clone(), 16, 16) is not first
+    assert kept(mask[:, :32], 16, 16).layout.n_kv == 32
+    assert kept(mask, 16, 16) is first
     mask[:16] = False
-    changed = cached_dense_layout(mask, 16, 16)
+    changed = kept(mask, 16, 16)
     assert int(changed.layout.kinds()[0, 0].sum()) == 0
     mask.t_()
-    assert int(cached_dense_layout(mask, 16, 16).layout.kinds()[0, :, 0].sum()) == 0
+    assert int(kept(mask, 16, 16).layout.kinds()[0, :, 0].sum()) == 0
     mask.set_(torch.ones(8, 8, dtype=torch.bool))
-    assert cached_dense_layout(mask, 16, 16).layout.n_q == 8
+    assert kept(mask, 16, 16).layout.n_q == 8
+
+
+def test_the_cache_refers_to_no_tensor() -> None:
+    mask, other = torch.ones(64, 64, dtype=torch.bool).tril(), torch.zeros(64, 64).bool()
+    first = kept(mask, 16, 16)
+    assert not weakref.getweakrefs(mask)
+    mask.data, other.data = other.data, mask.data
+    assert kept(mask, 16, 16).layout.nnz_blocks == 0
+    assert kept(other, 16, 16).layout.nnz_blocks == first.layout.nnz_blocks
 
 
 def test_the_cache_keeps_nothing_alive() -> None:
     gc.collect()
     before = len(tensor_state._MEMORIES)
     mask = torch.ones(64, 64, dtype=torch.bool)
-    found = cached_dense_layout(mask, 16, 16)
+    found = kept(mask, 16, 16)
     assert len(tensor_state._MEMORIES) == before + 1
     del mask
     assert len(tensor_state._MEMORIES) == before
@@ -154,9 +171,9 @@ def test_the_cache_keeps_nothing_alive() -> None:
 def test_inference_tensors_are_read_every_time() -> None:
     with torch.inference_mode():
         mask = torch.ones(64, 64, dtype=torch.bool)
-        first = cached_dense_layout(mask, 16, 16)
+        first = kept(mask, 16, 16)
         mask[:16] = False
-        assert cached_dense_layout(mask, 16, 16).layout.nnz_blocks == 12
+        assert kept(mask, 16, 16).layout.nnz_blocks == 12
     assert first.layout.nnz_blocks == 16
 
 
