@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,7 @@ from sparse_compile.passes import (
     LiftCache,
     Rewriter,
     check_fit,
+    choose_cheapest,
     choose_indexer,
     choose_layout,
     choose_ranking,
@@ -34,6 +36,7 @@ from sparse_compile.passes import (
 from sparse_compile.passes.graph_edit import device_of
 from sparse_compile.plan import Plan
 from sparse_compile.site import AttentionSite, Rejection
+from sparse_compile.target import Target
 
 
 def backend(
@@ -86,8 +89,27 @@ def plan_graph(
     gm: GraphModule, example_inputs: Sequence[Any], options: Options
 ) -> tuple[Decision, ...]:
     """Find, lift and choose, without touching ``gm``."""
-    cache = LiftCache()
-    return tuple(_decide(found, example_inputs, options, cache) for found in find_attention(gm))
+    cache, sites = LiftCache(), tuple(find_attention(gm))
+    decisions = [_decide(found, example_inputs, options, cache) for found in sites]
+    if options.decide == "cost":
+        decisions = _cheapest(decisions)
+    return tuple(with_annotation(decision) for decision in decisions)
+
+
+def _cheapest(decisions: Sequence[Decision]) -> list[Decision]:
+    """The decisions, where the program is not faster as it is."""
+    plans = [decision for decision in decisions if isinstance(decision, Plan)]
+    # Attentions with one mask share its layout.
+    sharing = Counter(plan.site.masks for plan in plans)
+    targets = {device: Target.of(device) for device in {device_of(p.site.q.node) for p in plans}}
+    return [
+        choose_cheapest(
+            decision, targets[device_of(decision.site.q.node)], sharing[decision.site.masks]
+        )
+        if isinstance(decision, Plan)
+        else decision
+        for decision in decisions
+    ]
 
 
 def _decide(
@@ -105,7 +127,7 @@ def _decide(
         decision = _decided(found, example_inputs, options, cache, why)
     if isinstance(decision, Plan):
         decision = choose_ranking(decision, device)
-    return with_annotation(decision)
+    return decision
 
 
 def _decided(

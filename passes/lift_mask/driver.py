@@ -226,8 +226,8 @@ def _lift(
     site = work.site
     check = Check(work.part, site.masks, fills, site.score_axes, site.causal, work.lengths)
     examples = Examples.of(work.site.scope, example_inputs)
-    verify(check, lifted, examples, options.verify_bytes)
-    return lifted
+    visited = verify(check, lifted, examples, options.verify_bytes)
+    return replace(lifted, visited=visited)
 
 
 def _keeps(work: _Work, traced: GraphModule, lifter: Lifter) -> list[Keep]:

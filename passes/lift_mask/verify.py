@@ -24,6 +24,8 @@ from sparse_compile.site import LiftedMask, MaskOperand, Scope
 _ORDER = ("b", "h", "q", "kv")
 _CHUNK = 1 << 22
 _MOST_RANDOM = 1 << 24
+#: Queries and keys of the blocks whose pairs are counted.
+_BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,12 @@ class Check:
     lengths: Mapping[sympy.Symbol, sympy.Expr]
 
 
-def verify(check: Check, lifted: LiftedMask, examples: Examples, verify_bytes: int) -> None:
+def verify(check: Check, lifted: LiftedMask, examples: Examples, verify_bytes: int) -> float | None:
     """Compare the lifted mask with the program's own mask tensors.
+
+    Returns:
+        pairs in blocks that hold an allowed one, for each query of the example, where the mask
+        reads values that the example has; None elsewhere.
 
     Raises:
         Refused: when they differ, or when the tensors are too large to be computed for a check.
@@ -111,7 +117,7 @@ def verify(check: Check, lifted: LiftedMask, examples: Examples, verify_bytes: i
         raise
     except Exception as error:  # The user's operators: anything can be raised.
         raise Refused(f"its mask could not be computed for a check: {error}") from error
-    _compare(check, lifted, leaves, masks, examples)
+    pairs = _compare(check, lifted, leaves, masks, examples)
     for draw in _draws(leaves) if needed <= _MOST_RANDOM else ():
         leaves = [
             _example(node, examples) if is_topk_index(node) else draw(leaf)
@@ -124,6 +130,11 @@ def verify(check: Check, lifted: LiftedMask, examples: Examples, verify_bytes: i
         except Exception:  # Random inputs that the program itself refuses.
             continue
         _compare(check, lifted, leaves, masks, examples)
+    known = lifted.program is not None and all(
+        leaf in examples.values or not isinstance(leaf.meta["example_value"], Tensor)
+        for leaf in check.part.leaves
+    )
+    return pairs if known else None
 
 
 def _bytes(check: Check, examples: Examples) -> int:
@@ -206,7 +217,8 @@ def _compare(
     leaves: Sequence[Any],
     masks: Sequence[Tensor],
     examples: Examples,
-) -> None:
+) -> float:
+    """Raise where the masks differ; the pairs in their blocks, for each query."""
     lengths = {symbol: examples.size(expr) for symbol, expr in check.lengths.items()}
     outputs = _run_program(check, lifted, leaves, examples)
     tables, sizes = mask_data(lifted, outputs, lengths[Q], lengths[KV])
@@ -216,7 +228,8 @@ def _compare(
         chosen = chosen.repeat_interleave(lengths[H] // chosen.shape[1], 1)
     device = masks[0].device
     shape = functools.reduce(operator.and_, (mask[:, :, :1, :1] for mask in masks)).shape
-    rows = max(1, _CHUNK // max(1, shape[0] * shape[1] * lengths[KV]))
+    rows = _CHUNK // max(1, shape[0] * shape[1] * lengths[KV]) // _BLOCK * _BLOCK or _BLOCK
+    pairs = 0.0
     for start in range(0, lengths[Q], rows):
         coordinates = _coordinates(shape, start, min(start + rows, lengths[Q]), lengths[KV], device)
         found = evaluate(lifted.mask, coordinates, lengths[Q], lengths[KV], tables, sizes)
@@ -228,6 +241,20 @@ def _compare(
         if check.causal:
             expected = expected & (coordinates["kv"] <= coordinates["q"])
         _raise_if_different(found, expected, start)
+        pairs += _pairs_in_blocks(found, coordinates["q"].shape[0], lengths[KV])
+    return pairs / max(1, lengths[Q])
+
+
+def _pairs_in_blocks(found: Tensor, rows: int, keys: int) -> float:
+    """Pairs in square blocks of bool [..., 1 or rows, 1 or keys] that hold a True, on average."""
+    found = found.expand(*found.shape[:-2], rows, keys)
+    count = max(1, found.shape[:-2].numel())
+    padded = torch.nn.functional.pad(found, (0, -keys % _BLOCK))
+    held = padded.reshape(*padded.shape[:-1], -1, _BLOCK).any(-1)
+    pairs = 0
+    for line in held.split(_BLOCK, -2):
+        pairs += int(line.any(-2).sum()) * line.shape[-2] * min(_BLOCK, keys)
+    return pairs / count
 
 
 def _run_program(
