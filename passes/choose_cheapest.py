@@ -6,8 +6,10 @@ one side of the point where the answer changes: Dynamo captures another for the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -22,7 +24,7 @@ from sparse_compile.layout.cost import (
     dense,
     lists,
 )
-from sparse_compile.passes.graph_edit import example_value
+from sparse_compile.passes.graph_edit import device_of, example_value
 from sparse_compile.plan import Plan
 from sparse_compile.site import Operand, Rejection
 from sparse_compile.target import Target
@@ -35,36 +37,58 @@ _VISITED = 1 / 4
 _SHORTEST, _LONGEST = 1 << 4, 1 << 24
 
 
-def choose_cheapest(plan: Plan, target: Target, sharing: int) -> Plan | Rejection:
-    """The plan, or where the program is predicted to be faster as it is, that it is left alone.
+def choose_cheapest(
+    decisions: Sequence[Plan | Rejection], example_inputs: Sequence[Any]
+) -> list[Plan | Rejection]:
+    """The decisions, but attentions that are predicted to be faster as they are are left alone.
 
     What an annotation restricts is never left alone, since the program does something else.
 
     Args:
-        plan: what would run.
-        target: where.
-        sharing: attentions of the graph that have this mask, and so share its layout.
+        decisions: on all attentions of a captured graph.
+        example_inputs: as Dynamo passes them to a backend.
     """
+    plans = [decision for decision in decisions if isinstance(decision, Plan)]
+    sharing = Counter(plan.site.masks for plan in plans)
+    guards = not _declares_range(example_inputs)
+    chosen: list[Plan | Rejection] = []
+    for decision in decisions:
+        if isinstance(decision, Plan) and _may_be_left(decision):
+            target = Target.of(device_of(decision.site.q.node))
+            price = _Price(decision, target, sharing[decision.site.masks])
+            chosen.append(_cheapest(price, guards))
+        else:
+            chosen.append(decision)
+    return chosen
+
+
+def _declares_range(example_inputs: Sequence[Any]) -> bool:
+    """Whether the user promised a graph that holds for a range of sizes, which no guard may cut.
+
+    As ``torch._dynamo.mark_dynamic(x, 0, min=2, max=4096)`` does.
+    """
+    ranges = (getattr(given, "_dynamo_dynamic_range", ()) for given in example_inputs)
+    return any((one.min, one.max) != (None, None) for several in ranges for one in several)
+
+
+def _may_be_left(plan: Plan) -> bool:
     note = plan.site.annotation
-    if plan.executor == "sdpa" or (note is not None and not note.promise):
-        return plan
-    site, price = plan.site, _Price(plan, target, sharing)
-    length = _dimension(site.k, "n")
-    candidates = price.at(price.n_kv)
-    best = cheapest(candidates)
+    return plan.executor != "sdpa" and (note is None or note.promise)
+
+
+def _cheapest(price: _Price, guards: bool) -> Plan | Rejection:
+    site, candidates = price.plan.site, price.at(price.n_kv)
     hint = 'options={"decide": "sparse"} rewrites it all the same'
-    if isinstance(length, torch.SymInt) and length.node.hint is not None:
+    length = _dimension(site.k, "n")
+    if guards and isinstance(length, torch.SymInt) and length.node.hint is not None:
         limit = _limit(price)
-        if limit is not None:
-            # A guard: what was found holds on this side of the limit.
-            longer = bool(length > limit)
-            hint += (
-                f"; {'up to' if longer else 'from more than'} {limit} keys another graph is made"
-            )
-    if best.name != "dense":
-        return plan
+        # Asking is what guards: the graph will serve lengths on this side of the limit.
+        if limit is not None and bool(length <= limit):
+            hint += f"; another graph is made from {limit + 1} keys on"
+    if cheapest(candidates).name != "dense":
+        return price.plan
     compared = " and ".join(candidate.shown for candidate in candidates)
-    reason = f"as it is it is predicted to be faster on {target.kind}: {compared}"
+    reason = f"as it is it is predicted to be faster on {price.target.kind}: {compared}"
     return Rejection(reason, hint, site.where, site.output.node)
 
 
@@ -74,7 +98,7 @@ class _Price:
 
     plan: Plan
     target: Target
-    sharing: int
+    sharing: int  # attentions of the graph with this mask, which share its layout
 
     @property
     def n_kv(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -36,7 +35,6 @@ from sparse_compile.passes import (
 from sparse_compile.passes.graph_edit import device_of
 from sparse_compile.plan import Plan
 from sparse_compile.site import AttentionSite, Rejection
-from sparse_compile.target import Target
 
 
 def backend(
@@ -92,24 +90,8 @@ def plan_graph(
     cache, sites = LiftCache(), tuple(find_attention(gm))
     decisions = [_decide(found, example_inputs, options, cache) for found in sites]
     if options.decide == "cost":
-        decisions = _cheapest(decisions)
+        decisions = choose_cheapest(decisions, example_inputs)
     return tuple(with_annotation(decision) for decision in decisions)
-
-
-def _cheapest(decisions: Sequence[Decision]) -> list[Decision]:
-    """The decisions, where the program is not faster as it is."""
-    plans = [decision for decision in decisions if isinstance(decision, Plan)]
-    # Attentions with one mask share its layout.
-    sharing = Counter(plan.site.masks for plan in plans)
-    targets = {device: Target.of(device) for device in {device_of(p.site.q.node) for p in plans}}
-    return [
-        choose_cheapest(
-            decision, targets[device_of(decision.site.q.node)], sharing[decision.site.masks]
-        )
-        if isinstance(decision, Plan)
-        else decision
-        for decision in decisions
-    ]
 
 
 def _decide(

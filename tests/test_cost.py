@@ -190,3 +190,18 @@ def test_the_other_graph_comes_second() -> None:
     for n in (2048, 3000, 100, 120, 2500, 80):
         compiled(*operands(1, 4, n, dim=16))
     assert counted.sparse == [True, False]
+
+
+@pytest.mark.priced
+@pytest.mark.parametrize("declared", [{}, {"min": 64, "max": 40000}])
+def test_a_range_that_the_user_declares_stays_whole(declared: dict[str, int]) -> None:
+    """There, the length that is compiled with decides."""
+    torch._dynamo.reset()
+    counted = Counted()
+    compiled = torch.compile(window(48), backend=counted)
+    for n in (3000, 100, 200):
+        args = operands(1, 4, n, dim=16)
+        for x in args:
+            torch._dynamo.mark_dynamic(x, 2, **declared)
+        compiled(*args)
+    assert counted.sparse == ([True] if declared else [True, False])

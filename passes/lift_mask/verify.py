@@ -228,7 +228,8 @@ def _compare(
         chosen = chosen.repeat_interleave(lengths[H] // chosen.shape[1], 1)
     device = masks[0].device
     shape = functools.reduce(operator.and_, (mask[:, :, :1, :1] for mask in masks)).shape
-    rows = _CHUNK // max(1, shape[0] * shape[1] * lengths[KV]) // _BLOCK * _BLOCK or _BLOCK
+    rows = max(1, _CHUNK // max(1, shape[0] * shape[1] * lengths[KV]))
+    rows = rows // _BLOCK * _BLOCK or rows
     pairs = 0.0
     for start in range(0, lengths[Q], rows):
         coordinates = _coordinates(shape, start, min(start + rows, lengths[Q]), lengths[KV], device)
@@ -252,7 +253,7 @@ def _pairs_in_blocks(found: Tensor, rows: int, keys: int) -> float:
     padded = torch.nn.functional.pad(found, (0, -keys % _BLOCK))
     held = padded.reshape(*padded.shape[:-1], -1, _BLOCK).any(-1)
     pairs = 0
-    for line in held.split(_BLOCK, -2):
+    for line in torch.split(held, _BLOCK, -2):
         pairs += int(line.any(-2).sum()) * line.shape[-2] * min(_BLOCK, keys)
     return pairs / count
 
