@@ -34,7 +34,7 @@ _UNKNOWN = 4096
 #: Keys of which one is visited, where what a mask reads has no values yet.
 _VISITED = 1 / 4
 #: Lengths between which an answer may change.
-_SHORTEST, _LONGEST = 1 << 4, 1 << 24
+_SHORTEST, _LONGEST = 1 << 4, 1 << 20
 
 
 def choose_cheapest(
@@ -136,7 +136,7 @@ class _Price:
         pairs = self._pairs(work)
         if lifted.program is not None:
             # The example says how much is left of what the predicate leaves possible.
-            here = self._pairs(self._work(_rounded(self.n_kv) if self._grows else self.n_kv))
+            here = self._pairs(self._work(self.n_kv))
             seen = _VISITED * here if lifted.visited is None else lifted.visited
             pairs = seen * pairs / here if here else seen
         sizes = {B: work.batch, H: work.heads}
@@ -152,6 +152,8 @@ class _Price:
     def _pairs(self, work: Workload) -> float:
         """Pairs in blocks that the predicate leaves possible, for each query."""
         plan = self.plan
+        if plan.split is not None and _rounded(work.n_kv) == _rounded(self.n_kv):
+            return plan.split.cost.total  # the choice of views has asked already
         _, split = choose_views(
             plan.lifted.mask,
             n_q=work.n_q,
