@@ -22,6 +22,7 @@ RANK = {
     "errors": 0,
     "generated": 0,
     "launch": 0,
+    "target": 1,
     "expr": 1,
     "patterns": 2,
     "reference": 1,

@@ -228,8 +228,8 @@ def _lift(
     axes, causal = site.score_axes, site.causal
     check = Check(*(site.scope, work.part, wanted, site.masks, fills, axes, causal, work.lengths))
     examples = Examples.of(work.site.scope, example_inputs)
-    verify(check, lifted, examples, options.verify_bytes, cache.slicer)
-    return lifted
+    visited = verify(check, lifted, examples, options.verify_bytes, cache.slicer)
+    return replace(lifted, visited=visited)
 
 
 def _keeps(work: _Work, traced: GraphModule, lifter: Lifter) -> list[Keep]:

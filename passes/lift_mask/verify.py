@@ -26,6 +26,8 @@ from sparse_compile.site import LiftedMask, MaskOperand, Scope
 _ORDER = ("b", "h", "q", "kv")
 _CHUNK = 1 << 22
 _MOST_RANDOM = 1 << 24
+#: Queries and keys of the blocks whose pairs are counted.
+_BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -100,11 +102,15 @@ class Check:
 
 def verify(
     check: Check, lifted: LiftedMask, examples: Examples, verify_bytes: int, slicer: Slicer
-) -> None:
+) -> float | None:
     """Compare the lifted mask with the program's own mask tensors.
 
     These come from the captured graph as it is, where that can be run so far, and not from the
     slice: what the slice gets wrong, the lifted mask does, too.
+
+    Returns:
+        pairs in blocks that hold an allowed one, for each query of the example, where the mask
+        reads values that the example has; None elsewhere.
 
     Raises:
         Refused: when they differ, or when the tensors are too large to be computed for a check.
@@ -123,7 +129,7 @@ def verify(
         raise
     except Exception as error:  # The user's operators: anything can be raised.
         raise Refused(f"its mask could not be computed for a check: {error}") from error
-    _compare(check, lifted, leaves, masks, examples)
+    pairs = _compare(check, lifted, leaves, masks, examples)
     if prefix is not None and prefix.beside > _MOST_RANDOM:
         prefix = None
     for draw in _draws(leaves) if needed <= _MOST_RANDOM else ():
@@ -138,6 +144,11 @@ def verify(
         except Exception:  # Random inputs that the program itself refuses.
             continue
         _compare(check, lifted, leaves, masks, examples)
+    known = lifted.program is not None and all(
+        leaf in examples.values or not isinstance(leaf.meta["example_value"], Tensor)
+        for leaf in check.part.leaves
+    )
+    return pairs if known else None
 
 
 def _bytes(check: Check, examples: Examples) -> int:
@@ -250,7 +261,8 @@ def _compare(
     leaves: Sequence[Any],
     masks: Sequence[Tensor],
     examples: Examples,
-) -> None:
+) -> float:
+    """Raise where the masks differ; the pairs in their blocks, for each query."""
     lengths = {symbol: examples.size(expr) for symbol, expr in check.lengths.items()}
     outputs = _run_program(check, lifted, leaves, examples)
     tables, sizes = mask_data(lifted, outputs, lengths[Q], lengths[KV])
@@ -261,6 +273,8 @@ def _compare(
     device = masks[0].device
     shape = functools.reduce(operator.and_, (mask[:, :, :1, :1] for mask in masks)).shape
     rows = max(1, _CHUNK // max(1, shape[0] * shape[1] * lengths[KV]))
+    rows = rows // _BLOCK * _BLOCK or rows
+    pairs = 0.0
     for start in range(0, lengths[Q], rows):
         coordinates = _coordinates(shape, start, min(start + rows, lengths[Q]), lengths[KV], device)
         found = evaluate(lifted.mask, coordinates, lengths[Q], lengths[KV], tables, sizes)
@@ -272,6 +286,20 @@ def _compare(
         if check.causal:
             expected = expected & (coordinates["kv"] <= coordinates["q"])
         _raise_if_different(found, expected, start)
+        pairs += _pairs_in_blocks(found, coordinates["q"].shape[0], lengths[KV])
+    return pairs / max(1, lengths[Q])
+
+
+def _pairs_in_blocks(found: Tensor, rows: int, keys: int) -> float:
+    """Pairs in square blocks of bool [..., 1 or rows, 1 or keys] that hold a True, on average."""
+    found = found.expand(*found.shape[:-2], rows, keys)
+    count = max(1, found.shape[:-2].numel())
+    padded = torch.nn.functional.pad(found, (0, -keys % _BLOCK))
+    held = padded.reshape(*padded.shape[:-1], -1, _BLOCK).any(-1)
+    pairs = 0
+    for line in torch.split(held, _BLOCK, -2):
+        pairs += int(line.any(-2).sum()) * line.shape[-2] * min(_BLOCK, keys)
+    return pairs / count
 
 
 def _run_program(
