@@ -7,6 +7,7 @@ from sparse_compile.passes.annotations import (
     selected_mask,
     with_annotation,
 )
+from sparse_compile.passes.choose_cheapest import choose_cheapest
 from sparse_compile.passes.choose_layout import (
     choose_indexer,
     choose_layout,
@@ -31,6 +32,7 @@ __all__ = [
     "Rejection",
     "Rewriter",
     "check_fit",
+    "choose_cheapest",
     "choose_indexer",
     "choose_layout",
     "choose_ranking",

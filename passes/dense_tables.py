@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from sparse_compile import ops
 from sparse_compile.expr import Bit, table_index
 from sparse_compile.layout.dense_tables import DenseRead, words_of
-from sparse_compile.passes.mutation import Memory, written_inputs
+from sparse_compile.passes.mutation import Memory
 from sparse_compile.selection import Selection
 from sparse_compile.site import LiftedMask
 
@@ -70,12 +70,14 @@ def remember_given(gm: GraphModule) -> None:
 
     Only where the user says that they are stable, and of those that nothing here writes to.
     """
-    memory = Memory(gm)
-    written = {memory.of(node) for writer in gm.graph.nodes for node in written_inputs(writer)}
-    for call in gm.graph.find_nodes(op="call_function", target=ops.LAYOUT):
+    calls = gm.graph.find_nodes(op="call_function", target=ops.LAYOUT)
+    if not calls:
+        return
+    memory = Memory(gm.graph)
+    for call in calls:
         tables, text, *rest = call.args
         reads = [
-            replace(read, remember=given.op == "placeholder" and memory.of(given) not in written)
+            replace(read, remember=given.op == "placeholder" and not memory.is_written(given))
             for read in DenseRead.parse(text)
             for given in [tables[read.table]]
         ]

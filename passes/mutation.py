@@ -1,15 +1,27 @@
-"""Which nodes of a Dynamo graph share memory, and which write to it: FX edges show neither."""
+"""Which nodes of a Dynamo graph share memory, and which write to it: FX edges show neither.
+
+The one analysis of finder and lifter. What is known is torch's operators, by their schemas, and its
+functions and methods, by their names. What is not known (numpy, functions that the user let into
+the graph) is run on fake tensors and watched; where that fails, it writes to all that it is given.
+"""
 
 from __future__ import annotations
 
+import builtins
 import functools
 import inspect
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from sparse_compile.passes.watch import Unwatched, draws, storages, watch, written_arguments
+from sparse_compile.site import Scope
 
 _DUNDERS = (
     "iadd iand ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor setitem"
@@ -18,65 +30,175 @@ _IN_PLACE_OPERATORS = frozenset(
     getattr(operator, name) for name in (*_DUNDERS.split(), "iconcat", "delitem")
 )
 _IN_PLACE_METHODS = frozenset(f"__{name}__" for name in (*_DUNDERS.split(), "delitem"))
+#: Higher-order calls that read their inputs, whatever their bodies are.
+_PURE_CALLS = frozenset(("flex_attention", "flex_attention_backward"))
+#: Functions of torch.nn.functional that change one argument without saying so in their names.
+_RENORMALISES = {"embedding": 1, "embedding_bag": 1}
+#: Functions of torch.nn.functional that an operator of the same name does not describe.
+_DROPOUTS = frozenset("dropout1d dropout2d dropout3d gumbel_softmax".split())
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What running a node does besides making its result.
+
+    Attributes:
+        written: the input nodes whose memory it may write to.
+        known: whether that is all; else ``written`` is whatever it was given.
+        random: whether it draws random numbers.
+    """
+
+    written: tuple[Node, ...] = ()
+    known: bool = True
+    random: bool = False
+
+
+_NOTHING = Effect()
+_WATCHED: WeakKeyDictionary[Node, tuple[object, Effect]] = WeakKeyDictionary()
 
 
 def written_inputs(node: Node) -> tuple[Node, ...]:
-    """The input nodes whose memory a node may write to.
+    """The input nodes whose memory a node may write to."""
+    return effect(node).written
 
-    In doubt a node writes: a module call, or a higher-order body that cannot be looked into, may
-    write to everything it is given.
-    """
+
+def effect(node: Node) -> Effect:
+    """What a node does besides making its result."""
+    if node.op in ("placeholder", "output", "get_attr"):
+        return _NOTHING
     if node.op == "call_module":
-        return tuple(node.all_input_nodes)
-    written: list[Any] = _flat(node.kwargs.get("out"))
+        return _unknown(node)
     if node.op == "call_method":
-        name = str(node.target)
-        if name in _IN_PLACE_METHODS or (name.endswith("_") and not name.endswith("__")):
-            written.append(node.args[0])
-    elif node.op == "call_function":
-        written += _written_by_function(node)
-    return tuple(arg for arg in written if isinstance(arg, Node))
-
-
-def _written_by_function(node: Node) -> Iterable[Any]:
+        return _of_method(node, str(node.target))
     target = node.target
-    if target in _IN_PLACE_OPERATORS:
-        return node.args[:1]
-    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-        return _written_by_schema(node)
     if isinstance(target, torch._ops.HigherOrderOperator):
-        return _written_by_bodies(node)
-    name = getattr(target, "__name__", "")
-    # torch.relu_ writes; operator.and_ only avoids a keyword.
+        return _of_bodies(node)
+    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return _of_operator(node, target)
+    if target in _IN_PLACE_OPERATORS:
+        return _writes(node.args[:1])
+    if getattr(torch.Tensor, _name(target), None) is target:
+        return _of_method(node, _name(target))
+    if _is_torch_function(target):
+        return _of_function(node)
+    return _watched(node)
+
+
+def _unknown(node: Node) -> Effect:
+    return Effect(tuple(node.all_input_nodes), known=False)
+
+
+def _writes(given: Iterable[Any], random: bool = False) -> Effect:
+    nodes = dict.fromkeys(item for value in given for item in _flat(value))
+    return Effect(tuple(n for n in nodes if isinstance(n, Node)), random=random)
+
+
+def _of_method(node: Node, name: str) -> Effect:
+    if name in _IN_PLACE_METHODS:
+        return _writes(node.args[:1])
+    if not hasattr(torch.Tensor, name):
+        return _unknown(node)
+    return _named(node, name)
+
+
+def _of_function(node: Node) -> Effect:
+    name = _name(node.target)
+    if _asks_in_place(node):
+        return _writes(node.args[:1] or list(node.kwargs.values())[:1], _random(node, name))
+    if name in _RENORMALISES and _argument(node, "max_norm") is not None:
+        return _writes([_argument(node, "weight")])
+    return _named(node, name)
+
+
+def _named(node: Node, name: str) -> Effect:
+    """By the operator of the same name; without one, by torch's rule that ``_`` at the end writes.
+
+    ``operator.and_`` only avoids a keyword.
+    """
+    written = [node.kwargs.get("out"), *_at(node, _positions(name))]
     if name.endswith("_") and not name.endswith("__") and not hasattr(operator, name):
-        return node.all_input_nodes[:1]
-    return node.args[:1] if _asks_in_place(node) else ()
+        written += node.args[:1] or list(node.kwargs.values())[:1]
+    return _writes(written, _random(node, name))
 
 
-def _written_by_schema(node: Node) -> Iterable[Any]:
-    target = node.target
-    overloads = (
-        [target]
-        if isinstance(target, torch._ops.OpOverload)
-        else [getattr(target, name) for name in target.overloads()]  # type: ignore[union-attr]
-    )
-    for overload in overloads:
-        for position, argument in enumerate(overload._schema.arguments):
-            if argument.alias_info is None or not argument.alias_info.is_write:
-                continue
-            given = node.args[position] if position < len(node.args) else None
-            yield from _flat(node.kwargs.get(argument.name, given))
+def _of_operator(node: Node, target: Any) -> Effect:
+    overloads = (target,) if isinstance(target, torch._ops.OpOverload) else _overloads(target)
+    written = [_at(node, written_arguments(overload)) for overload in overloads]
+    random = any(draws(overload) for overload in overloads)
+    return _writes((value for values in written for value in values), random)
+
+
+def _overloads(packet: Any) -> tuple[torch._ops.OpOverload, ...]:
+    return tuple(getattr(packet, name) for name in packet.overloads())
+
+
+@functools.lru_cache(maxsize=4096)
+def _positions(name: str) -> Mapping[str, int]:
+    packet = getattr(torch.ops.aten, name, None)
+    if not isinstance(packet, torch._ops.OpOverloadPacket):
+        return {}
+    found = [written_arguments(overload) for overload in _overloads(packet)]
+    return {key: position for written in found for key, position in written.items()}
+
+
+@functools.lru_cache(maxsize=4096)
+def _draws_by_name(name: str) -> bool:
+    packet = getattr(torch.ops.aten, name, None)
+    if not isinstance(packet, torch._ops.OpOverloadPacket):
+        return name in _DROPOUTS
+    return any(draws(overload) for overload in _overloads(packet))
+
+
+def _random(node: Node, name: str) -> bool:
+    return _draws_by_name(name) and not ("dropout" in name and is_off(node))
+
+
+def is_off(node: Node) -> bool:
+    """Whether a dropout does nothing."""
+    probability = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else None)
+    training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else None)
+    return bool(probability == 0.0 or training is False)
+
+
+def _at(node: Node, positions: Mapping[str, int]) -> list[Any]:
+    """The arguments of a node at some positions, or by their names.
+
+    Python functions may have another order than the operators that they call.
+    """
+    names = _parameters(node.target) if positions and node.op == "call_function" else ()
+    places = {name: names.index(name) if name in names else at for name, at in positions.items()}
+    return [
+        node.kwargs.get(name, node.args[at] if 0 <= at < len(node.args) else None)
+        for name, at in places.items()
+    ]
+
+
+def _name(target: object) -> str:
+    return str(getattr(target, "__name__", ""))
+
+
+def _is_torch_function(target: Any) -> bool:
+    """Functions that say what they write to: those of torch, and Python's own operators."""
+    module = str(getattr(target, "__module__", None) or "")
+    if module == "builtins":
+        return target not in (builtins.setattr, builtins.delattr)
+    root, _, rest = module.partition(".")
+    told = not rest.startswith(("_dynamo", "distributed"))
+    return root in ("torch", "_operator", "math") and told
 
 
 def _asks_in_place(node: Node) -> bool:
     """Whether a function such as ``F.relu`` is told ``inplace=True``."""
-    if "inplace" in node.kwargs:
-        return bool(node.kwargs["inplace"])
-    if len(node.args) < 2:
-        return False
+    return bool(_argument(node, "inplace")) if "inplace" in node.kwargs or node.args[1:] else False
+
+
+def _argument(node: Node, name: str) -> Any:
+    """An argument of a call of a Python function; None if it is not given."""
+    if name in node.kwargs:
+        return node.kwargs[name]
     names = _parameters(node.target)
-    position = names.index("inplace") if "inplace" in names else len(node.args)
-    return position < len(node.args) and bool(node.args[position])
+    position = names.index(name) if name in names else len(node.args)
+    return node.args[position] if position < len(node.args) else None
 
 
 @functools.lru_cache(maxsize=1024)
@@ -85,6 +207,31 @@ def _parameters(function: Any) -> tuple[str, ...]:
         return tuple(inspect.signature(function).parameters)
     except (TypeError, ValueError):
         return ()
+
+
+def _watched(node: Node) -> Effect:
+    """What a function of which nothing is known was seen to do; in doubt, all that it could."""
+    call: tuple[object, ...] = (node.target, node.args, tuple(node.kwargs.items()))
+    if node not in _WATCHED or _WATCHED[node][0] != call:
+        _WATCHED[node] = call, _watch(node)
+    return _WATCHED[node][1]
+
+
+def _watch(node: Node) -> Effect:
+    assert callable(node.target)
+    values = [n.meta.get("example_value") for n in (*node.all_input_nodes, node)]
+    try:
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
+        seen = watch(node.target, args, kwargs, values)
+    except (Unwatched, KeyError):
+        return _unknown(node)
+    written = [n for n in node.all_input_nodes if _touches(n, seen.written)]
+    return Effect(tuple(written), random=seen.random)
+
+
+def _touches(node: Node, written: frozenset[int]) -> bool:
+    found = set(storages(node.meta.get("example_value")))
+    return None in found or bool(found & written)
 
 
 def bodies(node: Node) -> list[tuple[GraphModule, tuple[object, ...]]]:
@@ -106,44 +253,88 @@ def _attribute(node: Node) -> object:
     return owner
 
 
-def _written_by_bodies(node: Node) -> Iterable[Any]:
+def _of_bodies(node: Node) -> Effect:
     """The inputs that the bodies of a higher-order call write to."""
+    if _name(node.target) in _PURE_CALLS:
+        return _NOTHING
+    found = bodies(node)
+    if not found:
+        return _unknown(node)
     written: list[Any] = []
-    for body, inputs in bodies(node):
+    random = False
+    for body, inputs in found:
         placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
-        memory = Memory(body)
-        touched = {memory.of(t) for n in body.graph.nodes for t in written_inputs(n)}
-        hit = [memory.of(placeholder) in touched for placeholder in placeholders]
+        memory = Memory(body.graph)
+        random |= any(effect(n).random for n in body.graph.nodes)
+        hit = [memory.is_written(placeholder) for placeholder in placeholders]
         if len(placeholders) == len(inputs):
             written += [arg for arg, is_hit in zip(inputs, hit, strict=True) if is_hit]
         elif any(hit):
-            return node.all_input_nodes
-    return written
+            written += node.all_input_nodes
+    return _writes(written, random)
 
 
-def _flat(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _flat(item)
+    elif isinstance(value, dict):
+        yield from _flat(list(value.values()))
+    else:
+        yield value
 
 
 class Memory:
-    """A partition of a graph's nodes by the memory their tensors may live in."""
+    """A partition of a graph's nodes by the memory their tensors may live in, and the writes to it.
 
-    def __init__(self, gm: GraphModule) -> None:
+    The graph must not change meanwhile.
+    """
+
+    def __init__(self, graph: Graph, aliases: Iterable[tuple[Node, Node]] = ()) -> None:
+        """Read the graph once. ``aliases``: nodes known from outside to share memory."""
+        self.position = {node: index for index, node in enumerate(graph.nodes)}
         self._parent: dict[object, object] = {}
-        for node in gm.graph.nodes:
+        for first, second in aliases:
+            self._join(first, second)
+        for node in graph.nodes:
             self._place(node)
+        self.effects = {node: effect(node) for node in graph.nodes}
+        self._writes: dict[object, list[tuple[Node, Node]]] = {}
+        for node, done in self.effects.items():
+            for target in done.written:
+                self._writes.setdefault(self._find(target), []).append((node, target))
 
     def of(self, node: Node) -> object:
         """A token that nodes which may share memory have in common."""
         return self._find(node)
 
+    def writes(self, node: Node) -> Sequence[tuple[Node, Node]]:
+        """What writes to memory that ``node`` may share, in order, each with the input that it
+        writes to."""
+        return self._writes.get(self._find(node), ())
+
+    def is_written(self, node: Node) -> bool:
+        """Whether anything in the graph writes to memory that ``node`` may share."""
+        return bool(self.writes(node))
+
+    def stays(self, node: Node, since: Node, until: Node) -> bool:
+        """Whether nothing overwrites ``node`` after ``since`` ran and before ``until`` runs."""
+        first, last = self.position[since], self.position[until]
+        return not any(first < self.position[writer] < last for writer, _ in self.writes(node))
+
+    def shared(self, nodes: Sequence[Node]) -> list[tuple[int, int]]:
+        """The positions, in ``nodes``, of pairs that may share memory."""
+        first: dict[object, int] = {}
+        pairs = [(first.setdefault(self._find(node), i), i) for i, node in enumerate(nodes)]
+        return [(a, b) for a, b in pairs if a != b]
+
     def _place(self, node: Node) -> None:
-        storages = list(_storages(node.meta.get("example_value")))
-        if None in storages:
+        found = list(storages(node.meta.get("example_value")))
+        if None in found:
             # What cannot be looked into is taken to share memory with all it was made from.
             for source in node.all_input_nodes:
                 self._join(node, source)
-        for storage in storages:
+        for storage in found:
             if storage is not None:
                 self._join(node, ("storage", storage))
 
@@ -160,15 +351,13 @@ class Memory:
         return item
 
 
-def _storages(value: Any) -> Iterator[int | None]:
-    """Identities of the storages of a value; None for a tensor that has none to show."""
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _storages(item)
-    elif isinstance(value, torch.Tensor):
-        try:
-            # Two Python objects may stand for one storage; its address is what identifies it. Fake
-            # tensors have no data address, so this is the address of the storage record.
-            yield int(value.untyped_storage()._cdata)
-        except (NotImplementedError, RuntimeError):
-            yield None
+def memory_of(scope: Scope, outer: Memory | None = None) -> Memory:
+    """The memory of a scope's graph, knowing which of its inputs share memory outside.
+
+    ``outer`` is the memory of the parent's, where that is known already.
+    """
+    if scope.parent is None:
+        return Memory(scope.gm.graph)
+    inner = [node for node in scope.gm.graph.nodes if node.op == "placeholder"]
+    pairs = (outer or memory_of(scope.parent)).shared(scope.inputs)
+    return Memory(scope.gm.graph, [(inner[a], inner[b]) for a, b in pairs])

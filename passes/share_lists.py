@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from sparse_compile.ops import LAYOUT
 from sparse_compile.passes.graph_edit import example_value
-from sparse_compile.passes.mutation import Memory, written_inputs
+from sparse_compile.passes.mutation import Memory
 from sparse_compile.selection_ops import CANONICAL_SELECTION
 
 _LISTING = (CANONICAL_SELECTION, LAYOUT)
@@ -32,12 +32,11 @@ def _share(gm: GraphModule) -> bool:
     calls = [node for node in gm.graph.nodes if node.target in _LISTING]
     if len(calls) < 2:
         return False
-    memory = Memory(gm)
-    written = {memory.of(node) for writer in gm.graph.nodes for node in written_inputs(writer)}
+    memory = Memory(gm.graph)
     made: dict[Hashable, Node] = {}
     for call in calls:
         sources = [_source(node) for node in call.all_input_nodes if _is_tensor(node)]
-        if any(memory.of(source) in written for source in sources):
+        if any(memory.is_written(source) for source in sources):
             continue  # they may hold something else by now
         first = made.setdefault((call.target, _key(call.args)), call)
         if first is not call:

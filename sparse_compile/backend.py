@@ -16,6 +16,7 @@ from sparse_compile.passes import (
     LiftCache,
     Rewriter,
     check_fit,
+    choose_cheapest,
     choose_indexer,
     choose_layout,
     choose_ranking,
@@ -87,8 +88,11 @@ def plan_graph(
     gm: GraphModule, example_inputs: Sequence[Any], options: Options
 ) -> tuple[Decision, ...]:
     """Find, lift and choose, without touching ``gm``."""
-    cache = LiftCache()
-    return tuple(_decide(found, example_inputs, options, cache) for found in find_attention(gm))
+    cache, sites = LiftCache(), tuple(find_attention(gm))
+    decisions = [_decide(found, example_inputs, options, cache) for found in sites]
+    if options.decide == "cost":
+        decisions = choose_cheapest(decisions, example_inputs)
+    return tuple(with_annotation(decision) for decision in decisions)
 
 
 def _decide(
@@ -106,7 +110,7 @@ def _decide(
         decision = _decided(found, example_inputs, options, cache, why)
     if isinstance(decision, Plan):
         decision = choose_ranking(decision, device)
-    return with_annotation(decision)
+    return decision
 
 
 def _decided(

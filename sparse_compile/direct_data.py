@@ -1,11 +1,12 @@
-"""Tables and layouts of patterns in calls that run as they stand.
+"""Tables and layouts of patterns in calls that run as they stand, kept while nothing changes.
 
-Those that no tensor can change are kept; compiled code makes them in its graph at every call.
+Compiled code makes them in its graph at every call; there, Inductor decides what is kept.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from sparse_compile import ops
 from sparse_compile.expr import MaskExpr, table_index
 from sparse_compile.layout.dense_tables import NO_READS
+from sparse_compile.layout.tensor_state import memory_of, state_of
 from sparse_compile.pattern_ops import PATTERN_TABLE
 from sparse_compile.patterns.base import Pattern
 from sparse_compile.patterns.data import tensors_of
@@ -29,7 +31,7 @@ Tables = tuple[tuple[int, int, torch.dtype], ...]
 Call = tuple[str, Tables, tuple[int, int, int, int], str, torch.device]
 #: The tables, and the packed layout.
 Data = tuple[list[Tensor], list[Tensor]]
-_KEPT: OrderedDict[tuple[Any, ...], Data] = OrderedDict()
+_KEPT: OrderedDict[tuple[Any, ...], tuple[Hashable, Data]] = OrderedDict()
 
 
 def tables_of(expr: MaskExpr) -> Tables:
@@ -54,41 +56,60 @@ def make_data(call: Call) -> Data:
 
 
 def kept_data(pattern: Pattern, call: Call) -> Data:
-    """:func:`make_data`, made once for a ``pattern`` that holds no tensors.
+    """:func:`make_data`, made again only after the tensors of ``pattern`` were written to.
 
-    Tensors may be changed through other tensors, by numpy or by other processes, which nothing
-    counts: what follows from them is made in each call.
+    A pattern is a promise where a mask tensor is none: writes that PyTorch does not count (through
+    ``.data``, numpy or another process) do not reach it. Make a new pattern after them.
 
     Args:
         pattern: what the key of ``call`` names.
         call: as for :func:`make_data`.
     """
-    if tensors_of(pattern) != [] or _is_recorded(call[-1]):
+    state = _state(pattern)
+    if state is None or _is_recorded(call[-1]):
         return make_data(call)
     # Keys are given once, so this one means this pattern even when the pattern is gone. And what is
     # made in inference mode cannot be saved for a backward.
     where = (*call, torch.is_inference_mode_enabled())
     kept = _KEPT.get(where)
-    if kept is None:
-        kept = _KEPT[where] = make_data(call)
+    if kept is None or kept[0] != state:
+        kept = _KEPT[where] = state, make_data(call)
         if len(_KEPT) > _MOST:
             _KEPT.popitem(last=False)
     _KEPT.move_to_end(where)
-    return kept
+    return kept[1]
 
 
 def canonical_of(index: Tensor, units: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The lists of any indices, see :func:`sparse_compile.selection.canonical`.
 
-    In a graph, calls that use the same index share them.
+    Calls that use the same index share them while nothing writes to it.
 
     Args:
-        index: integers [B, Hs, Uq, K].
+        index: integers [B, Hs, Uq, K], of a pattern.
         units: how many units of keys there are.
         device: where the lists are used.
     """
+    if torch.compiler.is_compiling() or type(index) is not Tensor or _is_recorded(device):
+        return _canonical(index, units, device)
+    known = memory_of(index)
+    key = "lists", units, device, torch.is_inference_mode_enabled()
+    if key not in known:
+        known[key] = _canonical(index, units, device)
+    lists: tuple[Tensor, Tensor] = known[key]
+    return lists
+
+
+def _canonical(index: Tensor, units: int, device: torch.device) -> tuple[Tensor, Tensor]:
     lists: tuple[Tensor, Tensor] = CANONICAL_SELECTION(index.detach().to(device), units)
     return lists
+
+
+def _state(pattern: Pattern) -> tuple[Hashable, ...] | None:
+    """What the tables follow from, besides the lengths; None where that cannot be told."""
+    tensors = tensors_of(pattern)
+    states = None if tensors is None else [state_of(tensor) for tensor in tensors]
+    return None if states is None or None in states else tuple(states)
 
 
 def _is_recorded(device: torch.device) -> bool:

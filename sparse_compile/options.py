@@ -19,6 +19,8 @@ class Options:
         dense: what to do with an attention whose mask skips nothing that SDPA does not skip itself
             (no mask, or plain causal): ``"sdpa"`` leaves it to, or hands it to, PyTorch's own
             dense kernels without a mask tensor; ``"rewrite"`` uses this library's kernels.
+        decide: what decides about an attention whose mask skips something: ``"cost"`` rewrites it
+            where that is predicted to be faster than the program as it is; ``"sparse"`` always.
         block: block shape (queries, keys) of the layouts, each one of 16, 32, 64, 128; None lets
             the library choose.
         finite_fill: ``"exact"`` keeps finite fills such as -1e4 what they are, a bias, so such
@@ -38,6 +40,7 @@ class Options:
     """
 
     dense: str = "sdpa"
+    decide: str = "cost"
     block: tuple[int, int] | None = None
     finite_fill: str = "exact"
     masks: str = "fresh"
@@ -66,6 +69,7 @@ class Options:
 
     def _check(self) -> None:
         _check_choice("dense", self.dense, ("sdpa", "rewrite"))
+        _check_choice("decide", self.decide, ("cost", "sparse"))
         _check_choice("finite_fill", self.finite_fill, ("exact", "minus_inf"))
         _check_choice("masks", self.masks, ("fresh", "stable"))
         block_ok = self.block is None or (

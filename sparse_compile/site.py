@@ -285,6 +285,9 @@ class LiftedMask:
             not return these.
         selection: the keys that an index selects; a query attends to those that ``mask`` allows.
         fills: the scores of masked keys, or what is added to them.
+        visited: pairs in blocks that hold an allowed one, for each query of the example that was
+            compiled with; None where the mask depends on lengths alone, or on values that only a
+            call has.
         unselected: why what an index selects is in ``mask`` instead; empty where nothing is.
     """
 
@@ -298,6 +301,7 @@ class LiftedMask:
     selection: SelectedKeys | None = None
     unselected: str = ""
     fills: tuple[float, ...] = ()
+    visited: float | None = None
 
     @property
     def n_lifted_tables(self) -> int:

@@ -369,7 +369,7 @@ def test_layers_share_tables_and_layouts() -> None:
         pass
 
     def look(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
-        plan_and_rewrite(gm, example_inputs, Options())
+        plan_and_rewrite(gm, example_inputs, Options(decide="sparse"))
         targets = [str(node.target) for node in gm.graph.nodes]
         for name, times in (("pattern_table", 1), (".layout.", 1), (".attention.", 3)):
             assert sum(name in target for target in targets) == times

@@ -270,7 +270,7 @@ def test_near_miss_is_left_alone(program: Callable[[Tensor], object]) -> None:
 
     def recorder(gm: torch.fx.GraphModule, inputs: list[object]) -> Callable[..., object]:
         before = str(gm.graph)
-        plan_and_rewrite(gm, inputs, Options())
+        plan_and_rewrite(gm, inputs, Options(decide="sparse"))
         seen.append(before == str(gm.graph))
         return gm.forward
 

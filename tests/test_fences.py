@@ -108,3 +108,12 @@ def test_launches_tell_apart_what_triton_compiles_for(specialize: bool) -> None:
     for value in values:
         theirs = native_specialize_impl(CUDABackend, value, False, specialize, specialize)
         assert found.setdefault(signature([value])[0], theirs) == theirs, value
+
+
+def test_declared_ranges_are_attributes_of_inputs() -> None:
+    """passes/choose_cheapest.py makes no guards in graphs that are to hold for a range."""
+    x, y = torch.ones(4, 4), torch.ones(4, 4)
+    torch._dynamo.mark_dynamic(x, 0, min=2, max=64)
+    torch._dynamo.mark_dynamic(y, 0)
+    assert [(one.min, one.max) for one in x._dynamo_dynamic_range] == [(2, 64)]
+    assert [(one.min, one.max) for one in y._dynamo_dynamic_range] == [(None, None)]

@@ -13,7 +13,7 @@ from sparse_compile.passes.find_attention.eager import match_eager
 from sparse_compile.passes.find_attention.indexer import find_indexer
 from sparse_compile.passes.find_attention.provenance import where
 from sparse_compile.passes.find_attention.sdpa import match_sdpa
-from sparse_compile.passes.mutation import bodies
+from sparse_compile.passes.mutation import bodies, memory_of
 from sparse_compile.site import AttentionSite, Rejection, Scope
 
 __all__ = ["find_attention", "find_indexer"]
@@ -66,7 +66,8 @@ def find_attention(gm: GraphModule) -> tuple[AttentionSite | Rejection, ...]:
         an :class:`AttentionSite` for each attention that is proven closed, a :class:`Rejection`
         for each that only looks like one.
     """
-    return tuple(_in_scope(Scope(gm), Dataflow(gm.graph)))
+    scope = Scope(gm)
+    return tuple(_in_scope(scope, Dataflow(memory_of(scope))))
 
 
 def _in_scope(scope: Scope, flow: Dataflow) -> Iterator[AttentionSite | Rejection]:
@@ -125,8 +126,8 @@ def _in_body(
     else:
         problem = "this attention is in a region that is compiled once and called several times"
         problem, hint = problem if shared else "", "leave out nested_compile_region"
-    aliases = [(placeholders[a], placeholders[b]) for a, b in flow.share_memory(nodes)]
-    for found in _in_scope(Scope(body, scope, call, nodes), Dataflow(body.graph, aliases)):
+    inner = Scope(body, scope, call, nodes)
+    for found in _in_scope(inner, Dataflow(memory_of(inner, flow.memory))):
         if problem and isinstance(found, AttentionSite):
             yield Rejection(problem, hint, found.where, found.output.node)
         else:

@@ -91,10 +91,11 @@ def read_elsewhere(what: str, readers: list[Node], node: Node) -> Refusal:
             f"the attention {what} are {also}, so they must exist",
             "return only the output, or set output_attentions=False",
         )
+    # One product with v is the attention; where all are products, all after the first are others.
+    others = [r for r in readers if contraction(r) is None or what == "scores"] or readers[1:]
     names = ", ".join(
         f"`{op_name(reader)}`" + "".join(f" ({line})" for line in where(reader)[-1:])
-        for reader in readers
-        if contraction(reader) is None or what == "scores"
+        for reader in others
     )
     return Refusal(
         f"the attention {what} are also read by {names}, so they must exist",

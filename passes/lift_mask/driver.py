@@ -102,7 +102,7 @@ def lift_mask(
             raise lifted
         return lifted
     except CannotSlice as error:
-        return Rejection(str(error), "", site.where, site.output.node)
+        return Rejection(str(error), error.hint, site.where, site.output.node)
     except Refused as refused:
         return Rejection(refused.reason, refused.hint, site.where, site.output.node)
     except Exception as error:  # A mistake of ours must not stop the user's program: it is told.
@@ -118,7 +118,7 @@ def _attempt(
     except Refused as refused:
         return Refused(refused.reason, _float_hint(work.part) or refused.hint)
     except CannotSlice as error:
-        return Refused(str(error))
+        return Refused(str(error), error.hint)
 
 
 def _float_hint(part: Slice) -> str:
@@ -224,10 +224,12 @@ def _lift(
     fills = [keep.fills for keep in keeps]
     lifted = replace(lifted, empty_rows=policy, fills=tuple(itertools.chain(*fills)))
     site = work.site
-    check = Check(work.part, site.masks, fills, site.score_axes, site.causal, work.lengths)
+    wanted = [Wanted(mask.node, first_reader(site, mask.node)) for mask in site.masks]
+    axes, causal = site.score_axes, site.causal
+    check = Check(*(site.scope, work.part, wanted, site.masks, fills, axes, causal, work.lengths))
     examples = Examples.of(work.site.scope, example_inputs)
-    verify(check, lifted, examples, options.verify_bytes)
-    return lifted
+    visited = verify(check, lifted, examples, options.verify_bytes, cache.slicer)
+    return replace(lifted, visited=visited)
 
 
 def _keeps(work: _Work, traced: GraphModule, lifter: Lifter) -> list[Keep]:

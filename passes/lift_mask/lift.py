@@ -36,29 +36,43 @@ _CASTS = ("_to_copy", "convert_element_type")
 
 
 class Lifter:
-    """Lifts the nodes of one functional ATen graph, each once.
+    """Lifts the nodes of one functional ATen graph that are asked for, each once.
 
     A node without a symbolic meaning (``cumsum`` of run-time data, a graph input) becomes a lookup
-    of its own elements; :attr:`data` says which node a lookup reads.
+    of its own elements; :attr:`data` says which node a lookup reads. What arithmetic on floating
+    data reads beside it (the shifted windows under a learned bias) is never lifted.
     """
 
     def __init__(self, gm: GraphModule) -> None:
         self.gm = gm
         self.data: dict[int, Node] = {}
+        self._opaque = opaque_nodes(gm)
         self._values: dict[Node, Any] = {}
         self._numbers: dict[Node, Any] = {}
         self._simplifiers: dict[Shape, Simplifier] = {}
-        for node in gm.graph.nodes:
-            if node.op != "output":
-                self._values[node] = self._lift(node)
 
     def tensor(self, node: Node) -> Lifted:
         """The lifted value of a tensor node."""
+        if node not in self._values:
+            self._lift_for(node)
         value = self._values[node]
         if isinstance(value, Unliftable):
             raise value
         assert isinstance(value, Lifted)
         return value
+
+    def _lift_for(self, node: Node) -> None:
+        """Lift a node after what it reads, in the order of the graph."""
+        needed, stack = {node}, [node]
+        while stack:
+            reader = stack.pop()
+            sources = () if reader in self._opaque else reader.all_input_nodes
+            new = [n for n in sources if n not in needed and n not in self._values]
+            needed.update(new)
+            stack += new
+        for found in self.gm.graph.nodes:
+            if found in needed:
+                self._values[found] = self._lift(found)
 
     def simplifier(self, shape: Shape) -> Simplifier:
         """A simplifier for coordinates in ``shape``."""
@@ -82,9 +96,9 @@ class Lifter:
         return self._lift_tensor(node, shape, value.dtype)
 
     def _lift_tensor(self, node: Node, shape: Shape, dtype: torch.dtype) -> Any:
-        if node.op == "placeholder":
+        if node.op == "placeholder" or node in self._opaque:
             return self._lookup(node, shape, dtype)
-        name = _name(node)
+        name = op_name(node)
         if name.startswith("empty") or name == "new_empty":
             # Meaningless until written over; whoever reads it fails.
             return Unliftable("it reads uninitialised memory")
@@ -114,7 +128,7 @@ class Lifter:
         if name in _HANDLERS and not (name == "index" and op._overloadname != "Tensor"):
             step = Step(self._bound(node, op), shape, dtype, self.simplifier(shape), op)
             return _HANDLERS[name](step)
-        if name in RULES or torch.Tag.pointwise in op.tags:
+        if _is_elementwise(op, name):
             return self._elementwise(node, op, shape, dtype)
         raise Unliftable(f"{name} has no symbolic meaning")
 
@@ -151,7 +165,7 @@ class Lifter:
         """One result of split, chunk or unbind."""
         source, number = node.args
         assert isinstance(source, Node)
-        name = _name(source)
+        name = op_name(source)
         tensor = self._argument(source.args[0])
         indices: list[sympy.Expr] = list(DIMS[: len(shape)])
         if name == "unbind":
@@ -228,7 +242,50 @@ def _try_size(value: Any) -> Any:
     return Unliftable(f"a value of type {type(value).__name__} takes part")
 
 
-def _name(node: Node) -> str:
+def op_name(node: Node) -> str:
+    """The operator of a node, without its namespace and overload."""
     if isinstance(node.target, torch._ops.OpOverload):
         return str(node.target._schema.name.split("::")[1])
     return str(getattr(node.target, "__name__", node.target))
+
+
+def opaque_nodes(gm: GraphModule) -> frozenset[Node]:
+    """The nodes that compute with floating run-time data, whose results are known to be data too.
+
+    Nothing symbolic is known of floating inputs, however their elements are moved.
+    """
+    data: set[Node] = set()
+    opaque: set[Node] = set()
+    for node in gm.graph.nodes:
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            continue
+        moved = _moves(node) and node.args[0] in data
+        if not moved and node.op != "placeholder" and _computes_with(node, data):
+            opaque.add(node)
+        if value.is_floating_point() and (moved or node.op == "placeholder" or node in opaque):
+            data.add(node)
+    return frozenset(opaque)
+
+
+def _moves(node: Node) -> bool:
+    """Whether a node only moves the elements of its first argument."""
+    name = op_name(node)
+    if name in _CASTS:
+        source = node.args[0]
+        return isinstance(source, Node) and source.meta["val"].dtype == node.meta["val"].dtype
+    return name in VIEWS and bool(node.args)
+
+
+def _computes_with(node: Node, data: set[Node]) -> bool:
+    """Whether a node applies an elementwise operator, or a conversion, to some of ``data``."""
+    name = op_name(node)
+    if not isinstance(node.target, torch._ops.OpOverload) or name in _HANDLERS:
+        return False
+    if name not in _CASTS and not _is_elementwise(node.target, name):
+        return False
+    return any(source in data for source in node.all_input_nodes)
+
+
+def _is_elementwise(op: torch._ops.OpOverload, name: str) -> bool:
+    return name in RULES or torch.Tag.pointwise in op.tags

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from math import gcd
 
@@ -22,7 +23,12 @@ class Linear:
     terms: sympy.Expr
     bound: int
 
-    @property
+    @functools.cached_property
+    def opposite(self) -> sympy.Expr:
+        """``-terms``."""
+        return -self.terms
+
+    @functools.cached_property
     def spelled(self) -> sympy.Basic:
         """The comparison as a person would write it.
 
@@ -46,8 +52,9 @@ class Linear:
         return sympy.Lt(terms, bound + 1) if bound > 0 else sympy.Ge(-terms, -bound)
 
 
+@functools.lru_cache(maxsize=1 << 14)
 def linear(relation: sympy.Basic) -> Linear | bool:
-    """The normal form of an integer comparison, or its value if it has no symbols.
+    """The normal form of an integer comparison, or its value if it has no symbols; remembered.
 
     >>> from sparse_compile.expr import KV, Q
     >>> linear(KV > Q - 8)

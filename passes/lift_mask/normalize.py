@@ -77,7 +77,7 @@ def normalise(part: Slice) -> GraphModule:
     fakes = [leaf.meta["example_value"] for leaf in part.leaves]
 
     try:
-        with fake_mode_of(part), torch.no_grad(), _functorch_levels_restored():
+        with fake_mode_of(part), torch.no_grad(), functorch_levels_restored():
             if any(getattr(node.target, "__name__", "") == _VMAP for node in part.nodes):
                 # The recorded vmap levels count from one: resolve them before functionalize,
                 # which takes a level itself.
@@ -93,7 +93,7 @@ def normalise(part: Slice) -> GraphModule:
 
 
 @contextlib.contextmanager
-def _functorch_levels_restored() -> Iterator[None]:
+def functorch_levels_restored() -> Iterator[None]:
     """Close the vmap levels that a failed replay leaves open; torch has no public way to."""
     depth = torch._C._functorch.get_dynamic_layer_stack_depth()
     try:

@@ -5,6 +5,7 @@ Each rule below is an equivalence over the integers in range; each has its own t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 import sympy
@@ -142,7 +143,7 @@ class Simplifier:
         ]
         result = _factored(kind(*self._substitute(literals, plain + nested, conjunction)))
         # Once more while it shrinks, so that this ends.
-        shrank = sympy.count_ops(result) < sympy.count_ops(joined)
+        shrank = result != joined and count_ops(result) < count_ops(joined)
         return self(result) if shrank else result
 
     def _within(self, part: sympy.Basic, facts: _Facts) -> sympy.Basic:
@@ -170,6 +171,12 @@ class Simplifier:
         ]
 
 
+@functools.lru_cache(maxsize=1 << 12)
+def count_ops(expr: sympy.Basic) -> int:
+    """How many operations an expression has; remembered."""
+    return int(sympy.count_ops(expr))
+
+
 class _Facts:
     """The literals of an And (or, by duality, an Or), as what they say about other literals.
 
@@ -186,7 +193,7 @@ class _Facts:
             if isinstance(form, Linear) and form.kind == "le":
                 self.bounds[form.terms] = form.bound
             elif isinstance(form, Linear) and form.kind == "eq" and conjunction:
-                self.bounds |= {form.terms: form.bound, -form.terms: -form.bound}
+                self.bounds |= {form.terms: form.bound, form.opposite: -form.bound}
 
     def settle(self, arg: sympy.Basic) -> bool:
         """Whether ``arg`` is settled: true in an And's light, false in an Or's."""
@@ -195,7 +202,7 @@ class _Facts:
         form = linear(arg) if isinstance(arg, Relational) else None
         if not isinstance(form, Linear):
             return False
-        above, below = self.bounds.get(form.terms), self.bounds.get(-form.terms)
+        above, below = self.bounds.get(form.terms), self.bounds.get(form.opposite)
         if form.kind == "le" and above is not None:
             return above <= form.bound if self.conjunction else form.bound <= above
         if form.kind == ("ne" if self.conjunction else "eq"):
@@ -230,7 +237,8 @@ def _without_implied(parts: list[sympy.Basic], conjunction: bool) -> list[sympy.
     """Drop from an And every Or that each term of another of its Ors implies (and dually)."""
     kept = list(parts)
     for part in parts:
-        others = [other for other in kept if other != part]
+        about = _subjects(part)
+        others = [o for o in kept if o != part and all(about & _subjects(t) for t in o.args)]
         if any(
             all(
                 any(_settled_by(term, arg, conjunction) for arg in part.args) for term in other.args
@@ -247,8 +255,25 @@ def _settled(literal: sympy.Basic, nested: sympy.Basic, conjunction: bool) -> bo
 
 
 def _settled_by(term: sympy.Basic, literal: sympy.Basic, conjunction: bool) -> bool:
+    return _facts_of(term, conjunction).settle(literal)
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _facts_of(term: sympy.Basic, conjunction: bool) -> _Facts:
     parts = term.args if isinstance(term, (sympy.And, sympy.Or)) else [term]
-    return _Facts(parts, conjunction).settle(literal)
+    return _Facts(parts, conjunction)
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _subjects(term: sympy.Basic) -> frozenset[sympy.Basic]:
+    """What the literals of a term are about: only literals about the same can settle each other."""
+    parts = term.args if isinstance(term, (sympy.And, sympy.Or)) else [term]
+    forms = [linear(part) if isinstance(part, Relational) else None for part in parts]
+    subjects: set[sympy.Basic] = set(parts)
+    for form in forms:
+        if isinstance(form, Linear):
+            subjects |= {form.terms, form.opposite}
+    return frozenset(subjects)
 
 
 def _divide(value: sympy.Expr, divisor: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:

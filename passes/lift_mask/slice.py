@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from sparse_compile.passes.mutation import Memory, written_inputs
+from sparse_compile.passes.mutation import Memory, is_off, memory_of
 from sparse_compile.site import Scope
 
 #: Function and method names whose results a mask is computed *from*: they are expensive, random,
 #: or take values to Python. The mask program starts after them.
-_SOURCES = frozenset(
+SOURCES = frozenset(
     "linear bilinear matmul mm bmm addmm addbmm baddbmm einsum tensordot mv dot inner outer "
     "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d embedding "
     "embedding_bag topk sort argsort kthvalue msort scaled_dot_product_attention softmax "
@@ -31,11 +31,19 @@ _SOURCES = frozenset(
 _VMAP = "_vmap_increment_nesting"
 _OPENING = {_VMAP: "vmap", "_enter_autocast": "autocast"}
 _CLOSING = {"_vmap_decrement_nesting": "vmap", "_exit_autocast": "autocast"}
-_LAZY_LOAD = "lazy_load_decompositions"
+LAZY_LOAD = "lazy_load_decompositions"
 
 
 class CannotSlice(Exception):
-    """The mask's computation cannot be cut out; the message says why, for a user."""
+    """The mask's computation cannot be cut out; the message says why, for a user.
+
+    Attributes:
+        hint: what would change that, if anything is known to.
+    """
+
+    def __init__(self, reason: str, hint: str = "") -> None:
+        super().__init__(reason)
+        self.hint = hint
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,7 @@ class Slicer:
     """Slices graphs; remembers which nodes of a graph share memory."""
 
     def __init__(self) -> None:
-        self._graphs: dict[GraphModule, _Graph] = {}
+        self._graphs: dict[GraphModule, Order] = {}
 
     def __call__(self, wanted: Sequence[Wanted], scope: Scope) -> Slice:
         """The slice that computes ``wanted``, all read in ``scope``.
@@ -99,7 +107,7 @@ class Slicer:
         at: Scope | None = None
         here: Scope | None = scope
         while here is not None:
-            graph = self._graph(here.gm)
+            graph = self.graph(here)
             picked = graph.pick(wanted)
             nodes = picked.nodes + nodes
             inputs = [n for n in picked.leaves if n.op == "placeholder" and here.parent is not None]
@@ -120,10 +128,12 @@ class Slicer:
         aliases[node] = outer
         return outer
 
-    def _graph(self, gm: GraphModule) -> _Graph:
-        if gm not in self._graphs:
-            self._graphs[gm] = _Graph(gm)
-        return self._graphs[gm]
+    def graph(self, scope: Scope) -> Order:
+        """What is known of a scope's graph."""
+        if scope.gm not in self._graphs:
+            outer = None if scope.parent is None else self.graph(scope.parent).memory
+            self._graphs[scope.gm] = Order(scope.gm, memory_of(scope, outer))
+        return self._graphs[scope.gm]
 
 
 def _call(scope: Scope) -> Node:
@@ -137,18 +147,18 @@ class _Picked:
     leaves: list[Node]
 
 
-class _Graph:
+class Order:
     """One graph: its order, its writes and its bracketed regions."""
 
-    def __init__(self, gm: GraphModule) -> None:
+    def __init__(self, gm: GraphModule, memory: Memory) -> None:
         self.nodes = list(gm.graph.nodes)
-        self.position = {node: i for i, node in enumerate(self.nodes)}
-        self.memory = Memory(gm)
-        self.writes = {node: written for node in self.nodes if (written := written_inputs(node))}
-        self.brackets = _brackets(self.nodes)
-        self.lazy_loads = [node for node in self.nodes if call_name(node) == _LAZY_LOAD]
+        self.memory, self.position, self.effects = memory, memory.position, memory.effects
+        self.writes = {node: e.written for node, e in self.effects.items() if e.written}
+        self.brackets = brackets(self.nodes)
+        self.lazy_loads = [node for node in self.nodes if call_name(node) == LAZY_LOAD]
 
     def pick(self, wanted: Sequence[Wanted]) -> _Picked:
+        """What computes ``wanted`` in this graph, with the brackets that it stands in."""
         forced: set[Node] = set()
         while True:
             picked = self._pass(wanted, forced)
@@ -194,16 +204,51 @@ class _Graph:
             writes = any(self.memory.of(t) in memory for t in self.writes.get(node, ()))
             if node not in needed and node not in forced and not writes:
                 continue
-            if node.op == "placeholder" or (_is_leaf(node) and not writes):
+            if node.op == "placeholder" or (self._is_leaf(node) and not writes):
                 leaves.append(node)
                 continue
-            if writes and _is_source(node):
-                raise CannotSlice(
-                    f"the mask is written by {call_name(node)}, which cannot be replayed"
-                )
+            if writes and self._is_source(node):
+                raise self._cannot_replay(node)
             picked.append(node)
             need(node.all_input_nodes)
         return _Picked(picked[::-1], leaves[::-1])
+
+    def _is_leaf(self, node: Node) -> bool:
+        """Whether a node is the result of a source, or a part of one that has several."""
+        if node.target is operator.getitem and isinstance(node.args[0], Node):
+            value = node.args[0].meta.get("example_value")
+            return isinstance(value, (tuple, list)) and self._is_leaf(node.args[0])
+        return self._is_source(node)
+
+    def _is_source(self, node: Node) -> bool:
+        done = self.effects[node]
+        if done.random or not done.known:
+            return True
+        target = node.target
+        if target is operator.matmul or isinstance(target, torch._ops.HigherOrderOperator):
+            return True
+        if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+            if str(target).split(".")[0] not in ("aten", "prims", "prim"):
+                return True
+        name = call_name(node)
+        return name in SOURCES and not (name.startswith("dropout") and is_off(node))
+
+    def _cannot_replay(self, node: Node) -> CannotSlice:
+        name = call_name(node)
+        if self.effects[node].random:
+            return CannotSlice(
+                f"its mask is random: `{name}` draws it in place",
+                "draw it as a new tensor, as torch.rand does, or pass the mask in as an argument",
+            )
+        if not self.effects[node].known:
+            return CannotSlice(
+                f"what `{name}` does is not known: it may write to the mask",
+                f"make the mask without it, or call `{name}` on a copy",
+            )
+        return CannotSlice(
+            f"the mask is written by `{name}`, which cannot be replayed",
+            f"assign the result of `{name}` instead of writing it into the mask",
+        )
 
     def _around(self, nodes: Sequence[Node]) -> set[Node]:
         """The vmap and autocast brackets that some of the nodes stand in."""
@@ -237,7 +282,8 @@ class _Graph:
                     raise CannotSlice("a mask changes between the two places that read it")
 
 
-def _brackets(nodes: Sequence[Node]) -> list[tuple[Node, Node]]:
+def brackets(nodes: Sequence[Node]) -> list[tuple[Node, Node]]:
+    """The first and the last node of each region of a vmap or an autocast."""
     open_: list[tuple[str, Node]] = []
     found: list[tuple[Node, Node]] = []
     for node in nodes:
@@ -258,31 +304,3 @@ def call_name(node: Node) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return str(target._schema.name.split("::")[1])
     return str(target) if isinstance(target, str) else str(getattr(target, "__name__", target))
-
-
-def _is_leaf(node: Node) -> bool:
-    """Whether a node is the result of a source, or a part of one that has several."""
-    if node.target is operator.getitem and isinstance(node.args[0], Node):
-        value = node.args[0].meta.get("example_value")
-        return isinstance(value, (tuple, list)) and _is_leaf(node.args[0])
-    return _is_source(node)
-
-
-def _is_source(node: Node) -> bool:
-    if node.op == "call_module":
-        return True
-    target = node.target
-    if target is operator.matmul or isinstance(target, torch._ops.HigherOrderOperator):
-        return True
-    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-        if str(target).split(".")[0] not in ("aten", "prims", "prim"):
-            return True
-    name = call_name(node)
-    return name in _SOURCES and not (name.startswith("dropout") and _is_off(node))
-
-
-def _is_off(node: Node) -> bool:
-    """Dropout that does nothing."""
-    probability = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else None)
-    training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else None)
-    return bool(probability == 0.0 or training is False)

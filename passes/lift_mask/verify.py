@@ -16,14 +16,18 @@ from torch.fx import Interpreter, Node
 from sparse_compile.expr import KV, H, Q, evaluate
 from sparse_compile.passes.dense_tables import mask_data, selection_data
 from sparse_compile.passes.lift_mask.operands import Refused
+from sparse_compile.passes.lift_mask.prefix import CannotRun, Prefix, prefix_of
 from sparse_compile.passes.lift_mask.rankings import is_topk_index
 from sparse_compile.passes.lift_mask.sizes import size_expr
-from sparse_compile.passes.lift_mask.slice import Slice
+from sparse_compile.passes.lift_mask.slice import Slice, Slicer, Wanted
+from sparse_compile.passes.lift_mask.value import Unliftable
 from sparse_compile.site import LiftedMask, MaskOperand, Scope
 
 _ORDER = ("b", "h", "q", "kv")
 _CHUNK = 1 << 22
 _MOST_RANDOM = 1 << 24
+#: Queries and keys of the blocks whose pairs are counted.
+_BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,9 @@ class Check:
     """One mask to be checked.
 
     Attributes:
+        scope: where the masks are read.
         part: the slice whose first outputs are the operands' tensors.
+        wanted: the operands' tensors, each with the first node that reads it.
         operands: the mask operands.
         fills: for each operand, the scores it gives to masked entries.
         axes: the axes of the scores.
@@ -84,7 +90,9 @@ class Check:
         lengths: number of batch entries, heads, queries and keys.
     """
 
+    scope: Scope
     part: Slice
+    wanted: Sequence[Wanted]
     operands: Sequence[MaskOperand]
     fills: Sequence[Sequence[float]]
     axes: Sequence[str]
@@ -92,8 +100,17 @@ class Check:
     lengths: Mapping[sympy.Symbol, sympy.Expr]
 
 
-def verify(check: Check, lifted: LiftedMask, examples: Examples, verify_bytes: int) -> None:
+def verify(
+    check: Check, lifted: LiftedMask, examples: Examples, verify_bytes: int, slicer: Slicer
+) -> float | None:
     """Compare the lifted mask with the program's own mask tensors.
+
+    These come from the captured graph as it is, where that can be run so far, and not from the
+    slice: what the slice gets wrong, the lifted mask does, too.
+
+    Returns:
+        pairs in blocks that hold an allowed one, for each query of the example, where the mask
+        reads values that the example has; None elsewhere.
 
     Raises:
         Refused: when they differ, or when the tensors are too large to be computed for a check.
@@ -105,25 +122,33 @@ def verify(check: Check, lifted: LiftedMask, examples: Examples, verify_bytes: i
             f'options={{"verify_bytes": {needed}}} allows it; or compile with a shorter example',
         )
     leaves = [_example(leaf, examples) for leaf in check.part.leaves]
+    prefix = _prefix(check, examples, slicer)
     try:
-        masks = _run(check, leaves)
+        masks = _kept(check, _tensors(check, prefix, leaves, examples))
     except Refused:
         raise
     except Exception as error:  # The user's operators: anything can be raised.
         raise Refused(f"its mask could not be computed for a check: {error}") from error
-    _compare(check, lifted, leaves, masks, examples)
+    pairs = _compare(check, lifted, leaves, masks, examples)
+    if prefix is not None and prefix.beside > _MOST_RANDOM:
+        prefix = None
     for draw in _draws(leaves) if needed <= _MOST_RANDOM else ():
         leaves = [
             _example(node, examples) if is_topk_index(node) else draw(leaf)
             for node, leaf in zip(check.part.leaves, leaves, strict=True)
         ]
         try:
-            masks = _run(check, leaves)
+            masks = _kept(check, _tensors(check, prefix, leaves, examples))
         except Refused:
             raise
         except Exception:  # Random inputs that the program itself refuses.
             continue
         _compare(check, lifted, leaves, masks, examples)
+    known = lifted.program is not None and all(
+        leaf in examples.values or not isinstance(leaf.meta["example_value"], Tensor)
+        for leaf in check.part.leaves
+    )
+    return pairs if known else None
 
 
 def _bytes(check: Check, examples: Examples) -> int:
@@ -162,12 +187,42 @@ def _topk(leaf: Node, shape: Sequence[int], examples: Examples) -> Tensor:
     return torch.rand(full, device=device).topk(shape[dim], dim).indices
 
 
-def _run(check: Check, leaves: Sequence[Any]) -> list[Tensor]:
-    """For each operand, which scores it keeps, over [b, h, q, kv]."""
+def _prefix(check: Check, examples: Examples, slicer: Slicer) -> Prefix | None:
+    """What comes before the masks; None where it cannot be run.
+
+    Then the slice serves: nothing that is not known wrote to its memory.
+    """
+
+    def size(length: Any) -> int:
+        try:
+            if size_expr(length).free_symbols <= set(examples.symbols):
+                return examples.size(length)
+        except Unliftable as error:
+            raise CannotRun(str(error)) from error
+        raise CannotRun("a size is known only at run time")
+
+    try:
+        return prefix_of(check.scope, check.wanted, check.part, slicer, size)
+    except CannotRun:
+        return None
+
+
+def _tensors(
+    check: Check, prefix: Prefix | None, leaves: Sequence[Any], examples: Examples
+) -> Sequence[Any]:
+    """The masks as the program computes them."""
+    if prefix is not None:
+        given = dict(zip(check.part.leaves, leaves, strict=True))
+        return prefix.run({**examples.values, **given}, examples.size)
     with torch.no_grad():
-        outputs = Interpreter(check.part.graph_module()).run(*leaves)
+        outputs: Sequence[Any] = Interpreter(check.part.graph_module()).run(*leaves)
+    return outputs
+
+
+def _kept(check: Check, tensors: Sequence[Any]) -> list[Tensor]:
+    """For each operand, which scores it keeps, over [b, h, q, kv]."""
     masks = []
-    for operand, fills, mask in zip(check.operands, check.fills, outputs, strict=False):
+    for operand, fills, mask in zip(check.operands, check.fills, tensors, strict=False):
         for dim in range(mask.dim()):
             if mask.stride(dim) == 0 and mask.shape[dim] > 1:
                 mask = mask.narrow(dim, 0, 1)
@@ -206,7 +261,8 @@ def _compare(
     leaves: Sequence[Any],
     masks: Sequence[Tensor],
     examples: Examples,
-) -> None:
+) -> float:
+    """Raise where the masks differ; the pairs in their blocks, for each query."""
     lengths = {symbol: examples.size(expr) for symbol, expr in check.lengths.items()}
     outputs = _run_program(check, lifted, leaves, examples)
     tables, sizes = mask_data(lifted, outputs, lengths[Q], lengths[KV])
@@ -217,6 +273,8 @@ def _compare(
     device = masks[0].device
     shape = functools.reduce(operator.and_, (mask[:, :, :1, :1] for mask in masks)).shape
     rows = max(1, _CHUNK // max(1, shape[0] * shape[1] * lengths[KV]))
+    rows = rows // _BLOCK * _BLOCK or rows
+    pairs = 0.0
     for start in range(0, lengths[Q], rows):
         coordinates = _coordinates(shape, start, min(start + rows, lengths[Q]), lengths[KV], device)
         found = evaluate(lifted.mask, coordinates, lengths[Q], lengths[KV], tables, sizes)
@@ -228,6 +286,20 @@ def _compare(
         if check.causal:
             expected = expected & (coordinates["kv"] <= coordinates["q"])
         _raise_if_different(found, expected, start)
+        pairs += _pairs_in_blocks(found, coordinates["q"].shape[0], lengths[KV])
+    return pairs / max(1, lengths[Q])
+
+
+def _pairs_in_blocks(found: Tensor, rows: int, keys: int) -> float:
+    """Pairs in square blocks of bool [..., 1 or rows, 1 or keys] that hold a True, on average."""
+    found = found.expand(*found.shape[:-2], rows, keys)
+    count = max(1, found.shape[:-2].numel())
+    padded = torch.nn.functional.pad(found, (0, -keys % _BLOCK))
+    held = padded.reshape(*padded.shape[:-1], -1, _BLOCK).any(-1)
+    pairs = 0
+    for line in torch.split(held, _BLOCK, -2):
+        pairs += int(line.any(-2).sum()) * line.shape[-2] * min(_BLOCK, keys)
+    return pairs / count
 
 
 def _run_program(

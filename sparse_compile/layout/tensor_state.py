@@ -12,6 +12,20 @@ from torch import Tensor
 from torch.storage import UntypedStorage
 
 
+def state_of(tensor: Tensor) -> Hashable:
+    """What changes when a living tensor is written to or gets other memory; None where unknown.
+
+    >>> mask = torch.ones(2, 2)
+    >>> before = state_of(mask)
+    >>> state_of(mask) == before, state_of(mask.zero_()) == before
+    (True, False)
+    """
+    version = _version_of(tensor)
+    if version is None:
+        return None
+    return version, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
 def _version_of(tensor: Tensor) -> int | None:
     """What changes when a living tensor is modified; None where that cannot be told.
 

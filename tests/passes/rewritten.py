@@ -39,7 +39,7 @@ class Rewritten:
 
     def _backend(self, gm: GraphModule, inputs: Sequence[Any]) -> Any:
         if self.rewrite:
-            self.decisions += plan_and_rewrite(gm, inputs, Options())
+            self.decisions += plan_and_rewrite(gm, inputs, Options(decide="sparse"))
         return aot_autograd(fw_compiler=self._keep)(gm, inputs)
 
     def _keep(self, gm: GraphModule, inputs: Sequence[Any]) -> Any:

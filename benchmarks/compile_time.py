@@ -1,0 +1,186 @@
+"""How long the first training step of a model takes to compile, against Inductor, from cold caches.
+
+python -m benchmarks.compile_time --out benchmarks/results/compile_time.json
+
+Every measurement is a process of its own with empty caches; backends alternate, so that a busy
+machine disturbs both alike. Processor seconds, which count the compilers that Inductor starts, say
+more than the wall clock where other programs run. ``explain`` is timed in its own process, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from benchmarks.environment import write_json
+
+Row = dict[str, Any]
+#: What one process measures.
+BACKENDS = ("inductor", "sparse_compile")
+EXPLAIN = "explain"
+
+_TEXT = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "vocab_size": 1000,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+}
+_GROUPED = {**_TEXT, "num_key_value_heads": 2, "head_dim": 64, "sliding_window": 64}
+_NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+_CONFIGS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
+    "mistral": lambda: transformers.MistralConfig(**_GROUPED, num_hidden_layers=8, use_cache=False),
+    "bert": lambda: transformers.BertConfig(**_TEXT, **_NO_DROPOUT, num_hidden_layers=8),
+    "gemma3": lambda: transformers.Gemma3TextConfig(
+        **_GROUPED, num_hidden_layers=12, use_cache=False
+    ),
+    "modernbert": lambda: transformers.ModernBertConfig(
+        **_TEXT,
+        **dict.fromkeys(("cls_token_id", "bos_token_id"), 1),
+        **dict.fromkeys(("sep_token_id", "eos_token_id"), 2),
+        num_hidden_layers=8,
+        local_attention=64,
+    ),
+    "swin": lambda: transformers.SwinConfig(
+        embed_dim=48, depths=[2, 2, 2, 2], num_heads=[3, 6, 12, 24], drop_path_rate=0.0
+    ),
+}
+
+
+def model_of(name: str) -> nn.Module:
+    """A model with random weights, in training mode."""
+    torch.manual_seed(0)
+    model = transformers.AutoModel.from_config(_CONFIGS[name](), attn_implementation="sdpa")
+    assert isinstance(model, nn.Module)
+    return model.train()
+
+
+def inputs_of(name: str) -> dict[str, Tensor]:
+    """Two images, or two texts of 256 tokens of which one is padded."""
+    torch.manual_seed(1)
+    if name == "swin":
+        return {"pixel_values": torch.randn(2, 3, 224, 224)}
+    attended = torch.ones(2, 256, dtype=torch.long)
+    attended[1, 200:] = 0
+    return {"input_ids": torch.randint(3, 1000, (2, 256)), "attention_mask": attended}
+
+
+def step(model: Callable[..., Any], inputs: dict[str, Tensor]) -> None:
+    model(**inputs)[0].float().square().mean().backward()
+
+
+def session_seconds() -> float:
+    """Processor seconds of every process of this session, with those that ended."""
+    ticks, session = 0, os.getsid(0)
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):  # It ended meanwhile.
+            continue
+        if int(fields[3]) == session:
+            ticks += sum(map(int, fields[11:15]))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def measure(name: str, what: str) -> Row:
+    """Seconds of the first training step, or of ``explain``, in this process."""
+    model, inputs = model_of(name), inputs_of(name)
+    row: Row = {"model": name, "what": what}
+    wall, cpu = time.perf_counter(), session_seconds()
+    if what == EXPLAIN:
+        import sparse_compile
+
+        report = sparse_compile.explain(model, **inputs)
+        row |= {"sites": len(report.sites), "rewritten": sum(s.rewritten for s in report.sites)}
+    else:
+        step(torch.compile(model, backend=what), inputs)
+    return row | {"wall_s": time.perf_counter() - wall, "cpu_s": session_seconds() - cpu}
+
+
+def in_fresh_process(name: str, what: str, threads: int) -> Row:
+    """:func:`measure` in a process and a session of its own, without anything cached."""
+    with tempfile.TemporaryDirectory() as cache:
+        variables = {
+            "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor",
+            "TRITON_CACHE_DIR": f"{cache}/triton",
+            "OMP_NUM_THREADS": str(threads),
+            "TORCHINDUCTOR_COMPILE_THREADS": str(threads),
+        }
+        command = [sys.executable, "-m", "benchmarks.compile_time", "--measure", name, what]
+        done = subprocess.run(
+            command,
+            env=os.environ | variables,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+            start_new_session=True,
+        )
+    row: Row = json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
+def summary(rows: Sequence[Row]) -> list[Row]:
+    """For each model the medians of both backends, their ratio, and the median of ``explain``."""
+    found = []
+    for name in dict.fromkeys(row["model"] for row in rows):
+        line: Row = {"model": name}
+        for clock in ("wall_s", "cpu_s"):
+            for what in (*BACKENDS, EXPLAIN):
+                times = [r[clock] for r in rows if (r["model"], r["what"]) == (name, what)]
+                line[f"{what}_{clock}"] = statistics.median(times)
+            ours, theirs = line[f"sparse_compile_{clock}"], line[f"inductor_{clock}"]
+            line[f"ratio_{clock[:-2]}"] = ours / theirs
+        found.append(line)
+    return found
+
+
+def printed(line: Row) -> str:
+    times = "  ".join(
+        f"{what} {line[f'{what}_wall_s']:6.1f} s ({line[f'{what}_cpu_s']:6.1f} s cpu)"
+        for what in (*BACKENDS, EXPLAIN)
+    )
+    ratio = f"ratio {line['ratio_wall']:.2f} ({line['ratio_cpu']:.2f} cpu)"
+    return f"{line['model']:10}  {times}  {ratio}"
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--only", nargs="+", default=list(_CONFIGS), choices=list(_CONFIGS))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--measure", nargs=2, metavar=("MODEL", "WHAT"), help="in this process")
+    parser.add_argument("--out", help="path of the JSON file")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = arguments()
+    if args.measure:
+        torch.set_num_threads(args.threads)
+        print(json.dumps(measure(*args.measure)))
+        return
+    rows: list[Row] = []
+    for name in args.only:
+        for _ in range(args.repeats):
+            rows += [in_fresh_process(name, w, args.threads) for w in (*BACKENDS, EXPLAIN)]
+        print(printed(summary([row for row in rows if row["model"] == name])[0]), flush=True)
+        if args.out:
+            write_json(args.out, rows, summary=summary(rows), config=vars(args))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""What the ways to run an attention cost, predicted from sizes: a pure function.
+
+Predictions only have to rank: each is the time of the host, which does not depend on lengths, and
+time that follows the pairs of a query and a key. The rates are measured; where only the ratio of
+two matters they were taken side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sparse_compile.target import Target
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One attention, as far as its cost goes.
+
+    Attributes:
+        batch, heads: heads counts query heads.
+        n_q, n_kv: lengths.
+        features: D + Dv.
+        trained: whether its gradients will be computed.
+        written_out: whether the program writes its softmax out, so that all scores exist.
+    """
+
+    batch: int
+    heads: int
+    n_q: int
+    n_kv: int
+    features: int
+    trained: bool = False
+    written_out: bool = False
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What a block-sparse call has to do for its mask.
+
+    Attributes:
+        pairs: in visited blocks for each query, weighed as :class:`ViewCost` weighs them.
+        classes: batch entries and heads that have lists of their own.
+        made: which share of a layout is made in each call: 0 where it depends on sizes that do not
+            change, 1 where it is made for this attention alone.
+        read: elements of mask tensors that are read for it.
+    """
+
+    pairs: float
+    classes: int = 1
+    made: float = 0.0
+    read: int = 0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to run an attention.
+
+    Attributes:
+        name: what it is, as ``"dense"``.
+        parts: what takes how many seconds.
+        refusal: why it cannot be; empty if it can.
+    """
+
+    name: str
+    parts: tuple[tuple[str, float], ...]
+    refusal: str = ""
+
+    @property
+    def seconds(self) -> float:
+        """Predicted time of a call, and of its backward if there is one."""
+        return sum(seconds for _, seconds in self.parts)
+
+    @property
+    def shown(self) -> str:
+        """In words.
+
+        >>> Candidate("dense", (("the call", 1e-4), ("4096 pairs per query", 2e-3))).shown
+        'dense 2.1 ms (the call 0.1, 4096 pairs per query 2)'
+        """
+        parts = ", ".join(f"{what} {_ms(seconds)}" for what, seconds in self.parts if seconds)
+        return f"{self.name} {_ms(self.seconds)} ms ({parts})"
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds of one core, or of all of an H200.
+
+    Attributes:
+        dense_call, sparse_call: of the host, in a call with its backward if there is one.
+        layout: for making a layout.
+        a_class: for each class of it; with ``class_call`` for calling its kernels.
+        read: for an element of a mask tensor.
+        dense, sparse: for a pair and a feature.
+        row: for a query in visited blocks, in pairs: it is brought there, and its result back.
+        written_out: how many times ``dense`` a softmax costs that is written out.
+        rows: so many queries cost as much as one.
+    """
+
+    dense_call: float
+    sparse_call: float
+    layout: float
+    a_class: float
+    class_call: float
+    read: float
+    dense: float
+    sparse: float
+    row: int
+    written_out: float
+    rows: int
+
+
+#: By device, and whether gradients are computed. CPU: fp32, one thread, torch 2.13. CUDA: bf16, one
+#: H200, 16 heads of 64, torch 2.11: SDPA with a mask tensor; generation with 32 heads of 128.
+RATES = {
+    ("cpu", False): Rates(5e-5, 7e-4, 4e-3, 5e-5, 1.5e-4, 1.3e-9, 2.5e-11, 2.4e-11, 64, 1.8, 8),
+    ("cpu", True): Rates(2.5e-4, 2.2e-3, 4e-3, 5e-5, 5e-4, 1.3e-9, 8.7e-11, 1e-10, 64, 1.4, 8),
+    ("cuda", False): Rates(1e-4, 3e-4, 1.6e-3, 0, 0, 5e-13, 8.6e-15, 6e-15, 16, 3, 100),
+    ("cuda", True): Rates(7.5e-4, 1.55e-3, 1.6e-3, 0, 0, 5e-13, 3e-14, 2.1e-14, 16, 3, 100),
+}
+#: Multiprocessors of the H200, and how much slower those of other architectures are.
+_H200 = 132
+_OLDER = {"sm_70": 8.0, "sm_75": 8.0, "sm_80": 2.3, "sm_86": 4.0, "sm_89": 2.5}
+
+
+def dense(target: Target, work: Workload) -> Candidate:
+    """The program's own attention: every pair, with its mask as a tensor."""
+    rates = _rates(target, work)
+    factor = rates.written_out if work.written_out else 1
+    seconds = _pairs(target, work, work.n_kv) * rates.dense * factor
+    return Candidate("dense", (("the call", rates.dense_call), _every(work, seconds)))
+
+
+def blocks(target: Target, work: Workload, coverage: Coverage) -> Candidate:
+    """Block-sparse attention."""
+    rates = _rates(target, work)
+    seconds = _pairs(target, work, coverage.pairs + rates.row) * rates.sparse
+    calls = rates.sparse_call + rates.class_call * (coverage.classes - 1)
+    layout = (rates.layout + rates.a_class * coverage.classes) * coverage.made
+    read = coverage.read * rates.read * min(1.0, coverage.made)
+    return Candidate(
+        "block-sparse",
+        (
+            ("the call", calls),
+            ("its layout, made in each call", layout + read),
+            (f"{coverage.pairs:.0f} pairs per query", seconds),
+        ),
+    )
+
+
+def lists(target: Target, work: Workload, kept: int) -> Candidate:
+    """Attention over lists of ``kept`` keys per query; no less than this."""
+    rates = _rates(target, work)
+    seconds = _pairs(target, work, min(kept, work.n_kv)) * rates.sparse
+    what = f"{kept} keys per query"
+    return Candidate("lists", (("the call", rates.sparse_call), (what, seconds)))
+
+
+def cheapest(candidates: Sequence[Candidate]) -> Candidate:
+    """The one to take: of equal ones the first.
+
+    >>> cheapest([Candidate("dense", (("", 1.0),)), Candidate("lists", (("", 0.5),), "no")]).name
+    'dense'
+    """
+    return min((c for c in candidates if not c.refusal), key=lambda found: found.seconds)
+
+
+def _rates(target: Target, work: Workload) -> Rates:
+    return RATES[target.kind, work.trained]
+
+
+def _pairs(target: Target, work: Workload, per_query: float) -> float:
+    """Pairs times features, as one worker that the rates are of would take them."""
+    rows = max(work.n_q, _rates(target, work).rows)
+    total = work.batch * work.heads * rows * per_query * work.features
+    if target.kind == "cpu":
+        return total / max(target.workers, 1)
+    return total * _OLDER.get(target.arch, 1.0) * _H200 / max(target.workers, 1)
+
+
+def _every(work: Workload, seconds: float) -> tuple[str, float]:
+    return f"all {work.n_kv} pairs per query", seconds
+
+
+def _ms(seconds: float) -> str:
+    return f"{float(f'{seconds * 1e3:.2g}'):g}"
