@@ -18,8 +18,8 @@ from benchmarks.gate_scorers import UNIT, Scorer, choose, density, most_units, r
 from benchmarks.gate_tuning import attending, mass_of, queries_and_keys
 from benchmarks.small_lm import Attend, SmallLM, autocast, causal
 from sparse_compile.expr import KV, MaskExpr, Q
-from sparse_compile.selected_ops import SELECTED_ATTENTION
-from sparse_compile.selected_spec import SelectedSpec
+from sparse_compile.ops.selected import SELECTED_ATTENTION
+from sparse_compile.spec.selected import SelectedSpec
 
 SPEC = SelectedSpec(MaskExpr(KV <= Q), 1, UNIT).text
 RATIOS = (0.05, 0.10, 0.15, 0.20, 0.25)

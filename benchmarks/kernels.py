@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.environment import write_json
-from sparse_compile.codegen.triton import executor
+from sparse_compile.codegen.triton.blocks import executor
 from sparse_compile.expr import KV, MaskExpr, Q, evaluate, table
 from sparse_compile.layout import build_layout
 from sparse_compile.spec import AttentionSpec

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.environment import write_json
-from sparse_compile.codegen.selected_call import Result, SelectedCall
+from sparse_compile.codegen.call import Result, SelectedCall
 from sparse_compile.codegen.triton.selected import executor
 from sparse_compile.expr import KV, MaskExpr, Q
-from sparse_compile.selected_spec import SelectedSpec
 from sparse_compile.selection import canonical, places
+from sparse_compile.spec.selected import SelectedSpec
 
 Row = dict[str, Any]
 Q_HEADS, KV_HEADS, DIM = 64, 4, 128

@@ -36,10 +36,10 @@ from benchmarks.side_by_side import (
 )
 from sparse_compile import patterns as P
 from sparse_compile.expr import KV, MaskExpr, Q
-from sparse_compile.selected_ops import SELECTED_ATTENTION
-from sparse_compile.selected_spec import SelectedSpec
+from sparse_compile.ops.selected import SELECTED_ATTENTION
 from sparse_compile.selection import Selection, canonical, places
 from sparse_compile.selection.select import select
+from sparse_compile.spec.selected import SelectedSpec
 
 CAUSAL = MaskExpr(KV <= Q)
 HEADS = (Q_HEADS, KV_HEADS, DIM)

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sparse_compile.codegen.selected_call import Result, SelectedCall
+from sparse_compile.codegen.call import Result, SelectedCall
 from sparse_compile.layout import Layout
 from sparse_compile.spec import AttentionSpec
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparse_compile.codegen.call import Result, SelectedCall
 from sparse_compile.codegen.cpu.careful import mixed
-from sparse_compile.codegen.selected_call import Result, SelectedCall
 from sparse_compile.expr import evaluate
 
 #: Numbers that the gathered keys and the scores of a chunk have at most.

@@ -21,7 +21,7 @@ from sparse_compile.codegen.cpu.careful import CarefulCall, is_finite
 from sparse_compile.expr import KV, MaskExpr, Q, is_table, table
 from sparse_compile.layout import BlockLayout, Layout
 from sparse_compile.spec import AttentionSpec
-from sparse_compile.view import Order, View, natural
+from sparse_compile.spec.view import Order, View, natural
 
 
 @torch.no_grad()

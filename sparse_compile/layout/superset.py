@@ -21,7 +21,7 @@ from sparse_compile.layout.block_layout import BlockLayout, BlockLists
 from sparse_compile.layout.canonical import canonical_in
 from sparse_compile.layout.extents import Side
 from sparse_compile.layout.intervals import Bound, Lookup, Span, dtype_span, point, span
-from sparse_compile.view import Order, natural
+from sparse_compile.spec.view import Order, natural
 
 #: Subdivision starts with about this many rectangles: fewer cost the same time in one launch.
 _FIRST_RECTANGLES = 4096

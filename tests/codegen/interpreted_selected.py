@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparse_compile.codegen.selected_call import SelectedCall
+from sparse_compile.codegen.call import SelectedCall
 from sparse_compile.codegen.triton.selected import executor
 from sparse_compile.errors import BadShape
 from tests.selection.cases import Case, check_executor

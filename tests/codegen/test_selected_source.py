@@ -12,7 +12,7 @@ from sparse_compile.codegen.triton.selected.tiles import Tile
 from sparse_compile.codegen.triton.selected.union_lists import unite_lists
 from sparse_compile.codegen.triton.selected.united import constants_of, union_tile
 from sparse_compile.expr import KV, B, H, MaskExpr, Q, size_symbol, table
-from sparse_compile.selected_spec import SelectedSpec
+from sparse_compile.spec.selected import SelectedSpec
 
 CAUSAL = MaskExpr(KV <= Q)
 DOCUMENTS = MaskExpr((KV <= Q) & sympy.Eq(table(0)(B, Q), table(0)(B, KV)), ("int32",))

@@ -9,10 +9,10 @@ import pytest
 import sympy
 import torch
 
-from sparse_compile.codegen.selected_call import SelectedCall
+from sparse_compile.codegen.call import SelectedCall
 from sparse_compile.codegen.triton.selected import by_union, executor, united
 from sparse_compile.expr import MaskExpr
-from sparse_compile.selected_ops import SELECTED_ATTENTION
+from sparse_compile.ops.selected import SELECTED_ATTENTION
 from sparse_compile.selection import canonical
 from tests.gpu.waiting import no_waiting
 from tests.selection.cases import CASES, Case, check_executor

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from sparse_compile import reference
-from sparse_compile.codegen.selected_call import Result, SelectedCall
+from sparse_compile.codegen.call import Result, SelectedCall
 from sparse_compile.expr import KV, H, MaskExpr, Q, evaluate
-from sparse_compile.selected_spec import SelectedSpec
 from sparse_compile.selection import Selection, canonical
+from sparse_compile.spec.selected import SelectedSpec
 
 CAUSAL = MaskExpr(KV <= Q)
 

@@ -16,13 +16,13 @@ import sparse_compile
 from sparse_compile import patterns as P
 from sparse_compile.errors import BadPattern, BadShape, PatternMisuse
 from sparse_compile.expr import KV, MaskExpr, Q, evaluate
-from sparse_compile.merged_ops import MERGED_ATTENTION
+from sparse_compile.ops.merged import MERGED_ATTENTION
 from sparse_compile.patterns.selecting import Selecting
 from sparse_compile.reference import attention as reference
-from sparse_compile.selected_spec import SelectedSpec
 from sparse_compile.selection import Selection, canonical
 from sparse_compile.selection.split import split
 from sparse_compile.spec import AttentionSpec, EmptyRows
+from sparse_compile.spec.selected import SelectedSpec
 from tests.tolerance import relative_error
 
 B, N = 2, 75

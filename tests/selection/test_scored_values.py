@@ -11,9 +11,9 @@ from torch import Tensor
 
 from sparse_compile import patterns as P
 from sparse_compile.errors import BadPattern, BadShape
-from sparse_compile.selected_ops import SELECTED_ATTENTION
-from sparse_compile.selected_spec import SelectedSpec
+from sparse_compile.ops.selected import SELECTED_ATTENTION
 from sparse_compile.selection import checked_select
+from sparse_compile.spec.selected import SelectedSpec
 from tests.selection.test_scored import check, dense, given_scores, operands, select
 
 VALUES: list[Any] = [

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparse_compile.errors import BadShape
 from sparse_compile.expr import KV, MaskExpr, Q
-from sparse_compile.selected_ops import SELECTED_ATTENTION
+from sparse_compile.ops.selected import SELECTED_ATTENTION
 from sparse_compile.selection import gated_attention
 from tests.selection.cases import CASES, Case
 

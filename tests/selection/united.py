@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch import Tensor
 
-from sparse_compile.codegen.selected_call import SelectedCall
+from sparse_compile.codegen.call import SelectedCall
 from sparse_compile.codegen.triton.selected import by_union, executor
 from sparse_compile.expr import MaskExpr
 from tests.selection.cases import Case, eager

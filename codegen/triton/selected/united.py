@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sparse_compile.codegen.selected_call import SelectedCall
+from sparse_compile.codegen.call import SelectedCall
+from sparse_compile.codegen.triton.blocks.tiles import padded
 from sparse_compile.codegen.triton.selected.features import WIDE
 from sparse_compile.codegen.triton.selected.tiles import Tile
-from sparse_compile.codegen.triton.tiles import padded
 
 if TYPE_CHECKING:
     from sparse_compile.codegen.triton.selected.source import SelectedKernelSpec
