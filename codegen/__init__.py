@@ -55,7 +55,7 @@ def executor_for(device: torch.device) -> Executor:
 
     Imported on first use, so that a machine without triton still runs the CPU executor.
     """
-    room = "triton.executor" if device.type == "cuda" else "cpu.views"
+    room = "triton.blocks.executor" if device.type == "cuda" else "cpu.views"
     executor: Executor = importlib.import_module(f"sparse_compile.codegen.{room}")
     return executor
 

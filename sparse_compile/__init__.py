@@ -47,17 +47,17 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Report": "report",
+    "Report": "inspect.report",
     "Selection": "selection",
-    "SiteReport": "report",
-    "attention": "direct",
+    "SiteReport": "inspect.report",
+    "attention": "api.attention",
     "backend": "backend",
-    "explain": "explain",
-    "explain_with": "explain",
-    "mask": "annotate",
-    "native_sparse_attention": "nsa",
-    "nsa_selection": "nsa",
-    "select": "direct_select",
+    "explain": "inspect.explain",
+    "explain_with": "inspect.explain",
+    "mask": "api.annotate",
+    "native_sparse_attention": "api.nsa",
+    "nsa_selection": "api.nsa",
+    "select": "api.select",
 }
 
 

@@ -25,8 +25,8 @@ _MOST = 8
 
 #: Index, rank and dtype of each table.
 Tables = tuple[tuple[int, int, torch.dtype], ...]
-#: Key of a mask (see :func:`sparse_compile.sites.annotation.bound_mask_named`), its tables; batch, heads,
-#: n_q and n_kv; text of the spec, empty for tables alone; where the attention runs.
+#: Key of a mask (see :func:`sparse_compile.sites.annotation.bound_mask_named`), its tables; batch,
+#: heads, n_q and n_kv; text of the spec, empty for tables alone; where the attention runs.
 Call = tuple[str, Tables, tuple[int, int, int, int], str, torch.device]
 #: The tables, and the packed layout.
 Data = tuple[list[Tensor], list[Tensor]]

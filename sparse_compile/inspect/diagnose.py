@@ -91,6 +91,6 @@ broadcast to the scores [2, 4, 8, 8]. Its dimension -2 is 7: make it 8 or 1.
 def _user_line() -> str:
     """The innermost source line that is neither torch's nor this package's."""
     frames = traceback.extract_stack(inspect.currentframe())
-    own = (str(Path(__file__).parent), *torch.__path__, "<")
+    own = (str(Path(__file__).parents[1]), *torch.__path__, "<")
     mine = [f for f in frames if not f.filename.startswith(own)]
     return f"{mine[-1].filename}:{mine[-1].lineno} in {mine[-1].name}" if mine else "unknown"

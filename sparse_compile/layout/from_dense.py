@@ -182,7 +182,7 @@ def _pass_over(mask: Tensor, block_q: int, block_kv: int) -> tuple[Tensor, Tenso
 
 
 def read_dense_in_torch(mask: Tensor, block_q: int, block_kv: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What :func:`sparse_compile.codegen.triton.layout.dense_kernel.read_dense` returns, for any device."""
+    """What the kernel that reads dense masks returns, for any device."""
     batches, heads, n_q, n_kv = mask.shape
     classes, cols = batches * heads, -(-n_kv // block_kv)
     band = max(1, _ENTRIES_AT_ONCE // max(1, classes * n_kv * block_q)) * block_q

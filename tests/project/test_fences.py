@@ -44,7 +44,7 @@ def test_fresh_size_works_where_dynamo_forbids_dynamic_output_shapes(allowed: bo
 
 
 def test_annotations_reach_the_captured_graph() -> None:
-    """``torch.fx.traceback.annotate`` is experimental; sparse_compile/api/annotate.py relies on this:
+    """``torch.fx.traceback.annotate`` is experimental; api/annotate.py relies on this:
     its values are in ``meta["custom"]``, the innermost context wins, other keys are kept.
     """
     seen = []
