@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 # These two register all operators.
 from sparse_compile import passes  # noqa: F401
 from sparse_compile import patterns as P
-from sparse_compile.api import nsa
 from sparse_compile.expr import KV, B, FloorDiv, FloorMod, H, MaskExpr, Q, dense_bit, table
 from sparse_compile.layout.dense_tables import DenseRead
 from sparse_compile.layout.views.choose import choose_views
