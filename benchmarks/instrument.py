@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_compile.launch import Launcher
+from sparse_compile.codegen.runtime.launch import Launcher
 
 _SIGNATURE, _KERNEL = "def forward(", "@triton.jit"
 _START = ["CLOCK_START = tl.extra.cuda.globaltimer()"]
@@ -93,9 +93,9 @@ class _Forward:
 @contextlib.contextmanager
 def instrumented() -> Iterator[Recorder]:
     """Within it the executor runs kernels with clocks."""
-    from sparse_compile.codegen import cache
-    from sparse_compile.codegen.triton import executor
-    from sparse_compile.codegen.triton.source import kernel_source
+    from sparse_compile.codegen.runtime import cache
+    from sparse_compile.codegen.triton.blocks import executor
+    from sparse_compile.codegen.triton.blocks.source import kernel_source
 
     original, recorder = executor.kernels_of, Recorder()
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.environment import write_json
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
-from sparse_compile.codegen.triton import executor
+from sparse_compile.codegen.triton.blocks import executor
 from sparse_compile.expr import KV, MaskExpr, Q, evaluate, table
 from sparse_compile.layout import Layout, build_layout
 from sparse_compile.spec import AttentionSpec

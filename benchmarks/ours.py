@@ -14,15 +14,15 @@ from torch import Tensor
 
 import sparse_compile
 from benchmarks.accuracy import Problem, Run
+from sparse_compile.api.plan import plan_direct
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
-from sparse_compile.direct_plan import plan_direct
 from sparse_compile.layout import Layout, build_views
 from sparse_compile.patterns import Pattern
 from sparse_compile.spec import AttentionSpec
 
 #: Caches of these packages hold what follows from lengths; those named below hold what follows from
 #: the mask alone, which a second length finds there too.
-_PACKAGES = ("sparse_compile.layout", "sparse_compile.codegen.triton.arguments")
+_PACKAGES = ("sparse_compile.layout", "sparse_compile.codegen.triton.blocks.arguments")
 _OF_THE_MASK = ("_axis", "canonical", "_class_coordinates")
 #: Of neither lengths nor masks.
 _OF_NOTHING = ("_descriptor_class", "_all_lines")
@@ -76,7 +76,7 @@ def layout_of(pattern: Pattern, n: int, device: str) -> Layout:
 
 def kernels(p: Problem, backward: bool) -> Run:
     """The generated kernels as the operator launches them, layout and all else at hand."""
-    from sparse_compile.codegen.triton import executor
+    from sparse_compile.codegen.triton.blocks import executor
 
     _, heads, n, _ = p.inputs[0].shape
     made = ours(p.pattern, n, heads, p.device)
@@ -160,7 +160,7 @@ def forgetter(views: bool = True, mask: bool = False) -> Callable[[], None]:
 
 def cold_call(p: Problem) -> Callable[[], Any]:
     """Layout and forward of one call."""
-    from sparse_compile.codegen.triton import executor
+    from sparse_compile.codegen.triton.blocks import executor
 
     _, heads, n, _ = p.inputs[0].shape
     spec = spec_of(p.pattern, n, heads, p.device)

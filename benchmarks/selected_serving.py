@@ -16,11 +16,11 @@ from benchmarks.selected import DIM, KV_HEADS, operands
 from benchmarks.side_by_side import Problem, Row, attempt, errors, graphed, measure, median_ms
 from sparse_compile import patterns as P
 from sparse_compile.expr import KV, MaskExpr, Q
-from sparse_compile.indexer_ops import INDEXED_TOPK
-from sparse_compile.indexer_spec import IndexerSpec
 from sparse_compile.ops import ATTENTION
+from sparse_compile.ops.indexer import INDEXED_TOPK
 from sparse_compile.selection.select import select
 from sparse_compile.spec import AttentionSpec
+from sparse_compile.spec.indexer import IndexerSpec
 
 if TYPE_CHECKING:
     from benchmarks.selected_peers import Sizes

@@ -27,7 +27,7 @@ from torch.fx import GraphModule
 from benchmarks.environment import write_json
 from sparse_compile.backend import plan_graph
 from sparse_compile.options import Options
-from sparse_compile.plan import Plan
+from sparse_compile.sites.plan import Plan
 
 Program = Callable[..., Tensor]
 Row = dict[str, Any]

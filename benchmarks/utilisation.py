@@ -89,7 +89,7 @@ def summary(launches: Sequence[Tensor], processors: int) -> Row:
 def measured(name: str, n: int, heads: int, dim: int, repeats: int) -> Row:
     from triton.testing import do_bench
 
-    from sparse_compile.codegen.triton import executor
+    from sparse_compile.codegen.triton.blocks import executor
 
     generator = torch.Generator("cuda").manual_seed(0)
     q, k, v = (

@@ -34,7 +34,7 @@ def executor_for(piece: AttentionCall) -> Executor:
     if piece.spec.units:
         room = "triton.selected.executor" if on_gpu else "cpu.selected"
     else:
-        room = "triton.executor" if on_gpu else "cpu.views"
+        room = "triton.blocks.executor" if on_gpu else "cpu.views"
     executor: Executor = importlib.import_module(f"sparse_compile.codegen.{room}")
     return executor
 

@@ -7,8 +7,8 @@ from sparse_compile.passes.annotations import (
     selected_mask,
     with_annotation,
 )
-from sparse_compile.passes.choose_cheapest import choose_cheapest
-from sparse_compile.passes.choose_layout import (
+from sparse_compile.passes.decide.cheapest import choose_cheapest
+from sparse_compile.passes.decide.layout import (
     choose_indexer,
     choose_layout,
     choose_ranking,
@@ -16,12 +16,12 @@ from sparse_compile.passes.choose_layout import (
     why_no_lists,
 )
 from sparse_compile.passes.dense_tables import remember_given
-from sparse_compile.passes.find_attention import find_attention, find_indexer
-from sparse_compile.passes.lift_mask import LiftCache, lift_mask
-from sparse_compile.passes.rewrite import Rewriter
-from sparse_compile.passes.share_lists import share_lists
-from sparse_compile.plan import Plan
-from sparse_compile.site import Rejection
+from sparse_compile.passes.find import find_attention, find_indexer
+from sparse_compile.passes.lift import LiftCache, lift_mask
+from sparse_compile.passes.rewrite.rewriter import Rewriter
+from sparse_compile.passes.rewrite.share_lists import share_lists
+from sparse_compile.sites.plan import Plan
+from sparse_compile.sites.site import Rejection
 
 Decision = Plan | Rejection
 

@@ -10,12 +10,12 @@ import sympy
 import torch
 from torch.fx import Node
 
-from sparse_compile.annotation import META_KEY, Annotation, annotation_named
 from sparse_compile.expr import KV, MaskExpr, Q, renumbered, table_index
 from sparse_compile.passes.graph_edit import example_value
 from sparse_compile.patterns.base import BoundMask
-from sparse_compile.plan import Plan
-from sparse_compile.site import AttentionSite, LiftedMask, Operand, PatternTable, Rejection
+from sparse_compile.sites.annotation import META_KEY, Annotation, annotation_named
+from sparse_compile.sites.plan import Plan
+from sparse_compile.sites.site import AttentionSite, LiftedMask, Operand, PatternTable, Rejection
 from sparse_compile.spec import EmptyRows
 
 _NOTHING = BoundMask(MaskExpr(sympy.false))

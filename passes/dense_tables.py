@@ -15,7 +15,7 @@ from sparse_compile.expr import Bit, table_index
 from sparse_compile.layout.dense_tables import DenseRead, words_of
 from sparse_compile.passes.mutation import Memory
 from sparse_compile.selection import Selection
-from sparse_compile.site import LiftedMask
+from sparse_compile.sites.site import LiftedMask
 
 
 def dense_reads(lifted: LiftedMask) -> tuple[DenseRead, ...]:

@@ -10,7 +10,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from sparse_compile.site import AttentionSite
+from sparse_compile.sites.site import AttentionSite
 
 
 def example_value(node: Node) -> Any:

@@ -21,7 +21,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from sparse_compile.passes.watch import Unwatched, draws, storages, watch, written_arguments
-from sparse_compile.site import Scope
+from sparse_compile.sites.site import Scope
 
 _DUNDERS = (
     "iadd iand ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor setitem"

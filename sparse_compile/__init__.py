@@ -18,13 +18,13 @@ from sparse_compile.options import Options
 
 if TYPE_CHECKING:
     from sparse_compile import patterns
-    from sparse_compile.annotate import mask
+    from sparse_compile.api.annotate import mask
+    from sparse_compile.api.attention import attention
+    from sparse_compile.api.nsa import native_sparse_attention, nsa_selection
+    from sparse_compile.api.select import select
     from sparse_compile.backend import backend
-    from sparse_compile.direct import attention
-    from sparse_compile.direct_select import select
-    from sparse_compile.explain import explain, explain_with
-    from sparse_compile.nsa import native_sparse_attention, nsa_selection
-    from sparse_compile.report import Report, SiteReport
+    from sparse_compile.inspect.explain import explain, explain_with
+    from sparse_compile.inspect.report import Report, SiteReport
     from sparse_compile.selection import Selection
 
 __version__ = "0.1.0"
@@ -47,17 +47,17 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Report": "report",
+    "Report": "inspect.report",
     "Selection": "selection",
-    "SiteReport": "report",
-    "attention": "direct",
+    "SiteReport": "inspect.report",
+    "attention": "api.attention",
     "backend": "backend",
-    "explain": "explain",
-    "explain_with": "explain",
-    "mask": "annotate",
-    "native_sparse_attention": "nsa",
-    "nsa_selection": "nsa",
-    "select": "direct_select",
+    "explain": "inspect.explain",
+    "explain_with": "inspect.explain",
+    "mask": "api.annotate",
+    "native_sparse_attention": "api.nsa",
+    "nsa_selection": "api.nsa",
+    "select": "api.select",
 }
 
 

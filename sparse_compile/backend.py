@@ -33,8 +33,8 @@ from sparse_compile.passes import (
     with_annotation,
 )
 from sparse_compile.passes.graph_edit import device_of
-from sparse_compile.plan import Plan
-from sparse_compile.site import AttentionSite, Rejection
+from sparse_compile.sites.plan import Plan
+from sparse_compile.sites.site import AttentionSite, Rejection
 
 
 def backend(

@@ -1,7 +1,7 @@
 """The fence around Inductor's entry points, which are stable in practice but not documented.
 
 Everything that is not a documented API of torch and concerns Inductor goes through here;
-``tests/test_fences.py`` says what is relied upon.
+``tests/project/test_fences.py`` says what is relied upon.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from sparse_compile.codegen.merge import add, merge
 from sparse_compile.expr import KV, MaskExpr, Q, is_table, table
 from sparse_compile.layout import BlockLayout, Layout
 from sparse_compile.spec import AttentionSpec
-from sparse_compile.view import Order, View, natural
+from sparse_compile.spec.view import Order, View, natural
 
 
 @torch.no_grad()

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sparse_compile.codegen import cache
-from sparse_compile.codegen.triton.sections import described_box, sections_of
-from sparse_compile.codegen.triton.source import kernel_source, mask_parameters, table_ranks
-from sparse_compile.codegen.triton.tiles import Tile, padded, tiles_for
+from sparse_compile.codegen.runtime import cache
+from sparse_compile.codegen.triton.blocks.sections import described_box, sections_of
+from sparse_compile.codegen.triton.blocks.source import kernel_source, mask_parameters, table_ranks
+from sparse_compile.codegen.triton.blocks.tiles import Tile, padded, tiles_for
 from sparse_compile.spec import KernelSpec
 
 #: Types of kernel parameters, by dtype.

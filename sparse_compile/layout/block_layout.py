@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from sparse_compile.view import Order, natural
+from sparse_compile.spec.view import Order, natural
 
 #: How a block of the score matrix relates to the mask.
 EMPTY, PARTIAL, FULL = 0, 1, 2

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_compile.layout.device import printed
-from sparse_compile.layout.device.printed import INT64_MAX, INT64_MIN, is_code
+from sparse_compile.codegen.triton.layout import printed
+from sparse_compile.codegen.triton.layout.printed import INT64_MAX, INT64_MIN, is_code
 
 Bound = Tensor | int
 

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from sparse_compile.expr import KV, MaskExpr, Q
 from sparse_compile.layout.block_layout import FULL, PARTIAL, BlockLayout, BlockLists
-from sparse_compile.layout.candidates import Candidates, candidates
 from sparse_compile.layout.counted import counted_layout
 from sparse_compile.layout.intervals import Bound, Span
 from sparse_compile.layout.superset import Problem, is_narrow, static_layout
 from sparse_compile.layout.table_bounds import BlockBounds
-from sparse_compile.view import Order
+from sparse_compile.layout.views.candidates import Candidates, candidates
+from sparse_compile.spec.view import Order
 
 #: Classes are classified together up to this many blocks, to bound the temporaries.
 _BLOCKS_AT_ONCE = 1 << 22

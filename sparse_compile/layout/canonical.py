@@ -14,7 +14,7 @@ from sympy.core.relational import Eq, Ne, Relational
 
 from sparse_compile.expr import COORDINATES, FloorMod, is_table
 from sparse_compile.expr.digits import in_digits
-from sparse_compile.view import Order
+from sparse_compile.spec.view import Order
 
 
 def canonical_in(predicate: sympy.Basic, q: Order, kv: Order) -> sympy.Basic:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sparse_compile.target import Target
+from sparse_compile.spec.target import Target
 
 
 @dataclass(frozen=True)

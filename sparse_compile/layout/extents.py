@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from sparse_compile.layout.bounds import Bound, greatest, least, where
-from sparse_compile.view import Order
+from sparse_compile.spec.view import Order
 
 #: For each digit of one side, its least and greatest value in each run.
 Side = tuple[tuple[Bound, Bound], ...]

@@ -15,7 +15,7 @@ from sparse_compile.errors import BadPattern
 from sparse_compile.expr import WORD, MaskExpr, dense_bit
 from sparse_compile.layout.block_layout import FULL, PARTIAL, BlockLayout, BlockLists
 from sparse_compile.layout.tensor_state import memory_of
-from sparse_compile.view import natural
+from sparse_compile.spec.view import natural
 
 #: The CPU reads bands of about this many entries, to bound the temporaries.
 _ENTRIES_AT_ONCE = 1 << 24
@@ -160,7 +160,7 @@ def _read(mask: Tensor, block_q: int, block_kv: int) -> DenseBlocks:
     words, kinds, biased = _pass_over(mask, block_q, block_kv)
     if kinds.is_cuda and kinds.numel():
         # Needs Triton, which the CPU does not.
-        from sparse_compile.layout.compact_kernel import compacted
+        from sparse_compile.codegen.triton.layout.compact_kernel import compacted
 
         rows, cols, is_biased = compacted(kinds, biased)
     else:
@@ -174,7 +174,7 @@ def _pass_over(mask: Tensor, block_q: int, block_kv: int) -> tuple[Tensor, Tenso
     """``(words, kinds, biased)``: int32 and int8 by class, see DenseBlocks, and int32 [1]."""
     if mask.is_cuda and mask.numel() and mask.dtype != torch.float64:
         # Needs Triton, which the CPU does not.
-        from sparse_compile.layout import dense_kernel
+        from sparse_compile.codegen.triton.layout import dense_kernel
 
         if dense_kernel.supports(block_q, block_kv):
             return dense_kernel.read_dense(mask, block_q, block_kv)
@@ -182,7 +182,7 @@ def _pass_over(mask: Tensor, block_q: int, block_kv: int) -> tuple[Tensor, Tenso
 
 
 def read_dense_in_torch(mask: Tensor, block_q: int, block_kv: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What :func:`sparse_compile.layout.dense_kernel.read_dense` returns, for any device."""
+    """What the kernel that reads dense masks returns, for any device."""
     batches, heads, n_q, n_kv = mask.shape
     classes, cols = batches * heads, -(-n_kv // block_kv)
     band = max(1, _ENTRIES_AT_ONCE // max(1, classes * n_kv * block_q)) * block_q

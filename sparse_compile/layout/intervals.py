@@ -19,9 +19,9 @@ from dataclasses import dataclass
 
 import sympy
 
+from sparse_compile.codegen.triton.layout.printed import INT64_MAX, INT64_MIN
 from sparse_compile.expr import fold
 from sparse_compile.layout.bounds import Bound, greatest, least, negated, saturated, where
-from sparse_compile.layout.device.printed import INT64_MAX, INT64_MIN
 
 __all__ = [
     "INT64_MAX",

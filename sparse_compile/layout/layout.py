@@ -12,12 +12,12 @@ from torch import Tensor
 from sparse_compile.layout import superset
 from sparse_compile.layout.block_layout import BlockLayout, Load
 from sparse_compile.layout.build import build_layout
-from sparse_compile.layout.candidates import candidates
 from sparse_compile.layout.density import mask_pairs
 from sparse_compile.layout.listed import unpacked_lists
 from sparse_compile.layout.schedule import Schedule, make_schedule
 from sparse_compile.layout.superset import Problem
 from sparse_compile.layout.trusted import counted, device_layout
+from sparse_compile.layout.views.candidates import candidates
 from sparse_compile.spec import AttentionSpec
 
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from sparse_compile.errors import BadPattern
 from sparse_compile.expr import COORDINATES, evaluate
-from sparse_compile.layout.choose import choose_views
 from sparse_compile.layout.layout import Layout, build_views
+from sparse_compile.layout.views.choose import choose_views
 from sparse_compile.patterns.base import Pattern
 
 

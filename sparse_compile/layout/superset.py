@@ -21,7 +21,7 @@ from sparse_compile.layout.block_layout import BlockLayout, BlockLists
 from sparse_compile.layout.canonical import canonical_in
 from sparse_compile.layout.extents import Side
 from sparse_compile.layout.intervals import Bound, Lookup, Span, dtype_span, point, span
-from sparse_compile.view import Order, natural
+from sparse_compile.spec.view import Order, natural
 
 #: Subdivision starts with about this many rectangles: fewer cost the same time in one launch.
 _FIRST_RECTANGLES = 4096
@@ -65,7 +65,7 @@ class Problem:
         Args:
             mask, sizes, batch, heads, lengths: of the call.
             blocks: how tokens are put into blocks; a number means runs of that many.
-            listed: as in :class:`sparse_compile.view.View`.
+            listed: as in :class:`sparse_compile.spec.view.View`.
         """
         by_batch, by_head = (True, True) if listed else _class_coordinates(mask.text)
         batches, heads = batch if by_batch else 1, heads if by_head else 1

@@ -12,7 +12,7 @@ from torch import Tensor
 from sparse_compile.expr import KV, B, FloorDiv, FloorMod, H, Q
 from sparse_compile.layout.intervals import WIDE, Span, point, span
 from sparse_compile.layout.superset import Problem
-from sparse_compile.view import Order
+from sparse_compile.spec.view import Order
 
 _ARITHMETIC = (sympy.Add, sympy.Mul, sympy.Abs, sympy.Min, sympy.Max)
 

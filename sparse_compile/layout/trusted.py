@@ -22,7 +22,7 @@ from sparse_compile.expr import MaskExpr
 from sparse_compile.layout.block_layout import BlockLayout, BlockLists, Load
 from sparse_compile.layout.counted import counted_layout
 from sparse_compile.layout.superset import Problem, static_layout
-from sparse_compile.view import Order
+from sparse_compile.spec.view import Order
 
 #: Tried with at most so many blocks a side, the last one ragged (more than two spans of the
 #: kernels), and with so many batch entries and heads.
@@ -81,7 +81,7 @@ def _small(order: Order, n: int) -> int:
 def _by_kernels(
     problem: Problem, mask: MaskExpr, tables: Sequence[Tensor], device: torch.device
 ) -> BlockLayout:
-    from sparse_compile.layout.device.build import DeviceProblem  # needs triton
+    from sparse_compile.codegen.triton.layout.build import DeviceProblem  # needs triton
 
     made = DeviceProblem.of(
         mask,

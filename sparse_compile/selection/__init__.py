@@ -3,16 +3,16 @@
 from sparse_compile.layout.places import places
 from sparse_compile.selection.checked import checked_select
 from sparse_compile.selection.checked_lists import check_lists
-from sparse_compile.selection.distill import distillation_loss
-from sparse_compile.selection.gate import PooledGate
-from sparse_compile.selection.pooled_map import allowed_units, pooled_attention
 from sparse_compile.selection.selection import (
     Selection,
     canonical,
     worklist,
 )
 from sparse_compile.selection.selection_report import SelectionReport
-from sparse_compile.selection.soft_gate import gated_attention
+from sparse_compile.selection.train.distill import distillation_loss
+from sparse_compile.selection.train.gate import PooledGate
+from sparse_compile.selection.train.pooled_map import allowed_units, pooled_attention
+from sparse_compile.selection.train.soft_gate import gated_attention
 
 __all__ = [
     "PooledGate",

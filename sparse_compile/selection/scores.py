@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sparse_compile.codegen.triton.selection.index_scores import can_index, index_scores
 from sparse_compile.errors import BadShape
 from sparse_compile.patterns.scorers import Gate, Indexer, Scorer
-from sparse_compile.selection.device.index_scores import can_index, index_scores
 from sparse_compile.selection.visible import Visible
 
 

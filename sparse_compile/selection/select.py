@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from sparse_compile.codegen.triton.selection.choose import Chooser, can_choose
+from sparse_compile.codegen.triton.selection.printable import printable
 from sparse_compile.errors import BadShape
 from sparse_compile.expr import MaskExpr
 from sparse_compile.patterns.checks import UPPER_LEFT, bad, blocks
 from sparse_compile.patterns.scored import Scored
-from sparse_compile.selection.device.choose import Chooser, can_choose
-from sparse_compile.selection.device.printable import printable
 from sparse_compile.selection.rules import Best, Candidates, ascending
 from sparse_compile.selection.scores import Scoring, Task
 from sparse_compile.selection.scoring import scoring

@@ -12,7 +12,7 @@ from torch import Tensor
 from sparse_compile import reference
 from sparse_compile.codegen import Executor
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
-from sparse_compile.codegen.triton import executor as triton_executor
+from sparse_compile.codegen.triton.blocks import executor as triton_executor
 from sparse_compile.expr import (
     KV,
     N_KV,
@@ -31,7 +31,7 @@ from sparse_compile.expr import size_symbol as size
 from sparse_compile.layout import build_views
 from sparse_compile.layout.from_dense import dense_layout
 from sparse_compile.spec import AttentionSpec
-from sparse_compile.view import Order, View, natural
+from sparse_compile.spec.view import Order, View, natural
 from tests.tolerance import assert_close_as_eager, relative_error
 
 T0, T1 = table(0), table(1)

@@ -32,7 +32,7 @@ from sparse_compile.expr import (
 )
 from sparse_compile.layout import BlockLayout, BlockLists, Layout, build_layout
 from sparse_compile.spec import AttentionSpec
-from sparse_compile.view import natural
+from sparse_compile.spec.view import natural
 from tests.tolerance import assert_close_as_eager, relative_error
 
 T0, S0 = table(0), size_symbol(0)

@@ -14,7 +14,7 @@ from sparse_compile.codegen.cpu.segments import segments_of
 from sparse_compile.codegen.cpu.shift import is_shift_invariant
 from sparse_compile.expr import KV, B, FloorDiv, FloorMod, H, MaskExpr, Q, evaluate, table
 from sparse_compile.layout import EMPTY, FULL, PARTIAL, BlockLayout, BlockLists, build_layout
-from sparse_compile.view import natural
+from sparse_compile.spec.view import natural
 
 
 def layout_from(kinds: Tensor, n_q: int, n_kv: int, block: int) -> BlockLayout:

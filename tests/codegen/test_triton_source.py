@@ -14,14 +14,14 @@ import pytest
 import sympy
 import triton
 
-from sparse_compile.codegen import cache
+from sparse_compile.codegen.runtime import cache
 from sparse_compile.codegen.triton import compile_ahead_of_time, kernel_path, kernel_source
-from sparse_compile.codegen.triton.sections import first_token_function
-from sparse_compile.codegen.triton.tiles import tiles_for
+from sparse_compile.codegen.triton.blocks.sections import first_token_function
+from sparse_compile.codegen.triton.blocks.tiles import tiles_for
 from sparse_compile.expr import KV, B, FloorDiv, FloorMod, H, MaskExpr, Q, table
 from sparse_compile.expr import size_symbol as size
 from sparse_compile.spec import AttentionSpec, KernelSpec
-from sparse_compile.view import Order, View, natural
+from sparse_compile.spec.view import Order, View, natural
 
 LOOPS = ("forward", "backward_query", "backward_key_value")
 T0, T1 = table(0), table(1)

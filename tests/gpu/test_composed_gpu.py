@@ -16,10 +16,10 @@ import sparse_compile
 from sparse_compile import patterns as P
 from sparse_compile.backend import backend
 from sparse_compile.expr import KV, MaskExpr, Q
-from sparse_compile.indexer_ops import INDEXED_TOPK
-from sparse_compile.indexer_spec import IndexerSpec
+from sparse_compile.ops.indexer import INDEXED_TOPK
 from sparse_compile.reference import attention as reference
 from sparse_compile.selection.split import split
+from sparse_compile.spec.indexer import IndexerSpec
 from tests.gpu.waiting import no_waiting
 from tests.selection.test_composition import _evaluate
 from tests.tolerance import assert_close_as_eager, relative_error

@@ -12,9 +12,9 @@ import sympy
 import torch
 from torch import Tensor
 
+from sparse_compile.codegen.triton.layout.build import DeviceProblem
 from sparse_compile.expr import KV, B, FloorDiv, FloorMod, MaskExpr, Q, table
-from sparse_compile.layout.device.build import DeviceProblem
-from sparse_compile.view import Order, natural
+from sparse_compile.spec.view import Order, natural
 from tests.layout.device_cases import CASES, DeviceCase, check, near, residues
 
 DOCUMENTS = sympy.Eq(table(0)(B, Q), table(0)(B, KV))

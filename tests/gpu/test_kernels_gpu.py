@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
-from sparse_compile.codegen.triton import executor
+from sparse_compile.codegen.triton.blocks import executor
 from sparse_compile.layout import build_views, unpack
 from sparse_compile.spec import AttentionSpec
 from tests.codegen.kernel_cases import (

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile import patterns as P
-from sparse_compile.nsa import native_sparse_attention
+from sparse_compile.api.nsa import native_sparse_attention
 from tests.gpu.waiting import no_waiting
 from tests.selection.test_nsa import Case, check
 

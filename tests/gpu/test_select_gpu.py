@@ -11,8 +11,9 @@ from torch import Tensor
 
 from sparse_compile import patterns as P
 from sparse_compile.expr import KV, MaskExpr, Q
-from sparse_compile.selection import Selection, masses
+from sparse_compile.selection import Selection
 from sparse_compile.selection.select import select as select_by
+from sparse_compile.selection.train import masses
 from tests.gpu.waiting import no_waiting
 from tests.selection.interpreted_windows import prepared
 from tests.selection.test_scored import MASKS, SCORERS, assert_canonical, indexer, operands

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparse_compile.expr import KV, MaskExpr, Q
-from sparse_compile.kept_ops import KEPT_SELECTION
+from sparse_compile.ops.kept import KEPT_SELECTION
 from sparse_compile.selection import Selection
 from tests.passes.rewritten import trained
 from tests.passes.test_recognise_threshold import Indexed

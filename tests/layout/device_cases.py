@@ -9,11 +9,11 @@ import sympy
 import torch
 from torch import Tensor
 
+from sparse_compile.codegen.triton.layout.build import DeviceProblem
 from sparse_compile.expr import KV, B, FloorDiv, FloorMod, H, MaskExpr, Q, size_symbol, table
 from sparse_compile.layout.block_layout import BlockLists
 from sparse_compile.layout.build import build_layout
-from sparse_compile.layout.device.build import DeviceProblem
-from sparse_compile.view import Order, natural
+from sparse_compile.spec.view import Order, natural
 
 S0 = size_symbol(0)
 DOCS, PADDING, WINDOWS, SCALAR, PAIRS = (table(i) for i in range(5))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparse_compile.layout import compact_kernel, dense_kernel, from_dense
+from sparse_compile.codegen.triton.layout import compact_kernel, dense_kernel
+from sparse_compile.layout import from_dense
 from tests.layout.dense_cases import CASES, DenseCase, check_pass
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparse_compile.codegen.triton.layout import build
+from sparse_compile.codegen.triton.layout.build import DeviceProblem
 from sparse_compile.expr import KV, MaskExpr, Q
 from sparse_compile.layout import trusted
-from sparse_compile.layout.device import build
-from sparse_compile.layout.device.build import DeviceProblem
 from sparse_compile.layout.superset import Problem
-from sparse_compile.view import natural
+from sparse_compile.spec.view import natural
 from tests.layout.device_cases import CASES, DeviceCase, check
 
 

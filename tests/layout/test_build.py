@@ -34,11 +34,11 @@ from sparse_compile.layout import (
     PARTIAL,
     BlockLayout,
     build_layout,
-    candidates,
     density,
     mask_pairs,
     superset,
 )
+from sparse_compile.layout.views import candidates
 
 CAUSAL = KV <= Q
 S0 = size_symbol(0)

@@ -205,7 +205,7 @@ def compiled_read(triton: Any, pointer: str, arch: int, fours: bool) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from sparse_compile.layout import dense_kernel
+    from sparse_compile.codegen.triton.layout import dense_kernel
 
     names = dense_kernel.read_mask.arg_names
     constants = dict(
@@ -231,7 +231,7 @@ def test_the_kernels_that_list_compile(name: str, arch: int) -> None:
     from triton.compiler import ASTSource
 
     from sparse_compile.codegen.triton.aot import _usage
-    from sparse_compile.layout import compact_kernel
+    from sparse_compile.codegen.triton.layout import compact_kernel
 
     kernel = getattr(compact_kernel, name)
     pointers = {"KINDS": "*i8", "CHUNK": "constexpr"}

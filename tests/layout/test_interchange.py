@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from sparse_compile.errors import BadPattern
 from sparse_compile.expr import KV, B, H, MaskExpr, Q, table
 from sparse_compile.layout import EMPTY, FULL, PARTIAL, BlockLayout, build_layout, picture
-from sparse_compile.layout.interchange import (
+from sparse_compile.layout.interop.interchange import (
     from_block_mask,
     from_coo,
     from_deepspeed,
@@ -25,7 +25,7 @@ from sparse_compile.layout.interchange import (
     to_coo,
     to_torch_sparse,
 )
-from sparse_compile.view import Order
+from sparse_compile.spec.view import Order
 from tests.layout.test_build import check_lists, check_transpose
 
 T0 = table(0)

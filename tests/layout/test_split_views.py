@@ -28,14 +28,14 @@ from sparse_compile.expr import (
     table,
 )
 from sparse_compile.layout import Problem, build_layout, mask_pairs
-from sparse_compile.layout import split_views as module
-from sparse_compile.layout.split_views import Search, Split, split_views
-from sparse_compile.layout.terms import MOST_TERMS, periods, terms, window_of, without
-from sparse_compile.layout.view_candidates import Blocks, box_along, candidates
-from sparse_compile.layout.visits import visits
+from sparse_compile.layout.views import split_views as module
+from sparse_compile.layout.views.split_views import Search, Split, split_views
+from sparse_compile.layout.views.terms import MOST_TERMS, periods, terms, window_of, without
+from sparse_compile.layout.views.view_candidates import Blocks, box_along, candidates
+from sparse_compile.layout.views.visits import visits
 from sparse_compile.patterns import Axial, Neighborhood, SlidingTile, Strided
 from sparse_compile.patterns.base import Pattern, Tables
-from sparse_compile.view import Order, View, natural
+from sparse_compile.spec.view import Order, View, natural
 
 CAUSAL = KV <= Q
 DOCS = sympy.Eq(table(0)(B, Q), table(0)(B, KV))

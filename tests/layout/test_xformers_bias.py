@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.errors import BadPattern
-from sparse_compile.layout.xformers_bias import from_xformers
+from sparse_compile.layout.interop.xformers_bias import from_xformers
 from sparse_compile.patterns import Causal, Documents, Pattern, SlidingWindow
 
 Shape = tuple[int, ...]

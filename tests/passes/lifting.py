@@ -14,9 +14,9 @@ from torch.fx import GraphModule, Interpreter, Node
 from sparse_compile.expr import evaluate
 from sparse_compile.options import Options
 from sparse_compile.passes.dense_tables import mask_data
-from sparse_compile.passes.find_attention import find_attention
-from sparse_compile.passes.lift_mask import LiftCache, lift_mask
-from sparse_compile.site import AttentionSite, LiftedMask, Rejection
+from sparse_compile.passes.find import find_attention
+from sparse_compile.passes.lift import LiftCache, lift_mask
+from sparse_compile.sites.site import AttentionSite, LiftedMask, Rejection
 
 
 @dataclass(frozen=True)

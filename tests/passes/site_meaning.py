@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.fx import Interpreter, Node
 
-from sparse_compile.passes.find_attention import find_attention
-from sparse_compile.site import AttentionSite, Operand, Rejection
+from sparse_compile.passes.find import find_attention
+from sparse_compile.sites.site import AttentionSite, Operand, Rejection
 from tests.passes.capture import Captured
 
 Found = tuple[AttentionSite | Rejection, ...]

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_compile import block_scores_ops
-from sparse_compile.block_scores_spec import BlockScoresSpec
 from sparse_compile.errors import BadShape
 from sparse_compile.expr import KV, MaskExpr, Q
+from sparse_compile.ops import block_scores as block_scores_ops
 from sparse_compile.passes import Plan
+from sparse_compile.spec.block_scores import BlockScoresSpec
 from tests.passes.rewritten import Rewritten
 
 BATCH, HEADS, LENGTH, DIM, BLOCK, KEPT = 2, 2, 37, 8, 8, 3

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
 
-from sparse_compile.passes.find_attention import find_attention
-from sparse_compile.site import AttentionSite
+from sparse_compile.passes.find import find_attention
+from sparse_compile.sites.site import AttentionSite
 from tests.passes.capture import capture_one
 from tests.passes.site_meaning import compare, rejections
 

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_compile import indexer_ops, selection_ops
 from sparse_compile.expr import KV, MaskExpr, Q
-from sparse_compile.indexer_spec import IndexerSpec
+from sparse_compile.ops import indexer as indexer_ops
+from sparse_compile.ops import selection as selection_ops
 from sparse_compile.passes import Plan
+from sparse_compile.spec.indexer import IndexerSpec
 from tests.passes.rewritten import Rewritten
 
 BATCH, LENGTH, HEADS, DIM, KEPT = 2, 37, 3, 8, 5

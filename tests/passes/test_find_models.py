@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from sparse_compile.passes.find_attention import find_attention
-from sparse_compile.site import AttentionSite
+from sparse_compile.passes.find import find_attention
+from sparse_compile.sites.site import AttentionSite
 from tests.passes.capture import Captured, capture
 from tests.passes.site_meaning import Found, compare, rejections, sites
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_compile.passes.find_attention import find_attention
-from sparse_compile.site import Rejection
+from sparse_compile.passes.find import find_attention
+from sparse_compile.sites.site import Rejection
 from tests.passes.capture import capture_one
 from tests.passes.test_find_eager import repeat_kv, tensors
 

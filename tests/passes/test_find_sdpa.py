@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils.checkpoint import checkpoint
 
-from sparse_compile.passes.find_attention import find_attention
-from sparse_compile.site import AttentionSite, Rejection
+from sparse_compile.passes.find import find_attention
+from sparse_compile.sites.site import AttentionSite, Rejection
 from tests.passes.capture import capture_one
 from tests.passes.site_meaning import rejections, sites
 from tests.passes.test_find_eager import repeat_kv, shape, tensors, the_site

@@ -16,12 +16,12 @@ from sparse_compile.backend import plan_and_rewrite
 from sparse_compile.expr import KV, Q
 from sparse_compile.options import Options
 from sparse_compile.passes import mutation
-from sparse_compile.passes.lift_mask import LiftCache, lift_mask, prefix
-from sparse_compile.passes.lift_mask.slice import Slice, Slicer, Wanted
+from sparse_compile.passes.lift import LiftCache, lift_mask, prefix
+from sparse_compile.passes.lift.slice import Slice, Slicer, Wanted
 from sparse_compile.passes.mutation import Effect, effect
 from sparse_compile.passes.watch import Unwatched
-from sparse_compile.plan import Plan
-from sparse_compile.site import LiftedMask, Rejection, Scope
+from sparse_compile.sites.plan import Plan
+from sparse_compile.sites.site import LiftedMask, Rejection, Scope
 from tests.passes.lifting import Captured, attend, capture, lift, lifted, refused, sites
 from tests.passes.rewritten import Rewritten
 

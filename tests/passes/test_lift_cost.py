@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import sparse_compile
-from sparse_compile.passes.lift_mask import simplify
-from sparse_compile.passes.lift_mask.linear import linear
+from sparse_compile.passes.lift import simplify
+from sparse_compile.passes.lift.linear import linear
 from tests.passes.lifting import attend, capture, lift, lifted, refused
 
 

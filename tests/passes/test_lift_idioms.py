@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
 from sparse_compile.expr import KV, Q
-from sparse_compile.site import LiftedMask
+from sparse_compile.sites.site import LiftedMask
 from tests.passes.lifting import attend, capture, eager, evaluated, lift, lifted, rebound
 
 HEADS = 2

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from sparse_compile.options import Options
-from sparse_compile.passes.lift_mask import LiftCache, lift_mask
-from sparse_compile.site import LiftedMask
+from sparse_compile.passes.lift import LiftCache, lift_mask
+from sparse_compile.sites.site import LiftedMask
 from sparse_compile.spec import EmptyRows
 from tests.passes.lifting import capture, sites
 

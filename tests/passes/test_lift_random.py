@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from sparse_compile.expr import MaskExpr, evaluate
-from sparse_compile.passes.lift_mask.lift import Lifter
-from sparse_compile.passes.lift_mask.operands import at_coordinates
-from sparse_compile.passes.lift_mask.value import Lifted, reads_data
-from sparse_compile.site import LiftedMask
+from sparse_compile.passes.lift.lift import Lifter
+from sparse_compile.passes.lift.operands import at_coordinates
+from sparse_compile.passes.lift.value import Lifted, reads_data
+from sparse_compile.sites.site import LiftedMask
 from tests.passes.lifting import attend, capture, evaluated, lift, rebound
 
 N = 12

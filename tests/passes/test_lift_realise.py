@@ -13,9 +13,9 @@ from torch.fx import GraphModule, Node
 from torch.utils.checkpoint import checkpoint
 
 from sparse_compile.options import Options
-from sparse_compile.passes.lift_mask import LiftCache, lift_mask
-from sparse_compile.passes.realise_tables import RealisedTables, realise
-from sparse_compile.site import AttentionSite, LiftedMask
+from sparse_compile.passes.lift import LiftCache, lift_mask
+from sparse_compile.passes.rewrite.tables import RealisedTables, realise
+from sparse_compile.sites.site import AttentionSite, LiftedMask
 from tests.passes.lifting import attend, sites
 
 N = 12

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_compile.expr import KV, N_KV, N_Q, FloorDiv, FloorMod, MaskExpr, Q, evaluate
-from sparse_compile.passes.lift_mask.bounds import Ranges
-from sparse_compile.passes.lift_mask.constants import recognise
-from sparse_compile.passes.lift_mask.linear import Linear, linear
-from sparse_compile.passes.lift_mask.simplify import Simplifier
-from sparse_compile.passes.lift_mask.value import DIMS
+from sparse_compile.passes.lift.bounds import Ranges
+from sparse_compile.passes.lift.constants import recognise
+from sparse_compile.passes.lift.linear import Linear, linear
+from sparse_compile.passes.lift.simplify import Simplifier
+from sparse_compile.passes.lift.value import DIMS
 
 LENGTHS = (12, 20)
 STATIC = Simplifier(Ranges({Q: sympy.Integer(LENGTHS[0] - 1), KV: sympy.Integer(LENGTHS[1] - 1)}))

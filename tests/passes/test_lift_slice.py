@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from sparse_compile.expr import KV, Q
 from sparse_compile.options import Options
-from sparse_compile.passes.lift_mask import LiftCache, lift_mask
-from sparse_compile.site import LiftedMask
+from sparse_compile.passes.lift import LiftCache, lift_mask
+from sparse_compile.sites.site import LiftedMask
 from tests.passes.lifting import attend, capture, eager, lift, lifted, refused, sites
 
 N = 12

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sparse_compile.plan import Plan
+from sparse_compile.sites.plan import Plan
 from tests.passes.rewritten import Rewritten
 
 N = 24

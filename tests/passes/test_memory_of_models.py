@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparse_compile import block_scores_ops, indexer_ops
+from sparse_compile.ops import block_scores as block_scores_ops
+from sparse_compile.ops import indexer as indexer_ops
 from tests.passes.rewritten import Rewritten, trained
 from tests.passes.sparse_models import model, tokens
 from tests.passes.test_recognise_threshold import Indexed

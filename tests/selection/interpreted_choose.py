@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_compile import indexer_ops
 from sparse_compile import patterns as P
+from sparse_compile.codegen.triton.selection import choose, source
 from sparse_compile.expr import KV, MaskExpr, Q
-from sparse_compile.indexer_spec import IndexerSpec
+from sparse_compile.ops import indexer as indexer_ops
 from sparse_compile.selection import Selection
 from sparse_compile.selection import scores as scores_home
 from sparse_compile.selection import select as home
-from sparse_compile.selection.device import choose, source
+from sparse_compile.spec.indexer import IndexerSpec
 
 INF = float("inf")
 DOCUMENTS = torch.tensor([[0] * 40 + [1] * 31, [0] * 20 + [1] * 51])

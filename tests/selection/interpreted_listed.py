@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparse_compile.codegen.triton import executor
+from sparse_compile.codegen.triton.blocks import executor
 from tests.selection.listed_cases import LISTED, Listed, check_listed
 
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from sparse_compile import patterns as P
+from sparse_compile.codegen.triton.selection.window_scores import fits
 from sparse_compile.expr import KV, FloorDiv, MaskExpr, Q
 from sparse_compile.patterns.compressed import whole_windows
-from sparse_compile.selection import masses as home
-from sparse_compile.selection.device.window_scores import fits
-from sparse_compile.selection.masses import _Windows
 from sparse_compile.selection.scores import Task
 from sparse_compile.selection.scoring import scoring
+from sparse_compile.selection.train import masses as home
+from sparse_compile.selection.train.masses import _Windows
 from sparse_compile.selection.visible import Visible
 from tests.selection import naive
 

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import sympy
 
+from sparse_compile.codegen.runtime.generated import load_module
 from sparse_compile.codegen.triton.aot import SHORT, Resources, compiled
+from sparse_compile.codegen.triton.layout.key import Key
+from sparse_compile.codegen.triton.selection.index_source import IndexSpec, index_source, tiles
+from sparse_compile.codegen.triton.selection.source import ChooseSpec, choose_source
 from sparse_compile.expr import KV, MaskExpr, Q
-from sparse_compile.generated import load_module
-from sparse_compile.layout.device.key import Key
-from sparse_compile.selection.device.index_source import IndexSpec, index_source, tiles
-from sparse_compile.selection.device.source import ChooseSpec, choose_source
-from sparse_compile.view import natural
+from sparse_compile.spec.view import natural
 
 CAUSAL = MaskExpr(KV <= Q)
 RULES = ["top_k", "top_ratio", "top_p", "scores", "softmax"]

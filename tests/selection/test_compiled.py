@@ -13,12 +13,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sparse_compile
-from sparse_compile import direct_data, direct_plan, direct_selected, ops, selection_ops
+from sparse_compile import ops
 from sparse_compile import patterns as P
+from sparse_compile.api import data as direct_data
+from sparse_compile.api import plan as direct_plan
+from sparse_compile.api import selected as direct_selected
 from sparse_compile.ops import ATTENTION
+from sparse_compile.ops import selection as selection_ops
+from sparse_compile.ops.selection import CANONICAL_SELECTION, SELECT
 from sparse_compile.patterns.data import HoldsData
 from sparse_compile.selection import Selection
-from sparse_compile.selection_ops import CANONICAL_SELECTION, SELECT
 from tests.selection.test_composition import DOCUMENTS, N, Nearest, check, dense_of, index, operands
 
 CHOSEN = P.Selected(index(), unit_kv=16)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import sparse_compile
 from sparse_compile import patterns as P
+from sparse_compile.api.nsa import native_sparse_attention, nsa_selection
 from sparse_compile.errors import BadPattern, BadShape, PatternMisuse
-from sparse_compile.nsa import native_sparse_attention, nsa_selection
-from sparse_compile.nsa_ops import NSA_SELECT
+from sparse_compile.ops.nsa import NSA_SELECT
 from sparse_compile.reference import attention as reference
 from tests.passes.rewritten import Rewritten
 from tests.tolerance import relative_error

@@ -15,8 +15,8 @@ import sparse_compile
 from sparse_compile import mask
 from sparse_compile import patterns as P
 from sparse_compile.errors import BadPattern, PatternMisuse, RestrictionFailed
+from sparse_compile.inspect.report import Report
 from sparse_compile.reference import attention as reference
-from sparse_compile.report import Report
 from tests.selection.test_composition import (
     DOCUMENTS,
     Allowed,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import sparse_compile
 from sparse_compile import Selection
 from sparse_compile import patterns as P
-from sparse_compile.report import Report
+from sparse_compile.inspect.report import Report
 from sparse_compile.selection import canonical
 from tests.selection.cases import CASES, Case
 from tests.selection.test_composition import N, operands

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 import sparse_compile
-from sparse_compile import Selection, direct_data, direct_selected
+from sparse_compile import Selection
 from sparse_compile import patterns as P
+from sparse_compile.api import data as direct_data
+from sparse_compile.api import selected as direct_selected
 from sparse_compile.errors import BadPattern, BadShape, PatternMisuse
 from sparse_compile.selection import canonical
 from tests.passes.rewritten import Rewritten

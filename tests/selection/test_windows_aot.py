@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import sympy
 
+from sparse_compile.codegen.runtime.generated import load_module
 from sparse_compile.codegen.triton.aot import SHORT, Resources
+from sparse_compile.codegen.triton.layout.key import Key
+from sparse_compile.codegen.triton.selection.window_source import WindowSpec, window_source
 from sparse_compile.expr import KV, MaskExpr, Q
-from sparse_compile.generated import load_module
-from sparse_compile.layout.device.key import Key
-from sparse_compile.selection.device.window_source import WindowSpec, window_source
-from sparse_compile.view import natural
+from sparse_compile.spec.view import natural
 from tests.selection.test_choose_aot import Options, resources
 
 CAUSAL = MaskExpr(KV <= Q)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from sparse_compile.codegen import cache
+from sparse_compile.codegen.runtime import cache
 from sparse_compile.codegen.triton.aot import SHORT, TABLE_TYPES, Resources, compiled
+from sparse_compile.codegen.triton.blocks.source import mask_parameters, table_ranks
+from sparse_compile.codegen.triton.blocks.tiles import padded
 from sparse_compile.codegen.triton.selected import latent
 from sparse_compile.codegen.triton.selected.source import SelectedKernelSpec, selected_source
 from sparse_compile.codegen.triton.selected.tiles import Tile, tiles_for
 from sparse_compile.codegen.triton.selected.united import union_tile
-from sparse_compile.codegen.triton.source import mask_parameters, table_ranks
-from sparse_compile.codegen.triton.tiles import padded
 
 _LISTS = ("INDEX", "NAMES", "COUNT", "WORK", "PLACES")
 _FLOATS = ("LSE", "GRAD_LSE", "DELTA", "PART_LSE", "GRAD_K", "GRAD_V")

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from sparse_compile.codegen.triton import arguments
-from sparse_compile.codegen.triton.executor import workers_of
+from sparse_compile.codegen.triton.blocks import arguments
+from sparse_compile.codegen.triton.blocks.executor import workers_of
 from sparse_compile.codegen.triton.selected import united
 from sparse_compile.codegen.triton.selected.tiles import Tile
 

@@ -10,14 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_compile.codegen import cache
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
-from sparse_compile.codegen.triton import arguments
-from sparse_compile.codegen.triton.executor import (
+from sparse_compile.codegen.runtime import cache
+from sparse_compile.codegen.runtime.launch import DTYPE_NAMES, Launcher, arch_of
+from sparse_compile.codegen.triton.blocks import arguments
+from sparse_compile.codegen.triton.blocks.executor import (
     LIMIT,
     positive,
     workers_of,
 )
+from sparse_compile.codegen.triton.blocks.source import direct_lookups, table_ranks
+from sparse_compile.codegen.triton.layout.launch import current
 from sparse_compile.codegen.triton.selected import by_union, latent
 from sparse_compile.codegen.triton.selected.features import WIDE, features_of
 from sparse_compile.codegen.triton.selected.latent import (
@@ -27,10 +30,7 @@ from sparse_compile.codegen.triton.selected.latent import (
 )
 from sparse_compile.codegen.triton.selected.source import SelectedKernelSpec, selected_source
 from sparse_compile.codegen.triton.selected.tiles import Tile, Tiles, tiles_for
-from sparse_compile.codegen.triton.source import direct_lookups, table_ranks
 from sparse_compile.errors import BadShape
-from sparse_compile.launch import DTYPE_NAMES, Launcher, arch_of
-from sparse_compile.layout.device.launch import current
 from sparse_compile.selection import places, worklist
 
 _NAMES = (

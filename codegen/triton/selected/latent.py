@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from sparse_compile.codegen.runtime.generated import fill
 from sparse_compile.codegen.triton import gluon_names
+from sparse_compile.codegen.triton.blocks.source import escaped, mask_parameters
 from sparse_compile.codegen.triton.predicate import print_predicate
 from sparse_compile.codegen.triton.selected.features import features_of
 from sparse_compile.codegen.triton.selected.text_latent import LATENT
 from sparse_compile.codegen.triton.selected.tiles import Tile
-from sparse_compile.codegen.triton.source import escaped, mask_parameters
 from sparse_compile.expr import KV, B, H
-from sparse_compile.generated import fill
 
 if TYPE_CHECKING:
     from sparse_compile.codegen.triton.selected.source import SelectedKernelSpec

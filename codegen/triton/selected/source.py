@@ -7,7 +7,9 @@ import hashlib
 import json
 from dataclasses import dataclass
 
-from sparse_compile.codegen.triton.fill import fill
+from sparse_compile.codegen.triton.blocks.fill import fill
+from sparse_compile.codegen.triton.blocks.source import escaped, legend, mask_parameters
+from sparse_compile.codegen.triton.blocks.tiles import padded
 from sparse_compile.codegen.triton.predicate import print_predicate
 from sparse_compile.codegen.triton.selected import (
     features,
@@ -19,9 +21,7 @@ from sparse_compile.codegen.triton.selected import (
 from sparse_compile.codegen.triton.selected.features import WIDE, features_of
 from sparse_compile.codegen.triton.selected.tiles import Tile, tiles_for
 from sparse_compile.codegen.triton.selected.united import neighbours, union_tile
-from sparse_compile.codegen.triton.source import escaped, legend, mask_parameters
 from sparse_compile.codegen.triton.text import common
-from sparse_compile.codegen.triton.tiles import padded
 from sparse_compile.expr import H
 from sparse_compile.spec import AttentionSpec
 

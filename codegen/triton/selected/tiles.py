@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from sparse_compile.codegen.triton.blocks.tiles import padded
 from sparse_compile.codegen.triton.selected.features import WIDE
-from sparse_compile.codegen.triton.tiles import padded
 
 if TYPE_CHECKING:
     from sparse_compile.codegen.triton.selected.source import SelectedKernelSpec

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_compile.codegen.runtime.launch import Launcher
 from sparse_compile.codegen.triton.selected.united import constants_of
-from sparse_compile.launch import Launcher
 
 #: Beyond the greatest unit of keys.
 _NONE = tl.constexpr(2**31 - 1)

@@ -12,9 +12,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sparse_compile.codegen.call import AttentionCall
+from sparse_compile.codegen.triton.blocks.tiles import padded
 from sparse_compile.codegen.triton.selected.features import WIDE
 from sparse_compile.codegen.triton.selected.tiles import Tile
-from sparse_compile.codegen.triton.tiles import padded
 
 if TYPE_CHECKING:
     from sparse_compile.codegen.triton.selected.source import SelectedKernelSpec

@@ -6,10 +6,10 @@ last entry bound the queries. What must hold between bounds follows from interva
 
 from __future__ import annotations
 
+from sparse_compile.codegen.triton.layout.key import Key, constant_sizes
+from sparse_compile.codegen.triton.layout.source import verdict_text
 from sparse_compile.expr import B, H, MaskExpr
-from sparse_compile.layout.device.key import Key, constant_sizes
-from sparse_compile.layout.device.source import verdict_text
-from sparse_compile.view import natural
+from sparse_compile.spec.view import natural
 
 _LINES = """\
 earliest = tl.load(PLACES + lo // ROWS) // most * UNIT_Q

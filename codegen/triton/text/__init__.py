@@ -1,4 +1,4 @@
-"""The text of the kernels, with ``$holes``; :mod:`sparse_compile.codegen.triton.source` fills them.
+"""The text of the kernels, with ``$holes``, which the ``source`` modules fill.
 
 A hole that is alone on its line stands for any number of lines, indented like it.
 """

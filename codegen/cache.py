@@ -1,5 +1,0 @@
-"""Generated kernels on disk and in memory; see :mod:`sparse_compile.generated`."""
-
-from sparse_compile.generated import cache_dir, load_module, source_path, write_source
-
-__all__ = ["cache_dir", "load_module", "source_path", "write_source"]

@@ -1,0 +1,1 @@
+"""Generated text on disk, as modules, and launched."""

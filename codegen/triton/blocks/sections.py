@@ -1,0 +1,287 @@
+"""Sections and loops of the kernels: which views a program works through, and how it reads them.
+
+A *section* holds the views with the same order on the side of the lines: a program loads its tile
+once and goes through the blocks of each of these views in turn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparse_compile.codegen.triton.blocks.tiles import Tile
+from sparse_compile.spec import AttentionSpec, KernelSpec
+from sparse_compile.spec.view import Order, View
+
+
+@dataclass(frozen=True)
+class Section:
+    """The views that one program works through.
+
+    Attributes:
+        number: of the section.
+        order: of the lines.
+        views: numbers of the views, in order.
+    """
+
+    number: int
+    order: Order
+    views: tuple[int, ...]
+
+
+def sections_of(spec: AttentionSpec, axis: str) -> tuple[Section, ...]:
+    """The sections of a kernel whose lines are blocks of ``axis``, ``"q"`` or ``"kv"``.
+
+    >>> from sparse_compile.expr import KV, MaskExpr, Q
+    >>> [section.views for section in sections_of(AttentionSpec(MaskExpr(KV <= Q)), "q")]
+    [(0,)]
+    """
+    sections = []
+    for number, views in enumerate(spec.sections(axis)):
+        first = spec.parts[views[0]]
+        sections.append(Section(number, first.q if axis == "q" else first.kv, views))
+    return tuple(sections)
+
+
+def list_parameters(spec: AttentionSpec) -> list[str]:
+    """Parameters that carry the lists of each view, one line of the signature each."""
+    return [
+        f"start_{v}, counts_{v}, index_{v}, room_{v}, lines_{v}, batches_{v}, heads_{v},"
+        for v in range(len(spec.parts))
+    ]
+
+
+def statistic_parameters(spec: AttentionSpec) -> list[str]:
+    """Parameters that hold the statistics in the order of a view, and its number of blocks."""
+    return [
+        f"STATISTICS_{v}, lines_{v}_q,"
+        for v, view in enumerate(spec.parts)
+        if not view.q.is_natural
+    ]
+
+
+def first_token_functions(spec: AttentionSpec) -> list[str]:
+    """Functions ``first_{q|kv}_{view}`` that find the first token of a block of an order."""
+    return [
+        first_token_function(f"first_{axis}_{number}", order)
+        for number, view in enumerate(spec.parts)
+        for axis, order in (("q", view.q), ("kv", view.kv))
+        if not order.is_natural
+    ]
+
+
+def first_token_function(name: str, order: Order) -> str:
+    '''Source of :meth:`Order.base`, as a function of the block and the number of tokens.
+
+    >>> print(first_token_function("first_q_1", Order((64, 1), (128,), (1, 0))))
+    @triton.jit
+    def first_q_1(block, n):
+        """The first token of a block, of boxes of 64 x 1 over radix 128."""
+        count = (n + 8191) // 8192
+        return block % count * 8192 + block // count
+    <BLANKLINE>
+    '''
+    slowest, counts = order.nesting[0], ["count", *map(str, order.counts(1)[1:])]
+    starts = [0, *(low for low, _ in order.windows)]
+    block, terms = "block", []
+    for k in reversed(order.nesting):
+        step, start = order.box[k] * order.strides[k], starts[k] * order.strides[k]
+        place = block if k == slowest else f"{block} % {counts[k]}"
+        if k == slowest or counts[k] != "1":
+            terms.append(place if step == 1 else f"{place} * {step}")
+        terms += [str(start)] * (start > 0)
+        block = block if counts[k] == "1" else f"{block} // {counts[k]}"
+    unit = order.box[0] * order.strides[0]
+    return "\n".join(
+        [
+            "@triton.jit",
+            f"def {name}(block, n):",
+            f'    """The first token of a block, of {order}."""',
+            *([] if slowest == 0 else [f"    count = (n + {unit - 1}) // {unit}"]),
+            f"    return {' + '.join(terms)}",
+            "",
+        ]
+    )
+
+
+def offset_text(order: Order, x: str) -> str:
+    """Source of the token that stands at place ``x`` of a block, counted from its first one.
+
+    >>> offset_text(Order((8, 8), (128,), (0, 1), ((120, 128),)), "x")
+    'x // 8 * 128 + x % 8'
+    >>> offset_text(Order((64, 1), (128,), (1, 0)), "x"), offset_text(Order((4,)), "x")
+    ('x * 128', 'x')
+    """
+    terms, inner = [], order.block
+    name = x if x.isidentifier() else f"({x})"
+    for extent, stride in zip(order.box, order.strides, strict=True):
+        outer, inner = inner, inner // extent
+        if extent == 1:
+            continue
+        text = name if inner == 1 else f"{name} // {inner}"
+        if outer != order.block:
+            text = f"{text} % {extent}"
+        terms.append(text if stride == 1 else f"{text} * {stride}")
+    return " + ".join(terms) or f"{name} * 0"
+
+
+@dataclass(frozen=True)
+class Lines:
+    """The holes of a section: the tile that a program holds."""
+
+    section: Section
+    axis: str
+    tile: int
+
+    @property
+    def holes(self) -> dict[str, str]:
+        """``FIRST``, ``ROW`` and ``WIDE``."""
+        order, tile = self.section.order, "TILE_M" if self.axis == "q" else "TILE_N"
+        if order.is_natural:
+            first = f"number * {order.block} + sub * {tile}"
+            return {"FIRST": first, "ROW": f"tl.arange(0, {tile})", "WIDE": ""}
+        place = f"tl.arange(0, {tile})"
+        if self.tile < order.block:
+            place = f"sub * {tile} + {place}"
+        first = f"first_{self.axis}_{self.section.views[0]}(number, n_{self.axis})"
+        return {"FIRST": first, "ROW": offset_text(order, place), "WIDE": ".to(tl.int64)"}
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The holes of a loop over the blocks of a view.
+
+    Attributes:
+        number: of the view.
+        order: of the blocks.
+        axis: side of the blocks, ``"q"`` or ``"kv"``.
+        tile: tokens of a tile.
+        described: whether tiles are loaded by tensor descriptors.
+        is_first: whether the view is the first of its section.
+    """
+
+    number: int
+    order: Order
+    axis: str
+    tile: int
+    described: bool
+    is_first: bool
+
+    @property
+    def row(self) -> str:
+        """Source of the rows of a tile, counted from its first token, for loads."""
+        return self._places if self.order.is_natural else f"{self.axis}_row.to(tl.int64)"
+
+    @property
+    def suffix(self) -> str:
+        """What tells the descriptors of this view from those of others."""
+        return "" if self.order.is_natural else f"_{self.number}"
+
+    @property
+    def digits(self) -> str:
+        """Source of the first digits of a tile, for loads by descriptors."""
+        first, steps = f"{self.axis}0", self.order.block // self.tile
+        if self.order.is_natural:
+            return first
+        outer = f"{first} // {self.order.strides[0]}"
+        if steps > 1:
+            outer += f" + i % STEPS * {self.order.box[0] // steps}"
+        return f"{outer}, {first} % {self.order.strides[0]}"
+
+    @property
+    def _name(self) -> str:
+        return "TILE_M" if self.axis == "q" else "TILE_N"
+
+    @property
+    def _places(self) -> str:
+        return f"tl.arange(0, {self._name})"
+
+    def holes(self) -> dict[str, str | list[str]]:
+        """Where blocks begin, the tile of a step, and its tokens."""
+        holes: dict[str, str | list[str]] = {"V": str(self.number)}
+        entry = f"block_at(blocks_{self.number}, %s, n_blocks_{self.number})"
+        begin = f"first_block_{self.number}" if self.is_first else entry % "begin"
+        holes["BEGIN"] = self._base(begin)
+        holes["NEXT"] = self._base(entry % "(i + 1) // STEPS")
+        first = f"{self.axis}0"
+        if self.order.is_natural:
+            holes["WHERE"] = [f"{first} = base + i % STEPS * {self._name}"]
+            holes["KV"] = f"({first} + {self._places})"
+        else:
+            place = self._places
+            if self.tile < self.order.block:
+                place = f"i % STEPS * {self._name} + {place}"
+            step = [f"{first} = base", f"{self.axis}_row = {offset_text(self.order, place)}"]
+            if self.axis == "q":
+                step.append(f"q_at = block * BLOCK_Q + i % STEPS * {self._name}")
+            holes["WHERE"] = step
+            holes["KV"] = f"({first} + {self.axis}_row)"
+        return holes
+
+    def _base(self, block: str) -> list[str]:
+        if self.order.is_natural:
+            return [f"base = {block} * {self.order.block}"]
+        return [f"block = {block}", f"base = first_{self.axis}_{self.number}(block, n_{self.axis})"]
+
+
+def title(view: View, number: int, of: int) -> str:
+    """What a view is, in a comment."""
+    plain = view.q.is_natural and view.kv.is_natural
+    what = "plain order" if plain else f"queries in {view.q}, keys in {view.kv}"
+    return f"View {number} of {of}: {what}."
+
+
+def descriptors_usable(spec: KernelSpec, view: View, axis: str, tile: Tile) -> bool:
+    """Whether the tiles of the loop, blocks of ``axis``, are loaded by tensor descriptors."""
+    order, extent = (view.q, tile.m) if axis == "q" else (view.kv, tile.n)
+    return tile.descriptors and (
+        order.is_natural or (spec.exact and described_box(order, extent) is not None)
+    )
+
+
+def described_box(order: Order, tile: int) -> tuple[int, ...] | None:
+    """The extents along the digits of a tile of a block; None if it cannot be described.
+
+    Descriptors have at most five dimensions: batch, head, features, and two for the token.
+
+    >>> described_box(Order((64, 1), (128,), (1, 0)), 32)
+    (32, 1)
+    """
+    steps = order.block // tile
+    if len(order.box) != 2 or order.box[0] % steps:
+        return None
+    return order.box[0] // steps, order.box[1]
+
+
+@dataclass(frozen=True)
+class Described:
+    """Descriptors that a kernel takes: those of one view, or of all views in plain order.
+
+    Attributes:
+        suffix: what tells their parameters from others.
+        order: of the blocks that the loop reads.
+        extent: tokens of a tile.
+        box: extents of a tile along the digits of a token.
+        views: numbers of the views.
+    """
+
+    suffix: str
+    order: Order
+    extent: int
+    box: tuple[int, ...]
+    views: tuple[int, ...]
+
+
+def described_views(spec: KernelSpec, axis: str, tile: Tile) -> tuple[Described, ...]:
+    """The descriptors of a kernel that loops over blocks of ``axis``."""
+    extent = tile.m if axis == "q" else tile.n
+    found: dict[str, Described] = {}
+    for number, view in enumerate(spec.attention.parts):
+        order = view.q if axis == "q" else view.kv
+        if not descriptors_usable(spec, view, axis, tile):
+            continue
+        suffix = "" if order.is_natural else f"_{number}"
+        box = (extent,) if order.is_natural else described_box(order, extent)
+        assert box is not None
+        views = (*found[suffix].views, number) if suffix in found else (number,)
+        found[suffix] = Described(suffix, order, extent, box, views)
+    return tuple(found.values())

@@ -1,0 +1,1 @@
+"""Triton kernels that build layouts on the device."""

@@ -1,0 +1,174 @@
+"""From a key to the text of a Triton module that lists blocks: same key, same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+
+from sparse_compile.codegen.runtime.generated import fill
+from sparse_compile.codegen.triton.layout import text
+from sparse_compile.codegen.triton.layout.key import LONGEST, Key
+from sparse_compile.codegen.triton.layout.lookups import lookups_of, tables_source
+from sparse_compile.codegen.triton.layout.printed import Code, printed
+from sparse_compile.expr.digits import digit_names
+from sparse_compile.layout import extents
+from sparse_compile.layout.canonical import canonical_in
+from sparse_compile.layout.intervals import UNKNOWN, Span, span
+
+_AXES = ("q", "kv")
+
+
+def module_source(key: Key) -> str:
+    """The module of a key: ``list_rows``, ``fill_rows``, ``list_cols``, ``fill_cols``.
+
+    With lookups also ``read_tables``.
+    """
+    name = module_name(key)
+    parts = [
+        _header(key, name),
+        *sides(key),
+        tables_source(key),
+        verdict_text(key),
+        _lines(key, "rows", "q", "kv"),
+        _lines(key, "cols", "kv", "q"),
+    ]
+    return "".join(parts).rstrip() + "\n"
+
+
+def module_name(key: Key) -> str:
+    """What the module is called."""
+    described = repr((key.text, key.q.fields, key.kv.fields, key.fixed, key.span))
+    return f"blocks_{hashlib.sha256(described.encode()).hexdigest()[:12]}"
+
+
+def list_parameters(key: Key) -> list[list[str]]:
+    """What the kernels that list blocks read besides lengths: a group per lookup, and the sizes."""
+    groups = [lookup.parameters for lookup in lookups_of(key)]
+    return [group for group in (*groups, key.sizes) if group]
+
+
+def _header(key: Key, name: str) -> str:
+    symbols = [
+        f"  {lookup.name:<12} bounds of t{lookup.index}({', '.join(map(str, lookup.exprs))})"
+        for lookup in lookups_of(key)
+    ]
+    symbols += [
+        f"  {f's{i}':<12} size, {'a run-time integer' if value is None else value}"
+        for i, value in enumerate(key.fixed)
+    ]
+    return fill(
+        text.MODULE,
+        NAME=name,
+        MASK=str(key.mask),
+        Q_ORDER=str(key.q),
+        KV_ORDER=str(key.kv),
+        SYMBOLS=symbols,
+        SPAN=str(key.span),
+        DIVISIONS=text.DIVISIONS.splitlines(),
+    )
+
+
+def digit_bounds(key: Key, axis: str) -> dict[str, Any]:
+    """The bounds of the digits of a run of blocks by name, and ``whole``."""
+    order = key.order(axis)
+    n: Any = Code.named("n", 1, LONGEST)
+    # Spans beyond the last block are looked at, and left out.
+    first: Any = Code.named("first", 0, order.blocks(LONGEST) + key.span**2)
+    size: Any = Code.named("size", 1, key.span)
+    ends = extents.cut(order, n, extents.digits(order, n, first, size))
+    found: dict[str, Any] = {}
+    for name, (lo, hi) in zip(digit_names(axis, len(ends)), ends, strict=True):
+        found |= {f"{name}_lo": lo, f"{name}_hi": hi}
+    return {**found, "whole": extents.whole(order, n, first, size)}
+
+
+def _names(key: Key, axis: str) -> list[str]:
+    return list(digit_bounds(key, axis))[:-1]
+
+
+def _side(key: Key, axis: str) -> str:
+    order = key.order(axis)
+    n: Any = Code.named("n", 1, LONGEST)
+    blocks: Any = extents.blocks(order, n)
+    return fill(
+        text.SIDE,
+        AXIS=axis,
+        BLOCKS=printed({"blocks": blocks}),
+        DIGITS=printed(digit_bounds(key, axis)),
+        RESULTS=", ".join(_names(key, axis)),
+    )
+
+
+def verdict_of(key: Key) -> dict[str, Any]:
+    """Whether the predicate must and may hold, as code over the parameters of ``verdict``."""
+    symbols: dict[str, Span] = dict(key.scalars())
+    for name in ("b", "h"):
+        coordinate: Any = Code.named(name, 0, LONGEST)
+        symbols[name] = Span(coordinate, coordinate, 0, LONGEST)
+    for axis in _AXES:
+        # The token itself stands in lookups only, whose bounds are those of the block.
+        symbols[axis] = UNKNOWN
+        bounds = digit_bounds(key, axis)
+        for name in digit_names(axis, len(key.order(axis).box)):
+            ends: list[Any] = []
+            for end in (f"{name}_lo", f"{name}_hi"):
+                low, high = _range(bounds[end])
+                ends.append(Code.named(end, low, high))
+            symbols[name] = Span(ends[0], ends[1], 1, LONGEST + 1)
+    lookups = {(lookup.index, lookup.exprs): lookup for lookup in lookups_of(key)}
+
+    def bounded(index: int, args: Sequence[Span], exprs: Sequence[sympy.Expr]) -> Span:
+        return lookups[index, tuple(exprs)].span(args)
+
+    truth = span(canonical_in(key.mask.predicate, key.q, key.kv), symbols, bounded)
+    return {"must": truth.lo, "may": truth.hi}
+
+
+def _range(value: Any) -> tuple[int, int]:
+    return (value.low, value.high) if isinstance(value, Code) else (value, value)
+
+
+def _data(key: Key) -> list[str]:
+    return [", ".join(group) + "," for group in list_parameters(key)]
+
+
+def sides(key: Key) -> list[str]:
+    """The functions ``blocks_of_q``, ``digits_of_q`` and those of ``kv``."""
+    return [_side(key, axis) for axis in _AXES]
+
+
+def verdict_text(key: Key) -> str:
+    """The function ``verdict``: whether the mask must, and may, hold between bounds of digits."""
+    return fill(
+        text.VERDICT,
+        DIGITS=", ".join([*_names(key, "q"), *_names(key, "kv")]),
+        DATA=_data(key),
+        LINES=printed(verdict_of(key)),
+    )
+
+
+def _lines(key: Key, lists: str, along: str, across: str) -> str:
+    places = {f"{along}_at": "line", f"{across}_at": "at"}
+    scalars = ["n_q", "n_kv", "heads", *(name for group in list_parameters(key) for name in group)]
+    return fill(
+        text.LINES,
+        LISTS=lists,
+        LINE=along,
+        ACROSS=across,
+        N_LINE=f"n_{along}",
+        N_ACROSS=f"n_{across}",
+        DIGITS_ALONG=", ".join(_names(key, along)),
+        DIGITS_ACROSS=", ".join(_names(key, across)),
+        DIGITS=", ".join([*_names(key, "q"), *_names(key, "kv")]),
+        PLACES=f"{places['q_at']}, {places['kv_at']}",
+        DATA=_data(key),
+        LIST_UNSPECIALIZED=_quoted(["counts", "start", "index", "width", "totals", *scalars]),
+        FILL_UNSPECIALIZED=_quoted(["index", "start", "counts", "room", *scalars]),
+    )
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return "[" + ", ".join(f'"{name}"' for name in names) + "]"

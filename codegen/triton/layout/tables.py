@@ -1,0 +1,143 @@
+"""Bounds of table lookups over blocks and over spans of blocks, as arguments of kernels.
+
+A lookup along one coordinate is read by a generated kernel, all of them in one launch. One that has
+only points of ``b, h`` for indices needs no reading. The others are reduced by torch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_compile.codegen.triton.layout.key import Key
+from sparse_compile.codegen.triton.layout.launch import Kernels
+from sparse_compile.codegen.triton.layout.lookups import Lookup
+from sparse_compile.codegen.triton.layout.printed import INT32_MAX
+from sparse_compile.expr import KV, Q
+from sparse_compile.layout.superset import Problem
+from sparse_compile.layout.table_bounds import BlockBounds
+
+#: Arguments for :attr:`Lookup.parameters`.
+Arguments = list[Any]
+
+
+def table_bounds(
+    key: Key,
+    kernels: Kernels,
+    lengths: tuple[int, int],
+    tables: Sequence[Tensor],
+    sizes: Sequence[int],
+) -> tuple[Any, ...]:
+    """Arguments for the bounds of every lookup; reads the tables on their device.
+
+    Args:
+        key: of the kernels.
+        kernels: of the key.
+        lengths: number of queries and of keys, at least 1.
+        tables: of the mask.
+        sizes: of the mask, all of them.
+    """
+    found = _read(key, kernels, lengths, tables, sizes) if kernels.read else {}
+    arguments: Arguments = []
+    for lookup in kernels.lookups:
+        own = found.get(lookup.name)
+        arguments += own or _reduced(key, lookup, lengths, tables, sizes)
+    return tuple(arguments)
+
+
+def _read(
+    key: Key,
+    kernels: Kernels,
+    lengths: tuple[int, int],
+    tables: Sequence[Tensor],
+    sizes: Sequence[int],
+) -> dict[str, Arguments]:
+    """Bounds of the lookups along one coordinate, by lookup; starts one kernel."""
+    assert kernels.read is not None
+    found: dict[str, Arguments] = {}
+    arguments: list[Any] = [*lengths]
+    most_spans = most_rows = 1
+    for lookup in kernels.read_lookups:
+        table, is_q = tables[lookup.index], lookup.along == Q
+        blocks = key.q.blocks(lengths[0]) if is_q else key.kv.blocks(lengths[1])
+        spans = -(-blocks // key.span)
+        others = [table.shape[d] for d in lookup.points]
+        rows = math.prod(others)
+        both = torch.empty(
+            2 * rows * (blocks + spans),
+            dtype=torch.int64 if table.dtype == torch.int64 else torch.int32,
+            device=table.device,
+        )
+        half = both.numel() // 2
+        arguments += [both, half]
+        strides = _row_major(lookup, others, blocks + spans)
+        found[lookup.name] = _checked([both, half, *strides, *others], 2 * half)
+        most_spans, most_rows = max(most_spans, spans), max(most_rows, rows)
+    for number in kernels.read_tables:
+        table = tables[number]
+        arguments += [table, *table.stride(), *table.shape]
+        _checked([], max(itertools.chain(table.stride(), table.shape), default=0))
+    arguments += [sizes[i] for i in kernels.free_sizes]
+    if most_rows > 65535:
+        raise ValueError("a table has more rows than a grid")
+    grid = most_spans, most_rows, len(kernels.read_lookups)
+    kernels.read(grid, tables[0].device, tuple(arguments))
+    return found
+
+
+def _row_major(lookup: Lookup, others: Sequence[int], places: int) -> list[int]:
+    """Strides of the axes of a lookup: rows of ``places``, the last of the other axes fastest."""
+    outer: list[int] = []
+    step = places
+    for size in reversed(others):
+        outer.insert(0, step)
+        step *= size
+    at = lookup.axes.index(lookup.along)
+    return [*outer[:at], 1, *outer[at:]]
+
+
+def _reduced(
+    key: Key,
+    lookup: Lookup,
+    lengths: tuple[int, int],
+    tables: Sequence[Tensor],
+    sizes: Sequence[int],
+) -> Arguments:
+    table = lo = hi = tables[lookup.index]
+    half = 0
+    if not lookup.is_point:
+        problem = Problem(key.text, tuple(sizes), 1, 1, *lengths, key.q, key.kv)
+        lo, hi = BlockBounds(problem, tables).reduced(lookup.index, lookup.exprs)
+        wanted = torch.int64 if table.dtype == torch.int64 else torch.int32
+        lo, hi = lo.to(wanted), hi.to(wanted)
+        for d, axis in enumerate(lookup.axes):
+            if axis in (Q, KV):
+                lo, hi = _with_spans(lo, hi, d, key.span)
+        lo = torch.stack([lo, hi])[0]
+        half = lo.numel()
+    strides = [lo.stride(d) for d in lookup.kept]
+    ends = zip(lo.shape, lo.stride(), strict=True)
+    reach = half + sum((n - 1) * stride for n, stride in ends)
+    return _checked([lo, half, *strides, *(lo.shape[d] for d in lookup.points)], reach)
+
+
+def _with_spans(lo: Tensor, hi: Tensor, d: int, span: int) -> tuple[Tensor, Tensor]:
+    """The bounds with those of spans of ``span`` entries along ``d`` behind them."""
+    n = lo.shape[d]
+    # Entries that do not exist count as the last one.
+    at = torch.arange(-(-n // span) * span, device=lo.device).clamp_(max=n - 1)
+    split = (*lo.shape[:d], -1, span, *lo.shape[d + 1 :])
+    lows = lo.index_select(d, at).reshape(split).amin(d + 1)
+    highs = hi.index_select(d, at).reshape(split).amax(d + 1)
+    return torch.cat([lo, lows], d), torch.cat([hi, highs], d)
+
+
+def _checked(arguments: Arguments, reach: int) -> Arguments:
+    if reach > INT32_MAX:
+        raise ValueError("a table, or the bounds of one, is larger than int32 can address")
+    return arguments

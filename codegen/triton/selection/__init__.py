@@ -1,0 +1,1 @@
+"""Triton kernels that score keys and choose among them."""

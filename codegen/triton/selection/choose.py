@@ -1,0 +1,136 @@
+"""Launch the kernel that chooses blocks by their scores."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_compile.codegen.runtime.generated import load_module
+from sparse_compile.codegen.runtime.launch import Launcher
+from sparse_compile.codegen.triton.layout.key import LONGEST
+from sparse_compile.codegen.triton.layout.launch import current
+from sparse_compile.codegen.triton.selection.printable import free_sizes, key_of, printable
+from sparse_compile.codegen.triton.selection.source import HELD, ChooseSpec, choose_source
+from sparse_compile.patterns.checks import UPPER_LEFT
+from sparse_compile.patterns.rules import Threshold, TopK, TopP, TopRatio, exact
+from sparse_compile.patterns.scored import Scored
+from sparse_compile.selection.scores import Task
+
+#: Blocks that a row may have for the rule that needs nothing but the order of scores.
+_MOST_IN_ORDER = 1 << 20
+#: Lists that do not fill a GPU.
+_FEW = 256
+
+
+def can_choose(pattern: Scored, task: Task) -> bool:
+    """Whether the kernel can choose for a task: on a GPU, and not from too many blocks."""
+    most = _MOST_IN_ORDER if isinstance(pattern, TopK) else HELD
+    fits = task.blocks <= most and max(task.q.shape[2], task.k.shape[2]) <= LONGEST
+    return task.q.is_cuda and fits and task.rows * task.blocks < 1 << 40
+
+
+@functools.lru_cache(maxsize=256)
+def _kernel(spec: ChooseSpec) -> Launcher:
+    return Launcher(load_module(spec.name, choose_source(spec)).choose)
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """Chooses for the units of a task, some at a time.
+
+    Attributes:
+        pattern: the rule, and what is forced.
+        task: for what.
+        lists: how many the scorer makes.
+        index: int32 [B, lists, units, room], to be written.
+        count: int32 [B, lists, units], to be written.
+    """
+
+    pattern: Scored
+    task: Task
+    lists: int
+    index: Tensor
+    count: Tensor
+
+    @functools.cached_property
+    def rule(self) -> tuple[str, Tensor]:
+        """The kind of rule, and fp64 [lists, 2]: its parameters."""
+        kind, values = _rule_of(self.pattern)
+        # Filling waits for nothing, unlike a copy from the host.
+        made = torch.empty(self.lists, 2, dtype=torch.float64, device=self.index.device)
+        if len(values) == 1 and kind != "top_ratio":
+            return kind, made.fill_(values[0][0])
+        values = values * (self.lists if len(values) == 1 else 1)
+        for row, (first, second) in zip(made, values, strict=True):
+            row[0].fill_(first)
+            row[1].fill_(second)
+        return kind, made
+
+    def __call__(self, scores: Tensor, first: int, end: int) -> None:
+        """Write the lists of the units ``first, ..., end - 1``, from [B, lists, units, blocks]."""
+        pattern, task, visible = self.pattern, self.task, self.task.visible
+        given = not printable(visible)
+        key = key_of(visible, pattern.unit_q, pattern.block_kv)
+        kind, rule = self.rule
+        batch, lists, units, room = self.index.shape
+        few = (end - first) * batch * lists <= _FEW
+        seen = task.blocks if given else visible.columns(first, end)
+        spec = ChooseSpec(key, given, kind, _power(max(seen, 32)), _power(room), few)
+        may = visible.may(first, end, lists) if given else None
+        shift = 0 if pattern.align == UPPER_LEFT else task.k.shape[2] - task.q.shape[2]
+        grid = end - first, batch * lists
+        arguments: tuple[Any, ...] = (
+            *(scores.contiguous(), rule if may is None else may.contiguous(), rule),
+            *(self.index, self.count, *_strides(may), first, end - first, units, lists),
+            *(task.blocks, room, pattern.sink, pattern.reach, shift),
+            *(task.q.shape[2], task.k.shape[2], *([] if given else free_sizes(visible, key))),
+        )
+        with current(scores.device):
+            _kernel(spec)(grid, arguments, (), {"num_warps": spec.warps})
+
+
+def _strides(may: Tensor | None) -> tuple[int, int, int]:
+    if may is None:
+        return 0, 0, 0
+    may = may.contiguous()
+    of_b, of_list = (may.stride(d) if may.shape[d] > 1 else 0 for d in (0, 1))
+    return of_b, of_list, may.stride(2)
+
+
+def _power(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+@functools.singledispatch
+def _rule_of(rule: Any) -> tuple[str, list[tuple[float, float]]]:
+    """The kind of a rule, and two numbers for each list, or for all."""
+    raise TypeError(f"no rule for {rule!r}")
+
+
+def _each(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+@_rule_of.register
+def _(rule: TopK) -> tuple[str, list[tuple[float, float]]]:
+    return "top_k", [(min(k, _MOST_IN_ORDER), 0) for k in _each(rule.k)]
+
+
+@_rule_of.register
+def _(rule: TopRatio) -> tuple[str, list[tuple[float, float]]]:
+    return "top_ratio", [exact(ratio) for ratio in _each(rule.ratio)]
+
+
+@_rule_of.register
+def _(rule: TopP) -> tuple[str, list[tuple[float, float]]]:
+    # Where all is wanted, a sum that rounding makes too large must not leave out the last ones.
+    return "top_p", [(float("inf") if p == 1 else p, 0) for p in _each(rule.p)]
+
+
+@_rule_of.register
+def _(rule: Threshold) -> tuple[str, list[tuple[float, float]]]:
+    return rule.of, [(t, 0) for t in _each(rule.t)]

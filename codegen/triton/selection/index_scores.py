@@ -1,0 +1,72 @@
+"""Launch the kernel that scores tokens as a lightning indexer does."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from sparse_compile.codegen.runtime.generated import load_module
+from sparse_compile.codegen.runtime.launch import DTYPE_NAMES, Launcher, arch_of
+from sparse_compile.codegen.triton.layout.launch import current
+from sparse_compile.codegen.triton.selection.index_source import IndexSpec, index_source, tiles
+from sparse_compile.codegen.triton.selection.printable import free_sizes, key_of, printable
+from sparse_compile.selection.visible import Visible
+
+#: What the kernel holds of a key, and of the heads' products in half and in single precision.
+_MOST_DIM, _MOST_HEADS, _MOST_HEADS_SINGLE = 256, 128, 32
+
+
+@functools.lru_cache(maxsize=256)
+def _kernel(spec: IndexSpec) -> Launcher:
+    return Launcher(load_module(spec.name, index_source(spec)).index_scores)
+
+
+def can_index(q: Tensor, k: Tensor) -> bool:
+    """Whether the kernel can score these queries and keys: on a GPU, in its sizes and dtypes."""
+    heads, dim = q.shape[1], q.shape[3]
+    most = _MOST_HEADS_SINGLE if q.dtype == torch.float32 else _MOST_HEADS
+    fits = heads <= most and dim <= _MOST_DIM and min(q.numel(), k.numel()) > 0
+    return q.is_cuda and fits and q.dtype == k.dtype and q.dtype in DTYPE_NAMES
+
+
+def index_scores(
+    q: Tensor,
+    k: Tensor,
+    w: Tensor,
+    queries: tuple[int, int],
+    visible: Visible,
+    factor: float = 1.0,
+) -> Tensor:
+    """``sum_i w_i * relu(q_i . k)`` for some queries.
+
+    Args:
+        q: [B, H, Nq, D].
+        k: [B, Nkv, D], same dtype.
+        w: [B, Nq, H], floating.
+        queries: the first, and the end.
+        visible: in its runs; those that are not visible need not be written.
+        factor: on the scores.
+
+    Returns:
+        fp32 [B, end - first, Nkv].
+    """
+    (first, end), (batch, heads, n_q, dim), n_kv = queries, q.shape, k.shape[1]
+    q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k))
+    dtype = DTYPE_NAMES[q.dtype]
+    run_q, run_kv = tiles(dtype)
+    key = key_of(visible, run_q, run_kv)
+    # A tile that is left out must not hold a part of a run that is visible.
+    whole = first % run_q == run_q % visible.run_q == run_kv % visible.run_kv == 0
+    masked = whole and printable(visible)
+    spec = IndexSpec(key, masked, heads, dim, dtype, arch_of(q.device))
+    scores = torch.empty(batch, end - first, n_kv, dtype=torch.float32, device=q.device)
+    arguments = (
+        *(q, k, w, scores, *q.stride()[:3], *k.stride()[:2], *w.stride()),
+        *(first, end, factor, n_q, n_kv, *(free_sizes(visible, key) if masked else [])),
+    )
+    grid = -(-n_kv // run_kv), -(-(end - first) // run_q), batch
+    with current(q.device):
+        _kernel(spec)(grid, arguments, (), spec.options)
+    return scores

@@ -1,0 +1,98 @@
+"""From an IndexSpec to the text of a Triton module that scores: same spec, same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from sparse_compile.codegen.runtime.generated import fill
+from sparse_compile.codegen.triton.layout.key import Key
+from sparse_compile.codegen.triton.selection import text
+from sparse_compile.codegen.triton.selection.source import (
+    quoted,
+    sizes_of,
+    verdict_lines,
+    verdict_source,
+)
+
+_UNSPECIALIZED = ("first", "end", "n_q", "n_kv")
+
+
+@dataclass(frozen=True)
+class IndexSpec:
+    """What a module is generated for; hashable.
+
+    Attributes:
+        key: the mask, in tiles of queries and of keys.
+        masked: whether tiles that it hides are left out; else all are computed.
+        heads, dim: of the indexer.
+        dtype: of its queries and keys, "float32", "float16" or "bfloat16".
+        arch: "sm_90" and the like, or "interpreter".
+    """
+
+    key: Key
+    masked: bool
+    heads: int
+    dim: int
+    dtype: str
+    arch: str
+
+    @property
+    def name(self) -> str:
+        """What the module is called."""
+        key = self.key
+        shape = (self.masked, self.heads, self.dim, self.dtype, self.arch)
+        described = repr((key.text, key.q.fields, key.kv.fields, key.fixed, shape))
+        return f"index_scores_{hashlib.sha256(described.encode()).hexdigest()[:12]}"
+
+    @property
+    def heads_pad(self) -> int:
+        """A power of two."""
+        return 1 << (self.heads - 1).bit_length()
+
+    @property
+    def tokens(self) -> int:
+        """Queries of one product, which then has so many columns, or those of one query."""
+        wide = 32 if self.dtype == "float32" else 128 if self.arch == "sm_90" else 64
+        return max(1, wide // self.heads_pad)
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What the compiler is told."""
+        single = self.dtype == "float32"
+        return {"num_warps": 4 if single else 8, "num_stages": 1 if single else 2}
+
+
+def tiles(dtype: str) -> tuple[int, int]:
+    """Queries, and keys, of a tile."""
+    return (64, 32) if dtype == "float32" else (64, 128)
+
+
+def index_source(spec: IndexSpec) -> str:
+    """The module of a spec: the kernel ``index_scores``."""
+    key = spec.key
+    header = fill(
+        text.INDEX_MODULE,
+        NAME=spec.name,
+        ARCH=spec.arch,
+        MASK=str(key.mask) if spec.masked else "left to who reads the scores",
+        HEADS=str(spec.heads),
+        HEADS_PAD=str(spec.heads_pad),
+        DIM=str(spec.dim),
+        DIM_PAD=str(1 << (max(spec.dim, 16) - 1).bit_length()),
+        TOKENS=str(spec.tokens),
+        TILE_Q=str(key.q.block),
+        TILE_KV=str(key.kv.block),
+    )
+    single = spec.arch == "interpreter" or spec.dtype == "float32"
+    kernel = fill(
+        text.INDEX_SCORES,
+        UNSPECIALIZED=quoted([*_UNSPECIALIZED, *(key.sizes if spec.masked else [])]),
+        SIZES=sizes_of(key) if spec.masked else [],
+        VERDICT=verdict_lines(key, "base // TILE_Q", "tile_kv") if spec.masked else ["may = True"],
+        KEY="key.to(tl.float32)" if single else "key",
+        QUERY="query.to(tl.float32)" if single else "query",
+        PRECISION=', input_precision="ieee"' if single else "",
+    )
+    helpers = ["\n\n", *verdict_source(key)] if spec.masked else ["\n\n"]
+    return "".join([header, *helpers, kernel])

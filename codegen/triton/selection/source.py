@@ -1,0 +1,160 @@
+"""From a ChooseSpec to the text of a Triton module that chooses: same spec, same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sparse_compile.codegen.runtime.generated import fill
+from sparse_compile.codegen.triton.layout import source as layout_source
+from sparse_compile.codegen.triton.layout.key import Key
+from sparse_compile.codegen.triton.layout.text import DIVISIONS
+from sparse_compile.codegen.triton.selection import text
+from sparse_compile.expr.digits import digit_names
+
+_LIMITS = {
+    "top_k": text.TOP_K,
+    "top_ratio": text.TOP_RATIO,
+    "top_p": text.TOP_P,
+    "scores": fill(text.THRESHOLD, VALUE="score"),
+    "softmax": fill(text.THRESHOLD, VALUE="share_of(score, visible)"),
+}
+#: Blocks whose keys a program can hold.
+HELD = 1 << 15
+#: A new length or number of blocks must not compile anything.
+_UNSPECIALIZED = (
+    *("visible_stride_b", "visible_stride_list", "visible_stride_row", "first", "rows", "units"),
+    *("lists", "blocks", "room", "sink", "reach", "shift", "n_q", "n_kv"),
+)
+
+
+@dataclass(frozen=True)
+class ChooseSpec:
+    """What a module is generated for; hashable.
+
+    Attributes:
+        key: the mask, in units of queries and blocks of keys.
+        given: whether what is visible is a tensor; else it follows from the mask.
+        rule: "top_k", "top_ratio", "top_p", "scores" or "softmax".
+        blocks, room: at least the blocks, and places of a list; powers of two.
+        few: whether there are so few lists that each may take more warps.
+    """
+
+    key: Key
+    given: bool
+    rule: str
+    blocks: int
+    room: int
+    few: bool = False
+
+    @property
+    def name(self) -> str:
+        """What the module is called."""
+        shape = (self.given, self.rule, self.blocks, self.room, self.few)
+        described = repr((self.key.text, self.key.q.fields, self.key.kv.fields, self.key.fixed))
+        digest = hashlib.sha256((described + repr(shape)).encode()).hexdigest()[:12]
+        return f"choose_{self.rule}_{digest}"
+
+    @property
+    def is_long(self) -> bool:
+        """Whether a program cannot hold all keys: it reads them again for each bit."""
+        return self.blocks > HELD
+
+    @property
+    def warps(self) -> int:
+        """One for 1024 scores, or 256, up to 32."""
+        return 16 if self.is_long else max(1, min(32, self.blocks // (256 if self.few else 1024)))
+
+
+def choose_source(spec: ChooseSpec) -> str:
+    """The module of a spec: the kernel ``choose``."""
+    key = spec.key
+    header = fill(
+        text.MODULE,
+        NAME=spec.name,
+        MASK="what is visible is given" if spec.given else str(key.mask),
+        RULE=spec.rule,
+        UNIT_Q=str(key.q.block),
+        BLOCK=str(key.kv.block),
+        BLOCKS=str(spec.blocks),
+        SLICE=str(min(spec.blocks, 512 * spec.warps)),
+        ROOM=str(spec.room),
+    )
+    sizes = [] if spec.given else sizes_of(key)
+    kernel = fill(
+        text.CHOOSE,
+        UNSPECIALIZED=quoted([*_UNSPECIALIZED, *([] if spec.given else key.sizes)]),
+        SIZES=sizes,
+        NAMES=sizes,
+        VISIBLE=text.GIVEN.splitlines() if spec.given else _from_mask(key),
+        LIMIT=_LIMITS[spec.rule].splitlines(),
+        **_search(spec, sizes),
+    )
+    verdict = [DIVISIONS, "\n\n"] if spec.given else verdict_source(key)
+    return "".join([header, *verdict, kernel])
+
+
+def _search(spec: ChooseSpec, parameters: list[str]) -> dict[str, str | list[str]]:
+    """How the least key is searched: among keys that a program holds, or by reading them."""
+    arguments = "SCORES, VISIBLE, unit, blocks, sink, near, until, n_q, n_kv"
+    sizes = [] if spec.given else spec.key.sizes
+
+    def found(bound: str) -> str:
+        if spec.is_long:
+            return f"found_from({', '.join([bound, arguments, *sizes])})"
+        return f"tl.sum((key >= {bound}).to(tl.int32), 0)"
+
+    keys = fill(text.ALL_KEYS, NAMES=parameters).splitlines()
+    function = fill(text.FOUND, SIZES=parameters, NAMES=parameters).splitlines()
+    return {
+        "FOUND": function if spec.is_long else [],
+        "ALL_KEYS": [] if spec.is_long else keys,
+        "FORCED": found("HIGHEST"),
+        "FOUND_POSITIVE": found("limit * 0"),
+        "FOUND_HIGHER": found("higher"),
+        "FOUND_ABOVE": found("least + 1"),
+    }
+
+
+def quoted(names: Sequence[str]) -> str:
+    """A list of strings, as text."""
+    return "[" + ", ".join(f'"{name}"' for name in names) + "]"
+
+
+def sizes_of(key: Key) -> list[str]:
+    """The line of parameters for the sizes of a mask; none if there are none."""
+    return [", ".join(key.sizes) + ","] if key.sizes else []
+
+
+def verdict_source(key: Key) -> list[str]:
+    """The functions ``digits_of_q``, ``digits_of_kv``, ``verdict``, and what they call."""
+    sides = layout_source.sides(key)
+    return [DIVISIONS, "\n\n", *sides, layout_source.verdict_text(key)]
+
+
+def verdict_lines(key: Key, q: str, kv: str, runs: tuple[str, str] = ("1", "1")) -> list[str]:
+    """Lines that compute ``must`` and ``may``, of the blocks ``q`` and ``kv`` of either side.
+
+    Or of ``runs`` of blocks from those on.
+    """
+    names = {axis: _digits(key, axis) for axis in ("q", "kv")}
+    sizes = ", ".join(["", *key.sizes])
+    return [
+        f"{', '.join(names['q'])}, q_whole = digits_of_q({q}, n_q, {runs[0]})",
+        f"{', '.join(names['kv'])}, kv_whole = digits_of_kv({kv}, n_kv, {runs[1]})",
+        f"must, may = verdict({', '.join([*names['q'], *names['kv']])}, 0, 0, 0, 0, n_q, n_kv"
+        f"{sizes})",
+    ]
+
+
+def _digits(key: Key, axis: str) -> list[str]:
+    names = digit_names(axis, len(key.order(axis).box))
+    return [f"{name}_{end}" for name in names for end in ("lo", "hi")]
+
+
+def _from_mask(key: Key) -> list[str]:
+    return [
+        *verdict_lines(key, "unit", "block"),
+        "visible = tl.where(may, there.to(tl.int32), 0) > 0",
+    ]

@@ -1,0 +1,160 @@
+"""From a WindowSpec to the text of a Triton module that scores: same spec, same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import sympy
+
+from sparse_compile.codegen.runtime.generated import fill
+from sparse_compile.codegen.triton.layout.key import Key
+from sparse_compile.codegen.triton.selection import window_text
+from sparse_compile.codegen.triton.selection.source import (
+    quoted,
+    sizes_of,
+    verdict_lines,
+    verdict_source,
+)
+
+_UNSPECIALIZED = (
+    *("first", "rows", "windows", "padded", "blocks", "lists", "lists_per_key", "n_q", "n_kv"),
+)
+#: Rows of a tile, queries with the heads of a list, at most.
+ROWS = 128
+#: Windows that the keys are padded to a multiple of: that of any tile.
+PADDED = 128
+#: The score of a block that gets nothing.
+LEAST_SCORE = math.log(2.0**-126)
+#: Architectures whose multiprocessors have more than 200 KiB of shared memory.
+_LARGE = ("sm_90", "sm_100", "sm_103")
+
+
+@dataclass(frozen=True)
+class WindowSpec:
+    """What a module is generated for; hashable.
+
+    Attributes:
+        key: the mask, in single queries and cells.
+        heads: of a list.
+        dim: of queries and keys.
+        dtype: of both, "float16" or "bfloat16".
+        parts: a key is the sum of so many of that dtype.
+        span, per: cells of a window, and of a block.
+        unit: consecutive queries whose shares are summed, if they are in one tile.
+        logarithm: whether to store its logarithm, or the sum.
+        arch: "sm_90" and the like, or "interpreter".
+    """
+
+    key: Key
+    heads: int
+    dim: int
+    dtype: str
+    parts: int
+    span: int
+    per: int
+    unit: int
+    logarithm: bool
+    arch: str
+
+    @property
+    def name(self) -> str:
+        """What the module is called."""
+        key = self.key
+        shape = (self.heads, self.dim, self.dtype, self.parts, self.span, self.per, self.unit)
+        described = (key.text, key.q.fields, key.kv.fields, key.fixed, key.span)
+        digest = repr((described, shape, self.logarithm, self.arch))
+        return f"window_scores_{hashlib.sha256(digest.encode()).hexdigest()[:12]}"
+
+    @property
+    def tokens(self) -> int:
+        """Queries of a tile."""
+        return tokens_of(self.heads, self.dim)
+
+    @property
+    def summed(self) -> int:
+        """Queries whose shares are summed: those of a unit, or of a tile if that is smaller."""
+        return min(self.unit, self.tokens)
+
+    @property
+    def dim_pad(self) -> int:
+        """A power of two."""
+        return dim_pad(self.dim)
+
+    @property
+    def tile(self) -> int:
+        """Windows of a tile."""
+        return 128 if self.arch in _LARGE and self.dim_pad <= 128 else 64
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What the compiler is told."""
+        deep = self.dim_pad <= 128 or self.arch in _LARGE
+        return {"num_warps": 8, "num_stages": 2 if deep else 1}
+
+
+def _power(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def dim_pad(dim: int) -> int:
+    """Channels that are read of a key."""
+    return _power(max(dim, 16))
+
+
+def tokens_of(heads: int, dim: int) -> int:
+    """Queries of a tile with so many heads of a list."""
+    # Few heads leave many sums to hold, and many channels many of the query.
+    rows = ROWS // 2 if heads <= 2 or dim > 128 else ROWS
+    return max(1, rows // _power(heads))
+
+
+def window_source(spec: WindowSpec) -> str:
+    """The module of a spec: the kernel ``window_scores``."""
+    key = spec.key
+    header = fill(
+        window_text.MODULE,
+        NAME=spec.name,
+        ARCH=spec.arch,
+        MASK=str(key.mask),
+        STRIDE=str(key.kv.block),
+        HEADS=str(spec.heads),
+        HEADS_PAD=str(_power(spec.heads)),
+        TOKENS=str(spec.tokens),
+        SUMMED=str(spec.summed),
+        TILE=str(spec.tile),
+        SPAN=str(spec.span),
+        PER=str(spec.per),
+        DIM=str(spec.dim),
+        DIM_PAD=str(spec.dim_pad),
+        PARTS=str(spec.parts),
+        LOGARITHM=str(spec.logarithm),
+        LEAST_SCORE=repr(LEAST_SCORE),
+    )
+    sizes = sizes_of(key)
+    kernel = fill(
+        window_text.KERNEL,
+        UNSPECIALIZED=quoted([*_UNSPECIALIZED, *key.sizes]),
+        SIZES=sizes,
+        NAMES=sizes,
+        # The interpreter cannot multiply bf16.
+        SINGLE=".to(tl.float32)" if spec.arch == "interpreter" else "",
+    )
+    return "".join([header, *_seen(key), kernel])
+
+
+def _seen(key: Key) -> list[str]:
+    """The functions ``sees``, ``sees_all`` and ``range_of_tiles``."""
+    sizes, runs = sizes_of(key), ("TOKENS", "TILE + SPAN - 1")
+    if key.mask.predicate == sympy.true:
+        return [fill(window_text.ALL_SEEN, SIZES=sizes)]
+    functions = fill(
+        window_text.SEEN,
+        SIZES=sizes,
+        STRIDE=str(key.kv.block),
+        VERDICT=verdict_lines(key, "token", "window + number"),
+        WHOLE=verdict_lines(key, "base", "tile * TILE", runs),
+        RANGE=verdict_lines(key, "base", "tile * TILE", runs),
+    )
+    return ["\n\n", *verdict_source(key), functions]

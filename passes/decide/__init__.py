@@ -1,0 +1,1 @@
+"""decide: from a site and its mask to what runs in its place."""

@@ -1,0 +1,134 @@
+"""Find every attention in a Dynamo graph, and say why the others are left alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from torch.fx import GraphModule, Node
+
+from sparse_compile.passes.find.canonical import canonical, op_name
+from sparse_compile.passes.find.dataflow import Dataflow
+from sparse_compile.passes.find.eager import match_eager
+from sparse_compile.passes.find.indexer import find_indexer
+from sparse_compile.passes.find.provenance import where
+from sparse_compile.passes.find.sdpa import match_sdpa
+from sparse_compile.passes.mutation import bodies, memory_of
+from sparse_compile.sites.site import AttentionSite, Rejection, Scope
+
+__all__ = ["find_attention", "find_indexer"]
+
+_OPAQUE = {
+    "multi_head_attention_forward": (
+        "nn.MultiheadAttention hides its attention in one call",
+        "write the projections and call F.scaled_dot_product_attention",
+    ),
+    "_transformer_encoder_layer_fwd": (
+        "nn.TransformerEncoderLayer's fast path hides its attention in one call",
+        "call torch.backends.mha.set_fastpath_enabled(False)",
+    ),
+    "_native_multi_head_attention": (
+        "nn.MultiheadAttention's fast path hides its attention in one call",
+        "call torch.backends.mha.set_fastpath_enabled(False)",
+    ),
+    "flex_attention": (
+        "flex_attention already runs its own sparse kernel",
+        "call F.scaled_dot_product_attention with the mask as a tensor",
+    ),
+}
+
+_ONE_BODY = frozenset(
+    "tag_activation_checkpoint wrap wrap_activation_checkpoint wrap_with_set_grad_enabled "
+    "wrap_with_autocast invoke_subgraph".split()
+)
+"""Higher-order calls that run their body once, on the arguments that follow it."""
+
+
+_NESTING = {
+    f"_{transform}_{step}_nesting": change
+    for transform in ("vmap", "grad", "jvp")
+    for step, change in (("increment", 1), ("decrement", -1))
+}
+"""How the graph marks the inside of a torch.func transform."""
+
+
+def find_attention(gm: GraphModule) -> tuple[AttentionSite | Rejection, ...]:
+    """Every attention in a graph captured by Dynamo, in graph order.
+
+    Bodies of higher-order calls, such as activation checkpoints, are searched too. Softmaxes that
+    are not part of an attention (routers, classifiers) are in neither kind of result. The graph is
+    not changed; a symbolic head dimension is specialised to its value.
+
+    Args:
+        gm: a graph of call_function and call_method nodes with ``example_value`` metas.
+
+    Returns:
+        an :class:`AttentionSite` for each attention that is proven closed, a :class:`Rejection`
+        for each that only looks like one.
+    """
+    scope = Scope(gm)
+    return tuple(_in_scope(scope, Dataflow(memory_of(scope))))
+
+
+def _in_scope(scope: Scope, flow: Dataflow) -> Iterator[AttentionSite | Rejection]:
+    calls = Counter(id(body) for node in scope.gm.graph.nodes for body, _ in _called(node))
+    transforms = 0
+    for node in scope.gm.graph.nodes:
+        transforms += _NESTING.get(op_name(node), 0)
+        found = _match(node, flow, scope)
+        if transforms and isinstance(found, AttentionSite):
+            found = Rejection(
+                "this attention is inside a torch.func transform such as vmap",
+                "give q, k and v the batch axis themselves",
+                found.where,
+                found.output.node,
+            )
+        if found is not None:
+            yield found
+        for body, inputs in _called(node):
+            yield from _in_body(node, body, inputs, scope, flow, shared=calls[id(body)] > 1)
+
+
+def _called(node: Node) -> list[tuple[GraphModule, tuple[object, ...]]]:
+    """The bodies of a higher-order call whose attention is the program's own."""
+    if node.op != "call_function" or op_name(node) in _OPAQUE:
+        return []
+    return bodies(node)
+
+
+def _match(node: Node, flow: Dataflow, scope: Scope) -> AttentionSite | Rejection | None:
+    if node.op not in ("call_function", "call_method"):
+        return None
+    if op_name(node) in _OPAQUE:
+        return Rejection(*_OPAQUE[op_name(node)], where(node), node)
+    call = canonical(node)
+    if op_name(node) == "scaled_dot_product_attention":
+        return match_sdpa(node, flow, scope)
+    if call is not None and call.op == "softmax":
+        return match_eager(node, flow, scope)
+    return None
+
+
+def _in_body(
+    call: Node,
+    body: GraphModule,
+    inputs: tuple[object, ...],
+    scope: Scope,
+    flow: Dataflow,
+    shared: bool,
+) -> Iterator[AttentionSite | Rejection]:
+    name = op_name(call)
+    placeholders = [inner for inner in body.graph.nodes if inner.op == "placeholder"]
+    nodes = tuple(outer for outer in inputs if isinstance(outer, Node))
+    if name not in _ONE_BODY or not len(nodes) == len(inputs) == len(placeholders):
+        nodes, problem = (), f"this attention is inside a `{name}`, whose body is left as it is"
+        hint = f"move the attention out of the `{name}`"
+    else:
+        problem = "this attention is in a region that is compiled once and called several times"
+        problem, hint = problem if shared else "", "leave out nested_compile_region"
+    inner = Scope(body, scope, call, nodes)
+    for found in _in_scope(inner, Dataflow(memory_of(inner, flow.memory))):
+        if problem and isinstance(found, AttentionSite):
+            yield Rejection(problem, hint, found.where, found.output.node)
+        else:
+            yield found

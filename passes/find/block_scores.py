@@ -1,0 +1,177 @@
+"""The highest score of every block of keys, which an indexer of blocks keeps the best of.
+
+``amax(view(q @ k.mT, [..., blocks, size]), -1)`` holds one number for a block; the scores that it
+is computed from, [Nq, Nkv], need not exist. Nothing else of the program has to be understood: what
+becomes of these numbers, up to the top-k, stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch.fx import Node
+
+from sparse_compile.passes.find import values
+from sparse_compile.passes.find.canonical import is_reshape, op_name, source
+from sparse_compile.passes.find.chain import Chain
+from sparse_compile.passes.find.contraction import contraction
+from sparse_compile.passes.find.refusal import Refusal
+from sparse_compile.passes.mutation import written_inputs
+from sparse_compile.sites.site import BlockScoresSite, Operand, Scope
+
+#: Steps from a top-k back to the products that it is made of, at most.
+_FAR = 16
+
+
+def find_block_scores(best: Sequence[Node], scope: Scope) -> BlockScoresSite | None:
+    """The scores of blocks that a top-k is taken of.
+
+    Args:
+        best: the top-k's of which an index is made.
+        scope: where they stand.
+
+    Returns:
+        None if there are none.
+
+    Raises:
+        Refusal: scores of keys are pooled, in a way that must stay.
+    """
+    pools = [pool for topk in best for pool in _pools(topk)]
+    return _Match(pools[0], scope).found() if len(pools) == 1 else None
+
+
+def _pools(topk: Node) -> list[Node]:
+    """The maxima over blocks of keys that the scores of a top-k are made of."""
+    calls = [(node, _maximum(node)) for node in _behind(topk)]
+    return [
+        node
+        for node, call in calls
+        if call is not None and any(contraction(behind) for behind in _behind(call))
+    ]
+
+
+def _maximum(node: Node) -> Node | None:
+    """The call of which a node is the maxima: ``amax(x, dim)`` or ``max(x, dim).values``."""
+    if op_name(node) == "amax":
+        return node
+    call = node.args[0] if op_name(node) == "getitem" and node.args[1] == 0 else None
+    if not isinstance(call, Node) or op_name(call) != "max":
+        return None
+    return None if any(user.users for user in call.users if user is not node) else call
+
+
+def _behind(last: Node) -> list[Node]:
+    """The floating tensors that a node is made of, up to products and maxima, nearest first."""
+    found: dict[Node, None] = {}
+    front = [last]
+    for _ in range(_FAR):
+        front = [n for node in front for n in node.all_input_nodes if values.is_float(n)]
+        front = [node for node in dict.fromkeys(front) if node not in found]
+        found |= dict.fromkeys(front)
+        front = [n for n in front if _maximum(n) is None and contraction(n) is None]
+    return list(found)
+
+
+class _Match(Chain):
+    """The steps of pooled scores, from the maximum backwards.
+
+    Attributes:
+        pool: the maximum over each block.
+        view: the scores with an axis for the blocks.
+        size: keys in a block.
+        padding: the score of keys that do not exist, in the last block.
+        q, k: the operands; ``axes`` are among ``b``, ``h``, ``n`` (queries), ``t`` (keys), ``d``.
+        before: as in :class:`BlockScoresSpec`.
+    """
+
+    def __init__(self, pool: Node, scope: Scope) -> None:
+        """Match.
+
+        Raises:
+            Refusal: they are of another kind, or something else reads them.
+        """
+        super().__init__(scope)
+        self.pool, self.padding = pool, float("-inf")
+        scores = self._masked(self._padded(self._blocks(pool)))
+        self.before, product = self._steps(scores)
+        self.q, self.k = self._by_head(product)
+        self._check_operands((self.q, self.k), pool)
+        _check_gradient(pool)
+
+    def _blocks(self, pool: Node) -> Node:
+        """The scores by key, of which ``pool`` holds the highest of each block."""
+        call = _maximum(pool)
+        assert call is not None
+        names = ("input", "dim", "keepdim")
+        given = {**dict(zip(names, call.args, strict=False)), **call.kwargs}
+        dim = given.get("dim")
+        dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
+        view = self._taken(given["input"], call)
+        if dim not in (-1, 4) or given.get("keepdim", False) or not is_reshape(view):
+            raise _other("they are not pooled over blocks of the last axis")
+        *rows, _, size = values.shape(view)
+        scores = self._taken(source(view), view)
+        if len(rows) != 3 or not values.same_shape(tuple(rows), values.shape(scores)[:-1]):
+            raise _other("they are not [B, H, Nq, Nkv]")
+        known = values.number(size)
+        if known is None:
+            raise _other("the size of a block is known only at run time")
+        self.view, self.size = view, int(known)
+        return scores
+
+    def _padded(self, node: Node) -> Node:
+        """The scores before keys were added to make the last block whole."""
+        if op_name(node) != "pad":
+            return node
+        names = ("input", "pad", "mode", "value")
+        given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        amounts = given["pad"]
+        first = isinstance(amounts, (tuple, list)) and len(amounts) == 2 and amounts[0] == 0
+        value = values.number(given.get("value") or 0.0)
+        if not first or given.get("mode", "constant") != "constant" or value is None:
+            raise _other("they are padded in several places")
+        self.padding = value
+        return self._taken(given["input"], node)
+
+    def found(self) -> BlockScoresSite:
+        """What was matched."""
+        scores = self._as_attention(Operand(self.pool), self.q, self.k, ("b", "h", "q", "kv"))
+        operands = self.q, self.k, self.view
+        return BlockScoresSite(scores, *operands, self.size, self.before, self.padding)
+
+
+def _check_gradient(pool: Node) -> None:
+    """Scores that only decide which blocks are kept need no gradient.
+
+    Raises:
+        Refusal: what is made of them may have one.
+    """
+    value = values.tensor(pool)
+    if value is not None and not value.requires_grad:
+        return
+    front, seen = [pool], {pool}
+    while front:
+        node = front.pop()
+        for user in node.users:
+            others = [target for target in written_inputs(user) if target not in seen]
+            if others or user.op == "output" or _is_opaque(user):
+                raise _other(f"`{op_name(user)}` reads their values")
+            if user not in seen and _may_have_gradient(user):
+                seen.add(user)
+                front.append(user)
+
+
+def _is_opaque(user: Node) -> bool:
+    return user.op == "call_module" or any(n.op == "get_attr" for n in user.all_input_nodes)
+
+
+def _may_have_gradient(node: Node) -> bool:
+    """Whether a node is a floating tensor, or several of which one is."""
+    value = node.meta.get("example_value")
+    if isinstance(value, (tuple, list)):
+        return True
+    return values.is_float(node)
+
+
+def _other(why: str) -> Refusal:
+    return Refusal(f"it pools scores of keys, but {why}")

@@ -1,0 +1,249 @@
+"""Attention written out: softmax(scale * q k^T with masks) v."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from sparse_compile.passes.find import values
+from sparse_compile.passes.find.canonical import canonical, is_reshape, op_name
+from sparse_compile.passes.find.chain import READS_NO_VALUES
+from sparse_compile.passes.find.contraction import Letters
+from sparse_compile.passes.find.dataflow import Dataflow
+from sparse_compile.passes.find.operands import (
+    MERGED,
+    Peeled,
+    Reading,
+    dead_nodes,
+    peel,
+)
+from sparse_compile.passes.find.provenance import where
+from sparse_compile.passes.find.refusal import Refusal
+from sparse_compile.passes.find.scores import (
+    ScorePath,
+    ScoreWalk,
+    product_above,
+)
+from sparse_compile.passes.find.shapes import (
+    check_masks,
+    check_operands,
+    check_output_dtype,
+    check_query,
+    head_dim,
+    heads_agree,
+)
+from sparse_compile.passes.find.steps import Masked, fold
+from sparse_compile.passes.find.weights import (
+    WeightsPath,
+    forward,
+    product_below,
+    read_elsewhere,
+)
+from sparse_compile.sites.site import AttentionSite, Operand, Rejection, Scope
+
+#: What keeps the best of the scores, by index or by a threshold.
+_RANKS = frozenset("topk ge gt le lt greater_equal greater less_equal less".split())
+_SCORE_AXES = {4: ("b", "h", "q", "kv"), 3: ("b", "q", "kv"), 2: ("q", "kv")}
+
+
+def match_eager(softmax: Node, flow: Dataflow, scope: Scope) -> AttentionSite | Rejection | None:
+    """The attention around a softmax, why it cannot be taken, or None if it is no attention."""
+    try:
+        return _match(softmax, flow, scope)
+    except Refusal as refusal:
+        if not product_above(softmax.all_input_nodes[0]) or not product_below(softmax):
+            return None  # A router, a pooling or a classifier.
+        return Rejection(refusal.reason, refusal.hint, where(softmax), softmax)
+
+
+def _match(softmax: Node, flow: Dataflow, scope: Scope) -> AttentionSite:
+    call = canonical(softmax)
+    assert call is not None
+    scores = ScoreWalk(flow).back(call.args["input"], softmax)
+    _check_axis(softmax, call.args["dim"])
+    weights = forward(softmax)
+    sides = _Sides(scores, weights)
+    output, tail = sides.output()
+    region = {*scores.nodes, *weights.nodes, *tail}
+    ranked = _check_closed(region, output.node, flow)
+    _check_grad_mode(region, output.node, flow)
+    q, k, v = _operands(sides, output.node, flow)
+    check_query(q.operand, sides.score_shape, sides.score_axes)
+    check_operands(q.operand, k.operand, v.operand)
+    check_output_dtype(output)
+    head_dim(q.operand)  # Before the scale, which is often its root.
+    scale, masks = fold(scores.steps, flow)
+    check_masks(masks, sides.score_shape)
+    numbers = (scale, *(mask.fill for mask in masks))
+    _check_numbers(numbers, scores.product.node, output.node, flow)
+    return AttentionSite(
+        scope,
+        output,
+        q.operand,
+        k.operand,
+        v.operand,
+        scale,
+        "eager",
+        masks=masks,
+        score_axes=sides.score_axes,
+        where=where(softmax),
+        region=dead_nodes(region, (q, k, v), flow),
+        ranked=ranked,
+    )
+
+
+class _Sides:
+    """The axes of both products and of the scores between them."""
+
+    def __init__(self, scores: ScorePath, weights: WeightsPath) -> None:
+        self.scores, self.weights = scores, weights
+        masked = [step.shape for step in scores.steps if isinstance(step, Masked)]
+        shapes = (*scores.shapes, *weights.shapes)
+        fixed = [scores.shapes[0], *masked, weights.shapes[-1]]
+        ranks = {len(shape) for shape in fixed}
+        if max(ranks) > 4:
+            raise Refusal(
+                f"the scores have {max(ranks)} axes", "give q, k and v the shape [B, H, N, D]"
+            )
+        four = [shape for shape in shapes if len(shape) == 4]
+        if len(ranks) > 1 and (ranks != {3, 4} or any(len(shape) == 3 for shape in masked)):
+            raise Refusal(
+                "masks are added to scores of merged batches and heads as well as to "
+                "[B, H, N, N] scores",
+                "keep the scores [B, H, N, N]",
+            )
+        if len(ranks) > 1 and not all(values.same_shape(shape, four[0]) for shape in four):
+            raise Refusal("the scores are split in two different ways", "keep them [B, H, N, N]")
+        self.split: tuple[Any, Any] | None = four[0][:2] if len(ranks) > 1 else None
+        self.score_shape = four[0] if self.split else fixed[0]
+        self.score_axes = _SCORE_AXES[len(self.score_shape)]
+
+    def _lead(self, letters: Letters) -> dict[str, str]:
+        batch = letters[:-2]
+        if self.split and len(batch) == 1:
+            return {batch[0]: MERGED}
+        return dict(zip(batch, ("b", "h"), strict=False))
+
+    def q_and_k(self) -> tuple[Operand, Operand]:
+        product = self.scores.product
+        *_, query, key = product.out_letters
+        (summed,) = product.summed
+        axes = {**self._lead(product.out_letters), query: "n", key: "n", summed: "d"}
+        left = Operand(product.left, tuple(axes[letter] for letter in product.left_letters))
+        right = Operand(product.right, tuple(axes[letter] for letter in product.right_letters))
+        return (left, right) if query in product.left_letters else (right, left)
+
+    def v(self) -> Operand:
+        axes = self._value_axes()
+        return Operand(self.weights.v, tuple(axes[letter] for letter in self.weights.v_letters))
+
+    def output(self) -> tuple[Operand, tuple[Node, ...]]:
+        """The output, and the nodes it adds to the region."""
+        axes, product = self._value_axes(), self.weights.product
+        letters = tuple(axes[letter] for letter in product.out_letters)
+        if MERGED not in letters:
+            return Operand(product.node, letters), ()
+        at = letters.index(MERGED)
+        readers = list(product.node.users)
+        shape = values.shape(product.node)
+        assert self.split is not None
+        apart = (*shape[:at], *self.split, *shape[at + 1 :])
+        if len(readers) == 1 and is_reshape(readers[0]):
+            if values.same_shape(values.shape(readers[0]), apart):
+                split = (*letters[:at], "b", "h", *letters[at + 1 :])
+                return Operand(readers[0], split), (readers[0],)
+        raise Refusal(
+            "the mask is applied to [B, H, N, N] scores but the output merges batch and heads",
+            "keep q, k and v four-dimensional",
+        )
+
+    def _value_axes(self) -> dict[str, str]:
+        *_, query, key = self.weights.weights
+        axes = {**self._lead(self.weights.weights), query: "n", key: "n"}
+        return {**{letter: "d" for letter in self.weights.v_letters if letter not in axes}, **axes}
+
+
+def _operands(sides: _Sides, output: Node, flow: Dataflow) -> tuple[Peeled, Peeled, Peeled]:
+    q, k = sides.q_and_k()
+    scores, weighted = sides.scores.product.node, sides.weights.product.node
+    dtype = _narrower_output(scores, output)
+    found = []
+    for heads in (True, False):
+        at_scores = Reading(flow, scores, output, sides.split, dtype, heads)
+        at_output = Reading(flow, weighted, output, sides.split, None, heads)
+        found = [peel(k, at_scores), peel(sides.v(), at_output)]
+        if heads_agree(found[0].operand, found[1].operand):
+            break
+    query = peel(q, Reading(flow, scores, output, sides.split, dtype, heads=False))
+    for peeled in (query, found[0]):
+        _check_precision(peeled.operand, dtype)
+    return query, found[0], found[1]
+
+
+def _narrower_output(scores: Node, output: Node) -> torch.dtype | None:
+    """The dtype of the output, if the scores were computed in one that it cannot hold."""
+    before, after = values.tensor(scores), values.tensor(output)
+    if before is None or after is None:
+        return None
+    return None if torch.promote_types(before.dtype, after.dtype) == after.dtype else after.dtype
+
+
+def _check_precision(operand: Operand, dtype: torch.dtype | None) -> None:
+    example = values.tensor(operand.node)
+    if dtype is not None and example is not None and example.dtype != dtype:
+        have, want = values.short_dtype(example.dtype), values.short_dtype(dtype)
+        raise Refusal(
+            f"the scores are computed from {have} operands but the output is {want}",
+            f"cast q and k to {want} before the attention",
+        )
+
+
+def _check_axis(softmax: Node, dim: object) -> None:
+    rank = len(values.shape(softmax))
+    if not isinstance(dim, int):
+        raise Refusal("the softmax does not say over which axis it runs", "write dim=-1")
+    if dim % rank != rank - 1:
+        axis = {rank - 2: "the queries", rank - 3: "the heads"}.get(dim % rank, f"axis {dim}")
+        raise Refusal(f"the softmax runs over {axis}, not over the keys", "write dim=-1")
+
+
+def _check_closed(region: set[Node], output: Node, flow: Dataflow) -> tuple[str, str] | None:
+    """Why the scores must exist, and what helps, if only a ranking reads them besides.
+
+    Raises:
+        Refusal: something else does.
+    """
+    ranked = None
+    for node in flow.in_order(region - {output}):
+        readers = [reader for reader in node.users if reader not in region]
+        readers = [reader for reader in readers if op_name(reader) not in READS_NO_VALUES]
+        if readers:
+            refusal = read_elsewhere("scores", readers, node)
+            if not all(op_name(reader) in _RANKS for reader in readers):
+                raise refusal
+            ranked = ranked or (refusal.reason, refusal.hint)
+    return ranked
+
+
+def _check_grad_mode(region: set[Node], output: Node, flow: Dataflow) -> None:
+    first = flow.in_order(region)[0]
+    for node in flow.between(first, output):
+        if node.op == "call_function" and op_name(node) in (
+            "_set_grad_enabled",
+            "_enter_inference_mode",
+            "_exit_inference_mode",
+        ):
+            raise Refusal(
+                "gradients are switched on or off between the scores and the output",
+                "put the whole attention inside or outside of torch.no_grad()",
+            )
+
+
+def _check_numbers(
+    numbers: tuple[float | Node, ...], product: Node, output: Node, flow: Dataflow
+) -> None:
+    for number in numbers:
+        if isinstance(number, Node) and not flow.stays(number, product, output):
+            raise Refusal(f"`{number.name}` is changed in place", "make it a Python number")

@@ -1,0 +1,236 @@
+"""From the tensor a product reads to the operand worth keeping: repeat_kv and transposes undone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from sparse_compile.passes.find import values
+from sparse_compile.passes.find.canonical import (
+    canonical,
+    is_expand,
+    is_reshape,
+    op_name,
+    permutation,
+    source,
+)
+from sparse_compile.passes.find.dataflow import Dataflow
+from sparse_compile.passes.find.refusal import Refusal
+from sparse_compile.sites.site import Operand
+
+MERGED = "bh"
+"""The axis of a [B*H, N, D] tensor that holds batch and heads."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How one attention reads an operand.
+
+    Attributes:
+        flow: the graph.
+        at: the node that reads it.
+        output: where the rewritten attention will read it.
+        split: batch and heads that a ``MERGED`` axis must be taken apart into.
+        dtype: the dtype that casts are undone to, where the cast only widened.
+        heads: whether repeated heads are undone.
+    """
+
+    flow: Dataflow
+    at: Node
+    output: Node
+    split: tuple[Any, Any] | None = None
+    dtype: torch.dtype | None = None
+    heads: bool = True
+
+
+@dataclass(frozen=True)
+class Peeled:
+    """An operand and the nodes between it and the one it stands for, which may become unused."""
+
+    operand: Operand
+    nodes: tuple[Node, ...] = field(default=())
+
+
+def peel(operand: Operand, reading: Reading) -> Peeled:
+    """The same tensor read further up, where that undoes something.
+
+    Undone are: repeated key heads, a transpose that puts features last, a merge of batch and
+    heads, a widening cast. Nothing is peeled through a tensor that is overwritten meanwhile.
+
+    Raises:
+        Refusal: the tensor is overwritten before the output, or ``MERGED`` cannot be taken apart.
+    """
+    if not reading.flow.stays(operand.node, reading.at, reading.output):
+        raise Refusal(
+            f"`{operand.node.name}` is changed in place between the scores and the output",
+            "make the change before the attention, or on a copy",
+        )
+    best = Peeled(operand)
+    nodes: tuple[Node, ...] = ()
+    for step in _steps(operand, reading):
+        nodes = (*nodes, *step.nodes)
+        if not _unchanged(step, reading):
+            break
+        if step.gain:
+            best = Peeled(step.operand, nodes)
+    if MERGED in best.operand.axes:
+        raise Refusal(
+            "the mask is applied to [B, H, N, N] scores but the product is made of merged "
+            f"batches and heads, and `{operand.node.name}` does not show how they were merged",
+            "keep q, k and v four-dimensional",
+        )
+    return best
+
+
+def _order(axes: tuple[str, ...]) -> int:
+    """How convenient an order of axes is: features last, better still [B, H, N, D]."""
+    return (axes[-1] == "d") + (axes == tuple(a for a in ("b", "h", "n", "d") if a in axes))
+
+
+@dataclass(frozen=True)
+class _Step:
+    operand: Operand
+    nodes: tuple[Node, ...]
+    gain: bool
+
+
+def _unchanged(step: _Step, reading: Reading) -> bool:
+    """Whether the nodes of a step hold what it made them, and its source is not overwritten."""
+    made = all(reading.flow.stays(node, node, reading.at) for node in step.nodes)
+    return made and reading.flow.stays(step.operand.node, step.nodes[-1], reading.output)
+
+
+def _steps(operand: Operand, reading: Reading) -> Iterator[_Step]:
+    while True:
+        step = _step(operand.node, operand.axes, reading)
+        if step is None:
+            return
+        yield step
+        operand = step.operand
+
+
+def _step(node: Node, axes: tuple[str, ...], reading: Reading) -> _Step | None:
+    order = permutation(node)
+    start = source(node)
+    if start is None:
+        return None
+    if order is not None:
+        before = tuple(axes[order.index(i)] for i in range(len(order)))
+        return _Step(Operand(start, before), (node,), _order(before) > _order(axes))
+    if MERGED in axes and reading.split is not None and is_reshape(node):
+        apart = _split(axes, values.shape(node), values.shape(start), reading.split)
+        return None if apart is None else _Step(Operand(start, apart), (node,), True)
+    if reading.heads and "h" in axes:
+        nodes = _repeat(node, axes.index("h"))
+        if nodes:
+            base = source(nodes[-1])
+            assert base is not None
+            return _Step(Operand(base, axes), nodes, True)
+    call = canonical(node)
+    if call is not None and call.op == "copy":
+        return _Step(Operand(start, axes), (node,), False)
+    if call is not None and call.op == "cast" and _widens(start, node):
+        return _Step(Operand(start, axes), (node,), _dtype(start) == reading.dtype)
+    return None
+
+
+def _split(
+    axes: tuple[str, ...],
+    merged: tuple[Any, ...],
+    apart: tuple[Any, ...],
+    sizes: tuple[Any, Any],
+) -> tuple[str, ...] | None:
+    at = axes.index(MERGED)
+    expected = (*merged[:at], *sizes, *merged[at + 1 :])
+    return (*axes[:at], "b", "h", *axes[at + 1 :]) if values.same_shape(expected, apart) else None
+
+
+def _repeat(node: Node, h: int) -> tuple[Node, ...]:
+    """The nodes by which head i became heads i*g..i*g+g-1, last first; () if it was not that."""
+    if _is_interleave(node, h):
+        return (node,)
+    start = source(node)
+    if start is None:
+        return ()
+    if is_expand(node):
+        return (node,) if _expands_only(node, start, h) else ()
+    expanded = start
+    if _is_copy(expanded) and source(expanded) is not None:
+        expanded = source(expanded)  # type: ignore[assignment]
+    inserted = source(expanded) if is_reshape(node) and is_expand(expanded) else None
+    if inserted is None or not _merges(node, expanded, h):
+        return ()
+    base = source(inserted) if is_reshape(inserted) else None
+    if base is None or not _expands_only(expanded, inserted, h + 1):
+        return ()
+    sizes = values.shape(inserted)
+    if not values.same_shape((*sizes[: h + 1], *sizes[h + 2 :]), values.shape(base)):
+        return ()
+    return (node, expanded, inserted) if expanded is start else (node, start, expanded, inserted)
+
+
+def _is_copy(node: Node) -> bool:
+    """Whether the node only copies."""
+    call = canonical(node)
+    return call is not None and call.op == "copy"
+
+
+def _is_interleave(node: Node, h: int) -> bool:
+    if op_name(node) != "repeat_interleave" or source(node) is None:
+        return False
+    repeats = node.args[1] if len(node.args) > 1 else node.kwargs.get("repeats")
+    dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
+    if not isinstance(repeats, int) or not isinstance(dim, int):
+        return False
+    return dim % len(values.shape(node)) == h
+
+
+def _expands_only(node: Node, start: Node, axis: int) -> bool:
+    """Whether the node only repeats ``axis``, whose size was one."""
+    after, before = values.shape(node), values.shape(start)
+    if len(after) != len(before) or not values.same(before[axis], 1):
+        return False
+    return values.same_shape(after[:axis], before[:axis]) and values.same_shape(
+        after[axis + 1 :], before[axis + 1 :]
+    )
+
+
+def _merges(node: Node, start: Node, axis: int) -> bool:
+    """Whether a reshape only merges ``axis`` and the one after it."""
+    after, before = values.shape(node), values.shape(start)
+    if len(before) != len(after) + 1:
+        return False
+    merged = (*before[:axis], before[axis] * before[axis + 1], *before[axis + 2 :])
+    return values.same_shape(after, merged)
+
+
+def _dtype(node: Node) -> torch.dtype | None:
+    example = values.tensor(node)
+    return None if example is None else example.dtype
+
+
+def _widens(start: Node, node: Node) -> bool:
+    """Whether a cast keeps every value."""
+    before, after = _dtype(start), _dtype(node)
+    if (
+        before is None
+        or after is None
+        or not (before.is_floating_point and after.is_floating_point)
+    ):
+        return False
+    return torch.promote_types(before, after) == after
+
+
+def dead_nodes(region: set[Node], operands: tuple[Peeled, ...], flow: Dataflow) -> tuple[Node, ...]:
+    """The region and the peeled nodes that nothing else reads, in graph order."""
+    dead = set(region)
+    for peeled in operands:
+        for node in peeled.nodes:
+            if not set(node.users) <= dead:
+                break
+            dead.add(node)
+    return flow.in_order(dead)

@@ -1,0 +1,322 @@
+"""From the softmax back to the product of q and k: the scale and the masks on the way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from sparse_compile.passes.find import values
+from sparse_compile.passes.find.canonical import (
+    Call,
+    canonical,
+    is_reshape,
+    op_name,
+    source,
+)
+from sparse_compile.passes.find.constants import constant
+from sparse_compile.passes.find.contraction import Contraction, contraction
+from sparse_compile.passes.find.dataflow import Dataflow
+from sparse_compile.passes.find.refusal import Refusal
+from sparse_compile.passes.find.steps import Factor, Masked, Narrowed, Step
+
+_LONGEST_SEARCH = 200
+"""Nodes visited per softmax: sums are searched on both sides."""
+
+
+@dataclass(frozen=True)
+class ScorePath:
+    """What happens to the scores between the product and the softmax.
+
+    Attributes:
+        product: q times k.
+        steps: in the order in which the program applies them.
+        nodes: the product and all nodes on the way, in-place updates included.
+        shapes: the shapes that the scores take, the product's first.
+    """
+
+    product: Contraction
+    steps: tuple[Step, ...]
+    nodes: tuple[Node, ...]
+    shapes: tuple[tuple[Any, ...], ...]
+
+    def then(self, node: Node, *steps: Step) -> ScorePath:
+        """The path one node further on."""
+        return replace(
+            self,
+            steps=(*self.steps, *steps),
+            nodes=(*self.nodes, node),
+            shapes=(*self.shapes, values.shape(node)),
+        )
+
+
+class ScoreWalk:
+    """Walks back from a softmax. One object per softmax: it counts the nodes it visits."""
+
+    def __init__(self, flow: Dataflow) -> None:
+        """Walk in the graph of ``flow``."""
+        self.flow = flow
+        self._fuel = _LONGEST_SEARCH
+
+    def back(self, node: Node, reader: Node) -> ScorePath:
+        """The path from the product to ``node`` as ``reader`` sees it.
+
+        Raises:
+            Refusal: there is no product, or something on the way is not understood.
+        """
+        self._fuel -= 1
+        if self._fuel < 0:
+            raise Refusal("the scores are a sum of too many terms")
+        node = self.flow.current(node, reader)
+        if not values.is_float(node):
+            raise Refusal("the scores are not floating point")
+        product = contraction(node)
+        if product is not None:
+            return self._product(product)
+        if is_reshape(node):
+            return self._reshape(node)
+        call = canonical(node)
+        handler = None if call is None else _HANDLERS.get(call.op)
+        if call is None or handler is None:
+            raise _unknown(node)
+        path = handler(self, node, call)
+        if not values.same_shape(path.shapes[-1], path.shapes[-2]):
+            raise Refusal(
+                f"`{op_name(node)}` broadcasts the scores to a larger shape",
+                "give q the batch size and heads of the mask",
+            )
+        return path
+
+    def _product(self, product: Contraction) -> ScorePath:
+        call = canonical(product.node)
+        assert call is not None
+        check_product(product)
+        path = ScorePath(product, (), (product.node,), (values.shape(product.node),))
+        if call.op != "baddbmm":
+            return path
+        # beta == 0 ignores the input, even if it is uninitialised.
+        steps: list[Step] = [Factor(call.args["alpha"])]
+        beta = values.number(call.args["beta"])
+        if beta == 1.0:
+            steps.append(_added(product.node, call.args["input"]))
+        elif beta != 0.0:
+            raise Refusal(f"baddbmm adds its input times beta={call.args['beta']}", "use beta=1")
+        return replace(path, steps=tuple(steps))
+
+    def _reshape(self, node: Node) -> ScorePath:
+        start = source(node)
+        assert start is not None
+        before, after = values.shape(start), values.shape(node)
+        if len(before) < 2 or not values.same_shape(before[-2:], after[-2:]):
+            raise Refusal("the scores are reshaped before the softmax", "keep them [B, H, N, N]")
+        return self.back(start, node).then(node)
+
+    def _cast(self, node: Node, call: Call) -> ScorePath:
+        start = call.args["input"]
+        before, after = values.tensor(start), values.tensor(node)
+        if before is None or after is None or before.device != after.device:
+            raise _unknown(node)
+        path = self.back(start, node)
+        if torch.promote_types(before.dtype, after.dtype) != after.dtype:
+            return path.then(node, Narrowed(after.dtype))
+        return path.then(node)
+
+    def _pass(self, node: Node, call: Call) -> ScorePath:
+        return self.back(call.args["input"], node).then(node)
+
+    def _dropout(self, node: Node, call: Call) -> ScorePath:
+        check_no_dropout(call)
+        return self._pass(node, call)
+
+    def _mul(self, node: Node, call: Call) -> ScorePath:
+        left, right = call.args["input"], call.args["other"]
+        if values.is_scalar(right):
+            return self.back(left, node).then(node, Factor(right))
+        if values.is_scalar(left) and not call.in_place:
+            return self.back(right, node).then(node, Factor(left))
+        raise Refusal(
+            "the scores are multiplied by a tensor with more than one element",
+            "multiply q by it instead",
+        )
+
+    def _div(self, node: Node, call: Call) -> ScorePath:
+        if call.args["rounding_mode"] is not None or not values.is_scalar(call.args["other"]):
+            raise Refusal(
+                "the scores are divided by something that is not a number",
+                "divide q by it instead",
+            )
+        return self.back(call.args["input"], node).then(node, Factor(call.args["other"], True))
+
+    def _add(self, node: Node, call: Call) -> ScorePath:
+        left, right = call.args["input"], call.args["other"]
+        if values.number(right) == 0.0:
+            return self.back(left, node).then(node)
+        if values.number(left) == 0.0 and not call.in_place:
+            return self.back(right, node).then(node)
+        if values.tensor(left) is None or values.tensor(right) is None:
+            raise Refusal("a number is added to the scores", "leave it out: softmax ignores it")
+        if values.number(call.args["alpha"]) != 1.0:
+            raise Refusal("torch.add with alpha is used on the scores", "multiply the mask first")
+        path, other = self._either(left, right, node)
+        if call.in_place and other is left:
+            raise Refusal("the scores are added to the mask in place", "add the mask to the scores")
+        return path.then(node, _added(node, other))
+
+    def _either(self, left: Node, right: Node, node: Node) -> tuple[ScorePath, Node]:
+        paths, refusals = [], []
+        for side, other in ((left, right), (right, left)):
+            try:
+                paths.append((self.back(side, node), other))
+            except Refusal as refusal:
+                refusals.append((side, refusal))
+        if len(paths) == 1:
+            return paths[0]
+        if len(paths) == 2:
+            raise Refusal(
+                "the scores are the sum of two products",
+                "concatenate the features of both products instead",
+            )
+        raise next((refusal for side, refusal in refusals if product_above(side)), refusals[0][1])
+
+    def _sub(self, node: Node, call: Call) -> ScorePath:
+        if isinstance(call.args["input"], Node):
+            self.back(call.args["input"], node)  # An earlier reason says more.
+        raise _unknown(node)
+
+    def _masked_fill(self, node: Node, call: Call) -> ScorePath:
+        path = self.back(call.args["input"], node)
+        return self._masked(path, node, call.args["mask"], "drop", call.args["value"])
+
+    def _where(self, node: Node, call: Call) -> ScorePath:
+        for name, other, role in (("input", "other", "keep"), ("other", "input", "drop")):
+            scores, fill = call.args[name], call.args[other]
+            if isinstance(scores, Node) and not values.is_scalar(scores) and self._is_fill(fill):
+                path = self.back(scores, node)
+                return self._masked(path, node, call.args["condition"], role, fill)
+        raise Refusal(
+            "torch.where chooses between the scores and another tensor",
+            "write the masked value as a number",
+        )
+
+    def _is_fill(self, fill: object) -> bool:
+        return values.is_scalar(fill) or constant(fill, self.flow) is not None
+
+    def _masked(
+        self, path: ScorePath, node: Node, mask: object, role: str, fill: object
+    ) -> ScorePath:
+        example = values.tensor(mask)
+        if not isinstance(mask, Node) or example is None or example.dtype is not torch.bool:
+            raise Refusal("the mask is not a bool tensor", "compare it first: mask != 0")
+        step = Masked(mask, role, self._fill(fill), values.shape(node))
+        if isinstance(fill, Node) and not values.is_scalar(fill):
+            # full_like(scores, ...) reads the scores, though only their shape.
+            path = replace(path, nodes=(*path.nodes, fill))
+        return path.then(node, step)
+
+    def _fill(self, fill: object) -> Any:
+        known = constant(fill, self.flow)
+        return fill if known is None else known
+
+
+_HANDLERS: dict[str, Callable[[ScoreWalk, Node, Call], ScorePath]] = {
+    "cast": ScoreWalk._cast,
+    "copy": ScoreWalk._pass,
+    "dropout": ScoreWalk._dropout,
+    "mul": ScoreWalk._mul,
+    "div": ScoreWalk._div,
+    "add": ScoreWalk._add,
+    "sub": ScoreWalk._sub,
+    "masked_fill": ScoreWalk._masked_fill,
+    "where": ScoreWalk._where,
+}
+
+
+def check_product(product: Contraction) -> None:
+    """That the product is scores: q gives the second last axis, k the last, one axis is summed.
+
+    Raises:
+        Refusal: it is not.
+    """
+    out, left, right = product.out_letters, product.left_letters, product.right_letters
+    if not 2 <= len(out) <= 4:
+        raise Refusal(f"the scores have {len(out)} axes", "give q, k and v the shape [B, H, N, D]")
+    query, key = out[-2:]
+    crossed = (query in left) != (query in right) and (key in left) != (key in right)
+    if not crossed or (query in left) == (key in left):
+        raise Refusal(
+            "heads are mixed between the scores and the softmax (talking heads)",
+            "this attention has no sparse form and is left as it is",
+        )
+    (*_, summed) = product.summed or ("",)
+    if len(product.summed) != 1 or summed not in left or summed not in right:
+        raise Refusal("the scores do not sum over exactly one axis that q and k share")
+
+
+def check_no_dropout(call: Call) -> None:
+    """That a dropout does nothing.
+
+    Raises:
+        Refusal: it is active, or may be.
+    """
+    probability = values.number(call.args["p"])
+    if call.args["training"] is not False and probability != 0.0:
+        shown = "a run-time probability" if probability is None else f"p={probability:g}"
+        raise Refusal(
+            f"dropout on the attention weights is active ({shown})",
+            "set the attention dropout to 0, or call model.eval()",
+        )
+
+
+def _added(node: Node, mask: object) -> Masked:
+    example = values.tensor(mask)
+    if not isinstance(mask, Node) or example is None:
+        raise Refusal("something that is not a tensor is added to the scores")
+    if example.dtype is torch.bool:
+        raise Refusal(
+            "a bool mask is added to the scores: that adds 0 or 1 and masks nothing",
+            "use masked_fill(~mask, -inf), or SDPA's attn_mask",
+        )
+    if not example.dtype.is_floating_point:
+        raise Refusal(
+            f"a tensor of {values.short_dtype(example.dtype)} is added to the scores",
+            "use a bool mask with masked_fill",
+        )
+    return Masked(mask, "add", -math.inf, values.shape(node))
+
+
+_UNKNOWN = {
+    "tanh": "softcapped scores (tanh) are left as they are",
+    "cat": "attention sinks (extra score columns) are left as they are",
+    "linear": "heads are mixed between the scores and the softmax (talking heads)",
+    "conv2d": "the scores are convolved before the softmax",
+    "sub": "something is subtracted from the scores before the softmax",
+    "topk": "the largest scores are selected",
+    "scatter": "the scores are selected by scatter",
+}
+_HINTS = {"sub": "add the negative mask, and leave out a subtracted maximum: softmax ignores it"}
+
+
+def _unknown(node: Node) -> Refusal:
+    name = op_name(node).strip("_")
+    reason = _UNKNOWN.get(name, f"`{name}` changes the scores before the softmax")
+    return Refusal(reason, _HINTS.get(name, ""))
+
+
+def product_above(node: object, hops: int = 10) -> bool:
+    """Whether a product of two tensors stands a few nodes above, whatever is in between."""
+    seen, level = set[Node](), [node]
+    for _ in range(hops):
+        above = [n for n in level if isinstance(n, Node) and n not in seen and _may_be_scores(n)]
+        if any(contraction(n) is not None for n in above):
+            return True
+        seen.update(above)
+        level = [argument for n in above for argument in n.all_input_nodes]
+    return False
+
+
+def _may_be_scores(node: Node) -> bool:
+    return values.tensor(node) is None or values.is_float(node)

@@ -1,0 +1,135 @@
+"""Attention written as F.scaled_dot_product_attention."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from sparse_compile.passes.find import values
+from sparse_compile.passes.find.canonical import canonical
+from sparse_compile.passes.find.constants import constant
+from sparse_compile.passes.find.dataflow import Dataflow
+from sparse_compile.passes.find.operands import Peeled, Reading, dead_nodes, peel
+from sparse_compile.passes.find.provenance import where
+from sparse_compile.passes.find.refusal import Refusal
+from sparse_compile.passes.find.shapes import (
+    check_masks,
+    check_operands,
+    check_output_dtype,
+    head_dim,
+    heads_agree,
+    sizes,
+)
+from sparse_compile.sites.site import AttentionSite, MaskOperand, Operand, Rejection, Scope
+
+_AXES = {4: ("b", "h", "n", "d"), 3: ("b", "n", "d"), 2: ("n", "d")}
+
+
+def match_sdpa(node: Node, flow: Dataflow, scope: Scope) -> AttentionSite | Rejection:
+    """The attention that an SDPA node computes, or why it cannot be taken."""
+    try:
+        return _match(node, flow, scope)
+    except Refusal as refusal:
+        return Rejection(refusal.reason, refusal.hint, where(node), node)
+
+
+def _match(node: Node, flow: Dataflow, scope: Scope) -> AttentionSite:
+    call = canonical(node)
+    if call is None:
+        raise Refusal("scaled_dot_product_attention is called in an unknown way")
+    args = call.args
+    _check_dropout(args["dropout_p"])
+    given = tuple(_operand(args[name], name) for name in ("query", "key", "value"))
+    q, k, v = _undo_repeats(given, node, flow)
+    operands = q.operand, k.operand, v.operand
+    check_operands(*operands)
+    _check_heads(given, args["enable_gqa"])
+    output = Operand(node, operands[0].axes)
+    check_output_dtype(output)
+    score_shape = (*values.shape(given[0].node)[:-1], sizes(given[1])["n"])
+    score_axes = (*operands[0].axes[:-2], "q", "kv")
+    masks = _masks(args["attn_mask"])
+    check_masks(masks, score_shape)
+    causal = args["is_causal"]
+    if not isinstance(causal, bool):
+        raise Refusal("is_causal is known only at run time", "pass True or False")
+    return AttentionSite(
+        scope,
+        output,
+        *operands,
+        scale=_scale(args["scale"], operands[0], flow),
+        kind="sdpa",
+        causal=causal,
+        masks=masks,
+        score_axes=score_axes,
+        where=where(node),
+        region=dead_nodes({node}, (q, k, v), flow),
+    )
+
+
+def _operand(node: object, name: str) -> Operand:
+    rank = len(values.shape(node)) if isinstance(node, Node) else 0
+    if not isinstance(node, Node) or rank not in _AXES:
+        raise Refusal(f"{name} has {rank} axes", "give q, k and v the shape [B, H, N, D]")
+    return Operand(node, _AXES[rank])
+
+
+def _undo_repeats(
+    given: tuple[Operand, ...], node: Node, flow: Dataflow
+) -> tuple[Peeled, Peeled, Peeled]:
+    q, k, v = given
+    if not q.axes == k.axes == v.axes:
+        raise Refusal(
+            "q, k and v have different numbers of axes", "give each the shape [B, H, N, D]"
+        )
+    reading = Reading(flow, node, node)
+    keys, vals = peel(k, reading), peel(v, reading)
+    if not heads_agree(keys.operand, vals.operand):
+        return Peeled(q), Peeled(k), Peeled(v)
+    return Peeled(q), keys, vals
+
+
+def _check_heads(given: tuple[Operand, ...], grouped: object) -> None:
+    q, k, _ = (sizes(operand)["h"] for operand in given)
+    if grouped is not True and values.differ(q, k) and values.differ(k, 1):
+        raise Refusal(f"q has {q} heads and k has {k}, without enable_gqa", "pass enable_gqa=True")
+
+
+def _check_dropout(probability: object) -> None:
+    known = values.number(probability)
+    if known != 0.0:
+        shown = "a run-time probability" if known is None else f"dropout_p={known:g}"
+        raise Refusal(
+            f"dropout on the attention weights is active ({shown})",
+            "set the attention dropout to 0, or pass dropout_p=0.0 when not training",
+        )
+
+
+def _masks(mask: object) -> tuple[MaskOperand, ...]:
+    if mask is None:
+        return ()
+    example = values.tensor(mask)
+    if not isinstance(mask, Node) or example is None:
+        raise Refusal("attn_mask is not a tensor")
+    if example.dtype is torch.bool:
+        return (MaskOperand(mask, "keep", -math.inf),)
+    if not example.dtype.is_floating_point:
+        raise Refusal(
+            f"attn_mask is {values.short_dtype(example.dtype)}", "pass a bool mask, True to attend"
+        )
+    return (MaskOperand(mask, "add"),)
+
+
+def _scale(scale: Any, q: Operand, flow: Dataflow) -> float | Node:
+    features = head_dim(q)
+    if scale is None:
+        return 1.0 / math.sqrt(features)
+    known = constant(scale, flow)
+    if known is None and isinstance(scale, Node):
+        return scale
+    if known is None:
+        raise Refusal("the scale is not a number", "pass scale=1 / math.sqrt(head_dim)")
+    return known

@@ -1,0 +1,176 @@
+"""From the softmax forward to the product with v."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from sparse_compile.passes.find import values
+from sparse_compile.passes.find.canonical import canonical, is_reshape, op_name
+from sparse_compile.passes.find.contraction import Contraction, Letters, contraction
+from sparse_compile.passes.find.provenance import where
+from sparse_compile.passes.find.refusal import Refusal
+from sparse_compile.passes.find.scores import check_no_dropout
+from sparse_compile.passes.mutation import written_inputs
+
+
+@dataclass(frozen=True)
+class WeightsPath:
+    """What happens to the weights between the softmax and the product with v.
+
+    Attributes:
+        product: weights times v.
+        weights: the letters of the weights in it: ..., q, kv.
+        v: the other factor, and its letters.
+        nodes: the softmax, the nodes on the way, the product.
+        shapes: the shapes that the weights take.
+    """
+
+    product: Contraction
+    weights: Letters
+    v: Node
+    v_letters: Letters
+    nodes: tuple[Node, ...]
+    shapes: tuple[tuple[Any, ...], ...]
+
+
+def forward(softmax: Node) -> WeightsPath:
+    """The path from a softmax to the product with v.
+
+    Raises:
+        Refusal: the weights are read elsewhere, changed, or not multiplied with v.
+    """
+    node, nodes = softmax, [softmax]
+    while True:
+        reader = _only_reader(node)
+        product = contraction(reader)
+        if product is not None:
+            shapes = tuple(values.shape(n) for n in nodes)
+            return _with_v(product, node, (*nodes, reader), shapes)
+        if not _passes(reader, node):
+            name = op_name(reader).strip("_")
+            raise Refusal(
+                f"`{name}` changes the attention weights after the softmax",
+                _HINTS.get(name, "change the scores before the softmax instead"),
+            )
+        node = reader
+        nodes.append(node)
+
+
+_HINTS = {
+    "masked_fill": "mask the scores before the softmax instead",
+    "nan_to_num": "rows without any key already give 0 with SDPA and a bool mask",
+    "sub": "differential attention has no sparse form and is left as it is",
+}
+
+
+def _only_reader(node: Node) -> Node:
+    readers = list(node.users)
+    overwriting = next((r for r in readers if node in written_inputs(r)), None)
+    if overwriting is not None:
+        raise Refusal(
+            f"the attention weights are changed in place after the softmax "
+            f"(`{op_name(overwriting)}`)",
+            "change the scores before the softmax instead",
+        )
+    if len(readers) == 1 and readers[0].op != "output":
+        return readers[0]
+    if not readers:
+        raise Refusal("the attention weights are not used")
+    raise read_elsewhere("weights", readers, node)
+
+
+def read_elsewhere(what: str, readers: list[Node], node: Node) -> Refusal:
+    """The refusal for scores or weights that something other than the attention reads."""
+    if any(reader.op == "output" for reader in readers):
+        also = "also returned" if len(readers) > 1 or what == "scores" else "returned"
+        return Refusal(
+            f"the attention {what} are {also}, so they must exist",
+            "return only the output, or set output_attentions=False",
+        )
+    # One product with v is the attention; where all are products, all after the first are others.
+    others = [r for r in readers if contraction(r) is None or what == "scores"] or readers[1:]
+    names = ", ".join(
+        f"`{op_name(reader)}`" + "".join(f" ({line})" for line in where(reader)[-1:])
+        for reader in others
+    )
+    return Refusal(
+        f"the attention {what} are also read by {names}, so they must exist",
+        f"use the attention {what} for the output only",
+    )
+
+
+def _passes(reader: Node, node: Node) -> bool:
+    if is_reshape(reader):
+        before, after = values.shape(node), values.shape(reader)
+        return len(after) >= 2 and values.same_shape(before[-2:], after[-2:])
+    call = canonical(reader)
+    if call is None or call.in_place or call.args.get("input") is not node:
+        return False
+    if call.op == "dropout":
+        check_no_dropout(call)
+        return True
+    if call.op == "cast":
+        before_cast, after_cast = values.tensor(node), values.tensor(reader)
+        return (
+            before_cast is not None
+            and after_cast is not None
+            and after_cast.dtype.is_floating_point
+            and before_cast.device == after_cast.device
+        )
+    return call.op == "copy"
+
+
+def _with_v(
+    product: Contraction, node: Node, nodes: tuple[Node, ...], shapes: tuple[tuple[Any, ...], ...]
+) -> WeightsPath:
+    call = canonical(product.node)
+    if call is not None and call.op == "baddbmm":
+        raise Refusal("the output is accumulated onto another tensor by baddbmm", "use bmm")
+    if product.left is product.right or node not in (product.left, product.right):
+        raise Refusal("the attention weights are not multiplied with v")
+    on_left = product.left is node
+    weights, letters = product.left_letters, product.right_letters
+    v = product.right
+    if not on_left:
+        weights, letters, v = letters, weights, product.left
+    _check(weights, letters, product)
+    return WeightsPath(product, weights, v, letters, nodes, shapes)
+
+
+def _check(weights: Letters, v: Letters, product: Contraction) -> None:
+    *batch, query, key = weights
+    if product.summed != {key} or key not in v:
+        raise Refusal(
+            "the weights and v are not summed over the keys, the axis of the softmax",
+            "multiply weights [.., N, N] with v [.., N, D]",
+        )
+    features = [letter for letter in v if letter not in weights]
+    if query in v or len(features) != 1 or len(weights) > 4:
+        raise Refusal("v has axes that are neither batch, heads, keys nor features")
+    if set(product.out_letters) != {*batch, query, features[0]}:
+        raise Refusal("the output lacks an axis of the weights")
+
+
+def product_below(node: Node, hops: int = 7) -> bool:
+    """Whether a tensor derived from ``node`` is multiplied with another one a few nodes below."""
+    seen, level = set[Node](), [node]
+    for _ in range(hops):
+        following = list[Node]()
+        for derived in level:
+            seen.add(derived)
+            for reader in derived.users:
+                if contraction(reader) is not None:
+                    return True
+                if reader not in seen and _at_least_matrix(reader):
+                    following.append(reader)
+        level = following
+    return False
+
+
+def _at_least_matrix(node: Node) -> bool:
+    example = values.tensor(node)
+    return isinstance(example, torch.Tensor) and example.ndim >= 2

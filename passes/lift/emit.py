@@ -1,0 +1,332 @@
+"""Writing expressions over run-time data as functional ATen nodes: the table program."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from sparse_compile.expr import FloorDiv, FloorMod, fold
+from sparse_compile.passes.lift.lift import Lifter
+from sparse_compile.passes.lift.sizes import size_expr
+from sparse_compile.passes.lift.value import Unliftable
+
+aten = torch.ops.aten
+
+_COMPARE = {
+    "<": (aten.lt, ">"),
+    "<=": (aten.le, ">="),
+    ">": (aten.gt, "<"),
+    ">=": (aten.ge, "<="),
+    "==": (aten.eq, "=="),
+    "!=": (aten.ne, "!="),
+}
+_TABLE_DTYPES = (torch.bool, torch.int32, torch.int64)
+
+
+class Emitter:
+    """Builds the graph of a table program.
+
+    Attributes:
+        graph: the program so far; all of its placeholders come first.
+        inputs: for each placeholder that is used, which placeholder of the traced graph it is, or
+            ``-1 - i`` for the i-th extra size.
+    """
+
+    def __init__(
+        self,
+        traced: GraphModule,
+        lifter: Lifter,
+        lengths: Mapping[sympy.Symbol, sympy.Expr],
+        extra: Sequence[sympy.Symbol],
+        device: torch.device,
+    ) -> None:
+        self.graph, self.device = Graph(), device
+        self.lengths = lengths
+        self.data = lifter.data
+        self._order = list(traced.graph.nodes)
+        self._copies: dict[Node, Node] = {}
+        self._sizes: dict[sympy.Expr, Node] = {}
+        self._origin: dict[Node, int] = {}
+        holders = [node for node in self._order if node.op == "placeholder"]
+        for number, holder in enumerate(holders):
+            copy = self.graph.placeholder(f"leaf{number}")
+            self._copies[holder], self._origin[copy] = copy, number
+            if isinstance(holder.meta.get("val"), torch.SymInt):
+                self._sizes.setdefault(size_expr(holder), copy)
+        for number, symbol in enumerate(extra):
+            copy = self.graph.placeholder(f"size{number}")
+            self._origin[copy] = -1 - number
+            self._sizes.setdefault(symbol, copy)
+
+    def finish(self, outputs: Sequence[Node]) -> tuple[int, ...]:
+        """Close the graph; the origin of each placeholder that is left."""
+        self.graph.output(tuple(outputs))
+        for node in reversed([n for n in self.graph.nodes if n.op != "output"]):
+            if not node.users:
+                self.graph.erase_node(node)
+        return tuple(self._origin[n] for n in self.graph.nodes if n.op == "placeholder")
+
+    def copy(self, node: Node) -> Node:
+        """The node of the traced graph, with all it needs, in the program."""
+        needed, stack = {node}, [node]
+        while stack:
+            for source in stack.pop().all_input_nodes:
+                if source not in needed and source not in self._copies:
+                    needed.add(source)
+                    stack.append(source)
+        for old in self._order:
+            if old in needed and old not in self._copies:
+                self._copies[old] = self.graph.node_copy(old, self._copies.__getitem__)
+        return self._copies[node]
+
+    def size_node(self, symbol: sympy.Symbol) -> Node:
+        """The node that holds a torch size symbol."""
+        if symbol not in self._sizes:
+            raise Unliftable(f"the size {symbol} is not at hand where the mask is computed")
+        return self._sizes[symbol]
+
+    def size(self, expr: sympy.Expr) -> int | Node:
+        """A size: an int, or a node that computes it."""
+        if expr.is_Integer:
+            return int(expr)
+        if expr in self._sizes:
+            return self._sizes[expr]
+        if expr.is_Symbol:
+            return self.size_node(expr)
+        args = [self.size(arg) for arg in expr.args]
+        kinds: tuple[tuple[type, Callable[..., Any]], ...] = (
+            (sympy.Add, operator.add),
+            (sympy.Mul, operator.mul),
+            (FloorDiv, operator.floordiv),
+            (FloorMod, operator.mod),
+            (sympy.Max, torch.sym_max),
+            (sympy.Min, torch.sym_min),
+        )
+        for kind, function in kinds:
+            if isinstance(expr, kind):
+                joined = args[0]
+                for arg in args[1:]:
+                    joined = self.graph.call_function(function, (joined, arg))
+                assert isinstance(joined, Node)
+                self._sizes[expr] = joined
+                return joined
+        raise Unliftable(f"the size {expr}")
+
+    def table(
+        self, element: sympy.Basic, coordinates: tuple[sympy.Symbol, ...]
+    ) -> tuple[Node, torch.dtype]:
+        """A tensor over ``coordinates`` with the given element, contiguous and its own memory."""
+        writer = _Writer(self, element, coordinates)
+        node: Node = fold(element, writer)
+        dtype = writer.dtype_of(node)
+        if dtype not in _TABLE_DTYPES:
+            dtype = torch.int32 if dtype.itemsize < 4 and dtype != torch.uint16 else torch.int64
+            node = self.graph.call_function(aten._to_copy.default, (node,), {"dtype": dtype})
+        options: dict[str, Any] = {"memory_format": torch.contiguous_format}
+        return self.graph.call_function(aten.clone.default, (node,), options), dtype
+
+    def mask(
+        self, element: sympy.Basic, coordinates: tuple[sympy.Symbol, ...]
+    ) -> tuple[Node, tuple[str, ...]]:
+        """A bool tensor with the given element, and what its axes are.
+
+        An input itself, not a view of it: where that is stable, it need not be read again.
+        """
+        lookup = element.args[0] if isinstance(element, sympy.Ne) else None
+        if lookup is not None and self._is_input(lookup, coordinates):
+            node = self.copy(self.data[int(lookup.func.__name__[1:])])
+            names = tuple("" if arg == 0 else arg.name for arg in lookup.args)
+            return node, names
+        node = fold(element, _Writer(self, element, coordinates))
+        return node, tuple(coordinate.name for coordinate in coordinates)
+
+    def _is_input(self, lookup: sympy.Basic, coordinates: tuple[sympy.Symbol, ...]) -> bool:
+        """Whether a lookup reads a bool input at these coordinates, each once."""
+        if not isinstance(lookup, sympy.core.function.AppliedUndef):
+            return False
+        source = self.data[int(lookup.func.__name__[1:])]
+        value = source.meta["val"]
+        plain = source.op == "placeholder" and value.dtype == torch.bool
+        named = [arg for arg in lookup.args if arg != 0]
+        once = len(named) == len(coordinates) and set(named) == set(coordinates)
+        return plain and value.device == self.device and once
+
+
+class _Writer:
+    """The algebra whose values are nodes (or numbers) that broadcast over the coordinates."""
+
+    def __init__(
+        self, emitter: Emitter, element: sympy.Basic, coordinates: tuple[sympy.Symbol, ...]
+    ) -> None:
+        self.emitter, self.coordinates = emitter, coordinates
+        #: A table that is one lookup, as in t(b, kv), is the tensor itself whatever the lengths.
+        lookup = element.args[0] if isinstance(element, sympy.Ne) else element
+        self.whole = lookup if isinstance(lookup, sympy.core.function.AppliedUndef) else None
+        self._dtypes: dict[Node, torch.dtype] = {}
+
+    def dtype_of(self, node: Node) -> torch.dtype:
+        return self._dtypes[node]
+
+    def _call(self, result: torch.dtype, op: Any, *args: Any, **kwargs: Any) -> Node:
+        """A node whose tensor has the dtype ``result``."""
+        node = self.emitter.graph.call_function(op, args, kwargs)
+        self._dtypes[node] = result
+        return node
+
+    def _is_tensor(self, value: Any) -> bool:
+        return isinstance(value, Node) and value in self._dtypes
+
+    # Leaves -------------------------------------------------------------------------------------
+
+    def integer(self, value: int) -> Any:
+        return value
+
+    def boolean(self, value: bool) -> Any:
+        return value
+
+    def symbol(self, name: str) -> Any:
+        for axis, coordinate in enumerate(self.coordinates):
+            if coordinate.name == name:
+                return self._coordinate(axis)
+        return self.emitter.size_node(
+            next(symbol for symbol in self.emitter._sizes if str(symbol) == name)
+        )
+
+    def _coordinate(self, axis: int) -> Node:
+        length = self.emitter.size(self.emitter.lengths[self.coordinates[axis]])
+        node = self._call(torch.int64, aten.arange.default, length, device=self.emitter.device)
+        return self._place(node, torch.int64, [axis])
+
+    def _place(self, node: Node, dtype: torch.dtype, axes: Sequence[int]) -> Node:
+        """A tensor whose dimensions are ``axes`` of the grid, in order, at the grid's rank."""
+        for axis in range(len(self.coordinates)):
+            if axis not in axes:
+                node = self._call(dtype, aten.unsqueeze.default, node, axis)
+        return node
+
+    def table(self, index: int, args: Sequence[Any], exprs: Sequence[sympy.Expr]) -> Any:
+        source = self.emitter.data[index]
+        value = source.meta["val"]
+        node = self.emitter.copy(source)
+        self._dtypes[node] = value.dtype
+        if value.device != self.emitter.device:
+            options = {"device": self.emitter.device}
+            node = self._call(value.dtype, aten._to_copy.default, node, **options)
+        sizes = [size_expr(size) for size in value.shape]
+        if self._is_plain(exprs, sizes):
+            return self._direct(node, value.dtype, exprs)
+        indices = [self._index(arg, size) for arg, size in zip(args, sizes, strict=True)]
+        return self._call(value.dtype, aten.index.Tensor, node, indices)
+
+    def _is_plain(self, exprs: Sequence[sympy.Expr], sizes: Sequence[sympy.Expr]) -> bool:
+        named = [(expr, size) for expr, size in zip(exprs, sizes, strict=True) if size != 1]
+        if len({expr for expr, _ in named}) != len(named):
+            return False
+        whole = self.whole is not None and tuple(self.whole.args) == tuple(exprs)
+        return all(
+            expr in self.coordinates and (whole or size == self.emitter.lengths[expr])
+            for expr, size in named
+        )
+
+    def _direct(self, node: Node, dtype: torch.dtype, exprs: Sequence[sympy.Expr]) -> Node:
+        ones = [d for d, expr in enumerate(exprs) if expr not in self.coordinates]
+        if ones:
+            node = self._call(dtype, aten.squeeze.dims, node, ones)
+        axes = [self.coordinates.index(expr) for expr in exprs if expr in self.coordinates]
+        if axes != sorted(axes):
+            order = sorted(range(len(axes)), key=axes.__getitem__)
+            node = self._call(dtype, aten.permute.default, node, order)
+        return self._place(node, dtype, sorted(axes))
+
+    def _index(self, arg: Any, size: sympy.Expr) -> Node:
+        if not self._is_tensor(arg):
+            options = {"dtype": torch.int64, "device": self.emitter.device}
+            return self._call(torch.int64, aten.full.default, [], arg, **options)
+        # As when a predicate is evaluated: reads past the end are of entries that do not matter.
+        last = self.emitter.size(size - 1)
+        return self._call(self.dtype_of(arg), aten.clamp.default, arg, 0, last)
+
+    # Arithmetic ---------------------------------------------------------------------------------
+
+    def _binary(self, op: Any, plain: Callable[..., Any], a: Any, b: Any) -> Any:
+        """An operator on two values; at least one is a tensor unless both are sizes."""
+        if self._is_tensor(a) or self._is_tensor(b):
+            a = a if self._is_tensor(a) else self._tensor(a)
+            return self._call(self._joined(a, b), self._overload(op, b), a, b)
+        if isinstance(a, Node) or isinstance(b, Node):
+            return self.emitter.graph.call_function(plain, (a, b))
+        return plain(a, b)
+
+    def _overload(self, op: Any, b: Any) -> Any:
+        if not self._is_tensor(b):
+            return op.Scalar
+        return op.Tensor if "Tensor" in op.overloads() else op.default
+
+    def _joined(self, a: Any, b: Any) -> torch.dtype:
+        dtypes = [self._dtypes[x] for x in (a, b) if self._is_tensor(x)]
+        return functools.reduce(torch.promote_types, dtypes)
+
+    def _tensor(self, value: Any) -> Node:
+        options = {"dtype": torch.int64, "device": self.emitter.device}
+        return self._call(torch.int64, aten.full.default, [], value, **options)
+
+    def _reduce(self, op: Any, plain: Callable[..., Any], args: Sequence[Any]) -> Any:
+        # Tensors first: operators take a number on the right.
+        ordered = sorted(args, key=lambda arg: not self._is_tensor(arg))
+        return functools.reduce(lambda a, b: self._binary(op, plain, a, b), ordered)
+
+    def add(self, args: Sequence[Any]) -> Any:
+        return self._reduce(aten.add, operator.add, args)
+
+    def mul(self, args: Sequence[Any]) -> Any:
+        return self._reduce(aten.mul, operator.mul, args)
+
+    def floordiv(self, a: Any, b: Any, expr: sympy.Expr) -> Any:
+        return self._binary(aten.floor_divide, operator.floordiv, a, b)
+
+    def mod(self, a: Any, b: Any, expr: sympy.Expr) -> Any:
+        return self._binary(aten.remainder, operator.mod, a, b)
+
+    def bit(self, word: Any, index: Any) -> Any:
+        shifted = self._binary(aten.bitwise_right_shift, operator.rshift, word, index)
+        return self._binary(aten.bitwise_and, operator.and_, shifted, 1)
+
+    def absolute(self, a: Any) -> Any:
+        return self._call(self.dtype_of(a), aten.abs.default, a)
+
+    def minimum(self, args: Sequence[Any]) -> Any:
+        tensors = [a if self._is_tensor(a) else self._tensor(a) for a in args]
+        return self._reduce(aten.minimum, min, tensors)
+
+    def maximum(self, args: Sequence[Any]) -> Any:
+        tensors = [a if self._is_tensor(a) else self._tensor(a) for a in args]
+        return self._reduce(aten.maximum, max, tensors)
+
+    def select(self, condition: Any, yes: Any, no: Any) -> Any:
+        yes, no = (a if self._is_tensor(a) else self._tensor(a) for a in (yes, no))
+        return self._call(self._joined(yes, no), aten.where.self, condition, yes, no)
+
+    # Logic --------------------------------------------------------------------------------------
+
+    def compare(self, op: str, a: Any, b: Any) -> Any:
+        function, mirrored = _COMPARE[op]
+        if not self._is_tensor(a):
+            return self.compare(mirrored, b, a)
+        if self.dtype_of(a) == torch.bool and isinstance(b, int) and b == 0 and op in ("==", "!="):
+            return a if op == "!=" else self.negation(a)
+        return self._call(torch.bool, self._overload(function, b), a, b)
+
+    def conjunction(self, args: Sequence[Any]) -> Any:
+        return self._reduce(aten.bitwise_and, operator.and_, args)
+
+    def disjunction(self, args: Sequence[Any]) -> Any:
+        return self._reduce(aten.bitwise_or, operator.or_, args)
+
+    def negation(self, a: Any) -> Any:
+        return self._call(torch.bool, aten.bitwise_not.default, a)

@@ -1,0 +1,116 @@
+"""What a fully masked query yields in the original program, and whether there can be one.
+
+Softmax over a row of -inf is NaN, and SDPA makes that 0. Over a row of finfo.min it is uniform: the
+mean of V. Other finite fills leave masked keys a weight that depends on the scores: a bias.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import sympy
+import torch
+
+from sparse_compile.expr import KV, Q
+from sparse_compile.passes.lift.bounds import Ranges
+from sparse_compile.passes.lift.operands import Keep, Refused
+from sparse_compile.passes.lift.simplify import Simplifier
+from sparse_compile.spec import EmptyRows
+
+#: With ``finite_fill="minus_inf"``, fills up to this one count as minus infinity.
+_LARGEST_ASSUMED = -1e4
+_FINITE_HINT = (
+    'options={"finite_fill": "minus_inf"} reads fills <= -1e4 as float("-inf"), which differs from '
+    "the program only where a whole row is masked"
+)
+
+
+def never_empty(
+    predicate: sympy.Basic, lengths: Mapping[sympy.Symbol, sympy.Expr], simplify: Simplifier
+) -> bool:
+    """Whether every query provably sees a key: itself, the first, the last or its aligned one."""
+    n_q, n_kv = lengths[Q], lengths[KV]
+    for key in (Q, sympy.S.Zero, n_kv - 1, Q + n_kv - n_q):
+        inside = simplify.ranges.nonnegative(key) and simplify.ranges.nonnegative(n_kv - 1 - key)
+        if inside and simplify(predicate.xreplace({KV: key})) == sympy.true:
+            return True
+    return False
+
+
+def fill_kind(fill: float, dtype: torch.dtype) -> str:
+    """How a fill acts on scores of a dtype.
+
+    Returns:
+        ``"inf"``; ``"absorbing"``: adding any score to it gives it back; ``"half"``: the least
+        float16, which does not absorb; ``"finite"``: anything else.
+    """
+    rounded = torch.tensor(fill, dtype=torch.float64).to(dtype).item()
+    if math.isinf(rounded):
+        return "inf"
+    if dtype == torch.float16:
+        return "half" if rounded == torch.finfo(dtype).min else "finite"
+    return "absorbing" if rounded <= torch.finfo(torch.bfloat16).min else "finite"
+
+
+def empty_row_policy(
+    kind: str,
+    causal: bool,
+    keeps: Sequence[Keep],
+    dtype: torch.dtype,
+    can_be_empty: bool,
+    finite_fill: str,
+) -> EmptyRows:
+    """What the program yields on fully masked rows.
+
+    Args:
+        kind: ``"sdpa"`` or ``"eager"``.
+        causal: SDPA's ``is_causal``, which masks with -inf.
+        keeps: the mask operands.
+        dtype: of the scores when they are masked.
+        can_be_empty: whether a row may be fully masked.
+        finite_fill: the option of that name.
+
+    Raises:
+        Refused: when masked keys would still have weight, or no policy describes the program.
+    """
+    fills = {fill: fill_kind(fill, dtype) for keep in keeps for fill in keep.fills}
+    assumed = _check_finite(fills, finite_fill)
+    if not can_be_empty or assumed:
+        return EmptyRows.ZERO
+    kinds = set(fills.values()) | ({"inf"} if causal else set())
+    if "half" in kinds:
+        raise Refused(
+            "it masks float16 scores with finfo.min, which leaves fully masked rows a softmax over "
+            "their scores, and rows may be fully masked",
+            'mask with float("-inf"), use bfloat16, or set options={"finite_fill": "minus_inf"}',
+        )
+    if kinds == {"inf"} and kind == "sdpa":
+        return EmptyRows.ZERO
+    if kinds == {"inf"} and len({keep.adds for keep in keeps}) == 1:
+        return EmptyRows.NAN_ADDED if keeps[0].adds else EmptyRows.NAN
+    if kinds == {"absorbing"} and len(keeps) == 1 and len(fills) == 1:
+        return EmptyRows.MEAN_ADDED if keeps[0].adds else EmptyRows.MEAN
+    if kinds == {"absorbing"} and len(fills) == 1 and not any(keep.adds for keep in keeps):
+        return EmptyRows.MEAN
+    raise Refused(
+        "it masks several times, in different ways, and rows may be fully masked: what such a row "
+        "yields depends on which mask hides which key",
+        "combine the masks as bool tensors before turning them into scores",
+    )
+
+
+def _check_finite(fills: Mapping[float, str], finite_fill: str) -> bool:
+    """Refuse fills that are a bias; whether some are taken for -inf because the user said so."""
+    biases = [fill for fill, kind in fills.items() if kind == "finite"]
+    if not biases:
+        return finite_fill == "minus_inf" and "half" in fills.values()
+    if finite_fill == "minus_inf" and max(biases) <= _LARGEST_ASSUMED:
+        return True
+    hint = _FINITE_HINT if max(biases) <= _LARGEST_ASSUMED else "mask with float('-inf')"
+    raise Refused(f"it masks with the finite score {max(biases):g}, which is a bias", hint)
+
+
+def coordinate_ranges(lengths: Mapping[sympy.Symbol, sympy.Expr]) -> Ranges:
+    """Ranges of the coordinates of an attention."""
+    return Ranges({symbol: length - 1 for symbol, length in lengths.items()})

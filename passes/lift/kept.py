@@ -1,0 +1,228 @@
+"""The part of a mask that keeps scores which reach a threshold, such as the k-th best of them.
+
+``scores >= scores.topk(k).values[..., -1:]`` keeps k keys, and more where scores are equal. Lists
+say it exactly, however many that makes; an index of k would not.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import sympy
+import torch
+from sympy.core.function import AppliedUndef
+from torch.fx import Node
+
+from sparse_compile.expr import KV, B, H, MaskExpr, Q
+from sparse_compile.ops.kept import KEPT_SELECTION
+from sparse_compile.passes.lift.emit import Emitter
+from sparse_compile.passes.lift.lift import Lifter
+from sparse_compile.passes.lift.rankings import Bound
+from sparse_compile.passes.lift.rows import (
+    Lengths,
+    NotSelected,
+    Rows,
+    arranged,
+    rows_of,
+)
+from sparse_compile.passes.lift.selected import BoolRead, bool_read, made_of, node_of
+from sparse_compile.passes.lift.sizes import size_expr
+from sparse_compile.passes.lift.value import DIMS, is_data
+
+aten = torch.ops.aten
+#: Comparisons, and what they are called with the sides exchanged.
+_COMPARISONS = {
+    aten.ge.Tensor: ("ge", "le"),
+    aten.gt.Tensor: ("gt", "lt"),
+    aten.le.Tensor: ("le", "ge"),
+    aten.lt.Tensor: ("lt", "gt"),
+}
+#: Up to so many units, every list has room for all of them.
+_FEW = 128
+
+
+@dataclass(frozen=True)
+class RowReached:
+    """Row by row, the ranked scores that others reach; as :class:`Reached`, in the traced graph."""
+
+    values: Node
+    comparison: str
+    least: bool
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The keys whose scores reach a threshold, in the coordinates of an attention.
+
+    Attributes:
+        node: the bool node of the traced graph that says which.
+        negated: whether it says which are left out.
+        rows: how it lies.
+        most: how many units a list has, but for equal scores.
+        fixed: whether every list has room for all units; else the device is asked for the longest.
+        reached: for scores [B, Nq, Nkv], what they reach, if that is known.
+    """
+
+    node: Node
+    negated: bool
+    rows: Rows
+    most: sympy.Expr
+    fixed: bool
+    reached: RowReached | None = None
+
+    @property
+    def lists(self) -> sympy.Expr:
+        """How many heads have a list of their own."""
+        axis = self.rows.axes[1]
+        return sympy.S.One if axis is None else size_expr(self.node.meta["val"].shape[axis])
+
+
+def split_kept(
+    predicate: sympy.Basic, lifter: Lifter, lengths: Lengths, bounds: Mapping[Node, Bound]
+) -> tuple[sympy.Basic, Kept | None]:
+    """The predicate without the keys whose scores reach a threshold, and these.
+
+    Args:
+        predicate: a mask.
+        lifter: what it reads.
+        lengths: of the coordinates.
+        bounds: the inputs of the traced graph that are results of rankings.
+
+    Raises:
+        NotSelected: a threshold takes part, but lists would not say it well.
+    """
+    read_nodes = {node_of(lookup, lifter) for lookup in predicate.atoms(AppliedUndef)}
+    if not any(_threshold(node, bounds) for read in read_nodes for node in made_of(read)):
+        return predicate, None
+    for part in sympy.And.make_args(predicate):
+        read = bool_read(part, lifter)
+        threshold = None if read is None else _threshold(read.node, bounds)
+        if read is not None and threshold is not None:
+            kept = _kept(read, threshold.most(bounds, read.negated), lengths)
+            if _is_plain(kept, lengths):
+                kept = replace(kept, reached=_reached(threshold, read.negated, lifter))
+            return sympy.And(*(p for p in sympy.And.make_args(predicate) if p != part)), kept
+    raise NotSelected("a threshold on scores takes part, but does not just narrow the mask")
+
+
+@dataclass(frozen=True)
+class _Threshold:
+    """A comparison of scores with one of them.
+
+    Attributes:
+        name: of the comparison, with the scores on the left: ``ge``, ``gt``, ``le`` or ``lt``.
+        side: the node that holds the bounds.
+        sources: results of rankings that they are made of.
+    """
+
+    name: str
+    side: Node
+    sources: tuple[Node, ...]
+
+    def most(self, bounds: Mapping[Node, Bound], negated: bool) -> sympy.Expr | None:
+        """How many scores are kept, but for equal ones."""
+        found = {bounds[node] for node in self.sources}
+        # Such as the values and the indices of a top-k: all come from one ranking, or none.
+        bound = found.pop() if len(found) == 1 else Bound()
+        return bound.reach if (self.name in ("ge", "gt")) != negated else bound.within
+
+
+def _threshold(node: Node, bounds: Mapping[Node, Bound]) -> _Threshold | None:
+    """The comparison with a result of a ranking that a bool tensor is, if it is one."""
+    if node.target not in _COMPARISONS:
+        return None
+    sides = [arg for arg in node.args if isinstance(arg, Node)]
+    hits = [tuple(n for n in made_of(side) if n in bounds) for side in sides]
+    floats = all(side.meta["val"].dtype.is_floating_point for side in sides)
+    if not floats or sum(map(bool, hits)) != 1:
+        return None
+    name, mirrored = _COMPARISONS[node.target]
+    return (
+        _Threshold(name, sides[1], hits[1]) if hits[1] else _Threshold(mirrored, sides[0], hits[0])
+    )
+
+
+def _reached(threshold: _Threshold, negated: bool, lifter: Lifter) -> RowReached | None:
+    """What bounds [..., 1] are of values [..., k], if the last or the least of each row."""
+    bounds = lifter.tensor(threshold.side)
+    *rows, one = bounds.shape
+    if one != 1 or len(bounds.cases) != 1:
+        return None
+    ((_, read),) = bounds.cases
+    if not isinstance(read, sympy.Basic) or not is_data(read):
+        return None
+    node = node_of(read, lifter)
+    values = _least_of(node) or node
+    if values not in threshold.sources or values.meta["val"].dim() != len(bounds.shape):
+        return None
+    row = [sympy.S.Zero if size == 1 else DIMS[dim] for dim, size in enumerate(rows)]
+    last = (size_expr(values.meta["val"].shape[-1]) - 1,)
+    wanted = [last] if values is node else [(), (sympy.S.Zero,)]
+    if list(read.args[: len(rows)]) != row or read.args[len(rows) :] not in wanted:
+        return None
+    return RowReached(values, f"{'not ' * negated}{threshold.name}", values is not node)
+
+
+def _is_plain(kept: Kept, lengths: Lengths) -> bool:
+    """Whether scores are [B, Nq, Nkv] or [B, H, Nq, Nkv], as the attention's own are."""
+    rank, axes = kept.node.meta["val"].dim(), kept.rows.axes
+    batch = 0 if lengths[B] != 1 else axes[0]
+    heads = None if rank == 3 else 1 if lengths[H] != 1 else axes[1]
+    return rank in (3, 4) and kept.rows == Rows(rank - 1, (batch, heads, rank - 2), 1, 1)
+
+
+def _least_of(node: Node) -> Node | None:
+    """The tensor of which a node is the minimum over the last axis."""
+    call = node.args[0] if node.target is operator.getitem and node.args[1] == 0 else node
+    if not isinstance(call, Node) or call.target not in (aten.min.dim, aten.amin.default):
+        return None
+    source, dims = (*call.args, None)[:2]
+    assert isinstance(source, Node)
+    last: int = source.meta["val"].dim() - 1
+    return source if dims in (-1, last, [-1], [last]) else None
+
+
+def _kept(read: BoolRead, most: sympy.Expr | None, lengths: Lengths) -> Kept:
+    lookup, node = read.lookup, read.node
+    sizes = [size_expr(size) for size in node.meta["val"].shape]
+    along = [dim for dim, at in enumerate(lookup.args) if at.has(KV)]
+    if len(along) != 1:
+        raise NotSelected("its scores are not compared key by key")
+    rows = rows_of(lookup.args, along[0], sizes, lengths)
+    units = sizes[rows.dim]
+    if most is None:
+        raise NotSelected(
+            "it keeps every key whose score reaches a threshold, and nothing says how many these "
+            "are; take the threshold from topk(k).values"
+        )
+    return Kept(node, read.negated, rows, most, bool(units.is_Integer and units <= _FEW))
+
+
+def emit_kept(
+    kept: Kept,
+    emitter: Emitter,
+    lengths: Lengths,
+    mask: MaskExpr,
+    tables: Sequence[Node],
+    sizes: Sequence[Node],
+) -> list[Node]:
+    """The lists of a threshold as nodes of the program: index and count.
+
+    Args:
+        kept: the threshold.
+        emitter: of the program.
+        lengths: of the coordinates.
+        mask: what else the attention's mask says; what it hides is not listed.
+        tables, sizes: what that reads, as nodes of the program.
+    """
+    graph, rows, node = emitter.graph, kept.rows, emitter.copy(kept.node)
+    if kept.negated:
+        node = graph.call_function(aten.bitwise_not.default, (node,))
+    node = arranged(node, kept.node.meta["val"].dim(), rows, emitter, lengths[B])
+    given = [emitter.size(lengths[coordinate]) for coordinate in (H, Q, KV)]
+    units = [rows.unit_q, rows.unit_kv]
+    args = node, kept.fixed, list(tables), list(sizes), given, units, mask.text
+    lists = graph.call_function(KEPT_SELECTION, args)
+    return [graph.call_function(operator.getitem, (lists, part)) for part in (0, 1)]

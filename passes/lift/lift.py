@@ -1,0 +1,291 @@
+"""Abstract interpretation of a functional ATen graph: every tensor as a :class:`Lifted` value."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from sparse_compile.passes.lift.bounds import Ranges
+from sparse_compile.passes.lift.builders import BUILDERS
+from sparse_compile.passes.lift.constants import recognise
+from sparse_compile.passes.lift.scalars import RULES, cast, elementwise
+from sparse_compile.passes.lift.simplify import Simplifier
+from sparse_compile.passes.lift.sizes import size_expr
+from sparse_compile.passes.lift.value import (
+    DIMS,
+    Lifted,
+    Shape,
+    Unliftable,
+    align,
+    reindexed,
+    single,
+)
+from sparse_compile.passes.lift.views import VIEWS, Handler, Step, cleaned
+
+#: Constant tensors up to this many elements are computed while compiling, to recognise them.
+_MOST_CONSTANT_ELEMENTS = 1 << 24
+_LARGEST_EXPRESSION = 4000
+
+_HANDLERS: dict[str, Handler] = {**VIEWS, **BUILDERS}
+_CASTS = ("_to_copy", "convert_element_type")
+
+
+class Lifter:
+    """Lifts the nodes of one functional ATen graph that are asked for, each once.
+
+    A node without a symbolic meaning (``cumsum`` of run-time data, a graph input) becomes a lookup
+    of its own elements; :attr:`data` says which node a lookup reads. What arithmetic on floating
+    data reads beside it (the shifted windows under a learned bias) is never lifted.
+    """
+
+    def __init__(self, gm: GraphModule) -> None:
+        self.gm = gm
+        self.data: dict[int, Node] = {}
+        self._opaque = opaque_nodes(gm)
+        self._values: dict[Node, Any] = {}
+        self._numbers: dict[Node, Any] = {}
+        self._simplifiers: dict[Shape, Simplifier] = {}
+
+    def tensor(self, node: Node) -> Lifted:
+        """The lifted value of a tensor node."""
+        if node not in self._values:
+            self._lift_for(node)
+        value = self._values[node]
+        if isinstance(value, Unliftable):
+            raise value
+        assert isinstance(value, Lifted)
+        return value
+
+    def _lift_for(self, node: Node) -> None:
+        """Lift a node after what it reads, in the order of the graph."""
+        needed, stack = {node}, [node]
+        while stack:
+            reader = stack.pop()
+            sources = () if reader in self._opaque else reader.all_input_nodes
+            new = [n for n in sources if n not in needed and n not in self._values]
+            needed.update(new)
+            stack += new
+        for found in self.gm.graph.nodes:
+            if found in needed:
+                self._values[found] = self._lift(found)
+
+    def simplifier(self, shape: Shape) -> Simplifier:
+        """A simplifier for coordinates in ``shape``."""
+        if shape not in self._simplifiers:
+            last = {DIMS[d]: size - 1 for d, size in enumerate(shape)}
+            self._simplifiers[shape] = Simplifier(Ranges(last))
+        return self._simplifiers[shape]
+
+    def _lift(self, node: Node) -> Any:
+        value = node.meta.get("val")
+        if isinstance(value, (list, tuple)):
+            return None
+        if not isinstance(value, torch.Tensor):
+            return _try_size(value)
+        try:
+            shape = tuple(size_expr(size) for size in value.shape)
+        except Unliftable as error:
+            return error
+        if len(shape) > len(DIMS):
+            return Unliftable("it has too many dimensions")
+        return self._lift_tensor(node, shape, value.dtype)
+
+    def _lift_tensor(self, node: Node, shape: Shape, dtype: torch.dtype) -> Any:
+        if node.op == "placeholder" or node in self._opaque:
+            return self._lookup(node, shape, dtype)
+        name = op_name(node)
+        if name.startswith("empty") or name == "new_empty":
+            # Meaningless until written over; whoever reads it fails.
+            return Unliftable("it reads uninitialised memory")
+        try:
+            return self._checked(self._symbolic(node, name, shape, dtype))
+        except Unliftable as error:
+            return self._fallback(node, shape, dtype, str(error))
+
+    def _checked(self, lifted: Lifted) -> Lifted:
+        lifted = cleaned(lifted, self.simplifier(lifted.shape))
+        parts = [part for case in lifted.cases for part in case if isinstance(part, sympy.Basic)]
+        if sum(sympy.count_ops(part) for part in parts) > _LARGEST_EXPRESSION:
+            raise Unliftable("its pattern has too many pieces")
+        return lifted
+
+    def _symbolic(self, node: Node, name: str, shape: Shape, dtype: torch.dtype) -> Lifted:
+        if node.op == "get_attr":
+            return self._constant(node, shape, dtype, "it is a literal")
+        if node.target is operator.getitem:
+            return self._part(node, shape, dtype)
+        op = node.target
+        if not isinstance(op, torch._ops.OpOverload):
+            raise Unliftable(f"{op} has no symbolic meaning")
+        if name in _CASTS:
+            tensor = self._argument(node.args[0])
+            return Lifted(shape, dtype, cast(tensor, dtype))
+        if name in _HANDLERS and not (name == "index" and op._overloadname != "Tensor"):
+            step = Step(self._bound(node, op), shape, dtype, self.simplifier(shape), op)
+            return _HANDLERS[name](step)
+        if _is_elementwise(op, name):
+            return self._elementwise(node, op, shape, dtype)
+        raise Unliftable(f"{name} has no symbolic meaning")
+
+    def _elementwise(
+        self, node: Node, op: torch._ops.OpOverload, shape: Shape, dtype: torch.dtype
+    ) -> Lifted:
+        args = [self._argument(arg) for arg in node.args]
+        aligned = [align(a, len(shape)) if isinstance(a, Lifted) else a for a in args]
+        kwargs = {key: self._argument(value) for key, value in node.kwargs.items()}
+        return Lifted(shape, dtype, elementwise(op, aligned, kwargs, dtype))
+
+    def _bound(self, node: Node, op: torch._ops.OpOverload) -> tuple[Any, ...]:
+        """Arguments by position, with the defaults of the schema."""
+        given = [self._argument(arg) for arg in node.args]
+        for argument in op._schema.arguments[len(given) :]:
+            if argument.kwarg_only:
+                break
+            value = node.kwargs.get(argument.name, argument.default_value)
+            given.append(self._argument(value))
+        return tuple(given)
+
+    def _argument(self, arg: Any) -> Any:
+        def read(node: Node) -> Any:
+            value = self._values[node]
+            if isinstance(value, Unliftable):
+                raise value
+            return value
+
+        if isinstance(arg, (list, tuple)):
+            return [self._argument(item) for item in arg]
+        return read(arg) if isinstance(arg, Node) else arg
+
+    def _part(self, node: Node, shape: Shape, dtype: torch.dtype) -> Lifted:
+        """One result of split, chunk or unbind."""
+        source, number = node.args
+        assert isinstance(source, Node)
+        name = op_name(source)
+        tensor = self._argument(source.args[0])
+        indices: list[sympy.Expr] = list(DIMS[: len(shape)])
+        if name == "unbind":
+            dim = _int_argument(source, 1)
+            indices.insert(dim % len(tensor.shape), sympy.Integer(number))
+        elif name in ("split", "split_with_sizes"):
+            dim = _int_argument(source, 2)
+            parts = source.meta["val"][:number]
+            before = sum((size_expr(part.shape[dim]) for part in parts), sympy.S.Zero)
+            indices[dim % len(shape)] += before
+        else:
+            raise Unliftable(f"{name} has no symbolic meaning")
+        return reindexed(tensor, shape, indices)
+
+    # Nodes without a symbolic meaning ------------------------------------------------------------
+
+    def _fallback(self, node: Node, shape: Shape, dtype: torch.dtype, why: str) -> Lifted:
+        try:
+            return self._constant(node, shape, dtype, why)
+        except Unliftable:
+            return self._lookup(node, shape, dtype)
+
+    def _constant(self, node: Node, shape: Shape, dtype: torch.dtype, why: str) -> Lifted:
+        """A node that reads no run-time data, computed and recognised."""
+        if not all(size.is_Integer for size in shape):
+            raise Unliftable(why)
+        element = recognise(self._compute(node, why))
+        if element is None:
+            raise Unliftable(why)
+        return self._checked(Lifted(shape, dtype, element))
+
+    def _compute(self, node: Node, why: str) -> Any:
+        if node in self._numbers:
+            return self._numbers[node]
+        value = node.meta.get("val")
+        too_large = isinstance(value, torch.Tensor) and (
+            not all(isinstance(size, int) for size in value.shape)
+            or value.numel() > _MOST_CONSTANT_ELEMENTS
+        )
+        if node.op == "placeholder" or too_large or isinstance(value, torch.SymInt):
+            raise Unliftable(why)
+        if node.op == "get_attr":
+            result = getattr(self.gm, str(node.target))
+        else:
+            args, kwargs = map_arg((node.args, node.kwargs), lambda arg: self._compute(arg, why))
+            assert callable(node.target)
+            result = node.target(*args, **kwargs)
+        self._numbers[node] = result
+        return result
+
+    def _lookup(self, node: Node, shape: Shape, dtype: torch.dtype) -> Lifted:
+        number = len(self.data)
+        self.data[number] = node
+        letter = "m" if dtype == torch.bool else "f" if dtype.is_floating_point else "i"
+        function = sympy.Function(f"{letter}{number}", integer=True)
+        indices = [DIMS[d] if size != 1 else sympy.S.Zero for d, size in enumerate(shape)]
+        value = function(*indices)
+        element = sympy.Ne(value, 0) if dtype == torch.bool else single(value)
+        return Lifted(shape, dtype, element)
+
+
+def _int_argument(node: Node, position: int) -> int:
+    value = node.args[position] if len(node.args) > position else 0
+    assert isinstance(value, int)
+    return value
+
+
+def _try_size(value: Any) -> Any:
+    if isinstance(value, (int, torch.SymInt)):
+        try:
+            return size_expr(value)
+        except Unliftable as error:
+            return error
+    return Unliftable(f"a value of type {type(value).__name__} takes part")
+
+
+def op_name(node: Node) -> str:
+    """The operator of a node, without its namespace and overload."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target._schema.name.split("::")[1])
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def opaque_nodes(gm: GraphModule) -> frozenset[Node]:
+    """The nodes that compute with floating run-time data, whose results are known to be data too.
+
+    Nothing symbolic is known of floating inputs, however their elements are moved.
+    """
+    data: set[Node] = set()
+    opaque: set[Node] = set()
+    for node in gm.graph.nodes:
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            continue
+        moved = _moves(node) and node.args[0] in data
+        if not moved and node.op != "placeholder" and _computes_with(node, data):
+            opaque.add(node)
+        if value.is_floating_point() and (moved or node.op == "placeholder" or node in opaque):
+            data.add(node)
+    return frozenset(opaque)
+
+
+def _moves(node: Node) -> bool:
+    """Whether a node only moves the elements of its first argument."""
+    name = op_name(node)
+    if name in _CASTS:
+        source = node.args[0]
+        return isinstance(source, Node) and source.meta["val"].dtype == node.meta["val"].dtype
+    return name in VIEWS and bool(node.args)
+
+
+def _computes_with(node: Node, data: set[Node]) -> bool:
+    """Whether a node applies an elementwise operator, or a conversion, to some of ``data``."""
+    name = op_name(node)
+    if not isinstance(node.target, torch._ops.OpOverload) or name in _HANDLERS:
+        return False
+    if name not in _CASTS and not _is_elementwise(node.target, name):
+        return False
+    return any(source in data for source in node.all_input_nodes)
+
+
+def _is_elementwise(op: torch._ops.OpOverload, name: str) -> bool:
+    return name in RULES or torch.Tag.pointwise in op.tags

@@ -1,0 +1,288 @@
+"""What elementwise ATen operators mean for one element.
+
+Constants are computed by running the operator itself on 0-dim tensors, so that rounding, overflow
+and infinities are the program's own. Symbolic integers follow the rules below.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch._ops import OpOverload
+
+from sparse_compile.expr import FloorDiv, FloorMod
+from sparse_compile.passes.lift.value import (
+    Element,
+    Lifted,
+    Number,
+    Unliftable,
+    Value,
+    combinations,
+    merged,
+    truth,
+)
+
+#: Result of a rule: a value, or for comparisons a Boolean.
+Result = Any
+Rule = Callable[..., Result]
+
+#: Dtypes whose arithmetic is exact for the integers that positions and sizes are.
+_EXACT = (torch.int32, torch.int64, torch.float32, torch.float64)
+
+
+def elementwise(
+    op: OpOverload, args: Sequence[Lifted | Value], kwargs: Mapping[str, Any], dtype: torch.dtype
+) -> Element:
+    """The element of ``op(*args)``; tensor arguments are aligned to the result's dimensions."""
+    name = op._schema.name.split("::")[1]
+    if dtype == torch.bool and name in _LOGIC:
+        conditions = [_condition(arg) for arg in args]
+        return _LOGIC[name](*conditions)
+    if any(isinstance(arg, Lifted) and arg.is_float_data for arg in args):
+        raise Unliftable("it computes with floating data")
+    cases = [arg.cases if isinstance(arg, Lifted) else ((sympy.true, arg),) for arg in args]
+    dtypes = tuple(arg.dtype if isinstance(arg, Lifted) else None for arg in args)
+    results = [
+        (condition, _apply(op, name, values, dtypes, kwargs, dtype))
+        for condition, values in combinations(cases)
+    ]
+    if dtype == torch.bool:
+        return sympy.Or(*(sympy.And(c, _as_condition(v)) for c, v in results))
+    return merged(results)
+
+
+def cast(tensor: Lifted, dtype: torch.dtype) -> Element:
+    """The element of ``tensor.to(dtype)``."""
+    if dtype == tensor.dtype:
+        return tensor.element
+    if tensor.is_float_data:
+        raise Unliftable("it converts floating data")
+    if dtype == torch.bool:
+        return sympy.Or(*(sympy.And(c, truth(v)) for c, v in tensor.cases))
+    return merged((c, cast_value(v, tensor.dtype, dtype)) for c, v in tensor.cases)
+
+
+def cast_value(value: Value, source: torch.dtype, target: torch.dtype) -> Value:
+    """One value converted as ``to`` does."""
+    if not isinstance(value, sympy.Basic):
+        return torch.tensor(value, dtype=source).to(target).item()
+    _require_exact(target)
+    return value
+
+
+def _condition(arg: Lifted | Value) -> sympy.Basic:
+    if not isinstance(arg, Lifted):
+        return truth(arg)
+    return cast(arg, torch.bool)
+
+
+def _as_condition(result: Result) -> sympy.Basic:
+    if isinstance(result, (bool, int, float)):
+        return sympy.true if result else sympy.false
+    return result
+
+
+def _apply(
+    op: OpOverload,
+    name: str,
+    values: tuple[Value, ...],
+    dtypes: tuple[torch.dtype | None, ...],
+    kwargs: Mapping[str, Any],
+    dtype: torch.dtype,
+) -> Result:
+    constant = not any(isinstance(v, sympy.Basic) for v in (*values, *kwargs.values()))
+    if constant:
+        return _run(op, values, dtypes, kwargs)
+    rule = RULES.get(name)
+    if rule is None:
+        raise Unliftable(f"{op} of positions has no rule")
+    if dtype != torch.bool:
+        _require_exact(dtype)
+    if dtype == torch.float32 and name == "mul" and all(isinstance(v, sympy.Basic) for v in values):
+        raise Unliftable("float32 does not hold products of positions exactly")
+    return rule(*(_whole(value) for value in values), **kwargs)
+
+
+def _require_exact(dtype: torch.dtype) -> None:
+    if dtype not in _EXACT:
+        raise Unliftable(f"{dtype} does not hold positions exactly")
+
+
+def _run(
+    op: OpOverload,
+    values: tuple[Number, ...],
+    dtypes: tuple[torch.dtype | None, ...],
+    kwargs: Mapping[str, Any],
+) -> Number:
+    args = [
+        value if dtype is None else torch.tensor(value, dtype=dtype)
+        for value, dtype in zip(values, dtypes, strict=True)
+    ]
+    try:
+        result: Number = op(*args, **kwargs).item()
+    except RuntimeError as error:
+        raise Unliftable(f"{op} of {values} fails: {error}") from error
+    return result
+
+
+def _whole(value: Value) -> Value:
+    """A float that is a whole number as an int, so that integer rules apply."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return int(value) if isinstance(value, bool) else value
+
+
+def _integers(*values: Value) -> None:
+    for value in values:
+        if isinstance(value, float):
+            raise Unliftable(f"it mixes positions with the fraction {value}")
+
+
+def _linear(rule: Rule) -> Rule:
+    def checked(*values: Value, **kwargs: Any) -> Result:
+        _integers(*values)
+        return rule(*values, **kwargs)
+
+    return checked
+
+
+def _mul(a: Value, b: Value) -> Result:
+    if 0 in (a, b):
+        return 0
+    _integers(a, b)
+    return a * b
+
+
+def _floor_division(a: Value, b: Value) -> Result:
+    if b == 0:
+        raise Unliftable("it divides by zero")
+    return FloorDiv(sympy.sympify(a), sympy.sympify(b))
+
+
+def _rounded_division(a: Value, b: Value, rounding_mode: str | None = None) -> Result:
+    if rounding_mode == "floor" or (rounding_mode == "trunc" and _not_negative(a, b)):
+        return _floor_division(a, b)
+    if b in (1, -1):
+        return a * b
+    raise Unliftable("it divides positions with a fraction as the result")
+
+
+def _not_negative(a: Value, b: Value) -> bool:
+    return bool(sympy.sympify(a).is_nonnegative and sympy.sympify(b).is_positive)
+
+
+def _truncated_remainder(a: Value, b: Value) -> Result:
+    if not _not_negative(a, b):
+        raise Unliftable("fmod of a possibly negative position")
+    return FloorMod(sympy.sympify(a), sympy.sympify(b))
+
+
+def _clamp(a: Value, low: Value | None = None, high: Value | None = None, **named: Value) -> Result:
+    low, high = named.get("min", low), named.get("max", high)
+    _integers(*(v for v in (a, low, high) if v is not None))
+    result = a if low is None else sympy.Max(a, low)
+    return result if high is None else sympy.Min(result, high)
+
+
+def _power(a: Value, exponent: Value) -> Result:
+    if exponent not in (0, 1, 2, 3):
+        raise Unliftable("it raises positions to a power")
+    return a**exponent
+
+
+def _shift_right(a: Value, bits: Value) -> Result:
+    if not isinstance(bits, int) or not 0 <= bits < 63:
+        raise Unliftable("it shifts by a position")
+    return FloorDiv(sympy.sympify(a), sympy.Integer(2**bits))
+
+
+def _shift_left(a: Value, bits: Value) -> Result:
+    if not isinstance(bits, int) or not 0 <= bits < 63:
+        raise Unliftable("it shifts by a position")
+    return a * 2**bits
+
+
+def _low_bits(a: Value, b: Value) -> Result:
+    number, pattern = (a, b) if isinstance(b, int) else (b, a)
+    if not isinstance(pattern, int) or pattern < 0 or (pattern & (pattern + 1)):
+        raise Unliftable("a bitwise operation on positions")
+    return FloorMod(sympy.sympify(number), sympy.Integer(pattern + 1))
+
+
+_COMPARE: dict[str, type[sympy.Basic]] = {
+    "eq": sympy.Eq,
+    "ne": sympy.Ne,
+    "lt": sympy.Lt,
+    "le": sympy.Le,
+    "gt": sympy.Gt,
+    "ge": sympy.Ge,
+}
+_MIRROR = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le", "eq": "eq", "ne": "ne"}
+
+
+def _compare(name: str, a: Value, b: Value) -> sympy.Basic:
+    if isinstance(a, float):
+        return _compare(_MIRROR[name], b, a)
+    if not isinstance(b, float):
+        return _COMPARE[name](a, b)
+    # An integer against a fraction or an infinity.
+    if math.isnan(b) or name in ("eq", "ne"):
+        return sympy.true if name == "ne" else sympy.false
+    if math.isinf(b):
+        return sympy.true if (b > 0) == (name in ("lt", "le")) else sympy.false
+    if name in ("lt", "le"):
+        return sympy.Le(a, math.floor(b))
+    return sympy.Ge(a, math.ceil(b))
+
+
+def _same(a: Value, **kwargs: Any) -> Result:
+    return a
+
+
+RULES: dict[str, Rule] = {
+    "add": _linear(lambda a, b, alpha=1: a + alpha * b),
+    "sub": _linear(lambda a, b, alpha=1: a - alpha * b),
+    "rsub": _linear(lambda a, b, alpha=1: b - alpha * a),
+    "mul": _mul,
+    "neg": _linear(lambda a: -a),
+    "abs": _linear(lambda a: sympy.Abs(a)),
+    "minimum": _linear(lambda a, b: sympy.Min(a, b)),
+    "maximum": _linear(lambda a, b: sympy.Max(a, b)),
+    "clamp": _clamp,
+    "clamp_min": _linear(lambda a, low: sympy.Max(a, low)),
+    "clamp_max": _linear(lambda a, high: sympy.Min(a, high)),
+    "relu": _linear(lambda a: sympy.Max(a, 0)),
+    "floor_divide": _linear(_floor_division),
+    "div": _linear(_rounded_division),
+    "remainder": _linear(lambda a, b: FloorMod(sympy.sympify(a), sympy.sympify(b))),
+    "fmod": _linear(_truncated_remainder),
+    "pow": _linear(_power),
+    "bitwise_right_shift": _linear(_shift_right),
+    "__rshift__": _linear(_shift_right),
+    "bitwise_left_shift": _linear(_shift_left),
+    "__lshift__": _linear(_shift_left),
+    "bitwise_and": _linear(_low_bits),
+    "floor": _same,
+    "ceil": _same,
+    "trunc": _same,
+    "round": _same,
+    "isnan": lambda a: sympy.false,
+    "isinf": lambda a: sympy.false,
+    **{name: functools.partial(_compare, name) for name in _COMPARE},
+}
+
+_LOGIC: dict[str, Callable[..., sympy.Basic]] = {
+    "bitwise_and": lambda a, b: sympy.And(a, b),
+    "bitwise_or": lambda a, b: sympy.Or(a, b),
+    "bitwise_xor": lambda a, b: sympy.Or(sympy.And(a, sympy.Not(b)), sympy.And(sympy.Not(a), b)),
+    "bitwise_not": lambda a: sympy.Not(a),
+    "logical_and": lambda a, b: sympy.And(a, b),
+    "logical_or": lambda a, b: sympy.Or(a, b),
+    "logical_xor": lambda a, b: sympy.Or(sympy.And(a, sympy.Not(b)), sympy.And(sympy.Not(a), b)),
+    "logical_not": lambda a: sympy.Not(a),
+}

@@ -1,0 +1,306 @@
+"""The part of a captured graph that computes given tensors, by data flow and by mutation.
+
+``m = zeros(..); m[:4] = True; sdpa(attn_mask=m)``: the mask operand *is* the zeros node, and only
+the write makes it what it is. A write counts if it happens before the attention reads the mask.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from sparse_compile.passes.mutation import Memory, is_off, memory_of
+from sparse_compile.sites.site import Scope
+
+#: Function and method names whose results a mask is computed *from*: they are expensive, random,
+#: or take values to Python. The mask program starts after them.
+SOURCES = frozenset(
+    "linear bilinear matmul mm bmm addmm addbmm baddbmm einsum tensordot mv dot inner outer "
+    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d embedding "
+    "embedding_bag topk sort argsort kthvalue msort scaled_dot_product_attention softmax "
+    "log_softmax layer_norm group_norm rms_norm batch_norm instance_norm "
+    "multi_head_attention_forward gelu silu rand randn randint randperm rand_like randn_like "
+    "randint_like bernoulli multinomial normal dropout dropout1d dropout2d alpha_dropout "
+    "bernoulli_ random_ uniform_ normal_ exponential_ cauchy_ geometric_ log_normal_ item tolist "
+    "nonzero unique unique_consecutive masked_select _transformer_encoder_layer_fwd".split()
+)
+_VMAP = "_vmap_increment_nesting"
+_OPENING = {_VMAP: "vmap", "_enter_autocast": "autocast"}
+_CLOSING = {"_vmap_decrement_nesting": "vmap", "_exit_autocast": "autocast"}
+LAZY_LOAD = "lazy_load_decompositions"
+
+
+class CannotSlice(Exception):
+    """The mask's computation cannot be cut out; the message says why, for a user.
+
+    Attributes:
+        hint: what would change that, if anything is known to.
+    """
+
+    def __init__(self, reason: str, hint: str = "") -> None:
+        super().__init__(reason)
+        self.hint = hint
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A tensor node, and the node that reads it: writes after that do not count."""
+
+    node: Node
+    reader: Node
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A part of a captured graph.
+
+    Attributes:
+        scope: the innermost one that ``leaves`` live in; the others live in its parents.
+        leaves: inputs: placeholders, and results of operations that are not sliced through.
+        nodes: what is computed, in order; those of outer scopes first.
+        outputs: the wanted nodes.
+        aliases: for each placeholder of an inner scope, the outer node it stands for.
+    """
+
+    scope: Scope
+    leaves: tuple[Node, ...]
+    nodes: tuple[Node, ...]
+    outputs: tuple[Node, ...]
+    aliases: Mapping[Node, Node]
+
+    def graph_module(self) -> GraphModule:
+        """The slice as a module from ``leaves`` to ``outputs``."""
+        graph, copies = Graph(), {}
+        for number, leaf in enumerate(self.leaves):
+            copies[leaf] = graph.placeholder(f"leaf{number}")
+        for node in self.nodes:
+            copies[node] = graph.node_copy(node, lambda arg: copies[self._outermost(arg)])
+        graph.output(tuple(copies[self._outermost(node)] for node in self.outputs))
+        return GraphModule(torch.nn.Module(), graph)
+
+    def _outermost(self, node: Node) -> Node:
+        while node in self.aliases:
+            node = self.aliases[node]
+        return node
+
+
+class Slicer:
+    """Slices graphs; remembers which nodes of a graph share memory."""
+
+    def __init__(self) -> None:
+        self._graphs: dict[GraphModule, Order] = {}
+
+    def __call__(self, wanted: Sequence[Wanted], scope: Scope) -> Slice:
+        """The slice that computes ``wanted``, all read in ``scope``.
+
+        Raises:
+            CannotSlice: when the computation has no safe cut.
+        """
+        aliases: dict[Node, Node] = {}
+        nodes: list[Node] = []
+        outputs = tuple(want.node for want in wanted)
+        leaves: list[Node] = []
+        at: Scope | None = None
+        here: Scope | None = scope
+        while here is not None:
+            graph = self.graph(here)
+            picked = graph.pick(wanted)
+            nodes = picked.nodes + nodes
+            inputs = [n for n in picked.leaves if n.op == "placeholder" and here.parent is not None]
+            found = [n for n in picked.leaves if n not in inputs]
+            if at is not None:
+                graph.check_stays(found, wanted[0].reader)
+            at = here if found and at is None else at
+            leaves += found
+            if not inputs:
+                return Slice(at or here, tuple(leaves), tuple(nodes), outputs, aliases)
+            wanted = [Wanted(self._feed(here, node, aliases), _call(here)) for node in inputs]
+            here = here.parent
+        raise AssertionError("the captured graph has no outer scope")
+
+    def _feed(self, scope: Scope, node: Node, aliases: dict[Node, Node]) -> Node:
+        outer = scope.outer(node)
+        assert outer is not None
+        aliases[node] = outer
+        return outer
+
+    def graph(self, scope: Scope) -> Order:
+        """What is known of a scope's graph."""
+        if scope.gm not in self._graphs:
+            outer = None if scope.parent is None else self.graph(scope.parent).memory
+            self._graphs[scope.gm] = Order(scope.gm, memory_of(scope, outer))
+        return self._graphs[scope.gm]
+
+
+def _call(scope: Scope) -> Node:
+    assert scope.call is not None
+    return scope.call
+
+
+@dataclass(frozen=True)
+class _Picked:
+    nodes: list[Node]
+    leaves: list[Node]
+
+
+class Order:
+    """One graph: its order, its writes and its bracketed regions."""
+
+    def __init__(self, gm: GraphModule, memory: Memory) -> None:
+        self.nodes = list(gm.graph.nodes)
+        self.memory, self.position, self.effects = memory, memory.position, memory.effects
+        self.writes = {node: e.written for node, e in self.effects.items() if e.written}
+        self.brackets = brackets(self.nodes)
+        self.lazy_loads = [node for node in self.nodes if call_name(node) == LAZY_LOAD]
+
+    def pick(self, wanted: Sequence[Wanted]) -> _Picked:
+        """What computes ``wanted`` in this graph, with the brackets that it stands in."""
+        forced: set[Node] = set()
+        while True:
+            picked = self._pass(wanted, forced)
+            around = self._around(picked.nodes) - forced
+            if not around:
+                self._check(picked, wanted)
+                return picked
+            forced |= around
+
+    def check_stays(self, leaves: Sequence[Node], call: Node) -> None:
+        """Leaves that a mask inside a call is computed from must hold there what they did before.
+
+        Raises:
+            CannotSlice: one is written to, or the call writes to it.
+        """
+        memory = {self.memory.of(leaf): leaf for leaf in leaves}
+        for node, targets in self.writes.items():
+            for leaf in (memory.get(self.memory.of(target)) for target in targets):
+                if leaf is None or self.position[node] > self.position[call]:
+                    continue
+                if self.position[node] > self.position[leaf]:
+                    raise CannotSlice(
+                        f"the mask inside a checkpoint reads {leaf.name}, which the model writes to"
+                    )
+
+    def _pass(self, wanted: Sequence[Wanted], forced: set[Node]) -> _Picked:
+        """One walk backwards: a node counts if a later one needs its value or its writes."""
+        read_at: dict[Node, list[Node]] = {}
+        for want in wanted:
+            read_at.setdefault(want.reader, []).append(want.node)
+        needed: set[Node] = set()
+        memory: set[object] = set()
+        picked: list[Node] = []
+        leaves: list[Node] = []
+
+        def need(nodes: Iterable[Node]) -> None:
+            for node in nodes:
+                needed.add(node)
+                memory.add(self.memory.of(node))
+
+        for node in reversed(self.nodes):
+            need(read_at.get(node, ()))
+            writes = any(self.memory.of(t) in memory for t in self.writes.get(node, ()))
+            if node not in needed and node not in forced and not writes:
+                continue
+            if node.op == "placeholder" or (self._is_leaf(node) and not writes):
+                leaves.append(node)
+                continue
+            if writes and self._is_source(node):
+                raise self._cannot_replay(node)
+            picked.append(node)
+            need(node.all_input_nodes)
+        return _Picked(picked[::-1], leaves[::-1])
+
+    def _is_leaf(self, node: Node) -> bool:
+        """Whether a node is the result of a source, or a part of one that has several."""
+        if node.target is operator.getitem and isinstance(node.args[0], Node):
+            value = node.args[0].meta.get("example_value")
+            return isinstance(value, (tuple, list)) and self._is_leaf(node.args[0])
+        return self._is_source(node)
+
+    def _is_source(self, node: Node) -> bool:
+        done = self.effects[node]
+        if done.random or not done.known:
+            return True
+        target = node.target
+        if target is operator.matmul or isinstance(target, torch._ops.HigherOrderOperator):
+            return True
+        if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+            if str(target).split(".")[0] not in ("aten", "prims", "prim"):
+                return True
+        name = call_name(node)
+        return name in SOURCES and not (name.startswith("dropout") and is_off(node))
+
+    def _cannot_replay(self, node: Node) -> CannotSlice:
+        name = call_name(node)
+        if self.effects[node].random:
+            return CannotSlice(
+                f"its mask is random: `{name}` draws it in place",
+                "draw it as a new tensor, as torch.rand does, or pass the mask in as an argument",
+            )
+        if not self.effects[node].known:
+            return CannotSlice(
+                f"what `{name}` does is not known: it may write to the mask",
+                f"make the mask without it, or call `{name}` on a copy",
+            )
+        return CannotSlice(
+            f"the mask is written by `{name}`, which cannot be replayed",
+            f"assign the result of `{name}` instead of writing it into the mask",
+        )
+
+    def _around(self, nodes: Sequence[Node]) -> set[Node]:
+        """The vmap and autocast brackets that some of the nodes stand in."""
+        found: set[Node] = set()
+        for opening, closing in self.brackets:
+            if any(self._encloses(opening, closing, node) for node in nodes):
+                found |= {opening, closing}
+                first = self.position[opening]
+                found |= {node for node in self.lazy_loads if self.position[node] < first}
+        return found
+
+    def _encloses(self, opening: Node, closing: Node, node: Node) -> bool:
+        return self.position[opening] < self.position[node] < self.position[closing]
+
+    def _check(self, picked: _Picked, wanted: Sequence[Wanted]) -> None:
+        for leaf in picked.leaves:
+            if leaf.op != "placeholder" and any(
+                call_name(opening) == _VMAP and self._encloses(opening, closing, leaf)
+                for opening, closing in self.brackets
+            ):
+                raise CannotSlice(f"the mask reads the result of {call_name(leaf)} inside a vmap")
+        given = {self.memory.of(leaf): leaf for leaf in picked.leaves}
+        outputs = {self.memory.of(want.node): self.position[want.reader] for want in wanted}
+        for node in picked.nodes:
+            for target in self.writes.get(node, ()):
+                token = self.memory.of(target)
+                if token in given:
+                    name = given[token].name
+                    raise CannotSlice(f"the mask reads {name}, which the model writes to before")
+                if self.position[node] > outputs.get(token, len(self.nodes)):
+                    raise CannotSlice("a mask changes between the two places that read it")
+
+
+def brackets(nodes: Sequence[Node]) -> list[tuple[Node, Node]]:
+    """The first and the last node of each region of a vmap or an autocast."""
+    open_: list[tuple[str, Node]] = []
+    found: list[tuple[Node, Node]] = []
+    for node in nodes:
+        name = call_name(node)
+        if name in _OPENING:
+            open_.append((_OPENING[name], node))
+        elif name in _CLOSING and any(kind == _CLOSING[name] for kind, _ in open_):
+            last = max(i for i, (kind, _) in enumerate(open_) if kind == _CLOSING[name])
+            found.append((open_.pop(last)[1], node))
+    return found
+
+
+def call_name(node: Node) -> str:
+    """What a node calls: the name of a function, a method or an operator."""
+    if node.op in ("placeholder", "output", "get_attr"):
+        return ""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target._schema.name.split("::")[1])
+    return str(target) if isinstance(target, str) else str(getattr(target, "__name__", target))

@@ -1,0 +1,97 @@
+"""rewrite_indexer: operators in the place of what scores keys, so that no scores of all exist."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch.fx import Node
+
+from sparse_compile.ops.block_scores import BLOCK_SCORES
+from sparse_compile.ops.indexer import INDEXED_TOPK
+from sparse_compile.ops.kept import INDEXED_KEPT
+from sparse_compile.passes.graph_edit import Inserter
+from sparse_compile.passes.rewrite.tables import RealisedTables, realise
+from sparse_compile.sites.plan import Indexer
+from sparse_compile.sites.site import BlockScoresSite, IndexerSite, Operand
+
+
+def replace_indexer(indexer: Indexer, realised: RealisedTables) -> None:
+    """The indices that an indexer keeps, or the scores of blocks, without those of all keys."""
+    site, old = indexer.site, indexer.site.scores.output.node
+    gm = site.scores.scope.gm
+    insert = Inserter(gm, old)
+    tables, sizes = realise(indexer.lifted, site.scores.scope, realised)
+    if isinstance(site, BlockScoresSite):
+        new = _block_scores(insert, site, tables, sizes, indexer.spec.text)
+    else:
+        ranking = _ranking(insert, site, tables, sizes, indexer.spec.text)
+        new = insert.call(INDEXED_TOPK, *ranking)
+    old.replace_all_uses_with(new)
+    gm.graph.erase_node(old)
+
+
+def replace_lists(lists: tuple[Node, ...], indexer: Indexer, realised: RealisedTables) -> None:
+    """The lists of keys whose scores reach a threshold, without the scores of all keys.
+
+    Args:
+        lists: the index and the count that a call of ``KEPT_SELECTION`` makes of these scores.
+        indexer: what scores the keys.
+        realised: the tables of the graph.
+    """
+    site = indexer.site
+    assert isinstance(site, IndexerSite)
+    assert site.reached is not None
+    scope = site.scores.scope
+    (call,) = lists[0].all_input_nodes
+    _, fixed, *seen, _, mask = call.args
+    tables, sizes = realise(indexer.lifted, scope, realised)
+    insert = Inserter(scope.gm, lists[0])
+    reaches = f"{'least ' * site.reached.least}{site.reached.comparison}"
+    ranking = _ranking(insert, site, tables, sizes, indexer.spec.text)
+    made = insert.call(INDEXED_KEPT, *ranking, reaches, fixed, *seen, mask)
+    new = [insert.call(operator.getitem, made, part) for part in (0, 1)]
+    for before, after in zip(lists, new, strict=True):
+        before.replace_all_uses_with(after)
+        scope.gm.graph.erase_node(before)
+    scope.gm.graph.erase_node(call)
+
+
+def _ranking(
+    insert: Inserter,
+    site: IndexerSite,
+    tables: list[Node],
+    sizes: list[int | Node],
+    spec: str,
+) -> tuple[Any, ...]:
+    """What an operator that ranks scores takes."""
+    if site.w is None:
+        return (*_by_head(insert, site), None, tables, sizes, site.most, spec)
+    axes = ((site.q, "bnhd"), (site.k, "bdt"), (site.w, "bnh"))
+    operands = [_arranged(insert, operand, order) for operand, order in axes]
+    return (*operands, tables, sizes, site.most, spec)
+
+
+def _block_scores(
+    insert: Inserter, site: BlockScoresSite, tables: list[Node], sizes: list[int | Node], spec: str
+) -> Node:
+    blocks = insert.size(site.view, 3)
+    return insert.call(BLOCK_SCORES, *_by_head(insert, site), tables, sizes, blocks, spec)
+
+
+def _by_head(insert: Inserter, site: BlockScoresSite | IndexerSite) -> tuple[Node, Node]:
+    """q and k as [B, H, Nq, D] and [B, H or 1, D, Nkv]."""
+    shared = "h" not in site.k.axes
+    k = _arranged(insert, site.k, "bdt" if shared else "bhdt")
+    k = insert.method("unsqueeze", k, 1) if shared else k
+    return _arranged(insert, site.q, "bhnd"), k
+
+
+def _arranged(insert: Inserter, operand: Operand, axes: str) -> Node:
+    """An operand of an indexer with its axes in order, without a gradient."""
+    node = insert.method("detach", operand.node)
+    for dim in reversed([d for d, axis in enumerate(operand.axes) if axis == "1"]):
+        node = insert.method("squeeze", node, dim)
+    kept = [axis for axis in operand.axes if axis != "1"]
+    order = [kept.index(axis) for axis in axes]
+    return node if order == sorted(order) else insert.method("permute", node, *order)

@@ -1,0 +1,317 @@
+"""rewrite: put the planned operators in the place of the attention they compute."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import GraphModule, Node
+
+from sparse_compile import ops
+from sparse_compile.layout.dense_tables import DenseRead
+from sparse_compile.ops import pattern as pattern_ops
+from sparse_compile.ops.selection import SELECT
+from sparse_compile.passes.dense_tables import dense_reads
+from sparse_compile.passes.graph_edit import Inserter, device_of, example_value, first_reader
+from sparse_compile.passes.rewrite.indexer import replace_indexer, replace_lists
+from sparse_compile.passes.rewrite.tables import RealisedTables, realise
+from sparse_compile.sites.plan import Indexer, Plan, SelectedPlan
+from sparse_compile.sites.site import (
+    AttentionSite,
+    BlockScoresSite,
+    LiftedMask,
+    Operand,
+    PatternTable,
+    Scope,
+)
+from sparse_compile.spec import EmptyRows
+
+_CANONICAL = ("b", "h", "n", "d")
+
+
+class Rewriter:
+    """Rewrites the sites of one captured graph; those that share a mask share its data.
+
+    The nodes that computed the old attention are left for AOTAutograd, which removes what is dead
+    and knows which mutations are visible from outside.
+    """
+
+    def __init__(self, check_promises: bool = False) -> None:
+        self._check_promises = check_promises
+        self._tables = RealisedTables()
+        self._made: dict[tuple[Any, ...], Node] = {}
+        self._layouts: dict[tuple[Any, ...], list[Node]] = {}
+        self._changed: dict[GraphModule, None] = {}
+        self._replaced: dict[Node, Node] = {}
+        self._indexers: dict[Node, Indexer] = {}
+        self._lists: dict[tuple[Node, ...], Indexer] = {}
+
+    def apply(self, plan: Plan) -> None:
+        """Replace one site."""
+        site = self._current(plan.site)
+        plan = replace(plan, site=site)
+        self._note_change(site.scope)
+        insert = Inserter(site.scope.gm, site.output.node)
+        q, k, v = (self._operand(insert, site, operand) for operand in (site.q, site.k, site.v))
+        q, scale = _scale(insert, site, q)
+        if self._check_promises:
+            q = _checked(insert, site, q, k)
+        if plan.executor == "sdpa":
+            out = _call_sdpa(insert, plan, q, k, v, scale)
+        else:
+            tables, sizes, lists = self._mask_data(insert, plan, q, k)
+            data = tables, sizes, lists, scale, plan.spec.text
+            call = insert.call(ops.ATTENTION, q, k, v, [], *data)
+            out = insert.call(operator.getitem, call, 0)
+        if plan.indexer is not None:
+            self._note_indexer(plan.indexer, plan.lifted)
+        out = _restore_axes(insert, site, out)
+        site.output.node.replace_all_uses_with(out)
+        self._replaced[site.output.node] = out
+        site.scope.gm.graph.erase_node(site.output.node)
+
+    def _current(self, site: AttentionSite) -> AttentionSite:
+        """The site with operands that other sites computed as they are now."""
+        q, k, v = (
+            replace(operand, node=self._replaced.get(operand.node, operand.node))
+            for operand in (site.q, site.k, site.v)
+        )
+        return replace(site, q=q, k=k, v=v)
+
+    def _note_change(self, scope: Scope | None) -> None:
+        while scope is not None:
+            self._changed[scope.gm] = None
+            scope = scope.parent
+
+    def _note_indexer(self, indexer: Indexer, lifted: LiftedMask) -> None:
+        if not isinstance(indexer.site, BlockScoresSite) and indexer.site.reached is not None:
+            assert lifted.program is not None
+            self._lists.setdefault(self._tables.outputs[lifted.program][-2:], indexer)
+        else:
+            self._indexers.setdefault(indexer.site.scores.output.node, indexer)
+
+    def finish(self) -> None:
+        """Replace the indexers, now that all lists are made; recompile what was changed."""
+        for indexer in self._indexers.values():
+            replace_indexer(indexer, self._tables)
+        for lists, indexer in self._lists.items():
+            replace_lists(lists, indexer, self._tables)
+        for gm in self._changed:
+            gm.graph.lint()
+            gm.recompile()
+
+    def _operand(self, insert: Inserter, site: AttentionSite, operand: Operand) -> Node:
+        node = operand.node
+        dtype = example_value(site.output.node).dtype
+        if example_value(node).dtype != dtype:
+            # Autocast, or an upcast inside the attention: the program computes in this dtype.
+            node = insert.method("to", node, dtype)
+        order = [operand.axes.index(axis) for axis in _CANONICAL if axis in operand.axes]
+        if order != sorted(order):
+            node = insert.method("permute", node, *order)
+        for position, axis in enumerate(_CANONICAL):
+            if axis not in operand.axes:
+                node = insert.method("unsqueeze", node, position)
+        return node
+
+    def _mask_data(
+        self, insert: Inserter, plan: Plan, q: Node, k: Node
+    ) -> tuple[list[Node], list[int | Node], list[Node]]:
+        """The tables and sizes of the mask of a plan, and the lists of its parts."""
+        tables, sizes = realise(plan.lifted, plan.site.scope, self._tables)
+        named: list[Any] = []
+        if plan.listed is not None:
+            sizes, named = sizes[:-2], sizes[-2:]
+        early = _where_masks_are_read(insert, plan, tables)
+        tables += [self._pattern_table(early, made, plan.site) for made in plan.lifted.extra]
+        reads = dense_reads(plan.lifted)
+        lists: list[Node] = []
+        of_blocks = any(not part.listed for part in plan.spec.parts)
+        if reads or (of_blocks and plan.lifted.mask.uses_table):
+            made = self._layout(early, plan, reads, tables, sizes)
+            for read, words in zip(reads, made, strict=False):
+                tables[read.table] = words
+            lists = made[len(reads) :]
+        if plan.selected is not None:
+            others, *named = self._select(insert, plan, plan.selected, (q, k), (tables, sizes))
+            tables = others if plan.selected.alone else tables + others
+        if any(part.listed for part in plan.spec.parts):
+            named = self._layout(insert, plan, (), tables, sizes, named)
+        return tables, sizes, lists + named
+
+    def _select(
+        self,
+        insert: Inserter,
+        plan: Plan,
+        chosen: SelectedPlan,
+        content: tuple[Node, Node],
+        data: tuple[list[Node], list[int | Node]],
+    ) -> tuple[list[Node], Node, Node]:
+        """The tables of the mask of selected keys; index and count of what is selected."""
+        tables, sizes = data
+        others = tables
+        if not chosen.alone:
+            # Both masks read the same tables of the program; those of the annotation follow.
+            extra = chosen.lifted.extra
+            others = tables[: chosen.lifted.n_lifted_tables]
+            others += [self._pattern_table(insert, made, plan.site) for made in extra]
+        q, k = (insert.method("detach", operand) for operand in content)
+        among = chosen.lifted.mask.text
+        pair = insert.call(SELECT, q, k, [], others, sizes, among, chosen.key)
+        index, count = (insert.call(operator.getitem, pair, part) for part in (0, 1))
+        return others, index, count
+
+    def _pattern_table(self, insert: Inserter, made: PatternTable, site: AttentionSite) -> Node:
+        """A table that an annotation's pattern makes, once for all sites of one shape."""
+        device = device_of(site.q.node)
+        key = (insert.gm, made, _shape(site), device)
+        if key not in self._made or not self._made[key] < insert.anchor:
+            self._made[key] = insert.call(
+                pattern_ops.PATTERN_TABLE,
+                made.key,
+                made.index,
+                made.rank,
+                getattr(torch, made.dtype),
+                *_lengths(insert, site),
+                device,
+            )
+        return self._made[key]
+
+    def _layout(
+        self,
+        insert: Inserter,
+        plan: Plan,
+        reads: tuple[DenseRead, ...],
+        tables: list[Node],
+        sizes: list[int | Node],
+        named: Sequence[Node] = (),
+    ) -> list[Node]:
+        """The tables of bits, if the mask reads mask tensors, and the packed layouts.
+
+        Where a selection names the blocks, ``named`` are its index and count.
+        """
+        site, device = plan.site, device_of(plan.site.q.node)
+        # The layout does not depend on where the attention stands: drop it, so that layers share.
+        text = replace(plan.spec.blocks, where=(), empty_rows=EmptyRows.ZERO).text
+        key = (
+            insert.gm,
+            text,
+            _shape(site),
+            device,
+            reads,
+            tuple(tables),
+            tuple(sizes),
+            tuple(named),
+        )
+        if key not in self._layouts:
+            rest = sizes, *_lengths(insert, site), text, device, list(named)
+            call = insert.call(ops.LAYOUT, tables, DenseRead.text(reads), *rest)
+            parts = range(len(example_value(call)))
+            self._layouts[key] = [insert.call(operator.getitem, call, part) for part in parts]
+        return self._layouts[key]
+
+
+def _where_masks_are_read(insert: Inserter, plan: Plan, tables: list[Node]) -> Inserter:
+    """What inserts where the program reads its masks: it may write to a mask tensor later."""
+    site, lifted = plan.site, plan.lifted
+    if not lifted.dense:
+        return insert
+    early = Inserter(insert.gm, first_reader(site, *(mask.node for mask in site.masks)))
+    if all(operand.node < early.anchor for operand in (site.q, site.k)):
+        return early
+    for read in dense_reads(lifted):
+        tables[read.table] = early.method("clone", tables[read.table])
+    return insert
+
+
+def _dims(site: AttentionSite) -> list[tuple[Operand, str]]:
+    """Where batch, heads and both lengths are found."""
+    return [(site.q, "b"), (site.q, "h"), (site.q, "n"), (site.k, "n")]
+
+
+def _lengths(insert: Inserter, site: AttentionSite) -> list[int | Node]:
+    """Batch, heads and both lengths, as arguments."""
+    return [
+        insert.size(x.node, x.axes.index(axis)) if axis in x.axes else 1 for x, axis in _dims(site)
+    ]
+
+
+def _shape(site: AttentionSite) -> tuple[str, ...]:
+    """The same as they were captured."""
+    return tuple(
+        str(example_value(x.node).shape[x.axes.index(axis)]) if axis in x.axes else "1"
+        for x, axis in _dims(site)
+    )
+
+
+def _checked(insert: Inserter, site: AttentionSite, q: Node, k: Node) -> Node:
+    """The queries, after a check of what the user promised about the mask."""
+    note = site.annotation
+    if note is None or not note.promise:
+        return q
+    masks = [mask.node for mask in site.masks]
+    shown = f"{note.pattern!r} on {note.target}, {site.where[-1] if site.where else 'unknown'}"
+    plan = pattern_ops.promise_plan(
+        [mask.role for mask in site.masks], site.score_axes, site.causal, shown
+    )
+    return insert.call(pattern_ops.CHECK_PROMISE, q, masks, insert.size(k, 2), note.key, plan)
+
+
+def _scale(insert: Inserter, site: AttentionSite, q: Node) -> tuple[Node, float | Node]:
+    """The scale as an operator argument; a tensor is multiplied into q, keeping its gradient."""
+    if not isinstance(site.scale, Node):
+        return q, float(site.scale)
+    if isinstance(example_value(site.scale), torch.Tensor):
+        scaled = insert.call(operator.mul, q, site.scale)
+        return insert.method("to", scaled, example_value(q).dtype), 1.0
+    return q, site.scale
+
+
+def _call_sdpa(
+    insert: Inserter, plan: Plan, q: Node, k: Node, v: Node, scale: float | Node
+) -> Node:
+    grouped = example_value(q).shape[1] != example_value(k).shape[1]
+    return insert.call(
+        F.scaled_dot_product_attention,
+        q,
+        k,
+        v,
+        is_causal=plan.causal,
+        scale=scale,
+        **({"enable_gqa": True} if grouped else {}),
+    )
+
+
+def _restore_axes(insert: Inserter, site: AttentionSite, out: Node) -> Node:
+    """Back to the axes, and where a later view relies on it the memory order, of the old output."""
+    axes = site.output.axes
+    absent = [axis for axis in _CANONICAL if axis not in axes]
+    for axis in reversed(absent):
+        out = insert.method("squeeze", out, _CANONICAL.index(axis))
+    kept = [axis for axis in _CANONICAL if axis in axes]
+    order = [kept.index(axis) for axis in axes]
+    if order != sorted(order):
+        out = insert.method("permute", out, *order)
+    if _relies_on_order(site.output.node, example_value(out)):
+        out = insert.method("contiguous", out)
+    return out
+
+
+def _relies_on_order(old: Node, new: torch.Tensor) -> bool:
+    if not example_value(old).is_contiguous() or new.is_contiguous():
+        return False
+    return not all(_swaps_heads_and_tokens(user) for user in old.users)
+
+
+def _swaps_heads_and_tokens(user: Node) -> bool:
+    """Whether a user reads [B, H, N, D] as [B, N, H, D]: then our memory order is its own."""
+    if user.op != "call_method":
+        return False
+    dims = [dim % 4 if isinstance(dim, int) else dim for dim in user.args[1:]]
+    if user.target in ("transpose", "swapaxes"):
+        return sorted(map(str, dims)) == ["1", "2"]
+    return user.target == "permute" and dims == [0, 2, 1, 3]

@@ -1,0 +1,177 @@
+"""realise_tables: the tables that a lifted mask reads, as nodes of the graph that reads them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from sparse_compile.passes.graph_edit import example_value, fresh_sizes_allowed
+from sparse_compile.sites.site import LiftedMask, Scope
+
+
+class RealisedTables:
+    """What was already inserted into the graphs of one backend call."""
+
+    def __init__(self) -> None:
+        self.outputs: dict[GraphModule, tuple[Node, ...]] = {}
+        self.inputs: dict[tuple[Node, GraphModule], Node] = {}
+        self.calls: dict[tuple[Any, ...], Node] = {}
+        self.inserted: set[Node] = set()
+
+
+def realise(
+    lifted: LiftedMask, scope: Scope, cache: RealisedTables
+) -> tuple[list[Node], list[int | Node]]:
+    """Insert the program of a lifted mask and hand its results down to ``scope``.
+
+    The program stands right after the last of its leaves, once for all sites that share it; what
+    programs have in common, such as the lists of an index that several layers use, is computed
+    once. Each table is memory of its own, so later writes to a leaf do not change it; mask tensors
+    are not.
+
+    Args:
+        lifted: the mask.
+        scope: where the results are needed: the scope of the leaves or one inside it.
+        cache: shared by the sites of one backend call.
+
+    Returns:
+        nodes of ``scope.gm``: the tables (for tables of bits, the mask tensors); and the sizes,
+        then the index and count of a selection.
+    """
+    if lifted.program is None:
+        return [], []
+    assert lifted.scope is not None
+    if lifted.program not in cache.outputs:
+        leaves = tuple(
+            _hand_down(leaf, _scope_of(leaf, lifted.scope), lifted.scope, cache)
+            for leaf in lifted.leaves
+        )
+        cache.outputs[lifted.program] = _inline(lifted.program, leaves, lifted.scope.gm, cache)
+    nodes = [_hand_down(node, lifted.scope, scope, cache) for node in cache.outputs[lifted.program]]
+    count = lifted.n_lifted_tables
+    return nodes[:count], list(nodes[count:])
+
+
+def _inline(
+    program: GraphModule, leaves: tuple[Node, ...], gm: GraphModule, cache: RealisedTables
+) -> tuple[Node, ...]:
+    copies = dict(zip(_placeholders(program.graph), leaves, strict=True))
+    fake_mode = _fake_mode(gm.graph)
+    place = _place(gm.graph, leaves)
+    while place in cache.inserted:  # Programs that stand here already may be of use.
+        place = place.next
+    with gm.graph.inserting_before(place), fake_mode, fresh_sizes_allowed(fake_mode):
+        for node in program.graph.nodes:
+            if node.op == "get_attr":
+                copies[node] = _literal(gm.graph, getattr(program, str(node.target)))
+                copies[node].meta["example_value"] = _value(copies[node])
+            elif node.op == "call_function":
+                copies[node] = _called(node, copies, gm, place, cache)
+    (output,) = (node for node in program.graph.nodes if node.op == "output")
+    return tuple(copies[node] for node in output.args[0])
+
+
+def _called(
+    node: Node, copies: dict[Node, Node], gm: GraphModule, place: Node, cache: RealisedTables
+) -> Node:
+    """The call of a program in a graph: one that stands there already, or a new one.
+
+    Programs are functional, and a leaf holds what it did where it was made.
+    """
+    args, kwargs = map_arg((node.args, node.kwargs), copies.__getitem__)
+    key = (gm, node.target, _hashable(args), _hashable(kwargs))
+    made = cache.calls.get(key)
+    if made is None or not made < place:
+        made = cache.calls[key] = gm.graph.node_copy(node, copies.__getitem__)
+        made.meta.clear()
+        made.meta["example_value"] = _value(made)
+        cache.inserted.add(made)
+    return made
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_hashable, value))
+    if isinstance(value, dict):
+        return tuple((key, _hashable(item)) for key, item in value.items())
+    return type(value), value
+
+
+def _literal(graph: Graph, value: torch.Tensor) -> Node:
+    """A constant as the call that makes it: torch.compile knows no other kind in this graph."""
+    options: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
+    return graph.call_function(torch.tensor, (value.tolist(),), options)
+
+
+def _value(node: Node) -> Any:
+    args, kwargs = map_arg((node.args, node.kwargs), example_value)
+    assert callable(node.target)
+    with torch.no_grad():
+        return node.target(*args, **kwargs)
+
+
+def _place(graph: Graph, leaves: tuple[Node, ...]) -> Node:
+    """The node before which the program goes: after all leaves, and after all placeholders."""
+    missing = set(leaves)
+    node: Node
+    for node in graph.nodes:
+        if not missing and node.op != "placeholder":
+            return node
+        missing.discard(node)
+    raise AssertionError("a leaf stands after the graph's output")
+
+
+def _placeholders(graph: Graph) -> list[Node]:
+    return [node for node in graph.nodes if node.op == "placeholder"]
+
+
+def _fake_mode(graph: Graph) -> Any:
+    for node in graph.nodes:
+        mode = getattr(node.meta.get("example_value"), "fake_mode", None)
+        if mode is not None:
+            return mode
+    raise AssertionError("a graph with attention has tensors")
+
+
+def _scope_of(node: Node, scope: Scope) -> Scope:
+    """The scope that a node lives in: this one, or a parent."""
+    while scope.gm.graph is not node.graph:
+        assert scope.parent is not None
+        scope = scope.parent
+    return scope
+
+
+def _hand_down(node: Node, source: Scope, scope: Scope, cache: RealisedTables) -> Node:
+    """The node of ``scope`` that holds ``node`` of an outer scope, passed in at each call."""
+    if scope.gm is source.gm:
+        return node
+    assert scope.parent is not None
+    assert scope.call is not None
+    outer = _hand_down(node, source, scope.parent, cache)
+    key = (outer, scope.gm)
+    if key not in cache.inputs:
+        cache.inputs[key] = _given(outer, scope) or _passed_in(outer, scope)
+    return cache.inputs[key]
+
+
+def _given(outer: Node, scope: Scope) -> Node | None:
+    """The placeholder that stands for an outer node already."""
+    holders = _placeholders(scope.gm.graph)
+    return next(
+        (n for n, given in zip(holders, scope.inputs, strict=False) if given is outer), None
+    )
+
+
+def _passed_in(outer: Node, scope: Scope) -> Node:
+    """A new placeholder for an outer node."""
+    assert scope.call is not None
+    graph = scope.gm.graph
+    first = next(n for n in graph.nodes if n.op != "placeholder")
+    with graph.inserting_before(first):
+        inner = graph.placeholder(f"outer_{outer.name}")
+    inner.meta["example_value"] = example_value(outer)
+    scope.call.args = (*scope.call.args, outer)
+    return inner

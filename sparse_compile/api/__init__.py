@@ -1,0 +1,1 @@
+"""What users call: attention(), select(), native_sparse_attention(), mask()."""

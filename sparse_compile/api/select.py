@@ -1,0 +1,67 @@
+"""select: what a mask selects, once for all that use it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_compile.api.attention import views_sizes
+from sparse_compile.api.plan import plan_of
+from sparse_compile.api.selected import lists_of, units_of
+from sparse_compile.errors import PatternMisuse
+from sparse_compile.ops.operands import WIDEST_UNITS, check_operands
+from sparse_compile.patterns.base import Pattern
+from sparse_compile.patterns.nsa import NSA
+from sparse_compile.selection import Selection
+
+
+def select(mask: Pattern, q: Tensor, k: Tensor) -> Selection:
+    """What a mask selects, to be used in several calls of :func:`attention`, or by several layers.
+
+    Scores are computed once, and the lists of indices made once, for all that share the result:
+
+        chosen = sparse_compile.select(P.Causal() & P.TopK(16), q, k)
+        out = sparse_compile.attention(q, k, v, P.Causal() & chosen.pattern)
+
+    It can be called anywhere :func:`attention` can, waits for no device, and its result may be
+    passed to and from compiled code. No gradient flows through it.
+
+    Args:
+        mask: a pattern that selects, with what else the mask has: what that hides is not selected,
+            nor is what it attends to anyway.
+        q: [B, Hq, Nq, D], float32, float16 or bfloat16.
+        k: [B, Hkv, Nkv, D], same dtype; Hkv divides Hq.
+
+    Raises:
+        BadShape, UnsupportedDtype, BadPattern: as :func:`attention` does.
+        PatternMisuse: the mask selects nothing.
+
+    >>> from sparse_compile import patterns
+    >>> q = torch.randn(1, 2, 100, 16)
+    >>> chosen = select(patterns.Causal() & patterns.TopK(3, unit_kv=16), q, q)
+    >>> chosen.index.shape, chosen.unit_kv
+    (torch.Size([1, 2, 100, 3]), 16)
+    """
+    if isinstance(mask, NSA):
+        raise PatternMisuse(
+            f"sparse_compile: select() got {mask!r}, which is no mask. Call nsa_selection(q, k, "
+            "pattern), or pass Causal() & pattern.selection."
+        )
+    if not isinstance(mask, Pattern):
+        raise PatternMisuse(_nothing(f"a mask of type {type(mask).__name__}"))
+    if not torch.compiler.is_compiling():
+        check_operands(q, k, k, (WIDEST_UNITS[0], WIDEST_UNITS[0]))
+        mask.check(q.shape[2], k.shape[2], q.shape[0], q.shape[1])
+    given: list[Tensor] = []
+    selected = plan_of(mask, q.device.type, views_sizes(q, k), given)[4]
+    if selected is None:
+        raise PatternMisuse(_nothing(f"{mask!r}"))
+    index, count, _ = lists_of(q, k, mask, selected, given)
+    return Selection(index, count, *units_of(selected[0]))
+
+
+def _nothing(what: str) -> str:
+    return (
+        f"sparse_compile: select() got {what}, which selects nothing. Pass a pattern that does, as "
+        "in Causal() & TopK(16)."
+    )

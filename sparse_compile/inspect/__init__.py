@@ -1,0 +1,1 @@
+"""What was found and what became of it: reports that only read."""

@@ -1,0 +1,366 @@
+"""explain: capture a call with torch.compile, plan every graph, run it eagerly, and report.
+
+Nothing is compiled. The call runs once, as it is, so that graphs after a break are seen too and the
+densities are those of the real lengths and the real padding.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from sparse_compile.backend import plan_graph
+from sparse_compile.codegen.runtime.launch import arch_of
+from sparse_compile.errors import SparseCompileError
+from sparse_compile.inspect.diagnose import bad_attention
+from sparse_compile.inspect.explain_selection import pattern_tables, selected_in_call
+from sparse_compile.inspect.readable import readable
+from sparse_compile.inspect.report import Report, SiteReport
+from sparse_compile.layout import Layout, build_views
+from sparse_compile.options import Options
+from sparse_compile.passes import Decision
+from sparse_compile.passes.dense_tables import mask_data, selection_data, shown_predicate
+from sparse_compile.passes.graph_edit import device_of, example_value
+from sparse_compile.selection import Selection, SelectionReport
+from sparse_compile.sites.annotation import Annotation
+from sparse_compile.sites.plan import Plan
+from sparse_compile.sites.site import AttentionSite, LiftedMask, Operand, Rejection
+from sparse_compile.spec import KernelSpec
+
+Shape = dict[str, int]
+_NOTHING_SKIPPED = "in this call every block holds an allowed pair, so nothing is skipped"
+
+
+def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Report:
+    """What ``torch.compile(model, backend="sparse_compile")`` does with the attention of a call.
+
+    The model runs once, eagerly, in its own training mode and grad mode; the random number
+    generators are left where they were.
+
+    Args:
+        model: a module or a function; a compiled one is looked through.
+        *args: what it is called with.
+        **kwargs: what it is called with. See :func:`explain_with` for options of the backend.
+    """
+    return explain_with()(model, *args, **kwargs)
+
+
+def explain_with(options: Mapping[str, Any] | None = None) -> Callable[..., Report]:
+    """:func:`explain` under the backend's ``options``: ``explain_with({...})(model, *args)``.
+
+    Raises:
+        UnknownOption, BadOption: as the backend does.
+    """
+    Options.parse(options)
+    return partial(_explain, dict(options or {}))
+
+
+def _explain(
+    options: dict[str, Any], model: Callable[..., Any], /, *args: Any, **kwargs: Any
+) -> Report:
+    sites, graphs = examine(model, args, kwargs, options)
+    return Report(tuple(site.report() for site in sites), graphs)
+
+
+@dataclass(frozen=True)
+class Examined:
+    """One decision, with what the call that was explained had in its place.
+
+    Attributes:
+        decision: the plan, or why there is none.
+        shape: sizes ``b, h, h_kv, q, kv`` of the call; None if they are not known.
+        tables: the tensors of the mask in this call; None if they are not known.
+        sizes: the integers of the mask in this call.
+        chosen: what is selected in this call; None where nothing is, or if it is not known.
+    """
+
+    decision: Decision
+    shape: Shape | None = None
+    tables: tuple[Tensor, ...] | None = None
+    sizes: tuple[int, ...] = ()
+    chosen: Selection | None = None
+
+    def report(self) -> SiteReport:
+        """The site as users see it."""
+        if isinstance(self.decision, Rejection):
+            rejected = self.decision
+            where = place(rejected.node, rejected.where)
+            said = _said(rejected.annotation, rejected.node)
+            return SiteReport(where, False, rejected.reason, rejected.hint, annotation=said)
+        plan, layout = self.decision, self.layout()
+        blocks, (views, cost) = _block_density(plan, layout), _views(plan)
+        return SiteReport(
+            where=place(plan.site.output.node, plan.site.where),
+            rewritten=True,
+            reason=plan.reason,
+            hint=_NOTHING_SKIPPED if blocks == 1.0 else "",
+            mask=_mask_text(plan),
+            density=None if layout is None or plan.selected else layout.density,
+            block_density=blocks,
+            executor=plan.executor,
+            kernel=_kernel_name(plan),
+            annotation=_said(plan.site.annotation, plan.site.output.node),
+            views=views,
+            cost=cost,
+            utilisation=_utilisation(plan, layout),
+            selection=None if plan.selected is None else plan.selected.shown,
+            lists=self._lists(),
+        )
+
+    def _lists(self) -> SelectionReport | None:
+        if self.chosen is None or self.shape is None:
+            return None
+        found = self.chosen.report(self.shape["q"], self.shape["kv"])
+        lifted = None if isinstance(self.decision, Rejection) else self.decision.lifted.selection
+        # The room of lists says how many a top-k keeps, but nothing of a threshold.
+        threshold = lifted is not None and lifted.waits is not None
+        return replace(found, room=found.most) if threshold else found
+
+    def layout(self) -> Layout | None:
+        """The blocks that hold a pair of this call's mask; None if its values are not known.
+
+        Where keys are selected, those of the static part; None without one.
+        """
+        if isinstance(self.decision, Rejection) or self.shape is None or self.tables is None:
+            return None
+        if self.decision.selected is not None and self.decision.selected.alone:
+            return None
+        if self.decision.listed is not None:
+            return None  # its cost follows the lists of the call
+        blocks, used = self.decision.spec.pieces[0]
+        return build_views(
+            blocks,
+            batch=self.shape["b"],
+            heads=self.shape["h"],
+            n_q=self.shape["q"],
+            n_kv=self.shape["kv"],
+            tables=[self.tables[number] for number in used],
+            sizes=self.sizes,
+            device=device_of(self.decision.site.q.node),
+        )
+
+
+def _mask_text(plan: Plan) -> str:
+    static, chosen = readable(shown_predicate(plan.lifted)), plan.selected
+    if chosen is None:
+        return static
+    among = readable(shown_predicate(chosen.lifted))
+    selected = "selected" if among == "true" else f"selected and {_in_parentheses(among)}"
+    return selected if chosen.alone else f"{_in_parentheses(static)} or ({selected})"
+
+
+def _in_parentheses(text: str) -> str:
+    return f"({text})" if " or " in text else text
+
+
+def _kernel_name(plan: Plan) -> str | None:
+    """Name of the kernel of the static part, if a kernel is generated for one."""
+    alone = plan.selected is not None and plan.selected.alone
+    return None if alone or plan.executor != "triton" else kernel_spec(plan).name
+
+
+def _block_density(plan: Plan, layout: Layout | None) -> float | None:
+    # SDPA's dense kernels have blocks of their own.
+    if layout is None or plan.selected or plan.executor == "sdpa" or 0 in (layout.n_q, layout.n_kv):
+        return None
+    return layout.block_density
+
+
+def _views(plan: Plan) -> tuple[tuple[str, ...], str]:
+    """The views of a plan in words, and why they were chosen, where there was a choice."""
+    if plan.split is None or plan.executor == "sdpa":
+        return (), ""
+    return (() if plan.split.is_plain else plan.split.texts), plan.split.reason
+
+
+def _utilisation(plan: Plan, layout: Layout | None) -> float | None:
+    if layout is None or plan.executor != "triton":
+        return None
+    from sparse_compile.codegen.triton.blocks.executor import workers_of  # needs triton
+
+    members = layout.batch * layout.heads
+    return layout.utilisation(members, workers_of(device_of(plan.site.q.node)))
+
+
+def kernel_spec(plan: Plan, arch: str | None = None) -> KernelSpec:
+    """What determines the generated kernel of a plan.
+
+    Args:
+        plan: a plan.
+        arch: as ``"sm_90"``; default the GPU that the tensors are on.
+    """
+    site = plan.site
+    sizes = [
+        example_value(operand.node).shape[operand.axes.index("d")] for operand in (site.q, site.v)
+    ]
+    dtype = str(example_value(site.output.node).dtype).removeprefix("torch.")
+    arch = arch or arch_of(device_of(site.q.node))
+    return KernelSpec(plan.spec.pieces[0][0], int(sizes[0]), int(sizes[1]), dtype, arch)
+
+
+def place(node: Node | None, where: Sequence[str]) -> str:
+    """Where a node stands: its module, then its source line."""
+    stack = {} if node is None else node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values()]
+    module = _readable_path(paths[-1]) if paths else ""
+    return ", ".join(part for part in (module, where[-1] if where else "") if part) or "unknown"
+
+
+def _readable_path(path: str) -> str:
+    # Dynamo's path starts at a local or global variable: L['self'].layers.0
+    # and goes through the wrapper that annotates a module.
+    path = path.replace(".forward.__self__", "")
+    return re.sub(r"^[LG]\['(?:(?:self|fn)'\]\.?|(\w+)'\])", r"\1", path)
+
+
+def _said(annotation: Annotation | None, node: Node | None) -> str | None:
+    if annotation is None:
+        return None
+    stack = {} if node is None else node.meta.get("nn_module_stack") or {}
+    keys = [key for key in stack if key.split("@")[0] == str(annotation.module)]
+    return annotation.shown(_readable_path(stack[keys[-1]][0]) if keys else "")
+
+
+#: Where the graphs that run during one :func:`examine` report their values. Dynamo keeps a captured
+#: graph for later calls with the same guards, so a graph must find the call it runs in by itself.
+_RUNNING: ContextVar[list[_Run] | None] = ContextVar("_RUNNING", default=None)
+
+
+def examine(
+    model: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    options: Mapping[str, Any] | None = None,
+) -> tuple[tuple[Examined, ...], int]:
+    """Every decision on a call, with the call's values, and the number of captured graphs."""
+    compiled = torch.compile(_uncompiled(model), backend=_capture, options=dict(options or {}))
+    runs: list[_Run] = []
+    token = _RUNNING.set(runs)
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            compiled(*args, **kwargs)
+    except Exception as error:
+        ours = getattr(error, "inner_exception", None)  # what a backend raised, as torch wraps it
+        if isinstance(ours, SparseCompileError):
+            raise ours from None
+        clearer = bad_attention(_uncompiled(model), args, kwargs)
+        if clearer is None:
+            raise
+        raise clearer from error
+    finally:
+        _RUNNING.reset(token)
+    first = {run.graph: run for run in reversed(runs)}
+    ordered = [run for run in runs if first[run.graph] is run]
+    return tuple(site for run in ordered for site in run.sites), len(ordered)
+
+
+def _uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:
+    """The model behind ``torch.compile(model)`` or ``model.compile()``."""
+    model = getattr(model, "_orig_mod", model)
+    if getattr(model, "_compiled_call_impl", None) is not None:
+        model = copy.copy(model)  # shares parameters and buffers; a copy is not compiled
+    return model
+
+
+def _capture(
+    gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """A backend that decides like ours and then runs the graph as it was."""
+    return _Graph(gm, plan_graph(gm, example_inputs, Options.parse(options)))
+
+
+class _Graph:
+    """A captured graph that runs eagerly and notes what its decisions read."""
+
+    def __init__(self, gm: GraphModule, decisions: tuple[Decision, ...]) -> None:
+        self.gm, self.decisions = gm, decisions
+
+    def __call__(self, *inputs: Any) -> Any:
+        runs = _RUNNING.get()
+        if runs is None:
+            return self.gm(*inputs)
+        values = _Values(self.gm, self.decisions)
+        result = values.run(*inputs)
+        sites = tuple(values.examined(decision) for decision in self.decisions)
+        runs.append(_Run(self, sites))
+        return result
+
+
+@dataclass(frozen=True)
+class _Run:
+    graph: _Graph
+    sites: tuple[Examined, ...]
+
+
+class _Values(Interpreter):
+    """Runs a graph and keeps the shapes of attention operands and the leaves of masks."""
+
+    def __init__(self, gm: GraphModule, decisions: Sequence[Decision]) -> None:
+        super().__init__(gm)
+        plans = [decision for decision in decisions if isinstance(decision, Plan)]
+        self._leaves = {leaf for plan in plans for leaf in plan.lifted.leaves}
+        self._operands = {x.node for plan in plans for x in (plan.site.q, plan.site.k)}
+        choosing = [plan.site for plan in plans if plan.selected is not None]
+        self._content = {x.node for site in choosing for x in (site.q, site.k)}
+        self._kept: dict[Node, Any] = {}
+        self._shapes: dict[Node, tuple[int, ...]] = {}
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if n in self._leaves | self._content:
+            # The program may change it in place later on.
+            self._kept[n] = value.detach().clone() if isinstance(value, Tensor) else value
+        if n in self._operands and isinstance(value, Tensor):
+            self._shapes[n] = tuple(value.shape)
+        return value
+
+    def examined(self, decision: Decision) -> Examined:
+        """The decision with what was kept for it."""
+        if isinstance(decision, Rejection):
+            return Examined(decision)
+        shape = self._shape(decision.site)
+        lifted = decision.lifted
+        tables, sizes, chosen = self._mask_data(lifted, shape)
+        if tables is not None and shape is not None:
+            device = device_of(decision.site.q.node)
+            tables = (*tables, *pattern_tables(lifted, shape, device))
+            chosen = chosen or selected_in_call(decision, shape, tables, sizes, self._kept)
+        elif lifted.extra:
+            tables = None
+        return Examined(decision, shape, tables, sizes, chosen)
+
+    def _mask_data(
+        self, lifted: LiftedMask, shape: Shape | None
+    ) -> tuple[tuple[Tensor, ...] | None, tuple[int, ...], Selection | None]:
+        if lifted.program is None:
+            return (), (), None
+        if shape is None or not all(leaf in self._kept for leaf in lifted.leaves):
+            return (
+                None,
+                (),
+                None,
+            )  # in the body of a higher-order call, whose values are not seen here
+        with torch.no_grad():
+            data = lifted.program(*(self._kept[leaf] for leaf in lifted.leaves))
+        tables, sizes = mask_data(lifted, data, shape["q"], shape["kv"])
+        return tuple(tables), tuple(sizes), selection_data(lifted, data)
+
+    def _shape(self, site: AttentionSite) -> Shape | None:
+        q, k = self._sizes(site.q), self._sizes(site.k)
+        batch, heads = q.get("b", 1), q.get("h", 1)
+        shape = {"b": batch, "h": heads, "h_kv": k.get("h", 1), "q": q["n"], "kv": k["n"]}
+        known = all(isinstance(size, int) for size in shape.values())
+        return shape if known else None
+
+    def _sizes(self, operand: Operand) -> dict[str, Any]:
+        shape = self._shapes.get(operand.node, example_value(operand.node).shape)
+        return dict(zip(operand.axes, shape, strict=True))

@@ -1,0 +1,70 @@
+"""What an attention selects in the call that is explained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from sparse_compile.ops.selection import selecting_named
+from sparse_compile.selection import Selection
+from sparse_compile.sites.annotation import bound_mask_named
+from sparse_compile.sites.plan import Plan
+from sparse_compile.sites.site import LiftedMask, Operand
+
+Shape = Mapping[str, int]
+
+
+def pattern_tables(lifted: LiftedMask, shape: Shape, device: torch.device) -> list[Tensor]:
+    """The tables that an annotation's pattern makes for a call."""
+    lengths = shape["q"], shape["kv"], shape["b"], shape["h"]
+    made = []
+    for extra in lifted.extra:
+        bound = bound_mask_named(extra.key)
+        assert bound is not None, "the model that is explained keeps its annotations"
+        made.append(bound.makers[extra.index](device, *lengths).detach().clone())
+    return made
+
+
+def selected_in_call(
+    plan: Plan,
+    shape: Shape,
+    tables: Sequence[Tensor],
+    sizes: Sequence[int],
+    kept: Mapping[Node, Tensor],
+) -> Selection | None:
+    """What the annotation of a site selects; None where none does, or if it cannot be told.
+
+    Args:
+        plan: of the site.
+        shape: of the call.
+        tables, sizes: of the mask of ``plan.lifted`` in the call.
+        kept: q and k in the call.
+    """
+    chosen, site = plan.selected, plan.site
+    if chosen is None or site.q.node not in kept or site.k.node not in kept:
+        return None
+    if isinstance(site.scale, Node):
+        return None  # it may take part in the scores
+    q, k = (_arranged(kept[operand.node], operand) for operand in (site.q, site.k))
+    if not chosen.alone:
+        # Both masks read the same tables of the program; those of the annotation follow.
+        extra = pattern_tables(chosen.lifted, shape, q.device)
+        tables = [*tables[: chosen.lifted.n_lifted_tables], *extra]
+    with torch.no_grad():
+        leaf = selecting_named(chosen.key)
+        found: Selection = leaf.select(q, k, chosen.lifted.mask, list(tables), list(sizes))
+    return found
+
+
+def _arranged(value: Tensor, operand: Operand) -> Tensor:
+    """An operand as [B, H, N, D]."""
+    wanted = ("b", "h", "n", "d")
+    order = [operand.axes.index(axis) for axis in wanted if axis in operand.axes]
+    value = value.permute(order)
+    for place, axis in enumerate(wanted):
+        if axis not in operand.axes:
+            value = value.unsqueeze(place)
+    return value

@@ -1,0 +1,1 @@
+"""Layouts from and to the formats of other libraries."""

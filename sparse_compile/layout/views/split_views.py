@@ -1,0 +1,304 @@
+"""Split a mask into views: disjoint parts, each in orders in which it is blockwise dense.
+
+Any split is correct, since the parts are disjoint and together are the mask; which one is chosen is
+a matter of cost only. Costs are in pairs visited per query row by blocks of 64 or more.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import sympy
+
+from sparse_compile.expr import MaskExpr
+from sparse_compile.layout.superset import Problem
+from sparse_compile.layout.views.terms import periods, terms, without
+from sparse_compile.layout.views.view_candidates import Blocks, Orders, candidates, neighbours
+from sparse_compile.layout.views.view_text import view_text
+from sparse_compile.layout.views.visits import Visits, visits
+from sparse_compile.spec.view import View
+
+#: Writing, reading and merging the partial result of a row, in pairs.
+MERGE_PAIRS = 256
+#: Reading rows in another order than the plain one takes longer.
+REORDERED = 1.1
+#: Fewer views, plain orders and larger blocks unless the alternative is this much cheaper.
+WORTHWHILE = 0.95
+#: Block shapes to choose from, the default first. Larger blocks never visit fewer pairs.
+_SHAPES = {"cuda": ((64, 64), (32, 32), (16, 16)), "cpu": ((32, 32),)}
+#: What a pair costs on a GPU in blocks of so many tokens.
+_PAIR_COSTS = {16: 3.2, 32: 1.6}
+#: Orders of each term that are weighed against each other.
+_KEPT = 3
+
+
+@dataclass(frozen=True)
+class ViewCost:
+    """What a split costs, in pairs per query row.
+
+    Attributes:
+        visited: pairs in visited blocks, the estimate of :func:`visits`.
+        views: number of views.
+        weighed: the same, weighed by the block shape and the order of each view.
+        merge: for merging the results of views with different orders of queries.
+        plain: total cost of the whole mask as one view in plain order.
+        why: the decision in a sentence.
+    """
+
+    visited: float
+    views: int
+    weighed: float
+    merge: float
+    plain: float
+    why: str = ""
+
+    @property
+    def total(self) -> float:
+        """What splits are compared by."""
+        return self.weighed + self.merge
+
+
+@dataclass(frozen=True)
+class Split:
+    """The views of a mask.
+
+    Attributes:
+        views: disjoint parts that together are the mask, all with the same block shape.
+        cost: what they cost.
+        texts: what each view is, in words.
+    """
+
+    views: tuple[View, ...]
+    cost: ViewCost
+    texts: tuple[str, ...]
+
+    @property
+    def reason(self) -> str:
+        """Why these views, where the mask has a period that another order might have used."""
+        periodic = bool(periods(sympy.Or(*(view.predicate for view in self.views))))
+        return self.cost.why if periodic else ""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is the whole mask in plain order."""
+        return len(self.views) == 1 and self.views[0].q.is_natural and self.views[0].kv.is_natural
+
+
+@functools.lru_cache(maxsize=256)
+def split_views(
+    mask: MaskExpr,
+    *,
+    n_q: int,
+    n_kv: int,
+    block: tuple[int, int] | None,
+    sizes: tuple[int, ...] = (),
+    heads: int = 1,
+    batch: int = 1,
+    device_type: str = "cuda",
+) -> Split:
+    """The cheapest views of ``mask``.
+
+    They hold for any lengths, sizes and tables; only their cost is that of the given ones.
+
+    Args:
+        mask: the predicate.
+        n_q, n_kv: lengths.
+        block: queries and keys per block; None to choose.
+        sizes: the integers that the mask reads.
+        heads, batch: of the problem; heads counts query heads.
+        device_type: ``"cuda"`` or ``"cpu"``, for the block shapes to choose from.
+
+    >>> from sparse_compile.expr import KV, FloorMod, Q
+    >>> strided = (KV <= Q) & ((Q - KV < 128) | sympy.Eq(FloorMod(Q - KV, 128), 0))
+    >>> split = split_views(MaskExpr(strided), n_q=16384, n_kv=16384, block=(64, 64))
+    >>> split.texts
+    ('plain', 'q and kv by residue mod 128')
+    >>> split.views[1].predicate
+    (kv <= q) & (-kv + q >= 128) & Eq(FloorMod(-kv + q, 128), 0)
+    """
+    best: Split | None = None
+    for shape in [block] if block else _SHAPES.get(device_type, _SHAPES["cuda"]):
+        pair_cost = _PAIR_COSTS.get(min(shape), 1) if device_type == "cuda" else 1
+        search = Search(mask, Blocks(*shape, n_q, n_kv), sizes, heads, batch, pair_cost)
+        if best is None:
+            best, full = search.best()
+        elif pair_cost * full + best.cost.merge < WORTHWHILE * best.cost.total:
+            # Smaller blocks visit at least what is FULL now.
+            other, _ = search.best()
+            if other.cost.total < WORTHWHILE * best.cost.total:
+                best = other
+    assert best is not None
+    return best
+
+
+def _penalty(orders: Orders) -> float:
+    return 1 if all(order.is_natural for order in orders) else REORDERED
+
+
+@dataclass(frozen=True)
+class Search:
+    """The search with one block shape.
+
+    Attributes:
+        mask, sizes, heads, batch: as for :func:`split_views`.
+        blocks: the block shape and the lengths.
+        pair_cost: what a pair costs in such blocks.
+    """
+
+    mask: MaskExpr
+    blocks: Blocks
+    sizes: tuple[int, ...]
+    heads: int
+    batch: int
+    pair_cost: float = 1
+    _priced: dict[tuple[sympy.Basic, Orders, int], Visits] = field(default_factory=dict)
+
+    def best(self) -> tuple[Split, float]:
+        """The cheapest split, and how many pairs per row are FULL in it."""
+        whole = self.mask.predicate
+        plain = View(whole, *self.blocks.plain)
+        options: list[tuple[View, ...]] = [(plain,)]
+        if periods(whole) and self.blocks.n_q and self.blocks.n_kv:
+            options += self.splits()
+        priced = [self._cost(views) for views in options]
+        best = 0
+        for number, (cost, _) in enumerate(priced):
+            if cost.total < WORTHWHILE * priced[best][0].total:
+                best = number
+        (cost, full), views = priced[best], options[best]
+        cost = _explained(cost, priced[0][0].total)
+        return Split(views, cost, tuple(map(view_text, views))), full
+
+    def visits(self, predicate: sympy.Basic, orders: Orders, accuracy: int = 1) -> Visits:
+        """Per query row."""
+        key = predicate, orders, accuracy
+        if key not in self._priced:
+            part = MaskExpr(predicate, self.mask.tables, self.mask.n_sizes)
+            lengths = self.blocks.n_q, self.blocks.n_kv
+            problem = Problem.of(part, self.sizes, self.batch, self.heads, lengths, orders)
+            # A block of fewer queries costs as much as a whole one.
+            rows = max(-(-self.blocks.n_q // self.blocks.q) * self.blocks.q, 1)
+            self._priced[key] = visits(problem, accuracy) * (1 / rows)
+        return self._priced[key]
+
+    def weighed(self, predicate: sympy.Basic, orders: Orders) -> float:
+        """The cost per query row of a part in these orders."""
+        return self.visits(predicate, orders).pairs * _penalty(orders) * self.pair_cost
+
+    def _cost(self, views: Sequence[View]) -> tuple[ViewCost, float]:
+        found = [self.visits(view.predicate, (view.q, view.kv), accuracy=4) for view in views]
+        weighed = sum(
+            visit.pairs * _penalty((view.q, view.kv)) * self.pair_cost
+            for visit, view in zip(found, views, strict=True)
+        )
+        total = sum(found, Visits(0, 0))
+        merge = _merge({view.q for view in views})
+        return ViewCost(total.pairs, len(views), weighed, merge, 0), total.full
+
+    def splits(self) -> list[tuple[View, ...]]:
+        """The cheapest split of each number of views."""
+        parts = terms(self.mask.predicate)
+        found = [self._orders(part) for part in parts]
+        common = dict.fromkeys(
+            orders for kept in found for orders in kept[:1] if all(o.is_complete for o in orders)
+        )
+        common.setdefault(self.blocks.plain)
+        costs = [
+            {orders: self.weighed(part, orders) for orders in dict.fromkeys([*kept, *common])}
+            for part, kept in zip(parts, found, strict=True)
+        ]
+        chosen = _assignments(costs)
+        splits = [self.views(parts, assignment) for assignment in chosen]
+        return list(dict.fromkeys(splits))
+
+    def _orders(self, part: sympy.Basic) -> list[Orders]:
+        """The cheapest orders of a term, cheapest first."""
+        costs: dict[Orders, float] = {}
+        if not periods(part):
+            return [self.blocks.plain]
+        for orders in candidates(part, self.blocks):
+            costs.setdefault(orders, self.weighed(part, orders))
+        best = min(costs, key=costs.__getitem__)
+        while True:
+            near = {other: self.weighed(part, other) for other in neighbours(best, self.blocks)}
+            costs.update(near)
+            closest = min(near, key=near.__getitem__, default=best)
+            # Less is within the error of the estimate.
+            if costs[closest] >= 0.97 * costs[best]:
+                break
+            best = closest
+        return sorted(costs, key=costs.__getitem__)[:_KEPT]
+
+    def views(
+        self, parts: Sequence[sympy.Basic], assignment: tuple[Orders, ...]
+    ) -> tuple[View, ...]:
+        """The terms as disjoint views, each in its orders; terms in the same ones share a view."""
+        groups: dict[Orders, list[sympy.Basic]] = {}
+        for part, orders in zip(parts, assignment, strict=True):
+            groups.setdefault(orders, []).append(part)
+        if len(groups) == 1:
+            return (View(self.mask.predicate, *next(iter(groups))),)
+        views: list[View] = []
+        earlier: list[sympy.Basic] = []
+        # A plain part stays FULL where it is; and what reaches every token comes first.
+        for orders in sorted(groups, key=_precedence):
+            own = [without(part, earlier) for part in groups[orders]]
+            views.append(View(sympy.Or(*own), *orders))
+            earlier += groups[orders]
+        return tuple(view for view in views if view.predicate != sympy.false)
+
+
+def _precedence(orders: Orders) -> tuple[bool, bool, bool]:
+    q, kv = orders
+    return not q.is_complete, not (q.is_natural and kv.is_natural), not kv.is_complete
+
+
+def _merge(q_orders: Iterable[object]) -> float:
+    return MERGE_PAIRS * (len(set(q_orders)) - 1)
+
+
+def _assignments(costs: Sequence[dict[Orders, float]]) -> list[tuple[Orders, ...]]:
+    """For each number of views, which orders each term takes in the cheapest split.
+
+    Args:
+        costs: for each term, its cost in each order that is possible for it.
+    """
+    pool = list(dict.fromkeys(orders for cost in costs for orders in cost))
+    result = []
+    for size in range(1, min(len(costs), 3) + 1):
+        taken = [_taken(costs, chosen) for chosen in itertools.combinations(pool, size)]
+        possible = [entry for entry in taken if entry]
+        if possible:
+            result.append(min(possible, key=lambda entry: entry[0])[1])
+    if len(costs) > 3:
+        result.append(tuple(min(cost, key=cost.__getitem__) for cost in costs))
+    return result
+
+
+def _taken(
+    costs: Sequence[dict[Orders, float]], chosen: Sequence[Orders]
+) -> tuple[float, tuple[Orders, ...]] | None:
+    """The total cost with only these orders, and which one each term takes; None: impossible."""
+    takes, total = [], 0.0
+    for cost in costs:
+        possible = [orders for orders in chosen if orders in cost]
+        if not possible:
+            return None
+        takes.append(min(possible, key=cost.__getitem__))
+        total += cost[takes[-1]]
+    return total + _merge(q for q, _ in takes), tuple(takes)
+
+
+def _explained(cost: ViewCost, plain: float) -> ViewCost:
+    if cost.total == plain:
+        why = f"no other order visits enough fewer than {cost.visited:.0f} pairs per query"
+    else:
+        views = "1 view" if cost.views == 1 else f"{cost.views} views"
+        why = (
+            f"{views}: {cost.visited:.0f} pairs per query, which cost as much as "
+            f"{cost.total:.0f} in plain order, instead of {plain:.0f}"
+        )
+    return ViewCost(cost.visited, cost.views, cost.weighed, cost.merge, plain, why)

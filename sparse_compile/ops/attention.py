@@ -1,0 +1,258 @@
+"""The operators of attention, forward and backward, and of the layout of its mask.
+
+Each is a ``torch.library`` operator with a fake, so torch.compile, export and opcheck know its
+shapes; what it means travels in one argument, the text of an :class:`AttentionSpec`. Layouts that
+depend on tensor values are graph values made by :func:`layout`, and so are selections; layouts that
+depend on sizes alone are looked up in a cache, so that nothing is rebuilt and nothing is stored on
+a module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_compile import codegen
+from sparse_compile.codegen import empty_rows
+from sparse_compile.codegen.call import AttentionCall, AttentionResult
+from sparse_compile.expr import WORD
+from sparse_compile.layout import build_views
+from sparse_compile.layout.dense_tables import DenseCall, DenseRead
+from sparse_compile.layout.known import listed_views, packed_layout
+from sparse_compile.ops.fresh_size import fresh_size
+from sparse_compile.ops.operands import check_call, check_operands, widest
+from sparse_compile.ops.registered import operator
+from sparse_compile.spec import AttentionSpec
+
+#: Layouts are cached across calls and their lengths are only known at run time: neither may live in
+#: the memory of a CUDA graph. Inductor records graphs around these operators, not over them.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
+
+
+@operator("layout", tags=_TAGS)
+def layout(
+    tables: Sequence[Tensor],
+    reads: str,
+    sizes: Sequence[int],
+    batch: int,
+    heads: int,
+    n_q: int,
+    n_kv: int,
+    spec: str,
+    device: torch.device,
+    lists: Sequence[Tensor],
+) -> list[Tensor]:
+    """The data of a mask that reads tensors: tables of bits, and the blocks to visit.
+
+    Lists are built on ``device`` without synchronising where the predicate leaves few enough blocks
+    possible (32768) to have room for all of them; otherwise the host waits once for their number,
+    as it does for each mask tensor.
+
+    Args:
+        tables: the tensors ``t0, t1, ...`` of the mask; those of ``reads`` are mask tensors.
+        reads: the text of some :class:`sparse_compile.layout.dense_tables.DenseRead`.
+        sizes: the integers ``s0, s1, ...`` of the mask.
+        batch: batch size B.
+        heads: number of query heads Hq.
+        n_q: number of queries.
+        n_kv: number of keys.
+        spec: the text of an :class:`AttentionSpec`.
+        device: where the layout will be used.
+        lists: index and count of each part of blocks that a selection names.
+
+    Returns:
+        for each of ``reads`` its table of bits; then for each part of blocks one packed int32
+        vector.
+    """
+    parsed, found = AttentionSpec.parse(spec), DenseRead.parse(reads)
+    lengths = batch, heads, n_q, n_kv
+    if found:
+        call = DenseCall(parsed, found, tuple(tables), tuple(map(int, sizes)), *lengths, device)
+        words, packed = call.run()
+        return words + packed
+    if lists:
+        return listed_views(parsed, lengths, tables, sizes, lists)
+    built = build_views(
+        parsed,
+        batch=batch,
+        heads=heads,
+        n_q=n_q,
+        n_kv=n_kv,
+        tables=tables,
+        sizes=sizes,
+        device=device,
+        counted=False,
+    )
+    return packed_layout(built, spec)
+
+
+@layout.register_fake
+def _(
+    tables: Sequence[Tensor],
+    reads: str,
+    sizes: Sequence[int],
+    batch: int,
+    heads: int,
+    n_q: int,
+    n_kv: int,
+    spec: str,
+    device: torch.device,
+    lists: Sequence[Tensor],
+) -> list[Tensor]:
+    made = []
+    for read in DenseRead.parse(reads):
+        rows, columns = (n_q if "q" in read.axes else 1), (n_kv if "kv" in read.axes else 1)
+        # Where batch entries or heads turn out to share their mask, the table has size one.
+        shape = (fresh_size(), fresh_size(), rows, -(-columns // WORD))
+        made.append(torch.empty(shape, dtype=torch.int32, device=device))
+    # How many blocks a mask touches is known when the lengths are, not when the graph is traced.
+    for _ in AttentionSpec.parse(spec).parts:
+        made.append(torch.empty([fresh_size()], dtype=torch.int32, device=device))
+    return made
+
+
+@operator("attention", tags=_TAGS, by_token=True)
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    learned: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    sizes: Sequence[int],
+    lists: Sequence[Tensor],
+    scale: float,
+    spec: str,
+) -> tuple[Tensor, Tensor]:
+    """Attention to the keys that a mask allows: those in the blocks of its layout, and selected.
+
+    The kernels of selected units take their lists as they are: only those of a
+    :class:`sparse_compile.selection.Selection` are allowed, such as :func:`sparse_compile.select`,
+    :data:`sparse_compile.ops.kept.CANONICAL_SELECTION` and
+    :func:`sparse_compile.selection.canonical` make of any indices. What else is in them is found on
+    the CPU, and raises; on a GPU it may read beyond the keys, since looking would wait for the
+    device: :func:`sparse_compile.selection.check_lists` does look.
+
+    Args:
+        q: [B, Hq, Nq, D], float32, float16 or bfloat16.
+        k: [B, Hkv, Nkv, D], same dtype; Hkv divides Hq.
+        v: [B, Hkv, Nkv, Dv], same dtype.
+        learned: further tensors that it reads and that get gradients; none so far.
+        tables: the tensors ``t0, t1, ...`` of the mask.
+        sizes: the integers ``s0, s1, ...`` of the mask.
+        lists: as in :class:`AttentionCall`: the packed vectors of :func:`layout`, none for a mask
+            whose blocks follow from sizes; then index and count of each part of units.
+        scale: factor on the scores.
+        spec: the text of an :class:`AttentionSpec`.
+
+    Raises:
+        BadShape, UnsupportedDtype, BadPattern: what does not fit; on the CPU, wrong lists too.
+
+    Returns:
+        out [B, Hq, Nq, Dv] in q's dtype, stored as [B, Nq, Hq, Dv]; and the natural log-sum-exp
+        [B, Hq, Nq] in fp32, contiguous, -inf where a query may attend to nothing.
+    """
+    call = AttentionCall(
+        q, k, v, tables, sizes, lists, scale, AttentionSpec.parse(spec), tuple(learned)
+    )
+    check_call(call)
+    out, lse = codegen.forward(call)
+    return empty_rows.apply_forward(call, out, lse), lse
+
+
+@attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    learned: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    sizes: Sequence[int],
+    lists: Sequence[Tensor],
+    scale: float,
+    spec: str,
+) -> tuple[Tensor, Tensor]:
+    check_operands(q, k, v, widest(AttentionSpec.parse(spec)))
+    batch, heads, n_q, _ = q.shape
+    out = q.new_empty([batch, n_q, heads, v.shape[-1]]).transpose(1, 2)
+    return out, q.new_empty([batch, heads, n_q], dtype=torch.float32)
+
+
+@operator("attention_backward", tags=_TAGS)
+def attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    learned: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    sizes: Sequence[int],
+    lists: Sequence[Tensor],
+    scale: float,
+    spec: str,
+) -> list[Tensor]:
+    """Gradients of :func:`attention`: of q, k, v and each of ``learned``, contiguous."""
+    call = AttentionCall(
+        q, k, v, tables, sizes, lists, scale, AttentionSpec.parse(spec), tuple(learned)
+    )
+    result = AttentionResult(out, lse, grad_out, grad_lse)
+    grads = codegen.backward(call, empty_rows.without(call, result))
+    return list(empty_rows.apply_backward(call, result, grads))
+
+
+@attention_backward.register_fake
+def _(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    learned: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    sizes: Sequence[int],
+    lists: Sequence[Tensor],
+    scale: float,
+    spec: str,
+) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in (q, k, v, *learned)]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, learned, tables, ctx.sizes, lists, ctx.scale, ctx.spec = inputs
+    ctx.save_for_backward(*output, q, k, v, *learned, *tables, *lists)
+    ctx.lengths = len(learned), len(tables), len(lists)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    out, lse, q, k, v, *data = ctx.saved_tensors
+    left = iter(data)
+    learned, tables, lists = ([next(left) for _ in range(n)] for n in ctx.lengths)
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    dq, dk, dv, *others = attention_backward(
+        *(grad_out, grad_lse, out, lse, q, k, v, learned, tables),
+        *(ctx.sizes, lists, ctx.scale, ctx.spec),
+    )
+    nothing = [None] * len(tables), no_gradient(ctx.sizes), [None] * len(lists)
+    return (dq, dk, dv, others, *nothing, None, None)
+
+
+def no_gradient(sizes: Sequence[int]) -> list[None] | None:
+    """What the backward of an operator returns for a list of integers."""
+    # torch.library takes a list for one of tensors, unless something else is in it.
+    return None if sizes else []
+
+
+attention.register_autograd(_backward, setup_context=_setup_context)
+
+#: The operators as nodes of a graph call them.
+ATTENTION = torch.ops.sparse_compile.attention.default
+LAYOUT = torch.ops.sparse_compile.layout.default

@@ -1,0 +1,22 @@
+"""The fence around symbolic sizes that are only known at run time.
+
+``torch.library.get_ctx().new_dynamic_size()`` is the public way to get one, but outside of
+``fullgraph=True`` Dynamo forbids it: there, an operator in the *user's* program whose output size
+depends on data must break the graph. The operators here stand in a graph that was captured already,
+so the prohibition does not concern them. ``tests/project/test_fences.py`` says what is relied upon.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def fresh_size() -> torch.SymInt:
+    """A new symbolic size >= 0; to be called inside a fake implementation."""
+    context = torch.library.get_ctx()
+    shape_env = context._shape_env
+    if shape_env is None or shape_env.allow_dynamic_output_shape_ops:
+        return context.new_dynamic_size()
+    size: torch.SymInt = shape_env.create_unbacked_symint()
+    torch._check(size >= 0)  # type: ignore[no-untyped-call]
+    return size

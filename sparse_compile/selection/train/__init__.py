@@ -1,0 +1,1 @@
+"""Gates that learn to select; never on the compile path."""

@@ -1,0 +1,206 @@
+"""Scores that are shares of an attention: OverlapPool and Antidiagonal."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sparse_compile.codegen.triton.selection.window_scores import (
+    Windows,
+    can_score_windows,
+    window_scores,
+)
+from sparse_compile.patterns.compressed import Compressed
+from sparse_compile.patterns.scorers import Antidiagonal, OverlapPool
+from sparse_compile.selection.scores import (
+    Scoring,
+    Task,
+    parted,
+    sizes_of_units,
+    summed,
+    unit_sums,
+)
+from sparse_compile.selection.visible import Visible
+
+
+def _softmax(logits: Tensor, allowed: Tensor) -> Tensor:
+    """The softmax over what is allowed; 0 for all where nothing is."""
+    logits = logits.masked_fill(~allowed, -math.inf)
+    top = logits.amax(-1, keepdim=True) if logits.shape[-1] else logits.sum(-1, keepdim=True)
+    weight = (logits - top.masked_fill(top == -math.inf, 0)).exp()
+    return weight / weight.sum(-1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
+
+
+def _log(mass: Tensor) -> Tensor:
+    """The logarithm, at least that of the smallest normal number: only a mask excludes a block."""
+    return mass.clamp(min=torch.finfo(mass.dtype).tiny).log()
+
+
+def _products(queries: Tensor, keys: Tensor) -> Tensor:
+    """[B, Hq, R, F] times [B, Hkv, C, F], heads grouped, as [B, Hq, R, C]."""
+    grouped = parted(queries, -3, queries.shape[1] // keys.shape[1])
+    return (grouped @ keys[:, :, None].mT).flatten(1, 2)
+
+
+def _by_blocks(mass: Tensor, each: int, blocks: int) -> Tensor:
+    """[..., C] as [..., blocks]: the sums of ``each`` neighbours."""
+    missing = blocks * each - mass.shape[-1]
+    return parted(pad(mass, (0, missing)), -1, each).sum(-1)
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """Attention to keys of overlapping windows.
+
+    Attributes:
+        task: what is scored.
+        stride, span: keys of a cell, and cells of a window.
+        keys: [B, Hc, windows, D], floating.
+        made_of: the dtype of what they are means of.
+        scale: factor on the products of queries and these keys.
+    """
+
+    task: Task
+    stride: int
+    span: int
+    keys: Tensor
+    made_of: torch.dtype
+    scale: float
+
+    @property
+    def lists(self) -> int:
+        return self.task.lists
+
+    @functools.cached_property
+    def visible(self) -> Visible:
+        """The mask, in single queries and cells."""
+        return self.task.seen_in(1, self.stride)
+
+    @functools.cached_property
+    def _fused(self) -> Windows:
+        """What a kernel is asked for: lists of heads that have one key head."""
+        task = self.task
+        lists = max(self.lists, self.keys.shape[1])
+        per = task.block // self.stride
+        of_queries = task.q, self.keys, self.scale, lists, task.unit_q
+        return Windows(*of_queries, self.span, per, task.blocks, self.visible, self.made_of)
+
+    @property
+    def _finished(self) -> bool:
+        """Whether the kernel sums over all heads of a list and all queries of a unit."""
+        fused = self._fused
+        return fused.lists == self.lists and fused.summed == fused.unit
+
+    @property
+    def width(self) -> int:
+        fused, cells = self._fused, -(-self.task.k.shape[2] // self.stride)
+        if can_score_windows(fused):
+            return fused.lists * (fused.unit // fused.summed) * fused.blocks
+        return self.task.q.shape[1] * self.task.unit_q * cells
+
+    def __call__(self, first: int, end: int) -> Tensor:
+        if not can_score_windows(self._fused):
+            return self._in_torch(first, end)
+        scores = window_scores(self._fused, (first, end), self._finished)
+        if self._finished:
+            return scores
+        return _log(unit_sums(summed(scores, self.lists), self._fused.unit // self._fused.summed))
+
+    def _in_torch(self, first: int, end: int) -> Tensor:
+        task, rows = self.task, self.task.queries(first, end)
+        logits = _products(task.q[:, :, rows].float() * self.scale, self.keys.float())
+        mass = summed(_softmax(logits, self._seen(rows)), self.lists)
+        mass = unit_sums(mass, task.unit_q)
+        # A cell gets what the windows give that start at it, or up to span - 1 cells before.
+        cells = pad(mass, (0, self.span - 1))
+        for shift in range(1, self.span):
+            cells = cells + pad(mass, (shift, self.span - 1 - shift))
+        per = task.block // self.stride
+        return _log(_by_blocks(cells[..., : per * task.blocks], per, task.blocks))
+
+    def _seen(self, rows: slice) -> Tensor:
+        """Which windows a query sees entirely: bool [B or 1, Hq or 1, rows, windows]."""
+        windows = self.keys.shape[2]
+        cells = self.visible.verdict(rows.start, rows.stop)[0]
+        # Cells beyond the end hide nothing.
+        cells = pad(cells, (0, max(windows + self.span - 1 - cells.shape[-1], 0)), value=True)
+        seen = cells[..., :windows]
+        for shift in range(1, self.span):
+            seen = seen & cells[..., shift : shift + windows]
+        return seen
+
+
+def by_windows(scorer: OverlapPool, task: Task) -> Scoring:
+    """What the attention to means of windows gives to each block."""
+    n, stride, span = task.k.shape[2], scorer.stride, scorer.window // scorer.stride
+    windows = max(1, -(-(n - scorer.window) // stride) + 1)
+    device = task.k.device
+    sums = pad(unit_sums(task.k.float(), stride), (0, 0, 0, span))
+    sizes = pad(sizes_of_units(n, stride, device), (0, 0, 0, span))
+    total = sum(sums[:, :, i : i + windows] for i in range(span))
+    count = sum(sizes[i : i + windows] for i in range(span))
+    assert isinstance(total, Tensor)
+    assert isinstance(count, Tensor)
+    return _Windows(task, stride, span, total / count, task.k.dtype, task.scale)
+
+
+def by_compressed(scorer: Compressed, task: Task) -> Scoring:
+    """What the attention to given keys of windows gives to each block."""
+    keys = scorer.keys.detach().to(task.k.device)
+    scale = task.scale if scorer.scale is None else scorer.scale
+    span = scorer.window // scorer.stride
+    return _Windows(task, scorer.stride, span, keys, keys.dtype, scale)
+
+
+@dataclass(frozen=True)
+class _Antidiagonals:
+    """Attention along antidiagonals.
+
+    Attributes:
+        task: what is scored.
+        stride: the side of the squares.
+        keys: fp32 [B, Hkv, ceil(Nkv / stride), stride * D].
+        visible: the mask, in those squares.
+    """
+
+    task: Task
+    stride: int
+    keys: Tensor
+    visible: Visible
+
+    @property
+    def lists(self) -> int:
+        return self.task.lists
+
+    @property
+    def width(self) -> int:
+        return self.task.q.shape[1] * (self.task.unit_q // self.stride) * self.keys.shape[2]
+
+    def __call__(self, first: int, end: int) -> Tensor:
+        task, rows = self.task, self.task.queries(first, end)
+        # The last query of a square meets its first key.
+        queries = _squares(task.q[:, :, rows], self.stride, reverse=True)
+        logits = _products(queries * (task.scale / self.stride), self.keys)
+        at = rows.start // self.stride
+        seen = self.visible.verdict(at, at + queries.shape[2])[1]
+        mass = summed(_softmax(logits, seen), self.lists)
+        mass = _by_blocks(mass, task.block // self.stride, task.blocks)
+        return _log(unit_sums(mass, task.unit_q // self.stride))
+
+
+def _squares(tokens: Tensor, stride: int, reverse: bool) -> Tensor:
+    """[B, H, n, D] as fp32 [B, H, ceil(n / stride), stride * D], zeros beyond the end."""
+    parts = parted(pad(tokens.float(), (0, 0, 0, -tokens.shape[2] % stride)), -2, stride)
+    return (parts.flip(3) if reverse else parts).flatten(3)
+
+
+def by_antidiagonals(scorer: Antidiagonal, task: Task) -> Scoring:
+    """What the attention along antidiagonals gives to each block."""
+    stride = scorer.stride
+    keys = _squares(task.k, stride, reverse=False)
+    return _Antidiagonals(task, stride, keys, task.seen_in(stride, stride))

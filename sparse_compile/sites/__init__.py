@@ -1,0 +1,1 @@
+"""What is known of an attention in a graph: site, mask, plan."""

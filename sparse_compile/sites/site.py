@@ -1,0 +1,314 @@
+"""AttentionSite: one attention found in a captured graph; LiftedMask: what its mask means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from torch.fx import GraphModule, Node
+
+from sparse_compile.expr import MaskExpr
+from sparse_compile.sites.annotation import Annotation
+from sparse_compile.spec import EmptyRows
+from sparse_compile.spec.indexer import Step
+
+
+@dataclass(frozen=True)
+class Scope:
+    """The graph a node lives in: the captured graph, or the body of a higher-order call in it.
+
+    Attributes:
+        gm: the graph.
+        parent: the scope of the call, None for the captured graph itself.
+        call: the node in ``parent`` that calls ``gm``, such as an activation checkpoint.
+        inputs: for each placeholder of ``gm`` in order, the node of ``parent`` that feeds it.
+    """
+
+    gm: GraphModule
+    parent: Scope | None = None
+    call: Node | None = None
+    inputs: tuple[Node, ...] = ()
+
+    def outer(self, placeholder: Node) -> Node | None:
+        """The node of ``parent`` that a placeholder of this scope stands for."""
+        if self.parent is None:
+            return None
+        names = [node for node in self.gm.graph.nodes if node.op == "placeholder"]
+        return self.inputs[names.index(placeholder)]
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor node and the meaning of its axes, in order.
+
+    ``axes`` are among ``b`` (batch), ``h`` (heads: query heads for q and out, key heads for k and
+    v), ``n`` (tokens) and ``d`` (features): ``("b", "n", "h", "d")`` for a [B, N, H, D] tensor.
+    An absent ``b`` or ``h`` means size one.
+    """
+
+    node: Node
+    axes: tuple[str, ...] = ("b", "h", "n", "d")
+
+
+@dataclass(frozen=True)
+class MaskOperand:
+    """One mask applied to the scores.
+
+    Attributes:
+        node: the mask tensor; broadcasts against the scores from the right.
+        role: ``"keep"``: bool, True attends and False gets ``fill``;
+            ``"drop"``: bool, True gets ``fill``; ``"add"``: floating, added to the scores.
+        fill: the score of masked entries for ``keep`` and ``drop``; unused for ``add``. A Node when
+            the program passes a 0-dim tensor.
+    """
+
+    node: Node
+    role: str
+    fill: float | Node = float("-inf")
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention in the graph, proven closed: nothing else reads its scores or weights.
+
+    Attributes:
+        scope: where it stands.
+        output: the node that this attention computes, and the order of its axes.
+        q, k, v: the operands, with repeat_kv undone (K and V keep their own number of heads).
+        scale: what the scores are multiplied with: a number, or a SymFloat or 0-dim tensor Node.
+        kind: ``"sdpa"`` or ``"eager"``.
+        causal: SDPA's ``is_causal`` (aligned to the upper left corner).
+        masks: the mask operands, in the order in which they are applied.
+        score_axes: the axes of the score tensor that masks broadcast against, among
+            ``("b", "h", "q", "kv")``, ``("b", "q", "kv")``, ``("q", "kv")``.
+        where: source lines in the user's code, innermost last, as ``file.py:12 in forward``.
+        region: every node that the rewrite makes dead, in graph order.
+        annotation: the innermost pattern that the user attached to this code.
+        ranked: why its scores must exist, and what helps, unless the ranking that reads them can do
+            without; None where nothing else reads them.
+    """
+
+    scope: Scope
+    output: Operand
+    q: Operand
+    k: Operand
+    v: Operand
+    scale: float | Node
+    kind: str
+    causal: bool = False
+    masks: tuple[MaskOperand, ...] = ()
+    score_axes: tuple[str, ...] = ("b", "h", "q", "kv")
+    where: tuple[str, ...] = ()
+    region: tuple[Node, ...] = field(default=(), repr=False)
+    annotation: Annotation | None = None
+    ranked: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class IndexerSite:
+    """One indexer in the graph, proven closed: nothing else reads its scores.
+
+    Or an attention's own scores, of which it keeps the best; these have no weights.
+
+    Attributes:
+        scores: its scores as those of an attention: where it stands, its mask, and as the output
+            the node of its indices, or with ``reached`` of its values.
+        q, k, w: the operands; ``axes`` are among ``b``, ``n`` (queries), ``t`` (keys), ``h``, ``d``
+            and, for axes of size one that say nothing, ``1``. Without weights k may have heads.
+        most: how many keys a query keeps.
+        before, after, product, largest, is_sorted, single: as in
+            :class:`sparse_compile.spec.indexer.IndexerSpec`; with ``single``, q and k are those
+            before they were made fp32.
+        reached: what the scores reach that are kept; None if these are the best ``most``.
+    """
+
+    scores: AttentionSite
+    q: Operand
+    k: Operand
+    w: Operand | None
+    most: int | Node
+    before: tuple[Step, ...]
+    after: tuple[Step, ...]
+    product: bool
+    largest: bool
+    is_sorted: bool
+    single: bool = False
+    reached: Reached | None = None
+
+
+@dataclass(frozen=True)
+class BlockScoresSite:
+    """The highest score of each block of keys, proven closed: nothing else reads the scores.
+
+    Attributes:
+        scores: the scores as those of an attention: where they stand, their mask, and as the output
+            the node of the highest ones.
+        q, k: the operands; ``axes`` are ``b``, ``h``, ``n`` (queries) or ``t`` (keys), and ``d``;
+            those of size one that say nothing are ``1``, and k without ``h`` has one head.
+        view: the node of the scores as [B, H, Nq, blocks, size].
+        size, before, padding: as in
+            :class:`sparse_compile.spec.block_scores.BlockScoresSpec`.
+    """
+
+    scores: AttentionSite
+    q: Operand
+    k: Operand
+    view: Node
+    size: int
+    before: tuple[Step, ...]
+    padding: float
+
+
+#: What scores keys, of which an attention keeps the best.
+ScoringSite: TypeAlias = IndexerSite | BlockScoresSite
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """Why something was left as it was, and what would change that.
+
+    Attributes:
+        reason: one sentence a user understands, naming the value that stood in the way.
+        hint: what to write instead; may be empty.
+        where: as in :class:`AttentionSite`.
+        node: the node that looked like attention.
+        annotation: as in :class:`AttentionSite`.
+        unmet: whether the annotation restricts, so that leaving the program as it was is wrong.
+    """
+
+    reason: str
+    hint: str = ""
+    where: tuple[str, ...] = ()
+    node: Node | None = None
+    annotation: Annotation | None = None
+    unmet: bool = False
+
+
+@dataclass(frozen=True)
+class PatternTable:
+    """A table that a pattern makes in each call, when the operator of its node runs.
+
+    Attributes:
+        key: of the mask, see :func:`sparse_compile.sites.annotation.bound_mask_named`.
+        index: which of its tables.
+        rank: number of dimensions.
+        dtype: ``"bool"``, ``"int32"`` or ``"int64"``.
+    """
+
+    key: str
+    index: int
+    rank: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class DenseTable:
+    """A table of bits that is made of a mask tensor in each call.
+
+    Attributes:
+        axes: what each axis of the tensor is: ``"b"``, ``"h"``, ``"q"`` or ``"kv"``, or ``""`` for
+            one of size one.
+        shown: the tensor in words, as ``tensor [1, 1, 4096, 4096]``.
+    """
+
+    axes: tuple[str, ...]
+    shown: str
+
+
+@dataclass(frozen=True)
+class Reached:
+    """That keys are kept whose scores [B, Nq, Nkv] reach the last of a top-k, row by row.
+
+    Attributes:
+        values: the values of the top-k.
+        comparison: of a score with that value, as ``ge``; or of what is left out, as ``not lt``.
+        least: whether the least of the values is meant, wherever it stands.
+    """
+
+    values: Node
+    comparison: str
+    least: bool
+
+
+@dataclass(frozen=True)
+class SelectedKeys:
+    """The keys that an index selects for each query, besides what the predicate allows.
+
+    Attributes:
+        unit_q, unit_kv: consecutive queries, and keys, that are selected together.
+        most: how many units a query selects at most, in words.
+        source: the indices of the top-k that the index is, None where it is something else.
+        best: the top-k's that the index, or a threshold, is computed from.
+        waits: for a threshold on scores instead of an index, which ``most`` but for equal scores
+            reach: whether their number is asked of the device in each call.
+        reached: for a threshold, what it is if that is known.
+    """
+
+    unit_q: int
+    unit_kv: int
+    most: str
+    source: Node | None = None
+    best: tuple[Node, ...] = ()
+    waits: bool | None = None
+    reached: Reached | None = None
+
+    @property
+    def shown(self) -> str:
+        """In words, as ``selected: top-k of 8 indices, units of 1 query and 64 keys``."""
+        what = f"top-k of {self.most} indices" if self.source else f"{self.most} indices"
+        if self.waits is not None:
+            what = f"the {self.most} best scores and those that equal the last of them"
+        units = [
+            f"{unit} {noun}{'s' if unit > 1 and noun == 'key' else ''}"
+            for unit, noun in ((self.unit_q, "query"), (self.unit_kv, "key"))
+        ]
+        asked = "; how many these are is asked of the device in each call" if self.waits else ""
+        return f"selected: {what}, units of {' and '.join(units)}{asked}"
+
+
+@dataclass(frozen=True)
+class LiftedMask:
+    """The meaning of a site's masks, and how to compute the run-time data it reads.
+
+    Attributes:
+        mask: the predicate, all mask operands and ``is_causal`` ANDed.
+        empty_rows: what a fully masked row yields in the original program. ``ZERO`` also when no
+            row can be empty.
+        program: a functional ATen graph from ``leaves`` to ``(*tables, *dense, *sizes)``, and then
+            the index and count of ``selection``; None when the mask reads no run-time data beyond
+            the lengths.
+        leaves: the inputs of ``program``: nodes of ``scope.gm`` or of its parents' graphs.
+        scope: where ``program`` can run: the site's scope or one of its parents.
+        dense: the tables of ``mask`` after those, of which ``program`` returns the mask tensors
+            that they are made of.
+        extra: the last tables of ``mask``, which an annotation's pattern makes; ``program`` does
+            not return these.
+        selection: the keys that an index selects; a query attends to those that ``mask`` allows.
+        fills: the scores of masked keys, or what is added to them.
+        visited: pairs in blocks that hold an allowed one, for each query of the example that was
+            compiled with; None where the mask depends on lengths alone, or on values that only a
+            call has.
+        unselected: why what an index selects is in ``mask`` instead; empty where nothing is.
+    """
+
+    mask: MaskExpr
+    empty_rows: EmptyRows = EmptyRows.ZERO
+    program: GraphModule | None = None
+    leaves: tuple[Node, ...] = ()
+    scope: Scope | None = None
+    dense: tuple[DenseTable, ...] = ()
+    extra: tuple[PatternTable, ...] = ()
+    selection: SelectedKeys | None = None
+    unselected: str = ""
+    fills: tuple[float, ...] = ()
+    visited: float | None = None
+
+    @property
+    def n_lifted_tables(self) -> int:
+        """How many tables and mask tensors ``program`` returns."""
+        return len(self.mask.tables) - len(self.extra)
+
+    @property
+    def first_dense(self) -> int:
+        """The number of the first of the ``dense`` tables."""
+        return self.n_lifted_tables - len(self.dense)

@@ -1,0 +1,33 @@
+"""Target: all of a machine that a decision may depend on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sparse_compile.codegen.runtime.launch import arch_of
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device, as decisions see it.
+
+    Attributes:
+        kind: ``"cuda"`` or ``"cpu"``.
+        arch: ``"sm_90"`` and the like; of a CPU ``"interpreter"``.
+        workers: multiprocessors of a GPU; threads that PyTorch uses on a CPU.
+    """
+
+    kind: str
+    arch: str
+    workers: int
+
+    @staticmethod
+    def of(device: torch.device) -> Target:
+        """The target of tensors on a device, a CUDA device or the CPU."""
+        if device.type == "cuda":
+            workers = torch.cuda.get_device_properties(device).multi_processor_count
+        else:
+            workers = torch.get_num_threads()
+        return Target(device.type, arch_of(device), workers)

@@ -1,0 +1,119 @@
+"""What is relied upon of torch beyond its documented API, one test for each fence."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import sympy
+import torch
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.traceback import annotate
+
+from sparse_compile.api import annotate as annotate_module
+from sparse_compile.expr import KV, B, MaskExpr
+from sparse_compile.expr import table as lookup
+from sparse_compile.spec import AttentionSpec
+
+
+def test_compile_fx_takes_a_dynamo_graph_and_patches() -> None:
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    parameters = list(inspect.signature(compile_fx).parameters)
+    assert parameters[:2] == ["model_", "example_inputs_"]
+    assert "config_patches" in parameters
+    assert list_mode_options("max-autotune")
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_fresh_size_works_where_dynamo_forbids_dynamic_output_shapes(allowed: bool) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    import sparse_compile.ops  # noqa: F401  # registers the operators
+
+    env = ShapeEnv(allow_dynamic_output_shape_ops=allowed)
+    with FakeTensorMode(shape_env=env) as mode, env.ignore_fresh_unbacked_symbols():
+        table = mode.from_tensor(torch.ones(1, 8, dtype=torch.bool))
+        padding = MaskExpr(sympy.Ne(lookup(0)(B, KV), 0), ("bool",))
+        text = AttentionSpec(padding, block_q=16, block_kv=16).text
+        args = ([table], "[]", [], 1, 1, 8, 8, text, torch.device("cpu"), [])
+        (packed,) = torch.ops.sparse_compile.layout(*args)
+    assert isinstance(packed.shape[0], torch.SymInt)
+    assert packed.shape[0] >= 0
+
+
+def test_annotations_reach_the_captured_graph() -> None:
+    """``torch.fx.traceback.annotate`` is experimental; api/annotate.py relies on this:
+    its values are in ``meta["custom"]``, the innermost context wins, other keys are kept.
+    """
+    seen = []
+
+    def backend(gm: torch.fx.GraphModule, _: list[object]) -> object:
+        calls = [node for node in gm.graph.nodes if node.op == "call_function"]
+        seen.extend(node.meta.get("custom") for node in calls)
+        return gm
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        with annotate({"ours": "a", "other": "c"}):
+            x = torch.sin(x)
+            with annotate({"ours": "b"}):
+                x = torch.cos(x)
+            x = torch.tan(x)
+        return torch.exp(x)
+
+    torch.compile(run, backend=backend, fullgraph=True)(torch.ones(3))
+    outer = {"ours": "a", "other": "c"}
+    assert seen == [outer, {**outer, "ours": "b"}, outer, None]
+
+
+def test_frames_that_were_not_captured_are_known() -> None:
+    """The callback for new frames is set there, and only there. Without the function that tells,
+    annotations work as before, but nothing warns when a graph break separates one.
+    """
+    seen = []
+
+    def uncaptured() -> None:
+        if not torch.compiler.is_dynamo_compiling():
+            seen.append(callable(annotate_module._frame_callback()))
+        with annotate({"ours": "a"}):
+            torch._dynamo.graph_break()
+
+    uncaptured()
+    torch.compile(uncaptured, backend="eager")()
+    torch.compiler.disable(uncaptured)()
+    assert seen == [False, True, False]
+
+
+@pytest.mark.parametrize("specialize", [True, False])
+def test_launches_tell_apart_what_triton_compiles_for(specialize: bool) -> None:
+    """launch.py reuses a compiled kernel where all arguments are of equal kinds."""
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.runtime.jit import native_specialize_impl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from sparse_compile.codegen.runtime.launch import signature
+
+    integers = [0, 1, 2, 8, 15, 16, 17, 32, 4096, -16, -1, 2**31 - 1, 2**31, 2**32 + 1, -(2**31)]
+    numbers = torch.zeros(64)
+    tensors = [numbers, numbers[1:], numbers[4:], numbers.bool(), numbers.bool()[3:], numbers.int()]
+    matrices = [torch.zeros(64, 64), torch.zeros(128, 64), torch.zeros(64, 64, dtype=torch.half)]
+    descriptors = [
+        TensorDescriptor(m, list(m.shape), list(m.stride()), [rows, 64])
+        for m in matrices
+        for rows in (32, 64)
+    ]
+    values = [*integers, *tensors, None, True, False, 0.5, 1.0, *descriptors]
+    found: dict[object, object] = {}
+    for value in values:
+        theirs = native_specialize_impl(CUDABackend, value, False, specialize, specialize)
+        assert found.setdefault(signature([value])[0], theirs) == theirs, value
+
+
+def test_declared_ranges_are_attributes_of_inputs() -> None:
+    """passes/decide/cheapest.py makes no guards in graphs that are to hold for a range."""
+    x, y = torch.ones(4, 4), torch.ones(4, 4)
+    torch._dynamo.mark_dynamic(x, 0, min=2, max=64)
+    torch._dynamo.mark_dynamic(y, 0)
+    assert [(one.min, one.max) for one in x._dynamo_dynamic_range] == [(2, 64)]
+    assert [(one.min, one.max) for one in y._dynamo_dynamic_range] == [(None, None)]

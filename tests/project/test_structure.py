@@ -1,0 +1,119 @@
+"""Boundaries and budgets, as tests: who may import whom, how large files may grow."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("sparse_compile", "passes", "codegen")
+SOURCES = sorted(
+    path
+    for folder in FOLDERS
+    for path in (ROOT / folder).rglob("*.py")
+    if not any(parent.is_symlink() for parent in path.parents)
+)
+#: Folders from the innermost outwards: each imports only those before it.
+ORDER = (
+    *("errors", "expr", "spec", "patterns", "layout", "selection", "sites", "codegen", "ops"),
+    *("passes", "api", "backend", "inspect", "cli"),
+)
+RANK = {name: number for number, name in enumerate(ORDER)}
+RANK |= {"reference": RANK["expr"], "options": RANK["spec"], "inductor": RANK["passes"]}
+#: What still has to be turned round: (from, to).
+BACKWARDS = {("layout", "codegen"), ("selection", "codegen"), ("passes", "api")}
+
+
+def room_of(module: str) -> str | None:
+    parts = module.split(".")
+    return parts[1] if parts[0] == "sparse_compile" and len(parts) > 1 else None
+
+
+def room_of_file(path: Path) -> str | None:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return room_of(".".join(parts if parts[0] == "sparse_compile" else ("sparse_compile", *parts)))
+
+
+def imports_of(path: Path) -> list[tuple[str, list[str]]]:
+    found: list[tuple[str, list[str]]] = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, []) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append((node.module or "", [alias.name for alias in node.names]))
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_rooms_import_inwards_only(path: Path) -> None:
+    here = room_of_file(path)
+    if here is None or here == "__init__":
+        return
+    for module, names in imports_of(path):
+        targets = [f"{module}.{name}" for name in names] if module == "sparse_compile" else [module]
+        for target in targets:
+            room = room_of(target)
+            if room is not None and room in RANK:
+                inwards = RANK[room] <= RANK[here] or (here, room) in BACKWARDS
+                assert inwards, f"{here} must not import {room}"
+
+
+def test_passes_do_not_import_each_other() -> None:
+    order = ("find", "lift", "decide", "rewrite")
+    for path in SOURCES:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if parts[0] != "passes" or parts[1] not in order:
+            continue
+        for module, _ in imports_of(path):
+            if module.startswith("sparse_compile.passes."):
+                other = ".".join(module.split(".")[2:])
+                allowed = other.split(".")[0] not in {*order} - {parts[1]}
+                assert allowed, (path, module)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_size_budget(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400, "aim for one idea a file"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            assert length <= 60, f"{node.name} has {length} lines"
+
+
+def test_top_level_is_fixed() -> None:
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if tracked.returncode:
+        pytest.skip("not a git checkout")
+    folders = {line.split("/")[0] for line in tracked.stdout.splitlines() if "/" in line}
+    allowed = {"sparse_compile", "passes", "codegen", "tests", "benchmarks", "docs"}
+    assert folders <= allowed | {".ci", ".github"}
+
+
+def test_imports_without_triton() -> None:
+    program = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import sparse_compile, sparse_compile.reference, sparse_compile.ops, torch\n"
+        "from sparse_compile.expr import KV, Q, MaskExpr\n"
+        "from sparse_compile.spec import AttentionSpec\n"
+        "q = torch.randn(1, 2, 40, 16)\n"
+        "text = AttentionSpec(MaskExpr(KV <= Q), block_q=16, block_kv=16).text\n"
+        "print(torch.ops.sparse_compile.attention(q, q, q, [], [], [], [], 0.25, text)[0].shape)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "[1, 2, 40, 16]" in done.stdout
+
+
+@pytest.mark.parametrize("tool", ["ruff check .", "ruff format --check .", "mypy"])
+def test_lint_and_types(tool: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", *tool.split()], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
