@@ -1,4 +1,4 @@
-"""Operators that run Triton kernels, interpreted; test_operator_results.py runs this."""
+"""Operators that run Triton kernels keep what their fakes promise, too; interpreted."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from sparse_compile.codegen.triton.blocks import executor
 from sparse_compile.codegen.triton.selected import executor as selected_executor
 from sparse_compile.spec import EmptyRows
 from tests.ops.operator_calls import Problem, block_calls, check, problems, selected_calls
+
+pytestmark = pytest.mark.usefixtures("interpreted_kernels")
 
 
 def by_kernels(piece: AttentionCall) -> codegen.Executor:

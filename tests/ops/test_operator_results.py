@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
 
 from sparse_compile.spec import EmptyRows
-from tests.interpreted import passed_in_the_interpreter
 from tests.ops.operator_calls import PERIODIC, Problem, all_calls, block_calls, check, problems
 
 
@@ -50,7 +47,3 @@ def test_no_operator_is_forgotten() -> None:
     ]
     called = {operator.default.name() for operator, _ in calls}
     assert called == registered
-
-
-def test_kernels_keep_them_in_the_interpreter(tmp_path: Path) -> None:
-    assert passed_in_the_interpreter("tests/ops/interpreted_operators.py", tmp_path) >= 5

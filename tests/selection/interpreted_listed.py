@@ -1,4 +1,4 @@
-"""Blocks that a selection names, in Triton's interpreter; run by tests/test_interpreter.py."""
+"""Blocks that a selection names, in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import torch
 
 from sparse_compile.codegen.triton.blocks import executor
 from tests.selection.listed_cases import LISTED, Listed, check_listed
+
+pytestmark = pytest.mark.usefixtures("interpreted_kernels")
 
 
 @pytest.mark.parametrize("case", LISTED, ids=str)
