@@ -110,8 +110,9 @@ def test_every_policy(policy: EmptyRows) -> None:
     assert not out.any()
     assert bool(lse.isneginf().all())
     zero = torch.zeros(out.shape)
-    assert torch.equal(empty_rows.apply_forward(zero, lse, v, policy), zero)
-    grads = [torch.zeros_like(t) for t in (q, k, v)]
-    ours = empty_rows.apply_backward(zero + 1, q, k, v, lse, 1.0, policy, *grads)
+    call = AttentionCall(q, k, v, [], [], [], 1.0, AttentionSpec(MaskExpr(sympy.true), policy))
+    assert torch.equal(empty_rows.apply_forward(call, zero, lse), zero)
+    dq, dk, dv = (torch.zeros_like(t) for t in (q, k, v))
+    ours = empty_rows.apply_backward(call, AttentionResult(zero, lse, zero + 1), (dq, dk, dv))
     for grad, wanted in zip(ours, torch.autograd.grad(out.sum(), (q, k, v)), strict=True):
         assert torch.equal(grad, wanted)
