@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ from torch import Tensor
 from benchmarks import fla_peers, flex_selected
 from benchmarks.environment import write_json
 from benchmarks.selected import DIM, KV_HEADS, Q_HEADS, operands, random_causal
+from benchmarks.selected_serving import decoding, indexer, latent
+from benchmarks.selected_sizes import DRY, Sizes
 from benchmarks.side_by_side import (
     Call,
     Problem,
@@ -43,29 +45,6 @@ from sparse_compile.spec import AttentionSpec
 
 CAUSAL = MaskExpr(KV <= Q)
 HEADS = (Q_HEADS, KV_HEADS, DIM)
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Of the problems: tokens, and those of the cases that differ."""
-
-    n: int = 65536
-    flex_n: int = 65536
-    crossover: tuple[int, ...] = (4096, 8192, 12288, 16384, 32768)
-    cache: int = 131072
-    most: int = 64
-    batches: tuple[int, ...] = (1, 64)
-    indexed: int = 32768
-    indexed_rows: int = 4096
-    tokens: int = 2048
-    device: str = "cuda"
-
-    @property
-    def on_gpu(self) -> bool:
-        return self.device == "cuda"
-
-
-DRY = Sizes(256, 256, (128, 192), 512, 4, (1, 2), 96, 32, 16, "cpu")
 
 
 def problem(
@@ -299,8 +278,6 @@ def moba(sizes: Sizes) -> Iterator[Row]:
 
 
 def cases() -> dict[str, Callable[[Sizes], Iterator[Row]]]:
-    from benchmarks.selected_serving import decoding, indexer, latent
-
     return {
         "top16x64": per_query_case(64, 16),
         "top8x128": per_query_case(128, 8),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import sympy
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from benchmarks.flex_selected import sdpa
 from benchmarks.selected import DIM, KV_HEADS, operands
+from benchmarks.selected_sizes import Sizes
 from benchmarks.side_by_side import Problem, Row, attempt, errors, graphed, measure, median_ms
 from sparse_compile import patterns as P
 from sparse_compile.expr import KV, MaskExpr, Q
@@ -21,9 +22,6 @@ from sparse_compile.ops.indexer import INDEXED_TOPK
 from sparse_compile.selection.select import select
 from sparse_compile.spec import AttentionSpec
 from sparse_compile.spec.indexer import IndexerSpec
-
-if TYPE_CHECKING:
-    from benchmarks.selected_peers import Sizes
 
 #: Of the attention of DeepSeek-V3.2 in its latent shape: heads, width of keys, of values.
 LATENT = (128, 576, 512)

@@ -8,6 +8,14 @@ import pytest
 import torch
 
 from sparse_compile.options import Options
+from tests.tiers import is_slow
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if is_slow(item.path.stem, item.name):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -44,3 +52,11 @@ def _small_problems_are_rewritten(
         return parse({"decide": "sparse", **(options or {})})
 
     monkeypatch.setattr(Options, "parse", staticmethod(forced))
+
+
+@pytest.fixture(scope="module")
+def interpreted_kernels() -> Iterator[None]:
+    """The kernels of a module of tests are interpreted, so they run on the CPU."""
+    interpreter = pytest.importorskip("tests.interpreter", reason="needs triton")
+    with interpreter.interpreting():
+        yield

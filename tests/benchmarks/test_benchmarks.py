@@ -12,9 +12,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # where a plain `pytest` does not look
 
-from benchmarks import accuracy, layouts, ours, patterns, utilisation
+from benchmarks import accuracy, compiled, layouts, ours, patterns, utilisation
 from benchmarks.cases import CASES, Case
+from benchmarks.compiled_cases import CHOSEN, EVERY, NO_MASKS, WRITTEN, Size
+from benchmarks.compiled_cases import Case as Trained
 from benchmarks.instrument import clocked
+from sparse_compile import patterns as P
 from sparse_compile.codegen.runtime import cache
 from sparse_compile.codegen.triton import aot
 from sparse_compile.codegen.triton.blocks.source import kernel_source
@@ -140,3 +143,62 @@ def test_clocks_of_every_pattern() -> None:
         text = clocked(kernel_source(KernelSpec(attention, 128, 128, "bfloat16", "sm_90")))
         compile(text, case.name, "exec")
         assert text.count("CLOCK_START") == 2
+
+
+SMALL = Size(1024, 4, 16, "cpu")
+
+
+def test_every_exported_pattern_is_trained_through_compile() -> None:
+    shown = {name for case in EVERY.values() for name in case.exports}
+    assert shown | NO_MASKS == set(P.__all__)
+    assert not shown & NO_MASKS
+
+
+@pytest.mark.parametrize("case", WRITTEN, ids=lambda case: case.name)
+def test_what_is_written_out_is_the_pattern(case: Trained) -> None:
+    q = torch.randn(1, SMALL.heads, SMALL.n, SMALL.dim)
+    written = compiled.mask_of(case, SMALL, q, q)
+    named = case.pattern(SMALL).dense(SMALL.n, SMALL.n, 1, SMALL.heads)
+    assert torch.equal(written, named.expand(written.shape))
+
+
+@pytest.mark.parametrize("case", CHOSEN, ids=lambda case: case.name)
+def test_what_content_selects_is_part_of_what_is_visible(case: Trained) -> None:
+    q, k = torch.randn(2, 1, SMALL.heads, SMALL.n, SMALL.dim)
+    mask = compiled.mask_of(case, SMALL, q, k)
+    assert mask.shape == (1, SMALL.heads, SMALL.n, SMALL.n)
+    assert mask.any(-1).all()
+    assert 0 < mask.float().mean() < 0.5
+    assert not mask.triu(1).any()
+
+
+@pytest.mark.slow
+def test_patterns_are_trained_through_compile(tmp_path: Path) -> None:
+    out = tmp_path / "compiled.json"
+    words = ["--device", "cpu", "--n", "256", "--heads", "2", "--dim", "16", "--repeats", "1"]
+    compiled.main([*words, "--only", "strided", "top-k", "--out", str(out)])
+    written = json.loads(out.read_text())
+    assert {"commit", "torch", "triton", "gpu", "cpu"} <= set(written["environment"])
+    models = [(row["pattern"], row.get("model")) for row in written["rows"]]
+    assert models == [
+        *(("strided", model) for model in ("written", "named", "inductor")),
+        *(("top-k", model) for model in ("named", "inductor")),
+    ]
+    for row in written["rows"]:
+        assert all(error <= 1e-5 for error in row["errors"].values())
+        assert row["forward_ms"] > 0
+        assert row["step_ms"] > 0
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models that attend to one key too many have a row that says so."""
+
+    def wrong(case: Trained, size: Size, mask: torch.Tensor) -> dict[str, Any]:
+        attends = compiled.written_mask(case.mask_mod(size), torch.empty(1, 2, size.n, 1))
+        attends[5, 9] = True
+        return {"named": compiled.Given(attends), "inductor": compiled.Given(mask)}
+
+    monkeypatch.setattr(compiled, "models", wrong)
+    words = ["--device", "cpu", "--n", "128", "--heads", "2", "--dim", "8", "--repeats", "1"]
+    (row,) = compiled.main([*words, "--only", "causal"])
+    assert "named: out is off by" in row["error"]

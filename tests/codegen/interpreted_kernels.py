@@ -1,9 +1,11 @@
-"""The kernels in Triton's interpreter; test_triton_interpreter.py runs this in a process."""
+"""The block-sparse kernels, in Triton's interpreter."""
 
 import pytest
 import torch
 
 from tests.codegen.kernel_cases import CASES, Case, check
+
+pytestmark = pytest.mark.usefixtures("interpreted_kernels")
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -1,4 +1,4 @@
-"""The kernels for selected keys in Triton's interpreter; test_selected_interpreter.py runs this."""
+"""The kernels for selected keys, in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from sparse_compile.codegen.call import AttentionCall
 from sparse_compile.codegen.triton.selected import executor
 from sparse_compile.errors import BadShape
 from tests.selection.cases import Case, check_executor
+
+pytestmark = pytest.mark.usefixtures("interpreted_kernels")
 
 SMALL = dict(batch=1, n_q=40, n_kv=40)
 CASES = [

@@ -1,4 +1,4 @@
-"""The forward over unions of lists in Triton's interpreter; test_union_interpreter.py runs this."""
+"""The forward over unions of lists, in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from sparse_compile.selection import canonical
 from tests.codegen.interpreted_selected import CASES, SMALL
 from tests.selection.cases import PER_HEAD, Case
 from tests.selection.united import COSTS, DECIDED, writers
+
+pytestmark = pytest.mark.usefixtures("interpreted_kernels")
 
 SERVED = [
     *(case for case in CASES if case.unit_kv >= 16 and case.dim <= 256 and case.scale is None),

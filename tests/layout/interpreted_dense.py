@@ -1,4 +1,4 @@
-"""The dense-mask kernel in Triton's interpreter; test_from_dense.py runs this in a process."""
+"""The kernels that read and list a dense mask, in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 from sparse_compile.codegen.triton.layout import compact_kernel, dense_kernel
 from sparse_compile.layout import from_dense
 from tests.layout.dense_cases import CASES, DenseCase, check_pass
+
+pytestmark = pytest.mark.usefixtures("interpreted_kernels")
 
 
 @pytest.fixture(autouse=True)

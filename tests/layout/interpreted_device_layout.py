@@ -1,4 +1,4 @@
-"""The kernels that list blocks in Triton's interpreter; test_device_layout.py runs this."""
+"""The kernels that list blocks, in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from sparse_compile.layout import trusted
 from sparse_compile.layout.superset import Problem
 from sparse_compile.spec.view import natural
 from tests.layout.device_cases import CASES, DeviceCase, check
+
+pytestmark = pytest.mark.usefixtures("interpreted_kernels")
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

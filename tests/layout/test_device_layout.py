@@ -25,21 +25,16 @@ from sparse_compile.codegen.triton.layout.source import digit_bounds, module_nam
 from sparse_compile.layout import extents
 from sparse_compile.layout.intervals import Span, point, span
 from sparse_compile.spec.view import Order
-from tests.interpreted import ROOT, passed_in_the_interpreter
 from tests.layout.device_cases import CASES, DTYPES, DeviceCase, residues
 from tests.layout.test_intervals import relations
 
+ROOT = Path(__file__).parent.parent.parent
 NAMED = {case.name: case for case in CASES}
 COMPILED = ("all at once", "pairs", "padding", "columns", "boxes", "size beyond int32")
 
 
 def key_of(case: DeviceCase) -> Key:
     return Key.of(case.mask, [case.size], case.q, case.kv)
-
-
-def test_kernels_agree_with_the_cpu_in_the_interpreter(tmp_path: Path) -> None:
-    cases = "tests/layout/interpreted_device_layout.py"
-    assert passed_in_the_interpreter(cases, tmp_path) == 2 * len(CASES) + 4
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +16,6 @@ from sparse_compile.errors import BadPattern
 from sparse_compile.expr import evaluate
 from sparse_compile.layout import from_dense, tensor_state
 from sparse_compile.layout.from_dense import DenseBlocks, DenseMask, dense_layout, remembered
-from tests.interpreted import passed_in_the_interpreter
 from tests.layout.dense_cases import CASES, DenseCase, check_pass, expected_kinds
 from tests.layout.test_build import check_lists, check_transpose
 
@@ -175,11 +173,6 @@ def test_inference_tensors_are_read_every_time() -> None:
         mask[:16] = False
         assert kept(mask, 16, 16).layout.nnz_blocks == 12
     assert first.layout.nnz_blocks == 16
-
-
-def test_the_kernel_in_the_interpreter(tmp_path: Path) -> None:
-    passed = passed_in_the_interpreter("tests/layout/interpreted_dense.py", tmp_path)
-    assert passed == len(CASES) + 1
 
 
 POINTERS = {"bools in fours": "*i32", "bools": "*u8", "bfloat16": "*bf16", "float32": "*fp32"}

@@ -75,8 +75,10 @@ def trained(call: Callable[..., Tensor], model: nn.Module, *args: Any, **kwargs:
     model.zero_grad(set_to_none=True)
     output = call(*args, **kwargs)
     output = getattr(output, "logits", output)
-    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(7))
-    (output * weights).sum().backward()
+    # Drawn on the CPU, also where another device is the default.
+    generator = torch.Generator("cpu").manual_seed(7)
+    weights = torch.randn(output.shape, generator=generator, device="cpu")
+    (output * weights.to(output.device)).sum().backward()
     return [output.detach(), *(p.grad for p in model.parameters())]
 
 

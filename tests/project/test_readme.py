@@ -8,11 +8,13 @@ import shlex
 import subprocess
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sparse_compile.cli import main
 from sparse_compile.options import Options
+from tests.snippets import SNIPPETS, blocks
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -86,8 +88,19 @@ def test_links_lead_somewhere() -> None:
         assert target.startswith("https://") or (ROOT / target).exists(), target
 
 
-def test_python_in_the_readme_runs() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert blocks
-    for block in blocks:
-        compile(block, "README.md", "exec")
+@pytest.mark.slow
+@pytest.mark.parametrize("document", SNIPPETS)
+def test_python_in_documents_runs(document: str) -> None:
+    """Block after block in one scope, on the CPU, each then checked for what it promises."""
+    written, expected = blocks(document), SNIPPETS[document]
+    assert len(written) == len(expected), "tests/snippets.py has an entry for each block"
+    scope: dict[str, Any] = {}
+    for number, (block, (start, check)) in enumerate(zip(written, expected, strict=True)):
+        scope |= start()
+        exec(compile(block, f"{document}, block {number}", "exec"), scope)
+        check(scope)
+
+
+def test_every_document_is_run() -> None:
+    documents = {str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md")}
+    assert {"README.md", *documents} == set(SNIPPETS)

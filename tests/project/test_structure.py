@@ -5,9 +5,14 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
+
+from tests.code_lines import code_lines
+from tests.imports import circles, imports
+from tests.tiers import ONE_IN
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("sparse_compile", "passes", "codegen")
@@ -85,6 +90,79 @@ def test_size_budget(path: Path) -> None:
             assert length <= 60, f"{node.name} has {length} lines"
 
 
+MOST_PARAMETERS = 8
+#: How many functions of a name take more parameters today. Mend and remove; never add.
+TAKE_MORE = {
+    "_in_order": 1,
+    "apply_backward": 1,
+    "backward": 4,
+    "from_coo": 1,
+}
+
+
+def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """How many a function takes, without ``self``, and keyword-only ones if it is public."""
+    taken = function.args
+    named = [a.arg for a in (*taken.posonlyargs, *taken.args) if a.arg not in ("self", "cls")]
+    own = 0 if is_public(function) else len(taken.kwonlyargs)
+    return len(named) + own + sum(part is not None for part in (taken.vararg, taken.kwarg))
+
+
+def is_public(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    name = function.name
+    return not name.startswith("_") or (name.startswith("__") and name.endswith("__"))
+
+
+def has_a_schema(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether it is an operator, the fake of one, or a kernel: their parameters are all flat."""
+    decorators = [ast.unparse(decorator).partition("(")[0] for decorator in function.decorator_list]
+    schemas = ("custom_op", "triton_op", "register_fake", "triton.jit", "gluon.jit")
+    return any(decorator.endswith(schemas) for decorator in decorators)
+
+
+def test_no_function_takes_more_than_eight_parameters() -> None:
+    found = Counter(
+        node.name
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        and parameters(node) > MOST_PARAMETERS
+        and not has_a_schema(node)
+    )
+    more = found - Counter(TAKE_MORE)
+    assert not more, f"take more than {MOST_PARAMETERS} parameters: {dict(more)}"
+    fewer = Counter(TAKE_MORE) - found
+    assert not fewer, f"take no more than {MOST_PARAMETERS}, remove them: {dict(fewer)}"
+
+
+#: Imports that close a circle today. Mend and remove; never add.
+CLOSE_A_CIRCLE = {
+    ("sparse_compile", "sparse_compile.cli"),
+    ("sparse_compile.patterns.base", "sparse_compile.layout.of_pattern"),
+    ("sparse_compile.patterns.base", "sparse_compile.patterns.logic"),
+    ("sparse_compile.patterns.scored", "sparse_compile.selection.select"),
+    ("sparse_compile.patterns.selected", "sparse_compile.selection"),
+}
+
+
+def test_no_circle_of_imports() -> None:
+    """Between files; imports inside functions and by strings count, for type checkers not."""
+    graph = imports()
+    allowed = {
+        name: frozenset(target for target in targets if (name, target) not in CLOSE_A_CIRCLE)
+        for name, targets in graph.items()
+    }
+    assert circles(allowed) == []
+    for name, target in CLOSE_A_CIRCLE:
+        assert target in graph[name], f"{name} no longer imports {target}: remove it from the list"
+        assert circles({**allowed, name: allowed[name] | {target}}), f"{name} closes no circle"
+
+
+def test_circles_are_found() -> None:
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": {"e"}, "e": set(), "f": {"a"}}
+    assert circles({name: frozenset(targets) for name, targets in graph.items()}) == [["b", "c"]]
+
+
 def test_top_level_is_fixed() -> None:
     tracked = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
@@ -111,9 +189,25 @@ def test_imports_without_triton() -> None:
     assert "[1, 2, 40, 16]" in done.stdout
 
 
-@pytest.mark.parametrize("tool", ["ruff check .", "ruff format --check .", "mypy"])
+TYPES = pytest.param("mypy", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("tool", ["ruff check .", "ruff format --check .", TYPES])
 def test_lint_and_types(tool: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", *tool.split()], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_lines_of_code_are_counted() -> None:
+    lines = [
+        *('"""Title."""', "", "#: A kernel.", 'K = """', "x = 1", '"""', ""),
+        *("def f():", '    "Doc."', "    return (", "        1  # why", "    )"),
+    ]
+    assert code_lines("\n".join(lines)) == 4
+
+
+def test_tiers_name_files_that_exist() -> None:
+    files = {path.stem for path in (ROOT / "tests").rglob("*.py")}
+    assert set(ONE_IN) <= files

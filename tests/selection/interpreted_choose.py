@@ -1,4 +1,4 @@
-"""The kernel that chooses, in Triton's interpreter; test_choose_interpreter.py runs this."""
+"""The kernel that chooses, in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from sparse_compile.selection import Selection
 from sparse_compile.selection import scores as scores_home
 from sparse_compile.selection import select as home
 from sparse_compile.spec.indexer import IndexerSpec
+
+pytestmark = pytest.mark.usefixtures("interpreted_kernels")
 
 INF = float("inf")
 DOCUMENTS = torch.tensor([[0] * 40 + [1] * 31, [0] * 20 + [1] * 51])

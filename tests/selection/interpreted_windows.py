@@ -1,4 +1,4 @@
-"""The kernel that scores windows, in Triton's interpreter, run by test_windows_interpreter.py."""
+"""The kernel that scores windows, in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from sparse_compile.selection.train import masses as home
 from sparse_compile.selection.train.masses import _Windows
 from sparse_compile.selection.visible import Visible
 from tests.selection import naive
+
+pytestmark = pytest.mark.usefixtures("interpreted_kernels")
 
 LOWER = P.Causal(align="lower_right")
 MASKS: list[Any] = [

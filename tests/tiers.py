@@ -1,0 +1,66 @@
+"""The fast tier, ``pytest -m "not slow"``: what everybody runs before a commit, in under 90 s.
+
+It holds every test of most files, and a sample of the files whose tests compile or interpret: what
+those test is many times the same meaning on other shapes. A test is in the sample or not by its own
+name, so a tier does not change with what else is collected.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+#: Of the tests of these files about one in so many is in the fast tier; of those with 0, none.
+ONE_IN = {
+    # Kernels in Triton's interpreter: 1 to 6 s each.
+    "interpreted_choose": 24,
+    "interpreted_dense": 6,
+    "interpreted_device_layout": 24,
+    "interpreted_kernels": 8,
+    "interpreted_selected": 6,
+    "interpreted_union": 8,
+    "interpreted_windows": 10,
+    # Kernels compiled ahead of time: 1 to 10 s each.
+    "test_choose_aot": 12,
+    "test_device_layout": 4,
+    "test_from_dense": 4,
+    "test_selected_source": 8,
+    "test_triton_source": 4,
+    "test_windows_aot": 6,
+    # Models through torch.compile: 0.5 to 2 s each, those of transformers more.
+    "test_annotations": 4,
+    "test_backend": 6,
+    "test_compiled": 16,
+    "test_composition": 3,
+    "test_dense_masks": 8,
+    "test_find_block_scores": 6,
+    "test_find_indexer": 8,
+    "test_find_models": 0,
+    "test_lift_models": 0,
+    "test_memory_of_models": 0,
+    "test_models": 0,
+    "test_recognise_checkpointed": 3,
+    "test_recognise_own_scores": 12,
+    "test_recognise_selected": 8,
+    "test_recognise_selected_models": 0,
+    "test_recognise_selected_spellings": 10,
+    "test_recognise_shared_index": 6,
+    "test_recognise_threshold": 16,
+    "test_selecting_annotations": 12,
+    "test_sharing": 4,
+    # Whole programs: benchmarks, commands, processes of their own.
+    "test_cli": 6,
+    "test_demo": 0,
+    "test_selected_peers": 0,
+    "test_train_gate": 6,
+}
+
+
+def is_slow(file: str, name: str) -> bool:
+    """Whether a test is left out of the fast tier.
+
+    Args:
+        file: name of its file, without ``.py``.
+        name: of the test, with its parameters.
+    """
+    one_in = ONE_IN.get(file, 1)
+    return one_in == 0 or zlib.crc32(name.encode()) % one_in != 0
