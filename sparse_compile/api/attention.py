@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_compile import ops
-from sparse_compile.api.plan import NOTHING_HIDDEN, plan_of, static_data
+from sparse_compile.api.plan import NOTHING_HIDDEN, Direct, plan_of, static_data
 from sparse_compile.api.selected import Sizes, lists_of, spec_text
 from sparse_compile.errors import BadShape, PatternMisuse
 from sparse_compile.expr import COORDINATES, MaskExpr
@@ -73,23 +73,30 @@ def attention(
     given: list[Tensor] = []
     sizes = views_sizes(q, k)
     plan = NOTHING_HIDDEN if mask is None else plan_of(mask, q.device.type, sizes, given)
-    text, _, static, causal, selected = plan
-    if text and not torch.compiler.is_compiling():
+    if plan[0] and not torch.compiler.is_compiling():
         check_operands(q, k, v)
-    if not text and selected is None:
-        return _by_sdpa(q, k, v, causal, factor)
-    tables: list[Tensor] = []
-    lists: list[Tensor] = []
-    if mask is not None and static:
-        tables, lists = static_data(q, k, mask, plan)
-    if mask is not None and selected is not None:
-        index, count, more = lists_of(q, k, mask, selected, given)
-        text, tables, lists = selected[0], [*tables, *more], [*lists, index, count]
-        if selected[5] and q.shape[3] <= WIDEST[0] and v.shape[3] <= WIDEST[1]:
-            text, lengths = selected[5], (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-            lists = ops.LAYOUT(tables, NO_READS, [], *lengths, text, q.device, lists)
+    if mask is None or not (plan[0] or plan[4]):
+        return _by_sdpa(q, k, v, plan[3], factor)
+    tables, lists, text = _mask_data(q, k, v, mask, plan, given)
     out: Tensor = ops.ATTENTION(q, k, v, [], tables, [], lists, factor, text)[0]
     return out
+
+
+def _mask_data(
+    q: Tensor, k: Tensor, v: Tensor, mask: Pattern, plan: Direct, given: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor], str]:
+    """The tables and the lists of a pattern, and the text of the spec."""
+    text, _, static, _, selected = plan
+    tables, lists = static_data(q, k, mask, plan) if static else ([], [])
+    if selected is None:
+        return tables, lists, text
+    index, count, more = lists_of(q, k, mask, selected, given)
+    tables, lists = [*tables, *more], [*lists, index, count]
+    if not selected[5] or q.shape[3] > WIDEST[0] or v.shape[3] > WIDEST[1]:
+        return tables, lists, selected[0]
+    lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+    lists = ops.LAYOUT(tables, NO_READS, [], *lengths, selected[5], q.device, lists)
+    return tables, lists, selected[5]
 
 
 def _by_sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import sympy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,8 +18,10 @@ from sparse_compile import patterns as P
 from sparse_compile import reference
 from sparse_compile.backend import plan_and_rewrite
 from sparse_compile.codegen import empty_rows
+from sparse_compile.codegen.call import AttentionCall, AttentionResult
+from sparse_compile.expr import MaskExpr
 from sparse_compile.options import Options
-from sparse_compile.spec import EmptyRows
+from sparse_compile.spec import AttentionSpec, EmptyRows
 
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -110,8 +113,9 @@ def test_every_policy(policy: EmptyRows) -> None:
     assert not out.any()
     assert bool(lse.isneginf().all())
     zero = torch.zeros(out.shape)
-    assert torch.equal(empty_rows.apply_forward(zero, lse, v, policy), zero)
-    grads = [torch.zeros_like(t) for t in (q, k, v)]
-    ours = empty_rows.apply_backward(zero + 1, q, k, v, lse, 1.0, policy, *grads)
+    call = AttentionCall(q, k, v, [], [], [], 1.0, AttentionSpec(MaskExpr(sympy.true), policy))
+    assert torch.equal(empty_rows.apply_forward(call, zero, lse), zero)
+    dq, dk, dv = (torch.zeros_like(t) for t in (q, k, v))
+    ours = empty_rows.apply_backward(call, AttentionResult(zero, lse, zero + 1), (dq, dk, dv))
     for grad, wanted in zip(ours, torch.autograd.grad(out.sum(), (q, k, v)), strict=True):
         assert torch.equal(grad, wanted)
