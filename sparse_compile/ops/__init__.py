@@ -1,4 +1,7 @@
-"""The operators that rewritten graphs call, each with a fake; importing this registers them."""
+"""The operators that rewritten graphs call, each with a fake.
+
+Importing this registers them, and hands their kernels to layouts and selections.
+"""
 
 from sparse_compile.ops.attention import (
     ATTENTION,
@@ -10,6 +13,9 @@ from sparse_compile.ops.attention import (
     layout_of,
     no_gradient,
 )
+from sparse_compile.ops.builders import hand_in
+
+hand_in()
 
 __all__ = [
     "ATTENTION",
