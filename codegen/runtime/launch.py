@@ -22,14 +22,6 @@ _MOST = 1024
 DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
-def arch_of(device: torch.device) -> str:
-    """``"sm_90"`` and the like; ``"interpreter"`` for CPU tensors."""
-    if device.type == "cpu":
-        return "interpreter"
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
-
-
 class Launcher:
     """A kernel of a generated module.
 

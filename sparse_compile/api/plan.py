@@ -19,8 +19,7 @@ from sparse_compile.api.data import Tables, data_of
 from sparse_compile.api.selected import SelectedPart, Sizes, plan_selected, planned
 from sparse_compile.errors import PatternMisuse
 from sparse_compile.expr import KV, Q
-from sparse_compile.patterns.base import Pattern
-from sparse_compile.patterns.logic import And, Not, Or
+from sparse_compile.patterns.base import And, Not, Or, Pattern
 from sparse_compile.patterns.scored import Scored
 from sparse_compile.patterns.scorers import Scorer
 from sparse_compile.patterns.selected import Selected

@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from sparse_compile.backend import plan_graph
-from sparse_compile.codegen.runtime.launch import arch_of
 from sparse_compile.errors import SparseCompileError
 from sparse_compile.inspect.diagnose import bad_attention
 from sparse_compile.inspect.explain_selection import pattern_tables, selected_in_call
@@ -35,6 +34,7 @@ from sparse_compile.sites.annotation import Annotation
 from sparse_compile.sites.plan import Plan
 from sparse_compile.sites.site import AttentionSite, LiftedMask, Operand, Rejection
 from sparse_compile.spec import KernelSpec
+from sparse_compile.spec.target import arch_of
 
 Shape = dict[str, int]
 _NOTHING_SKIPPED = "in this call every block holds an allowed pair, so nothing is skipped"

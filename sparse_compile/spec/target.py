@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from sparse_compile.codegen.runtime.launch import arch_of
-
 
 @dataclass(frozen=True)
 class Target:
@@ -31,3 +29,11 @@ class Target:
         else:
             workers = torch.get_num_threads()
         return Target(device.type, arch_of(device), workers)
+
+
+def arch_of(device: torch.device) -> str:
+    """``"sm_90"`` and the like; ``"interpreter"`` for CPU tensors."""
+    if device.type == "cpu":
+        return "interpreter"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"

@@ -20,9 +20,10 @@ from triton.compiler import ASTSource
 
 from sparse_compile.codegen.runtime.generated import load_module
 from sparse_compile.codegen.triton.layout.key import LONGEST, Key
-from sparse_compile.codegen.triton.layout.printed import INT64_MAX, INT64_MIN, Code, printed
+from sparse_compile.codegen.triton.layout.printed import Code, printed
 from sparse_compile.codegen.triton.layout.source import digit_bounds, module_name, module_source
 from sparse_compile.layout import extents
+from sparse_compile.layout.bounds import INT64_MAX, INT64_MIN
 from sparse_compile.layout.intervals import Span, point, span
 from sparse_compile.spec.view import Order
 from tests.layout.device_cases import CASES, DTYPES, DeviceCase, residues

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.codegen.runtime import cache
-from sparse_compile.codegen.runtime.launch import DTYPE_NAMES, Launcher, arch_of
+from sparse_compile.codegen.runtime.launch import DTYPE_NAMES, Launcher
 from sparse_compile.codegen.triton.blocks import arguments
 from sparse_compile.codegen.triton.blocks.sections import (
     Described,
@@ -26,6 +26,7 @@ from sparse_compile.codegen.triton.predicate import COORDINATE_BITS
 from sparse_compile.errors import BadShape, UnsupportedDtype
 from sparse_compile.layout import Layout, Schedule
 from sparse_compile.spec import AttentionSpec, KernelSpec
+from sparse_compile.spec.target import arch_of
 
 _NAMES = (
     *("forward", "backward_query", "backward_key_value"),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.codegen.runtime import cache
-from sparse_compile.codegen.runtime.launch import DTYPE_NAMES, Launcher, arch_of
+from sparse_compile.codegen.runtime.launch import DTYPE_NAMES, Launcher
 from sparse_compile.codegen.triton.blocks import arguments
 from sparse_compile.codegen.triton.blocks.executor import (
     LIMIT,
@@ -32,6 +32,7 @@ from sparse_compile.codegen.triton.selected.source import SelectedKernelSpec, se
 from sparse_compile.codegen.triton.selected.tiles import Tile, Tiles, tiles_for
 from sparse_compile.errors import BadShape
 from sparse_compile.selection import places, worklist
+from sparse_compile.spec.target import arch_of
 
 _NAMES = (
     *("forward", "merge", "backward_query", "forward_by_key", "backward_key_value"),
