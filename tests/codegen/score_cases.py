@@ -41,7 +41,7 @@ CASES = [
     replace(_BY_NAME["empty rows"], score=softcap(3.0)),
     replace(_BY_NAME["strided in two views"], score=softcap(1.5)),
     replace(_BY_NAME["tiles of a grid, and documents"], score=ALIBI),
-    replace(_BY_NAME["global tokens, split, after a window"], score=softcap(1.5)),
+    replace(_BY_NAME["global tokens, split, after a window"], score=softcap(1.5), heads=(1, 1)),
     Case("negative scale", CAUSAL, n=(60, 60), score=softcap(2.0), scale=-0.3),
     Case("scale of zero", CAUSAL, n=(50, 50), score=softcap(2.0), scale=0.0, heads=(1, 1)),
     Case("position", CAUSAL, heads=(4, 2), score=ALIBI),
