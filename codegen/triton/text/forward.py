@@ -23,7 +23,7 @@ def forward(
     LSE += (b * q_heads + h).to(tl.int64) * n_q
     $K_BASE
     $V_BASE
-    factor = scale * LOG2_E
+    factor = $FACTOR
     $SECTIONS
 '''
 
@@ -56,6 +56,7 @@ else:
 STEP = """\
 key = $LOAD_K
 score = tl.dot(query, key.T$PRECISION)
+$SCORE
 $MASK
 weight, shrink, peak, total = softmax_step(score, peak, total, factor)
 value = $LOAD_V
