@@ -76,22 +76,11 @@ def attention(
     >>> attention(q, q, q, patterns.SlidingWindow(15, 0)).shape
     torch.Size([1, 2, 100, 16])
     """
-    if not torch.compiler.is_compiling():
-        # Operators repeat it while they are compiled. Attention to blocks takes less, see below.
-        check_operands(q, k, v, WIDEST_UNITS if isinstance(mask, Pattern) else WIDEST)
-        if isinstance(mask, Pattern):
-            mask.check(q.shape[2], k.shape[2], q.shape[0], q.shape[1])
-    if sinks is not None and sinks.shape != q.shape[1:2]:
-        raise BadShape(
-            f"sparse_compile: attention() got sinks of shape {list(sinks.shape)}, want one for "
-            f"each of {q.shape[1]} query heads."
-        )
+    _check((q, k, v), mask, sinks)
     factor = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     if isinstance(mask, Tensor):
         text, tables, lists = _tensor_data(q, k, mask)
     else:
-        if mask is not None and not isinstance(mask, Pattern):
-            raise PatternMisuse(_no_mask(mask))
         given: list[Tensor] = []
         sizes = views_sizes(q, k)
         plan = NOTHING_HIDDEN if mask is None else plan_of(mask, q.device.type, sizes, given)
@@ -101,6 +90,25 @@ def attention(
     text = capped_text(text, softcap) if softcap else text
     out, lse = ops.ATTENTION(q, k, v, [], tables, [], lists, factor, text)
     return out if sinks is None else _with_sinks(out, lse, sinks)
+
+
+def _check(
+    operands: tuple[Tensor, Tensor, Tensor], mask: Pattern | Tensor | None, sinks: Tensor | None
+) -> None:
+    """Raise before anything runs; operators repeat what is not checked while they are compiled."""
+    q, k, _ = operands
+    if not (mask is None or isinstance(mask, (Pattern, Tensor))):
+        raise PatternMisuse(_no_mask(mask))
+    if not torch.compiler.is_compiling():
+        # Attention to blocks takes less, see below.
+        check_operands(*operands, WIDEST_UNITS if isinstance(mask, Pattern) else WIDEST)
+        if isinstance(mask, Pattern):
+            mask.check(q.shape[2], k.shape[2], q.shape[0], q.shape[1])
+    if sinks is not None and sinks.shape != q.shape[1:2]:
+        raise BadShape(
+            f"sparse_compile: attention() got sinks of shape {list(sinks.shape)}. Give [Hq], one "
+            f"for each of {q.shape[1]} query heads."
+        )
 
 
 def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:

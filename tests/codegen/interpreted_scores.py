@@ -1,4 +1,4 @@
-"""Score programs in Triton's interpreter; test_score_programs.py runs this in a process."""
+"""Score programs in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from tests.selection.cases import Case as SelectedCase
 from tests.selection.cases import check_executor
 
 CPU = torch.device("cpu")
+
+pytestmark = pytest.mark.usefixtures("interpreted_kernels")
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import sympy
@@ -28,7 +27,6 @@ from sparse_compile.expr import (
 from sparse_compile.spec import AttentionSpec, KernelSpec
 from tests.codegen.kernel_cases import CAUSAL, Case, check
 from tests.codegen.score_cases import CASES
-from tests.interpreted import passed_in_the_interpreter
 from tests.selection.cases import Case as SelectedCase
 from tests.selection.cases import check_executor
 
@@ -131,10 +129,6 @@ def test_cpu_in_half_precision(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cpu_selected(case: SelectedCase, dtype: torch.dtype) -> None:
     check_executor(cpu_selected, case, CPU, dtype)
-
-
-def test_kernels_in_the_interpreter(tmp_path: Path) -> None:
-    assert passed_in_the_interpreter("tests/codegen/interpreted_scores.py", tmp_path) >= 25
 
 
 @pytest.mark.slow
