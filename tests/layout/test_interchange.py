@@ -108,9 +108,8 @@ def test_a_list_of_blocks_and_back(case: RandomLayout) -> None:
     assert equal(again, layout)
     visited = to_coo(layout)
     assert torch.equal(torch.stack(visited[:3], 1), case.kinds().nonzero())
-    back = from_coo(
-        *visited[1:], case.n_q, case.n_kv, case.block, case.batches, case.heads, visited.classes
-    )
+    shape = {"batches": case.batches, "heads": case.heads, "classes": visited.classes}
+    back = from_coo(*visited[1:], case.n_q, case.n_kv, case.block, **shape)
     assert equal(back, layout)
 
 
