@@ -10,12 +10,32 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from sparse_compile.sites.site import AttentionSite
+from sparse_compile.sites.site import AttentionSite, Operand
+
+#: Stands for a size that is only known when the graph runs.
+_UNKNOWN = 4096
 
 
 def example_value(node: Node) -> Any:
     """The fake tensor or symbolic integer that Dynamo recorded for a node."""
     return node.meta["example_value"]
+
+
+def dimension(operand: Operand, axis: str) -> int | torch.SymInt:
+    """The size of an operand along one of its axes; one where it has none."""
+    if axis not in operand.axes:
+        return 1
+    size: int | torch.SymInt = example_value(operand.node).shape[operand.axes.index(axis)]
+    return size
+
+
+def expected(operand: Operand, axis: str) -> int:
+    """:func:`dimension` of the example that is compiled with."""
+    size = dimension(operand, axis)
+    if isinstance(size, torch.SymInt):
+        hint = size.node.hint  # what the graph was captured with; None if nothing is known
+        return _UNKNOWN if hint is None else int(hint)
+    return int(size)
 
 
 def constant(value: Any) -> Any:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from sparse_compile.inspect.explain import Examined, examine, kernel_spec
-from sparse_compile.options import Options
-from sparse_compile.passes import Decision, choose_layout, choose_selection
-from sparse_compile.sites.plan import Plan
+from sparse_compile.spec.target import Target
+
+#: Of the GPU that is planned for where none is here, an H200.
+_MULTIPROCESSORS = 132
 
 
 @dataclass(frozen=True)
@@ -53,35 +54,25 @@ def of_call(
         options: options of the backend.
         arch: the GPU to generate for, as ``"sm_90"``; default the one the tensors are on.
     """
-    sites, _ = examine(model, args, kwargs, options)
-    parsed = Options.parse(options)
-    return tuple(of_site(number, site, parsed, arch) for number, site in enumerate(sites))
+    target = None if arch is None and torch.cuda.is_available() else gpu(arch)
+    sites, _ = examine(model, args, kwargs, options, target)
+    return tuple(of_site(number, site) for number, site in enumerate(sites))
 
 
-def on_gpu(plan: Plan, options: Options) -> Decision:
-    """What a plan for the CPU would be on a GPU."""
-    cuda = torch.device("cuda")
-    if plan.selected is None:
-        return choose_layout(plan.site, plan.lifted, cuda, options)
-    return choose_selection(plan.site, plan.lifted, plan.selected.lifted, cuda, options)
+def gpu(arch: str | None = None) -> Target:
+    """A GPU to generate for, that need not be here."""
+    return Target("cuda", arch or "sm_90", _MULTIPROCESSORS)
 
 
-def of_site(
-    number: int, site: Examined, options: Options, arch: str | None = None
-) -> GeneratedKernel:
-    """The kernel of one attention; on the CPU, the one that a GPU ``arch`` (sm_90) would run."""
+def of_site(number: int, site: Examined) -> GeneratedKernel:
+    """The kernel of one attention that was planned for a GPU."""
     from sparse_compile.codegen.triton import kernel_path, kernel_source
 
-    decision = site.decision
-    chosen = decision.selected if isinstance(decision, Plan) else None
-    if chosen is not None and chosen.alone:
-        return GeneratedKernel(number, decision.reason)
-    if isinstance(decision, Plan) and decision.executor == "cpu":
-        # Block shapes follow the device: decide again, as on a GPU.
-        decision = on_gpu(decision, options)
-        arch = arch or "sm_90"
-    if not isinstance(decision, Plan) or decision.executor in ("sdpa", "selected"):
-        return GeneratedKernel(number, decision.reason)
-    spec = kernel_spec(decision, arch)
-    path = str(kernel_path(spec))
-    return GeneratedKernel(number, decision.reason, spec.name, path, kernel_source(spec))
+    plan, target = site.plan, site.trace.target
+    reason = site.trace.decided.reason
+    alone = plan is not None and plan.selected is not None and plan.selected.alone
+    if plan is None or alone or plan.executor in ("sdpa", "selected"):
+        return GeneratedKernel(number, reason)
+    assert target is not None
+    spec = kernel_spec(plan, target.arch)
+    return GeneratedKernel(number, reason, spec.name, str(kernel_path(spec)), kernel_source(spec))

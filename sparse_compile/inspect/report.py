@@ -37,6 +37,7 @@ class SiteReport:
         cost: why these, in a sentence; empty where no other order was in question.
         selection: what selects keys in each call, as ``TopK(16)``: an approximation that the user
             asked for; None where nothing is selected.
+        ways: every way to run it, with what it is predicted to cost, or why it cannot be.
         utilisation: on a GPU, the modelled share of its multiprocessors' time that is busy.
     """
 
@@ -55,6 +56,7 @@ class SiteReport:
     utilisation: float | None = None
     selection: str | None = None
     lists: SelectionReport | None = None
+    ways: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,8 @@ class Report:
 
 def _site_of(read: dict[str, Any]) -> SiteReport:
     lists = read["lists"] and SelectionReport(**read["lists"])
-    return SiteReport(**{**read, "views": tuple(read["views"]), "lists": lists})
+    several = {name: tuple(read[name]) for name in ("views", "ways")}
+    return SiteReport(**{**read, **several, "lists": lists})
 
 
 def _count(number: int, noun: str) -> str:

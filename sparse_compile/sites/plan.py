@@ -20,12 +20,14 @@ class SelectedPlan:
         key: of the annotation that selects.
         shown: what selects, as a constructor call.
         alone: whether there is no static part.
+        units: consecutive queries, and keys, that are selected together.
     """
 
     lifted: LiftedMask
     key: str
     shown: str
     alone: bool
+    units: tuple[int, int]
 
 
 @dataclass(frozen=True)

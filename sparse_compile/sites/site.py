@@ -231,6 +231,19 @@ class Reached:
 
 
 @dataclass(frozen=True)
+class Ranking:
+    """What scores keys, so that the best can be kept.
+
+    Attributes:
+        site: an indexer, scores of blocks, or the attention's own; or why it is none of these.
+        lifted: the mask on the scores, or why it is not known.
+    """
+
+    site: ScoringSite | Rejection
+    lifted: LiftedMask | Rejection
+
+
+@dataclass(frozen=True)
 class SelectedKeys:
     """The keys that an index selects for each query, besides what the predicate allows.
 
@@ -242,6 +255,7 @@ class SelectedKeys:
         waits: for a threshold on scores instead of an index, which ``most`` but for equal scores
             reach: whether their number is asked of the device in each call.
         reached: for a threshold, what it is if that is known.
+        ranking: what scores the keys, of which it keeps the best; None if that is not known.
     """
 
     unit_q: int
@@ -251,6 +265,7 @@ class SelectedKeys:
     best: tuple[Node, ...] = ()
     waits: bool | None = None
     reached: Reached | None = None
+    ranking: Ranking | None = None
 
     @property
     def shown(self) -> str:
@@ -289,6 +304,8 @@ class LiftedMask:
             compiled with; None where the mask depends on lengths alone, or on values that only a
             call has.
         unselected: why what an index selects is in ``mask`` instead; empty where nothing is.
+        otherwise: the same mask with what ``selection`` names in a mask tensor, or why that cannot
+            be read; None unless a threshold selects, which can be said either way.
     """
 
     mask: MaskExpr
@@ -302,6 +319,7 @@ class LiftedMask:
     unselected: str = ""
     fills: tuple[float, ...] = ()
     visited: float | None = None
+    otherwise: LiftedMask | Rejection | None = None
 
     @property
     def n_lifted_tables(self) -> int:

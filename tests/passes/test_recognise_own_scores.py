@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from sparse_compile.expr import KV, MaskExpr, Q
+from sparse_compile.layout.cost import KEYS_FOR_ONE
 from sparse_compile.ops import block_scores as block_scores_ops
 from sparse_compile.ops.indexer import INDEXED_TOPK
 from sparse_compile.ops.kept import INDEXED_KEPT
 from sparse_compile.passes import Plan
-from sparse_compile.passes.decide.layout import KEYS_FOR_ONE
 from sparse_compile.passes.lift import kept
 from sparse_compile.selection import Selection, check_lists
 from sparse_compile.spec.indexer import IndexerSpec

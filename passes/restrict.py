@@ -1,26 +1,24 @@
-"""annotations: what the user said about an attention, and what it does to the mask."""
+"""restrict: what the user said about an attention, and what it does to the mask."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TypeVar
 
 import sympy
 import torch
 from torch.fx import Node
 
 from sparse_compile.expr import KV, MaskExpr, Q, renumbered, table_index
-from sparse_compile.passes.graph_edit import example_value
+from sparse_compile.passes.graph_edit import dimension
 from sparse_compile.patterns.base import BoundMask
 from sparse_compile.sites.annotation import META_KEY, Annotation, annotation_named
-from sparse_compile.sites.plan import Plan
-from sparse_compile.sites.site import AttentionSite, LiftedMask, Operand, PatternTable, Rejection
+from sparse_compile.sites.plan import SelectedPlan
+from sparse_compile.sites.site import AttentionSite, LiftedMask, PatternTable, Rejection
+from sparse_compile.sites.trace import Reading, Trace
 from sparse_compile.spec import EmptyRows
 
 _NOTHING = BoundMask(MaskExpr(sympy.false))
-
-Found = TypeVar("Found", bound=AttentionSite | Rejection | Plan)
 
 
 def annotation_of(node: Node | None) -> Annotation | None:
@@ -29,17 +27,12 @@ def annotation_of(node: Node | None) -> Annotation | None:
     return None if key is None else annotation_named(key)
 
 
-def with_annotation(found: Found) -> Found:
-    """A site or a rejection with its annotation.
-
-    A rejection that has none yet is unmet if the annotation restricts.
-    """
-    if isinstance(found, Rejection) and found.annotation is None:
+def with_annotation(found: AttentionSite | Rejection) -> AttentionSite | Rejection:
+    """What was found with its annotation; a rejection is unmet if that restricts."""
+    if isinstance(found, Rejection):
         note = annotation_of(found.node)
         return replace(found, annotation=note, unmet=note is not None and not note.promise)
-    if isinstance(found, AttentionSite):
-        return replace(found, annotation=annotation_of(found.output.node))
-    return found
+    return replace(found, annotation=annotation_of(found.output.node))
 
 
 def check_fit(site: AttentionSite) -> None:
@@ -48,7 +41,12 @@ def check_fit(site: AttentionSite) -> None:
     Raises:
         BadPattern: it does not.
     """
-    sizes = [_size(site.q, "n"), _size(site.k, "n"), _size(site.q, "b"), _size(site.q, "h")]
+    sizes = [
+        dimension(site.q, "n"),
+        dimension(site.k, "n"),
+        dimension(site.q, "b"),
+        dimension(site.q, "h"),
+    ]
     known = [size for size in sizes if isinstance(size, int)]
     if site.annotation is not None and len(known) == len(sizes):
         site.annotation.pattern.check(*known)
@@ -67,31 +65,35 @@ def promised_mask(site: AttentionSite) -> LiftedMask | None:
     return replace(_joined(own, note.bound, note.key), empty_rows=_promised_empty_rows(site, note))
 
 
-def restricted_mask(site: AttentionSite, lifted: LiftedMask) -> LiftedMask:
-    """The mask with the restriction of the user; ``lifted`` itself if that changes nothing.
+def restrict(trace: Trace) -> Trace:
+    """Each reading of a lifted mask with what the user's annotation says of it."""
+    site, lifted = trace.found, trace.lifted
+    assert isinstance(site, AttentionSite)
+    assert isinstance(lifted, LiftedMask)
+    masks = [one for one in (lifted, lifted.otherwise) if isinstance(one, LiftedMask)]
+    return replace(trace, readings=tuple(_reading(site.annotation, mask) for mask in masks))
+
+
+def _reading(note: Annotation | None, mask: LiftedMask) -> Reading:
+    """A mask with an annotation that restricts.
 
     A query that the restriction alone leaves without keys yields what the program gives for a
     fully masked one, which is 0 where the program could not have one.
     """
-    note = site.annotation
     if note is None or note.promise:
-        return lifted
-    if note.parts is not None:
-        return _joined(lifted, note.parts.static or _NOTHING, f"{note.key}.static")
-    joined = _joined(lifted, note.bound, note.key)
-    return lifted if joined.mask == lifted.mask else joined
-
-
-def selected_mask(site: AttentionSite, lifted: LiftedMask) -> LiftedMask | None:
-    """The mask of the keys that the user's annotation selects, besides :func:`restricted_mask`.
-
-    None if it selects none.
-    """
-    note = site.annotation
-    if note is None or note.parts is None or note.parts.selected is None:
-        return None
-    joined = _joined(lifted, note.parts.selected, f"{note.key}.selected")
-    return None if joined.mask.predicate == sympy.false else joined
+        return Reading(mask)
+    if note.parts is None:
+        joined = _joined(mask, note.bound, note.key)
+        return Reading(mask) if joined.mask == mask.mask else Reading(joined, changed=True)
+    static = _joined(mask, note.parts.static or _NOTHING, f"{note.key}.static")
+    if note.parts.selected is None:
+        return Reading(static, changed=True)
+    selected = _joined(mask, note.parts.selected, f"{note.key}.selected")
+    if selected.mask.predicate == sympy.false:
+        return Reading(static, changed=True)
+    leaf, alone = note.parts.leaf, static.mask.predicate == sympy.false
+    chosen = SelectedPlan(selected, note.key, repr(leaf), alone, (leaf.unit_q, leaf.unit_kv))
+    return Reading(selected if alone else static, chosen, changed=True)
 
 
 def _joined(lifted: LiftedMask, bound: BoundMask, key: str) -> LiftedMask:
@@ -124,11 +126,4 @@ def _promised_empty_rows(site: AttentionSite, note: Annotation) -> EmptyRows:
 
 def _sees_itself(site: AttentionSite, note: Annotation) -> bool:
     diagonal = note.bound.expr.predicate.xreplace({KV: Q})
-    return diagonal == sympy.true and bool(_size(site.q, "n") == _size(site.k, "n"))
-
-
-def _size(operand: Operand, axis: str) -> int | torch.SymInt:
-    if axis not in operand.axes:
-        return 1
-    size: int | torch.SymInt = example_value(operand.node).shape[operand.axes.index(axis)]
-    return size
+    return diagonal == sympy.true and bool(dimension(site.q, "n") == dimension(site.k, "n"))
