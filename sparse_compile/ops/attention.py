@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_compile import codegen
-from sparse_compile.codegen import empty_rows
+from sparse_compile.codegen import attend, empty_rows
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.expr import WORD
 from sparse_compile.layout import build_views
@@ -158,7 +157,7 @@ def attention(
         q, k, v, tables, sizes, lists, scale, AttentionSpec.parse(spec), tuple(learned)
     )
     check_call(call)
-    out, lse = codegen.forward(call)
+    out, lse = attend.forward(call)
     return empty_rows.apply_forward(call, out, lse), lse
 
 
@@ -201,7 +200,7 @@ def attention_backward(
         q, k, v, tables, sizes, lists, scale, AttentionSpec.parse(spec), tuple(learned)
     )
     result = AttentionResult(out, lse, grad_out, grad_lse)
-    grads = codegen.backward(call, empty_rows.without(call, result))
+    grads = attend.backward(call, empty_rows.without(call, result))
     return list(empty_rows.apply_backward(call, result, grads))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile import reference
-from sparse_compile.codegen import Executor
+from sparse_compile.codegen.attend import Executor
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.codegen.triton.blocks import executor as triton_executor
 from sparse_compile.expr import (

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from sparse_compile import codegen
+from sparse_compile.codegen import attend
 from sparse_compile.codegen.call import AttentionCall
 from sparse_compile.codegen.triton.blocks import executor
 from sparse_compile.codegen.triton.selected import executor as selected_executor
@@ -14,7 +14,7 @@ from sparse_compile.spec import EmptyRows
 from tests.ops.operator_calls import Problem, block_calls, check, problems, selected_calls
 
 
-def by_kernels(piece: AttentionCall) -> codegen.Executor:
+def by_kernels(piece: AttentionCall) -> attend.Executor:
     """The executor of a GPU."""
     return selected_executor if piece.spec.units else executor
 
@@ -23,7 +23,7 @@ def by_kernels(piece: AttentionCall) -> codegen.Executor:
 def kernels() -> None:
     """The CPU's tensors go through the kernels."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(codegen, "executor_for", by_kernels)
+        patch.setattr(attend, "executor_for", by_kernels)
         yield
 
 
