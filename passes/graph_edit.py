@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from sparse_compile.ops.fresh_size import unbound_sizes
 from sparse_compile.sites.site import AttentionSite, Operand
 
 #: Stands for a size that is only known when the graph runs.
@@ -72,7 +72,9 @@ class Inserter:
             node = self.gm.graph.create_node(op, target, args, kwargs)
         fake_args = map_arg(args, example_value)
         fake_kwargs = map_arg(kwargs, example_value)
-        with self._fake_mode, fresh_sizes_allowed(self._fake_mode):
+        # Dynamo has finished binding sizes that are only known at run time, as a layout's length;
+        # AOTAutograd traces the graph anew and binds its own.
+        with self._fake_mode, unbound_sizes(self._fake_mode):
             if op == "call_method":
                 value = getattr(fake_args[0], target)(*fake_args[1:], **fake_kwargs)
             else:
@@ -82,21 +84,6 @@ class Inserter:
             if key in self.anchor.meta:
                 node.meta[key] = self.anchor.meta[key]
         return node
-
-
-@contextlib.contextmanager
-def fresh_sizes_allowed(fake_mode: Any) -> Iterator[None]:
-    """Let fake tensors have sizes that are only known at run time, as a layout's length.
-
-    Dynamo has finished binding such sizes by the time a backend runs; AOTAutograd traces the graph
-    anew and binds its own.
-    """
-    shape_env = fake_mode.shape_env
-    if shape_env is None:
-        yield
-        return
-    with shape_env.ignore_fresh_unbacked_symbols():
-        yield
 
 
 def device_of(node: Node) -> torch.device:

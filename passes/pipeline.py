@@ -22,7 +22,13 @@ from sparse_compile.passes.dense_tables import remember_given
 from sparse_compile.passes.find import find_attention, find_indexer
 from sparse_compile.passes.graph_edit import device_of
 from sparse_compile.passes.lift import LiftCache, lift_mask
-from sparse_compile.passes.restrict import check_fit, promised_mask, restrict, with_annotation
+from sparse_compile.passes.restrict import (
+    called_mask,
+    check_fit,
+    promised_mask,
+    restrict,
+    with_annotation,
+)
 from sparse_compile.passes.rewrite.rewriter import Rewriter
 from sparse_compile.passes.rewrite.share_lists import share_lists
 from sparse_compile.sites.plan import Plan
@@ -89,6 +95,8 @@ def lift(trace: Trace, inputs: Sequence[Any], options: Options, cache: LiftCache
     site = trace.found
     assert isinstance(site, AttentionSite)
     check_fit(site)
+    if site.called is not None:
+        return replace(trace, lifted=called_mask(site.called))
     lifted = promised_mask(site) or lift_mask(site, inputs, options, cache)
     if isinstance(lifted, Rejection):
         rejected = trace.rejected(lifted.reason, lifted.hint)
@@ -152,7 +160,8 @@ def _with_ranking(
 
 
 def _masks(trace: Trace) -> Any:
-    return trace.found.masks if isinstance(trace.found, AttentionSite) else ()
+    found = trace.found
+    return (found.masks, found.called) if isinstance(found, AttentionSite) else ()
 
 
 def _target(trace: Trace) -> Target:

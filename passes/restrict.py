@@ -14,11 +14,12 @@ from sparse_compile.passes.graph_edit import dimension
 from sparse_compile.patterns.base import BoundMask
 from sparse_compile.sites.annotation import META_KEY, Annotation, annotation_named
 from sparse_compile.sites.plan import SelectedPlan
-from sparse_compile.sites.site import AttentionSite, LiftedMask, PatternTable, Rejection
+from sparse_compile.sites.site import AttentionSite, Called, LiftedMask, PatternTable, Rejection
 from sparse_compile.sites.trace import Reading, Trace
 from sparse_compile.spec import EmptyRows
 
 _NOTHING = BoundMask(MaskExpr(sympy.false))
+_EVERYTHING = LiftedMask(MaskExpr(sympy.true))
 
 
 def annotation_of(node: Node | None) -> Annotation | None:
@@ -70,8 +71,35 @@ def restrict(trace: Trace) -> Trace:
     site, lifted = trace.found, trace.lifted
     assert isinstance(site, AttentionSite)
     assert isinstance(lifted, LiftedMask)
+    if site.called is not None:
+        return replace(trace, readings=(_called(site.annotation, site.called, lifted),))
     masks = [one for one in (lifted, lifted.otherwise) if isinstance(one, LiftedMask)]
     return replace(trace, readings=tuple(_reading(site.annotation, mask) for mask in masks))
+
+
+def called_mask(called: Called) -> LiftedMask:
+    """What a call attends to whatever is selected."""
+    static = called.mask.static
+    if static is None:
+        return LiftedMask(_NOTHING.expr)
+    lifted = _joined(_EVERYTHING, BoundMask(static.mask), static.key)
+    return replace(lifted, mask=replace(lifted.mask, n_sizes=static.mask.n_sizes))
+
+
+def _called(note: Annotation | None, called: Called, lifted: LiftedMask) -> Reading:
+    """The mask of a call, in which a pattern may select, with its annotation."""
+    named = called.mask
+    reading = _reading(note, lifted)
+    if named.selected is None:
+        return reading
+    among = _joined(_EVERYTHING, BoundMask(named.selected.mask), named.selected.key)
+    if reading.selected is not None:
+        return reading
+    other = _reading(note, among)
+    alone = reading.mask.mask.predicate == sympy.false
+    chosen = SelectedPlan(other.mask, named.selects, named.shown, alone, named.units, called.given)
+    mask = other.mask if alone else reading.mask
+    return Reading(mask, chosen, changed=reading.changed or other.changed)
 
 
 def _reading(note: Annotation | None, mask: LiftedMask) -> Reading:

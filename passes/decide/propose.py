@@ -11,6 +11,7 @@ from sparse_compile.expr import KV, Q
 from sparse_compile.layout.cost import Candidate, Listed, dense, sdpa, why_not_listed
 from sparse_compile.layout.views.choose import choose_views
 from sparse_compile.layout.views.split_views import Split
+from sparse_compile.ops import WIDEST, WIDEST_UNITS
 from sparse_compile.options import Options
 from sparse_compile.passes.decide.price import Price
 from sparse_compile.passes.dense_tables import dense_reason
@@ -31,6 +32,8 @@ from sparse_compile.spec.indexer import IndexerSpec
 from sparse_compile.spec.target import Target
 
 _EXECUTORS = {"cuda": "triton", "cpu": "cpu"}
+#: Batch entries and heads.
+_MOST = 65535, 65535
 _FORCED = 'options={"decide": "sparse"} asks for another'
 
 
@@ -95,12 +98,14 @@ def _proposal(trace: Trace, plan: Plan, price: Price, refusal: str, hint: str = 
 def _as_it_is(trace: Trace, ways: list[Proposal], options: Options, target: Target) -> Proposal:
     """The program as it is, unless the user says that it may not be."""
     note = trace.annotation
-    own = trace.found.ranked is not None if isinstance(trace.found, AttentionSite) else False
-    refusal = _FORCED if options.decide == "sparse" and not own else ""
+    site = trace.found
+    assert isinstance(site, AttentionSite)
+    refusal = _FORCED if options.decide == "sparse" and site.ranked is None else ""
     if note is not None and not note.promise:
         refusal = "its annotation restricts what it attends to"
-    assert isinstance(trace.found, AttentionSite)
-    cost = replace(dense(target, Price.work_of(trace.found)), refusal=refusal)
+    if site.kind == "call":
+        refusal = "as it is it is a call of this library's attention, which is sparse itself"
+    cost = replace(dense(target, Price.work_of(site)), refusal=refusal)
     return Proposal(cost, trace.rejected(refusal))
 
 
@@ -144,10 +149,15 @@ def _spec(
     )
 
 
-def _too_large(site: AttentionSite) -> str:
-    """Which static size is beyond the kernels, in words; empty if none is."""
-    for axis, limit, name in (("d", 256, "head dim"), ("b", 65535, "batch"), ("h", 65535, "heads")):
-        for operand in (site.q, site.v):
+def _too_large(site: AttentionSite, units: bool = False) -> str:
+    """Which static size is beyond the kernels, of selected units or all, in words; or nothing."""
+    widths = WIDEST_UNITS if units else WIDEST
+    for axis, limits, name in (
+        ("d", widths, "head dim"),
+        ("b", _MOST, "batch"),
+        ("h", _MOST, "heads"),
+    ):
+        for operand, limit in zip((site.q, site.v), limits, strict=True):
             size = dimension(operand, axis)
             if not isinstance(size, torch.SymInt) and size > limit:
                 return f"its {name} of {size} is beyond the {limit} that the kernels handle"
@@ -164,6 +174,8 @@ def _besides(trace: Trace, reading: Reading, options: Options, price: Price) -> 
     assert chosen is not None
     executor = _EXECUTORS[price.target.kind]
     reason = f"as its annotation asks, it is approximated by the keys that {chosen.shown} selects"
+    if site.called is not None and site.called.mask.selected is not None:
+        reason = f"as it is called, it attends to the keys that {chosen.shown} selects"
     split = None
     if chosen.alone:
         spec = _of_units(site, chosen.lifted, chosen.units, price.target)
@@ -172,7 +184,11 @@ def _besides(trace: Trace, reading: Reading, options: Options, price: Price) -> 
         spec = own.with_units(chosen.lifted.mask, *chosen.units)
         reason += ", and those of the static part of the mask"
     plan = Plan(site, mask, spec, executor, reason=reason, split=split, selected=chosen)
-    refusal, hint = _too_large(site), ""
+    refusal, hint = _too_large(site, chosen.alone and site.called is not None), ""
+    note, called = site.annotation, site.called
+    if called is not None and called.mask.selected is not None and note and note.parts:
+        refusal = "the pattern that it is called with selects keys, and its annotation others"
+        hint = "remove the annotation"
     if mask.selection is not None:
         refusal = "its own mask selects keys by index, and its annotation selects others"
         hint = "remove the annotation, or pass both as one mask"

@@ -61,6 +61,7 @@ from sparse_compile.sites.site import (
     Scope,
     SelectedKeys,
 )
+from sparse_compile.spec import EmptyRows
 
 Lengths = Mapping[sympy.Symbol, sympy.Expr]
 
@@ -213,8 +214,12 @@ def _lift(
     conditions += [sympy.Le(KV, Q)] if work.site.causal else []
     predicate = simplify(sympy.And(*(simplify(condition) for condition in conditions)))
     can_be_empty = not never_empty(predicate, work.lengths, simplify)
-    policy = empty_row_policy(
-        work.site.kind, work.site.causal, keeps, work.dtype, can_be_empty, options.finite_fill
+    policy = (
+        EmptyRows.ZERO
+        if work.site.kind == "call"
+        else empty_row_policy(
+            work.site.kind, work.site.causal, keeps, work.dtype, can_be_empty, options.finite_fill
+        )
     )
     fills = [keep.fills for keep in keeps]
     check = _check(work, fills)

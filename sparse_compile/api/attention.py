@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 
 import sympy
 import torch
@@ -10,17 +12,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_compile import ops
-from sparse_compile.api.plan import NOTHING_HIDDEN, plan_of, static_data
-from sparse_compile.api.selected import Sizes, lists_of, spec_text
+from sparse_compile.api.data import data_of, tables_of
+from sparse_compile.api.plan import Sizes, name_of, planned, spec_text
+from sparse_compile.api.selected import lists_of, selected_of
 from sparse_compile.errors import BadShape, PatternMisuse
 from sparse_compile.expr import COORDINATES, MaskExpr
 from sparse_compile.layout.dense_tables import NO_READS, DenseRead
+from sparse_compile.ops.masked import MASKED_ATTENTION, composed_of
 from sparse_compile.ops.operands import WIDEST, WIDEST_UNITS, check_operands
+from sparse_compile.ops.untraced import untraced
 from sparse_compile.patterns.base import Pattern
 from sparse_compile.patterns.nsa import NSA
+from sparse_compile.selection.split import without_selection
+from sparse_compile.sites.named import BY_TENSOR, EVERYONE, NamedMask
 
 #: Stands for lengths and head counts that torch.compile knows by name only.
 _UNKNOWN = 4096
+_EVERYONE, _BY_TENSOR = EVERYONE.text, BY_TENSOR.text
 
 
 def attention(
@@ -66,34 +74,85 @@ def attention(
         if isinstance(mask, Pattern):
             mask.check(q.shape[2], k.shape[2], q.shape[0], q.shape[1])
     factor = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    if isinstance(mask, Tensor):
-        return _by_tensor(q, k, v, mask, factor)
-    if mask is not None and not isinstance(mask, Pattern):
-        raise PatternMisuse(_no_mask(mask))
     given: list[Tensor] = []
-    sizes = views_sizes(q, k)
-    plan = NOTHING_HIDDEN if mask is None else plan_of(mask, q.device.type, sizes, given)
-    text, _, static, causal, selected = plan
-    if text and not torch.compiler.is_compiling():
+    if isinstance(mask, Tensor):
+        _check_mask(q, k, mask)
+        return attend(q, k, v, _BY_TENSOR, factor, [mask])
+    if mask is None:
+        return attend(q, k, v, _EVERYONE, factor)
+    if not isinstance(mask, Pattern):
+        raise PatternMisuse(_no_mask(mask))
+    text = name_of(mask, given)
+    return attend(q, k, v, text, factor, given, owner=mask)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text: str,
+    scale: float,
+    given: Sequence[Tensor] = (),
+    sizes: Sequence[int] = (),
+    owner: Pattern | None = None,
+) -> Tensor:
+    """Attention with a named mask: one node in a graph that is captured, or at once.
+
+    Args:
+        q, k, v, scale: as for :func:`attention`.
+        text: of a :class:`sparse_compile.sites.named.NamedMask`.
+        given: the tensors that it selects by, or is.
+        sizes: its integers.
+        owner: the pattern; what it makes is kept while it does not change.
+    """
+    if torch.compiler.is_compiling():
+        out: Tensor = MASKED_ATTENTION(q, k, v, list(given), list(sizes), text, scale)
+        return out
+    return _direct(q, k, v, list(given), sizes, text, scale, owner)
+
+
+def _direct(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    given: list[Tensor],
+    sizes: Sequence[int],
+    text: str,
+    scale: float,
+    owner: Pattern | None = None,
+) -> Tensor:
+    """The same, in terms of the operators with kernels."""
+    if text == _BY_TENSOR:
+        return _by_tensor(q, k, v, given[0], scale)
+    named = NamedMask.parse(text)
+    plan = planned(text, q.device.type, _views_sizes(q, k))
+    if not plan.spec:
+        return _by_sdpa(q, k, v, plan.causal, scale)
+    if named.selected is None:
         check_operands(q, k, v)
-    if not text and selected is None:
-        return _by_sdpa(q, k, v, causal, factor)
+    spec, lengths = plan.spec, (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     tables: list[Tensor] = []
     lists: list[Tensor] = []
-    if mask is not None and static:
-        tables, lists = static_data(q, k, mask, plan)
-    if mask is not None and selected is not None:
-        index, count, more = lists_of(q, k, mask, selected, given)
-        text, tables, lists = selected[0], [*tables, *more], [*lists, index, count]
-        if selected[5] and q.shape[3] <= WIDEST[0] and v.shape[3] <= WIDEST[1]:
-            text, lengths = selected[5], (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-            lists = ops.LAYOUT(tables, NO_READS, [], *lengths, text, q.device, lists)
-    out: Tensor = ops.ATTENTION(q, k, v, [], tables, [], lists, factor, text)[0]
+    if named.static is not None and named.static.key:
+        rest = owner if owner is None or named.selected is None else without_selection(owner)
+        made = tables_of(named.static.mask)
+        tables, lists = data_of(rest, (named.static.key, made, lengths, plan.static, q.device))
+    selected = selected_of(text)
+    if selected is not None:
+        index, count, more = lists_of(q, k, selected, given, owner)
+        tables, lists = [*tables, *more], [*lists, index, count]
+        if plan.blocks and q.shape[3] <= WIDEST[0] and v.shape[3] <= WIDEST[1]:
+            spec = plan.blocks
+            lists = ops.LAYOUT(tables, NO_READS, [], *lengths, spec, q.device, lists)
+    out: Tensor = ops.ATTENTION(q, k, v, [], tables, list(sizes), lists, scale, spec)[0]
     return out
 
 
+composed_of(_direct)
+
+
 def _by_sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
-    grouped = q.shape[1] != k.shape[1]
+    grouped = bool(q.shape[1] != k.shape[1])
     if grouped and q.device.type == "cpu" and q.dtype != torch.float32:
         # The CPU's own kernel for grouped heads adds up dV in half precision.
         group, grouped = q.shape[1] // k.shape[1], False
@@ -103,19 +162,20 @@ def _by_sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Ten
     )
 
 
-def views_sizes(q: Tensor, k: Tensor) -> Sizes:
+def _views_sizes(q: Tensor, k: Tensor) -> Sizes:
     """What views are chosen for: n_q, n_kv, batch and heads.
 
-    Only their cost depends on it: lengths are rounded, and code that is being compiled, which may
-    run at any lengths, gets views for usual ones.
+    Only their cost depends on it: lengths are rounded, and those that are known by name only get
+    views for usual ones.
     """
-    if torch.compiler.is_compiling():
-        return _UNKNOWN, _UNKNOWN, 1, 1
-    n_q, n_kv = (1 << max(t.shape[2] - 1, 0).bit_length() for t in (q, k))
-    return n_q, n_kv, q.shape[0], q.shape[1]
+    shape = q.shape[2], k.shape[2], q.shape[0], q.shape[1]
+    n_q, n_kv, batch, heads = (size if isinstance(size, int) else None for size in shape)
+    lengths = (_UNKNOWN if n is None else 1 << max(n - 1, 0).bit_length() for n in (n_q, n_kv))
+    return *lengths, batch or 1, heads or 1
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@functools.lru_cache(maxsize=64)
+@untraced
 def _plan_of_tensor(shared: tuple[bool, ...], device: str) -> tuple[str, str]:
     """The spec of a mask tensor, and how it is read.
 
@@ -130,7 +190,7 @@ def _plan_of_tensor(shared: tuple[bool, ...], device: str) -> tuple[str, str]:
     return spec_text(expr, device, (_UNKNOWN, _UNKNOWN, 1, 1)), DenseRead.text([read])
 
 
-def _by_tensor(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+def _check_mask(q: Tensor, k: Tensor, mask: Tensor) -> None:
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise PatternMisuse(
             f"sparse_compile: attention() got a mask of {mask.dtype}. Pass a bool tensor, True to "
@@ -149,7 +209,11 @@ def _by_tensor(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> T
             f"sparse_compile: attention() got a mask of shape {list(mask.shape)}, which does not "
             f"broadcast to [B, Hq, Nq, Nkv] = {list(lengths)}. Use unsqueeze to add missing axes."
         )
-    shared = tuple([size == 1 for size in mask.shape])
+
+
+def _by_tensor(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+    shared = tuple([bool(size == 1) for size in mask.shape])
     text, reads = _plan_of_tensor(shared, q.device.type)
     bits, *lists = ops.LAYOUT([mask], reads, [], *lengths, text, q.device, [])
     out: Tensor = ops.ATTENTION(q, k, v, [], [bits], [], lists, scale, text)[0]

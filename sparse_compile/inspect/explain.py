@@ -7,6 +7,7 @@ densities are those of the real lengths and the real padding.
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
@@ -268,8 +269,8 @@ def examine(
         options: of the backend.
         target: what to plan for; default what the tensors are on.
     """
-    capture = partial(_capture, target=target)
-    compiled = torch.compile(_uncompiled(model), backend=capture, options=dict(options or {}))
+    backend, given = _capturing(target), dict(options or {})
+    compiled = torch.compile(_uncompiled(model), backend=backend, options=given)
     runs: list[_Run] = []
     token = _RUNNING.set(runs)
     try:
@@ -298,15 +299,19 @@ def _uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:
     return model
 
 
-def _capture(
-    gm: GraphModule,
-    example_inputs: Sequence[Any],
-    *,
-    options: Mapping[str, Any] | None = None,
-    target: Target | None = None,
-) -> Callable[..., Any]:
-    """A backend that decides like ours and then runs the graph as it was."""
-    return _Graph(gm, pipeline.plan(gm, example_inputs, Options.parse(options), target))
+@functools.lru_cache(maxsize=16)
+def _capturing(target: Target | None) -> Callable[..., Any]:
+    """A backend that decides like ours and then runs the graph as it was.
+
+    The same one for each target: Dynamo gives up on code that is compiled by one after another.
+    """
+
+    def capture(
+        gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
+    ) -> Callable[..., Any]:
+        return _Graph(gm, pipeline.plan(gm, example_inputs, Options.parse(options), target))
+
+    return capture
 
 
 class _Graph:
@@ -342,6 +347,9 @@ class _Values(Interpreter):
         self._operands = {x.node for plan in plans for x in (plan.site.q, plan.site.k)}
         choosing = [plan.site for plan in plans if plan.selected is not None]
         self._content = {x.node for site in choosing for x in (site.q, site.k)}
+        self._content |= {n for plan in plans if plan.selected for n in plan.selected.given}
+        called = [plan.site.called for plan in plans if plan.site.called is not None]
+        self._content |= {n for one in called for n in one.sizes if isinstance(n, Node)}
         self._kept: dict[Node, Any] = {}
         self._shapes: dict[Node, tuple[int, ...]] = {}
 
@@ -361,6 +369,9 @@ class _Values(Interpreter):
             return Examined(trace)
         shape, lifted = self._shape(plan.site), plan.lifted
         tables, sizes, chosen = self._mask_data(lifted, shape)
+        if plan.site.called is not None and tables is not None:
+            of_call = plan.site.called.sizes
+            sizes = tuple(self._kept[n] if isinstance(n, Node) else n for n in of_call)
         if tables is not None and shape is not None:
             tables = (*tables, *pattern_tables(lifted, shape, device_of(plan.site.q.node)))
             chosen = chosen or selected_in_call(plan, shape, tables, sizes, self._kept)

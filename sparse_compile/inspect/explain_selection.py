@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from sparse_compile.ops.selection import selecting_named
-from sparse_compile.selection import Selection
+from sparse_compile.ops.selection import filled, selecting_named
+from sparse_compile.selection import Selection, canonical
 from sparse_compile.sites.annotation import bound_mask_named
-from sparse_compile.sites.plan import Plan
+from sparse_compile.sites.named import INDEX, LISTS
+from sparse_compile.sites.plan import Plan, SelectedPlan
 from sparse_compile.sites.site import LiftedMask, Operand
 
 Shape = Mapping[str, int]
@@ -48,15 +49,27 @@ def selected_in_call(
         return None
     if isinstance(site.scale, Node):
         return None  # it may take part in the scores
+    given = [kept[node] for node in chosen.given if node in kept]
+    if len(given) < len(chosen.given):
+        return None
+    if chosen.key in (LISTS, INDEX):
+        return _given(chosen, given, shape["kv"])
     q, k = (_arranged(kept[operand.node], operand) for operand in (site.q, site.k))
     if not chosen.alone:
         # Both masks read the same tables of the program; those of the annotation follow.
         extra = pattern_tables(chosen.lifted, shape, q.device)
         tables = [*tables[: chosen.lifted.n_lifted_tables], *extra]
     with torch.no_grad():
-        leaf = selecting_named(chosen.key)
+        leaf = filled(selecting_named(chosen.key), given)
         found: Selection = leaf.select(q, k, chosen.lifted.mask, list(tables), list(sizes))
     return found
+
+
+def _given(chosen: SelectedPlan, tensors: Sequence[Tensor], n_kv: int) -> Selection:
+    """The lists that a call passes, or that an index says."""
+    if chosen.key == LISTS:
+        return Selection(*tensors, *chosen.units)
+    return Selection(*canonical(tensors[0], -(-n_kv // chosen.units[1])), *chosen.units)
 
 
 def _arranged(value: Tensor, operand: Operand) -> Tensor:

@@ -87,7 +87,7 @@ def select(
         index int32 [B, Hs, ceil(Nq / unit_q), K] and count int32 without K, as in
         :class:`sparse_compile.selection.Selection`.
     """
-    leaf = _filled(selecting_named(key), given)
+    leaf = filled(selecting_named(key), given)
     with full_precision(q.device.type):
         chosen = leaf.select(q, k, MaskExpr.parse(mask), list(tables), list(sizes))
     return chosen.index, chosen.count
@@ -127,10 +127,10 @@ SELECT = torch.ops.sparse_compile.select.default
 CANONICAL_SELECTION = torch.ops.sparse_compile.canonical_selection.default
 
 
-def _filled(leaf: Selecting, given: Sequence[Tensor]) -> Selecting:
+def filled(leaf: Selecting, given: Sequence[Tensor]) -> Selecting:
     """What selects, with tensors in the place of the numbers that stand for them."""
     if isinstance(leaf, Union):
-        return Union(tuple(_filled(part, given) for part in leaf.parts))
+        return Union(tuple(filled(part, given) for part in leaf.parts))
     if isinstance(leaf, Selected) and isinstance(leaf.index, int):
         count = None if leaf.count is None else given[leaf.count]
         return replace(leaf, index=given[leaf.index], count=count)

@@ -9,6 +9,7 @@ from torch.fx import GraphModule, Node
 
 from sparse_compile.expr import MaskExpr
 from sparse_compile.sites.annotation import Annotation
+from sparse_compile.sites.named import NamedMask
 from sparse_compile.spec import EmptyRows
 from sparse_compile.spec.indexer import Step
 
@@ -68,6 +69,21 @@ class MaskOperand:
 
 
 @dataclass(frozen=True)
+class Called:
+    """The mask of a call of this library's attention.
+
+    Attributes:
+        mask: what it is.
+        given: the tensors that it selects by.
+        sizes: its integers.
+    """
+
+    mask: NamedMask
+    given: tuple[Node, ...] = ()
+    sizes: tuple[int | Node, ...] = ()
+
+
+@dataclass(frozen=True)
 class AttentionSite:
     """One attention in the graph, proven closed: nothing else reads its scores or weights.
 
@@ -76,7 +92,7 @@ class AttentionSite:
         output: the node that this attention computes, and the order of its axes.
         q, k, v: the operands, with repeat_kv undone (K and V keep their own number of heads).
         scale: what the scores are multiplied with: a number, or a SymFloat or 0-dim tensor Node.
-        kind: ``"sdpa"`` or ``"eager"``.
+        kind: ``"sdpa"``, ``"eager"`` or ``"call"`` (of this library's attention).
         causal: SDPA's ``is_causal`` (aligned to the upper left corner).
         masks: the mask operands, in the order in which they are applied.
         score_axes: the axes of the score tensor that masks broadcast against, among
@@ -86,6 +102,7 @@ class AttentionSite:
         annotation: the innermost pattern that the user attached to this code.
         ranked: why its scores must exist, and what helps, unless the ranking that reads them can do
             without; None where nothing else reads them.
+        called: for a call, the mask that it names; None where that is a tensor.
     """
 
     scope: Scope
@@ -102,6 +119,7 @@ class AttentionSite:
     region: tuple[Node, ...] = field(default=(), repr=False)
     annotation: Annotation | None = None
     ranked: tuple[str, str] | None = None
+    called: Called | None = None
 
 
 @dataclass(frozen=True)

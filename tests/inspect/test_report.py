@@ -105,7 +105,7 @@ def test_rewritten_and_rejected() -> None:
     assert "causal" in rest.reason
     assert rest.hint
     assert rest.where.startswith("rest, ")
-    assert (rest.mask, rest.density, rest.kernel) == (None, None, None)
+    assert (rest.mask, rest.density, rest.kernel) == ("kv <= q", None, None)
 
 
 def test_density_is_that_of_the_values_in_the_call() -> None:

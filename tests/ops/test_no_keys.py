@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import sympy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,11 +16,9 @@ import sparse_compile
 from sparse_compile import patterns as P
 from sparse_compile import reference
 from sparse_compile.codegen import empty_rows
-from sparse_compile.codegen.call import AttentionCall, AttentionResult
-from sparse_compile.expr import MaskExpr
 from sparse_compile.options import Options
 from sparse_compile.passes import pipeline
-from sparse_compile.spec import AttentionSpec, EmptyRows
+from sparse_compile.spec import EmptyRows
 
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 
