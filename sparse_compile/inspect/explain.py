@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from sparse_compile.errors import SparseCompileError
 from sparse_compile.inspect.diagnose import bad_attention
-from sparse_compile.inspect.explain_selection import pattern_tables, selected_in_call
+from sparse_compile.inspect.explain_selection import Selecting, pattern_tables, selected_in_call
 from sparse_compile.inspect.readable import readable
 from sparse_compile.inspect.report import Report, SiteReport
 from sparse_compile.layout import Layout, build_views
@@ -34,7 +34,7 @@ from sparse_compile.sites.annotation import Annotation
 from sparse_compile.sites.plan import Plan
 from sparse_compile.sites.site import AttentionSite, LiftedMask, Operand, Rejection
 from sparse_compile.sites.trace import Reading, Trace
-from sparse_compile.spec import KernelSpec
+from sparse_compile.spec import AttentionSpec, KernelSpec
 from sparse_compile.spec.target import Target
 
 Shape = dict[str, int]
@@ -82,6 +82,7 @@ class Examined:
         tables: the tensors of the mask in this call; None if they are not known.
         sizes: the integers of the mask in this call.
         chosen: what is selected in this call; None where nothing is, or if it is not known.
+        selecting: what a pattern selects it from; None as for ``chosen``.
     """
 
     trace: Trace
@@ -89,6 +90,7 @@ class Examined:
     tables: tuple[Tensor, ...] | None = None
     sizes: tuple[int, ...] = ()
     chosen: Selection | None = None
+    selecting: Selecting | None = None
 
     @property
     def plan(self) -> Plan | None:
@@ -217,14 +219,14 @@ def _utilisation(plan: Plan, layout: Layout | None) -> float | None:
     return layout.utilisation(members, workers_of(device_of(plan.site.q.node)))
 
 
-def kernel_spec(plan: Plan, arch: str) -> KernelSpec:
-    """What determines the kernel of the blocks of a plan, for ``"sm_90"`` and the like."""
+def kernel_spec(plan: Plan, arch: str, piece: AttentionSpec | None = None) -> KernelSpec:
+    """What determines the kernel of a piece of a plan, or its first, on ``"sm_90"`` and so on."""
     site = plan.site
     sizes = [
         example_value(operand.node).shape[operand.axes.index("d")] for operand in (site.q, site.v)
     ]
     dtype = str(example_value(site.output.node).dtype).removeprefix("torch.")
-    return KernelSpec(plan.spec.pieces[0][0], int(sizes[0]), int(sizes[1]), dtype, arch)
+    return KernelSpec(piece or plan.spec.pieces[0][0], int(sizes[0]), int(sizes[1]), dtype, arch)
 
 
 def place(node: Node | None, where: Sequence[str]) -> str:
@@ -368,16 +370,18 @@ class _Values(Interpreter):
         if not isinstance(plan, Plan):
             return Examined(trace)
         shape, lifted = self._shape(plan.site), plan.lifted
+        selecting = None
         tables, sizes, chosen = self._mask_data(lifted, shape)
         if plan.site.called is not None and tables is not None:
             of_call = plan.site.called.sizes
             sizes = tuple(self._kept[n] if isinstance(n, Node) else n for n in of_call)
         if tables is not None and shape is not None:
             tables = (*tables, *pattern_tables(lifted, shape, device_of(plan.site.q.node)))
-            chosen = chosen or selected_in_call(plan, shape, tables, sizes, self._kept)
+            selecting = selected_in_call(plan, shape, tables, sizes, self._kept)
+            chosen = chosen if selecting is None else selecting.found
         elif lifted.extra:
             tables = None
-        return Examined(trace, shape, tables, sizes, chosen)
+        return Examined(trace, shape, tables, sizes, chosen, selecting)
 
     def _mask_data(
         self, lifted: LiftedMask, shape: Shape | None

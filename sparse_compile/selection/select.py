@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparse_compile.codegen.triton.selection.choose import Chooser, can_choose
 from sparse_compile.codegen.triton.selection.printable import printable
+from sparse_compile.codegen.triton.selection.source import ChooseSpec
 from sparse_compile.errors import BadShape
 from sparse_compile.expr import MaskExpr
 from sparse_compile.patterns.checks import UPPER_LEFT, bad, blocks
@@ -61,16 +62,11 @@ def select(
         BadShape, BadPattern: q and k, the scores or the parameters do not fit together.
     """
     _check(pattern, q, k)
-    task = _task(pattern, q, k, mask, tables, sizes)
-    capacity = pattern.capacity(task.blocks)
     if not (q.numel() and k.numel()):
         return _nothing(pattern, q)
-    scores = scoring(pattern.scorer, task)
-    _check_heads(pattern, scores)
-    shape = (q.shape[0], scores.lists, task.rows)
-    index = torch.empty(*shape, capacity, dtype=torch.int32, device=q.device)
-    count = torch.empty(shape, dtype=torch.int32, device=q.device)
-    choose = Chooser(pattern, task, scores.lists, index, count)
+    task = _task(pattern, q, k, mask, tables, sizes)
+    scores, choose = _prepared(pattern, task)
+    index, count = choose.index, choose.count
     by_kernel = watch is None and can_choose(pattern, task)
     for first, end in _chunks(task, scores, by_kernel):
         found = scores(first, end)
@@ -79,6 +75,30 @@ def select(
         else:
             _choose(choose, found, (first, end), watch)
     return _in_units(pattern, index, count, k.shape[2])
+
+
+def choose_spec(
+    pattern: Scored,
+    q: Tensor,
+    k: Tensor,
+    mask: MaskExpr | None,
+    tables: Sequence[Tensor],
+    sizes: Sequence[int],
+) -> ChooseSpec:
+    """What the kernel that chooses on a GPU is generated for; arguments as for :func:`select`."""
+    task = _task(pattern, q, k, mask, tables, sizes)
+    scores, choose = _prepared(pattern, task)
+    return choose.spec(*next(_chunks(task, scores, by_kernel=True)))
+
+
+def _prepared(pattern: Scored, task: Task) -> tuple[Scoring, Chooser]:
+    """The scores, and what chooses by them, with room for what it chooses."""
+    scores, device = scoring(pattern.scorer, task), task.q.device
+    _check_heads(pattern, scores)
+    shape = (task.q.shape[0], scores.lists, task.rows)
+    index = torch.empty(*shape, pattern.capacity(task.blocks), dtype=torch.int32, device=device)
+    count = torch.empty(shape, dtype=torch.int32, device=device)
+    return scores, Chooser(pattern, task, scores.lists, index, count)
 
 
 def _choose(to: Chooser, scores: Tensor, units: tuple[int, int], watch: Watch | None) -> None:

@@ -70,16 +70,22 @@ class Chooser:
             row[1].fill_(second)
         return kind, made
 
+    def spec(self, first: int, end: int) -> ChooseSpec:
+        """What the kernel for the units ``first, ..., end - 1`` is generated for."""
+        pattern, visible = self.pattern, self.task.visible
+        given = not printable(visible)
+        key = key_of(visible, pattern.unit_q, pattern.block_kv)
+        batch, lists, _, room = self.index.shape
+        few = (end - first) * batch * lists <= _FEW
+        seen = self.task.blocks if given else visible.columns(first, end)
+        return ChooseSpec(key, given, self.rule[0], _power(max(seen, 32)), _power(room), few)
+
     def __call__(self, scores: Tensor, first: int, end: int) -> None:
         """Write the lists of the units ``first, ..., end - 1``, from [B, lists, units, blocks]."""
         pattern, task, visible = self.pattern, self.task, self.task.visible
-        given = not printable(visible)
-        key = key_of(visible, pattern.unit_q, pattern.block_kv)
-        kind, rule = self.rule
+        spec, rule = self.spec(first, end), self.rule[1]
+        given, key = spec.given, spec.key
         batch, lists, units, room = self.index.shape
-        few = (end - first) * batch * lists <= _FEW
-        seen = task.blocks if given else visible.columns(first, end)
-        spec = ChooseSpec(key, given, kind, _power(max(seen, 32)), _power(room), few)
         may = visible.may(first, end, lists) if given else None
         shift = 0 if pattern.align == UPPER_LEFT else task.k.shape[2] - task.q.shape[2]
         grid = end - first, batch * lists
