@@ -100,7 +100,7 @@ def _as_it_is(trace: Trace, ways: list[Proposal], options: Options, target: Targ
     note = trace.annotation
     site = trace.found
     assert isinstance(site, AttentionSite)
-    refusal = _FORCED if options.decide == "sparse" and site.ranked is None else ""
+    refusal = _FORCED if options.decide == "sparse" else ""
     if note is not None and not note.promise:
         refusal = "its annotation restricts what it attends to"
     if site.kind == "call":

@@ -24,6 +24,7 @@ from sparse_compile.inspect.diagnose import bad_attention
 from sparse_compile.inspect.explain_selection import Selecting, pattern_tables, selected_in_call
 from sparse_compile.inspect.readable import readable
 from sparse_compile.inspect.report import Report, SiteReport
+from sparse_compile.inspect.skipped import frames_skipped
 from sparse_compile.layout import Layout, build_views
 from sparse_compile.options import Options
 from sparse_compile.passes import pipeline
@@ -68,8 +69,9 @@ def explain_with(options: Mapping[str, Any] | None = None) -> Callable[..., Repo
 def _explain(
     options: dict[str, Any], model: Callable[..., Any], /, *args: Any, **kwargs: Any
 ) -> Report:
-    sites, graphs = examine(model, args, kwargs, options)
-    return Report(tuple(site.report() for site in sites), graphs)
+    with frames_skipped() as skipped:
+        sites, graphs = examine(model, args, kwargs, options)
+    return Report(tuple(site.report() for site in sites), graphs, () if graphs else tuple(skipped))
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,7 @@ class Report:
     Attributes:
         sites: every attention, and everything that looked like one, in program order.
         graphs: how many graphs torch.compile captured; more than one means graph breaks.
+        skipped: the functions that it gave up on, where there is no graph, and why.
 
     >>> site = SiteReport("model.py:3 in forward", True, "its mask is narrow", mask="kv <= q")
     >>> Report.from_json(Report((site,), 1).to_json()).sites[0] == site
@@ -74,6 +75,7 @@ class Report:
 
     sites: tuple[SiteReport, ...]
     graphs: int
+    skipped: tuple[str, ...] = ()
 
     @property
     def rewritten(self) -> int:
@@ -81,14 +83,15 @@ class Report:
         return sum(site.rewritten for site in self.sites)
 
     def to_json(self) -> str:
-        """JSON text, keys in the order of the fields: ``{"graphs": 1, "sites": [{...}]}``."""
-        return json.dumps({"graphs": self.graphs, "sites": [asdict(s) for s in self.sites]})
+        """JSON text, keys in the order of the fields: ``{"graphs": 1, "sites": [{...}], ...}``."""
+        sites, skipped = [asdict(site) for site in self.sites], list(self.skipped)
+        return json.dumps({"graphs": self.graphs, "sites": sites, "skipped": skipped})
 
     @staticmethod
     def from_json(text: str) -> Report:
         """The report that :meth:`to_json` wrote."""
         read = json.loads(text)
-        return Report(tuple(map(_site_of, read["sites"])), read["graphs"])
+        return Report(tuple(map(_site_of, read["sites"])), read["graphs"], tuple(read["skipped"]))
 
     def __str__(self) -> str:
         """The summary, then each attention with what became of it."""
@@ -102,7 +105,8 @@ class Report:
             found = "no attention found"
         breaks = max(self.graphs - 1, 0)
         broken = f" ({_count(breaks, 'graph break')})" if breaks else ""
-        return f"sparse_compile: {found}, in {_count(self.graphs, 'graph')}{broken}"
+        skipped = "".join(f"\n    torch.compile skipped {frame}" for frame in self.skipped)
+        return f"sparse_compile: {found}, in {_count(self.graphs, 'graph')}{broken}{skipped}"
 
     def _groups(self) -> Iterator[tuple[list[int], list[SiteReport]]]:
         """Sites that differ only in where they stand, such as the layers of a model, together."""
