@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import Node
 
@@ -16,26 +18,29 @@ def match_called(node: Node, scope: Scope) -> AttentionSite | Rejection | None:
     """The attention that a node calls; None if it calls none."""
     if node.target is not MASKED_ATTENTION:
         return None
-    q, k, v, given, sizes, text, scale = node.args
-    assert isinstance(text, str)
-    named, masks = NamedMask.parse(text), ()
-    if named.selects == TENSOR:
-        (mask,) = given  # type: ignore[misc, union-attr]
-        example = values.tensor(mask)
-        if example is None or example.dtype is not torch.bool:
-            reason = "its mask is a tensor that is added to the scores"
-            hint = "pass a bool tensor, True to attend, to have it planned for these sizes"
-            return Rejection(reason, hint, where(node), node)
-        masks = (MaskOperand(mask, "keep"),)
-    called = None if masks else Called(named, tuple(given), tuple(sizes))  # type: ignore[arg-type]
+    args: Any = node.args
+    q, k, v, given, sizes, text, scale = args
+    named = NamedMask.parse(text)
+    by_tensor = named.selects == TENSOR
+    if by_tensor and not _is_bool(given[0]):
+        reason = "its mask is a tensor that is added to the scores"
+        hint = "pass a bool tensor, True to attend, to have it planned for these sizes"
+        return Rejection(reason, hint, where(node), node)
     return AttentionSite(
         scope,
         Operand(node),
-        *(Operand(operand) for operand in (q, k, v)),  # type: ignore[arg-type]
-        scale=scale,  # type: ignore[arg-type]
+        Operand(q),
+        Operand(k),
+        Operand(v),
+        scale=scale,
         kind="call",
-        masks=masks,
+        masks=(MaskOperand(given[0], "keep"),) if by_tensor else (),
         where=where(node),
         region=(node,),
-        called=called,
+        called=None if by_tensor else Called(named, tuple(given), tuple(sizes)),
     )
+
+
+def _is_bool(mask: Node) -> bool:
+    example = values.tensor(mask)
+    return example is not None and example.dtype is torch.bool

@@ -164,7 +164,8 @@ class Rewriter:
             others += [self._pattern_table(insert, made, plan.site) for made in extra]
         given = [insert.method("detach", tensor) for tensor in chosen.given]
         if chosen.key == LISTS:
-            return others, *(insert.method("to", t, device_of(content[0])) for t in given)
+            index, count = (insert.method("to", t, device_of(content[0])) for t in given)
+            return others, index, count
         if chosen.key == INDEX:
             (index,) = given
             index = insert.method("to", index, device_of(content[0]))

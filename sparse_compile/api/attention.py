@@ -170,8 +170,8 @@ def _views_sizes(q: Tensor, k: Tensor) -> Sizes:
     """
     shape = q.shape[2], k.shape[2], q.shape[0], q.shape[1]
     n_q, n_kv, batch, heads = (size if isinstance(size, int) else None for size in shape)
-    lengths = (_UNKNOWN if n is None else 1 << max(n - 1, 0).bit_length() for n in (n_q, n_kv))
-    return *lengths, batch or 1, heads or 1
+    rounded = [_UNKNOWN if n is None else 1 << max(n - 1, 0).bit_length() for n in (n_q, n_kv)]
+    return rounded[0], rounded[1], batch or 1, heads or 1
 
 
 @functools.lru_cache(maxsize=64)

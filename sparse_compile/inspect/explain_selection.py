@@ -88,7 +88,8 @@ def selected_in_call(
 def _given(chosen: SelectedPlan, tensors: Sequence[Tensor], n_kv: int) -> Selection:
     """The lists that a call passes, or that an index says."""
     if chosen.key == LISTS:
-        return Selection(*tensors, *chosen.units)
+        index, count = tensors
+        return Selection(index, count, *chosen.units)
     return Selection(*canonical(tensors[0], -(-n_kv // chosen.units[1])), *chosen.units)
 
 

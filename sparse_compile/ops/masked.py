@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from sparse_compile.ops.fresh_size import unbound_sizes
 
-_LIBRARY = torch.library.Library("sparse_compile", "FRAGMENT")
+_LIBRARY: Any = torch.library.Library("sparse_compile", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
     "masked_attention(Tensor q, Tensor k, Tensor v, Tensor[] given, SymInt[] sizes, str mask, "
     "float scale) -> Tensor"
@@ -42,7 +43,7 @@ def composed_of(attend: Attend) -> None:
         scale: float,
     ) -> Tensor:
         # While Dynamo only asks for the shape of the result, sizes inside belong to no node.
-        asked = get_proxy_mode() is None  # type: ignore[no-untyped-call]
+        asked = get_proxy_mode() is None
         with unbound_sizes(getattr(q, "fake_mode", None)) if asked else contextlib.nullcontext():
             return attend(q, k, v, given, sizes, mask, scale)
 

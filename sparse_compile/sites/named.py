@@ -66,8 +66,11 @@ class NamedMask:
     def parse(text: str) -> NamedMask:
         """The mask of a text."""
         static, selected, selects, units, shown = json.loads(text)
-        parts = [one and NamedPart(MaskExpr.parse(one[0]), one[1]) for one in (static, selected)]
-        return NamedMask(*parts, selects, tuple(units), shown)
+        return NamedMask(_part(static), _part(selected), selects, (units[0], units[1]), shown)
+
+
+def _part(read: list[str] | None) -> NamedPart | None:
+    return None if read is None else NamedPart(MaskExpr.parse(read[0]), read[1])
 
 
 #: Everyone attends to everyone; and the mask is a tensor.
