@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import sympy
@@ -49,7 +50,7 @@ def propose(trace: Trace, options: Options, target: Target, sharing: int) -> Tra
     site = trace.found
     assert isinstance(site, AttentionSite)
     trace = replace(trace, target=target)
-    impossible = _impossible(site, target)
+    impossible = _impossible(site, trace.readings, target)
     if impossible is not None:
         refused = Proposal(Candidate("sparse", (), impossible[0]), trace.rejected(*impossible))
         return replace(trace, proposals=(refused,))
@@ -59,12 +60,15 @@ def propose(trace: Trace, options: Options, target: Target, sharing: int) -> Tra
     return replace(trace, proposals=(*ways, _as_it_is(trace, ways, options, target)))
 
 
-def _impossible(site: AttentionSite, target: Target) -> tuple[str, str] | None:
+def _impossible(
+    site: AttentionSite, readings: Sequence[Reading], target: Target
+) -> tuple[str, str] | None:
     """Why nothing but the program itself can run a site, and what would change that."""
     if target.kind not in _EXECUTORS:
         reason = f"there is no executor for {target.kind} tensors"
         return reason, "run the model on a CUDA device or on the CPU"
-    return None
+    ranks = any(reading.mask.selection is not None for reading in readings)
+    return None if ranks else site.ranked
 
 
 def _ways(

@@ -136,7 +136,7 @@ def filled(leaf: Selecting, given: Sequence[Tensor]) -> Selecting:
         return replace(leaf, index=given[leaf.index], count=count)
     if isinstance(leaf, Scored) and isinstance(leaf.scorer, Scorer) and leaf.scorer.tensors:
         numbers = ((name, getattr(leaf.scorer, name)) for name in leaf.scorer.tensors)
-        filled = {name: given[number] for name, number in numbers if isinstance(number, int)}
+        tensors = {name: given[number] for name, number in numbers if isinstance(number, int)}
         scorer: Any = leaf.scorer
-        return replace(leaf, scorer=replace(scorer, **filled)) if filled else leaf
+        return replace(leaf, scorer=replace(scorer, **tensors)) if tensors else leaf
     return leaf

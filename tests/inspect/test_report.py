@@ -170,7 +170,7 @@ def test_json_round_trip_and_key_order() -> None:
     report = explain(TwoKinds(), example())
     assert Report.from_json(report.to_json()) == report
     read = json.loads(report.to_json())
-    assert list(read) == ["graphs", "sites"]
+    assert list(read) == ["graphs", "sites", "skipped"]
     assert list(read["sites"][0]) == list(SiteReport.__dataclass_fields__)
 
 
