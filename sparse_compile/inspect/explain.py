@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -25,13 +24,13 @@ from sparse_compile.inspect.explain_selection import Selecting, pattern_tables, 
 from sparse_compile.inspect.readable import readable
 from sparse_compile.inspect.report import Report, SiteReport
 from sparse_compile.inspect.skipped import frames_skipped
+from sparse_compile.inspect.standing import place, said_of
 from sparse_compile.layout import Layout, build_views
 from sparse_compile.options import Options
 from sparse_compile.passes import pipeline
 from sparse_compile.passes.dense_tables import mask_data, selection_data, shown_predicate
 from sparse_compile.passes.graph_edit import device_of, example_value
 from sparse_compile.selection import Selection, SelectionReport
-from sparse_compile.sites.annotation import Annotation
 from sparse_compile.sites.plan import Plan
 from sparse_compile.sites.site import AttentionSite, LiftedMask, Operand, Rejection
 from sparse_compile.sites.trace import Reading, Trace
@@ -102,7 +101,7 @@ class Examined:
     def report(self) -> SiteReport:
         """The site as users see it."""
         trace, plan = self.trace, self.plan
-        where, said = place(trace.node, trace.where), _said(trace.annotation, trace.node)
+        where, said = place(trace.node, trace.where), said_of(trace.annotation, trace.node)
         if plan is None:
             rejected = trace.decided
             assert isinstance(rejected, Rejection)
@@ -229,29 +228,6 @@ def kernel_spec(plan: Plan, arch: str, piece: AttentionSpec | None = None) -> Ke
     ]
     dtype = str(example_value(site.output.node).dtype).removeprefix("torch.")
     return KernelSpec(piece or plan.spec.pieces[0][0], int(sizes[0]), int(sizes[1]), dtype, arch)
-
-
-def place(node: Node | None, where: Sequence[str]) -> str:
-    """Where a node stands: its module, then its source line."""
-    stack = {} if node is None else node.meta.get("nn_module_stack") or {}
-    paths = [path for path, _ in stack.values()]
-    module = _readable_path(paths[-1]) if paths else ""
-    return ", ".join(part for part in (module, where[-1] if where else "") if part) or "unknown"
-
-
-def _readable_path(path: str) -> str:
-    # Dynamo's path starts at a local or global variable: L['self'].layers.0
-    # and goes through the wrapper that annotates a module.
-    path = path.replace(".forward.__self__", "")
-    return re.sub(r"^[LG]\['(?:(?:self|fn)'\]\.?|(\w+)'\])", r"\1", path)
-
-
-def _said(annotation: Annotation | None, node: Node | None) -> str | None:
-    if annotation is None:
-        return None
-    stack = {} if node is None else node.meta.get("nn_module_stack") or {}
-    keys = [key for key in stack if key.split("@")[0] == str(annotation.module)]
-    return annotation.shown(_readable_path(stack[keys[-1]][0]) if keys else "")
 
 
 #: Where the graphs that run during one :func:`examine` report their values. Dynamo keeps a captured
