@@ -14,7 +14,7 @@ from torch import Tensor
 
 import sparse_compile
 from benchmarks.accuracy import Problem, Run
-from sparse_compile.api.plan import plan_direct
+from sparse_compile.api.plan import name_of, planned
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.layout import Layout, build_views
 from sparse_compile.patterns import Pattern
@@ -46,7 +46,7 @@ class Ours:
 
 def spec_of(pattern: Pattern, n: int, heads: int, device: str = "cuda") -> AttentionSpec:
     """The spec that :func:`sparse_compile.attention` runs."""
-    text = plan_direct(pattern, torch.device(device).type, (n, n, 1, heads))[0]
+    text = planned(name_of(pattern, []), torch.device(device).type, (n, n, 1, heads)).spec
     if text:
         return AttentionSpec.parse(text)
     # A causal mask is left to SDPA; our kernels for it are measured all the same.

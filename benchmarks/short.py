@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from benchmarks.environment import write_json
-from sparse_compile.backend import plan_graph
 from sparse_compile.options import Options
+from sparse_compile.passes import pipeline
 from sparse_compile.sites.plan import Plan
 
 Program = Callable[..., Tensor]
@@ -124,7 +124,7 @@ def decision(
     found: list[Any] = []
 
     def look(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        found.extend(plan_graph(gm, inputs, Options.parse(options)))
+        found.extend(t.decided for t in pipeline.plan(gm, inputs, Options.parse(options)))
         return gm.forward
 
     torch._dynamo.reset()

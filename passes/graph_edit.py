@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from sparse_compile.sites.site import AttentionSite
+from sparse_compile.ops.fresh_size import unbound_sizes
+from sparse_compile.sites.site import AttentionSite, Operand
+
+#: Stands for a size that is only known when the graph runs.
+_UNKNOWN = 4096
 
 
 def example_value(node: Node) -> Any:
     """The fake tensor or symbolic integer that Dynamo recorded for a node."""
     return node.meta["example_value"]
+
+
+def dimension(operand: Operand, axis: str) -> int | torch.SymInt:
+    """The size of an operand along one of its axes; one where it has none."""
+    if axis not in operand.axes:
+        return 1
+    size: int | torch.SymInt = example_value(operand.node).shape[operand.axes.index(axis)]
+    return size
+
+
+def expected(operand: Operand, axis: str) -> int:
+    """:func:`dimension` of the example that is compiled with."""
+    size = dimension(operand, axis)
+    if isinstance(size, torch.SymInt):
+        hint = size.node.hint  # what the graph was captured with; None if nothing is known
+        return _UNKNOWN if hint is None else int(hint)
+    return int(size)
 
 
 def constant(value: Any) -> Any:
@@ -52,7 +72,9 @@ class Inserter:
             node = self.gm.graph.create_node(op, target, args, kwargs)
         fake_args = map_arg(args, example_value)
         fake_kwargs = map_arg(kwargs, example_value)
-        with self._fake_mode, fresh_sizes_allowed(self._fake_mode):
+        # Dynamo has finished binding sizes that are only known at run time, as a layout's length;
+        # AOTAutograd traces the graph anew and binds its own.
+        with self._fake_mode, unbound_sizes(self._fake_mode):
             if op == "call_method":
                 value = getattr(fake_args[0], target)(*fake_args[1:], **fake_kwargs)
             else:
@@ -62,21 +84,6 @@ class Inserter:
             if key in self.anchor.meta:
                 node.meta[key] = self.anchor.meta[key]
         return node
-
-
-@contextlib.contextmanager
-def fresh_sizes_allowed(fake_mode: Any) -> Iterator[None]:
-    """Let fake tensors have sizes that are only known at run time, as a layout's length.
-
-    Dynamo has finished binding such sizes by the time a backend runs; AOTAutograd traces the graph
-    anew and binds its own.
-    """
-    shape_env = fake_mode.shape_env
-    if shape_env is None:
-        yield
-        return
-    with shape_env.ignore_fresh_unbacked_symbols():
-        yield
 
 
 def device_of(node: Node) -> torch.device:

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from sparse_compile.passes.graph_edit import fresh_sizes_allowed
+from sparse_compile.ops.fresh_size import unbound_sizes
 
 
 class Unwatched(Exception):
@@ -48,7 +48,7 @@ def watch(
     recorder = _Recorder()
     try:
         with contextlib.ExitStack() as stack:
-            for context in (torch.no_grad(), modes[0], fresh_sizes_allowed(modes[0]), recorder):
+            for context in (torch.no_grad(), modes[0], unbound_sizes(modes[0]), recorder):
                 stack.enter_context(context)
             # Views of the same memory, so that a change of shape does not reach the originals.
             given = tree_map_only(torch.Tensor, torch.Tensor.detach, (tuple(args), dict(kwargs)))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from torch.fx import GraphModule, Node
 
+from sparse_compile.passes.find.called import match_called
 from sparse_compile.passes.find.canonical import canonical, op_name
 from sparse_compile.passes.find.dataflow import Dataflow
 from sparse_compile.passes.find.eager import match_eager
@@ -101,6 +102,8 @@ def _match(node: Node, flow: Dataflow, scope: Scope) -> AttentionSite | Rejectio
         return None
     if op_name(node) in _OPAQUE:
         return Rejection(*_OPAQUE[op_name(node)], where(node), node)
+    if (called := match_called(node, scope)) is not None:
+        return called
     call = canonical(node)
     if op_name(node) == "scaled_dot_product_attention":
         return match_sdpa(node, flow, scope)

@@ -62,6 +62,7 @@ from sparse_compile.sites.site import (
     Scope,
     SelectedKeys,
 )
+from sparse_compile.spec import EmptyRows
 
 Lengths = Mapping[sympy.Symbol, sympy.Expr]
 
@@ -80,21 +81,19 @@ def lift_mask(
     example_inputs: Sequence[Any],
     options: Options,
     cache: LiftCache,
-    no_lists: str = "",
 ) -> LiftedMask | Rejection:
-    """The meaning of a site's masks as one predicate.
+    """The meaning of a site's masks as one predicate, with all that can be said otherwise.
 
     Args:
         site: the attention.
         example_inputs: the captured graph's inputs, as Dynamo passes them to a backend.
         options: ``finite_fill`` and ``verify_bytes`` matter here.
         cache: shared by the sites of one backend call.
-        no_lists: why the keys that reach a threshold stay in a mask tensor; empty if they do not.
     """
     try:
         if not site.masks:
             return LiftedMask(MaskExpr(sympy.Le(KV, Q) if site.causal else sympy.true))
-        work = _Work.of(site, cache, no_lists)
+        work = _Work.of(site, cache)
         key = (work.key, options.finite_fill)
         if key not in cache.lifted:
             cache.lifted[key] = _attempt(work, example_inputs, options, cache)
@@ -139,17 +138,15 @@ class _Work:
         part: the slice that computes the operands, then the fills that are nodes.
         lengths: number of batch entries, heads, queries and keys, in torch's size symbols.
         dtype: of the scores when they are masked.
-        no_lists: as for :func:`lift_mask`.
     """
 
     site: AttentionSite
     part: Slice
     lengths: Lengths
     dtype: torch.dtype
-    no_lists: str
 
     @staticmethod
-    def of(site: AttentionSite, cache: LiftCache, no_lists: str) -> _Work:
+    def of(site: AttentionSite, cache: LiftCache) -> _Work:
         wanted = [Wanted(mask.node, first_reader(site, mask.node)) for mask in site.masks]
         wanted += [
             Wanted(mask.fill, first_reader(site, mask.fill))
@@ -157,14 +154,15 @@ class _Work:
             if isinstance(mask.fill, Node)
         ]
         part = cache.slicer(wanted, site.scope)
-        return _Work(site, part, _lengths(site), _score_dtype(site), no_lists)
+        return _Work(site, part, _lengths(site), _score_dtype(site))
 
     @property
     def key(self) -> Any:
         site = self.site
         roles = tuple((mask.role, mask.fill) for mask in site.masks)
         scores = (site.score is None, site.sinks is None, _need_gradients(site))
-        plan = (site.kind, site.causal, site.score_axes, self.dtype, self.no_lists, scores)
+        ranked = site.ranked is None
+        plan = (site.kind, site.causal, site.score_axes, self.dtype, ranked, scores)
         return (self.part.nodes, self.part.outputs, roles, plan, tuple(self.lengths.items()))
 
     @property
@@ -227,22 +225,43 @@ def _lift(
     # With a sink, a row without keys gives all its weight to that, and yields 0.
     sunk = work.site.sinks is not None
     can_be_empty = not sunk and not never_empty(predicate, work.lengths, simplify)
-    lifted = _with_selection(work, traced, lifter, predicate, simplify)
-    policy = empty_row_policy(
-        work.site.kind, work.site.causal, keeps, work.dtype, can_be_empty, options.finite_fill
+    policy = (
+        EmptyRows.ZERO
+        if work.site.kind == "call"
+        else empty_row_policy(
+            work.site.kind, work.site.causal, keeps, work.dtype, can_be_empty, options.finite_fill
+        )
     )
     if work.site.score is not None:
         need = _need_gradients(work.site)
         policy = beside_a_program(policy, need, options.finite_fill)
     fills = [keep.fills for keep in keeps]
-    lifted = replace(lifted, empty_rows=policy, fills=tuple(itertools.chain(*fills)))
+    check = _check(work, fills)
+    examples = Examples.of(work.site.scope, example_inputs)
+
+    def checked(lifted: LiftedMask) -> LiftedMask:
+        lifted = replace(lifted, empty_rows=policy, fills=tuple(itertools.chain(*fills)))
+        visited = verify(check, lifted, examples, options.verify_bytes, cache.slicer)
+        return replace(lifted, visited=visited)
+
+    lifted = checked(_with_selection(work, traced, lifter, predicate, simplify))
+    selection = lifted.selection
+    if selection is None or selection.waits is None or work.site.ranked is not None:
+        return lifted
+    otherwise: LiftedMask | Rejection
+    try:
+        otherwise = checked(_tabled(work, traced, lifter, predicate, simplify))
+    except Refused as refused:
+        otherwise = Rejection(refused.reason, refused.hint)
+    return replace(lifted, otherwise=otherwise)
+
+
+def _check(work: _Work, fills: list[tuple[float, ...]]) -> Check:
+    """What the program's own masks are compared with."""
     site = work.site
     wanted = [Wanted(mask.node, first_reader(site, mask.node)) for mask in site.masks]
     axes, causal = site.score_axes, site.causal
-    check = Check(*(site.scope, work.part, wanted, site.masks, fills, axes, causal, work.lengths))
-    examples = Examples.of(work.site.scope, example_inputs)
-    visited = verify(check, lifted, examples, options.verify_bytes, cache.slicer)
-    return replace(lifted, visited=visited)
+    return Check(*(site.scope, work.part, wanted, site.masks, fills, axes, causal, work.lengths))
 
 
 def _keeps(work: _Work, traced: GraphModule, lifter: Lifter) -> list[Keep]:
@@ -275,8 +294,6 @@ def _with_selection(
         chosen: Selects | None
         rest, chosen = split_selection(predicate, lifter, work.lengths)
         if chosen is None:
-            if work.no_lists:
-                raise NotSelected(work.no_lists)
             bounds = _bounds(work, traced)
             rest, chosen = split_kept(predicate, lifter, work.lengths, bounds)
         if chosen is not None:

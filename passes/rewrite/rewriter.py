@@ -14,11 +14,12 @@ from torch.fx import GraphModule, Node
 from sparse_compile import ops
 from sparse_compile.layout.dense_tables import DenseRead
 from sparse_compile.ops import pattern as pattern_ops
-from sparse_compile.ops.selection import SELECT
+from sparse_compile.ops.selection import CANONICAL_SELECTION, SELECT
 from sparse_compile.passes.dense_tables import dense_reads
 from sparse_compile.passes.graph_edit import Inserter, device_of, example_value, first_reader
 from sparse_compile.passes.rewrite.indexer import replace_indexer, replace_lists
 from sparse_compile.passes.rewrite.tables import RealisedTables, realise
+from sparse_compile.sites.named import INDEX, LISTS
 from sparse_compile.sites.plan import Indexer, Plan, SelectedPlan
 from sparse_compile.sites.site import (
     AttentionSite,
@@ -126,6 +127,8 @@ class Rewriter:
     ) -> tuple[list[Node], list[int | Node], list[Node]]:
         """The tables and sizes of the mask of a plan, and the lists of its parts."""
         tables, sizes = realise(plan.lifted, plan.site.scope, self._tables)
+        if plan.site.called is not None:
+            sizes = list(plan.site.called.sizes)
         named: list[Any] = []
         if plan.listed is not None:
             sizes, named = sizes[:-2], sizes[-2:]
@@ -162,11 +165,27 @@ class Rewriter:
             extra = chosen.lifted.extra
             others = tables[: chosen.lifted.n_lifted_tables]
             others += [self._pattern_table(insert, made, plan.site) for made in extra]
-        q, k = (insert.method("detach", operand) for operand in content)
-        among = chosen.lifted.mask.text
-        pair = insert.call(SELECT, q, k, [], others, sizes, among, chosen.key)
+        given = [insert.method("detach", tensor) for tensor in chosen.given]
+        if chosen.key == LISTS:
+            index, count = (insert.method("to", t, device_of(content[0])) for t in given)
+            return others, index, count
+        if chosen.key == INDEX:
+            (index,) = given
+            index = insert.method("to", index, device_of(content[0]))
+            pair = insert.call(CANONICAL_SELECTION, index, self._units(insert, plan, chosen))
+        else:
+            q, k = (insert.method("detach", operand) for operand in content)
+            rest = given, others, sizes, chosen.lifted.mask.text, chosen.key
+            pair = insert.call(SELECT, q, k, *rest)
         index, count = (insert.call(operator.getitem, pair, part) for part in (0, 1))
         return others, index, count
+
+    def _units(self, insert: Inserter, plan: Plan, chosen: SelectedPlan) -> int | Node:
+        """How many units of keys there are."""
+        n_kv, unit = insert.size(plan.site.k.node, 2), chosen.units[1]
+        if isinstance(n_kv, int):
+            return -(-n_kv // unit)
+        return insert.call(operator.floordiv, insert.call(operator.add, n_kv, unit - 1), unit)
 
     def _pattern_table(self, insert: Inserter, made: PatternTable, site: AttentionSite) -> Node:
         """A table that an annotation's pattern makes, once for all sites of one shape."""
@@ -285,6 +304,8 @@ def _with_sinks(insert: Inserter, site: AttentionSite, out: Node, lse: Node, sin
         sinks: as in :class:`AttentionSite`.
     """
     sinks = insert.method("to", sinks, torch.float32)
+    if site.kind == "call":
+        sinks = insert.method("reshape", sinks, 1, -1, 1, 1)  # from [Hq]
     if example_value(sinks).shape[-1] != 1:
         sinks = insert.call(torch.logsumexp, sinks, -1, True)
     for position, axis in enumerate(("b", "h", "q")):

@@ -8,7 +8,8 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from sparse_compile.passes.graph_edit import example_value, fresh_sizes_allowed
+from sparse_compile.ops.fresh_size import unbound_sizes
+from sparse_compile.passes.graph_edit import example_value
 from sparse_compile.sites.site import LiftedMask, Scope
 
 
@@ -63,7 +64,7 @@ def _inline(
     place = _place(gm.graph, leaves)
     while place in cache.inserted:  # Programs that stand here already may be of use.
         place = place.next
-    with gm.graph.inserting_before(place), fake_mode, fresh_sizes_allowed(fake_mode):
+    with gm.graph.inserting_before(place), fake_mode, unbound_sizes(fake_mode):
         for node in program.graph.nodes:
             if node.op == "get_attr":
                 copies[node] = _literal(gm.graph, getattr(program, str(node.target)))

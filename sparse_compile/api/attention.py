@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import sympy
 import torch
@@ -10,24 +13,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_compile import ops
-from sparse_compile.api.plan import (
-    NOTHING_HIDDEN,
-    Direct,
-    capped_text,
-    dense_text,
-    plan_of,
-    static_data,
-)
-from sparse_compile.api.selected import Sizes, lists_of, spec_text
+from sparse_compile.api.data import data_of, tables_of
+from sparse_compile.api.plan import Direct, Sizes, capped, name_of, planned, spec_text
+from sparse_compile.api.selected import lists_of, selected_of
 from sparse_compile.errors import BadShape, PatternMisuse
 from sparse_compile.expr import COORDINATES, MaskExpr
 from sparse_compile.layout.dense_tables import NO_READS, DenseRead
+from sparse_compile.ops.masked import MASKED_ATTENTION, composed_of
 from sparse_compile.ops.operands import WIDEST, WIDEST_UNITS, check_operands
+from sparse_compile.ops.untraced import untraced
 from sparse_compile.patterns.base import Pattern
 from sparse_compile.patterns.nsa import NSA
+from sparse_compile.selection.split import without_selection
+from sparse_compile.sites.named import BY_TENSOR, EVERYONE, TENSOR, NamedMask
+from sparse_compile.spec import AttentionSpec
 
 #: Stands for lengths and head counts that torch.compile knows by name only.
 _UNKNOWN = 4096
+_EVERYONE, _BY_TENSOR = EVERYONE.text, BY_TENSOR.text
+#: q, k and v.
+Operands = tuple[Tensor, Tensor, Tensor]
 #: Text of a spec, tables and lists: what the operator of attention is told of a mask.
 _Data = tuple[str, list[Tensor], list[Tensor]]
 
@@ -78,23 +83,18 @@ def attention(
     """
     _check((q, k, v), mask, sinks)
     factor = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    if isinstance(mask, Tensor):
-        text, tables, lists = _tensor_data(q, k, mask)
+    given: list[Tensor] = []
+    owner = mask if isinstance(mask, Pattern) else None
+    if owner is not None:
+        text = name_of(owner, given)
     else:
-        given: list[Tensor] = []
-        sizes = views_sizes(q, k)
-        plan = NOTHING_HIDDEN if mask is None else plan_of(mask, q.device.type, sizes, given)
-        if not plan[0] and plan[4] is None and not softcap and sinks is None:
-            return _by_sdpa(q, k, v, plan[3], factor)
-        text, tables, lists = _pattern_data((q, k, v), mask, plan, given)
-    text = capped_text(text, softcap) if softcap else text
-    out, lse = ops.ATTENTION(q, k, v, [], tables, [], lists, factor, text)
-    return out if sinks is None else _with_sinks(out, lse, sinks)
+        text = _EVERYONE if mask is None else _BY_TENSOR
+        given += [] if mask is None else [mask]
+    text = capped(text, softcap) if softcap else text
+    return attend((q, k, v), text, factor, given, sinks, owner=owner)
 
 
-def _check(
-    operands: tuple[Tensor, Tensor, Tensor], mask: Pattern | Tensor | None, sinks: Tensor | None
-) -> None:
+def _check(operands: Operands, mask: Pattern | Tensor | None, sinks: Tensor | None) -> None:
     """Raise before anything runs; operators repeat what is not checked while they are compiled."""
     q, k, _ = operands
     if not (mask is None or isinstance(mask, (Pattern, Tensor))):
@@ -104,6 +104,8 @@ def _check(
         check_operands(*operands, WIDEST_UNITS if isinstance(mask, Pattern) else WIDEST)
         if isinstance(mask, Pattern):
             mask.check(q.shape[2], k.shape[2], q.shape[0], q.shape[1])
+    if isinstance(mask, Tensor):
+        _check_mask(q, operands[1], mask)
     if sinks is not None and sinks.shape != q.shape[1:2]:
         raise BadShape(
             f"sparse_compile: attention() got sinks of shape {list(sinks.shape)}. Give [Hq], one "
@@ -117,34 +119,82 @@ def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
     return (out * share[..., None]).to(out.dtype)
 
 
-def _pattern_data(
-    operands: tuple[Tensor, Tensor, Tensor],
-    mask: Pattern | None,
-    plan: Direct,
+def attend(
+    operands: Operands,
+    text: str,
+    scale: float,
+    given: Sequence[Tensor] = (),
+    sinks: Tensor | None = None,
+    *,
+    sizes: Sequence[int] = (),
+    owner: Pattern | None = None,
+) -> Tensor:
+    """Attention with a named mask: one node in a graph that is captured, or at once.
+
+    Args:
+        operands: q, k and v, as for :func:`attention`; ``scale`` and ``sinks``, too.
+        text: of a :class:`sparse_compile.sites.named.NamedMask`.
+        given: the tensors that it selects by, or is.
+        sizes: its integers.
+        owner: the pattern; what it makes is kept while it does not change.
+    """
+    if torch.compiler.is_compiling():
+        out: Tensor = MASKED_ATTENTION(*operands, list(given), sinks, list(sizes), text, scale)
+        return out
+    return _direct(operands, list(given), sinks, sizes, text, scale, owner)
+
+
+def _direct(
+    operands: Operands,
     given: list[Tensor],
-) -> _Data:
-    """What kernels of ours compute for a pattern; arguments as for :func:`lists_of`."""
+    sinks: Tensor | None,
+    sizes: Sequence[int],
+    text: str,
+    scale: float,
+    owner: Pattern | None = None,
+) -> Tensor:
+    """The same, in terms of the operators with kernels."""
     q, k, v = operands
-    text, _, static, causal, selected = plan
-    if not text and selected is None:
-        text = dense_text(causal, q.device.type, views_sizes(q, k))
-    if text and not torch.compiler.is_compiling():
+    if NamedMask.parse(text).selects == TENSOR:
+        spec, tables, lists = _tensor_data(q, k, given[0], text)
+    else:
+        plan = planned(text, q.device.type, _views_sizes(q, k), sinks is not None)
+        if not plan.spec:
+            return _by_sdpa(q, k, v, plan.causal, scale)
+        spec, tables, lists = _pattern_data(operands, given, text, plan, owner)
+    out, lse = ops.ATTENTION(q, k, v, [], tables, list(sizes), lists, scale, spec)
+    return out if sinks is None else _with_sinks(out, lse, sinks)
+
+
+def _pattern_data(
+    operands: Operands, given: list[Tensor], text: str, plan: Direct, owner: Pattern | None
+) -> _Data:
+    """What the operator of attention is told of a pattern; arguments as for :func:`attend`."""
+    (q, k, v), named = operands, NamedMask.parse(text)
+    if named.selected is None:
         check_operands(q, k, v)
+    spec, lengths = plan.spec, (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     tables: list[Tensor] = []
     lists: list[Tensor] = []
-    if mask is not None and static:
-        tables, lists = static_data(q, k, mask, plan)
-    if mask is not None and selected is not None:
-        index, count, more = lists_of(q, k, mask, selected, given)
-        text, tables, lists = selected[0], [*tables, *more], [*lists, index, count]
-        if selected[5] and q.shape[3] <= WIDEST[0] and v.shape[3] <= WIDEST[1]:
-            text, lengths = selected[5], (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-            lists = ops.LAYOUT(tables, NO_READS, [], *lengths, text, q.device, lists)
-    return text, tables, lists
+    if named.static is not None and named.static.key:
+        rest = owner if owner is None or named.selected is None else without_selection(owner)
+        made = tables_of(named.static.mask)
+        tables, lists = data_of(rest, (named.static.key, made, lengths, plan.static, q.device))
+    selected = selected_of(text)
+    if selected is not None:
+        index, count, more = lists_of(q, k, selected, given, owner)
+        tables, lists = [*tables, *more], [*lists, index, count]
+        if plan.blocks and q.shape[3] <= WIDEST[0] and v.shape[3] <= WIDEST[1]:
+            spec = plan.blocks
+            lists = ops.LAYOUT(tables, NO_READS, [], *lengths, spec, q.device, lists)
+    return spec, tables, lists
+
+
+composed_of(_direct)
 
 
 def _by_sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
-    grouped = q.shape[1] != k.shape[1]
+    grouped = bool(q.shape[1] != k.shape[1])
     if grouped and q.device.type == "cpu" and q.dtype != torch.float32:
         # The CPU's own kernel for grouped heads adds up dV in half precision.
         group, grouped = q.shape[1] // k.shape[1], False
@@ -154,35 +204,37 @@ def _by_sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Ten
     )
 
 
-def views_sizes(q: Tensor, k: Tensor) -> Sizes:
+def _views_sizes(q: Tensor, k: Tensor) -> Sizes:
     """What views are chosen for: n_q, n_kv, batch and heads.
 
-    Only their cost depends on it: lengths are rounded, and code that is being compiled, which may
-    run at any lengths, gets views for usual ones.
+    Only their cost depends on it: lengths are rounded, and those that are known by name only get
+    views for usual ones.
     """
-    if torch.compiler.is_compiling():
-        return _UNKNOWN, _UNKNOWN, 1, 1
-    n_q, n_kv = (1 << max(t.shape[2] - 1, 0).bit_length() for t in (q, k))
-    return n_q, n_kv, q.shape[0], q.shape[1]
+    shape = q.shape[2], k.shape[2], q.shape[0], q.shape[1]
+    n_q, n_kv, batch, heads = (size if isinstance(size, int) else None for size in shape)
+    rounded = [_UNKNOWN if n is None else 1 << max(n - 1, 0).bit_length() for n in (n_q, n_kv)]
+    return rounded[0], rounded[1], batch or 1, heads or 1
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _plan_of_tensor(shared: tuple[bool, ...], device: str) -> tuple[str, str]:
+@functools.lru_cache(maxsize=64)
+@untraced
+def _plan_of_tensor(shared: tuple[bool, ...], device: str, text: str) -> tuple[str, str]:
     """The spec of a mask tensor, and how it is read.
 
     Args:
         shared: of each of its axes, whether it has size one.
         device: type of the device.
+        text: of the :class:`NamedMask`, which says what becomes of scores.
     """
     names = [symbol.name for symbol in COORDINATES][4 - len(shared) :]
     axes = tuple("" if one else name for one, name in zip(shared, names, strict=True))
     read = DenseRead(0, axes)
     expr = MaskExpr(sympy.Ne(read.bit, 0), ("int32",))
-    return spec_text(expr, device, (_UNKNOWN, _UNKNOWN, 1, 1)), DenseRead.text([read])
+    spec = AttentionSpec.parse(spec_text(expr, device, (_UNKNOWN, _UNKNOWN, 1, 1)))
+    return replace(spec, score=NamedMask.parse(text).score).text, DenseRead.text([read])
 
 
-def _tensor_data(q: Tensor, k: Tensor, mask: Tensor) -> _Data:
-    """What kernels of ours compute for a mask tensor, which is read here."""
+def _check_mask(q: Tensor, k: Tensor, mask: Tensor) -> None:
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise PatternMisuse(
             f"sparse_compile: attention() got a mask of {mask.dtype}. Pass a bool tensor, True to "
@@ -201,10 +253,15 @@ def _tensor_data(q: Tensor, k: Tensor, mask: Tensor) -> _Data:
             f"sparse_compile: attention() got a mask of shape {list(mask.shape)}, which does not "
             f"broadcast to [B, Hq, Nq, Nkv] = {list(lengths)}. Use unsqueeze to add missing axes."
         )
-    shared = tuple([size == 1 for size in mask.shape])
-    text, reads = _plan_of_tensor(shared, q.device.type)
-    bits, *lists = ops.LAYOUT([mask], reads, [], *lengths, text, q.device, [])
-    return text, [bits], lists
+
+
+def _tensor_data(q: Tensor, k: Tensor, mask: Tensor, text: str) -> _Data:
+    """What the operator of attention is told of a mask tensor, which is read here."""
+    lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+    shared = tuple([bool(size == 1) for size in mask.shape])
+    spec, reads = _plan_of_tensor(shared, q.device.type, text)
+    bits, *lists = ops.LAYOUT([mask], reads, [], *lengths, spec, q.device, [])
+    return spec, [bits], lists
 
 
 def _no_mask(mask: object) -> str:

@@ -41,9 +41,9 @@ def tables_of(expr: MaskExpr) -> Tables:
     return tuple((index, rank[index], getattr(torch, dtype)) for index, dtype in dtypes)
 
 
-def data_of(pattern: Pattern, call: Call) -> Data:
-    """The tables of a mask, and its packed layout: in a graph, or kept between calls."""
-    return make_data(call) if torch.compiler.is_compiling() else kept_data(pattern, call)
+def data_of(pattern: Pattern | None, call: Call) -> Data:
+    """The tables of a mask, and its packed layout: made, or kept while a pattern is the same."""
+    return make_data(call) if pattern is None else kept_data(pattern, call)
 
 
 def make_data(call: Call) -> Data:

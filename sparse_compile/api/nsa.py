@@ -9,27 +9,23 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from sparse_compile.api.attention import attention
+from sparse_compile.api.attention import attend, attention
 from sparse_compile.errors import BadShape, PatternMisuse
 from sparse_compile.expr import KV, MaskExpr, Q
 from sparse_compile.expr.nodes import size_symbol
-from sparse_compile.layout.views.choose import choose_views
-from sparse_compile.ops import ATTENTION
 from sparse_compile.ops.nsa import NSA_SELECT
 from sparse_compile.ops.operands import check_operands
 from sparse_compile.patterns.checks import LOWER_RIGHT
 from sparse_compile.patterns.local import Causal
 from sparse_compile.patterns.nsa import NSA
 from sparse_compile.selection import Selection
-from sparse_compile.spec import AttentionSpec
+from sparse_compile.sites.named import LISTS, NamedMask, NamedPart
 
 #: From windows of keys or values [B, Hkv, Nc, length, D] to one each, [B, Hkv, Nc, D].
 Compress = Callable[[Tensor], Tensor]
 Three = tuple[Tensor, Tensor, Tensor]
 
 _PAPER = NSA()
-#: Views are chosen for so many tokens; the choice is one of cost.
-_LENGTH = 4096
 
 
 def native_sparse_attention(
@@ -229,43 +225,38 @@ def _to_compressed(
     if k.shape[2] == 0:
         return q.new_zeros(*q.shape[:3], v.shape[3])
     late = pattern.align == LOWER_RIGHT
-    text = _compressed_spec(pattern.length, pattern.stride, late, q.device.type)
-    shift = [n_kv - q.shape[2]] if late else []
-    out: Tensor = ATTENTION(q, k, v, [], [], shift, [], scale, text)[0]
-    return out
+    text = _past_windows(pattern.length, pattern.stride, late)
+    return attend((q, k, v), text, scale, sizes=[n_kv - q.shape[2]] if late else [])
 
 
 def _to_selected(
     q: Tensor, k: Tensor, v: Tensor, selection: Selection, pattern: NSA, scale: float
 ) -> Tensor:
-    text = _selected_spec(pattern.align, selection.unit_q, selection.unit_kv)
-    lists = [selection.index, selection.count]
-    out: Tensor = ATTENTION(q, k, v, [], [], [], lists, scale, text)[0]
-    return out
+    text = _past_keys(pattern.align, selection.unit_q, selection.unit_kv)
+    return attend((q, k, v), text, scale, [selection.index, selection.count])
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _compressed_spec(length: int, stride: int, late: bool, device: str) -> str:
-    """The text of the spec of the attention to compressed keys."""
-    return _past_windows(length, stride, late, device).text
+def _past_windows(length: int, stride: int, late: bool) -> str:
+    """The mask of compressed keys."""
+    return _named_windows(length, stride, late).text
 
 
 @functools.lru_cache(maxsize=64)
-def _past_windows(length: int, stride: int, late: bool, device: str) -> AttentionSpec:
+def _named_windows(length: int, stride: int, late: bool) -> NamedMask:
     """A window is seen once all of it is past; ``s0`` says how many keys came before query 0."""
     place = Q + size_symbol(0) if late else Q
     mask = MaskExpr(stride * KV + (length - 1) <= place, n_sizes=int(late))
-    sizes = (0,) * mask.n_sizes
-    n_kv = _LENGTH // stride
-    return choose_views(mask, n_q=_LENGTH, n_kv=n_kv, sizes=sizes, device_type=device)[0]
+    return NamedMask(NamedPart(mask))
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _selected_spec(align: str, unit_q: int, unit_kv: int) -> str:
-    """The text of the spec of the attention to selected keys."""
-    return _past_keys(align, unit_q, unit_kv).text
+def _past_keys(align: str, unit_q: int, unit_kv: int) -> str:
+    """The mask of selected keys."""
+    return _named_keys(align, unit_q, unit_kv).text
 
 
 @functools.lru_cache(maxsize=64)
-def _past_keys(align: str, unit_q: int, unit_kv: int) -> AttentionSpec:
-    return AttentionSpec.of_units(Causal(align).bound().expr, unit_q, unit_kv)
+def _named_keys(align: str, unit_q: int, unit_kv: int) -> NamedMask:
+    past = NamedPart(Causal(align).bound().expr)
+    return NamedMask(None, past, LISTS, (unit_q, unit_kv), "Native Sparse Attention")

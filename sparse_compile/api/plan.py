@@ -1,68 +1,124 @@
-"""Plans of patterns for calls of attention, and how torch.compile finds them again.
-
-A plan is made of plain values, by functions whose results torch.compile takes for constants.
-"""
+"""Names of patterns for calls of attention, which torch.compile takes for constants; and plans."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import operator
 import weakref
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
 import torch
 from torch import Tensor
 
-from sparse_compile.api.data import Tables, data_of
-from sparse_compile.api.selected import SelectedPart, Sizes, plan_selected, planned, spec_text
 from sparse_compile.errors import PatternMisuse
-from sparse_compile.expr import KV, MaskExpr, Q
+from sparse_compile.expr import KV, MaskExpr, Q, ScoreProgram
 from sparse_compile.expr import score as score_programs
-from sparse_compile.patterns.base import And, Not, Or, Pattern
+from sparse_compile.layout.views.choose import choose_views
+from sparse_compile.ops.selection import name_selecting
+from sparse_compile.ops.untraced import untraced
+from sparse_compile.patterns.base import And, BoundMask, Not, Or, Pattern
 from sparse_compile.patterns.scored import Scored
 from sparse_compile.patterns.scorers import Scorer
 from sparse_compile.patterns.selected import Selected
-from sparse_compile.selection.split import selects, without_selection
-from sparse_compile.spec import AttentionSpec
+from sparse_compile.patterns.selecting import Selecting
+from sparse_compile.selection.split import selects, split, without_selection
+from sparse_compile.sites.annotation import name_mask
+from sparse_compile.sites.named import INDEX, LISTS, NamedMask, NamedPart
+from sparse_compile.spec import AttentionSpec, are_blocks
 
-#: Text of the spec, empty to leave it to SDPA; key of the mask; index, rank and dtype of each
-#: table; whether SDPA is causal; what is selected besides, None if nothing is. Plain values, which
-#: torch.compile takes for constants.
-Direct = tuple[str, str, Tables, bool, SelectedPart | None]
-NOTHING_HIDDEN: Direct = ("", "", (), False, None)
+#: n_q, n_kv, batch and heads.
+Sizes = tuple[int, int, int, int]
 
 
-def plan_of(pattern: Pattern, device: str, sizes: Sizes, given: list[Tensor]) -> Direct:
-    """What runs for a pattern on a type of device, at about these sizes; remembered.
+@dataclass(frozen=True)
+class Direct:
+    """What runs for a mask on a device.
+
+    Attributes:
+        static: text of the spec of its static part; empty without one.
+        spec: text of the spec of all of it; empty to leave it to SDPA.
+        blocks: text of the spec if what is selected are blocks for the kernels of blocks.
+        causal: whether SDPA is.
+    """
+
+    static: str
+    spec: str
+    blocks: str = ""
+    causal: bool = False
+
+
+def name_of(pattern: Pattern, given: list[Tensor]) -> str:
+    """The text of the :class:`NamedMask` of a pattern; remembered.
 
     Args:
         pattern: who may attend to whom.
-        device: a type of device.
-        sizes: what views are chosen for.
         given: gets the tensors that are to be arguments of the operators: those it selects by.
+
+    Raises:
+        PatternMisuse, BadPattern: as :func:`split` does.
     """
     # torch.compile runs this: it sees the parameters even of a pattern that the compiled code makes
     # itself, and guards on them. Of a tensor it would bake the values in, unless it selects by it;
     # it guards on the identity of a pattern that holds one.
     if _is_opened(pattern) or _is_plain(pattern):
-        plan: Direct = _plan_of_spelled(_spelled(pattern, given), device, sizes)
+        text: str = _name_of_spelled(_spelled(pattern, given))
     else:
-        plan = _plan_of_object(id(pattern), device, sizes)
-    return plan
+        text = _name_of_object(id(pattern))
+    return text
 
 
-def static_data(
-    q: Tensor, k: Tensor, mask: Pattern, plan: Direct
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The tables of the static part of a pattern, and its packed layout."""
-    text, key, tables, _, selected = plan
-    if selected is not None and not torch.compiler.is_compiling():
-        mask = without_selection(mask)
-    lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
-    return data_of(mask, (key, tables, lengths, text, q.device))
+@functools.lru_cache(maxsize=1024)
+@untraced
+def planned(text: str, device: str, sizes: Sizes, sunk: bool = False) -> Direct:
+    """What runs for a named mask on a type of device, at about these sizes.
+
+    SDPA knows no score programs, and does not return what sinks (``sunk``) need.
+    """
+    named = NamedMask.parse(text)
+    static = "" if named.static is None else spec_text(named.static.mask, device, sizes)
+    if named.selected is None:
+        assert named.static is not None
+        predicate = named.static.mask.predicate
+        causal = bool(predicate == sympy.Le(KV, Q))
+        plain = named.score is None and not sunk
+        if plain and (causal or predicate == sympy.true):
+            return Direct(static, "", causal=causal)
+        return Direct(static, _scored(AttentionSpec.parse(static), named.score))
+    expr, units, blocks = named.selected.mask, named.units, ""
+    if static:
+        spec = AttentionSpec.parse(static).with_units(expr, *units)
+    else:
+        spec = AttentionSpec.of_units(expr, *units)
+        if are_blocks(*units, device):
+            blocks = _scored(AttentionSpec.of_listed_blocks(expr, *units), named.score)
+    return Direct(static, _scored(spec, named.score), blocks)
+
+
+def _scored(spec: AttentionSpec, score: ScoreProgram | None) -> str:
+    return replace(spec, score=score).text
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def capped(text: str, softcap: float) -> str:
+    """The text of a :class:`NamedMask`, of scores with a softcap."""
+    return replace(NamedMask.parse(text), score=score_programs.softcap(softcap)).text
+
+
+def spec_text(expr: MaskExpr, device: str, sizes: Sizes) -> str:
+    """The text of the spec of a mask on a type of device, at about these sizes."""
+    return choose_views(
+        expr,
+        n_q=sizes[0],
+        n_kv=sizes[1],
+        batch=sizes[2],
+        heads=sizes[3],
+        sizes=(0,) * expr.n_sizes,
+        device_type=device,
+    )[0].text
 
 
 def _is_plain(value: object) -> bool:
@@ -119,17 +175,16 @@ def _unspelled(spelled: Any) -> Any:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _plan_of_spelled(spelled: Any, device: str, sizes: Sizes) -> Direct:
-    key = (spelled, device, sizes)
-    if key not in _PLANS:
+def _name_of_spelled(spelled: Any) -> str:
+    if spelled not in _NAMES:
         pattern = _unspelled(spelled)
         owners = _numbered_in(pattern, spelled)
         if not owners:
             _KEPT.append(pattern)  # graphs may name its tables from now on
-        _PLANS[key] = plan_direct(pattern, device, sizes, *owners[:1])
+        _NAMES[spelled] = _named(pattern, *owners[:1]).text
         for owner in owners:
-            weakref.finalize(owner, _PLANS.pop, key, None)
-    return _PLANS[key]
+            weakref.finalize(owner, _NAMES.pop, spelled, None)
+    return _NAMES[spelled]
 
 
 _KEPT: list[Pattern] = []
@@ -165,17 +220,16 @@ def _numbered_in(pattern: Any, spelled: Any) -> list[Pattern]:
 
 #: By the spelling of a pattern, and of one with tensors by its identity: equal tensors may come to
 #: differ.
-_PLANS: dict[tuple[Any, str, Sizes], Direct] = {}
+_NAMES: dict[Any, str] = {}
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _plan_of_object(address: int, device: str, sizes: Sizes) -> Direct:
-    key = (address, device, sizes)
-    if key not in _PLANS:
+def _name_of_object(address: int) -> str:
+    if address not in _NAMES:
         pattern = _at(address)
-        _PLANS[key] = plan_direct(pattern, device, sizes)
-        weakref.finalize(pattern, _PLANS.pop, key, None)
-    return _PLANS[key]
+        _NAMES[address] = _named(pattern).text
+        weakref.finalize(pattern, _NAMES.pop, address, None)
+    return _NAMES[address]
 
 
 def _at(address: int) -> Pattern:
@@ -198,36 +252,27 @@ def _at(address: int) -> Pattern:
     )
 
 
-def plan_direct(
-    pattern: Pattern, device: str, sizes: Sizes, owner: Pattern | None = None
-) -> Direct:
-    """What runs for a pattern on a type of device, at about these sizes.
-
-    Args:
-        pattern: who may attend to whom.
-        device: a type of device.
-        sizes: what views are chosen for.
-        owner: as long as it lives, graphs can find the tables; default the pattern.
-    """
+def _named(pattern: Pattern, owner: Pattern | None = None) -> NamedMask:
+    """A pattern as text; graphs can find its tables as long as ``owner``, or it, lives."""
     owner = pattern if owner is None else owner
-    if selects(pattern):
-        static, selected = plan_selected(pattern, owner, device, sizes)
-        return *static, False, selected
-    bound = pattern.bound()
-    expr = bound.expr
-    causal = expr.predicate == sympy.Le(KV, Q)
-    if causal or expr.predicate == sympy.true:
-        return "", "", (), causal, None
-    return *planned(bound, owner, device, sizes), False, None
+    if not selects(pattern):
+        return NamedMask(_part(pattern.bound().trimmed(), owner))
+    parts = split(pattern)
+    if parts.selected is None:
+        return NamedMask(_part(without_selection(pattern).bound().trimmed(), owner))
+    static = None if parts.static is None else _part(parts.static.trimmed(), owner)
+    leaf, selected = parts.leaf, _part(parts.selected, owner)
+    chosen = _given(leaf) or name_selecting(leaf, owner)
+    return NamedMask(static, selected, chosen, (leaf.unit_q, leaf.unit_kv), repr(leaf))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def dense_text(causal: bool, device: str, sizes: Sizes) -> str:
-    """The text of the spec of what is left to SDPA where SDPA says too little."""
-    return spec_text(MaskExpr(sympy.Le(KV, Q) if causal else sympy.true), device, sizes)
+def _part(bound: BoundMask, owner: Pattern) -> NamedPart:
+    return NamedPart(bound.expr, name_mask(bound, owner) if bound.expr.tables else "")
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def capped_text(text: str, softcap: float) -> str:
-    """The text of a spec, of scores with a softcap."""
-    return replace(AttentionSpec.parse(text), score=score_programs.softcap(softcap)).text
+def _given(leaf: Selecting) -> str:
+    """What the caller gives in the place of what selects; empty if nothing."""
+    # Indices that are tensors have a number in their place.
+    if type(leaf) is not Selected or not isinstance(leaf.index, int):
+        return ""
+    return INDEX if leaf.count is None else LISTS

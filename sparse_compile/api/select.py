@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_compile.api.attention import views_sizes
-from sparse_compile.api.plan import plan_of
-from sparse_compile.api.selected import lists_of, units_of
+from sparse_compile.api.plan import name_of
+from sparse_compile.api.selected import lists_of, selected_of
 from sparse_compile.errors import PatternMisuse
 from sparse_compile.ops.operands import WIDEST_UNITS, check_operands
 from sparse_compile.patterns.base import Pattern
@@ -53,11 +52,12 @@ def select(mask: Pattern, q: Tensor, k: Tensor) -> Selection:
         check_operands(q, k, k, (WIDEST_UNITS[0], WIDEST_UNITS[0]))
         mask.check(q.shape[2], k.shape[2], q.shape[0], q.shape[1])
     given: list[Tensor] = []
-    selected = plan_of(mask, q.device.type, views_sizes(q, k), given)[4]
+    selected = selected_of(name_of(mask, given))
     if selected is None:
         raise PatternMisuse(_nothing(f"{mask!r}"))
-    index, count, _ = lists_of(q, k, mask, selected, given)
-    return Selection(index, count, *units_of(selected[0]))
+    owner = None if torch.compiler.is_compiling() else mask
+    index, count, _ = lists_of(q, k, selected, given, owner)
+    return Selection(index, count, *selected[4])
 
 
 def _nothing(what: str) -> str:

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from sparse_compile.cli.demo_model import Decoder, DecoderConfig, next_token_loss
 from sparse_compile.inspect.explain import Examined, examine
-from sparse_compile.inspect.kernels import of_site
+from sparse_compile.inspect.kernels import of_call
 from sparse_compile.inspect.report import Report
 from sparse_compile.layout import picture
-from sparse_compile.options import Options
 
 #: Relative error against eager that single precision may have.
 TOLERANCE = 1e-5
@@ -107,7 +106,7 @@ def run(
     report = Report(tuple(site.report() for site in sites), graphs)
     say(f"{report}\n")
     _show_layout(sites, say)
-    kernels = _show_kernels(sites, say)
+    kernels = _show_kernels(model, tokens, say)
     return _measure(model, tokens, steps, report, kernels, say)
 
 
@@ -138,8 +137,8 @@ def _show_layout(sites: tuple[Examined, ...], say: Callable[[str], None]) -> Non
             return
 
 
-def _show_kernels(sites: tuple[Examined, ...], say: Callable[[str], None]) -> tuple[str, ...]:
-    found = [of_site(number, site, Options()) for number, site in enumerate(sites)]
+def _show_kernels(model: Decoder, tokens: Tensor, say: Callable[[str], None]) -> tuple[str, ...]:
+    found = of_call(model, (tokens,), {})
     paths = tuple(dict.fromkeys(kernel.path for kernel in found if kernel.path))
     if paths:
         say("Generated Triton kernels:")

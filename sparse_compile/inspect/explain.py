@@ -7,7 +7,7 @@ densities are those of the real lengths and the real padding.
 from __future__ import annotations
 
 import copy
-import re
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -18,23 +18,24 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from sparse_compile.backend import plan_graph
 from sparse_compile.errors import SparseCompileError
 from sparse_compile.inspect.diagnose import bad_attention
-from sparse_compile.inspect.explain_selection import pattern_tables, selected_in_call
+from sparse_compile.inspect.explain_selection import Selecting, pattern_tables, selected_in_call
 from sparse_compile.inspect.readable import readable
 from sparse_compile.inspect.report import Report, SiteReport
+from sparse_compile.inspect.skipped import frames_skipped
+from sparse_compile.inspect.standing import place, said_of
 from sparse_compile.layout import Layout, build_views
 from sparse_compile.options import Options
-from sparse_compile.passes import Decision
+from sparse_compile.passes import pipeline
 from sparse_compile.passes.dense_tables import mask_data, selection_data, shown_predicate
 from sparse_compile.passes.graph_edit import device_of, example_value
 from sparse_compile.selection import Selection, SelectionReport
-from sparse_compile.sites.annotation import Annotation
 from sparse_compile.sites.plan import Plan
 from sparse_compile.sites.site import AttentionSite, LiftedMask, Operand, Rejection
-from sparse_compile.spec import KernelSpec
-from sparse_compile.spec.target import arch_of
+from sparse_compile.sites.trace import Reading, Trace
+from sparse_compile.spec import AttentionSpec, KernelSpec
+from sparse_compile.spec.target import Target
 
 Shape = dict[str, int]
 _NOTHING_SKIPPED = "in this call every block holds an allowed pair, so nothing is skipped"
@@ -67,61 +68,74 @@ def explain_with(options: Mapping[str, Any] | None = None) -> Callable[..., Repo
 def _explain(
     options: dict[str, Any], model: Callable[..., Any], /, *args: Any, **kwargs: Any
 ) -> Report:
-    sites, graphs = examine(model, args, kwargs, options)
-    return Report(tuple(site.report() for site in sites), graphs)
+    with frames_skipped() as skipped:
+        sites, graphs = examine(model, args, kwargs, options)
+    return Report(tuple(site.report() for site in sites), graphs, () if graphs else tuple(skipped))
 
 
 @dataclass(frozen=True)
 class Examined:
-    """One decision, with what the call that was explained had in its place.
+    """What became of one attention, with what the call that was explained had in its place.
 
     Attributes:
-        decision: the plan, or why there is none.
+        trace: what the pipeline found out about it.
         shape: sizes ``b, h, h_kv, q, kv`` of the call; None if they are not known.
         tables: the tensors of the mask in this call; None if they are not known.
         sizes: the integers of the mask in this call.
         chosen: what is selected in this call; None where nothing is, or if it is not known.
+        selecting: what a pattern selects it from; None as for ``chosen``.
     """
 
-    decision: Decision
+    trace: Trace
     shape: Shape | None = None
     tables: tuple[Tensor, ...] | None = None
     sizes: tuple[int, ...] = ()
     chosen: Selection | None = None
+    selecting: Selecting | None = None
+
+    @property
+    def plan(self) -> Plan | None:
+        """What runs in its place; None for the program itself."""
+        return self.trace.decision if isinstance(self.trace.decision, Plan) else None
 
     def report(self) -> SiteReport:
         """The site as users see it."""
-        if isinstance(self.decision, Rejection):
-            rejected = self.decision
-            where = place(rejected.node, rejected.where)
-            said = _said(rejected.annotation, rejected.node)
-            return SiteReport(where, False, rejected.reason, rejected.hint, annotation=said)
-        plan, layout = self.decision, self.layout()
+        trace, plan = self.trace, self.plan
+        where, said = place(trace.node, trace.where), said_of(trace.annotation, trace.node)
+        if plan is None:
+            rejected = trace.decided
+            assert isinstance(rejected, Rejection)
+            mask, ways = _mask_of(trace), _ways(trace)
+            return SiteReport(
+                where, False, rejected.reason, rejected.hint, mask, annotation=said, ways=ways
+            )
+        layout = self.layout()
         blocks, (views, cost) = _block_density(plan, layout), _views(plan)
         return SiteReport(
-            where=place(plan.site.output.node, plan.site.where),
+            where=where,
             rewritten=True,
             reason=plan.reason,
             hint=_NOTHING_SKIPPED if blocks == 1.0 else "",
-            mask=_mask_text(plan),
+            mask=_mask_of(trace),
             density=None if layout is None or plan.selected else layout.density,
             block_density=blocks,
             executor=plan.executor,
-            kernel=_kernel_name(plan),
-            annotation=_said(plan.site.annotation, plan.site.output.node),
+            kernel=_kernel_name(plan, trace.target),
+            annotation=said,
             views=views,
             cost=cost,
             utilisation=_utilisation(plan, layout),
             selection=None if plan.selected is None else plan.selected.shown,
             lists=self._lists(),
             score=plan.site.shown_score or None,
+            ways=_ways(trace),
         )
 
     def _lists(self) -> SelectionReport | None:
         if self.chosen is None or self.shape is None:
             return None
         found = self.chosen.report(self.shape["q"], self.shape["kv"])
-        lifted = None if isinstance(self.decision, Rejection) else self.decision.lifted.selection
+        lifted = None if self.plan is None else self.plan.lifted.selection
         # The room of lists says how many a top-k keeps, but nothing of a threshold.
         threshold = lifted is not None and lifted.waits is not None
         return replace(found, room=found.most) if threshold else found
@@ -131,13 +145,12 @@ class Examined:
 
         Where keys are selected, those of the static part; None without one.
         """
-        if isinstance(self.decision, Rejection) or self.shape is None or self.tables is None:
+        plan = self.plan
+        if plan is None or self.shape is None or self.tables is None:
             return None
-        if self.decision.selected is not None and self.decision.selected.alone:
-            return None
-        if self.decision.listed is not None:
+        if plan.listed is not None or (plan.selected is not None and plan.selected.alone):
             return None  # its cost follows the lists of the call
-        blocks, used = self.decision.spec.pieces[0]
+        blocks, used = plan.spec.pieces[0]
         return build_views(
             blocks,
             batch=self.shape["b"],
@@ -146,12 +159,21 @@ class Examined:
             n_kv=self.shape["kv"],
             tables=[self.tables[number] for number in used],
             sizes=self.sizes,
-            device=device_of(self.decision.site.q.node),
+            device=device_of(plan.site.q.node),
         )
 
 
-def _mask_text(plan: Plan) -> str:
-    static, chosen = readable(shown_predicate(plan.lifted)), plan.selected
+def _mask_of(trace: Trace) -> str | None:
+    """The mask in words, as what was decided reads it; None if it is not understood."""
+    if not trace.readings:
+        return None
+    plan = trace.decision
+    readings = [r for r in trace.readings if isinstance(plan, Plan) and r.mask == plan.lifted]
+    return _mask_text(*(readings or trace.readings)[:1])
+
+
+def _mask_text(reading: Reading) -> str:
+    static, chosen = readable(shown_predicate(reading.mask)), reading.selected
     if chosen is None:
         return static
     among = readable(shown_predicate(chosen.lifted))
@@ -159,14 +181,21 @@ def _mask_text(plan: Plan) -> str:
     return selected if chosen.alone else f"{_in_parentheses(static)} or ({selected})"
 
 
+def _ways(trace: Trace) -> tuple[str, ...]:
+    """Every way to run it, with what it is predicted to cost, or why it cannot be."""
+    costs = [way.cost for way in trace.proposals]
+    return tuple(f"{c.name}: {c.refusal}" if c.refusal else c.shown for c in costs)
+
+
 def _in_parentheses(text: str) -> str:
     return f"({text})" if " or " in text else text
 
 
-def _kernel_name(plan: Plan) -> str | None:
+def _kernel_name(plan: Plan, target: Target | None) -> str | None:
     """Name of the kernel of the static part, if a kernel is generated for one."""
     alone = plan.selected is not None and plan.selected.alone
-    return None if alone or plan.executor != "triton" else kernel_spec(plan).name
+    assert target is not None
+    return None if alone or plan.executor != "triton" else kernel_spec(plan, target.arch).name
 
 
 def _block_density(plan: Plan, layout: Layout | None) -> float | None:
@@ -192,43 +221,14 @@ def _utilisation(plan: Plan, layout: Layout | None) -> float | None:
     return layout.utilisation(members, workers_of(device_of(plan.site.q.node)))
 
 
-def kernel_spec(plan: Plan, arch: str | None = None) -> KernelSpec:
-    """What determines the generated kernel of a plan.
-
-    Args:
-        plan: a plan.
-        arch: as ``"sm_90"``; default the GPU that the tensors are on.
-    """
+def kernel_spec(plan: Plan, arch: str, piece: AttentionSpec | None = None) -> KernelSpec:
+    """What determines the kernel of a piece of a plan, or its first, on ``"sm_90"`` and so on."""
     site = plan.site
     sizes = [
         example_value(operand.node).shape[operand.axes.index("d")] for operand in (site.q, site.v)
     ]
     dtype = str(example_value(site.output.node).dtype).removeprefix("torch.")
-    arch = arch or arch_of(device_of(site.q.node))
-    return KernelSpec(plan.spec.pieces[0][0], int(sizes[0]), int(sizes[1]), dtype, arch)
-
-
-def place(node: Node | None, where: Sequence[str]) -> str:
-    """Where a node stands: its module, then its source line."""
-    stack = {} if node is None else node.meta.get("nn_module_stack") or {}
-    paths = [path for path, _ in stack.values()]
-    module = _readable_path(paths[-1]) if paths else ""
-    return ", ".join(part for part in (module, where[-1] if where else "") if part) or "unknown"
-
-
-def _readable_path(path: str) -> str:
-    # Dynamo's path starts at a local or global variable: L['self'].layers.0
-    # and goes through the wrapper that annotates a module.
-    path = path.replace(".forward.__self__", "")
-    return re.sub(r"^[LG]\['(?:(?:self|fn)'\]\.?|(\w+)'\])", r"\1", path)
-
-
-def _said(annotation: Annotation | None, node: Node | None) -> str | None:
-    if annotation is None:
-        return None
-    stack = {} if node is None else node.meta.get("nn_module_stack") or {}
-    keys = [key for key in stack if key.split("@")[0] == str(annotation.module)]
-    return annotation.shown(_readable_path(stack[keys[-1]][0]) if keys else "")
+    return KernelSpec(piece or plan.spec.pieces[0][0], int(sizes[0]), int(sizes[1]), dtype, arch)
 
 
 #: Where the graphs that run during one :func:`examine` report their values. Dynamo keeps a captured
@@ -241,9 +241,17 @@ def examine(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     options: Mapping[str, Any] | None = None,
+    target: Target | None = None,
 ) -> tuple[tuple[Examined, ...], int]:
-    """Every decision on a call, with the call's values, and the number of captured graphs."""
-    compiled = torch.compile(_uncompiled(model), backend=_capture, options=dict(options or {}))
+    """What became of each attention of a call, with the call's values; and how many graphs it has.
+
+    Args:
+        model, args, kwargs: the call.
+        options: of the backend.
+        target: what to plan for; default what the tensors are on.
+    """
+    backend, given = _capturing(target), dict(options or {})
+    compiled = torch.compile(_uncompiled(model), backend=backend, options=given)
     runs: list[_Run] = []
     token = _RUNNING.set(runs)
     try:
@@ -272,26 +280,34 @@ def _uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:
     return model
 
 
-def _capture(
-    gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
-) -> Callable[..., Any]:
-    """A backend that decides like ours and then runs the graph as it was."""
-    return _Graph(gm, plan_graph(gm, example_inputs, Options.parse(options)))
+@functools.lru_cache(maxsize=16)
+def _capturing(target: Target | None) -> Callable[..., Any]:
+    """A backend that decides like ours and then runs the graph as it was.
+
+    The same one for each target: Dynamo gives up on code that is compiled by one after another.
+    """
+
+    def capture(
+        gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
+    ) -> Callable[..., Any]:
+        return _Graph(gm, pipeline.plan(gm, example_inputs, Options.parse(options), target))
+
+    return capture
 
 
 class _Graph:
     """A captured graph that runs eagerly and notes what its decisions read."""
 
-    def __init__(self, gm: GraphModule, decisions: tuple[Decision, ...]) -> None:
-        self.gm, self.decisions = gm, decisions
+    def __init__(self, gm: GraphModule, traces: tuple[Trace, ...]) -> None:
+        self.gm, self.traces = gm, traces
 
     def __call__(self, *inputs: Any) -> Any:
         runs = _RUNNING.get()
         if runs is None:
             return self.gm(*inputs)
-        values = _Values(self.gm, self.decisions)
+        values = _Values(self.gm, self.traces)
         result = values.run(*inputs)
-        sites = tuple(values.examined(decision) for decision in self.decisions)
+        sites = tuple(values.examined(trace) for trace in self.traces)
         runs.append(_Run(self, sites))
         return result
 
@@ -305,13 +321,16 @@ class _Run:
 class _Values(Interpreter):
     """Runs a graph and keeps the shapes of attention operands and the leaves of masks."""
 
-    def __init__(self, gm: GraphModule, decisions: Sequence[Decision]) -> None:
+    def __init__(self, gm: GraphModule, traces: Sequence[Trace]) -> None:
         super().__init__(gm)
-        plans = [decision for decision in decisions if isinstance(decision, Plan)]
+        plans = [trace.decision for trace in traces if isinstance(trace.decision, Plan)]
         self._leaves = {leaf for plan in plans for leaf in plan.lifted.leaves}
         self._operands = {x.node for plan in plans for x in (plan.site.q, plan.site.k)}
         choosing = [plan.site for plan in plans if plan.selected is not None]
         self._content = {x.node for site in choosing for x in (site.q, site.k)}
+        self._content |= {n for plan in plans if plan.selected for n in plan.selected.given}
+        called = [plan.site.called for plan in plans if plan.site.called is not None]
+        self._content |= {n for one in called for n in one.sizes if isinstance(n, Node)}
         self._kept: dict[Node, Any] = {}
         self._shapes: dict[Node, tuple[int, ...]] = {}
 
@@ -324,20 +343,24 @@ class _Values(Interpreter):
             self._shapes[n] = tuple(value.shape)
         return value
 
-    def examined(self, decision: Decision) -> Examined:
-        """The decision with what was kept for it."""
-        if isinstance(decision, Rejection):
-            return Examined(decision)
-        shape = self._shape(decision.site)
-        lifted = decision.lifted
+    def examined(self, trace: Trace) -> Examined:
+        """What became of an attention, with what was kept for it."""
+        plan = trace.decision
+        if not isinstance(plan, Plan):
+            return Examined(trace)
+        shape, lifted = self._shape(plan.site), plan.lifted
+        selecting = None
         tables, sizes, chosen = self._mask_data(lifted, shape)
+        if plan.site.called is not None and tables is not None:
+            of_call = plan.site.called.sizes
+            sizes = tuple(self._kept[n] if isinstance(n, Node) else n for n in of_call)
         if tables is not None and shape is not None:
-            device = device_of(decision.site.q.node)
-            tables = (*tables, *pattern_tables(lifted, shape, device))
-            chosen = chosen or selected_in_call(decision, shape, tables, sizes, self._kept)
+            tables = (*tables, *pattern_tables(lifted, shape, device_of(plan.site.q.node)))
+            selecting = selected_in_call(plan, shape, tables, sizes, self._kept)
+            chosen = chosen if selecting is None else selecting.found
         elif lifted.extra:
             tables = None
-        return Examined(decision, shape, tables, sizes, chosen)
+        return Examined(trace, shape, tables, sizes, chosen, selecting)
 
     def _mask_data(
         self, lifted: LiftedMask, shape: Shape | None
@@ -345,11 +368,7 @@ class _Values(Interpreter):
         if lifted.program is None:
             return (), (), None
         if shape is None or not all(leaf in self._kept for leaf in lifted.leaves):
-            return (
-                None,
-                (),
-                None,
-            )  # in the body of a higher-order call, whose values are not seen here
+            return None, (), None  # in the body of a higher-order call: its values are not seen
         with torch.no_grad():
             data = lifted.program(*(self._kept[leaf] for leaf in lifted.leaves))
         tables, sizes = mask_data(lifted, data, shape["q"], shape["kv"])

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from sparse_compile.ops.selection import selecting_named
-from sparse_compile.selection import Selection
+from sparse_compile.expr import MaskExpr
+from sparse_compile.ops.selection import filled, selecting_named
+from sparse_compile.selection import Selection, canonical
 from sparse_compile.sites.annotation import bound_mask_named
-from sparse_compile.sites.plan import Plan
+from sparse_compile.sites.named import INDEX, LISTS
+from sparse_compile.sites.plan import Plan, SelectedPlan
 from sparse_compile.sites.site import LiftedMask, Operand
 
 Shape = Mapping[str, int]
@@ -28,35 +32,65 @@ def pattern_tables(lifted: LiftedMask, shape: Shape, device: torch.device) -> li
     return made
 
 
+@dataclass(frozen=True)
+class Selecting:
+    """What an attention selects from, in a call.
+
+    Attributes:
+        leaf: what selects; None where lists or an index are given.
+        content: q and k, [B, H, N, D].
+        mask, tables, sizes: who may attend to whom among what is selected.
+        found: what is selected.
+    """
+
+    leaf: Any
+    content: tuple[Tensor, Tensor]
+    mask: MaskExpr
+    tables: Sequence[Tensor]
+    sizes: Sequence[int]
+    found: Selection
+
+
 def selected_in_call(
     plan: Plan,
     shape: Shape,
     tables: Sequence[Tensor],
     sizes: Sequence[int],
     kept: Mapping[Node, Tensor],
-) -> Selection | None:
-    """What the annotation of a site selects; None where none does, or if it cannot be told.
+) -> Selecting | None:
+    """What a pattern selects for a site; None where none does, or if it cannot be told.
 
     Args:
         plan: of the site.
         shape: of the call.
         tables, sizes: of the mask of ``plan.lifted`` in the call.
-        kept: q and k in the call.
+        kept: q, k and what is given, in the call.
     """
     chosen, site = plan.selected, plan.site
-    if chosen is None or site.q.node not in kept or site.k.node not in kept:
+    if chosen is None or isinstance(site.scale, Node):
+        return None  # the scale may take part in the scores
+    if not all(node in kept for node in (site.q.node, site.k.node, *chosen.given)):
         return None
-    if isinstance(site.scale, Node):
-        return None  # it may take part in the scores
+    given = [kept[node] for node in chosen.given]
     q, k = (_arranged(kept[operand.node], operand) for operand in (site.q, site.k))
     if not chosen.alone:
         # Both masks read the same tables of the program; those of the annotation follow.
         extra = pattern_tables(chosen.lifted, shape, q.device)
         tables = [*tables[: chosen.lifted.n_lifted_tables], *extra]
+    mask, data = chosen.lifted.mask, (list(tables), list(sizes))
+    if chosen.key in (LISTS, INDEX):
+        return Selecting(None, (q, k), mask, *data, _given(chosen, given, shape["kv"]))
+    leaf = filled(selecting_named(chosen.key), given)
     with torch.no_grad():
-        leaf = selecting_named(chosen.key)
-        found: Selection = leaf.select(q, k, chosen.lifted.mask, list(tables), list(sizes))
-    return found
+        return Selecting(leaf, (q, k), mask, *data, leaf.select(q, k, mask, *data))
+
+
+def _given(chosen: SelectedPlan, tensors: Sequence[Tensor], n_kv: int) -> Selection:
+    """The lists that a call passes, or that an index says."""
+    if chosen.key == LISTS:
+        index, count = tensors
+        return Selection(index, count, *chosen.units)
+    return Selection(*canonical(tensors[0], -(-n_kv // chosen.units[1])), *chosen.units)
 
 
 def _arranged(value: Tensor, operand: Operand) -> Tensor:

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from sparse_compile.codegen.runtime.generated import write_source
 from sparse_compile.inspect.explain import Examined, examine, kernel_spec
-from sparse_compile.options import Options
-from sparse_compile.passes import Decision, choose_layout, choose_selection
+from sparse_compile.passes.graph_edit import expected
+from sparse_compile.patterns.scored import Scored
+from sparse_compile.selection.select import prepared
 from sparse_compile.sites.plan import Plan
+from sparse_compile.spec.target import Target
+
+#: Of the GPU that is planned for where none is here, an H200.
+_MULTIPROCESSORS = 132
 
 
 @dataclass(frozen=True)
 class GeneratedKernel:
-    """The kernel of one attention.
+    """A module of kernels of one attention.
 
     Attributes:
         site: number of the attention, as in the report.
         reason: why there is a kernel, or why there is none.
-        name: name of the kernel; empty where there is none.
+        name: name of the module; empty where there is none.
         path: the file that holds ``source``; empty where there is none.
-        source: Triton source of the forward and the backward; empty where there is none.
+        source: its Triton source; empty where there is none.
     """
 
     site: int
@@ -44,44 +51,69 @@ def of_call(
     options: Mapping[str, Any] | None = None,
     arch: str | None = None,
 ) -> tuple[GeneratedKernel, ...]:
-    """For each attention of a call, its kernel. Needs triton, but no GPU.
+    """For each attention of a call, its kernels. Needs triton, but no GPU.
 
     Args:
         model: a module or a function.
         args: its positional arguments.
         kwargs: its keyword arguments.
         options: options of the backend.
-        arch: the GPU to generate for, as ``"sm_90"``; default the one the tensors are on.
+        arch: the GPU to generate for, as ``"sm_90"``; default the one here, else that.
     """
-    sites, _ = examine(model, args, kwargs, options)
-    parsed = Options.parse(options)
-    return tuple(of_site(number, site, parsed, arch) for number, site in enumerate(sites))
+    here = arch is None and torch.cuda.is_available()
+    target = None if here else Target("cuda", arch or "sm_90", _MULTIPROCESSORS)
+    sites, _ = examine(model, args, kwargs, options, target)
+    return tuple(kernel for n, site in enumerate(sites) for kernel in of_site(n, site))
 
 
-def on_gpu(plan: Plan, options: Options) -> Decision:
-    """What a plan for the CPU would be on a GPU."""
-    cuda = torch.device("cuda")
-    if plan.selected is None:
-        return choose_layout(plan.site, plan.lifted, cuda, options)
-    return choose_selection(plan.site, plan.lifted, plan.selected.lifted, cuda, options)
+def of_site(number: int, site: Examined) -> tuple[GeneratedKernel, ...]:
+    """The kernels of one attention that was planned for a GPU; where there are none, why."""
+    plan, target, reason = site.plan, site.trace.target, site.trace.decided.reason
+    if plan is None or target is None or target.kind != "cuda" or plan.executor == "sdpa":
+        return (GeneratedKernel(number, reason),)
+    found = [*_of_parts(plan, site, target.arch), *_of_selection(site)]
+    return tuple(
+        GeneratedKernel(number, reason, name, str(write_source(name, source)), source)
+        for name, source in found
+    ) or (GeneratedKernel(number, reason),)
 
 
-def of_site(
-    number: int, site: Examined, options: Options, arch: str | None = None
-) -> GeneratedKernel:
-    """The kernel of one attention; on the CPU, the one that a GPU ``arch`` (sm_90) would run."""
-    from sparse_compile.codegen.triton import kernel_path, kernel_source
+def _of_parts(plan: Plan, site: Examined, arch: str) -> Iterator[tuple[str, str]]:
+    """The name and the text of what computes each part of the coverage."""
+    from sparse_compile.codegen.triton.blocks.source import kernel_source
+    from sparse_compile.codegen.triton.selected.latent import (
+        can_be_latent,
+        latent_name,
+        latent_source,
+    )
+    from sparse_compile.codegen.triton.selected.source import SelectedKernelSpec, selected_source
 
-    decision = site.decision
-    chosen = decision.selected if isinstance(decision, Plan) else None
-    if chosen is not None and chosen.alone:
-        return GeneratedKernel(number, decision.reason)
-    if isinstance(decision, Plan) and decision.executor == "cpu":
-        # Block shapes follow the device: decide again, as on a GPU.
-        decision = on_gpu(decision, options)
-        arch = arch or "sm_90"
-    if not isinstance(decision, Plan) or decision.executor in ("sdpa", "selected"):
-        return GeneratedKernel(number, decision.reason)
-    spec = kernel_spec(decision, arch)
-    path = str(kernel_path(spec))
-    return GeneratedKernel(number, decision.reason, spec.name, path, kernel_source(spec))
+    for piece, _ in plan.spec.pieces:
+        of_blocks = kernel_spec(plan, arch, piece)
+        if not piece.units:
+            yield of_blocks.name, kernel_source(of_blocks)
+            continue
+        widths = of_blocks.head_dim, of_blocks.value_dim, of_blocks.dtype
+        shared = plan.site.k.node is plan.site.v.node
+        spec = SelectedKernelSpec(piece, *widths, arch, _members(plan, site), shared)
+        yield spec.name, selected_source(spec)
+        if can_be_latent(spec):
+            yield latent_name(spec), latent_source(spec)
+
+
+def _members(plan: Plan, site: Examined) -> int:
+    """Query heads that share a key head and a list."""
+    lists = 1 if site.chosen is None else site.chosen.index.shape[1]
+    return expected(plan.site.q, "h") // math.lcm(expected(plan.site.k, "h"), lists)
+
+
+def _of_selection(site: Examined) -> Iterator[tuple[str, str]]:
+    """The name and the text of what makes the lists of a pattern that scores."""
+    from sparse_compile.codegen.triton.selection.choose import choose_spec
+    from sparse_compile.codegen.triton.selection.source import choose_source
+
+    found = site.selecting
+    if found is not None and isinstance(found.leaf, Scored):
+        made = prepared(found.leaf, *found.content, found.mask, found.tables, found.sizes)
+        spec = choose_spec(found.leaf, made)
+        yield spec.name, choose_source(spec)

@@ -39,6 +39,7 @@ class SiteReport:
             asked for; None where nothing is selected.
         score: what happens to the scaled products ``score`` of q and k before the mask, as
             ``50*tanh(score/50)``, and whether there is a sink; None: nothing.
+        ways: every way to run it, with what it is predicted to cost, or why it cannot be.
         utilisation: on a GPU, the modelled share of its multiprocessors' time that is busy.
     """
 
@@ -58,6 +59,7 @@ class SiteReport:
     selection: str | None = None
     lists: SelectionReport | None = None
     score: str | None = None
+    ways: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Report:
     Attributes:
         sites: every attention, and everything that looked like one, in program order.
         graphs: how many graphs torch.compile captured; more than one means graph breaks.
+        skipped: the functions that it gave up on, where there is no graph, and why.
 
     >>> site = SiteReport("model.py:3 in forward", True, "its mask is narrow", mask="kv <= q")
     >>> Report.from_json(Report((site,), 1).to_json()).sites[0] == site
@@ -75,6 +78,7 @@ class Report:
 
     sites: tuple[SiteReport, ...]
     graphs: int
+    skipped: tuple[str, ...] = ()
 
     @property
     def rewritten(self) -> int:
@@ -82,14 +86,15 @@ class Report:
         return sum(site.rewritten for site in self.sites)
 
     def to_json(self) -> str:
-        """JSON text, keys in the order of the fields: ``{"graphs": 1, "sites": [{...}]}``."""
-        return json.dumps({"graphs": self.graphs, "sites": [asdict(s) for s in self.sites]})
+        """JSON text, keys in the order of the fields: ``{"graphs": 1, "sites": [{...}], ...}``."""
+        sites, skipped = [asdict(site) for site in self.sites], list(self.skipped)
+        return json.dumps({"graphs": self.graphs, "sites": sites, "skipped": skipped})
 
     @staticmethod
     def from_json(text: str) -> Report:
         """The report that :meth:`to_json` wrote."""
         read = json.loads(text)
-        return Report(tuple(map(_site_of, read["sites"])), read["graphs"])
+        return Report(tuple(map(_site_of, read["sites"])), read["graphs"], tuple(read["skipped"]))
 
     def __str__(self) -> str:
         """The summary, then each attention with what became of it."""
@@ -103,7 +108,8 @@ class Report:
             found = "no attention found"
         breaks = max(self.graphs - 1, 0)
         broken = f" ({_count(breaks, 'graph break')})" if breaks else ""
-        return f"sparse_compile: {found}, in {_count(self.graphs, 'graph')}{broken}"
+        skipped = "".join(f"\n    torch.compile skipped {frame}" for frame in self.skipped)
+        return f"sparse_compile: {found}, in {_count(self.graphs, 'graph')}{broken}{skipped}"
 
     def _groups(self) -> Iterator[tuple[list[int], list[SiteReport]]]:
         """Sites that differ only in where they stand, such as the layers of a model, together."""
@@ -116,7 +122,8 @@ class Report:
 
 def _site_of(read: dict[str, Any]) -> SiteReport:
     lists = read["lists"] and SelectionReport(**read["lists"])
-    return SiteReport(**{**read, "views": tuple(read["views"]), "lists": lists})
+    several = {name: tuple(read[name]) for name in ("views", "ways")}
+    return SiteReport(**{**read, **several, "lists": lists})
 
 
 def _count(number: int, noun: str) -> str:

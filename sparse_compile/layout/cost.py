@@ -8,7 +8,7 @@ two matters they were taken side by side.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sparse_compile.spec.target import Target
 
@@ -50,6 +50,25 @@ class Coverage:
     classes: int = 1
     made: float = 0.0
     read: int = 0
+
+
+@dataclass(frozen=True)
+class Listed:
+    """The keys that a call lists for each query.
+
+    Attributes:
+        most: units of them in a list.
+        units: of all keys.
+        unit_kv: consecutive keys of a unit.
+        shared: query heads that share a key head, and a list.
+        unscored: whether the lists are made without the scores of all keys.
+    """
+
+    most: int
+    units: int
+    unit_kv: int
+    shared: int = 1
+    unscored: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,6 +142,15 @@ _H200 = 132
 _OLDER = {"sm_70": 8.0, "sm_75": 8.0, "sm_80": 2.3, "sm_86": 4.0, "sm_89": 2.5}
 
 
+#: Of at least so many keys one is kept where lists of single keys cost less than blocks do, by
+#: device: measured on the CPU; on a GPU an estimate, for one query head to a key head. There, heads
+#: that share keys fill the rows of a tile together.
+KEYS_FOR_ONE = {"cpu": 96, "cuda": 64}
+_ROWS = 16
+#: The same for lists of blocks of keys, or where the scores of all keys need not exist for them.
+_UNITS_FOR_ONE = 2
+
+
 def dense(target: Target, work: Workload) -> Candidate:
     """The program's own attention: every pair, with its mask as a tensor."""
     rates = _rates(target, work)
@@ -148,12 +176,36 @@ def blocks(target: Target, work: Workload, coverage: Coverage) -> Candidate:
     )
 
 
-def lists(target: Target, work: Workload, kept: int) -> Candidate:
+def lists(target: Target, work: Workload, kept: int, refusal: str = "") -> Candidate:
     """Attention over lists of ``kept`` keys per query; no less than this."""
     rates = _rates(target, work)
     seconds = _pairs(target, work, min(kept, work.n_kv)) * rates.sparse
     what = f"{kept} keys per query"
-    return Candidate("lists", (("the call", rates.sparse_call), (what, seconds)))
+    return Candidate("lists", (("the call", rates.sparse_call), (what, seconds)), refusal)
+
+
+def sdpa(target: Target, work: Workload) -> Candidate:
+    """PyTorch's own kernel without a mask tensor."""
+    return replace(dense(target, replace(work, written_out=False)), name="sdpa")
+
+
+def why_not_listed(target: Target, listed: Listed, own: bool = False) -> str:
+    """That lists hold too many keys to pay, in words; empty if they pay.
+
+    Args:
+        target: where the attention runs.
+        listed: what is listed.
+        own: whether the attention's own scores are ranked: they are computed a second time.
+    """
+    for_one = _UNITS_FOR_ONE
+    if own or (listed.unit_kv == 1 and not listed.unscored):
+        rows = 1 if target.kind == "cpu" else min(listed.shared, _ROWS)
+        for_one = KEYS_FOR_ONE[target.kind] // rows
+    if for_one * listed.most <= listed.units:
+        return ""
+    what = "keys" if listed.unit_kv == 1 else f"units of {listed.unit_kv} keys"
+    kept = f"it keeps {listed.most} of {listed.units} {what}"
+    return f"{kept}, and on {target.kind} lists pay from one of {for_one} on"
 
 
 def cheapest(candidates: Sequence[Candidate]) -> Candidate:

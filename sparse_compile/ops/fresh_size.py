@@ -8,6 +8,10 @@ so the prohibition does not concern them. ``tests/project/test_fences.py`` says 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 
 
@@ -20,3 +24,14 @@ def fresh_size() -> torch.SymInt:
     size: torch.SymInt = shape_env.create_unbacked_symint()
     torch._check(size >= 0)  # type: ignore[no-untyped-call]
     return size
+
+
+@contextlib.contextmanager
+def unbound_sizes(fake_mode: Any) -> Iterator[None]:
+    """Let operators on fake tensors of a mode make sizes that no node of a graph defines."""
+    shape_env = getattr(fake_mode, "shape_env", None)
+    if shape_env is None:
+        yield
+        return
+    with shape_env.ignore_fresh_unbacked_symbols():
+        yield

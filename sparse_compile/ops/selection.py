@@ -87,7 +87,7 @@ def select(
         index int32 [B, Hs, ceil(Nq / unit_q), K] and count int32 without K, as in
         :class:`sparse_compile.selection.Selection`.
     """
-    leaf = _filled(selecting_named(key), given)
+    leaf = filled(selecting_named(key), given)
     with full_precision(q.device.type):
         chosen = leaf.select(q, k, MaskExpr.parse(mask), list(tables), list(sizes))
     return chosen.index, chosen.count
@@ -127,16 +127,16 @@ SELECT = torch.ops.sparse_compile.select.default
 CANONICAL_SELECTION = torch.ops.sparse_compile.canonical_selection.default
 
 
-def _filled(leaf: Selecting, given: Sequence[Tensor]) -> Selecting:
+def filled(leaf: Selecting, given: Sequence[Tensor]) -> Selecting:
     """What selects, with tensors in the place of the numbers that stand for them."""
     if isinstance(leaf, Union):
-        return Union(tuple(_filled(part, given) for part in leaf.parts))
+        return Union(tuple(filled(part, given) for part in leaf.parts))
     if isinstance(leaf, Selected) and isinstance(leaf.index, int):
         count = None if leaf.count is None else given[leaf.count]
         return replace(leaf, index=given[leaf.index], count=count)
     if isinstance(leaf, Scored) and isinstance(leaf.scorer, Scorer) and leaf.scorer.tensors:
         numbers = ((name, getattr(leaf.scorer, name)) for name in leaf.scorer.tensors)
-        filled = {name: given[number] for name, number in numbers if isinstance(number, int)}
+        tensors = {name: given[number] for name, number in numbers if isinstance(number, int)}
         scorer: Any = leaf.scorer
-        return replace(leaf, scorer=replace(scorer, **filled)) if filled else leaf
+        return replace(leaf, scorer=replace(scorer, **tensors)) if tensors else leaf
     return leaf

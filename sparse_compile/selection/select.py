@@ -62,22 +62,55 @@ def select(
         BadShape, BadPattern: q and k, the scores or the parameters do not fit together.
     """
     _check(pattern, q, k)
-    task = _task(pattern, q, k, mask, tables, sizes)
-    capacity = pattern.capacity(task.blocks)
     if not (q.numel() and k.numel()):
         return _nothing(pattern, q)
-    scores = scoring(pattern.scorer, task)
-    _check_heads(pattern, scores)
-    shape = (q.shape[0], scores.lists, task.rows)
-    index = torch.empty(*shape, capacity, dtype=torch.int32, device=q.device)
-    count = torch.empty(shape, dtype=torch.int32, device=q.device)
-    of = pattern, task, scores.lists, index, count
+    made = prepared(pattern, q, k, mask, tables, sizes)
+    of = pattern, made.task, made.scores.lists, made.index, made.count
     builder = BUILDERS.get(q.device) if watch is None else None
     kernel = builder.chooser(*of) if builder else None
     choose = kernel or _InTorch(*of, watch)
-    for first, end in _chunks(task, scores, kernel is not None):
-        choose(scores(first, end), first, end)
-    return _in_units(pattern, index, count, k.shape[2])
+    for first, end in made.chunks(kernel is not None):
+        choose(made.scores(first, end), first, end)
+    return _in_units(pattern, made.index, made.count, k.shape[2])
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is selected from, and room for what is selected.
+
+    Attributes:
+        task: what is to be scored.
+        scores: makes the scores of some units of queries.
+        index: int32 [B, lists, units, room].
+        count: int32 [B, lists, units].
+    """
+
+    task: Task
+    scores: Scoring
+    index: Tensor
+    count: Tensor
+
+    def chunks(self, by_kernel: bool) -> Iterator[tuple[int, int]]:
+        """The first and the end of the units that are scored at a time."""
+        return _chunks(self.task, self.scores, by_kernel)
+
+
+def prepared(
+    pattern: Scored,
+    q: Tensor,
+    k: Tensor,
+    mask: MaskExpr | None,
+    tables: Sequence[Tensor],
+    sizes: Sequence[int],
+) -> Prepared:
+    """What :func:`select` works on; its arguments."""
+    task = _task(pattern, q, k, mask, tables, sizes)
+    scores = scoring(pattern.scorer, task)
+    _check_heads(pattern, scores)
+    shape = (q.shape[0], scores.lists, task.rows)
+    room = pattern.capacity(task.blocks)
+    index = torch.empty(*shape, room, dtype=torch.int32, device=q.device)
+    return Prepared(task, scores, index, torch.empty(shape, dtype=torch.int32, device=q.device))
 
 
 @dataclass(frozen=True)

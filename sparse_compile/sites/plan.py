@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch.fx import Node
+
 from sparse_compile.layout.views.split_views import Split
 from sparse_compile.sites.site import AttentionSite, LiftedMask, ScoringSite
 from sparse_compile.spec import AttentionSpec
@@ -17,15 +19,20 @@ class SelectedPlan:
 
     Attributes:
         lifted: who may attend to whom among what is selected; disjoint from the static part.
-        key: of the annotation that selects.
+        key: of what selects, see :func:`sparse_compile.ops.selection.selecting_named`; or for lists
+            that are given as in :class:`sparse_compile.sites.named.NamedMask`.
         shown: what selects, as a constructor call.
         alone: whether there is no static part.
+        units: consecutive queries, and keys, that are selected together.
+        given: the tensors that it selects by, where a call passes them.
     """
 
     lifted: LiftedMask
     key: str
     shown: str
     alone: bool
+    units: tuple[int, int]
+    given: tuple[Node, ...] = ()
 
 
 @dataclass(frozen=True)

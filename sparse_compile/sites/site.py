@@ -9,6 +9,7 @@ from torch.fx import GraphModule, Node
 
 from sparse_compile.expr import MaskExpr, ScoreProgram
 from sparse_compile.sites.annotation import Annotation
+from sparse_compile.sites.named import NamedMask
 from sparse_compile.spec import EmptyRows
 from sparse_compile.spec.indexer import Step
 
@@ -68,6 +69,21 @@ class MaskOperand:
 
 
 @dataclass(frozen=True)
+class Called:
+    """The mask of a call of this library's attention.
+
+    Attributes:
+        mask: what it is.
+        given: the tensors that it selects by.
+        sizes: its integers.
+    """
+
+    mask: NamedMask
+    given: tuple[Node, ...] = ()
+    sizes: tuple[int | Node, ...] = ()
+
+
+@dataclass(frozen=True)
 class AttentionSite:
     """One attention in the graph, proven closed: nothing else reads its scores or weights.
 
@@ -76,7 +92,7 @@ class AttentionSite:
         output: the node that this attention computes, and the order of its axes.
         q, k, v: the operands, with repeat_kv undone (K and V keep their own number of heads).
         scale: what the scores are multiplied with: a number, or a SymFloat or 0-dim tensor Node.
-        kind: ``"sdpa"`` or ``"eager"``.
+        kind: ``"sdpa"``, ``"eager"`` or ``"call"`` (of this library's attention).
         causal: SDPA's ``is_causal`` (aligned to the upper left corner).
         masks: the mask operands, in the order in which they are applied.
         score_axes: the axes of the score tensor that masks broadcast against, among
@@ -86,6 +102,7 @@ class AttentionSite:
         annotation: the innermost pattern that the user attached to this code.
         ranked: why its scores must exist, and what helps, unless the ranking that reads them can do
             without; None where nothing else reads them.
+        called: for a call, the mask that it names; None where that is a tensor.
     """
 
     scope: Scope
@@ -104,6 +121,7 @@ class AttentionSite:
     ranked: tuple[str, str] | None = None
     score: ScoreProgram | None = None
     sinks: Node | None = None
+    called: Called | None = None
 
     @property
     def shown_score(self) -> str:
@@ -239,6 +257,19 @@ class Reached:
 
 
 @dataclass(frozen=True)
+class Ranking:
+    """What scores keys, so that the best can be kept.
+
+    Attributes:
+        site: an indexer, scores of blocks, or the attention's own; or why it is none of these.
+        lifted: the mask on the scores, or why it is not known.
+    """
+
+    site: ScoringSite | Rejection
+    lifted: LiftedMask | Rejection
+
+
+@dataclass(frozen=True)
 class SelectedKeys:
     """The keys that an index selects for each query, besides what the predicate allows.
 
@@ -250,6 +281,7 @@ class SelectedKeys:
         waits: for a threshold on scores instead of an index, which ``most`` but for equal scores
             reach: whether their number is asked of the device in each call.
         reached: for a threshold, what it is if that is known.
+        ranking: what scores the keys, of which it keeps the best; None if that is not known.
     """
 
     unit_q: int
@@ -259,6 +291,7 @@ class SelectedKeys:
     best: tuple[Node, ...] = ()
     waits: bool | None = None
     reached: Reached | None = None
+    ranking: Ranking | None = None
 
     @property
     def shown(self) -> str:
@@ -297,6 +330,8 @@ class LiftedMask:
             compiled with; None where the mask depends on lengths alone, or on values that only a
             call has.
         unselected: why what an index selects is in ``mask`` instead; empty where nothing is.
+        otherwise: the same mask with what ``selection`` names in a mask tensor, or why that cannot
+            be read; None unless a threshold selects, which can be said either way.
     """
 
     mask: MaskExpr
@@ -310,6 +345,7 @@ class LiftedMask:
     unselected: str = ""
     fills: tuple[float, ...] = ()
     visited: float | None = None
+    otherwise: LiftedMask | Rejection | None = None
 
     @property
     def n_lifted_tables(self) -> int:

@@ -12,7 +12,7 @@ class Target:
     """A device, as decisions see it.
 
     Attributes:
-        kind: ``"cuda"`` or ``"cpu"``.
+        kind: ``"cuda"``, ``"cpu"``, or what nothing here runs on.
         arch: ``"sm_90"`` and the like; of a CPU ``"interpreter"``.
         workers: multiprocessors of a GPU; threads that PyTorch uses on a CPU.
     """
@@ -23,7 +23,9 @@ class Target:
 
     @staticmethod
     def of(device: torch.device) -> Target:
-        """The target of tensors on a device, a CUDA device or the CPU."""
+        """The target of tensors on a device."""
+        if device.type not in ("cuda", "cpu"):
+            return Target(device.type, "", 1)
         if device.type == "cuda":
             workers = torch.cuda.get_device_properties(device).multi_processor_count
         else:

@@ -100,11 +100,11 @@ def compiled(fn: Callable[..., Any], inductor: bool = False, **options: Any) -> 
 def _rewritten(**options: Any) -> Any:
     from torch._dynamo.backends.debugging import aot_eager
 
-    from sparse_compile.backend import plan_and_rewrite
     from sparse_compile.options import Options
+    from sparse_compile.passes import pipeline
 
     def rewrite(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
-        plan_and_rewrite(gm, example_inputs, Options.parse(options))
+        pipeline.run(gm, example_inputs, Options.parse(options))
         return aot_eager(gm, example_inputs)
 
     return rewrite
@@ -361,15 +361,15 @@ def test_tables_of_the_code_and_of_the_pattern_meet() -> None:
 
 
 def test_layers_share_tables_and_layouts() -> None:
-    from sparse_compile.backend import plan_and_rewrite
     from sparse_compile.options import Options
+    from sparse_compile.passes import pipeline
 
     @mask(P.Documents(torch.arange(N) // 10))
     class Block(Plain):
         pass
 
     def look(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
-        plan_and_rewrite(gm, example_inputs, Options(decide="sparse"))
+        pipeline.run(gm, example_inputs, Options(decide="sparse"))
         targets = [str(node.target) for node in gm.graph.nodes]
         for name, times in (("pattern_table", 1), (".layout.", 1), (".attention.", 3)):
             assert sum(name in target for target in targets) == times

@@ -18,9 +18,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import sparse_compile
-from sparse_compile.backend import plan_and_rewrite
 from sparse_compile.errors import BadOption, UnknownOption
 from sparse_compile.options import Options
+from sparse_compile.passes import pipeline
 from tests.tolerance import relative_error
 
 WINDOW = 24
@@ -270,7 +270,7 @@ def test_near_miss_is_left_alone(program: Callable[[Tensor], object]) -> None:
 
     def recorder(gm: torch.fx.GraphModule, inputs: list[object]) -> Callable[..., object]:
         before = str(gm.graph)
-        plan_and_rewrite(gm, inputs, Options(decide="sparse"))
+        pipeline.run(gm, inputs, Options(decide="sparse"))
         seen.append(before == str(gm.graph))
         return gm.forward
 

@@ -105,7 +105,7 @@ def test_rewritten_and_rejected() -> None:
     assert "causal" in rest.reason
     assert rest.hint
     assert rest.where.startswith("rest, ")
-    assert (rest.mask, rest.density, rest.kernel) == (None, None, None)
+    assert (rest.mask, rest.density, rest.kernel) == ("kv <= q", None, None)
 
 
 def test_density_is_that_of_the_values_in_the_call() -> None:
@@ -170,7 +170,7 @@ def test_json_round_trip_and_key_order() -> None:
     report = explain(TwoKinds(), example())
     assert Report.from_json(report.to_json()) == report
     read = json.loads(report.to_json())
-    assert list(read) == ["graphs", "sites"]
+    assert list(read) == ["graphs", "sites", "skipped"]
     assert list(read["sites"][0]) == list(SiteReport.__dataclass_fields__)
 
 

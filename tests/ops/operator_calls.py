@@ -16,13 +16,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-# These two register all operators.
-from sparse_compile import passes  # noqa: F401
 from sparse_compile import patterns as P
 from sparse_compile.expr import KV, B, FloorDiv, FloorMod, H, MaskExpr, Q, dense_bit, table
 from sparse_compile.layout.dense_tables import DenseRead
 from sparse_compile.layout.views.choose import choose_views
 from sparse_compile.ops.selection import name_selecting
+
+# These two register all operators.
+from sparse_compile.passes import pipeline  # noqa: F401
 from sparse_compile.selection import canonical
 from sparse_compile.sites.annotation import name_mask
 from sparse_compile.spec import AttentionSpec, EmptyRows

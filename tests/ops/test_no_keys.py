@@ -16,11 +16,11 @@ from torch.fx import GraphModule
 import sparse_compile
 from sparse_compile import patterns as P
 from sparse_compile import reference
-from sparse_compile.backend import plan_and_rewrite
 from sparse_compile.codegen import empty_rows
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.expr import MaskExpr
 from sparse_compile.options import Options
+from sparse_compile.passes import pipeline
 from sparse_compile.spec import AttentionSpec, EmptyRows
 
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -69,7 +69,7 @@ NAMES = ["-inf", "lowest", "added -inf", "added lowest", "sdpa"]
 
 def rewritten_eagerly(gm: GraphModule, example_inputs: list[Any]) -> GraphModule:
     """The passes alone, without what Inductor does to the rest."""
-    plan_and_rewrite(gm, example_inputs, Options(decide="sparse"))
+    pipeline.run(gm, example_inputs, Options(decide="sparse"))
     gm.recompile()
     return gm
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.fx import GraphModule
 
-from sparse_compile.backend import plan_and_rewrite
 from sparse_compile.options import Options
-from sparse_compile.passes import Decision
+from sparse_compile.passes import pipeline
+from sparse_compile.sites.trace import Decision, Trace
 
 
 @dataclass
@@ -23,14 +23,19 @@ class Rewritten:
     """What became of a program.
 
     Attributes:
-        decisions: on every attention, in order.
+        traces: of every attention, in order.
         graphs: of ATen operators, as Inductor would get them: forwards and backwards.
         rewrite: whether the passes run at all.
     """
 
     rewrite: bool = True
-    decisions: list[Decision] = field(default_factory=list)
+    traces: list[Trace] = field(default_factory=list)
     graphs: list[GraphModule] = field(default_factory=list)
+
+    @property
+    def decisions(self) -> list[Decision]:
+        """What became of each."""
+        return [trace.decided for trace in self.traces]
 
     def compiled(self, function: Callable[..., Any], dynamic: bool = False) -> Callable[..., Any]:
         """``function`` compiled by the passes; everything else runs as it is."""
@@ -39,7 +44,7 @@ class Rewritten:
 
     def _backend(self, gm: GraphModule, inputs: Sequence[Any]) -> Any:
         if self.rewrite:
-            self.decisions += plan_and_rewrite(gm, inputs, Options(decide="sparse"))
+            self.traces += pipeline.run(gm, inputs, Options(decide="sparse"))
         return aot_autograd(fw_compiler=self._keep)(gm, inputs)
 
     def _keep(self, gm: GraphModule, inputs: Sequence[Any]) -> Any:

@@ -13,11 +13,11 @@ from torch.fx import GraphModule
 
 import sparse_compile
 from sparse_compile import patterns as P
-from sparse_compile.backend import plan_and_rewrite
 from sparse_compile.layout.cost import Coverage, Workload, blocks, cheapest, dense, lists
 from sparse_compile.options import Options
-from sparse_compile.passes import Decision
+from sparse_compile.passes import pipeline
 from sparse_compile.sites.plan import Plan
+from sparse_compile.sites.trace import Trace
 from sparse_compile.spec.target import Target
 
 H200, CPU = Target("cuda", "sm_90", 132), Target("cpu", "interpreter", 1)
@@ -151,15 +151,15 @@ class Counted:
     """A backend that decides as ours does and runs the rewritten graph as it is."""
 
     def __init__(self) -> None:
-        self.decisions: list[Decision] = []
+        self.traces: list[Trace] = []
 
     def __call__(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        self.decisions += plan_and_rewrite(gm, inputs, Options())
+        self.traces += pipeline.run(gm, inputs, Options())
         return gm.forward
 
     @property
     def sparse(self) -> list[bool]:
-        return [isinstance(decision, Plan) for decision in self.decisions]
+        return [isinstance(trace.decision, Plan) for trace in self.traces]
 
 
 @pytest.mark.priced

@@ -13,7 +13,7 @@ from torch import Tensor
 from sparse_compile.errors import BadShape
 from sparse_compile.expr import KV, MaskExpr, Q
 from sparse_compile.ops import block_scores as block_scores_ops
-from sparse_compile.passes import Plan
+from sparse_compile.sites.plan import Plan
 from sparse_compile.spec.block_scores import BlockScoresSpec
 from tests.passes.rewritten import Rewritten
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from sparse_compile.expr import KV, MaskExpr, Q
 from sparse_compile.ops import indexer as indexer_ops
 from sparse_compile.ops import selection as selection_ops
-from sparse_compile.passes import Plan
+from sparse_compile.sites.plan import Plan
 from sparse_compile.spec.indexer import IndexerSpec
 from tests.passes.rewritten import Rewritten
 

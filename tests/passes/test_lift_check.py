@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
-from sparse_compile.backend import plan_and_rewrite
 from sparse_compile.expr import KV, Q
 from sparse_compile.options import Options
-from sparse_compile.passes import mutation
+from sparse_compile.passes import mutation, pipeline
 from sparse_compile.passes.lift import LiftCache, lift_mask, prefix
 from sparse_compile.passes.lift.slice import Slice, Slicer, Wanted
 from sparse_compile.passes.mutation import Effect, effect
@@ -164,8 +163,8 @@ def test_layers_that_share_a_mask_check_it_once(x: Tensor, monkeypatch: pytest.M
 
     monkeypatch.setattr(prefix.Prefix, "run", counted)
     captured = capture(run, x)
-    decisions = plan_and_rewrite(captured.gm, captured.inputs, Options(decide="sparse"))
-    assert all(isinstance(decision, Plan) for decision in decisions)
+    traces = pipeline.run(captured.gm, captured.inputs, Options(decide="sparse"))
+    assert all(isinstance(trace.decision, Plan) for trace in traces)
     assert len(runs) == 2
 
 

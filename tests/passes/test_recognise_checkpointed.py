@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sparse_compile.passes import Plan
+from sparse_compile.sites.plan import Plan
 from sparse_compile.sites.site import Rejection
 from tests.passes.rewritten import Rewritten, assert_same, trained
 from tests.passes.sparse_models import LAYERS, LENGTH, model, padding, tokens

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from sparse_compile.expr import KV, MaskExpr, Q
+from sparse_compile.layout.cost import KEYS_FOR_ONE
 from sparse_compile.ops import block_scores as block_scores_ops
 from sparse_compile.ops.indexer import INDEXED_TOPK
 from sparse_compile.ops.kept import INDEXED_KEPT
-from sparse_compile.passes import Plan
-from sparse_compile.passes.decide.layout import KEYS_FOR_ONE
 from sparse_compile.passes.lift import kept
 from sparse_compile.selection import Selection, check_lists
+from sparse_compile.sites.plan import Plan
 from sparse_compile.spec.indexer import IndexerSpec
 from tests.passes.rewritten import Rewritten, assert_same
 from tests.passes.test_memory_of_models import growth

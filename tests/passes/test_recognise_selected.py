@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparse_compile import mask as annotate
 from sparse_compile import patterns as P
 from sparse_compile import reference
-from sparse_compile.passes import Plan
+from sparse_compile.sites.plan import Plan
 from sparse_compile.spec import EmptyRows
 from tests.passes.rewritten import Rewritten, assert_same, trained
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sparse_compile
-from sparse_compile.passes import Plan
+from sparse_compile.sites.plan import Plan
 from tests.passes.rewritten import Rewritten, assert_same, trained
 from tests.passes.sparse_models import KEPT, LAYERS, LENGTH, model, padding, tokens
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_compile.passes import Plan
+from sparse_compile.sites.plan import Plan
 from tests.passes.rewritten import Rewritten
 from tests.passes.test_recognise_selected import (
     BATCH,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from sparse_compile.passes import Plan
+from sparse_compile.sites.plan import Plan
 from tests.passes.rewritten import Rewritten, assert_same
 
 BATCH, HEADS, LENGTH, DIM, KEPT = 2, 4, 37, 16, 5

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 import sparse_compile
 from sparse_compile.expr import KV, B, MaskExpr, Q, table
+from sparse_compile.layout.cost import KEYS_FOR_ONE
 from sparse_compile.ops import indexer as indexer_ops
 from sparse_compile.ops.kept import INDEXED_KEPT, KEPT_SELECTION
-from sparse_compile.passes import Plan
-from sparse_compile.passes.decide.layout import KEYS_FOR_ONE
 from sparse_compile.passes.lift import kept
 from sparse_compile.selection import Selection, check_lists
 from sparse_compile.selection.kept import kept_lists
+from sparse_compile.sites.plan import Plan
 from sparse_compile.spec.indexer import IndexerSpec
 from tests.passes import test_find_indexer as indexing
 from tests.passes.rewritten import Rewritten, assert_same, trained

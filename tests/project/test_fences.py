@@ -117,3 +117,29 @@ def test_declared_ranges_are_attributes_of_inputs() -> None:
     torch._dynamo.mark_dynamic(y, 0)
     assert [(one.min, one.max) for one in x._dynamo_dynamic_range] == [(2, 64)]
     assert [(one.min, one.max) for one in y._dynamo_dynamic_range] == [(None, None)]
+
+
+def test_plans_are_made_outside_of_tracing() -> None:
+    """``_disable_current_modes`` is private; ops/untraced.py relies on this."""
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    from sparse_compile.ops.untraced import untraced
+
+    with FakeTensorMode():
+        assert isinstance(torch.ones(2), FakeTensor)
+        assert untraced(lambda: float(torch.ones(2).sum()))() == 2.0
+
+
+def test_what_torch_gave_up_on_is_known() -> None:
+    """The metrics of ``torch._dynamo.utils`` are private; inspect/skipped.py relies on this."""
+    from sparse_compile.inspect.skipped import frames_skipped
+
+    def looping(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(2):
+            x = x + 1
+            torch._dynamo.graph_break()
+        return x
+
+    with frames_skipped() as skipped:
+        torch.compile(looping, backend="eager")(torch.ones(2))
+    assert any(frame.startswith("looping, test_fences.py:") for frame in skipped)

@@ -109,7 +109,7 @@ def test_a_graph_makes_the_lists_of_an_index_once(training: bool, dynamic: bool)
     torch.testing.assert_close(fast, other_layers(*given, index()))
     called = program.targets()
     assert called.count("sparse_compile.canonical_selection.default") == 1
-    assert called.count("sparse_compile.merged_attention.default") == LAYERS
+    assert called.count("sparse_compile.attention.default") == LAYERS
 
 
 def test_an_index_that_the_graph_overwrites_is_not_shared() -> None:

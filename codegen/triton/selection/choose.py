@@ -18,6 +18,7 @@ from sparse_compile.codegen.triton.selection.source import HELD, ChooseSpec, cho
 from sparse_compile.patterns.checks import UPPER_LEFT
 from sparse_compile.patterns.rules import Threshold, TopK, TopP, TopRatio, exact
 from sparse_compile.patterns.scored import Scored
+from sparse_compile.selection.select import Prepared
 from sparse_compile.selection.task import Task
 
 #: Blocks that a row may have for the rule that needs nothing but the order of scores.
@@ -70,16 +71,22 @@ class Chooser:
             row[1].fill_(second)
         return kind, made
 
+    def spec(self, first: int, end: int) -> ChooseSpec:
+        """What the kernel for the units ``first, ..., end - 1`` is generated for."""
+        pattern, visible = self.pattern, self.task.visible
+        given = not visible.printable
+        key = key_of(visible, pattern.unit_q, pattern.block_kv)
+        batch, lists, _, room = self.index.shape
+        few = (end - first) * batch * lists <= _FEW
+        seen = self.task.blocks if given else visible.columns(first, end)
+        return ChooseSpec(key, given, self.rule[0], _power(max(seen, 32)), _power(room), few)
+
     def __call__(self, scores: Tensor, first: int, end: int) -> None:
         """Write the lists of the units ``first, ..., end - 1``, from [B, lists, units, blocks]."""
         pattern, task, visible = self.pattern, self.task, self.task.visible
-        given = not visible.printable
-        key = key_of(visible, pattern.unit_q, pattern.block_kv)
-        kind, rule = self.rule
+        spec, rule = self.spec(first, end), self.rule[1]
+        given, key = spec.given, spec.key
         batch, lists, units, room = self.index.shape
-        few = (end - first) * batch * lists <= _FEW
-        seen = task.blocks if given else visible.columns(first, end)
-        spec = ChooseSpec(key, given, kind, _power(max(seen, 32)), _power(room), few)
         may = visible.may(first, end, lists) if given else None
         shift = 0 if pattern.align == UPPER_LEFT else task.k.shape[2] - task.q.shape[2]
         grid = end - first, batch * lists
@@ -103,6 +110,12 @@ def _strides(may: Tensor | None) -> tuple[int, int, int]:
 
 def _power(n: int) -> int:
     return 1 << (n - 1).bit_length()
+
+
+def choose_spec(pattern: Scored, made: Prepared) -> ChooseSpec:
+    """What the kernel is generated for that chooses for the first units of a task."""
+    chooser = Chooser(pattern, made.task, made.scores.lists, made.index, made.count)
+    return chooser.spec(*next(made.chunks(by_kernel=True)))
 
 
 @functools.singledispatch

@@ -1,0 +1,114 @@
+"""Price: what a way to run an attention is predicted to cost, at any number of keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sparse_compile.expr import B, H
+from sparse_compile.layout.cost import Candidate, Coverage, Workload, blocks, lists
+from sparse_compile.layout.views.choose import choose_views
+from sparse_compile.passes.graph_edit import dimension, example_value, expected
+from sparse_compile.sites.plan import Plan
+from sparse_compile.sites.site import AttentionSite, LiftedMask
+from sparse_compile.spec.target import Target
+
+#: Keys of which one is visited, where what a mask reads has no values yet.
+_VISITED = 1 / 4
+
+
+@dataclass(frozen=True)
+class Price:
+    """What plans cost on a target.
+
+    Attributes:
+        target: where they run.
+        sharing: attentions of the graph with the same mask, which share its layout.
+    """
+
+    target: Target
+    sharing: int
+
+    @staticmethod
+    def work_of(site: AttentionSite, n_kv: int | None = None) -> Workload:
+        """What there is to do for a site, at its own number of keys or another."""
+        n_q, here = expected(site.q, "n"), expected(site.k, "n")
+        if n_kv is None:
+            n_kv = rounded(here) if grows(site) else here
+        if isinstance(dimension(site.q, "n"), torch.SymInt) and n_q == here:
+            n_q = n_kv
+        features = expected(site.q, "d") + expected(site.v, "d")
+        operands = (example_value(x.node) for x in (site.q, site.k, site.v))
+        trained = torch.is_grad_enabled() and any(x.requires_grad for x in operands)
+        sizes = expected(site.q, "b"), expected(site.q, "h"), n_q, n_kv
+        return Workload(*sizes, features, trained, site.kind == "eager")
+
+    def of(self, plan: Plan, n_kv: int | None = None) -> Candidate:
+        """What a plan costs; what a pattern selects besides is known in a call only."""
+        work = self.work_of(plan.site, n_kv)
+        selection = plan.lifted.selection
+        if plan.selected is not None and plan.selected.alone:
+            return lists(self.target, work, 0)
+        if selection is None:
+            return blocks(self.target, work, self._coverage(plan, work))
+        kept = int(selection.most) * selection.unit_kv if selection.most.isdecimal() else 0
+        return lists(self.target, work, kept)
+
+    def _coverage(self, plan: Plan, work: Workload) -> Coverage:
+        lifted, here = plan.lifted, self.work_of(plan.site, expected(plan.site.k, "n"))
+        pairs = self._pairs(plan, work)
+        if lifted.program is not None:
+            # The example says how much is left of what the predicate leaves possible.
+            possible = self._pairs(plan, here)
+            seen = _VISITED * possible if lifted.visited is None else lifted.visited
+            pairs = seen * pairs / possible if possible else seen
+        read = sum(_elements(axes.axes, work) for axes in lifted.dense)
+        made = 1 / self.sharing if _changes(lifted) or grows(plan.site) else 0.0
+        return Coverage(pairs, _classes(lifted, work), made, read)
+
+    def _pairs(self, plan: Plan, work: Workload) -> float:
+        """Pairs in blocks that the predicate leaves possible, for each query."""
+        if plan.split is not None and rounded(work.n_kv) == rounded(expected(plan.site.k, "n")):
+            return plan.split.cost.total  # the choice of views has asked already
+        _, split = choose_views(
+            plan.lifted.mask,
+            n_q=work.n_q,
+            n_kv=work.n_kv,
+            batch=work.batch,
+            heads=work.heads,
+            sizes=(0,) * plan.lifted.mask.n_sizes,
+            block=(plan.spec.block_q, plan.spec.block_kv),
+            device_type=self.target.kind,
+        )
+        return split.cost.total
+
+
+def grows(site: AttentionSite) -> bool:
+    """Whether the number of keys changes from call to call."""
+    return isinstance(dimension(site.k, "n"), torch.SymInt)
+
+
+def rounded(n: int) -> int:
+    """The next power of two: lengths between two of them are decided alike."""
+    return 1 << (n - 1).bit_length() if n > 0 else 0
+
+
+def _changes(lifted: LiftedMask) -> bool:
+    return bool(lifted.mask.tables) or lifted.mask.n_sizes > 0
+
+
+def _classes(lifted: LiftedMask, work: Workload) -> int:
+    """Batch entries and heads that have lists of their own."""
+    free, classes = lifted.mask.predicate.free_symbols, 1
+    for symbol, size in ((B, work.batch), (H, work.heads)):
+        classes *= size if symbol in free else 1
+    return classes
+
+
+def _elements(axes: tuple[str, ...], work: Workload) -> int:
+    sizes = {"b": work.batch, "h": work.heads, "q": work.n_q, "kv": work.n_kv, "": 1}
+    count = 1
+    for axis in axes:
+        count *= sizes[axis]
+    return count

@@ -1,0 +1,55 @@
+"""masked_attention: what a call of :func:`sparse_compile.attention` is in a captured graph.
+
+It has no kernel of its own. This library's backend finds it like any other attention and plans it
+for its real sizes; for any other backend it is made of the operators that it stands for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from sparse_compile.ops.fresh_size import unbound_sizes
+
+_LIBRARY: Any = torch.library.Library("sparse_compile", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define(
+    "masked_attention(Tensor q, Tensor k, Tensor v, Tensor[] given, Tensor? sinks, SymInt[] sizes, "
+    "str mask, float scale) -> Tensor"
+)
+
+#: The operator as nodes of a graph call it. q, k, v and the result are [B, H, N, D]; ``given`` are
+#: tensors that the mask selects by, or is; ``sinks`` [Hq] the scores of keys without a value;
+#: ``sizes`` the integers of the mask, ``s0, s1, ...``; ``mask`` is the
+#: text of a :class:`sparse_compile.sites.named.NamedMask`.
+MASKED_ATTENTION = torch.ops.sparse_compile.masked_attention.default
+
+#: For q, k and v; and the rest.
+Attend = Callable[
+    [tuple[Tensor, Tensor, Tensor], list[Tensor], Tensor | None, Sequence[int], str, float], Tensor
+]
+
+
+def composed_of(attend: Attend) -> None:
+    """Say what the operator is made of."""
+
+    def composed(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        given: list[Tensor],
+        sinks: Tensor | None,
+        sizes: Sequence[int],
+        mask: str,
+        scale: float,
+    ) -> Tensor:
+        # While Dynamo only asks for the shape of the result, sizes inside belong to no node.
+        asked = get_proxy_mode() is None
+        with unbound_sizes(getattr(q, "fake_mode", None)) if asked else contextlib.nullcontext():
+            return attend((q, k, v), given, sinks, sizes, mask, scale)
+
+    _LIBRARY.impl("masked_attention", composed, "CompositeImplicitAutograd")
