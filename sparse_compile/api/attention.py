@@ -85,11 +85,9 @@ def attention(
     factor = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     given: list[Tensor] = []
     owner = mask if isinstance(mask, Pattern) else None
-    if owner is not None:
-        text = name_of(owner, given)
-    else:
-        text = _EVERYONE if mask is None else _BY_TENSOR
-        given += [] if mask is None else [mask]
+    text = _EVERYONE if owner is None else name_of(owner, given)
+    if isinstance(mask, Tensor):
+        text, given = _BY_TENSOR, [mask]
     text = capped(text, softcap) if softcap else text
     return attend((q, k, v), text, factor, given, sinks, owner=owner)
 
