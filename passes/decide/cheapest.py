@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from sparse_compile.codegen.generators import block_shapes
 from sparse_compile.expr import B, H
 from sparse_compile.layout.cost import (
     Candidate,
@@ -162,7 +163,7 @@ class _Price:
             heads=work.heads,
             sizes=(0,) * plan.lifted.mask.n_sizes,
             block=(plan.spec.block_q, plan.spec.block_kv),
-            device_type=self.target.kind,
+            shapes=block_shapes(self.target.kind),
         )
         return split.cost.total
 

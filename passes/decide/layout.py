@@ -10,6 +10,7 @@ from dataclasses import replace
 import sympy
 import torch
 
+from sparse_compile.codegen.generators import block_shapes
 from sparse_compile.expr import KV, Q
 from sparse_compile.layout.views.choose import choose_views
 from sparse_compile.layout.views.split_views import Split
@@ -235,7 +236,7 @@ def _spec(
         # Run-time integers are offsets and windows; which, only their values would tell.
         sizes=(0,) * lifted.mask.n_sizes,
         block=options.block,
-        device_type=device.type,
+        shapes=block_shapes(device),
         empty_rows=lifted.empty_rows,
         where=site.where,
     )

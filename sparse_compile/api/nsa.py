@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.api.attention import attention
+from sparse_compile.codegen.generators import block_shapes
 from sparse_compile.errors import BadShape, PatternMisuse
 from sparse_compile.expr import KV, MaskExpr, Q
 from sparse_compile.expr.nodes import size_symbol
@@ -257,7 +258,8 @@ def _past_windows(length: int, stride: int, late: bool, device: str) -> Attentio
     mask = MaskExpr(stride * KV + (length - 1) <= place, n_sizes=int(late))
     sizes = (0,) * mask.n_sizes
     n_kv = _LENGTH // stride
-    return choose_views(mask, n_q=_LENGTH, n_kv=n_kv, sizes=sizes, device_type=device)[0]
+    shapes = block_shapes(device)
+    return choose_views(mask, n_q=_LENGTH, n_kv=n_kv, sizes=sizes, shapes=shapes)[0]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.api.data import Tables, canonical_of, data_of, tables_of
+from sparse_compile.codegen.generators import block_shapes
 from sparse_compile.expr import MaskExpr
 from sparse_compile.layout.views.choose import choose_views
 from sparse_compile.ops.selection import SELECT, name_selecting
@@ -39,7 +40,8 @@ def planned(bound: BoundMask, owner: Pattern, device: str, sizes: Sizes) -> Stat
 def spec_text(expr: MaskExpr, device: str, sizes: Sizes) -> str:
     """The text of the spec of a mask on a type of device, at about these sizes."""
     n_q, n_kv, batch, heads = sizes
-    spec, _ = choose_views(expr, n_q=n_q, n_kv=n_kv, batch=batch, heads=heads, device_type=device)
+    shapes = block_shapes(device)
+    spec, _ = choose_views(expr, n_q=n_q, n_kv=n_kv, batch=batch, heads=heads, shapes=shapes)
     return spec.text
 
 

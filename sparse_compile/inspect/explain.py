@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from sparse_compile.backend import plan_graph
-from sparse_compile.codegen.runtime.launch import arch_of
 from sparse_compile.errors import SparseCompileError
 from sparse_compile.inspect.diagnose import bad_attention
 from sparse_compile.inspect.explain_selection import pattern_tables, selected_in_call
@@ -35,6 +34,7 @@ from sparse_compile.sites.annotation import Annotation
 from sparse_compile.sites.plan import Plan
 from sparse_compile.sites.site import AttentionSite, LiftedMask, Operand, Rejection
 from sparse_compile.spec import KernelSpec
+from sparse_compile.spec.target import Target
 
 Shape = dict[str, int]
 _NOTHING_SKIPPED = "in this call every block holds an allowed pair, so nothing is skipped"
@@ -185,7 +185,7 @@ def _views(plan: Plan) -> tuple[tuple[str, ...], str]:
 def _utilisation(plan: Plan, layout: Layout | None) -> float | None:
     if layout is None or plan.executor != "triton":
         return None
-    from sparse_compile.codegen.triton.blocks.executor import workers_of  # needs triton
+    from sparse_compile.codegen.triton.calls import workers_of  # needs triton
 
     members = layout.batch * layout.heads
     return layout.utilisation(members, workers_of(device_of(plan.site.q.node)))
@@ -203,7 +203,7 @@ def kernel_spec(plan: Plan, arch: str | None = None) -> KernelSpec:
         example_value(operand.node).shape[operand.axes.index("d")] for operand in (site.q, site.v)
     ]
     dtype = str(example_value(site.output.node).dtype).removeprefix("torch.")
-    arch = arch or arch_of(device_of(site.q.node))
+    arch = arch or Target.of(device_of(site.q.node)).arch
     return KernelSpec(plan.spec.pieces[0][0], int(sizes[0]), int(sizes[1]), dtype, arch)
 
 

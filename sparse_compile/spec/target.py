@@ -1,12 +1,11 @@
-"""Target: all of a machine that a decision may depend on."""
+"""Target: all of a machine that a decision may depend on; the same on every rank."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
-
-from sparse_compile.codegen.runtime.launch import arch_of
 
 
 @dataclass(frozen=True)
@@ -15,19 +14,25 @@ class Target:
 
     Attributes:
         kind: ``"cuda"`` or ``"cpu"``.
-        arch: ``"sm_90"`` and the like; of a CPU ``"interpreter"``.
+        arch: ``"sm_90"`` and the like; of a CPU ``"interpreter"``; empty for a GPU not at hand.
         workers: multiprocessors of a GPU; threads that PyTorch uses on a CPU.
     """
 
     kind: str
     arch: str
-    workers: int
+    workers: int = 0
 
     @staticmethod
     def of(device: torch.device) -> Target:
         """The target of tensors on a device, a CUDA device or the CPU."""
         if device.type == "cuda":
-            workers = torch.cuda.get_device_properties(device).multi_processor_count
-        else:
-            workers = torch.get_num_threads()
-        return Target(device.type, arch_of(device), workers)
+            return _gpu(device)
+        return Target(device.type, "interpreter", torch.get_num_threads())
+
+
+@functools.lru_cache(maxsize=16)
+def _gpu(device: torch.device) -> Target:
+    if not torch.cuda.is_available():
+        return Target("cuda", "")
+    found = torch.cuda.get_device_properties(device)
+    return Target("cuda", f"sm_{found.major}{found.minor}", found.multi_processor_count)
