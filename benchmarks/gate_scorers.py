@@ -11,10 +11,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+import sparse_compile.ops  # noqa: F401  which hands in the kernels of a GPU
 from sparse_compile import patterns as P
 from sparse_compile.selection import Selection, canonical, pooled_attention
-from sparse_compile.selection.scores import Task
 from sparse_compile.selection.scoring import scoring
+from sparse_compile.selection.task import Task
 from sparse_compile.selection.visible import Visible
 
 Scorer = Callable[[Tensor, Tensor], Tensor]

@@ -146,7 +146,7 @@ def forgetter(views: bool = True, mask: bool = False) -> Callable[[], None]:
         value.cache_clear
         for name, module in list(sys.modules.items())
         # Kernels that list blocks stay compiled, as those of the attention do.
-        if name.startswith(_PACKAGES) and not name.startswith("sparse_compile.layout.device")
+        if name.startswith(_PACKAGES)
         for attribute, value in vars(module).items()
         if hasattr(value, "cache_clear") and attribute not in kept
     ]

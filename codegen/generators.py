@@ -23,11 +23,25 @@ _GENERATORS = (
     "sparse_compile.codegen.triton.generator:TRITON",
     "sparse_compile.codegen.cpu.generator:CPU",
 )
+#: What runs attention to blocks, and to units, by kind of device.
+_EXECUTORS = {
+    ("blocks", "cuda"): "sparse_compile.codegen.triton.blocks.executor",
+    ("blocks", "cpu"): "sparse_compile.codegen.cpu.views",
+    ("units", "cuda"): "sparse_compile.codegen.triton.selected.executor",
+    ("units", "cpu"): "sparse_compile.codegen.cpu.selected",
+}
 
 
 def _loaded(place: str) -> Any:
     module, _, name = place.partition(":")
-    return getattr(importlib.import_module(module), name)
+    found = importlib.import_module(module)
+    return getattr(found, name) if name else found
+
+
+@functools.lru_cache(maxsize=8)
+def executor(parts: str, kind: str) -> Any:
+    """The executor of attention to ``"blocks"`` or to ``"units"`` on a kind of device."""
+    return _loaded(_EXECUTORS[parts, "cuda" if kind == "cuda" else "cpu"])
 
 
 @dataclass(frozen=True)

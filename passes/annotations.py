@@ -117,6 +117,8 @@ def _promised_empty_rows(site: AttentionSite, note: Annotation) -> EmptyRows:
     (fill, *more) = fills
     if site.kind == "sdpa" or adds or more or isinstance(fill, Node) or _sees_itself(site, note):
         return EmptyRows.ZERO
+    if site.sinks is not None:
+        return EmptyRows.ZERO  # the sink has all the weight
     if fill == -math.inf:
         return EmptyRows.NAN
     return EmptyRows.MEAN if fill <= torch.finfo(torch.bfloat16).min else EmptyRows.ZERO

@@ -1,6 +1,8 @@
 """The meaning of sparse attention, in fp64. Every kernel, layout and rewrite is tested against it.
 
-    out = softmax(scale * Q K^T, where mask) V
+    out = softmax(score(scale * Q K^T), where mask) V
+
+with a sink as one more key, which takes weight and has no value.
 
 A pair that the mask hides contributes nothing, forward and backward: NaN or infinity in a key or
 value reaches exactly the queries that may attend to it.
@@ -11,6 +13,7 @@ This module imports torch only and makes the dense [n_q, n_kv] matrices that not
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -23,6 +26,8 @@ def attention(
     mask: Tensor | None = None,
     scale: float | None = None,
     empty_rows: str = "zero",
+    score: Callable[[Tensor], Tensor] | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Masked attention and its log-sum-exp, computed densely in fp64; differentiable.
 
@@ -35,9 +40,13 @@ def attention(
         empty_rows: what a row without any True yields: ``"zero"``; ``"nan"``; ``"mean"`` of V over
             all keys, no gradient to the scores; ``"nan_added"`` or ``"mean_added"``: the same
             values, with the softmax gradient flowing to the scores.
+        score: from scaled products [B, Hq, Nq, Nkv], fp64, to scores, before the mask.
+        sinks: broadcastable to [B, Hq, Nq]: the score of one more key, whose value is 0. No row is
+            empty then.
 
     Returns:
-        fp64 out [B, Hq, Nq, Dv] and natural-log log-sum-exp [B, Hq, Nq], -inf on empty rows.
+        fp64 out [B, Hq, Nq, Dv] and natural-log log-sum-exp [B, Hq, Nq] of the keys without the
+        sink, -inf where there are none.
 
     >>> q = k = torch.zeros(1, 1, 2, 4); v = torch.arange(2.0).view(1, 1, 2, 1)
     >>> attention(q, k, v, torch.tensor([[True, True], [False, False]]))[0].flatten().tolist()
@@ -52,8 +61,14 @@ def attention(
         mask = torch.ones((), dtype=torch.bool, device=q.device)
     mask = mask.expand(*q.shape[:3], k.shape[2])
     scores = _scores(q, k, mask) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    if score is not None:
+        scores = score(scores)
     empty = ~mask.any(-1, keepdim=True)
     lse = scores.masked_fill(~mask, -math.inf).logsumexp(-1)
+    if sinks is not None:
+        sink = sinks.double().expand(lse.shape).unsqueeze(-1)
+        weights = torch.cat([scores.masked_fill(~mask, -math.inf), sink], -1).softmax(-1)
+        return _mixed(weights[..., :-1], v, mask), lse.detach() if bool(empty.any()) else lse
     absorbed = scores - scores.detach()
     fill = {"zero": scores * 0, "mean": torch.zeros_like(scores), "nan": scores.detach() * math.nan}
     fill["nan_added"] = absorbed + math.nan

@@ -1,4 +1,7 @@
-"""Which file imports which: at the top, inside functions, and by a string."""
+"""Which file imports which: at the top, inside functions, and by a string.
+
+Strings in the :data:`NAMED` places are no imports here: what they are for is to close a circle.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,8 @@ PACKAGES = {
     "codegen": "sparse_compile.codegen",
     "benchmarks": "benchmarks",
 }
+#: The lazy package, what loads generators, and what leads from patterns to layouts and selections.
+NAMED = ("sparse_compile", "sparse_compile.codegen.generators", "sparse_compile.patterns.doors")
 Imports = dict[str, frozenset[str]]
 
 
@@ -62,8 +67,16 @@ def _targets(node: ast.AST, here: str, files: Mapping[str, Path]) -> Iterator[st
         assert not node.level, f"{here}: write the whole name of a module"
         whole = [f"{node.module}.{alias.name}" for alias in node.names]
         yield from (name if name in files else str(node.module) for name in whole)
-    elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
-        yield from _named(node.args[0], here, files)
+    elif (named := by_string(node)) is not None and here not in NAMED:
+        yield from _named(named, here, files)
+
+
+def by_string(node: ast.AST) -> ast.expr | None:
+    """The string of an import by string."""
+    if not isinstance(node, ast.Call):
+        return None
+    function = ast.unparse(node.func)
+    return node.args[0] if function.endswith(("import_module", "__import__")) else None
 
 
 def _named(argument: ast.expr, here: str, files: Mapping[str, Path]) -> Iterator[str]:

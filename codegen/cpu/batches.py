@@ -144,6 +144,12 @@ class Gathered:
             partial=partial,
         )
 
+    def coordinates(self) -> tuple[Tensor, Tensor]:
+        """int64 queries [tiles, rows, 1] and keys [tiles, 1, length], padding included."""
+        queries = self.q_start.view(-1, 1, 1) + torch.arange(self.rows).view(-1, 1)
+        keys = self.blocks[:, :, None] * self.block_kv + torch.arange(self.block_kv)
+        return queries, keys.flatten(1).unsqueeze(1)
+
     def rows_of(self, x: Tensor) -> Tensor:
         """The queries' part of x: [tiles, heads, rows, width]."""
         view, index = self._tile_view(x)

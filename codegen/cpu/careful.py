@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
-from sparse_compile.expr import evaluate
+from sparse_compile.expr import ScoreData, evaluate, evaluate_slope
 
 #: Scores that exist at once.
 _AT_ONCE = 1 << 22
@@ -70,8 +70,12 @@ class CarefulCall:
             for rows in torch.split(chosen[b, h].nonzero().flatten(), step):
                 yield b, h, h // group, rows
 
-    def scores(self, b: int, h: int, head: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores [rows, Nkv] of some queries, -inf where hidden, and what is allowed."""
+    def scores(
+        self, b: int, h: int, head: int, rows: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Scores [rows, Nkv] of some queries, -inf where hidden, and what is allowed; between them
+        the derivative of a score by the scaled product, None for 1.
+        """
         call, spec = self.call, self.call.spec
         q, k = call.q[b, h, rows].float(), call.k[b, head].float()
         where = {
@@ -80,14 +84,16 @@ class CarefulCall:
             "q": rows[:, None],
             "kv": torch.arange(k.shape[0]),
         }
-        _, _, n_q, n_kv = call.shape
-        allowed = evaluate(spec.mask, where, n_q, n_kv, call.tables, call.sizes)
-        allowed = allowed.expand(len(rows), n_kv)
+        data = *call.shape[2:], call.tables, call.sizes
+        allowed = evaluate(spec.mask, where, *data).expand(len(rows), k.shape[0])
         if spec.parts[0].listed:
             allowed = (
                 allowed & self._named(b, h)[rows // spec.block_q][:, where["kv"] // spec.block_kv]
             )
-        return (q @ k.mT * call.scale).masked_fill(~allowed, -math.inf), allowed
+        scores, slope = q @ k.mT * call.scale, None
+        if spec.score is not None:
+            scores, slope = evaluate_slope(spec.score, scores, ScoreData(where, *data))
+        return scores.masked_fill(~allowed, -math.inf), slope, allowed
 
     def _named(self, b: int, h: int) -> Tensor:
         """bool [query blocks, key blocks]: those that a selection names for a head."""
@@ -103,7 +109,7 @@ class CarefulCall:
         """
         out, lse = out.clone(), lse.clone()
         for b, h, head, rows in self.chunks(~out.isfinite().all(-1)):
-            scores, allowed = self.scores(b, h, head, rows)
+            scores, _, allowed = self.scores(b, h, head, rows)
             total = scores.logsumexp(-1)
             weights = _weights(scores, total, allowed)
             out[b, h, rows] = mixed(weights, allowed, self.call.v[b, head].float()).to(out.dtype)
@@ -117,10 +123,11 @@ class CarefulCall:
         delta = (grad_out.float() * result.out.float()).sum(-1)
         delta = delta if result.grad_lse is None else delta - result.grad_lse
         for b, h, head, rows in self.chunks(lse != -math.inf):
-            scores, allowed = self.scores(b, h, head, rows)
+            scores, slope, allowed = self.scores(b, h, head, rows)
             weights = _weights(scores, lse[b, h, rows], allowed)
             grad, v = grad_out[b, h, rows].float(), call.v[b, head].float()
             d_scores = weights * (grad @ v.mT - delta[b, h, rows, None]) * call.scale
+            d_scores = d_scores if slope is None else d_scores * slope
             d_scores = d_scores.masked_fill(~allowed, 0.0)
             dq[b, h, rows] = mixed(d_scores, allowed, call.k[b, head].float())
             dk[b, head] += mixed(d_scores.mT, allowed.mT, call.q[b, h, rows].float())

@@ -12,7 +12,7 @@ from torch import Tensor
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.codegen.cpu.careful import mixed
 from sparse_compile.codegen.precision import full_precision
-from sparse_compile.expr import evaluate
+from sparse_compile.expr import ScoreData, evaluate, evaluate_slope
 
 #: Numbers that the gathered keys and the scores of a chunk have at most.
 _MOST = 1 << 23
@@ -76,33 +76,54 @@ class _Chunk:
         batch = torch.arange(t.shape[0], device=t.device)
         return t[batch[:, None, None, None], group[:, None, None], keys].float()
 
-    def keep(self, keys: Tensor, exist: Tensor) -> Tensor:
-        """Which pairs attend: bool, broadcasts to [B, groups, U, R, L]."""
+    def where(self, keys: Tensor) -> dict[str, Tensor]:
+        """The coordinates of the pairs, which broadcast to [B, groups, U, R, L]."""
         call, unit = self.call, self.call.spec.unit_q
         device = keys.device
         row = torch.arange(call.members * unit, device=device)
         head = torch.arange(call.groups, device=device)[:, None] * call.members + row // unit
         token = torch.arange(self.first, self.end, device=device)[:, None] * unit + row % unit
-        where = {
+        return {
             "b": torch.arange(call.q.shape[0], device=device).view(-1, 1, 1, 1, 1),
             "h": head[:, None, :, None],
             "q": token[:, :, None],
             "kv": keys[:, :, :, None, :],
         }
-        allowed = evaluate(
-            call.spec.mask, where, call.q.shape[2], call.k.shape[2], call.tables, call.sizes
-        )
-        return allowed & exist[:, :, :, None, :]
 
-    def scores(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Queries, gathered keys, scores with -inf where masked, which keys they are, what is not
-        masked.
-        """
+    def scores(self) -> _Scores:
+        """The scores of the chunk."""
         keys, exist = self.keys()
-        query, key = self.rows(self.call.q), self.gathered(self.call.k, keys)
-        score = (query @ key.mT) * self.call.scale
-        keep = self.keep(keys, exist).expand(score.shape)
-        return query, key, score.masked_fill(~keep, -math.inf), keys, keep
+        call, where = self.call, self.where(keys)
+        query, key = self.rows(call.q), self.gathered(call.k, keys)
+        data = call.q.shape[2], call.k.shape[2], call.tables, call.sizes
+        score, slope = (query @ key.mT) * call.scale, None
+        if call.spec.score is not None:
+            score, slope = evaluate_slope(call.spec.score, score, ScoreData(where, *data))
+        keep = evaluate(call.spec.mask, where, *data) & exist[:, :, :, None, :]
+        keep = keep.expand(score.shape)
+        return _Scores(query, key, score.masked_fill(~keep, -math.inf), slope, keys, keep)
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """Queries, gathered keys, scores with -inf where masked, which keys they are, and what is not
+    masked.
+
+    Attributes:
+        slope: the derivative of a score by the scaled product; None for 1.
+    """
+
+    query: Tensor
+    key: Tensor
+    score: Tensor
+    slope: Tensor | None
+    keys: Tensor
+    keep: Tensor
+
+    def weight(self, total: Tensor) -> Tensor:
+        """The weights, 0 where masked even in rows that are NaN; ``total`` is the log-sum-exp."""
+        weight = (self.score - total.masked_fill(total == -math.inf, 0)).exp()
+        return weight.masked_fill(~self.keep, 0)
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -121,9 +142,10 @@ def _forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     out = q.new_zeros(*q.shape[:3], v.shape[3])
     lse = q.new_full(q.shape[:3], -math.inf, dtype=torch.float32)
     for chunk in () if call.is_empty else _chunks(call):
-        *_, score, keys, keep = chunk.scores()
-        total = score.logsumexp(-1, keepdim=True)
-        weight = _weight(score, total, keep)
+        found = chunk.scores()
+        keys, keep = found.keys, found.keep
+        total = found.score.logsumexp(-1, keepdim=True)
+        weight = found.weight(total)
         chunk.write(out, mixed(weight, keep, chunk.gathered(v, keys)).to(out.dtype))
         chunk.write(lse[..., None], total)
     return out, lse
@@ -142,22 +164,19 @@ def _backward(call: AttentionCall, result: AttentionResult) -> tuple[Tensor, Ten
     if result.grad_lse is not None:
         delta = delta - result.grad_lse.float()[..., None]
     for chunk in () if call.is_empty else _chunks(call):
-        query, key, score, keys, keep = chunk.scores()
-        total = chunk.rows(result.lse[..., None])
-        weight = _weight(score, total, keep)
+        found = chunk.scores()
+        keys, keep = found.keys, found.keep
+        weight = found.weight(chunk.rows(result.lse[..., None]))
         grad = chunk.rows(result.grad_out)
         d_weight = grad @ chunk.gathered(call.v, keys).mT
         d_score = weight * (d_weight - chunk.rows(delta)) * call.scale
+        if found.slope is not None:
+            d_score *= found.slope
         d_score = d_score.masked_fill(~keep, 0)
-        chunk.write(dq, mixed(d_score, keep, key).to(dq.dtype))
-        _scatter(dk, keys, mixed(d_score.mT, keep.mT, query))
+        chunk.write(dq, mixed(d_score, keep, found.key).to(dq.dtype))
+        _scatter(dk, keys, mixed(d_score.mT, keep.mT, found.query))
         _scatter(dv, keys, mixed(weight.mT, keep.mT, grad))
     return dq, dk.to(call.k.dtype), dv.to(call.v.dtype)
-
-
-def _weight(score: Tensor, total: Tensor, keep: Tensor) -> Tensor:
-    """The weights, 0 where masked even in rows that are NaN."""
-    return (score - total.masked_fill(total == -math.inf, 0)).exp().masked_fill(~keep, 0)
 
 
 def _scatter(to: Tensor, keys: Tensor, rows: Tensor) -> None:

@@ -20,7 +20,7 @@ from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.codegen.cpu import executor
 from sparse_compile.codegen.cpu.careful import CarefulCall, is_finite
 from sparse_compile.codegen.merge import add, merge
-from sparse_compile.expr import KV, MaskExpr, Q, is_table, table
+from sparse_compile.expr import KV, N_KV, N_Q, MaskExpr, Q, ScoreProgram, table
 from sparse_compile.layout import BlockLayout, Layout
 from sparse_compile.spec import AttentionSpec
 from sparse_compile.spec.view import Order, View, natural
@@ -100,7 +100,9 @@ class _Reordered:
         runs = natural(view.block_q), natural(view.block_kv)
         moved = replace(view, q=runs[0], kv=runs[1], n_q=q.numel(), n_kv=kv.numel())
         mask = _of_tokens(spec.part_mask(part), view.n_q, view.n_kv)
-        return _Reordered(moved, replace(spec, mask=mask, coverage=()), q, kv, False)
+        lengths = view.n_q, view.n_kv
+        score = spec.score and _score_of_tokens(spec.score, len(spec.mask.tables), *lengths)
+        return _Reordered(moved, replace(spec, mask=mask, coverage=(), score=score), q, kv, False)
 
     def call(self, call: AttentionCall) -> AttentionCall:
         """The call of this view alone, in its order."""
@@ -155,21 +157,27 @@ def _tokens(order: Order, n: int) -> Tensor:
 @functools.lru_cache(maxsize=256)
 def _of_tokens(mask: MaskExpr, n_q: int, n_kv: int) -> MaskExpr:
     """The predicate at the tokens that two further tables name; false where there is none."""
-    q, kv = (table(len(mask.tables) + i) for i in (0, 1))
-    at = mask.predicate.xreplace({Q: q(Q), KV: kv(KV)})
-    exists = (q(Q) < n_q) & (kv(KV) < n_kv)
-    # Lengths stay those of the tokens, not of the gathered problem.
-    at = at.xreplace({symbol: value for symbol, value in _lengths(mask, n_q, n_kv)})
+    q, kv = _named_tokens(len(mask.tables))
+    at = _at_tokens(mask.predicate, len(mask.tables), n_q, n_kv)
+    exists = (q < n_q) & (kv < n_kv)
     return MaskExpr(sympy.And(at, exists), (*mask.tables, "int64", "int64"), mask.n_sizes)
 
 
-def _lengths(mask: MaskExpr, n_q: int, n_kv: int) -> list[tuple[sympy.Symbol, sympy.Integer]]:
-    known = {"n_q": n_q, "n_kv": n_kv}
-    return [
-        (symbol, sympy.Integer(known[symbol.name]))
-        for symbol in mask.predicate.free_symbols
-        if symbol.name in known and not is_table(symbol)
-    ]
+@functools.lru_cache(maxsize=256)
+def _score_of_tokens(score: ScoreProgram, tables: int, n_q: int, n_kv: int) -> ScoreProgram:
+    """The same of a score program."""
+    return ScoreProgram(_at_tokens(score.value, tables, n_q, n_kv))
+
+
+def _named_tokens(tables: int) -> tuple[sympy.Expr, sympy.Expr]:
+    return table(tables)(Q), table(tables + 1)(KV)
+
+
+def _at_tokens(expr: sympy.Basic, tables: int, n_q: int, n_kv: int) -> sympy.Basic:
+    q, kv = _named_tokens(tables)
+    # Lengths stay those of the tokens, not of the gathered problem.
+    lengths = {N_Q: sympy.Integer(n_q), N_KV: sympy.Integer(n_kv)}
+    return expr.xreplace({Q: q, KV: kv}).xreplace(lengths)
 
 
 def _gathered(x: Tensor, tokens: Tensor, absent: float) -> Tensor:

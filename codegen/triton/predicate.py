@@ -1,4 +1,4 @@
-"""Predicates as Triton source: lookups and shared terms named once, outside the loop if possible.
+"""Expressions as Triton source: lookups and shared terms named once, outside the loop if possible.
 
 Coordinates broadcast: with ``q`` of shape [M, 1] and ``kv`` of shape [1, N] (or transposed) the
 same text gives an [M, N] tile.
@@ -6,13 +6,16 @@ same text gives an [M, N] tile.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import sympy
 
-from sparse_compile.expr import KV, MaskExpr, Q, fold
+from sparse_compile.codegen.triton.text.common import HELPERS
+from sparse_compile.expr import KV, MaskExpr, Q, fold, fold_real
+from sparse_compile.expr.fold import RECIPROCAL
 
 # Python's precedence of the operators used, loosest first.
 _COMPARE, _OR, _AND, _ADD, _MUL, _UNARY, _ATOM = range(7)
@@ -20,6 +23,8 @@ _COMPARE, _OR, _AND, _ADD, _MUL, _UNARY, _ATOM = range(7)
 # Signed bits a value needs. Lengths, batch and heads are checked at launch to fit COORDINATE_BITS.
 COORDINATE_BITS = 26
 _INT32_BITS, _INT64_BITS = 31, 63
+#: Stands for the bits of a real number, which is in fp32 and stays there.
+_REAL = -1
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,8 @@ class Term:
         pieces: alternating literal text and operands; a name replaces an operand's text.
         precedence: how tightly the text binds.
         axes: which of ``q`` and ``kv`` it varies with.
-        bits: signed magnitude in bits; more than 31 means the value is int64.
+        bits: signed magnitude in bits; more than 31 means the value is int64, _REAL that it is
+            fp32.
         named: whether it deserves a line of its own: a lookup or a helper call.
         hint: what to call it, if named.
     """
@@ -82,18 +88,40 @@ def print_predicate(mask: MaskExpr, loop_axis: str) -> Printed:
     root = fold(mask.predicate, _Printer(mask.tables))
     if not root.axes and root.precedence == _ATOM and root.text() == "False":
         root = Term(("kv < 0",), _COMPARE, frozenset({"kv"}))
-    uses = Counter(term for node in _unique(root) for term in node.operands())
-    chosen = [t for t in _unique(root) if t.named or (uses[t] > 1 and any(t.operands()))]
+    before, inside, names = named_terms((root,), loop_axis)
+    keep = names.get(root, root.text(names))
+    return Printed(before, inside, keep, helpers_in(*before, *inside, keep))
+
+
+def named_terms(
+    roots: Sequence[Term], loop_axis: str, hint: str = "x", taken: Sequence[str] = ()
+) -> tuple[tuple[str, ...], tuple[str, ...], dict[Term, str]]:
+    """Assignments to the terms that deserve a name, before the loop and in it; and the names.
+
+    Args:
+        roots: what is printed; shared terms get a name.
+        loop_axis: ``"q"`` or ``"kv"``.
+        hint: what terms are called that have no name of their own.
+        taken: names that mean something else.
+    """
+    every = list(dict.fromkeys(term for root in roots for term in _unique(root)))
+    uses = Counter(term for node in every for term in node.operands())
+    uses.update(roots)
+    chosen = [t for t in every if t.named or (uses[t] > 1 and any(t.operands()))]
     names: dict[Term, str] = {}
     before: list[str] = []
     inside: list[str] = []
     for term in chosen:
         line = term.text(names)
-        names[term] = _fresh(term.hint or "x", names)
+        names[term] = _fresh(term.hint or hint, {*names.values(), *taken})
         (inside if loop_axis in term.axes else before).append(f"{names[term]} = {line}")
-    text = "\n".join([*before, *inside, names.get(root, root.text(names))])
-    helpers = frozenset(h for h in ("floor_div", "floor_mod", "table_offset") if f"{h}(" in text)
-    return Printed(tuple(before), tuple(inside), names.get(root, root.text(names)), helpers)
+    return tuple(before), tuple(inside), names
+
+
+def helpers_in(*lines: str) -> frozenset[str]:
+    """Which functions of :data:`sparse_compile.codegen.triton.text.common.HELPERS` are called."""
+    text = "\n".join(lines)
+    return frozenset(name for name in HELPERS if re.search(rf"(?<![\w.]){name}\(", text))
 
 
 def _unique(root: Term) -> list[Term]:
@@ -110,11 +138,16 @@ def _unique(root: Term) -> list[Term]:
     return list(order)
 
 
-def _fresh(hint: str, names: dict[Term, str]) -> str:
-    taken = set(names.values())
-    if hint not in taken and hint != "x":
+def _fresh(hint: str, taken: Collection[str]) -> str:
+    if hint not in taken and len(hint) > 1:
         return hint
     return next(f"{hint}_{i}" for i in range(len(taken) + 1) if f"{hint}_{i}" not in taken)
+
+
+def _most(terms: Sequence[Term]) -> int:
+    """The bits that hold any of these."""
+    bits = [term.bits for term in terms]
+    return _REAL if _REAL in bits else max(bits)
 
 
 def _axes(terms: Sequence[Term]) -> frozenset[str]:
@@ -174,7 +207,7 @@ class _Printer:
         return Term(tuple(pieces), axes=_axes(args), bits=bits, named=True, hint=hint)
 
     def add(self, args: Sequence[Term]) -> Term:
-        bits = max(arg.bits for arg in args) + (len(args) - 1).bit_length()
+        bits = _most(args) + (len(args) - 1).bit_length()
         ordered = sorted(args, key=lambda t: (t.text().startswith("-"), t.text()))
         ordered, bits = _widened(ordered, bits)
         pieces: list[str | Term] = list(_wrap(ordered[0], _ADD))
@@ -222,13 +255,13 @@ class _Printer:
     def _extreme(self, name: str, args: Sequence[Term]) -> Term:
         first, *rest = sorted(args, key=Term.text)
         for term in rest:
-            axes, bits = _axes([first, term]), max(first.bits, term.bits)
+            axes, bits = _axes([first, term]), _most([first, term])
             first = Term(_call(name, [first, term]), axes=axes, bits=bits)
         return first
 
     def select(self, condition: Term, yes: Term, no: Term) -> Term:
         args = [condition, yes, no]
-        return Term(_call("tl.where", args), axes=_axes(args), bits=max(yes.bits, no.bits))
+        return Term(_call("tl.where", args), axes=_axes(args), bits=_most([yes, no]))
 
     def compare(self, op: str, a: Term, b: Term) -> Term:
         return Term(_join(f" {op} ", [a, b], _OR), _COMPARE, _axes([a, b]))
@@ -256,6 +289,8 @@ def _subtracted(term: Term) -> tuple[str | Term, ...]:
 
 def _widened(terms: list[Term], bits: int) -> tuple[list[Term], int]:
     """The operands with one made int64 and put first, if the result may not fit int32."""
+    if any(term.bits == _REAL for term in terms):
+        return terms, _REAL
     if bits <= _INT32_BITS:
         return terms, bits
     if any(term.bits > _INT32_BITS for term in terms):
@@ -267,3 +302,26 @@ def _widened(terms: list[Term], bits: int) -> tuple[list[Term], int]:
     rest = list(terms)
     rest.remove(narrow)  # once: in q * q it stands twice
     return [wide, *rest], min(bits, _INT64_BITS)
+
+
+class _RealPrinter(_Printer):
+    """The same with real numbers: these have no bits, so never become int64."""
+
+    def symbol(self, name: str) -> Term:
+        if name == "score":
+            return Term((name,), axes=frozenset({"q", "kv"}), bits=_REAL)
+        return super().symbol(name)
+
+    def real(self, value: sympy.Number) -> Term:
+        return Term((repr(float(value)),), _ATOM if value >= 0 else _UNARY, bits=_REAL)
+
+    def call(self, name: str, a: Term) -> Term:
+        if name == RECIPROCAL:
+            return Term(("1.0 / ", *_wrap(a, _ATOM)), _MUL, a.axes, _REAL)
+        function = name if name == "tanh" else f"tl.{name}"
+        return Term(_call(function, [a]), axes=a.axes, bits=_REAL)
+
+
+def real_terms(tables: Sequence[str], *exprs: sympy.Expr) -> list[Term]:
+    """Real expressions over ``score`` and what predicates are made of, with tables of dtypes."""
+    return fold_real(_RealPrinter(tables), *exprs)

@@ -58,7 +58,7 @@ def choose_layout(
     spec, split = _spec(site, lifted, device, options)
     causal = lifted.mask.predicate == sympy.Le(KV, Q)
     skips_nothing = lifted.mask.predicate == sympy.true
-    if (causal or skips_nothing) and _hand_to_sdpa(lifted, options):
+    if (causal or skips_nothing) and _hand_to_sdpa(site, lifted, options):
         return _dense(site, lifted, spec, causal)
     too_large = _too_large(site)
     if too_large:
@@ -209,7 +209,7 @@ def _named(
     """Attention to selected keys alone; ``units`` are unit_q and unit_kv."""
     by_blocks = are_blocks(*units, device.type) and not lifted.dense
     make = AttentionSpec.of_listed_blocks if by_blocks else AttentionSpec.of_units
-    return make(lifted.mask, *units, lifted.empty_rows, site.where)
+    return make(lifted.mask, *units, lifted.empty_rows, site.where, site.score)
 
 
 def _selected(
@@ -227,7 +227,7 @@ def _spec(
     site: AttentionSite, lifted: LiftedMask, device: torch.device, options: Options
 ) -> tuple[AttentionSpec, Split]:
     """What to compute, in the views that cost least at the lengths of the example."""
-    return choose_views(
+    spec, split = choose_views(
         lifted.mask,
         n_q=_size(site.q, "n"),
         n_kv=_size(site.k, "n"),
@@ -240,6 +240,7 @@ def _spec(
         empty_rows=lifted.empty_rows,
         where=site.where,
     )
+    return replace(spec, score=site.score), split
 
 
 def _size(operand: Operand, axis: str) -> int:
@@ -268,8 +269,10 @@ def _left_alone(site: AttentionSite, reason: str, hint: str) -> Rejection:
     return Rejection(reason, hint, site.where, site.output.node)
 
 
-def _hand_to_sdpa(lifted: LiftedMask, options: Options) -> bool:
-    return options.dense == "sdpa" and lifted.empty_rows is EmptyRows.ZERO
+def _hand_to_sdpa(site: AttentionSite, lifted: LiftedMask, options: Options) -> bool:
+    """Whether SDPA can say it: it knows no score programs, and does not return what sinks need."""
+    plain = site.score is None and site.sinks is None
+    return plain and options.dense == "sdpa" and lifted.empty_rows is EmptyRows.ZERO
 
 
 def _dense(

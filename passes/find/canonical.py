@@ -23,7 +23,8 @@ class Call:
 
     Attributes:
         op: the meaning: ``matmul``, ``einsum``, ``baddbmm``, ``softmax``, ``mul``, ``div``,
-            ``add``, ``sub``, ``masked_fill``, ``where``, ``cast``, ``copy``, ``dropout``, ``sdpa``.
+            ``add``, ``sub``, ``tanh``, ``masked_fill``, ``where``, ``cat``, ``amax``, ``cast``,
+            ``copy``, ``dropout``, ``sdpa``.
         args: the arguments by name, defaults filled in.
         in_place: whether it overwrites ``args["input"]``.
     """
@@ -92,6 +93,10 @@ _SPELLINGS = (
     ),
     _Spelling("add", "input other alpha=1", (operator.iadd,), ("add_",), in_place=True),
     _Spelling("sub", "input other alpha=1", (operator.sub, torch.sub), ("sub", "__sub__")),
+    _Spelling("tanh", "input", (torch.tanh, F.tanh), ("tanh",)),
+    _Spelling("tanh", "input", (torch.tanh_,), ("tanh_",), in_place=True),
+    _Spelling("cat", "tensors dim|axis=0", (torch.cat, torch.concat, torch.concatenate)),
+    _Spelling("amax", "input dim|axis keepdim=False", (torch.amax,), ("amax",)),
     _Spelling("masked_fill", "input mask value", (torch.masked_fill,), ("masked_fill",)),
     _Spelling("masked_fill", "input mask value", (), ("masked_fill_",), in_place=True),
     _Spelling("where", "condition input|self other", (torch.where,)),
@@ -160,7 +165,7 @@ def _bind(parameters: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dic
 
 
 _DEFAULTS = {
-    "None": None, "0.0": 0.0, "0.5": 0.5, "1": 1, "3": 3, "True": True, "False": False,
+    "None": None, "0": 0, "0.0": 0.0, "0.5": 0.5, "1": 1, "3": 3, "True": True, "False": False,
 }  # fmt: skip
 
 

@@ -34,6 +34,7 @@ from sparse_compile.passes.find.shapes import (
     head_dim,
     heads_agree,
 )
+from sparse_compile.passes.find.sinks import Sunk, find_sinks
 from sparse_compile.passes.find.steps import Masked, fold
 from sparse_compile.passes.find.weights import (
     WeightsPath,
@@ -61,12 +62,13 @@ def match_eager(softmax: Node, flow: Dataflow, scope: Scope) -> AttentionSite | 
 def _match(softmax: Node, flow: Dataflow, scope: Scope) -> AttentionSite:
     call = canonical(softmax)
     assert call is not None
-    scores = ScoreWalk(flow).back(call.args["input"], softmax)
+    sunk = find_sinks(softmax, flow)
+    scores = sunk.scores if sunk else ScoreWalk(flow).back(call.args["input"], softmax)
     _check_axis(softmax, call.args["dim"])
-    weights = forward(softmax)
+    weights = forward(softmax, sunk)
     sides = _Sides(scores, weights)
     output, tail = sides.output()
-    region = {*scores.nodes, *weights.nodes, *tail}
+    region = {*scores.nodes, *(sunk.nodes if sunk else ()), *weights.nodes, *tail}
     ranked = _check_closed(region, output.node, flow)
     _check_grad_mode(region, output.node, flow)
     q, k, v = _operands(sides, output.node, flow)
@@ -74,9 +76,13 @@ def _match(softmax: Node, flow: Dataflow, scope: Scope) -> AttentionSite:
     check_operands(q.operand, k.operand, v.operand)
     check_output_dtype(output)
     head_dim(q.operand)  # Before the scale, which is often its root.
-    scale, masks = fold(scores.steps, flow)
-    check_masks(masks, sides.score_shape)
-    numbers = (scale, *(mask.fill for mask in masks))
+    folded = fold(scores.steps, flow)
+    check_masks(folded.masks, sides.score_shape)
+    if ranked and (sunk or folded.score):
+        raise Refusal(*ranked)
+    if sunk:
+        _check_sinks(sunk, sides, output.node, flow)
+    numbers = (folded.scale, *(mask.fill for mask in folded.masks))
     _check_numbers(numbers, scores.product.node, output.node, flow)
     return AttentionSite(
         scope,
@@ -84,14 +90,26 @@ def _match(softmax: Node, flow: Dataflow, scope: Scope) -> AttentionSite:
         q.operand,
         k.operand,
         v.operand,
-        scale,
+        folded.scale,
         "eager",
-        masks=masks,
+        masks=folded.masks,
         score_axes=sides.score_axes,
         where=where(softmax),
         region=dead_nodes(region, (q, k, v), flow),
         ranked=ranked,
+        score=folded.score,
+        sinks=sunk.sinks if sunk else None,
     )
+
+
+def _check_sinks(sunk: Sunk, sides: _Sides, output: Node, flow: Dataflow) -> None:
+    if sides.split is not None:
+        raise Refusal(
+            "attention sinks are columns of scores of merged batches and heads",
+            "keep the scores [B, H, N, N]",
+        )
+    if not flow.stays(sunk.sinks, sunk.join, output):
+        raise Refusal(f"`{sunk.sinks.name}` is changed in place", "change it before the attention")
 
 
 class _Sides:

@@ -8,20 +8,23 @@ import re
 import torch
 from torch.fx import Node
 
-from sparse_compile.api import annotate
+from sparse_compile import errors
 
 _FRAME = re.compile(r'File "(?P<path>[^"]+)", line (?P<line>\d+), in (?P<function>.+)')
 _TORCH = os.path.dirname(torch.__file__) + os.sep
-_WRAPPER = annotate.__file__
+_OURS = os.path.join(os.path.dirname(errors.__file__), "api") + os.sep
 _KEPT = 3
 
 
 def where(node: Node) -> tuple[str, ...]:
-    """The last three frames outside torch, innermost last: ``("model.py:41 in forward", ...)``."""
+    """The last three frames outside torch and our own API, innermost last.
+
+    As in ``("model.py:41 in forward", ...)``.
+    """
     frames = _FRAME.finditer(node.meta.get("stack_trace") or "")
     lines = [
         f"{os.path.basename(frame['path'])}:{frame['line']} in {frame['function'].strip()}"
         for frame in frames
-        if not frame["path"].startswith(_TORCH) and frame["path"] != _WRAPPER
+        if not frame["path"].startswith((_TORCH, _OURS))
     ]
     return tuple(lines[-_KEPT:])

@@ -22,7 +22,7 @@ from sparse_compile.passes.find.constants import constant
 from sparse_compile.passes.find.contraction import Contraction, contraction
 from sparse_compile.passes.find.dataflow import Dataflow
 from sparse_compile.passes.find.refusal import Refusal
-from sparse_compile.passes.find.steps import Factor, Masked, Narrowed, Step
+from sparse_compile.passes.find.steps import Factor, Masked, Narrowed, Step, Tanh
 
 _LONGEST_SEARCH = 200
 """Nodes visited per softmax: sums are searched on both sides."""
@@ -132,6 +132,9 @@ class ScoreWalk:
         check_no_dropout(call)
         return self._pass(node, call)
 
+    def _tanh(self, node: Node, call: Call) -> ScorePath:
+        return self.back(call.args["input"], node).then(node, Tanh())
+
     def _mul(self, node: Node, call: Call) -> ScorePath:
         left, right = call.args["input"], call.args["other"]
         if values.is_scalar(right):
@@ -230,6 +233,7 @@ _HANDLERS: dict[str, Callable[[ScoreWalk, Node, Call], ScorePath]] = {
     "div": ScoreWalk._div,
     "add": ScoreWalk._add,
     "sub": ScoreWalk._sub,
+    "tanh": ScoreWalk._tanh,
     "masked_fill": ScoreWalk._masked_fill,
     "where": ScoreWalk._where,
 }
@@ -289,8 +293,7 @@ def _added(node: Node, mask: object) -> Masked:
 
 
 _UNKNOWN = {
-    "tanh": "softcapped scores (tanh) are left as they are",
-    "cat": "attention sinks (extra score columns) are left as they are",
+    "cat": "the scores are joined with other columns in a way that is not known as attention sinks",
     "linear": "heads are mixed between the scores and the softmax (talking heads)",
     "conv2d": "the scores are convolved before the softmax",
     "sub": "something is subtracted from the scores before the softmax",

@@ -1,14 +1,18 @@
-"""What a program does to the scores, step by step, and what it amounts to: a scale and masks."""
+"""What a program does to the scores, step by step: a scale, a score program and masks."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import Node
 
+from sparse_compile.expr import SCORE, ScoreProgram
+from sparse_compile.expr.score import number
 from sparse_compile.passes.find import values
 from sparse_compile.passes.find.constants import constant
 from sparse_compile.passes.find.dataflow import Dataflow
@@ -41,26 +45,79 @@ class Narrowed:
     dtype: torch.dtype
 
 
-Step = Factor | Masked | Narrowed
+@dataclass(frozen=True)
+class Tanh:
+    """The hyperbolic tangent of the scores took their place."""
 
 
-def fold(steps: tuple[Step, ...], flow: Dataflow) -> tuple[float | Node, tuple[MaskOperand, ...]]:
-    """The scale of the product, and the masks on the scaled scores.
+Step = Factor | Masked | Narrowed | Tanh
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What steps amount to.
+
+    Attributes:
+        scale: of the product.
+        masks: on the scores.
+        score: what happens to the scaled product before them; None: nothing.
+    """
+
+    scale: float | Node
+    masks: tuple[MaskOperand, ...]
+    score: ScoreProgram | None = None
+
+
+def fold(steps: tuple[Step, ...], flow: Dataflow) -> Folded:
+    """The scale of the product, what happens to it, and the masks on the scores.
 
     Raises:
         Refusal: they cannot be told apart.
     """
+    curves = [at for at, step in enumerate(steps) if isinstance(step, Tanh)]
+    if not curves:
+        return Folded(*_linear(steps, flow))
+    if any(isinstance(step, Masked) for step in steps[: curves[-1]]):
+        raise Refusal(
+            "the scores are masked before the tanh, which makes the masked value finite: masked "
+            "keys keep some weight",
+            "apply the mask after the softcap",
+        )
+    first, *_ = cut = [steps[a:b] for a, b in itertools.pairwise([0, *curves, len(steps)])]
+    (scale, _), (cap, masks) = _linear(first, flow), _linear(cut[1][1:], flow)
+    value = SCORE
+    if not isinstance(scale, Node) and not isinstance(cap, Node) and cap:
+        # scale / cap, tanh, cap: the scale is that of the product, whatever the order.
+        scale, value = scale * cap, SCORE / number(cap)
+    for steps_after in cut[1:]:
+        factor, masks = _linear(steps_after[1:], flow)
+        if isinstance(factor, Node):
+            raise Refusal(
+                "the softcapped scores are scaled by a number known only at run time",
+                "write the cap as a Python number",
+            )
+        if factor == 0.0:
+            raise Refusal("the softcapped scores are multiplied by zero")
+        value = number(factor) * sympy.tanh(value)
+    return Folded(scale, masks, ScoreProgram(value))
+
+
+def _linear(
+    steps: tuple[Step, ...], flow: Dataflow
+) -> tuple[float | Node, tuple[MaskOperand, ...]]:
+    """The scale of scores, and the masks on the scaled scores, of steps without a curve."""
     factor, runtime, masks = 1.0, None, list[MaskOperand]()
     for step in steps:
         if isinstance(step, Masked):
             masks.append(MaskOperand(step.node, step.role, _filled(step.fill)))
         elif isinstance(step, Narrowed):
             _check_survives(masks, step.dtype)
-        elif (known := constant(step.value, flow)) is not None:
-            known = _invert(known) if step.inverse else known
-            factor *= known
-            masks = [_scaled(mask, known) for mask in masks]
-        else:
+        elif isinstance(step, Factor):
+            if (known := constant(step.value, flow)) is not None:
+                known = _invert(known) if step.inverse else known
+                factor *= known
+                masks = [_scaled(mask, known) for mask in masks]
+                continue
             if runtime is not None or step.inverse or masks:
                 raise Refusal(
                     "the scores are scaled by a number known only at run time, and not just "

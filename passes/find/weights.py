@@ -14,6 +14,7 @@ from sparse_compile.passes.find.contraction import Contraction, Letters, contrac
 from sparse_compile.passes.find.provenance import where
 from sparse_compile.passes.find.refusal import Refusal
 from sparse_compile.passes.find.scores import check_no_dropout
+from sparse_compile.passes.find.sinks import Sunk
 from sparse_compile.passes.mutation import written_inputs
 
 
@@ -37,18 +38,31 @@ class WeightsPath:
     shapes: tuple[tuple[Any, ...], ...]
 
 
-def forward(softmax: Node) -> WeightsPath:
+def forward(softmax: Node, sunk: Sunk | None = None) -> WeightsPath:
     """The path from a softmax to the product with v.
+
+    Args:
+        softmax: the softmax.
+        sunk: what it reads, where there are columns beside the scores, to be dropped on the way.
 
     Raises:
         Refusal: the weights are read elsewhere, changed, or not multiplied with v.
     """
-    node, nodes = softmax, [softmax]
+    node, nodes, wide = softmax, [softmax], 0
     while True:
         reader = _only_reader(node)
+        if sunk is not None and not wide and sunk.drops(reader, node):
+            node, wide = reader, len(nodes)
+            nodes.append(node)
+            continue
         product = contraction(reader)
         if product is not None:
-            shapes = tuple(values.shape(n) for n in nodes)
+            if sunk is not None and not wide:
+                raise Refusal(
+                    "columns are added to the scores that are not dropped after the softmax",
+                    "drop the columns of attention sinks, as in weights[..., :-1]",
+                )
+            shapes = tuple(values.shape(n) for n in nodes[wide:])
             return _with_v(product, node, (*nodes, reader), shapes)
         if not _passes(reader, node):
             name = op_name(reader).strip("_")

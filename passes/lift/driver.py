@@ -15,6 +15,7 @@ from sparse_compile.expr import KV, N_KV, N_Q, B, H, MaskExpr, Q, size_symbol
 from sparse_compile.options import Options
 from sparse_compile.passes.graph_edit import first_reader
 from sparse_compile.passes.lift.empty_rows import (
+    beside_a_program,
     coordinate_ranges,
     empty_row_policy,
     never_empty,
@@ -162,7 +163,8 @@ class _Work:
     def key(self) -> Any:
         site = self.site
         roles = tuple((mask.role, mask.fill) for mask in site.masks)
-        plan = (site.kind, site.causal, site.score_axes, self.dtype, self.no_lists)
+        scores = (site.score is None, site.sinks is None, _need_gradients(site))
+        plan = (site.kind, site.causal, site.score_axes, self.dtype, self.no_lists, scores)
         return (self.part.nodes, self.part.outputs, roles, plan, tuple(self.lengths.items()))
 
     @property
@@ -178,6 +180,12 @@ def _score_dtype(site: AttentionSite) -> torch.dtype:
         return value.dtype
     dtype: torch.dtype = site.q.node.meta["example_value"].dtype
     return dtype
+
+
+def _need_gradients(site: AttentionSite) -> bool:
+    """Whether autograd follows the scores when they are masked."""
+    value = first_reader(site, site.masks[0].node).meta.get("example_value")
+    return not isinstance(value, torch.Tensor) or value.requires_grad
 
 
 def _size(operand: Operand, axis: str) -> sympy.Expr:
@@ -216,11 +224,16 @@ def _lift(
     conditions = [keep.condition for keep in keeps]
     conditions += [sympy.Le(KV, Q)] if work.site.causal else []
     predicate = simplify(sympy.And(*(simplify(condition) for condition in conditions)))
-    can_be_empty = not never_empty(predicate, work.lengths, simplify)
+    # With a sink, a row without keys gives all its weight to that, and yields 0.
+    sunk = work.site.sinks is not None
+    can_be_empty = not sunk and not never_empty(predicate, work.lengths, simplify)
     lifted = _with_selection(work, traced, lifter, predicate, simplify)
     policy = empty_row_policy(
         work.site.kind, work.site.causal, keeps, work.dtype, can_be_empty, options.finite_fill
     )
+    if work.site.score is not None:
+        need = _need_gradients(work.site)
+        policy = beside_a_program(policy, need, options.finite_fill)
     fills = [keep.fills for keep in keeps]
     lifted = replace(lifted, empty_rows=policy, fills=tuple(itertools.chain(*fills)))
     site = work.site

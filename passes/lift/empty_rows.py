@@ -100,6 +100,33 @@ def empty_row_policy(
     )
 
 
+def beside_a_program(policy: EmptyRows, need_gradients: bool, finite_fill: str) -> EmptyRows:
+    """The policy where scores are not linear in q·k.
+
+    On a fully masked row that yields the mean of V although its scores are still there, autograd
+    sends gradients through them: O(n) of work for linear scores only.
+
+    Args:
+        policy: for linear scores.
+        need_gradients: whether there are gradients of the scores.
+        finite_fill: the option of that name; with ``"minus_inf"`` masked scores get no gradient.
+
+    Raises:
+        Refused: gradients are needed that cannot be had.
+    """
+    if policy is not EmptyRows.MEAN_ADDED:
+        return policy
+    if need_gradients and finite_fill != "minus_inf":
+        raise Refused(
+            "rows may be fully masked, a finite mask is added to their scores, and these are not "
+            "linear in q·k (softcap): their gradients need all scores of such a row",
+            "write the mask with masked_fill or torch.where instead of adding it, or set "
+            'options={"finite_fill": "minus_inf"}, with which masked scores get no gradient, also '
+            "where a whole row is masked",
+        )
+    return EmptyRows.MEAN
+
+
 def _check_finite(fills: Mapping[float, str], finite_fill: str) -> bool:
     """Refuse fills that are a bias; whether some are taken for -inf because the user said so."""
     biases = [fill for fill, kind in fills.items() if kind == "finite"]

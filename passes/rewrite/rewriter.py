@@ -67,6 +67,9 @@ class Rewriter:
             data = tables, sizes, lists, scale, plan.spec.text
             call = insert.call(ops.ATTENTION, q, k, v, [], *data)
             out = insert.call(operator.getitem, call, 0)
+            if site.sinks is not None:
+                lse = insert.call(operator.getitem, call, 1)
+                out = _with_sinks(insert, site, out, lse, site.sinks)
         if plan.indexer is not None:
             self._note_indexer(plan.indexer, plan.lifted)
         out = _restore_axes(insert, site, out)
@@ -195,11 +198,11 @@ class Rewriter:
         Where a selection names the blocks, ``named`` are its index and count.
         """
         site, device = plan.site, device_of(plan.site.q.node)
-        # The layout does not depend on where the attention stands: drop it, so that layers share.
-        text = replace(plan.spec.blocks, where=(), empty_rows=EmptyRows.ZERO).text
+        # The layout depends neither on where the attention stands nor on scores: layers share it.
+        spec = replace(plan.spec.blocks, where=(), empty_rows=EmptyRows.ZERO, score=None)
         key = (
             insert.gm,
-            text,
+            spec.text,
             _shape(site),
             device,
             reads,
@@ -208,7 +211,7 @@ class Rewriter:
             tuple(named),
         )
         if key not in self._layouts:
-            rest = sizes, *_lengths(insert, site), text, device, list(named)
+            rest = sizes, *_lengths(insert, site), spec.text, device, list(named)
             call = insert.call(ops.LAYOUT, tables, DenseRead.text(reads), *rest)
             parts = range(len(example_value(call)))
             self._layouts[key] = [insert.call(operator.getitem, call, part) for part in parts]
@@ -269,6 +272,27 @@ def _scale(insert: Inserter, site: AttentionSite, q: Node) -> tuple[Node, float 
         scaled = insert.call(operator.mul, q, site.scale)
         return insert.method("to", scaled, example_value(q).dtype), 1.0
     return q, site.scale
+
+
+def _with_sinks(insert: Inserter, site: AttentionSite, out: Node, lse: Node, sinks: Node) -> Node:
+    """``out`` times the share of the weight that keys get beside the sinks.
+
+    Args:
+        insert: what inserts.
+        site: the attention.
+        out: [B, H, Nq, Dv], without sinks.
+        lse: fp32 [B, H, Nq], -inf where there are no keys, whose share is 0 then.
+        sinks: as in :class:`AttentionSite`.
+    """
+    sinks = insert.method("to", sinks, torch.float32)
+    if example_value(sinks).shape[-1] != 1:
+        sinks = insert.call(torch.logsumexp, sinks, -1, True)
+    for position, axis in enumerate(("b", "h", "q")):
+        if axis not in site.score_axes:
+            sinks = insert.method("unsqueeze", sinks, position)
+    distance = insert.call(operator.sub, insert.method("unsqueeze", lse, -1), sinks)
+    shared = insert.call(operator.mul, out, insert.call(torch.sigmoid, distance))
+    return insert.method("to", shared, example_value(out).dtype)
 
 
 def _call_sdpa(

@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_compile import ops
-from sparse_compile.api.plan import NOTHING_HIDDEN, Direct, plan_of, static_data
+from sparse_compile.api.plan import (
+    NOTHING_HIDDEN,
+    Direct,
+    capped_text,
+    dense_text,
+    plan_of,
+    static_data,
+)
 from sparse_compile.api.selected import Sizes, lists_of, spec_text
 from sparse_compile.errors import BadShape, PatternMisuse
 from sparse_compile.expr import COORDINATES, MaskExpr
@@ -21,6 +28,8 @@ from sparse_compile.patterns.nsa import NSA
 
 #: Stands for lengths and head counts that torch.compile knows by name only.
 _UNKNOWN = 4096
+#: Text of a spec, tables and lists: what the operator of attention is told of a mask.
+_Data = tuple[str, list[Tensor], list[Tensor]]
 
 
 def attention(
@@ -29,6 +38,9 @@ def attention(
     v: Tensor,
     mask: Pattern | Tensor | None = None,
     scale: float | None = None,
+    *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention that computes only what its mask allows; differentiable.
 
@@ -46,6 +58,10 @@ def attention(
             pattern that selects keys, the static part is attended to anyway, and the selection is
             made among the others.
         scale: factor on the scores; 1 / sqrt(D) unless given.
+        softcap: scores become ``softcap * tanh(score / softcap)`` before the mask, as in Gemma 2; a
+            constant of compiled code. None or 0: they stay.
+        sinks: [Hq], floating: for each query head the score of one more key, whose value is 0, as
+            in GPT-OSS; it has gradients.
 
     Returns:
         [B, Hq, Nq, Dv]; 0 for a query that may attend to nothing.
@@ -60,43 +76,71 @@ def attention(
     >>> attention(q, q, q, patterns.SlidingWindow(15, 0)).shape
     torch.Size([1, 2, 100, 16])
     """
-    if not torch.compiler.is_compiling():
-        # Operators repeat it while they are compiled. Attention to blocks takes less, see below.
-        check_operands(q, k, v, WIDEST_UNITS if isinstance(mask, Pattern) else WIDEST)
-        if isinstance(mask, Pattern):
-            mask.check(q.shape[2], k.shape[2], q.shape[0], q.shape[1])
+    _check((q, k, v), mask, sinks)
     factor = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     if isinstance(mask, Tensor):
-        return _by_tensor(q, k, v, mask, factor)
-    if mask is not None and not isinstance(mask, Pattern):
+        text, tables, lists = _tensor_data(q, k, mask)
+    else:
+        given: list[Tensor] = []
+        sizes = views_sizes(q, k)
+        plan = NOTHING_HIDDEN if mask is None else plan_of(mask, q.device.type, sizes, given)
+        if not plan[0] and plan[4] is None and not softcap and sinks is None:
+            return _by_sdpa(q, k, v, plan[3], factor)
+        text, tables, lists = _pattern_data((q, k, v), mask, plan, given)
+    text = capped_text(text, softcap) if softcap else text
+    out, lse = ops.ATTENTION(q, k, v, [], tables, [], lists, factor, text)
+    return out if sinks is None else _with_sinks(out, lse, sinks)
+
+
+def _check(
+    operands: tuple[Tensor, Tensor, Tensor], mask: Pattern | Tensor | None, sinks: Tensor | None
+) -> None:
+    """Raise before anything runs; operators repeat what is not checked while they are compiled."""
+    q, k, _ = operands
+    if not (mask is None or isinstance(mask, (Pattern, Tensor))):
         raise PatternMisuse(_no_mask(mask))
-    given: list[Tensor] = []
-    sizes = views_sizes(q, k)
-    plan = NOTHING_HIDDEN if mask is None else plan_of(mask, q.device.type, sizes, given)
-    if plan[0] and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():
+        # Attention to blocks takes less, see below.
+        check_operands(*operands, WIDEST_UNITS if isinstance(mask, Pattern) else WIDEST)
+        if isinstance(mask, Pattern):
+            mask.check(q.shape[2], k.shape[2], q.shape[0], q.shape[1])
+    if sinks is not None and sinks.shape != q.shape[1:2]:
+        raise BadShape(
+            f"sparse_compile: attention() got sinks of shape {list(sinks.shape)}. Give [Hq], one "
+            f"for each of {q.shape[1]} query heads."
+        )
+
+
+def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """``out`` [B, Hq, Nq, Dv] times the share of the weight that keys get beside the sinks."""
+    share = torch.sigmoid(lse - sinks.float()[:, None])
+    return (out * share[..., None]).to(out.dtype)
+
+
+def _pattern_data(
+    operands: tuple[Tensor, Tensor, Tensor],
+    mask: Pattern | None,
+    plan: Direct,
+    given: list[Tensor],
+) -> _Data:
+    """What kernels of ours compute for a pattern; arguments as for :func:`lists_of`."""
+    q, k, v = operands
+    text, _, static, causal, selected = plan
+    if not text and selected is None:
+        text = dense_text(causal, q.device.type, views_sizes(q, k))
+    if text and not torch.compiler.is_compiling():
         check_operands(q, k, v)
-    if mask is None or not (plan[0] or plan[4]):
-        return _by_sdpa(q, k, v, plan[3], factor)
-    tables, lists, text = _mask_data(q, k, v, mask, plan, given)
-    out: Tensor = ops.ATTENTION(q, k, v, [], tables, [], lists, factor, text)[0]
-    return out
-
-
-def _mask_data(
-    q: Tensor, k: Tensor, v: Tensor, mask: Pattern, plan: Direct, given: list[Tensor]
-) -> tuple[list[Tensor], list[Tensor], str]:
-    """The tables and the lists of a pattern, and the text of the spec."""
-    text, _, static, _, selected = plan
-    tables, lists = static_data(q, k, mask, plan) if static else ([], [])
-    if selected is None:
-        return tables, lists, text
-    index, count, more = lists_of(q, k, mask, selected, given)
-    tables, lists = [*tables, *more], [*lists, index, count]
-    if not selected[5] or q.shape[3] > WIDEST[0] or v.shape[3] > WIDEST[1]:
-        return tables, lists, selected[0]
-    lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
-    lists = ops.LAYOUT(tables, NO_READS, [], *lengths, selected[5], q.device, lists)
-    return tables, lists, selected[5]
+    tables: list[Tensor] = []
+    lists: list[Tensor] = []
+    if mask is not None and static:
+        tables, lists = static_data(q, k, mask, plan)
+    if mask is not None and selected is not None:
+        index, count, more = lists_of(q, k, mask, selected, given)
+        text, tables, lists = selected[0], [*tables, *more], [*lists, index, count]
+        if selected[5] and q.shape[3] <= WIDEST[0] and v.shape[3] <= WIDEST[1]:
+            text, lengths = selected[5], (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+            lists = ops.LAYOUT(tables, NO_READS, [], *lengths, text, q.device, lists)
+    return text, tables, lists
 
 
 def _by_sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
@@ -137,7 +181,8 @@ def _plan_of_tensor(shared: tuple[bool, ...], device: str) -> tuple[str, str]:
     return spec_text(expr, device, (_UNKNOWN, _UNKNOWN, 1, 1)), DenseRead.text([read])
 
 
-def _by_tensor(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+def _tensor_data(q: Tensor, k: Tensor, mask: Tensor) -> _Data:
+    """What kernels of ours compute for a mask tensor, which is read here."""
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise PatternMisuse(
             f"sparse_compile: attention() got a mask of {mask.dtype}. Pass a bool tensor, True to "
@@ -159,8 +204,7 @@ def _by_tensor(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> T
     shared = tuple([size == 1 for size in mask.shape])
     text, reads = _plan_of_tensor(shared, q.device.type)
     bits, *lists = ops.LAYOUT([mask], reads, [], *lengths, text, q.device, [])
-    out: Tensor = ops.ATTENTION(q, k, v, [], [bits], [], lists, scale, text)[0]
-    return out
+    return text, [bits], lists
 
 
 def _no_mask(mask: object) -> str:

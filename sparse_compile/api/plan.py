@@ -9,6 +9,7 @@ import ctypes
 import itertools
 import operator
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -16,15 +17,16 @@ import torch
 from torch import Tensor
 
 from sparse_compile.api.data import Tables, data_of
-from sparse_compile.api.selected import SelectedPart, Sizes, plan_selected, planned
+from sparse_compile.api.selected import SelectedPart, Sizes, plan_selected, planned, spec_text
 from sparse_compile.errors import PatternMisuse
-from sparse_compile.expr import KV, Q
-from sparse_compile.patterns.base import Pattern
-from sparse_compile.patterns.logic import And, Not, Or
+from sparse_compile.expr import KV, MaskExpr, Q
+from sparse_compile.expr import score as score_programs
+from sparse_compile.patterns.base import And, Not, Or, Pattern
 from sparse_compile.patterns.scored import Scored
 from sparse_compile.patterns.scorers import Scorer
 from sparse_compile.patterns.selected import Selected
 from sparse_compile.selection.split import selects, without_selection
+from sparse_compile.spec import AttentionSpec
 
 #: Text of the spec, empty to leave it to SDPA; key of the mask; index, rank and dtype of each
 #: table; whether SDPA is causal; what is selected besides, None if nothing is. Plain values, which
@@ -217,3 +219,15 @@ def plan_direct(
     if causal or expr.predicate == sympy.true:
         return "", "", (), causal, None
     return *planned(bound, owner, device, sizes), False, None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def dense_text(causal: bool, device: str, sizes: Sizes) -> str:
+    """The text of the spec of what is left to SDPA where SDPA says too little."""
+    return spec_text(MaskExpr(sympy.Le(KV, Q) if causal else sympy.true), device, sizes)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def capped_text(text: str, softcap: float) -> str:
+    """The text of a spec, of scores with a softcap."""
+    return replace(AttentionSpec.parse(text), score=score_programs.softcap(softcap)).text

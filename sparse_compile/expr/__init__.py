@@ -1,16 +1,17 @@
-"""Predicates over attention coordinates: nodes, folding, text, evaluation."""
+"""Predicates and score programs over attention coordinates: nodes, folding, text, evaluation."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sparse_compile.expr.fold import Algebra, UnsupportedNode, fold
+from sparse_compile.expr.fold import Algebra, UnsupportedNode, fold, fold_real
 from sparse_compile.expr.mask_expr import MaskExpr
 from sparse_compile.expr.nodes import (
     COORDINATES,
     KV,
     N_KV,
     N_Q,
+    SCORE,
     WORD,
     B,
     Bit,
@@ -25,16 +26,18 @@ from sparse_compile.expr.nodes import (
     table,
     table_index,
 )
+from sparse_compile.expr.score import ScoreProgram, softcap
 from sparse_compile.expr.text import from_text, to_text
 
 if TYPE_CHECKING:
-    from sparse_compile.expr.evaluation import evaluate
+    from sparse_compile.expr.evaluation import ScoreData, evaluate, evaluate_score, evaluate_slope
 
 __all__ = [
     "COORDINATES",
     "KV",
     "N_KV",
     "N_Q",
+    "SCORE",
     "WORD",
     "Algebra",
     "B",
@@ -44,14 +47,20 @@ __all__ = [
     "H",
     "MaskExpr",
     "Q",
+    "ScoreData",
+    "ScoreProgram",
     "UnsupportedNode",
     "dense_bit",
     "evaluate",
+    "evaluate_score",
+    "evaluate_slope",
     "fold",
+    "fold_real",
     "from_text",
     "is_table",
     "renumbered",
     "size_symbol",
+    "softcap",
     "table",
     "table_index",
     "to_text",
@@ -60,8 +69,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # Evaluation needs torch; predicates, and the patterns made of them, do not.
-    if name != "evaluate":
+    if name not in ("ScoreData", "evaluate", "evaluate_score", "evaluate_slope"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from sparse_compile.expr.evaluation import evaluate
+    from sparse_compile.expr import evaluation
 
-    return evaluate
+    return getattr(evaluation, name)

@@ -8,13 +8,15 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import sympy
 import torch
 from torch import Tensor
 
-from sparse_compile.expr.fold import fold
+from sparse_compile.expr.fold import fold, fold_real
 from sparse_compile.expr.mask_expr import MaskExpr
+from sparse_compile.expr.score import ScoreProgram
 
 _COMPARE = {
     "<": torch.lt,
@@ -31,10 +33,19 @@ class _Dense:
 
     def __init__(self, symbols: Mapping[str, Tensor], tables: Sequence[Tensor]) -> None:
         self.symbols, self.tables = symbols, tables
-        self.device = symbols["q"].device
+        self.device = next(iter(symbols.values())).device
 
     def integer(self, value: int) -> Tensor:
         return torch.tensor(value, dtype=torch.int64, device=self.device)
+
+    def real(self, value: sympy.Number) -> Tensor:
+        # Without axes, it takes the precision of what it meets.
+        return torch.tensor(float(value), dtype=torch.float64, device=self.device)
+
+    def call(self, name: str, a: Tensor) -> Tensor:
+        function = getattr(torch, name)
+        result: Tensor = function(a if a.is_floating_point() else a.double())
+        return result
 
     def boolean(self, value: bool) -> Tensor:
         return torch.tensor(value, device=self.device)
@@ -46,7 +57,8 @@ class _Dense:
         values = self.tables[index]
         # Coordinates past the end occur in ragged blocks; whoever asked drops those entries.
         inside = [arg.clamp(0, size - 1) for arg, size in zip(args, values.shape, strict=True)]
-        return (values[tuple(inside)] if inside else values).to(torch.int64)
+        found = values[tuple(inside)] if inside else values
+        return found if found.is_floating_point() else found.to(torch.int64)
 
     def add(self, args: Sequence[Tensor]) -> Tensor:
         return functools.reduce(operator.add, args)
@@ -115,9 +127,69 @@ def evaluate(
     >>> evaluate(MaskExpr(KV <= Q), {"q": q, "kv": kv}, 3, 3).int().tolist()
     [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
     """
-    device = coordinates["q"].device
+    symbols = _with_numbers(coordinates, n_q, n_kv, sizes)
+    return fold(mask.predicate, _Dense(symbols, tables))
+
+
+@dataclass(frozen=True)
+class ScoreData:
+    """What a score program reads besides the score; by default nothing.
+
+    Attributes:
+        coordinates: int64 tensors ``b, h, q, kv`` that broadcast to the shape of the scores.
+        n_q, n_kv, tables, sizes: as for :func:`evaluate`.
+    """
+
+    coordinates: Mapping[str, Tensor] = field(default_factory=dict)
+    n_q: int = 0
+    n_kv: int = 0
+    tables: Sequence[Tensor] = ()
+    sizes: Sequence[int] = ()
+
+
+_NOTHING = ScoreData()
+
+
+def evaluate_score(program: ScoreProgram, score: Tensor, data: ScoreData = _NOTHING) -> Tensor:
+    """A score program at scores; differentiable.
+
+    Args:
+        program: the program.
+        score: floating, scaled products of queries and keys.
+        data: what else the program mentions.
+
+    Returns:
+        in the shape and dtype of ``score``.
+
+    >>> from sparse_compile.expr.score import softcap
+    >>> evaluate_score(softcap(2.0), torch.tensor([0.0, 100.0])).tolist()
+    [0.0, 2.0]
+    """
+    return _score_values(score, data, program.value)[0]
+
+
+def evaluate_slope(
+    program: ScoreProgram, score: Tensor, data: ScoreData = _NOTHING
+) -> tuple[Tensor, Tensor]:
+    """:func:`evaluate_score`, and the derivative of each score."""
+    value, slope = _score_values(score, data, program.value, program.derivative)
+    return value, slope
+
+
+def _score_values(score: Tensor, data: ScoreData, *exprs: sympy.Expr) -> list[Tensor]:
+    tensors = {"score": score, **data.coordinates}
+    symbols = _with_numbers(tensors, data.n_q, data.n_kv, data.sizes)
+    values = fold_real(_Dense(symbols, data.tables), *exprs)
+    return [value.to(score.dtype).expand(score.shape) for value in values]
+
+
+def _with_numbers(
+    tensors: Mapping[str, Tensor], n_q: int, n_kv: int, sizes: Sequence[int]
+) -> dict[str, Tensor]:
+    """The tensors, and the lengths and sizes as tensors beside them."""
+    symbols = dict(tensors)
+    device = next(iter(symbols.values())).device
     scalars = {"n_q": n_q, "n_kv": n_kv, **{f"s{i}": size for i, size in enumerate(sizes)}}
-    symbols = dict(coordinates)
     for name, value in scalars.items():
         symbols[name] = torch.tensor(value, dtype=torch.int64, device=device)
-    return fold(mask.predicate, _Dense(symbols, tables))
+    return symbols

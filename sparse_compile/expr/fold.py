@@ -7,7 +7,7 @@ is an :class:`Algebra`, and :func:`fold` applies it bottom-up, visiting shared s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import sympy
 from sympy.logic.boolalg import BooleanFalse, BooleanTrue
@@ -89,6 +89,29 @@ class Algebra(Protocol, Generic[T]):
         ...
 
 
+class RealAlgebra(Algebra[T], Protocol):
+    """What the nodes of a score program mean besides those of a predicate."""
+
+    def real(self, value: sympy.Number) -> T:
+        """A constant that is no integer."""
+        ...
+
+    def call(self, name: str, a: T) -> T:
+        """One of :data:`FUNCTIONS` of a real number."""
+        ...
+
+
+#: The functions of score programs, by the name that algebras get.
+FUNCTIONS: dict[str, Any] = {
+    "tanh": sympy.tanh,
+    "exp": sympy.exp,
+    "log": sympy.log,
+    "sqrt": sympy.sqrt,
+}
+#: What ``1 / x`` is called.
+RECIPROCAL = "reciprocal"
+
+
 class UnsupportedNode(TypeError):
     """A predicate holds a node that no algebra knows; says which."""
 
@@ -107,6 +130,35 @@ def fold(expr: sympy.Basic, algebra: Algebra[T]) -> T:
         return memo[node]
 
     return value(expr)
+
+
+def fold_real(algebra: RealAlgebra[T], *exprs: sympy.Expr) -> list[T]:
+    """The values of real expressions in ``algebra``; subterms that they share are computed once.
+
+    Raises:
+        UnsupportedNode: for a node outside the vocabulary of :mod:`sparse_compile.expr.score`.
+    """
+    memo: dict[sympy.Basic, T] = {}
+
+    def value(node: sympy.Basic) -> T:
+        if node not in memo:
+            memo[node] = _real_value(node, algebra, value)
+        return memo[node]
+
+    return [value(expr) for expr in exprs]
+
+
+def _real_value(node: sympy.Basic, algebra: RealAlgebra[T], value: Callable[[sympy.Basic], T]) -> T:
+    if node.is_Number and not node.is_Integer and node.is_finite:
+        return algebra.real(node)
+    for name in ("tanh", "exp", "log"):
+        if isinstance(node, FUNCTIONS[name]):
+            return algebra.call(name, value(node.args[0]))
+    if isinstance(node, sympy.Pow) and node.exp.is_negative:
+        return algebra.call(RECIPROCAL, value(sympy.Pow(node.base, -node.exp)))
+    if isinstance(node, sympy.Pow) and node.exp == sympy.S.Half:
+        return algebra.call("sqrt", value(node.base))
+    return _value(node, algebra, value)
 
 
 def _value(node: sympy.Basic, algebra: Algebra[T], value: Callable[[sympy.Basic], T]) -> T:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import sympy
@@ -70,15 +71,18 @@ class MaskExpr:
         found = {node for node in sympy.preorder_traversal(self.predicate) if is_table(node)}
         return tuple(sorted(found, key=lambda node: (table_index(node), str(node))))
 
-    def trimmed(self) -> tuple[MaskExpr, tuple[int, ...]]:
+    def trimmed(self, kept: Collection[int] = ()) -> tuple[MaskExpr, tuple[int, ...]]:
         """The same with only the tables that it reads, numbered anew, and which these were.
+
+        Args:
+            kept: further tables that stay.
 
         >>> from sparse_compile.expr import KV, table
         >>> mask, which = MaskExpr(table(1)(KV) > 0, ("int64", "int32")).trimmed()
         >>> str(mask), mask.tables, which
         ('t0(kv) > 0', ('int32',), (1,))
         """
-        used = tuple(sorted({table_index(lookup) for lookup in self.lookups}))
+        used = tuple(sorted({table_index(lookup) for lookup in self.lookups}.union(kept)))
         dtypes = tuple(self.tables[number] for number in used)
         numbers = {old: new for new, old in enumerate(used)}
         return MaskExpr(renumbered(self.predicate, numbers), dtypes, self.n_sizes), used

@@ -25,6 +25,10 @@ COORDINATES: tuple[sympy.Symbol, ...] = (B, H, Q, KV)
 N_Q, N_KV = (sympy.Symbol(name, integer=True, positive=True) for name in ("n_q", "n_kv"))
 
 
+#: What a score program starts from: the scaled product of a query and a key.
+SCORE = sympy.Symbol("score", real=True)
+
+
 def size_symbol(index: int) -> sympy.Symbol:
     """The ``index``-th run-time integer of a predicate, ``s0, s1, ...``; may be negative."""
     return sympy.Symbol(f"s{index}", integer=True)

@@ -1,4 +1,4 @@
-"""A stable spelling of predicates, as prefix s-expressions.
+"""A stable spelling of predicates and score programs, as prefix s-expressions.
 
 >>> from sparse_compile.expr.nodes import KV, Q
 >>> to_text((KV <= Q) & (Q - KV < 8))
@@ -15,11 +15,12 @@ from typing import Any
 
 import sympy
 
-from sparse_compile.expr.fold import fold
+from sparse_compile.expr.fold import FUNCTIONS, RECIPROCAL, fold, fold_real
 from sparse_compile.expr.nodes import (
     COORDINATES,
     N_KV,
     N_Q,
+    SCORE,
     Bit,
     FloorDiv,
     FloorMod,
@@ -27,7 +28,7 @@ from sparse_compile.expr.nodes import (
     table,
 )
 
-_NAMED = {symbol.name: symbol for symbol in (*COORDINATES, N_Q, N_KV)}
+_NAMED = {symbol.name: symbol for symbol in (*COORDINATES, N_Q, N_KV, SCORE)}
 _BUILD: dict[str, Callable[..., Any]] = {
     "+": sympy.Add,
     "*": sympy.Mul,
@@ -47,6 +48,8 @@ _BUILD: dict[str, Callable[..., Any]] = {
     ">=": sympy.Ge,
     "==": sympy.Eq,
     "!=": sympy.Ne,
+    RECIPROCAL: lambda a: 1 / a,
+    **FUNCTIONS,
 }
 
 
@@ -58,6 +61,12 @@ class _Spelling:
 
     def boolean(self, value: bool) -> str:
         return "true" if value else "false"
+
+    def real(self, value: sympy.Number) -> str:
+        return str(value) if value.is_Rational else repr(float(value))
+
+    def call(self, name: str, a: str) -> str:
+        return _join(name, (a,))
 
     def symbol(self, name: str) -> str:
         return name
@@ -114,6 +123,11 @@ def to_text(expr: sympy.Basic) -> str:
     return fold(expr, _Spelling())
 
 
+def real_to_text(expr: sympy.Expr) -> str:
+    """The s-expression of a real expression; :func:`from_text` reads it back, to the last bit."""
+    return fold_real(_Spelling(), expr)[0]
+
+
 def from_text(text: str) -> sympy.Basic:
     """The predicate that :func:`to_text` spelled."""
     return _read(iter(re.findall(r"[()]|[^\s()]+", text)))
@@ -147,4 +161,7 @@ def _atom(token: str) -> sympy.Basic:
         return _NAMED[token]
     if re.fullmatch(r"s\d+", token):
         return size_symbol(int(token[1:]))
-    return sympy.Integer(int(token))
+    if "/" in token:
+        return sympy.Rational(token)
+    is_real = any(mark in token for mark in ".en")  # 0.5, 1e-06, nan
+    return sympy.Float(float(token)) if is_real else sympy.Integer(int(token))

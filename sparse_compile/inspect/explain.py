@@ -114,6 +114,7 @@ class Examined:
             utilisation=_utilisation(plan, layout),
             selection=None if plan.selected is None else plan.selected.shown,
             lists=self._lists(),
+            score=plan.site.shown_score or None,
         )
 
     def _lists(self) -> SelectionReport | None:

@@ -37,6 +37,8 @@ class SiteReport:
         cost: why these, in a sentence; empty where no other order was in question.
         selection: what selects keys in each call, as ``TopK(16)``: an approximation that the user
             asked for; None where nothing is selected.
+        score: what happens to the scaled products ``score`` of q and k before the mask, as
+            ``50*tanh(score/50)``, and whether there is a sink; None: nothing.
         utilisation: on a GPU, the modelled share of its multiprocessors' time that is busy.
     """
 
@@ -55,6 +57,7 @@ class SiteReport:
     utilisation: float | None = None
     selection: str | None = None
     lists: SelectionReport | None = None
+    score: str | None = None
 
 
 @dataclass(frozen=True)
@@ -129,12 +132,7 @@ def _site_lines(numbers: list[int], sites: list[SiteReport]) -> Iterator[str]:
     yield from _field("rewritten", f"{'yes' if site.rewritten else 'no'}: {site.reason}")
     if site.hint:
         yield from _field("hint", site.hint)
-    if site.annotation is not None:
-        yield from _field("annotated", site.annotation)
-    if site.mask is not None:
-        yield from _field("mask", site.mask)
-    if site.selection is not None:
-        yield from _field("selects", f"{site.selection}, an approximation")
+    yield from _meaning(site)
     yield from _selected(numbers, sites)
     if site.density is not None:
         yield from _field("density", f"{_percent(site.density)} of the pairs may attend")
@@ -150,6 +148,15 @@ def _site_lines(numbers: list[int], sites: list[SiteReport]) -> Iterator[str]:
     yield from _field("executor", site.executor)
     if site.kernel is not None:
         yield from _field("kernel", site.kernel)
+
+
+def _meaning(site: SiteReport) -> Iterator[str]:
+    """What is computed."""
+    chosen = site.selection and f"{site.selection}, an approximation"
+    said = (("annotated", site.annotation), ("score", site.score), ("mask", site.mask))
+    for label, text in (*said, ("selects", chosen)):
+        if text is not None:
+            yield from _field(label, text)
 
 
 def _selected(numbers: list[int], sites: list[SiteReport]) -> Iterator[str]:

@@ -1,26 +1,54 @@
 """Bounds: the ends of a span, one per rectangle of blocks, and the operations on them.
 
 A bound is an int64 tensor with one entry per rectangle, or a Python int where it is the same for
-all of them. Truth values are bounds too. Where a kernel is generated, :class:`Code` that will
-compute the tensor stands for it: it has the same operators, and the functions here know it.
+all of them. Truth values are bounds too. Where a kernel is generated, an :class:`Abstract` value
+stands for the tensor: it has the same operators, and says itself what the functions here are of it.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from sparse_compile.codegen.triton.layout import printed
-from sparse_compile.codegen.triton.layout.printed import INT64_MAX, INT64_MIN, is_code
+INT64_MIN, INT64_MAX = -(1 << 63), (1 << 63) - 1
 
 Bound = Tensor | int
 
 
+class Abstract:
+    """A bound that is no number yet: what will compute one. Has the operators of a tensor.
+
+    A base and not a protocol, because every step of the analysis asks whether a bound is one.
+    """
+
+    @staticmethod
+    def least(a: Any, b: Any) -> Any:
+        """The smaller of two, one of which is abstract."""
+        raise NotImplementedError
+
+    @staticmethod
+    def greatest(a: Any, b: Any) -> Any:
+        """The larger of two, one of which is abstract."""
+        raise NotImplementedError
+
+    @staticmethod
+    def where(condition: Any, yes: Any, no: Any) -> Any:
+        """``yes`` where an abstract condition holds, else ``no``."""
+        raise NotImplementedError
+
+
+def _abstract(*values: object) -> Abstract | None:
+    """The first of these that is abstract."""
+    return next((value for value in values if isinstance(value, Abstract)), None)
+
+
 def least(a: Bound, b: Bound) -> Bound:
     """The smaller of two."""
-    if is_code(a, b):
-        code: Bound = printed.least(a, b)
-        return code
+    if (of := _abstract(a, b)) is not None:
+        found: Bound = of.least(a, b)
+        return found
     if isinstance(a, Tensor):
         return torch.minimum(a, b) if isinstance(b, Tensor) else a.clamp(max=b)
     return b.clamp(max=a) if isinstance(b, Tensor) else min(a, b)
@@ -28,9 +56,9 @@ def least(a: Bound, b: Bound) -> Bound:
 
 def greatest(a: Bound, b: Bound) -> Bound:
     """The larger of two."""
-    if is_code(a, b):
-        code: Bound = printed.greatest(a, b)
-        return code
+    if (of := _abstract(a, b)) is not None:
+        found: Bound = of.greatest(a, b)
+        return found
     if isinstance(a, Tensor):
         return torch.maximum(a, b) if isinstance(b, Tensor) else a.clamp(min=b)
     return b.clamp(min=a) if isinstance(b, Tensor) else max(a, b)
@@ -38,9 +66,9 @@ def greatest(a: Bound, b: Bound) -> Bound:
 
 def where(condition: Bound, yes: Bound, no: Bound) -> Bound:
     """``yes`` where the condition holds, else ``no``."""
-    if is_code(condition):
-        code: Bound = printed.where(condition, yes, no)
-        return code
+    if (of := _abstract(condition)) is not None:
+        found: Bound = of.where(condition, yes, no)
+        return found
     if isinstance(condition, Tensor):
         return torch.where(condition, yes, no)
     return yes if condition else no

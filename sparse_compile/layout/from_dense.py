@@ -14,6 +14,7 @@ from torch import Tensor
 from sparse_compile.errors import BadPattern
 from sparse_compile.expr import WORD, MaskExpr, dense_bit
 from sparse_compile.layout.block_layout import FULL, PARTIAL, BlockLayout, BlockLists
+from sparse_compile.layout.builders import BUILDERS
 from sparse_compile.layout.tensor_state import memory_of
 from sparse_compile.spec.view import natural
 
@@ -158,11 +159,9 @@ def _four_dimensional(mask: Tensor) -> Tensor:
 def _read(mask: Tensor, block_q: int, block_kv: int) -> DenseBlocks:
     batches, heads, n_q, n_kv = mask.shape
     words, kinds, biased = _pass_over(mask, block_q, block_kv)
-    if kinds.is_cuda and kinds.numel():
-        # Needs Triton, which the CPU does not.
-        from sparse_compile.codegen.triton.layout.compact_kernel import compacted
-
-        rows, cols, is_biased = compacted(kinds, biased)
+    builder = BUILDERS.get(kinds.device)
+    if builder is not None and kinds.numel():
+        rows, cols, is_biased = builder.compacted(kinds, biased)
     else:
         rows, cols = _lists(kinds), _lists(kinds.mT)
         is_biased = bool(biased)
@@ -172,17 +171,13 @@ def _read(mask: Tensor, block_q: int, block_kv: int) -> DenseBlocks:
 
 def _pass_over(mask: Tensor, block_q: int, block_kv: int) -> tuple[Tensor, Tensor, Tensor]:
     """``(words, kinds, biased)``: int32 and int8 by class, see DenseBlocks, and int32 [1]."""
-    if mask.is_cuda and mask.numel() and mask.dtype != torch.float64:
-        # Needs Triton, which the CPU does not.
-        from sparse_compile.codegen.triton.layout import dense_kernel
-
-        if dense_kernel.supports(block_q, block_kv):
-            return dense_kernel.read_dense(mask, block_q, block_kv)
-    return read_dense_in_torch(mask, block_q, block_kv)
+    builder = BUILDERS.get(mask.device)
+    found = builder.read_dense(mask, block_q, block_kv) if builder and mask.numel() else None
+    return read_dense_in_torch(mask, block_q, block_kv) if found is None else found
 
 
 def read_dense_in_torch(mask: Tensor, block_q: int, block_kv: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What the kernel that reads dense masks returns, for any device."""
+    """What a kernel that reads dense masks returns, for any device."""
     batches, heads, n_q, n_kv = mask.shape
     classes, cols = batches * heads, -(-n_kv // block_kv)
     band = max(1, _ENTRIES_AT_ONCE // max(1, classes * n_kv * block_q)) * block_q

@@ -5,8 +5,8 @@ interval too, over False < True: ``lo`` is *must be true*, ``hi`` is *may be tru
 when ``lo``, EMPTY when not ``hi``, and PARTIAL otherwise; PARTIAL is always a safe answer.
 
 Bounds are int64 tensors with one entry per rectangle, Python ints where they are the same for all
-of them, or code that will compute them in a kernel. Nothing here reads a tensor's values on the
-host, so the analysis runs on any device without synchronising.
+of them, or abstract, see :mod:`sparse_compile.layout.bounds`. Nothing here reads a tensor's values
+on the host, so the analysis runs on any device without synchronising.
 """
 
 from __future__ import annotations
@@ -19,9 +19,17 @@ from dataclasses import dataclass
 
 import sympy
 
-from sparse_compile.codegen.triton.layout.printed import INT64_MAX, INT64_MIN
 from sparse_compile.expr import fold
-from sparse_compile.layout.bounds import Bound, greatest, least, negated, saturated, where
+from sparse_compile.layout.bounds import (
+    INT64_MAX,
+    INT64_MIN,
+    Bound,
+    greatest,
+    least,
+    negated,
+    saturated,
+    where,
+)
 
 __all__ = [
     "INT64_MAX",

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sparse_compile.expr import MaskExpr
 from sparse_compile.layout.block_layout import BlockLayout, BlockLists, Load
+from sparse_compile.layout.builders import BUILDERS
 from sparse_compile.layout.counted import counted_layout
 from sparse_compile.layout.superset import Problem, static_layout
 from sparse_compile.spec.view import Order
@@ -81,21 +82,9 @@ def _small(order: Order, n: int) -> int:
 def _by_kernels(
     problem: Problem, mask: MaskExpr, tables: Sequence[Tensor], device: torch.device
 ) -> BlockLayout:
-    from sparse_compile.codegen.triton.layout.build import DeviceProblem  # needs triton
-
-    made = DeviceProblem.of(
-        mask,
-        batch=problem.batches,
-        heads=problem.heads,
-        n_q=problem.n_q,
-        n_kv=problem.n_kv,
-        q=problem.q,
-        kv=problem.kv,
-        tables=tables,
-        sizes=problem.sizes,
-        device=device,
-    )
-    return problem.layout(made.rows(), made.cols)
+    builder = BUILDERS.get(device)
+    assert builder is not None, device
+    return builder.layout(problem, mask, tables, device)
 
 
 def _by_cpu(problem: Problem, tables: Sequence[Tensor]) -> BlockLayout:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_compile.codegen.triton.selection.index_scores import can_index, index_scores
 from sparse_compile.errors import BadShape
 from sparse_compile.expr import evaluate
 from sparse_compile.ops.block_scores import scores_by_head
 from sparse_compile.ops.registered import operator
+from sparse_compile.selection.builders import BUILDERS
 from sparse_compile.selection.visible import Visible
 from sparse_compile.spec.indexer import IndexerSpec, stepped
 
@@ -171,7 +171,9 @@ def _scorer(
 ) -> tuple[_Scorer, int]:
     """What computes scores, and of how many heads they exist meanwhile."""
     by_head, by_key, factor = q.transpose(1, 2), k.mT, spec.factor
-    if factor is None or not (spec.single and can_index(by_head, by_key)):
+    builder = BUILDERS.get(q.device) if spec.single else None
+    kernel = builder.index_scores(by_head, by_key) if builder else None
+    if factor is None or kernel is None:
         return _by_steps(q, k, w, spec), q.shape[2]
     # The kernel computes what the program does: products of half precision, summed in fp32.
     # Scores that a finite fill is added to have to exist.
@@ -180,7 +182,7 @@ def _scorer(
     visible = Visible(mask, tables, sizes, *lengths, 1, 1, q.device)
 
     def scores(first: int, end: int) -> Tensor:
-        return index_scores(by_head, by_key, w, (first, end), visible, factor)
+        return kernel(by_head, by_key, w, (first, end), visible, factor)
 
     return scores, 1
 

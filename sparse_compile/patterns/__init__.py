@@ -10,7 +10,7 @@ with ``&``, ``|`` and ``~``. Making one needs neither torch nor triton.
 
 from sparse_compile.patterns import presets
 from sparse_compile.patterns.axial import Axial
-from sparse_compile.patterns.base import BoundMask, Pattern, Tables
+from sparse_compile.patterns.base import All, And, BoundMask, Not, Or, Pattern, Tables
 from sparse_compile.patterns.bigbird import BigBird
 from sparse_compile.patterns.blocks import BlockLocal, BlockSparse
 from sparse_compile.patterns.compressed import Compressed
@@ -25,7 +25,6 @@ from sparse_compile.patterns.learned import (
     XAttention,
 )
 from sparse_compile.patterns.local import Causal, Dilated, SlidingWindow
-from sparse_compile.patterns.logic import All, And, Not, Or
 from sparse_compile.patterns.longformer import Longformer
 from sparse_compile.patterns.neighborhood import Neighborhood
 from sparse_compile.patterns.nsa import NSA

@@ -1,4 +1,4 @@
-"""Pattern: the base of the mask algebra. A pattern is a frozen value that names a predicate.
+"""Pattern, and how patterns combine: All, And, Or, Not. A pattern is a value; it names a predicate.
 
 A pattern holds parameters only. Its one method that subclasses write, :meth:`Pattern.predicate`,
 spells who may attend to whom as a sympy Boolean; the dense definition, the block layout and the
@@ -8,7 +8,6 @@ code of the kernels all follow from that.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +17,8 @@ import sympy
 from sparse_compile.errors import PatternMisuse
 from sparse_compile.expr.mask_expr import MaskExpr
 from sparse_compile.expr.nodes import table
+from sparse_compile.patterns import doors
+from sparse_compile.patterns.checks import bad, store
 from sparse_compile.patterns.data import spelled
 
 #: Makes the data of a table when it is needed: ``values(device, n_q, n_kv, batch, heads)``.
@@ -92,7 +93,7 @@ class Pattern:
         self, n_q: int, n_kv: int, batch: int = 1, heads: int = 1, device: Any = "cpu"
     ) -> Any:
         """The mask as a bool tensor [batch or 1, heads or 1, n_q, n_kv]; True may attend."""
-        return _home("dense")(self, n_q, n_kv, batch, heads, device)
+        return doors.layouts().dense(self, n_q, n_kv, batch, heads, device)
 
     def layout(
         self,
@@ -104,7 +105,7 @@ class Pattern:
         heads: int = 1,
     ) -> Any:
         """The blocks that the pattern visits, as a :class:`sparse_compile.layout.Layout`."""
-        return _home("layout")(self, n_q, n_kv, block, device, batch, heads)
+        return doors.layouts().layout(self, n_q, n_kv, block, device, batch, heads)
 
     def implied(self) -> dict[str, Any]:
         """Parameters that need not be written, beyond plain defaults: what they are by default."""
@@ -114,13 +115,13 @@ class Pattern:
         return constructor_call(self, self.implied())
 
     def __and__(self, other: Pattern) -> Pattern:
-        return _compose("And", self, other, "&")
+        return And(self, _joins(self, "&", other))
 
     def __or__(self, other: Pattern) -> Pattern:
-        return _compose("Or", self, other, "|")
+        return Or(self, _joins(self, "|", other))
 
     def __invert__(self) -> Pattern:
-        return _compose("Not", self, None, "~")
+        return Not(self)
 
     def __bool__(self) -> bool:
         raise PatternMisuse(
@@ -147,23 +148,129 @@ def _arguments(value: Any, implied: Mapping[str, Any]) -> Iterator[str]:
             yield f"{parameter.name}={text}"
 
 
-def _home(name: str) -> Callable[..., Any]:
-    # Layouts need torch, patterns do not: they meet when asked for.
-    function: Callable[..., Any] = getattr(
-        importlib.import_module("sparse_compile.layout.of_pattern"), name
-    )
-    return function
+@dataclass(frozen=True, repr=False)
+class All(Pattern):
+    """Every query attends to every key.
+
+    >>> All().dense(2, 3).int().tolist()
+    [[[[1, 1, 1], [1, 1, 1]]]]
+    """
+
+    def predicate(self, tables: Tables) -> sympy.Basic:
+        """Always true."""
+        return sympy.true
 
 
-def _compose(name: str, left: Pattern, right: Pattern | None, operator: str) -> Pattern:
-    from sparse_compile.patterns import logic  # which torch.compile can trace
+@dataclass(frozen=True, repr=False, init=False)
+class _Joined(Pattern):
+    """Two patterns or more, joined by one operator; nested ones of the same kind are flattened."""
 
-    compose: Callable[..., Pattern] = getattr(logic, name)
-    if right is None:
-        return compose(left)
+    parts: tuple[Pattern, ...]
+
+    def __init__(self, *parts: Pattern) -> None:
+        name = type(self).__name__
+        if len(parts) < 2:
+            raise bad(f"{name} of {len(parts)} patterns", f"Write {name}(one, other).")
+        for part in parts:
+            _checked(name, part)
+        flat = [inner for part in parts for inner in _parts_of(part, type(self))]
+        store(self, parts=tuple(flat))
+
+    def check(self, n_q: int, n_kv: int, batch: int, heads: int) -> None:
+        """Each part must fit."""
+        for part in self.parts:
+            part.check(n_q, n_kv, batch, heads)
+
+    def _spelled(self, operator: str) -> str:
+        return f"({f' {operator} '.join(map(repr, self.parts))})"
+
+
+@dataclass(frozen=True, repr=False, init=False)
+class And(_Joined):
+    """Attention where all the parts allow it; what ``&`` makes.
+
+    Args:
+        parts: two patterns or more.
+
+    >>> from sparse_compile import patterns as P
+    >>> P.Causal() & P.SlidingWindow(128) & P.Global(4)
+    (Causal() & SlidingWindow(128) & Global(4))
+    """
+
+    def predicate(self, tables: Tables) -> sympy.Basic:
+        """The conjunction of the parts."""
+        return sympy.And(*(part.predicate(tables) for part in self.parts))
+
+    def __repr__(self) -> str:
+        return self._spelled("&")
+
+
+@dataclass(frozen=True, repr=False, init=False)
+class Or(_Joined):
+    """Attention where one of the parts allows it; what ``|`` makes.
+
+    Args:
+        parts: two patterns or more.
+
+    >>> from sparse_compile import patterns as P
+    >>> P.SlidingWindow(128) | P.Global(4)
+    (SlidingWindow(128) | Global(4))
+    """
+
+    def predicate(self, tables: Tables) -> sympy.Basic:
+        """The disjunction of the parts."""
+        return sympy.Or(*(part.predicate(tables) for part in self.parts))
+
+    def __repr__(self) -> str:
+        return self._spelled("|")
+
+
+@dataclass(frozen=True, repr=False)
+class Not(Pattern):
+    """Attention where ``part`` forbids it; what ``~`` makes.
+
+    >>> from sparse_compile import patterns as P
+    >>> ~P.Causal(), ~~P.Causal()
+    (~Causal(), Causal())
+    """
+
+    part: Pattern
+
+    def __post_init__(self) -> None:
+        _checked("Not", self.part)
+
+    def predicate(self, tables: Tables) -> sympy.Basic:
+        """The negation of the part."""
+        return sympy.Not(self.part.predicate(tables))
+
+    def check(self, n_q: int, n_kv: int, batch: int, heads: int) -> None:
+        """The part must fit."""
+        self.part.check(n_q, n_kv, batch, heads)
+
+    def __invert__(self) -> Pattern:
+        return self.part
+
+    def __repr__(self) -> str:
+        return f"Not({self.part!r})" if isinstance(self.part, Not) else f"~{self.part!r}"
+
+
+def _parts_of(part: Pattern, kind: type[_Joined]) -> tuple[Pattern, ...]:
+    return part.parts if type(part) is kind else (part,)
+
+
+def _checked(name: str, part: Any) -> None:
+    if not isinstance(part, Pattern):
+        raise PatternMisuse(
+            f"sparse_compile: {name} of {part!r}, which is no pattern. "
+            "Wrap a function of (b, h, q, kv) in Predicate(...)."
+        )
+
+
+def _joins(left: Pattern, operator: str, right: Any) -> Pattern:
+    """What stands on the right of an operator, if it is a pattern."""
     if not isinstance(right, Pattern):
         raise PatternMisuse(
             f"sparse_compile: cannot combine {left!r} {operator} {right!r}: the right side is no "
             "pattern. Wrap a function of (b, h, q, kv) in Predicate(...)."
         )
-    return compose(left, right)
+    return right

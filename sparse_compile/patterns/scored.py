@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from sparse_compile.patterns import doors
 from sparse_compile.patterns.base import Pattern
 from sparse_compile.patterns.checks import UPPER_LEFT, alignment, bad, choice, flag, store, whole
 from sparse_compile.patterns.scorers import Gate, MeanPool, Scorer
@@ -152,9 +152,7 @@ class Scored(Selecting):
 
     def select(self, q: Any, k: Any, mask: Any, tables: Any, sizes: Any) -> Any:
         """See :meth:`Selecting.select`; ``mask`` may be None, to hide nothing."""
-        # Selections need torch, patterns do not: they meet when q and k are there.
-        home = importlib.import_module("sparse_compile.selection.select")
-        return home.select(self, q, k, mask, tables, sizes)
+        return doors.selecting().select(self, q, k, mask, tables, sizes)
 
 
 def _as_scorer(name: str, scorer: Any) -> Scorer:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from typing import Any
 
+from sparse_compile.patterns import doors
 from sparse_compile.patterns.checks import bad, blocks, store, whole
 from sparse_compile.patterns.data import (
     HoldsData,
@@ -89,8 +89,7 @@ class Selected(HoldsData, Selecting):
 
         With a count, the lists as they are.
         """
-        # Selections need torch, patterns do not: they meet when q and k are there.
-        selection = importlib.import_module("sparse_compile.selection")
+        selection = doors.selections()
         index = self.index
         if self.count is not None:
             lists = (part.detach().to(q.device, copy=True) for part in (index, self.count))

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sparse_compile.patterns.scorers import MeanPool, MinMax
-from sparse_compile.selection.scores import Scoring, Task, mean_of_units, parted, summed
+from sparse_compile.selection.scores import Scoring, mean_of_units, parted, summed
+from sparse_compile.selection.task import Task
 
 
 @dataclass(frozen=True)

@@ -1,62 +1,18 @@
-"""Scores: what is to be scored, and the scores of modules and of indexers."""
+"""Scores: what makes them, and those of modules and of indexers."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from sparse_compile.codegen.triton.selection.index_scores import can_index, index_scores
 from sparse_compile.errors import BadShape
 from sparse_compile.patterns.scorers import Gate, Indexer, Scorer
-from sparse_compile.selection.visible import Visible
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is to be scored.
-
-    Attributes:
-        q: [B, Hq, Nq, D].
-        k: [B, Hkv, Nkv, D].
-        unit_q: queries of a unit.
-        block: keys that are scored together.
-        lists: how many lists the heads want: 1, Hkv or Hq.
-        visible: the mask, in units and blocks.
-    """
-
-    q: Tensor
-    k: Tensor
-    unit_q: int
-    block: int
-    lists: int
-    visible: Visible
-
-    @property
-    def rows(self) -> int:
-        """Units of queries."""
-        return -(-self.q.shape[2] // self.unit_q)
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of keys."""
-        return -(-self.k.shape[2] // self.block)
-
-    @property
-    def scale(self) -> float:
-        """1 / sqrt(D)."""
-        return 1 / math.sqrt(max(self.q.shape[3], 1))
-
-    def queries(self, first: int, end: int) -> slice:
-        """The queries of units ``first, ..., end - 1``, those that exist."""
-        return slice(first * self.unit_q, min(end * self.unit_q, self.q.shape[2]))
-
-    def seen_in(self, run_q: int, run_kv: int) -> Visible:
-        """The mask in other runs."""
-        return replace(self.visible, run_q=run_q, run_kv=run_kv)
+from sparse_compile.selection.builders import BUILDERS, IndexScores
+from sparse_compile.selection.task import Task
 
 
 class Scoring(Protocol):
@@ -182,11 +138,13 @@ class _Indexed:
     @property
     def width(self) -> int:
         width: int = self.task.unit_q * self.task.k.shape[2]
-        return width if self._by_kernel else width * self.indexer.q_index.shape[1]
+        return width if self._kernel else width * self.indexer.q_index.shape[1]
 
     @property
-    def _by_kernel(self) -> bool:
-        return can_index(self.indexer.q_index, self.indexer.k_index)
+    def _kernel(self) -> IndexScores | None:
+        q, k = self.indexer.q_index, self.indexer.k_index
+        builder = BUILDERS.get(q.device)
+        return builder.index_scores(q, k) if builder else None
 
     def __call__(self, first: int, end: int) -> Tensor:
         task, rows = self.task, self.task.queries(first, end)
@@ -200,9 +158,9 @@ class _Indexed:
     def _by_token(self, rows: slice) -> Tensor:
         """fp32 [B, queries, Nkv] of some queries; anything where nothing is visible."""
         indexer = self.indexer
-        if self._by_kernel:
+        if (kernel := self._kernel) is not None:
             of = indexer.q_index, indexer.k_index, indexer.weights
-            return index_scores(*of, (rows.start, rows.stop), self.task.visible)
+            return kernel(*of, (rows.start, rows.stop), self.task.visible)
         queries = indexer.q_index[:, :, rows].float()
         weights = indexer.weights[:, rows].float().transpose(1, 2)
         products = (queries @ indexer.k_index[:, None].float().mT).relu_()

@@ -15,7 +15,8 @@ from sparse_compile.patterns.scorers import (
     OverlapPool,
 )
 from sparse_compile.selection.pooled import by_bounds, by_mean
-from sparse_compile.selection.scores import Scoring, Task, by_gate, by_indexer
+from sparse_compile.selection.scores import Scoring, by_gate, by_indexer
+from sparse_compile.selection.task import Task
 from sparse_compile.selection.train.masses import by_antidiagonals, by_compressed, by_windows
 
 _MAKERS: dict[type, Callable[[Any, Task], Scoring]] = {

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sparse_compile.codegen.triton.selection.choose import Chooser, can_choose
-from sparse_compile.codegen.triton.selection.printable import printable
 from sparse_compile.errors import BadShape
 from sparse_compile.expr import MaskExpr
 from sparse_compile.patterns.checks import UPPER_LEFT, bad, blocks
 from sparse_compile.patterns.scored import Scored
+from sparse_compile.selection.builders import BUILDERS
 from sparse_compile.selection.rules import Best, Candidates, ascending
-from sparse_compile.selection.scores import Scoring, Task
+from sparse_compile.selection.scores import Scoring
 from sparse_compile.selection.scoring import scoring
 from sparse_compile.selection.selection import Selection
+from sparse_compile.selection.task import Task
 from sparse_compile.selection.visible import Visible
 
 #: Scores that a chunk of units of queries has at most, if it is more than one unit; in torch, and
@@ -70,27 +71,35 @@ def select(
     shape = (q.shape[0], scores.lists, task.rows)
     index = torch.empty(*shape, capacity, dtype=torch.int32, device=q.device)
     count = torch.empty(shape, dtype=torch.int32, device=q.device)
-    choose = Chooser(pattern, task, scores.lists, index, count)
-    by_kernel = watch is None and can_choose(pattern, task)
-    for first, end in _chunks(task, scores, by_kernel):
-        found = scores(first, end)
-        if by_kernel:
-            choose(found, first, end)
-        else:
-            _choose(choose, found, (first, end), watch)
+    of = pattern, task, scores.lists, index, count
+    builder = BUILDERS.get(q.device) if watch is None else None
+    kernel = builder.chooser(*of) if builder else None
+    choose = kernel or _InTorch(*of, watch)
+    for first, end in _chunks(task, scores, kernel is not None):
+        choose(scores(first, end), first, end)
     return _in_units(pattern, index, count, k.shape[2])
 
 
-def _choose(to: Chooser, scores: Tensor, units: tuple[int, int], watch: Watch | None) -> None:
-    """What a Chooser does, where no kernel can, or where someone wants to look."""
-    pattern, task, (first, end) = to.pattern, to.task, units
-    visible = task.visible.may(first, end, to.lists)
-    found = Candidates(scores, visible, _forced(pattern, task, first, end))
-    best = found.best(to.index.shape[3])
-    if watch is not None:
-        watch(found, best)
-    index, count = ascending(pattern, best, task.blocks)
-    to.index[:, :, first:end], to.count[:, :, first:end] = index, count
+@dataclass(frozen=True)
+class _InTorch:
+    """Chooses where no kernel can, or where someone wants to look; see :class:`DeviceBuilder`."""
+
+    pattern: Scored
+    task: Task
+    lists: int
+    index: Tensor
+    count: Tensor
+    watch: Watch | None
+
+    def __call__(self, scores: Tensor, first: int, end: int) -> None:
+        pattern, task = self.pattern, self.task
+        visible = task.visible.may(first, end, self.lists)
+        found = Candidates(scores, visible, _forced(pattern, task, first, end))
+        best = found.best(self.index.shape[3])
+        if self.watch is not None:
+            self.watch(found, best)
+        index, count = ascending(pattern, best, task.blocks)
+        self.index[:, :, first:end], self.count[:, :, first:end] = index, count
 
 
 def _check(pattern: Scored, q: Tensor, k: Tensor) -> None:
@@ -132,7 +141,7 @@ def _check_heads(pattern: Scored, scores: Scoring) -> None:
 
 def _chunks(task: Task, scores: Scoring, by_kernel: bool) -> Iterator[tuple[int, int]]:
     width, most = scores.lists * task.blocks, _MOST_BY_KERNEL
-    if not by_kernel or not printable(task.visible):
+    if not by_kernel or not task.visible.printable:
         width, most = max(width, task.visible.heads * task.blocks), _MOST
     step = max(1, most // max(1, task.q.shape[0] * max(width, scores.width)))
     step = step // 128 * 128 or step  # whole tiles of kernels

@@ -18,9 +18,8 @@ import sympy
 
 from sparse_compile.errors import PatternMisuse
 from sparse_compile.expr import MaskExpr
-from sparse_compile.patterns.base import BoundMask, Pattern, Tables
+from sparse_compile.patterns.base import All, And, BoundMask, Not, Or, Pattern, Tables
 from sparse_compile.patterns.checks import bad
-from sparse_compile.patterns.logic import All, And, Not, Or
 from sparse_compile.patterns.selecting import Selecting
 from sparse_compile.selection.boolean import difference, simplified
 from sparse_compile.selection.union import Union

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_compile.expr import KV, MaskExpr, Q
+from sparse_compile.expr import KV, B, H, MaskExpr, Q
 from sparse_compile.layout.intervals import Bound, Span
 from sparse_compile.layout.superset import Digits, Problem
 from sparse_compile.layout.table_bounds import BlockBounds
@@ -43,6 +43,14 @@ class Visible:
     run_q: int
     run_kv: int
     device: torch.device
+
+    @property
+    def printable(self) -> bool:
+        """Whether a kernel can tell from its text what the mask may show: it reads no tensor."""
+        mask = self.mask
+        if mask is None or self.n_q < 1 or self.n_kv < 1:
+            return True
+        return not (mask.tables or mask.depends_on(B) or mask.depends_on(H))
 
     @functools.cached_property
     def _bounds(self) -> tuple[Problem, BlockBounds]:

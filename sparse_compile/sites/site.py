@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from torch.fx import GraphModule, Node
 
-from sparse_compile.expr import MaskExpr
+from sparse_compile.expr import MaskExpr, ScoreProgram
 from sparse_compile.sites.annotation import Annotation
 from sparse_compile.spec import EmptyRows
 from sparse_compile.spec.indexer import Step
@@ -102,6 +102,14 @@ class AttentionSite:
     region: tuple[Node, ...] = field(default=(), repr=False)
     annotation: Annotation | None = None
     ranked: tuple[str, str] | None = None
+    score: ScoreProgram | None = None
+    sinks: Node | None = None
+
+    @property
+    def shown_score(self) -> str:
+        """Scores that are not the scaled products ``score`` of q and k, in words; may be empty."""
+        parts = [] if self.score is None else [str(self.score)]
+        return ", ".join([*parts, *(["and a sink beside the keys"] if self.sinks else [])])
 
 
 @dataclass(frozen=True)

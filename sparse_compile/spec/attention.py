@@ -11,7 +11,7 @@ from enum import Enum
 import sympy
 
 from sparse_compile.errors import SparseCompileError
-from sparse_compile.expr import MaskExpr, renumbered, table_index
+from sparse_compile.expr import MaskExpr, ScoreProgram, renumbered, table_index
 from sparse_compile.spec.view import Order, Units, View, natural
 
 
@@ -56,6 +56,8 @@ class AttentionSpec:
         coverage: disjoint parts of the mask. Those of blocks, each in orders in which it is
             blockwise dense and all with the block shape above, come before those of selected units.
             Empty: the whole mask by blocks in plain order.
+        score: what happens to the scaled products of q and k before the mask; None: nothing. The
+            tables that it reads are among those of the mask.
     """
 
     mask: MaskExpr
@@ -64,6 +66,7 @@ class AttentionSpec:
     block_kv: int = 128
     where: tuple[str, ...] = ()
     coverage: tuple[View | Units, ...] = ()
+    score: ScoreProgram | None = None
 
     @staticmethod
     def of_units(
@@ -72,10 +75,11 @@ class AttentionSpec:
         unit_kv: int = 64,
         empty_rows: EmptyRows = EmptyRows.ZERO,
         where: tuple[str, ...] = (),
+        score: ScoreProgram | None = None,
     ) -> AttentionSpec:
         """Attention to selected keys that the mask allows; arguments as in :class:`Units`."""
         part = Units(mask.predicate, unit_q, unit_kv)
-        return AttentionSpec(mask, empty_rows, where=where, coverage=(part,))
+        return AttentionSpec(mask, empty_rows, where=where, coverage=(part,), score=score)
 
     @staticmethod
     def of_listed_blocks(
@@ -84,11 +88,12 @@ class AttentionSpec:
         block_kv: int,
         empty_rows: EmptyRows = EmptyRows.ZERO,
         where: tuple[str, ...] = (),
+        score: ScoreProgram | None = None,
     ) -> AttentionSpec:
         """:meth:`of_units` where both units are blocks that kernels of blocks take."""
         blocks = natural(block_q), natural(block_kv)
         part = View(mask.predicate, *blocks, listed=True)
-        return AttentionSpec(mask, empty_rows, block_q, block_kv, where, (part,))
+        return AttentionSpec(mask, empty_rows, block_q, block_kv, where, (part,), score)
 
     def with_units(self, mask: MaskExpr, unit_q: int, unit_kv: int) -> AttentionSpec:
         """This, and selected keys that another mask allows, disjoint from this one.
@@ -156,8 +161,8 @@ class AttentionSpec:
         if not (self.units and self.views):
             return self
         alone = self._alone(self.views)
-        n_tables = max((table_index(lookup) + 1 for lookup in alone.mask.lookups), default=0)
-        mask = replace(alone.mask, tables=self.mask.tables[:n_tables])
+        read = {*map(table_index, alone.mask.lookups), *self._score_tables}
+        mask = replace(alone.mask, tables=self.mask.tables[: max(read, default=-1) + 1])
         return replace(alone, mask=mask)
 
     @functools.cached_property
@@ -179,12 +184,17 @@ class AttentionSpec:
         return plain if plain.parts == parts else replace(plain, coverage=parts)
 
     def _trimmed(self) -> tuple[AttentionSpec, tuple[int, ...]]:
-        mask, used = self.mask.trimmed()
+        mask, used = self.mask.trimmed(self._score_tables)
         numbers = {old: new for new, old in enumerate(used)}
+        score = self.score and ScoreProgram(renumbered(self.score.value, numbers))
         parts = (
             replace(part, predicate=renumbered(part.predicate, numbers)) for part in self.coverage
         )
-        return replace(self, mask=mask, coverage=tuple(parts)), used
+        return replace(self, mask=mask, coverage=tuple(parts), score=score), used
+
+    @property
+    def _score_tables(self) -> frozenset[int]:
+        return self.score.tables if self.score is not None else frozenset()
 
     def sections(self, axis: str) -> tuple[tuple[int, ...], ...]:
         """The numbers of the views that share an order of ``axis``, ``"q"`` or ``"kv"``.
@@ -227,6 +237,7 @@ class AttentionSpec:
             "where": list(self.where),
             "views": [view.fields for view in self.views],
             "units": [part.fields for part in self.units],
+            **({} if self.score is None else {"score": self.score.text}),
         }
         return json.dumps(fields, separators=(",", ":"))
 
@@ -258,6 +269,7 @@ class AttentionSpec:
             block_kv=fields["block"][1],
             where=tuple(fields["where"]),
             coverage=(*views, *units),
+            score=ScoreProgram.parse(fields["score"]) if "score" in fields else None,
         )
 
 

@@ -216,9 +216,9 @@ def _masked_after_softmax(q: Tensor) -> Tensor:
     return ((q @ q.mT).softmax(-1) * window_mask(q.shape[2], q.device)) @ q
 
 
-def _softcap(q: Tensor) -> Tensor:
-    scores = torch.tanh(q @ q.mT / 5) * 5
-    return scores.masked_fill(~window_mask(q.shape[2], q.device), -math.inf).softmax(-1) @ q
+def _masked_before_the_softcap(q: Tensor) -> Tensor:
+    scores = (q @ q.mT).masked_fill(~window_mask(q.shape[2], q.device), -math.inf)
+    return (torch.tanh(scores / 5) * 5).softmax(-1) @ q
 
 
 def _scores_used_twice(q: Tensor) -> Tensor:
@@ -255,7 +255,7 @@ NEAR_MISSES = [
     _head_mixing,
     _sigmoid,
     _masked_after_softmax,
-    _softcap,
+    _masked_before_the_softcap,
     _scores_used_twice,
     _dropout,
     _finite_fill,

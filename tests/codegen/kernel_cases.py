@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import sympy
 import torch
@@ -23,8 +24,11 @@ from sparse_compile.expr import (
     H,
     MaskExpr,
     Q,
+    ScoreData,
+    ScoreProgram,
     dense_bit,
     evaluate,
+    evaluate_score,
     table,
 )
 from sparse_compile.expr import size_symbol as size
@@ -54,6 +58,7 @@ class Case:
     sizes: tuple[int, ...] = ()
     scale: float = 0.2
     views: tuple[View, ...] = ()
+    score: ScoreProgram | None = None
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -280,7 +285,9 @@ def check(case: Case, device: torch.device, executor: Executor = triton_executor
     q, k, v, grad_out, grad_lse = _inputs(case, device)
     tables = case.tables(case, device)
     block_q, block_kv = case.block
-    spec = AttentionSpec(case.mask, block_q=block_q, block_kv=block_kv, coverage=case.views)
+    spec = AttentionSpec(
+        case.mask, block_q=block_q, block_kv=block_kv, coverage=case.views, score=case.score
+    )
     layout = build_views(
         spec,
         batch=case.batch,
@@ -300,9 +307,10 @@ def check(case: Case, device: torch.device, executor: Executor = triton_executor
     ours = executor.backward(call, result)
 
     exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
-    truth, true_lse = reference.attention(*exact, mask, case.scale)
+    score = scoring(case, tables, device)
+    truth, true_lse = reference.attention(*exact, mask, case.scale, score=score)
     eager_inputs = [t.detach().clone().requires_grad_() for t in (q, k, v)]
-    eager, eager_lse = _dense_eager(*eager_inputs, mask, case.scale)
+    eager, eager_lse = _dense_eager(*eager_inputs, mask, case.scale, score)
     true_grads = _gradients(truth, true_lse, exact, grad_out, grad_lse if weigh_lse else None)
     eager_grads = _gradients(
         eager, eager_lse, eager_inputs, grad_out, grad_lse if weigh_lse else None
@@ -338,23 +346,44 @@ def _inputs(case: Case, device: torch.device) -> list[Tensor]:
 
 def dense(case: Case, tables: list[Tensor], device: torch.device) -> Tensor:
     """bool [B or 1, Hq or 1, Nq, Nkv]: the mask, by its definition."""
-    shape = (case.batch, case.heads[0], *case.n)
-    coordinates = {
-        name: torch.arange(n, device=device).view([-1 if i == axis else 1 for i in range(4)])
-        for axis, (name, n) in enumerate(zip(("b", "h", "q", "kv"), shape, strict=True))
-    }
-    mask = evaluate(case.mask, coordinates, *case.n, tables, case.sizes)
+    mask = evaluate(case.mask, _coordinates(case, device), *case.n, tables, case.sizes)
     return mask.broadcast_to(torch.broadcast_shapes(mask.shape, (1, 1, *case.n)))
 
 
+def _coordinates(case: Case, device: torch.device) -> dict[str, Tensor]:
+    shape = (case.batch, case.heads[0], *case.n)
+    return {
+        name: torch.arange(n, device=device).view([-1 if i == axis else 1 for i in range(4)])
+        for axis, (name, n) in enumerate(zip(("b", "h", "q", "kv"), shape, strict=True))
+    }
+
+
+def scoring(
+    case: Case, tables: list[Tensor], device: torch.device
+) -> Callable[[Tensor], Tensor] | None:
+    """The score program of a case, on scores [B, Hq, Nq, Nkv]."""
+    if case.score is None:
+        return None
+    data = ScoreData(_coordinates(case, device), *case.n, tables, case.sizes)
+    return partial(evaluate_score, case.score, data=data)
+
+
 def _dense_eager(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    scale: float,
+    score: Callable[[Tensor], Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
     """What a model would do, in the dtype of its inputs."""
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     empty = ~mask.any(-1, keepdim=True)
-    scores = (q @ k.mT * scale).masked_fill(~mask & ~empty, float("-inf"))
+    products = q @ k.mT * scale
+    scores = (products if score is None else score(products)).masked_fill(
+        ~mask & ~empty, float("-inf")
+    )
     return (scores.softmax(-1) @ v).masked_fill(empty, 0.0), scores.float().logsumexp(-1)
 
 

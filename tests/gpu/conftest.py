@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import sparse_compile.ops  # noqa: F401  which hands in the kernels
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent

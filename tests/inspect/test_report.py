@@ -30,7 +30,7 @@ from sparse_compile.expr import (
     evaluate,
     table,
 )
-from sparse_compile.inspect import explain
+from sparse_compile.inspect.explain import explain
 from sparse_compile.inspect.readable import readable
 
 N, WINDOW = 80, 12

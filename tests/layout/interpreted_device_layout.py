@@ -9,8 +9,10 @@ from sparse_compile.codegen.triton.layout import build
 from sparse_compile.codegen.triton.layout.build import DeviceProblem
 from sparse_compile.expr import KV, MaskExpr, Q
 from sparse_compile.layout import trusted
+from sparse_compile.layout.builders import BUILDERS
 from sparse_compile.layout.superset import Problem
 from sparse_compile.spec.view import natural
+from tests.handed_in import serve_the_cpu
 from tests.layout.device_cases import CASES, DeviceCase, check
 
 pytestmark = pytest.mark.usefixtures("interpreted_kernels")
@@ -61,6 +63,7 @@ def window(n: int) -> Problem:
 
 def test_kernels_are_tried_before_they_are_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trusted, "_TRUSTED", {})
+    serve_the_cpu(BUILDERS, monkeypatch)
     problem = window(100)
     layout = trusted.device_layout(problem, WINDOW, [], CPU)
     assert list(trusted._TRUSTED.values()) == [True]
@@ -71,6 +74,7 @@ def test_kernels_are_tried_before_they_are_trusted(monkeypatch: pytest.MonkeyPat
 
 def test_kernels_that_are_wrong_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trusted, "_TRUSTED", {})
+    serve_the_cpu(BUILDERS, monkeypatch)
     rows = DeviceProblem.rows
 
     def wrong(self: DeviceProblem) -> object:

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from sparse_compile.codegen.triton.aot import compiled
 from sparse_compile.codegen.triton.layout.key import LONGEST, Key
-from sparse_compile.codegen.triton.layout.printed import INT64_MAX, INT64_MIN, Code, printed
+from sparse_compile.codegen.triton.layout.printed import Code, printed
 from sparse_compile.codegen.triton.layout.source import digit_bounds, module_of, module_source
 from sparse_compile.layout import extents
+from sparse_compile.layout.bounds import INT64_MAX, INT64_MIN
 from sparse_compile.layout.intervals import Span, point, span
 from sparse_compile.spec.view import Order
 from tests.layout.device_cases import CASES, DeviceCase, residues

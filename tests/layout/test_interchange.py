@@ -69,9 +69,9 @@ class RandomLayout:
             self.n_q,
             self.n_kv,
             self.block,
-            self.batches,
-            self.heads,
-            classes[order],
+            batches=self.batches,
+            heads=self.heads,
+            classes=classes[order],
         )
 
 

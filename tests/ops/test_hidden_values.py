@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 import sparse_compile
 from sparse_compile import patterns as P
 from sparse_compile import reference
+from sparse_compile.expr import evaluate_score, softcap
 
 N = 150
 PATTERNS: dict[str, Callable[[], P.Pattern]] = {
@@ -65,10 +67,19 @@ def _mask(name: str, pattern: P.Pattern, heads: int) -> Tensor:
     return chosen if name == "selected" else (j <= i) & (chosen | ((i - j).abs() <= 9))
 
 
-def check(tensors: list[Tensor], pattern: P.Pattern, mask: Tensor) -> None:
+def check(
+    tensors: list[Tensor],
+    pattern: P.Pattern,
+    mask: Tensor,
+    cap: float | None = None,
+    sinks: Tensor | None = None,
+) -> None:
     ours = [t.clone().requires_grad_() for t in tensors]
     exact = [t.double().requires_grad_() for t in tensors]
-    out, (wanted, _) = sparse_compile.attention(*ours, pattern), reference.attention(*exact, mask)
+    out = sparse_compile.attention(*ours, pattern, softcap=cap, sinks=sinks)
+    score = None if cap is None else partial(evaluate_score, softcap(cap))
+    column = None if sinks is None else sinks[:, None]
+    wanted, _ = reference.attention(*exact, mask, score=score, sinks=column)
     agree(out, wanted, "out")
     assert bool(out.isfinite().any())
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
@@ -78,6 +89,14 @@ def check(tensors: list[Tensor], pattern: P.Pattern, mask: Tensor) -> None:
     )
     for which, found, its in zip(("dq", "dk", "dv"), *grads, strict=True):
         agree(found, its, which)
+
+
+@pytest.mark.parametrize("name", ["window", "strided", "selected and causal"])
+def test_whatever_becomes_of_scores(name: str) -> None:
+    """With a softcap and sinks, which change the scores of hidden keys, too."""
+    pattern = PATTERNS[name]()
+    tensors = operands(math.nan, [140, 141, 63], 2)
+    check(tensors, pattern, _mask(name, pattern, 4), cap=1.5, sinks=torch.linspace(-1, 1, 4))
 
 
 @settings(max_examples=10, deadline=None)

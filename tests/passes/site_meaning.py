@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Interpreter, Node
 
+from sparse_compile.expr import evaluate_score
 from sparse_compile.passes.find import find_attention
 from sparse_compile.sites.site import AttentionSite, Operand, Rejection
 from tests.passes.capture import Captured
@@ -72,6 +73,8 @@ def attention_of(site: AttentionSite, env: dict[Node, Any]) -> Tensor:
     heads = torch.arange(q.shape[1]) // group
     scale = env[site.scale] if isinstance(site.scale, Node) else site.scale
     scores = (q @ k[:, heads].mT) * scale
+    if site.score is not None:
+        scores = evaluate_score(site.score, scores)
     axes = [("b", "h", "q", "kv").index(axis) for axis in site.score_axes]
     for axis in sorted({0, 1, 2, 3} - set(axes), reverse=True):
         scores = scores.squeeze(axis)
@@ -87,7 +90,12 @@ def attention_of(site: AttentionSite, env: dict[Node, Any]) -> Tensor:
         masked = ~value if mask.role == "keep" else value
         assert masked.dtype is torch.bool
         scores = torch.where(masked, torch.as_tensor(fill, dtype=torch.float64), scores)
-    weights = scores.softmax(-1)
+    columns = 0
+    if site.sinks is not None:
+        sinks = env[site.sinks].detach().double()
+        columns = sinks.shape[-1]
+        scores = torch.cat([scores, sinks.expand(*scores.shape[:-1], columns)], -1)
+    weights = scores.softmax(-1)[..., : scores.shape[-1] - columns]
     if site.kind == "sdpa":
         weights = weights.nan_to_num(0.0)
     out = weights.reshape(*q.shape[:3], -1) @ v[:, heads]

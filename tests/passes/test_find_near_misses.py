@@ -104,13 +104,67 @@ def differential(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (softmax_of(q, k) - 0.2 * softmax_of(q + 1, k * 2)) @ v
 
 
-def sinks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    scores = torch.cat([q @ k.mT, torch.ones(B, H, N, 1)], -1)
-    return scores.softmax(-1)[..., :-1] @ v
+def sink() -> Tensor:
+    return torch.ones(B, H, N, 1)
 
 
-def softcap(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return (torch.tanh(q @ k.mT / 30) * 30).softmax(-1) @ v
+def sinks_not_dropped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.cat([q @ k.mT, sink()], -1)
+    return scores.softmax(-1) @ torch.cat([v, v[:, :, :1]], -2)
+
+
+def the_wrong_column_dropped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.cat([q @ k.mT, sink()], -1).softmax(-1)[..., 1:] @ v
+
+
+def two_columns_and_one_dropped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = torch.cat([q @ k.mT, sink(), sink()], -1).softmax(-1)
+    return weights[..., :-1][..., :-1] @ v
+
+
+def sinks_added_to_the_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.cat([q @ k.mT, sink().mT], -2).softmax(-1)[..., :-1, :] @ v
+
+
+def weights_with_sinks_returned(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    weights = torch.cat([q @ k.mT, sink()], -1).softmax(-1)[..., :-1]
+    return weights @ v, weights
+
+
+def share_of_the_sink_returned(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    weights = torch.cat([q @ k.mT, sink()], -1).softmax(-1)
+    return weights[..., :-1] @ v, weights[..., -1:]
+
+
+def another_maximum_subtracted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.cat([q @ k.mT, sink()], -1)
+    return (scores - q.amax(-1, keepdim=True)).softmax(-1)[..., :-1] @ v
+
+
+def sinks_of_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT
+    return torch.cat([scores, scores.mean(-1, True)], -1).softmax(-1)[..., :-1] @ v
+
+
+def masked_then_softcapped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (torch.tanh((q @ k.mT).masked_fill(~causal(), -INF) / 30) * 30).softmax(-1) @ v
+
+
+def masked_by_adding_then_softcapped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (torch.tanh((q @ k.mT + causal().float().log()) / 30) * 30).softmax(-1) @ v
+
+
+def softcapped_scores_in_the_loss(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    scores = torch.tanh(q @ k.mT / 30)
+    return (scores * 30).softmax(-1) @ v, scores.square().mean()
+
+
+def softcapped_at_zero(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (torch.tanh(q @ k.mT) * 0).softmax(-1) @ v
+
+
+def another_curve(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (torch.atan(q @ k.mT / 30) * 30).softmax(-1) @ v
 
 
 def keys_of_another_axis(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -284,8 +338,19 @@ REJECTED: dict[Case, str] = {
     multiplied_after_softmax: "`mul` changes the attention weights",
     renormalized: "weights are also read by",
     differential: "`sub` changes the attention weights",
-    sinks: "sinks",
-    softcap: "tanh",
+    sinks_not_dropped: "not dropped",
+    the_wrong_column_dropped: "`getitem` changes the attention weights",
+    two_columns_and_one_dropped: "several tensors",
+    sinks_added_to_the_queries: "several tensors",
+    weights_with_sinks_returned: "weights are also returned",
+    share_of_the_sink_returned: "weights are also read by",
+    another_maximum_subtracted: "not known as attention sinks",
+    sinks_of_scores: "scores are also read by `mean`",
+    masked_then_softcapped: "masked before the tanh",
+    masked_by_adding_then_softcapped: "masked before the tanh",
+    softcapped_scores_in_the_loss: "scores are also read by `square`",
+    softcapped_at_zero: "multiplied by zero",
+    another_curve: "`atan` changes the scores",
     keys_of_another_axis: "`getitem` changes the attention weights",
     values_on_the_wrong_axis: "not summed over the keys",
     values_not_summed: "not summed over the keys",

@@ -11,7 +11,16 @@ from torch import Tensor
 
 from sparse_compile import reference
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
-from sparse_compile.expr import KV, H, MaskExpr, Q, evaluate
+from sparse_compile.expr import (
+    KV,
+    H,
+    MaskExpr,
+    Q,
+    ScoreData,
+    ScoreProgram,
+    evaluate,
+    evaluate_score,
+)
 from sparse_compile.selection import Selection, canonical
 from sparse_compile.spec import AttentionSpec
 
@@ -38,6 +47,7 @@ class Case:
     how: str = "random"
     scale: float | None = None
     shared: bool = False
+    score: ScoreProgram | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -83,25 +93,34 @@ class Case:
 
     @property
     def spec(self) -> AttentionSpec:
-        return AttentionSpec.of_units(self.mask, self.unit_q, self.unit_kv)
+        return AttentionSpec.of_units(self.mask, self.unit_q, self.unit_kv, score=self.score)
 
     def dense_mask(self) -> Tensor:
         """bool [B, Hq, n_q, n_kv]: selected, and allowed by the mask."""
         chosen = self.selection().dense(self.n_q, self.n_kv)
         chosen = chosen.repeat_interleave(self.q_heads // self.lists, 1)
-        where = {
+        return chosen & evaluate(self.mask, self._where(), self.n_q, self.n_kv, [], [])
+
+    def _where(self) -> dict[str, Tensor]:
+        return {
             "b": torch.arange(self.batch).view(-1, 1, 1, 1),
             "h": torch.arange(self.q_heads).view(-1, 1, 1),
             "q": torch.arange(self.n_q)[:, None],
             "kv": torch.arange(self.n_kv),
         }
-        return chosen & evaluate(self.mask, where, self.n_q, self.n_kv, [], [])
+
+    def scored(self, products: Tensor) -> Tensor:
+        """Scores from scaled products [B, Hq, n_q, n_kv]."""
+        if self.score is None:
+            return products
+        where = {name: value.to(products.device) for name, value in self._where().items()}
+        return evaluate_score(self.score, products, ScoreData(where, self.n_q, self.n_kv))
 
     def expected(self, dtype: torch.dtype = torch.float32) -> list[Tensor]:
         """out, lse, dq, dk and dv by the fp64 reference, for operands rounded to ``dtype``."""
         *inputs, grad = self.operands(dtype)
         q, k, v = (t.double().requires_grad_() for t in inputs)
-        out, lse = reference.attention(q, k, v, self.dense_mask(), self.factor)
+        out, lse = reference.attention(q, k, v, self.dense_mask(), self.factor, score=self.scored)
         return [out, lse, *torch.autograd.grad(out, (q, k, v), grad.double())]
 
 
@@ -140,7 +159,7 @@ def eager(case: Case, operands: list[Tensor], mask: Tensor) -> list[Tensor]:
     *inputs, grad = operands
     q, k, v = (t.detach().requires_grad_() for t in inputs)
     group = case.q_heads // case.kv_heads
-    scores = (q @ k.repeat_interleave(group, 1).mT) * case.factor
+    scores = case.scored((q @ k.repeat_interleave(group, 1).mT) * case.factor)
     weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
     out = weights.nan_to_num(0) @ v.repeat_interleave(group, 1)
     return [out, *(t.nan_to_num(0) for t in torch.autograd.grad(out, (q, k, v), grad))]

@@ -12,11 +12,11 @@ from torch import Tensor
 from sparse_compile import patterns as P
 from sparse_compile.codegen.triton.selection import choose, source
 from sparse_compile.expr import KV, MaskExpr, Q
-from sparse_compile.ops import indexer as indexer_ops
+from sparse_compile.ops.indexer import INDEXED_TOPK
 from sparse_compile.selection import Selection
-from sparse_compile.selection import scores as scores_home
-from sparse_compile.selection import select as home
+from sparse_compile.selection.builders import BUILDERS
 from sparse_compile.spec.indexer import IndexerSpec
+from tests.handed_in import serve_nothing, serve_the_cpu
 
 pytestmark = pytest.mark.usefixtures("interpreted_kernels")
 
@@ -50,8 +50,8 @@ def both(
         expr = bound.expr
         tables = bound.tables("cpu", q.shape[2], k.shape[2], q.shape[0], q.shape[1])
     found = []
-    for kernel in (True, False):
-        monkeypatch.setattr(home, "can_choose", lambda pattern, task, kernel=kernel: kernel)
+    for serve in (serve_the_cpu, serve_nothing):
+        serve(BUILDERS, monkeypatch)
         found.append(pattern.select(q, k, expr, tables, []))
     return found
 
@@ -118,9 +118,8 @@ def test_indexer(
     unit = 16 if block == 16 else 1
     pattern = P.TopK(5, unit_kv=unit, block=block, unit_q=unit_q, scorer=P.Indexer(q, k, w))
     found = []
-    for kernel in (True, False):
-        monkeypatch.setattr(home, "can_choose", lambda pattern, task, kernel=kernel: kernel)
-        monkeypatch.setattr(scores_home, "can_index", lambda q, k, kernel=kernel: kernel)
+    for serve in (serve_the_cpu, serve_nothing):
+        serve(BUILDERS, monkeypatch)
         operands = torch.zeros(2, 2, n_q, 4), torch.zeros(2, 2, n_kv, 4)
         found.append(pattern.select(*operands, P.Causal().bound().expr, [], []))
     assert_same(found)
@@ -148,7 +147,7 @@ def test_the_operator_of_an_indexer(
     keep = torch.arange(70) <= torch.arange(40)[:, None] + 9
     scores = torch.where(keep, scores, scores + fill if adds else fill)
     wanted = scores.topk(6).values
-    for kernel in (True, False):
-        monkeypatch.setattr(indexer_ops, "can_index", lambda q, k, kernel=kernel: kernel)
+    for serve in (serve_the_cpu, serve_nothing):
+        serve(BUILDERS, monkeypatch)
         args = q, k.mT, w.float(), [], [], 6, spec.text
-        torch.testing.assert_close(scores.gather(-1, indexer_ops.INDEXED_TOPK(*args)), wanted)
+        torch.testing.assert_close(scores.gather(-1, INDEXED_TOPK(*args)), wanted)

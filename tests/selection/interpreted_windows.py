@@ -14,11 +14,12 @@ from sparse_compile import patterns as P
 from sparse_compile.codegen.triton.selection.window_scores import fits
 from sparse_compile.expr import KV, FloorDiv, MaskExpr, Q
 from sparse_compile.patterns.compressed import whole_windows
-from sparse_compile.selection.scores import Task
+from sparse_compile.selection.builders import BUILDERS
 from sparse_compile.selection.scoring import scoring
-from sparse_compile.selection.train import masses as home
+from sparse_compile.selection.task import Task
 from sparse_compile.selection.train.masses import _Windows
 from sparse_compile.selection.visible import Visible
+from tests.handed_in import serve_the_cpu
 from tests.selection import naive
 
 pytestmark = pytest.mark.usefixtures("interpreted_kernels")
@@ -52,7 +53,7 @@ def by_kernel(windows: _Windows, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     half = (windows.task.rows + 1) // 2
     chunks = [(0, half), (half, windows.task.rows)]
     with monkeypatch.context() as patch:
-        patch.setattr(home, "can_score_windows", fits)
+        serve_the_cpu(BUILDERS, patch)
         return torch.cat([windows(*chunk) for chunk in chunks if chunk[0] < chunk[1]], 2)
 
 
@@ -65,7 +66,7 @@ def assert_as_in_torch(
     sizes: Sequence[int] = (),
 ) -> None:
     wanted = prepared(pattern, q, k, mask, sizes)
-    assert not home.can_score_windows(wanted._fused)
+    assert wanted._kernel is None
     scores = wanted(0, wanted.task.rows)
     found = by_kernel(prepared(pattern, q, k, mask, sizes), monkeypatch)
     assert found.dtype == scores.dtype == torch.float32

@@ -25,6 +25,7 @@ from sparse_compile.codegen.triton.blocks.sections import (
 from sparse_compile.codegen.triton.blocks.tiles import Tile, padded, tiles_for
 from sparse_compile.codegen.triton.entries import entries_of, table_ranks
 from sparse_compile.codegen.triton.predicate import Printed, print_predicate
+from sparse_compile.codegen.triton.score import PrintedScore, print_score
 from sparse_compile.codegen.triton.text import backward, common, forward, loops, merge
 from sparse_compile.expr import KV, MaskExpr, Q, table_index
 from sparse_compile.spec import KernelSpec
@@ -88,17 +89,38 @@ _KEY_VALUE = _Kernel(
 )
 
 
+@dataclass(frozen=True)
+class _Scoring:
+    """The source of what happens to the products of one view before the softmax."""
+
+    score: PrintedScore
+    mask: Printed
+
+    @property
+    def helpers(self) -> frozenset[str]:
+        return self.score.helpers | self.mask.helpers
+
+    @staticmethod
+    def of(spec: KernelSpec, mask: MaskExpr, loop_axis: str) -> _Scoring:
+        printed = print_predicate(mask, loop_axis)
+        score = print_score(spec.attention.score, mask.tables, loop_axis, printed)
+        return _Scoring(score, printed)
+
+
 def kernel_of(spec: KernelSpec) -> Kernel:
     """The module of a spec: ``forward``, ``backward_*`` and the kernels that merge."""
     tiles = tiles_for(spec)
     entries = entries_of(spec, tiles)
     entry = {one.name: one for one in reversed(entries)}
     masks = [spec.attention.part_mask(view) for view in spec.attention.parts]
-    over_keys = [print_predicate(mask, "kv") for mask in masks]
-    over_queries = [print_predicate(mask, "q") for mask in masks]
-    helpers = frozenset().union(*(printed.helpers for printed in (*over_keys, *over_queries)))
+    over_keys = [_Scoring.of(spec, mask, "kv") for mask in masks]
+    over_queries = [_Scoring.of(spec, mask, "q") for mask in masks]
+    printed = [
+        one for scoring in (*over_keys, *over_queries) for one in (scoring.score, scoring.mask)
+    ]
+    helpers = frozenset().union(*(one.helpers for one in printed))
     parts = [
-        _header(spec),
+        _header(spec, over_keys[0].score),
         *(common.HELPERS[name] for name in sorted(helpers)),
         *first_token_functions(spec.attention),
         _kernel(_FORWARD, entry["forward"], spec, over_keys),
@@ -134,13 +156,14 @@ def direct_lookups(mask: MaskExpr) -> set[tuple[int, int, str]]:
     }
 
 
-def _header(spec: KernelSpec) -> str:
+def _header(spec: KernelSpec, score: PrintedScore) -> str:
     where = [f"at       {line}" for line in spec.attention.where]
     views = [f"view {v}   {view.predicate}" for v, view in enumerate(spec.attention.views)]
     return fill(
         common.HEADER,
         NAME=spec.name,
         ARCH=spec.arch,
+        PROGRAM=[escaped(line) for line in score.shown],
         MASK=escaped(str(spec.attention.mask)),
         VIEWS=[escaped(line) for line in views],
         WHERE=[*map(escaped, where), ""],
@@ -171,13 +194,14 @@ def legend(mask: MaskExpr) -> list[str]:
     return lines + [f"  {f's{i}':<12} size, a run-time integer" for i in range(mask.n_sizes)]
 
 
-def _kernel(kernel: _Kernel, entry: Entry, spec: KernelSpec, masks: list[Printed]) -> str:
+def _kernel(kernel: _Kernel, entry: Entry, spec: KernelSpec, scorings: list[_Scoring]) -> str:
     tile: Tile = entry.tile
     sections = sections_of(spec.attention, kernel.lines)
-    bodies = [_section(kernel, spec, tile, masks, section) for section in sections]
+    bodies = [_section(kernel, spec, tile, scorings, section) for section in sections]
     return entry.text(
         kernel.text,
         SHAPE=_shape(spec, tile, kernel.lines),
+        FACTOR=scorings[0].score.factor,
         SECTIONS=_dispatched(bodies),
         **_operand_bases(kernel, spec, tile),
     )
@@ -206,11 +230,13 @@ def _section(
     kernel: _Kernel,
     spec: KernelSpec,
     tile: Tile,
-    masks: list[Printed],
+    scorings: list[_Scoring],
     section: Section,
 ) -> str:
     extent = tile.m if kernel.lines == "q" else tile.n
-    views = [_view(kernel, spec, tile, masks[v], v, v == section.views[0]) for v in section.views]
+    views = [
+        _view(kernel, spec, tile, scorings[v], v, v == section.views[0]) for v in section.views
+    ]
     lines = Lines(section, kernel.lines, extent).holes
     start = fill(kernel.start[section.number > 0], WIDE=lines["WIDE"]).splitlines()
     earlier = fill(kernel.earlier, WIDE=lines["WIDE"]).splitlines() if section.number else []
@@ -245,18 +271,23 @@ def _lists(kernel: _Kernel, spec: KernelSpec, number: int) -> list[str]:
 
 
 def _view(
-    kernel: _Kernel, spec: KernelSpec, tile: Tile, mask: Printed, number: int, is_first: bool
+    kernel: _Kernel, spec: KernelSpec, tile: Tile, scoring: _Scoring, number: int, is_first: bool
 ) -> str:
     view = spec.attention.parts[number]
     order, extent = (view.kv, tile.n) if kernel.across == "kv" else (view.q, tile.m)
     described = descriptors_usable(spec, view, kernel.across, tile)
     blocks = Blocks(number, order, kernel.across, extent, described, is_first)
     holes: dict[str, str | list[str]] = blocks.holes()
-    masking = _masking(kernel, mask, f"{kernel.across} = {holes['KV']}[None, :]")
+    score, mask = scoring.score, scoring.mask
+    coordinates = f"{kernel.across} = {holes['KV']}[None, :]"
+    lines = score.value if kernel is _FORWARD else score.slope
+    masking = _masking(kernel, mask, coordinates)
     if masking:
         masking = [f"if i < n_partial_{number} * STEPS:", *(f"    {line}" for line in masking)]
     step = fill(
         kernel.step,
+        SCORE=[*([coordinates] if kernel.across in score.coordinates else []), *lines],
+        SLOPE=score.apply_slope,
         MASK=masking,
         PRECISION=', input_precision="ieee"' if spec.dtype == "float32" else "",
         **{f"LOAD_{operand.name}": operand.load(blocks) for operand in kernel.operands},
@@ -264,7 +295,7 @@ def _view(
     return fill(
         loops.VIEW,
         TITLE=title(view, number, len(spec.attention.parts)),
-        BEFORE=list(mask.before),
+        BEFORE=[*mask.before, *score.before],
         STEP=step.splitlines(),
         **holes,
     )

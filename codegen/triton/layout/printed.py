@@ -11,8 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from sparse_compile.layout.bounds import INT64_MAX, INT64_MIN, Abstract
+
 INT32_MIN, INT32_MAX = -(1 << 31), (1 << 31) - 1
-INT64_MIN, INT64_MAX = -(1 << 63), (1 << 63) - 1
 #: Values used once are written in place up to this many characters.
 _LONGEST = 72
 #: How the bounds that mean *anything* are spelled.
@@ -20,7 +21,7 @@ _NAMED = {INT64_MIN: "LEAST", INT64_MAX: "GREATEST"}
 
 
 @dataclass(frozen=True, eq=False)
-class Code:
+class Code(Abstract):
     """One value of a kernel.
 
     Attributes:
@@ -178,44 +179,38 @@ class Code:
     def __bool__(self) -> bool:
         raise TypeError("code has no truth value before it runs")
 
+    # What the analysis asks for; one of the two is code, the other may be an int
 
-def is_code(*values: object) -> bool:
-    """Whether one of these is code."""
-    return any(isinstance(value, Code) for value in values)
+    @staticmethod
+    def least(a: Any, b: Any) -> Any:
+        """The smaller one."""
+        (a_low, a_high), (b_low, b_high) = _range(a), _range(b)
+        if a is b or a_high <= b_low:
+            return a
+        if b_high <= a_low:
+            return b
+        return _call("tl.minimum(", a, b, min(a_low, b_low), min(a_high, b_high))
 
+    @staticmethod
+    def greatest(a: Any, b: Any) -> Any:
+        """The larger one."""
+        (a_low, a_high), (b_low, b_high) = _range(a), _range(b)
+        if a is b or a_low >= b_high:
+            return a
+        if b_low >= a_high:
+            return b
+        return _call("tl.maximum(", a, b, max(a_low, b_low), max(a_high, b_high))
 
-# Values that are code or ints here are bounds to the analysis, which knows tensors and ints; hence
-# Any.
-
-
-def least(a: Any, b: Any) -> Any:
-    """The smaller one."""
-    (a_low, a_high), (b_low, b_high) = _range(a), _range(b)
-    if a is b or a_high <= b_low:
-        return a
-    if b_high <= a_low:
-        return b
-    return _call("tl.minimum(", a, b, min(a_low, b_low), min(a_high, b_high))
-
-
-def greatest(a: Any, b: Any) -> Any:
-    """The larger one."""
-    (a_low, a_high), (b_low, b_high) = _range(a), _range(b)
-    if a is b or a_low >= b_high:
-        return a
-    if b_low >= a_high:
-        return b
-    return _call("tl.maximum(", a, b, max(a_low, b_low), max(a_high, b_high))
-
-
-def where(condition: Any, yes: Any, no: Any) -> Any:
-    """``yes`` where the condition holds, else ``no``."""
-    if yes is no or (isinstance(yes, int) and isinstance(no, int) and yes == no):
-        return yes
-    (y_low, y_high), (n_low, n_high) = _range(yes), _range(no)
-    pieces = ("tl.where(", *_argument(condition), ", ", *_argument(yes), ", ", *_argument(no), ")")
-    wide = _is_wide(yes) or _is_wide(no)
-    return Code(pieces, min(y_low, n_low), max(y_high, n_high), wide)
+    @staticmethod
+    def where(condition: Any, yes: Any, no: Any) -> Any:
+        """``yes`` where the condition holds, else ``no``."""
+        if yes is no or (isinstance(yes, int) and isinstance(no, int) and yes == no):
+            return yes
+        (y_low, y_high), (n_low, n_high) = _range(yes), _range(no)
+        asked, if_so, if_not = map(_argument, (condition, yes, no))
+        pieces = ("tl.where(", *asked, ", ", *if_so, ", ", *if_not, ")")
+        wide = _is_wide(yes) or _is_wide(no)
+        return Code(pieces, min(y_low, n_low), max(y_high, n_high), wide)
 
 
 def _call(name: str, a: Code | int, b: Code | int, low: int, high: int) -> Code:
@@ -293,7 +288,7 @@ def printed(results: dict[str, Code | int]) -> list[str]:
 
     >>> x = Code.named("x", 0, 100)
     >>> y = x // 7
-    >>> printed({"low": least(y, 3), "sum": y + x * 2 + (x - 50) // 7})
+    >>> printed({"low": Code.least(y, 3), "sum": y + x * 2 + (x - 50) // 7})
     ['x0 = x // 7', 'low = tl.minimum(x0, 3)', 'sum = (x0 + (x * 2)) + floor_div(x - 50, 7)']
     """
     return _Printer(results).lines

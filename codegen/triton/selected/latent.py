@@ -31,7 +31,12 @@ def can_be_latent(spec: SelectedKernelSpec) -> bool:
     mask = spec.selected.mask
     plain = not (mask.tables or mask.depends_on(B) or mask.depends_on(H))
     printed = print_predicate(mask, "kv")
-    plain = plain and not printed.helpers and (not printed.keep or mask.depends_on(KV))
+    plain = (
+        plain
+        and spec.selected.score is None
+        and not printed.helpers
+        and (not printed.keep or mask.depends_on(KV))
+    )
     half = spec.arch == "sm_90" and spec.dtype != "float32"
     return bool(half and shape and rows and plain and spec.head_dim % 8 == 0)
 

@@ -11,7 +11,8 @@ from sparse_compile.codegen.entry import Entry, Kernel
 from sparse_compile.codegen.runtime.generated import fill
 from sparse_compile.codegen.triton.blocks.source import escaped, legend
 from sparse_compile.codegen.triton.blocks.tiles import padded
-from sparse_compile.codegen.triton.predicate import print_predicate
+from sparse_compile.codegen.triton.predicate import Printed, print_predicate
+from sparse_compile.codegen.triton.score import PrintedScore, print_score
 from sparse_compile.codegen.triton.selected import (
     features,
     latent,
@@ -79,10 +80,11 @@ def selected_kernel(spec: SelectedKernelSpec) -> Kernel:
     mask = spec.selected.mask
     printed = [print_predicate(mask, axis) for axis in ("kv", "q")]
     can_skip = whole_items.can_print(mask) and not spec.adds_by_query
-    helpers = set().union(*(one.helpers for one in printed))
+    scores = [_score(spec, axis, one) for axis, one in zip(("kv", "q"), printed, strict=True)]
+    helpers = set().union(*(one.helpers for one in printed), *(one.helpers for one in scores))
     helpers |= whole_items.helpers(mask) if can_skip else set()
     parts = [
-        _header(spec),
+        _header(spec, scores[0]),
         *(common.HELPERS[name] for name in sorted(helpers)),
         _by_query(text.FORWARD, entry["forward"], spec),
         entry["merge"].text(text.MERGE, TILE_M=str(tiles.forward.m)),
@@ -104,12 +106,17 @@ def selected_source(spec: SelectedKernelSpec) -> str:
     return selected_kernel(spec).source
 
 
-def _header(spec: SelectedKernelSpec) -> str:
+def _score(spec: SelectedKernelSpec, loop_axis: str, mask: Printed) -> PrintedScore:
+    return print_score(spec.selected.score, spec.selected.mask.tables, loop_axis, mask)
+
+
+def _header(spec: SelectedKernelSpec, score: PrintedScore) -> str:
     where = [f"at       {line}" for line in spec.selected.where]
     return fill(
         text.HEADER,
         NAME=spec.name,
         ARCH=spec.arch,
+        PROGRAM=[escaped(line) for line in score.shown],
         MASK=escaped(str(spec.selected.mask)),
         WHERE=[*map(escaped, where), ""],
         SYMBOLS=legend(spec.selected.mask),
@@ -130,12 +137,15 @@ def _by_query(template: str, entry: Entry, spec: SelectedKernelSpec) -> str:
     """A kernel whose programs hold rows and loop over selected keys."""
     tile: Tile = entry.tile
     printed = print_predicate(spec.selected.mask, "kv")
+    score = _score(spec, "kv", printed)
     keep = [f"keep = {printed.keep}"] if printed.keep else []
     kept = "keep & there[None, :]" if printed.keep else "there[None, :]"
     united = template is text_union.FORWARD_UNION
     kept = f"{kept} & named" if united else kept
+    placed = bool(keep) or score.reads_places
     mask = [
-        *(["kv = tl.minimum(kv, n_kv - 1)[None, :]"] if keep else []),
+        *(["kv = tl.minimum(kv, n_kv - 1)[None, :]"] if placed else []),
+        *(score.value if template in (text.FORWARD, text_union.FORWARD_UNION) else score.slope),
         *printed.inside,
         *keep,
         f'score = tl.where({kept}, score, float("-inf"))',
@@ -154,6 +164,7 @@ def _by_query(template: str, entry: Entry, spec: SelectedKernelSpec) -> str:
             YIELD=text_union.YIELD.splitlines() if yields else [],
             QUERY=features.queries(parts),
             KEY_HEAD=key_head.splitlines(),
+            FACTOR=score.factor,
             **shape,
         ).splitlines(),
         NEIGHBOURS=str(neighbours(spec)),
@@ -162,7 +173,8 @@ def _by_query(template: str, entry: Entry, spec: SelectedKernelSpec) -> str:
         NO_GRAD_Q=features.no_grad_q(parts),
         GRAD_Q=features.grad_q(parts, precision),
         STORE_GRAD_Q=features.store_grad_q(parts),
-        BEFORE=[_AT_ROWS, *printed.before] if keep else [],
+        BEFORE=[_AT_ROWS, *printed.before, *score.before] if placed else [],
+        SLOPE=" * slope" if score.is_given else "",
         FIRST_KEYS=first_keys,
         KEYS=keys,
         MASK=mask,
@@ -205,10 +217,13 @@ def _by_key(template: str, entry: Entry, spec: SelectedKernelSpec) -> str:
     tile: Tile = entry.tile
     transposed = template is text_by_key.BACKWARD_KEY_VALUE
     printed = print_predicate(spec.selected.mask, "q")
+    score = _score(spec, "q", printed)
     along, across = ("[None, :]", "[:, None]") if transposed else ("[:, None]", "[None, :]")
     # Heads vary along the loop here, which the printer does not know.
-    by_head = spec.selected.mask.depends_on(H)
+    program = spec.selected.score
+    by_head = spec.selected.mask.depends_on(H) or (program is not None and program.depends_on(H))
     before = [f"kv = tl.minimum(kv, n_kv - 1){across}"]
+    placed = bool(printed.keep) or score.reads_places
     keep: list[str] = []
     if printed.keep:
         keep = [*(printed.before if by_head else ()), *printed.inside, f"keep = {printed.keep}"]
@@ -218,14 +233,19 @@ def _by_key(template: str, entry: Entry, spec: SelectedKernelSpec) -> str:
     can_skip = not transposed and whole_items.can_print(spec.selected.mask)
     if can_skip:
         mask = ["if partly:", *(f"    {line}" for line in mask)]
-    at_rows = [f"q, h = tl.minimum(token, n_q - 1){along}, h{along}"] if keep else []
+    at_rows = [f"q, h = tl.minimum(token, n_q - 1){along}, h{along}"] if placed else []
+    lines = [*(score.before if by_head else ()), *(score.slope if transposed else score.value)]
+    outside = [] if by_head else [*printed.before, *score.before]
     return entry.text(
         template,
-        START=fill(text_by_key.KEYS, TILE_M=str(tile.m), TILE_N=str(tile.n)).splitlines(),
-        BEFORE=[*before, *(() if by_head else printed.before)] if keep else [],
+        START=fill(
+            text_by_key.KEYS, TILE_M=str(tile.m), TILE_N=str(tile.n), FACTOR=score.factor
+        ).splitlines(),
+        BEFORE=[*before, *outside] if placed else [],
         PARTLY=whole_items.lines(spec.selected.mask) if can_skip else [],
         ENTRIES=text_by_key.ENTRIES.splitlines(),
-        MASK=[*at_rows, *mask],
+        MASK=[*at_rows, *lines, *mask],
+        SLOPE=score.apply_slope,
         PRECISION=_precision(spec),
     )
 

@@ -18,7 +18,7 @@ there = kv < n_kv
 K += b.to(tl.int64) * k_stride_b + (group // GROUPS_PER_KEY).to(tl.int64) * k_stride_h
 V += b.to(tl.int64) * v_stride_b + (group // GROUPS_PER_KEY).to(tl.int64) * v_stride_h
 Q += b.to(tl.int64) * q_stride_b
-factor = scale * LOG2_E
+factor = $FACTOR
 """
 
 #: The rows of a tile: from the place of an entry to the query and the head.
@@ -66,6 +66,7 @@ $SIGNATURE
         grad_v = tl.dot(weight.to(grad_out.dtype), grad_out, grad_v$PRECISION)
         grad_weight = tl.dot(value, grad_out.T$PRECISION)
         grad_score = weight * (grad_weight - delta[None, :])
+        $SLOPE
         grad_k = tl.dot(grad_score.to(query.dtype), query, grad_k$PRECISION)
     owner = ((b * kv_heads + group // GROUPS_PER_KEY).to(tl.int64) * n_kv + place_kv)[:, None]
     column, width = tl.arange(0, HEAD_PAD)[None, :], tl.arange(0, VALUE_PAD)[None, :]

@@ -22,7 +22,7 @@ NAMES += own * most
 lo = 0
 $KEY_HEAD
 Q += b.to(tl.int64) * q_stride_b
-factor = scale * LOG2_E
+factor = $FACTOR
 $QUERY
 """
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from sparse_compile.codegen.runtime.launch import Launcher, current, launchers_of
 from sparse_compile.codegen.triton.layout.key import LONGEST
-from sparse_compile.codegen.triton.selection.printable import free_sizes, key_of, printable
+from sparse_compile.codegen.triton.selection.printable import free_sizes, key_of
 from sparse_compile.codegen.triton.selection.source import HELD, ChooseSpec, choose_kernel
 from sparse_compile.patterns.checks import UPPER_LEFT
 from sparse_compile.patterns.rules import Threshold, TopK, TopP, TopRatio, exact
 from sparse_compile.patterns.scored import Scored
-from sparse_compile.selection.scores import Task
+from sparse_compile.selection.task import Task
 
 #: Blocks that a row may have for the rule that needs nothing but the order of scores.
 _MOST_IN_ORDER = 1 << 20
@@ -25,10 +25,10 @@ _FEW = 256
 
 
 def can_choose(pattern: Scored, task: Task) -> bool:
-    """Whether the kernel can choose for a task: on a GPU, and not from too many blocks."""
+    """Whether the kernel can choose for a task: not from too many blocks."""
     most = _MOST_IN_ORDER if isinstance(pattern, TopK) else HELD
     fits = task.blocks <= most and max(task.q.shape[2], task.k.shape[2]) <= LONGEST
-    return task.q.is_cuda and fits and task.rows * task.blocks < 1 << 40
+    return fits and task.rows * task.blocks < 1 << 40
 
 
 @functools.lru_cache(maxsize=256)
@@ -71,7 +71,7 @@ class Chooser:
     def __call__(self, scores: Tensor, first: int, end: int) -> None:
         """Write the lists of the units ``first, ..., end - 1``, from [B, lists, units, blocks]."""
         pattern, task, visible = self.pattern, self.task, self.task.visible
-        given = not printable(visible)
+        given = not visible.printable
         key = key_of(visible, pattern.unit_q, pattern.block_kv)
         kind, rule = self.rule
         batch, lists, units, room = self.index.shape

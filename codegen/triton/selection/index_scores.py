@@ -15,7 +15,7 @@ from sparse_compile.codegen.runtime.launch import (
     strides,
 )
 from sparse_compile.codegen.triton.selection.index_source import IndexSpec, index_kernel, tiles
-from sparse_compile.codegen.triton.selection.printable import free_sizes, key_of, printable
+from sparse_compile.codegen.triton.selection.printable import free_sizes, key_of
 from sparse_compile.selection.visible import Visible
 from sparse_compile.spec.target import Target
 
@@ -29,11 +29,11 @@ def _kernel(spec: IndexSpec) -> Launcher:
 
 
 def can_index(q: Tensor, k: Tensor) -> bool:
-    """Whether the kernel can score these queries and keys: on a GPU, in its sizes and dtypes."""
+    """Whether the kernel can score these queries and keys: in its sizes and dtypes."""
     heads, dim = q.shape[1], q.shape[3]
     most = _MOST_HEADS_SINGLE if q.dtype == torch.float32 else _MOST_HEADS
     fits = heads <= most and dim <= _MOST_DIM and min(q.numel(), k.numel()) > 0
-    return q.is_cuda and fits and q.dtype == k.dtype and q.dtype in DTYPE_NAMES
+    return fits and q.dtype == k.dtype and q.dtype in DTYPE_NAMES
 
 
 def index_scores(
@@ -64,7 +64,7 @@ def index_scores(
     key = key_of(visible, run_q, run_kv)
     # A tile that is left out must not hold a part of a run that is visible.
     whole = first % run_q == run_q % visible.run_q == run_kv % visible.run_kv == 0
-    masked = whole and printable(visible)
+    masked = whole and visible.printable
     spec = IndexSpec(key, masked, heads, dim, dtype, Target.of(q.device).arch)
     scores = torch.empty(batch, end - first, n_kv, dtype=torch.float32, device=q.device)
     w_steps = {f"w_stride_{axis}": step for axis, step in zip("bnh", w.stride(), strict=True)}

@@ -1,21 +1,13 @@
-"""Masks that a kernel can evaluate by itself, in runs of queries and keys."""
+"""What kernels need of a mask that they evaluate by themselves, in runs of queries and keys."""
 
 from __future__ import annotations
 
 import sympy
 
 from sparse_compile.codegen.triton.layout.key import Key
-from sparse_compile.expr import B, H, MaskExpr
+from sparse_compile.expr import MaskExpr
 from sparse_compile.selection.visible import Visible
 from sparse_compile.spec.view import natural
-
-
-def printable(visible: Visible) -> bool:
-    """Whether kernels can tell from its text what a mask may show: it reads no tensor."""
-    mask = visible.mask
-    if mask is None or visible.n_q < 1 or visible.n_kv < 1:
-        return True
-    return not (mask.tables or mask.depends_on(B) or mask.depends_on(H))
 
 
 def key_of(visible: Visible, run_q: int, run_kv: int) -> Key:

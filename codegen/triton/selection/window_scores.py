@@ -19,9 +19,9 @@ from sparse_compile.codegen.runtime.launch import (
 )
 from sparse_compile.codegen.triton.layout.key import LONGEST
 from sparse_compile.codegen.triton.selection import window_source
-from sparse_compile.codegen.triton.selection.printable import free_sizes, key_of, printable
+from sparse_compile.codegen.triton.selection.printable import free_sizes, key_of
 from sparse_compile.codegen.triton.selection.window_source import WindowSpec
-from sparse_compile.selection.visible import Visible
+from sparse_compile.selection.windows import Windows
 from sparse_compile.spec.target import Target
 
 #: What the kernel holds of a key, of the heads of a list, and of the cells of windows and blocks.
@@ -35,68 +35,8 @@ def _kernel(spec: WindowSpec) -> Launcher:
     return launchers_of(window_source.window_kernel(spec))["window_scores"]
 
 
-@dataclass(frozen=True)
-class Windows:
-    """Queries, and the keys of windows that they attend to.
-
-    Attributes:
-        q: [B, Hq, Nq, D].
-        keys: [B, Hc, windows, D], floating; Hc divides Hq.
-        scale: factor on their products.
-        lists: of heads whose shares are summed; Hc divides it, and it divides Hq.
-        unit: consecutive queries whose shares are summed; a power of two.
-        span, per: cells of a window, and of a block.
-        blocks: how many.
-        visible: the mask, in single queries and cells.
-        made_of: the dtype of what the keys are means of.
-    """
-
-    q: Tensor
-    keys: Tensor
-    scale: float
-    lists: int
-    unit: int
-    span: int
-    per: int
-    blocks: int
-    visible: Visible
-    made_of: torch.dtype
-
-    @property
-    def heads(self) -> int:
-        """Of a list."""
-        return self.q.shape[1] // self.lists
-
-    @property
-    def summed(self) -> int:
-        """Queries of each row of scores: those of a unit, or fewer."""
-        return min(self.unit, window_source.tokens_of(self.heads, self.q.shape[3]))
-
-    @functools.cached_property
-    def parts(self) -> Tensor:
-        """[parts, B, Hc, windows and more, channels and more]: what sums to the keys.
-
-        Keys that are not of the dtype of the queries are rounded to two numbers of that dtype: of
-        16 bits together for bf16, of 22 for fp16.
-        """
-        keys = self.keys if self.scale > 0 else self.keys.float() * self.scale
-        room = -keys.shape[2] % window_source.PADDED
-        channels = window_source.dim_pad(keys.shape[3]) - keys.shape[3]
-        keys = pad(keys, (0, channels, 0, room))
-        if keys.dtype == self.q.dtype:
-            return keys.contiguous()[None]
-        keys = keys.float()
-        high = keys.to(self.q.dtype)
-        return torch.stack([high, (keys - high.float()).to(self.q.dtype)])
-
-
-def can_score_windows(windows: Windows) -> bool:
-    """Whether the kernel can score this: on a GPU, in its sizes and dtypes, by its masks."""
-    return windows.q.is_cuda and fits(windows)
-
-
 def fits(windows: Windows) -> bool:
-    """Whether the kernel could score this on a GPU."""
+    """Whether the kernel can score this: in its sizes and dtypes, by its masks."""
     q, keys, per = windows.q, windows.keys, windows.per
     small = q.shape[3] <= _MOST_DIM and windows.heads <= _MOST_HEADS
     small = small and windows.span <= _MOST_SPAN and per <= _MOST_PER and per & (per - 1) == 0
@@ -108,38 +48,69 @@ def fits(windows: Windows) -> bool:
     exact = q.dtype == torch.bfloat16
     exact = exact or (q.dtype == windows.made_of == torch.float16 and windows.scale > 0)
     some = min(q.numel(), keys.numel()) > 0
-    return small and divides and exact and some and printable(windows.visible)
+    return small and divides and exact and some and windows.visible.printable
 
 
-def window_scores(windows: Windows, units: tuple[int, int], logarithm: bool) -> Tensor:
-    """The attention that windows get from some units of queries, handed down to blocks.
+@dataclass(frozen=True)
+class WindowScores:
+    """The kernel's scores of windows for which :func:`fits`."""
 
-    Args:
-        windows: for which :func:`can_score_windows`.
-        units: the first, and the end.
-        logarithm: whether to return the logarithm of the sums, at least that of the smallest
-            normal number, or the sums.
+    windows: Windows
 
-    Returns:
-        fp32 [B, lists, rows, blocks], in rows of ``windows.summed`` queries.
-    """
-    q, parts, visible = windows.q, windows.parts, windows.visible
-    q = q if q.stride(-1) == 1 else q.contiguous()
-    first, rows = units[0] * windows.unit, (units[1] - units[0]) * windows.unit // windows.summed
-    key = replace(key_of(visible, 1, visible.run_kv), span=_SPAN)
-    shape = parts.shape[0], windows.span, windows.per, windows.unit
-    of_heads = windows.heads, q.shape[3], DTYPE_NAMES[q.dtype]
-    spec = WindowSpec(key, *of_heads, *shape, logarithm, Target.of(q.device).arch)
-    least = window_source.LEAST_SCORE if logarithm else 0.0
-    scores = torch.full((q.shape[0], windows.lists, rows, windows.blocks), least, device=q.device)
-    factor = windows.scale if windows.scale > 0 else 1.0
-    values = {"Q": q, "KEYS": parts, "SCORES": scores, **strides(q=q), "first": first}
-    values |= {"key_stride_part": parts.stride(0), "rows": rows, "factor": factor / math.log(2)}
-    values |= {"windows": windows.keys.shape[2], "padded": parts.shape[3]}
-    values |= {"blocks": windows.blocks, "lists": windows.lists}
-    values |= {"lists_per_key": windows.lists // parts.shape[2], "n_q": q.shape[2]}
-    values |= {"n_kv": visible.n_kv, **free_sizes(visible, key)}
-    grid = -(-rows * windows.summed // spec.tokens), q.shape[0] * windows.lists
-    with current(q.device):
-        _kernel(spec)(grid, values)
-    return scores
+    @property
+    def summed(self) -> int:
+        """Queries of each row of scores: those of a unit, or fewer."""
+        of = self.windows
+        return min(of.unit, window_source.tokens_of(of.heads, of.q.shape[3]))
+
+    @functools.cached_property
+    def parts(self) -> Tensor:
+        """[parts, B, Hc, windows and more, channels and more]: what sums to the keys.
+
+        Keys that are not of the dtype of the queries are rounded to two numbers of that dtype: of
+        16 bits together for bf16, of 22 for fp16.
+        """
+        of = self.windows
+        keys = of.keys if of.scale > 0 else of.keys.float() * of.scale
+        room = -keys.shape[2] % window_source.PADDED
+        channels = window_source.dim_pad(keys.shape[3]) - keys.shape[3]
+        keys = pad(keys, (0, channels, 0, room))
+        if keys.dtype == of.q.dtype:
+            return keys.contiguous()[None]
+        keys = keys.float()
+        high = keys.to(of.q.dtype)
+        return torch.stack([high, (keys - high.float()).to(of.q.dtype)])
+
+    def __call__(self, units: tuple[int, int], logarithm: bool) -> Tensor:
+        """The attention that windows get from some units of queries, handed down to blocks.
+
+        Args:
+            units: the first, and the end.
+            logarithm: whether to return the logarithm of the sums, at least that of the smallest
+                normal number, or the sums.
+
+        Returns:
+            fp32 [B, lists, rows, blocks], in rows of :attr:`summed` queries.
+        """
+        windows, parts, visible = self.windows, self.parts, self.windows.visible
+        q = windows.q if windows.q.stride(-1) == 1 else windows.q.contiguous()
+        first, rows = units[0] * windows.unit, (units[1] - units[0]) * windows.unit // self.summed
+        key = replace(key_of(visible, 1, visible.run_kv), span=_SPAN)
+        shape = parts.shape[0], windows.span, windows.per, windows.unit
+        of_heads = windows.heads, q.shape[3], DTYPE_NAMES[q.dtype]
+        spec = WindowSpec(key, *of_heads, *shape, logarithm, Target.of(q.device).arch)
+        least = window_source.LEAST_SCORE if logarithm else 0.0
+        scores = torch.full(
+            (q.shape[0], windows.lists, rows, windows.blocks), least, device=q.device
+        )
+        factor = windows.scale if windows.scale > 0 else 1.0
+        values = {"Q": q, "KEYS": parts, "SCORES": scores, **strides(q=q), "first": first}
+        values |= {"key_stride_part": parts.stride(0), "rows": rows, "factor": factor / math.log(2)}
+        values |= {"windows": windows.keys.shape[2], "padded": parts.shape[3]}
+        values |= {"blocks": windows.blocks, "lists": windows.lists}
+        values |= {"lists_per_key": windows.lists // parts.shape[2], "n_q": q.shape[2]}
+        values |= {"n_kv": visible.n_kv, **free_sizes(visible, key)}
+        grid = -(-rows * self.summed // spec.tokens), q.shape[0] * windows.lists
+        with current(q.device):
+            _kernel(spec)(grid, values)
+        return scores

@@ -20,7 +20,7 @@ $SIGNATURE
     DELTA = LOG_SUM + (batch * q_heads).to(tl.int64) * rows
     $K_BASE
     $V_BASE
-    factor = scale * LOG2_E
+    factor = $FACTOR
     $SECTIONS
 '''
 
@@ -51,11 +51,13 @@ else:
 QUERY_STEP = """\
 key = $LOAD_K
 score = tl.dot(query, key.T$PRECISION)
+$SCORE
 $MASK
 weight = tl.exp2(score * factor - lse[:, None])
 value = $LOAD_V
 grad_weight = tl.dot(grad_out, value.T$PRECISION)
 grad_score = weight * (grad_weight - delta[:, None])
+$SLOPE
 grad_q = tl.dot(grad_score.to(key.dtype), key, grad_q$PRECISION)
 """
 
@@ -72,7 +74,7 @@ $SIGNATURE
     place = (b * kv_heads + kv_head).to(tl.int64) * n_kv
     GRAD_K += place * HEAD_DIM
     GRAD_V += place * VALUE_DIM
-    factor = scale * LOG2_E
+    factor = $FACTOR
     $SECTIONS
 '''
 
@@ -117,6 +119,7 @@ KEY_VALUE_STEP = """\
 query = $LOAD_Q
 lse = $LOAD_LSE
 score = tl.dot(key, query.T$PRECISION)
+$SCORE
 $MASK
 weight = tl.exp2(score * factor - lse[None, :])
 grad_out = $LOAD_GRAD_OUT
@@ -124,6 +127,7 @@ grad_v = tl.dot(weight.to(grad_out.dtype), grad_out, grad_v$PRECISION)
 delta = $LOAD_DELTA
 grad_weight = tl.dot(value, grad_out.T$PRECISION)
 grad_score = weight * (grad_weight - delta[None, :])
+$SLOPE
 grad_k = tl.dot(grad_score.to(query.dtype), query, grad_k$PRECISION)
 """
 

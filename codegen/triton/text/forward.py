@@ -10,7 +10,7 @@ $SIGNATURE
     LSE += (b * q_heads + h).to(tl.int64) * n_q
     $K_BASE
     $V_BASE
-    factor = scale * LOG2_E
+    factor = $FACTOR
     $SECTIONS
 '''
 
@@ -43,6 +43,7 @@ else:
 STEP = """\
 key = $LOAD_K
 score = tl.dot(query, key.T$PRECISION)
+$SCORE
 $MASK
 weight, shrink, peak, total = softmax_step(score, peak, total, factor)
 value = $LOAD_V

@@ -44,6 +44,7 @@ def from_coo(
     n_q: int,
     n_kv: int,
     block: Block,
+    *,
     batches: int = 1,
     heads: int = 1,
     classes: Tensor | Sequence[int] | None = None,

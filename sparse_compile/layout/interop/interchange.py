@@ -95,9 +95,9 @@ def from_block_mask(block_mask: Any) -> BlockLayout:
         n_q,
         n_kv,
         (block_q, block_kv),
-        batches,
-        heads,
-        visited.classes,
+        batches=batches,
+        heads=heads,
+        classes=visited.classes,
     )
 
 

@@ -10,22 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sparse_compile.codegen.triton.selection.window_scores import (
-    Windows,
-    can_score_windows,
-    window_scores,
-)
 from sparse_compile.patterns.compressed import Compressed
 from sparse_compile.patterns.scorers import Antidiagonal, OverlapPool
-from sparse_compile.selection.scores import (
-    Scoring,
-    Task,
-    parted,
-    sizes_of_units,
-    summed,
-    unit_sums,
-)
+from sparse_compile.selection.builders import BUILDERS, WindowScores
+from sparse_compile.selection.scores import Scoring, parted, sizes_of_units, summed, unit_sums
+from sparse_compile.selection.task import Task
 from sparse_compile.selection.visible import Visible
+from sparse_compile.selection.windows import Windows
 
 
 def _softmax(logits: Tensor, allowed: Tensor) -> Tensor:
@@ -90,26 +81,26 @@ class _Windows:
         of_queries = task.q, self.keys, self.scale, lists, task.unit_q
         return Windows(*of_queries, self.span, per, task.blocks, self.visible, self.made_of)
 
-    @property
-    def _finished(self) -> bool:
-        """Whether the kernel sums over all heads of a list and all queries of a unit."""
-        fused = self._fused
-        return fused.lists == self.lists and fused.summed == fused.unit
+    @functools.cached_property
+    def _kernel(self) -> WindowScores | None:
+        builder = BUILDERS.get(self.task.q.device)
+        return builder.window_scores(self._fused) if builder else None
 
     @property
     def width(self) -> int:
         fused, cells = self._fused, -(-self.task.k.shape[2] // self.stride)
-        if can_score_windows(fused):
-            return fused.lists * (fused.unit // fused.summed) * fused.blocks
+        if self._kernel is not None:
+            return fused.lists * (fused.unit // self._kernel.summed) * fused.blocks
         return self.task.q.shape[1] * self.task.unit_q * cells
 
     def __call__(self, first: int, end: int) -> Tensor:
-        if not can_score_windows(self._fused):
+        if self._kernel is None:
             return self._in_torch(first, end)
-        scores = window_scores(self._fused, (first, end), self._finished)
-        if self._finished:
-            return scores
-        return _log(unit_sums(summed(scores, self.lists), self._fused.unit // self._fused.summed))
+        parts = self._fused.unit // self._kernel.summed
+        # Whether the kernel sums over all heads of a list and all queries of a unit.
+        finished = self._fused.lists == self.lists and parts == 1
+        scores = self._kernel((first, end), finished)
+        return scores if finished else _log(unit_sums(summed(scores, self.lists), parts))
 
     def _in_torch(self, first: int, end: int) -> Tensor:
         task, rows = self.task, self.task.queries(first, end)

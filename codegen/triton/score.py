@@ -1,0 +1,120 @@
+"""Score programs as Triton source: what a kernel does to a tile of scores before it masks them.
+
+A kernel without a program works on raw products, and the scale is part of the exponent. With one,
+``score`` is first brought to its natural units, then computed, and the exponent has its base alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sparse_compile.codegen.triton.predicate import (
+    Printed,
+    Term,
+    helpers_in,
+    named_terms,
+    real_terms,
+)
+from sparse_compile.expr import COORDINATES, ScoreProgram
+
+
+@dataclass(frozen=True)
+class PrintedScore:
+    """A program as source lines; all empty where there is none.
+
+    Attributes:
+        factor: what turns a score into an exponent of 2.
+        before: assignments that belong before the loop.
+        value: lines that turn the products ``score`` of a tile into scores.
+        slope: the same, and leave the derivative in ``slope``.
+        coordinates: which of ``b, h, q, kv`` the lines read.
+        helpers: as in :class:`sparse_compile.codegen.triton.predicate.Printed`.
+        shown: lines of a module's description.
+    """
+
+    factor: str = "scale * LOG2_E"
+    before: tuple[str, ...] = ()
+    value: tuple[str, ...] = ()
+    slope: tuple[str, ...] = ()
+    coordinates: frozenset[str] = frozenset()
+    helpers: frozenset[str] = frozenset()
+    shown: tuple[str, ...] = ()
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there is a program."""
+        return bool(self.value)
+
+    @property
+    def reads_places(self) -> bool:
+        """Whether it matters which query and key a score is of."""
+        return bool(self.coordinates)
+
+    @property
+    def apply_slope(self) -> list[str]:
+        """Lines that take the gradient of scores to that of their scaled products."""
+        return ["grad_score *= slope"] if self.is_given else []
+
+
+def print_score(
+    program: ScoreProgram | None, tables: Sequence[str], loop_axis: str, mask: Printed
+) -> PrintedScore:
+    """Source of a program for a kernel whose loop runs over ``loop_axis`` (``"q"`` or ``"kv"``).
+
+    Args:
+        program: of the attention; None: its scores are the scaled products.
+        tables: dtypes of its tables.
+        loop_axis: ``"q"`` or ``"kv"``.
+        mask: as it is printed in the same loop, whose names are taken.
+
+    >>> from sparse_compile.expr import softcap
+    >>> printed = print_score(softcap(50.0), (), "kv", Printed((), (), "", frozenset()))
+    >>> print("\\n".join(printed.slope))
+    score *= scale
+    s_0 = tanh(0.02 * score)
+    slope = 1 - (s_0 * s_0)
+    score = 50 * s_0
+    """
+    if program is None:
+        return PrintedScore()
+    value, slope = real_terms(tables, program.value, program.derivative)
+    taken = [line.partition(" = ")[0] for line in (*mask.before, *mask.inside)]
+    before, inside, names = named_terms((value, slope), loop_axis, "s", taken)
+    last = f"score = {names.get(value, value.text(names))}"
+    derivative = f"slope = {names.get(slope, slope.text(names))}"
+    used = coordinates_in(value, slope)
+    alone = [line for line in inside if line.partition(" = ")[0] in _read(inside, last)]
+    return PrintedScore(
+        factor="LOG2_E",
+        before=before,
+        value=("score *= scale", *alone, last),
+        slope=("score *= scale", *inside, derivative, last),
+        coordinates=used,
+        helpers=helpers_in(*before, *inside, derivative, last),
+        shown=(f"score    {program}",),
+    )
+
+
+def coordinates_in(*terms: Term) -> frozenset[str]:
+    """Which of ``b, h, q, kv`` terms read."""
+    found: set[str] = set()
+    for term in terms:
+        found |= {p for p in term.pieces if isinstance(p, str)} & {c.name for c in COORDINATES}
+        found |= coordinates_in(*term.operands())
+    return frozenset(found)
+
+
+def _read(lines: Sequence[str], last: str) -> set[str]:
+    """The names that the last line reads, directly or through others."""
+    needed, text = set[str](), last
+    for line in reversed(lines):
+        name, _, right = line.partition(" = ")
+        if name in _words(text):
+            needed.add(name)
+            text += f" {right}"
+    return needed
+
+
+def _words(text: str) -> set[str]:
+    return set("".join(c if c.isalnum() or c == "_" else " " for c in text).split())

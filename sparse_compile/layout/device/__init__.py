@@ -1,1 +1,0 @@
-"""Layouts built on a GPU: the interval analysis printed as Triton kernels."""

@@ -1,0 +1,74 @@
+"""Hands the kernels of a GPU to layouts and selections, which know none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparse_compile.codegen.triton.layout.build import DeviceProblem
+from sparse_compile.codegen.triton.selection.choose import Chooser, can_choose
+from sparse_compile.codegen.triton.selection.index_scores import can_index, index_scores
+from sparse_compile.codegen.triton.selection.window_scores import WindowScores, fits
+from sparse_compile.expr import MaskExpr
+from sparse_compile.layout import BlockLayout, BlockLists, Problem
+from sparse_compile.layout import builders as of_layouts
+from sparse_compile.patterns.scored import Scored
+from sparse_compile.selection import builders as of_selections
+from sparse_compile.selection.task import Task
+from sparse_compile.selection.windows import Windows
+
+
+def hand_in() -> None:
+    """Let layouts and selections of tensors on a GPU be made by kernels."""
+    of_layouts.BUILDERS.give("cuda", of_layouts.DeviceBuilder(_layout, _read_dense, _compacted))
+    selections = of_selections.DeviceBuilder(_chooser, _index_scores, _window_scores)
+    of_selections.BUILDERS.give("cuda", selections)
+
+
+def _layout(
+    problem: Problem, mask: MaskExpr, tables: Sequence[Tensor], device: torch.device
+) -> BlockLayout:
+    made = DeviceProblem.of(
+        mask,
+        batch=problem.batches,
+        heads=problem.heads,
+        n_q=problem.n_q,
+        n_kv=problem.n_kv,
+        q=problem.q,
+        kv=problem.kv,
+        tables=tables,
+        sizes=problem.sizes,
+        device=device,
+    )
+    return problem.layout(made.rows(), made.cols)
+
+
+def _read_dense(mask: Tensor, block_q: int, block_kv: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    from sparse_compile.codegen.triton.layout import dense_kernel  # needs triton
+
+    if mask.dtype == torch.float64 or not dense_kernel.supports(block_q, block_kv):
+        return None
+    return dense_kernel.read_dense(mask, block_q, block_kv)
+
+
+def _compacted(kinds: Tensor, flag: Tensor) -> tuple[BlockLists, BlockLists, bool]:
+    from sparse_compile.codegen.triton.layout.compact_kernel import compacted  # needs triton
+
+    return compacted(kinds, flag)
+
+
+def _chooser(
+    pattern: Scored, task: Task, lists: int, index: Tensor, count: Tensor
+) -> Chooser | None:
+    fit = can_choose(pattern, task)
+    return Chooser(pattern, task, lists, index, count) if fit else None
+
+
+def _index_scores(q: Tensor, k: Tensor) -> of_selections.IndexScores | None:
+    return index_scores if can_index(q, k) else None
+
+
+def _window_scores(windows: Windows) -> WindowScores | None:
+    return WindowScores(windows) if fits(windows) else None

@@ -1,0 +1,55 @@
+"""Attention problems whose scores are not the scaled products of q and k."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import sympy
+import torch
+
+from sparse_compile.expr import (
+    KV,
+    N_KV,
+    SCORE,
+    B,
+    H,
+    MaskExpr,
+    Q,
+    ScoreProgram,
+    softcap,
+)
+from tests.codegen.kernel_cases import CASES as PLAIN
+from tests.codegen.kernel_cases import CAUSAL, EVERYTHING, T0, Case, documents
+
+_BY_NAME = {case.name: case for case in PLAIN}
+#: ALiBi, whose slope depends on the head: 2 ** -(h + 1).
+ALIBI = ScoreProgram(SCORE - sympy.exp(-sympy.log(2.0) * (H + 1)) * (Q - KV))
+#: Everything else that a program may be made of; it reads a table that the mask reads, too.
+STRANGE = ScoreProgram(
+    sympy.Max(SCORE, -1.5) * 0.7
+    + sympy.Piecewise((sympy.tanh(SCORE), KV * 2 < N_KV), (sympy.Abs(SCORE), True))
+    + 0.25 * T0(B, KV) / (1 + sympy.exp(-SCORE)) ** 2
+    - sympy.sqrt(1 + SCORE**2) * 0.1
+)
+
+CASES = [
+    Case("softcap", CAUSAL, heads=(6, 2), dims=(72, 40), score=softcap(2.0)),
+    Case("saturated", EVERYTHING, n=(70, 90), score=softcap(0.3), dtype=torch.float16),
+    Case("nearly linear", CAUSAL, heads=(3, 1), score=softcap(50.0)),
+    Case("window", MaskExpr((KV <= Q) & (Q - KV < 40)), score=softcap(1.0), dtype=torch.float16),
+    replace(_BY_NAME["padding"], score=softcap(3.0), heads=(3, 1)),
+    replace(_BY_NAME["empty rows"], score=softcap(3.0)),
+    replace(_BY_NAME["strided in two views"], score=softcap(1.5)),
+    replace(_BY_NAME["tiles of a grid, and documents"], score=ALIBI),
+    replace(_BY_NAME["global tokens, split, after a window"], score=softcap(1.5), heads=(1, 1)),
+    Case("negative scale", CAUSAL, n=(60, 60), score=softcap(2.0), scale=-0.3),
+    Case("scale of zero", CAUSAL, n=(50, 50), score=softcap(2.0), scale=0.0, heads=(1, 1)),
+    Case("position", CAUSAL, heads=(4, 2), score=ALIBI),
+    Case(
+        "strange",
+        MaskExpr((KV <= Q) & sympy.Eq(T0(B, Q), T0(B, KV)), ("int64",)),
+        batch=2,
+        tables=documents,
+        score=STRANGE,
+    ),
+]
