@@ -205,10 +205,11 @@ class Entry:
 
     def ordered(self, values: Mapping[str, Any]) -> list[Any]:
         """The values of the parameters in their order; values of others are left out."""
-        missing = [name for name in self.names if name not in values]
-        if missing:
-            raise TypeError(f"{self.name} was not given {', '.join(missing)}")
-        return [values[name] for name in self.names]
+        try:
+            return [values[name] for name in self.names]
+        except KeyError:
+            missing = [name for name in self.names if name not in values]
+            raise TypeError(f"{self.name} was not given {', '.join(missing)}") from None
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,14 @@ starts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from sparse_compile.codegen.entry import Kind, Parameter
+from sparse_compile.codegen.entry import Entry, Kind, Parameter
 from sparse_compile.codegen.runtime.launch import Launcher, descriptor_class
 
 #: Addresses whose descriptors a launch keeps, and calls of different shapes that are kept.
@@ -89,6 +89,37 @@ class Box:
         return found
 
 
+@dataclass(frozen=True)
+class _Form:
+    """Where that stands among the parameters of a kernel which a call gives.
+
+    Attributes:
+        pointers, lists, numbers: places and names, by kind.
+        described: places of descriptors.
+        later: names of all that is filled in later, or never.
+    """
+
+    pointers: list[tuple[int, str]]
+    lists: list[tuple[int, str]]
+    numbers: list[tuple[int, str]]
+    described: list[tuple[int, Parameter]]
+    later: dict[str, None]
+
+    @staticmethod
+    def of(entry: Entry, given: Sequence[str]) -> _Form:
+        """That of an entry, for what is given by name."""
+        places: dict[Kind, list[tuple[int, str]]] = {kind: [] for kind in Kind}
+        described, names = [], set(given) - entry.absent
+        for place, parameter in enumerate(entry.parameters):
+            if parameter.kind is Kind.DESCRIPTOR and parameter.name not in entry.absent:
+                described.append((place, parameter))
+            elif parameter.name in names:
+                places[parameter.kind].append((place, parameter.name))
+        later = dict.fromkeys([*entry.absent, *given, *(p.name for _, p in described)])
+        numbers = places[Kind.SIZE] + places[Kind.NUMBER]
+        return _Form(places[Kind.POINTER], places[Kind.LIST], numbers, described, later)
+
+
 class Launch:
     """A launch of which everything is known but what a call gives: tensors, and numbers.
 
@@ -103,22 +134,13 @@ class Launch:
     def __init__(
         self, launcher: Launcher, values: Mapping[str, Any], given: Mapping[str, Any]
     ) -> None:
-        self.launcher, entry = launcher, launcher.entry
-        taken = [
-            (place, p) for place, p in enumerate(entry.parameters) if p.name not in entry.absent
-        ]
-        self._boxes = [
-            (place, p.tensor, Box.of(p, given[p.tensor]))
-            for place, p in taken
-            if p.kind is Kind.DESCRIPTOR
-        ]
-        varying = [(place, p) for place, p in taken if p.name in given]
-        self._pointers = [(place, p.name) for place, p in varying if p.kind is Kind.POINTER]
-        self._lists = [(place, p.name) for place, p in varying if p.kind is Kind.LIST]
-        numbers = (Kind.SIZE, Kind.NUMBER)
-        self._numbers = [(place, p.name) for place, p in varying if p.kind in numbers]
-        later = [p.name for p in entry.parameters if p.kind is Kind.DESCRIPTOR]
-        self._values = entry.ordered({**values, **dict.fromkeys([*entry.absent, *given, *later])})
+        self.launcher, names = launcher, tuple(given)
+        form: _Form | None = launcher.forms.get(names)
+        if form is None:
+            form = launcher.forms[names] = _Form.of(launcher.entry, names)
+        self._pointers, self._lists, self._numbers = form.pointers, form.lists, form.numbers
+        self._boxes = [(at, p.tensor, Box.of(p, given[p.tensor])) for at, p in form.described]
+        self._values = launcher.entry.ordered({**values, **form.later})
         # The kernel for the usual values, once it is compiled; and that for a grid.
         self._compiled: Any = None
         self._grid: tuple[int, ...] | None = None

@@ -51,6 +51,8 @@ class Launcher:
             place for place, p in enumerate(entry.parameters) if p.kind in (Kind.POINTER, Kind.LIST)
         )
         self.compiled: dict[tuple[Any, ...], Any] = {}
+        #: Where what a call gives stands among its parameters, by what is given.
+        self.forms: dict[tuple[str, ...], Any] = {}
 
     def __call__(self, grid: tuple[int, ...], values: Mapping[str, Any]) -> None:
         """Launch it on the current device.

@@ -40,6 +40,17 @@ def kernels_of(spec: Any) -> Mapping[str, Launcher]:
     return launchers_of(generators().choose(spec).kernel)
 
 
+@functools.lru_cache(maxsize=1024)
+def _described(spec: Any, direction: str) -> frozenset[str]:
+    """What the kernels of a direction read by descriptors."""
+    return frozenset(
+        p.tensor
+        for label, launcher in kernels_of(spec).items()
+        for p in launcher.entry.parameters
+        if p.kind is Kind.DESCRIPTOR and label.startswith(direction)
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """What calls of equal shapes share; their sizes and their scale may differ.
@@ -73,12 +84,7 @@ class Prepared:
             values: of further parameters.
         """
         launchers, (read, written) = kernels_of(spec), tensors
-        described = {
-            p.tensor
-            for label, launcher in launchers.items()
-            for p in launcher.entry.parameters
-            if p.kind is Kind.DESCRIPTOR and label.startswith(direction)
-        }
+        described = _described(spec, direction)
         given = {"Q": call.q, "K": call.k, "V": call.v, **read}
         longer = arguments.too_short(call.spec.mask, call.tables, call.shape[2:])
         operands = arguments.Operands.prepared(given, described, call.scale, longer)
@@ -167,6 +173,7 @@ def served(
 def forget() -> None:
     """Prepare everything anew."""
     kernels_of.cache_clear()
+    _described.cache_clear()
     PREPARED.clear()
 
 
