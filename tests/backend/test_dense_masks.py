@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sparse_compile
+from sparse_compile import explain
 from sparse_compile import patterns as P
 from sparse_compile.errors import BadPattern, PatternMisuse
 from sparse_compile.expr import KV, MaskExpr, Q
-from sparse_compile.inspect import explain
 from sparse_compile.layout import from_dense
 from sparse_compile.layout.dense_tables import DenseRead
 from sparse_compile.ops import LAYOUT

@@ -108,9 +108,8 @@ def test_a_list_of_blocks_and_back(case: RandomLayout) -> None:
     assert equal(again, layout)
     visited = to_coo(layout)
     assert torch.equal(torch.stack(visited[:3], 1), case.kinds().nonzero())
-    back = from_coo(
-        *visited[1:], case.n_q, case.n_kv, case.block, case.batches, case.heads, visited.classes
-    )
+    shape = {"batches": case.batches, "heads": case.heads, "classes": visited.classes}
+    back = from_coo(*visited[1:], case.n_q, case.n_kv, case.block, **shape)
     assert equal(back, layout)
 
 
@@ -230,8 +229,6 @@ def test_a_list_in_another_order_of_tokens() -> None:
         (([0], [0, 1], None, 32, 32, 16), "kv_blocks has shape"),
         (([0], [0], None, 32, 32, 0), "no block shape"),
         (([0], [0], None, 32, 32, (16, 16, 16)), "no block shape"),
-        (([0], [0], None, 32, 32, 16, 2, 1), "classes=b"),
-        (([0], [0], None, 32, 32, 16, 2, 1, [2]), "classes holds 2"),
     ],
 )
 def test_lists_that_make_no_layout(arguments: tuple[Any, ...], message: str) -> None:
@@ -239,8 +236,14 @@ def test_lists_that_make_no_layout(arguments: tuple[Any, ...], message: str) -> 
         from_coo(*arguments)
 
 
+@pytest.mark.parametrize(("classes", "message"), [(None, "classes=b"), ([2], "classes holds 2")])
+def test_classes_that_make_no_layout(classes: list[int] | None, message: str) -> None:
+    with pytest.raises(BadPattern, match=message):
+        from_coo([0], [0], None, 32, 32, 16, batches=2, heads=1, classes=classes)
+
+
 def test_the_same_block_in_two_classes_is_no_duplicate() -> None:
-    layout = from_coo([0, 0], [1, 1], None, 32, 32, 16, 2, 1, [0, 1])
+    layout = from_coo([0, 0], [1, 1], None, 32, 32, 16, batches=2, heads=1, classes=[0, 1])
     assert layout.kinds().tolist() == [[[0, 2], [0, 0]]] * 2
 
 

@@ -69,7 +69,7 @@ NAMES = ["-inf", "lowest", "added -inf", "added lowest", "sdpa"]
 
 def rewritten_eagerly(gm: GraphModule, example_inputs: list[Any]) -> GraphModule:
     """The passes alone, without what Inductor does to the rest."""
-    plan_and_rewrite(gm, example_inputs, Options())
+    plan_and_rewrite(gm, example_inputs, Options(decide="sparse"))
     gm.recompile()
     return gm
 

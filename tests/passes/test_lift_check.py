@@ -164,7 +164,7 @@ def test_layers_that_share_a_mask_check_it_once(x: Tensor, monkeypatch: pytest.M
 
     monkeypatch.setattr(prefix.Prefix, "run", counted)
     captured = capture(run, x)
-    decisions = plan_and_rewrite(captured.gm, captured.inputs, Options())
+    decisions = plan_and_rewrite(captured.gm, captured.inputs, Options(decide="sparse"))
     assert all(isinstance(decision, Plan) for decision in decisions)
     assert len(runs) == 2
 
