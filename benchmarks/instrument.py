@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_compile.codegen.entry import Entry, Kernel, pointers
 from sparse_compile.codegen.runtime.launch import Launcher
 
 _SIGNATURE, _KERNEL = "def forward(", "@triton.jit"
@@ -70,53 +72,51 @@ class Recorder:
         return [clocks.cpu() for clocks in launches]
 
 
-@dataclass(frozen=True)
-class _Forward:
-    """Stands for the launcher of ``forward``; the kernel gets the clocks without asking."""
+class _Forward(Launcher):
+    """The launcher of ``forward``; the kernel gets the clocks without asking."""
 
-    launcher: Launcher
-    recorder: Recorder
+    def __init__(self, kernel: Kernel, entry: Entry, recorder: Recorder) -> None:
+        super().__init__(kernel, entry)
+        self.recorder = recorder
 
-    def __call__(
-        self,
-        grid: tuple[int, ...],
-        arguments: Sequence[Any],
-        constants: Sequence[Any],
-        options: dict[str, Any],
-    ) -> None:
+    def launched(self, grid: tuple[int, ...], arguments: Sequence[Any]) -> None:
         assert all(size == 1 for size in grid[1:]), "programs are numbered along one axis"
-        clocks = torch.zeros(grid[0], 3, dtype=torch.int64, device=arguments[0].device)
+        device = arguments[self.first_tensor].device
+        clocks = torch.zeros(grid[0], 3, dtype=torch.int64, device=device)
         self.recorder.launches.append(clocks)
-        self.launcher(grid, [clocks, *arguments], constants, options)
+        # What it returned would be launched again without clocks.
+        super().launched(grid, [clocks, *arguments])
+
+
+def clocked_kernel(kernel: Kernel) -> tuple[Kernel, Entry]:
+    """The module with clocks, and its entry ``forward``."""
+    forward = kernel.entry("forward")
+    entry = dataclasses.replace(forward, lines=(pointers("int64", "CLOCKS"), *forward.lines))
+    return Kernel(f"{kernel.name}_clocked", clocked(kernel.source), (entry,)), entry
 
 
 @contextlib.contextmanager
 def instrumented() -> Iterator[Recorder]:
     """Within it the executor runs kernels with clocks."""
-    from sparse_compile.codegen.runtime import cache
-    from sparse_compile.codegen.triton.blocks import executor
-    from sparse_compile.codegen.triton.blocks.source import kernel_source
+    from sparse_compile.codegen.triton import calls
+    from sparse_compile.codegen.triton.blocks.source import kernel_of
 
-    original, recorder = executor.kernels_of, Recorder()
+    original, recorder = calls.kernels_of, Recorder()
 
+    @functools.lru_cache(maxsize=1024)
     def kernels_of(spec: Any) -> Any:
-        module = cache.load_module(f"{spec.name}_clocked", clocked(kernel_source(spec)))
-        kernels = original(spec)
-        clocked_forward = _Forward(Launcher(module.forward), recorder)
-        launchers = {**kernels.launchers, "forward": clocked_forward}
-        return dataclasses.replace(kernels, launchers=launchers)
+        launchers, (kernel, _) = original(spec), clocked_kernel(kernel_of(spec))
+        return {
+            label: _Forward(kernel, launcher.entry, recorder)
+            if launcher.entry.name == "forward"
+            else launcher
+            for label, launcher in launchers.items()
+        }
 
-    executor.kernels_of = kernels_of
-    _forget(executor, keep=original)
+    calls.kernels_of = kernels_of
+    calls.forget()
     try:
         yield recorder
     finally:
-        executor.kernels_of = original
-        _forget(executor, keep=original)
-
-
-def _forget(module: Any, keep: Any) -> None:
-    """Empty the caches of a module that may hold what ``kernels_of`` gave."""
-    for value in vars(module).values():
-        if hasattr(value, "cache_clear") and value is not keep:
-            value.cache_clear()
+        calls.kernels_of = original
+        calls.forget()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Protocol
 
 from torch import Tensor
 
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
+from sparse_compile.codegen.generators import executor
 from sparse_compile.codegen.merge import add, merge
 
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -30,13 +30,8 @@ def executor_for(piece: AttentionCall) -> Executor:
 
     Imported on first use, so that a machine without triton still runs those of the CPU.
     """
-    on_gpu = piece.q.is_cuda
-    if piece.spec.units:
-        room = "triton.selected.executor" if on_gpu else "cpu.selected"
-    else:
-        room = "triton.blocks.executor" if on_gpu else "cpu.views"
-    executor: Executor = importlib.import_module(f"sparse_compile.codegen.{room}")
-    return executor
+    found: Executor = executor("units" if piece.spec.units else "blocks", piece.q.device.type)
+    return found
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:

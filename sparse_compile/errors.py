@@ -41,6 +41,14 @@ class UnsupportedDtype(SparseCompileError):
         )
 
 
+class NoKernel(SparseCompileError):
+    """No generator makes the kernels of an attention that run on this device."""
+
+    def __init__(self, name: str, refused: Iterable[tuple[str, str]]) -> None:
+        reasons = "; ".join(f"{generator}: {reason}" for generator, reason in refused)
+        super().__init__(f"sparse_compile: no kernel for {name} runs here. {reasons}.")
+
+
 class PatternMisuse(SparseCompileError, TypeError):
     """Patterns combined or used in a way that has no meaning, such as with ``and``."""
 

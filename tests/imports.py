@@ -17,8 +17,8 @@ PACKAGES = {
     "codegen": "sparse_compile.codegen",
     "benchmarks": "benchmarks",
 }
-#: The lazy package, what loads a generator, and what leads from patterns to layouts and selections.
-NAMED = ("sparse_compile", "sparse_compile.codegen.attend", "sparse_compile.patterns.doors")
+#: The lazy package, what loads generators, and what leads from patterns to layouts and selections.
+NAMED = ("sparse_compile", "sparse_compile.codegen.generators", "sparse_compile.patterns.doors")
 Imports = dict[str, frozenset[str]]
 
 

@@ -1,19 +1,23 @@
-"""Launch kernels with little work on the host.
+"""Launch kernels by the names of their parameters, with little work on the host.
 
 Triton finds out at every launch how to specialise each argument, which takes longer than some
 kernels run. What it looks at is known (whether integers are 1, multiples of 16 or over 32 bits,
 whether pointers are aligned, and types), so a launch whose arguments look the same as before takes
-the kernel compiled then. Versions of Triton that may look at more are asked every time.
+the kernel compiled then. Versions of Triton that may look at more are asked every time. A launch
+that is repeated with other tensors of the same shapes is *prepared*: only addresses are put in.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from sparse_compile.codegen.entry import Entry, Kernel, Kind
 
 #: Versions whose rules are those of :func:`kind`; ``tests/project/test_fences.py`` compares them.
 _KNOWN = ("3.6.", "3.7.", "3.8.", "3.9.")
@@ -22,43 +26,94 @@ _MOST = 1024
 DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
+class Refused(Exception):
+    """A kernel cannot run here, as only its compilation or its first launch could tell."""
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which ``device`` is the current one."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
 class Launcher:
-    """A kernel of a generated module.
+    """A kernel of a loaded module.
 
     Args:
-        kernel: made by ``triton.jit``; its last parameters are the constants.
+        kernel: of which it is one.
+        entry: which.
     """
 
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
+    def __init__(self, kernel: Kernel, entry: Entry) -> None:
+        self.entry, self.function = entry, kernel.function(entry)
+        self.first_tensor = next(
+            place for place, p in enumerate(entry.parameters) if p.kind in (Kind.POINTER, Kind.LIST)
+        )
         self.compiled: dict[tuple[Any, ...], Any] = {}
+        #: Where what a call gives stands among its parameters, by what is given.
+        self.forms: dict[tuple[str, ...], Any] = {}
 
-    def __call__(
-        self,
-        grid: tuple[int, ...],
-        arguments: Sequence[Any],
-        constants: Sequence[Any],
-        options: dict[str, Any],
-    ) -> None:
+    def __call__(self, grid: tuple[int, ...], values: Mapping[str, Any]) -> None:
         """Launch it on the current device.
 
         Args:
             grid: programs along up to three dimensions.
-            arguments: in the order of the parameters, without the constants.
-            constants: the values of the last parameters.
-            options: how it is compiled; always the same for the same constants.
+            values: of the parameters by name, constants included; those of others are left out.
         """
-        if not isinstance(arguments[0], Tensor) or not arguments[0].is_cuda or not _rules_known():
-            self.kernel[grid](*arguments, *constants, **options)
-            return
-        key = arguments[0].device, *constants, *signature(arguments)
+        self.launched(grid, self.entry.ordered(values))
+
+    def launched(self, grid: tuple[int, ...], arguments: Sequence[Any]) -> Any:
+        """Launch it with values in the order of the entry; what was compiled, if that is kept."""
+        device = arguments[self.first_tensor].device
+        if device.type != "cuda" or not _rules_known():
+            self._first(grid, arguments)
+            return None
+        key = device, *signature(arguments)
         known = self.compiled.get(key)
-        if known is not None:
-            known[(*grid, 1, 1)[:3]](*arguments, *constants)
-            return
-        if len(self.compiled) >= _MOST:
-            self.compiled.clear()
-        self.compiled[key] = self.kernel[grid](*arguments, *constants, **options)
+        if known is None:
+            if len(self.compiled) >= _MOST:
+                self.compiled.clear()
+            known = self.compiled[key] = self._first(grid, arguments)
+        else:
+            known[(*grid, 1, 1)[:3]](*arguments)
+        return known
+
+    def _first(self, grid: tuple[int, ...], arguments: Sequence[Any]) -> Any:
+        try:
+            return self.function[grid](*arguments, **self.entry.options)
+        except _compile_errors() as error:
+            raise Refused(f"{self.entry.name}: {error}") from error
+
+
+def launchers_of(kernel: Kernel) -> dict[str, Launcher]:
+    """The kernels of a module, and of those beside it, by the labels of their entries; loaded."""
+    modules = (kernel, *kernel.beside)
+    return {entry.label: Launcher(module, entry) for module in modules for entry in module.entries}
+
+
+def strides(**tensors: Tensor) -> dict[str, int]:
+    """The strides of batch, heads and tokens of tensors, by the names of their parameters.
+
+    >>> strides(q=torch.zeros(1, 2, 8, 4))
+    {'q_stride_b': 64, 'q_stride_h': 32, 'q_stride_n': 4}
+    """
+    return {
+        f"{name}_stride_{axis}": step
+        for name, t in tensors.items()
+        for axis, step in zip("bhn", t.stride(), strict=False)
+    }
+
+
+def table_values(number: int, table: Tensor) -> dict[str, Any]:
+    """A table of a mask, its strides and its sizes, by the names of their parameters.
+
+    >>> list(table_values(0, torch.zeros(2, 3)))
+    ['t0', 't0_stride0', 't0_stride1', 't0_size0', 't0_size1']
+    """
+    name = f"t{number}"
+    strides = {f"{name}_stride{axis}": step for axis, step in enumerate(table.stride())}
+    return {name: table} | strides | {f"{name}_size{i}": n for i, n in enumerate(table.shape)}
 
 
 def signature(arguments: Sequence[Any]) -> list[Any]:
@@ -92,3 +147,24 @@ def _rules_known() -> bool:
     import triton
 
     return bool(triton.__version__.startswith(_KNOWN))
+
+
+@functools.lru_cache(maxsize=1)
+def _compile_errors() -> tuple[type[Exception], ...]:
+    """What Triton raises where a kernel does not compile, or needs more than the device has."""
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    return CompilationError, OutOfResources, PTXASError
+
+
+@functools.lru_cache(maxsize=1)
+def descriptor_class() -> Any:
+    """Triton's host descriptor without its checks, which operands are made to pass."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    class Unchecked(TensorDescriptor):  # type: ignore[misc]  # triton has no types
+        def __post_init__(self) -> None:
+            pass
+
+    return Unchecked

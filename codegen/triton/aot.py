@@ -5,48 +5,22 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sparse_compile.codegen.runtime import cache
-from sparse_compile.codegen.triton.blocks.sections import described_box, sections_of
-from sparse_compile.codegen.triton.blocks.source import kernel_source, mask_parameters, table_ranks
-from sparse_compile.codegen.triton.blocks.tiles import Tile, padded, tiles_for
-from sparse_compile.spec import KernelSpec
-
-#: Types of kernel parameters, by dtype.
-SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-_FLOATS = ("LSE", "GRAD_LSE", "STATISTICS", "PART")
-_LISTS = ("start_", "counts_", "index_")
-TABLE_TYPES = {"bool": "*i1", "int32": "*i32", "int64": "*i64"}
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What one compiled kernel uses.
-
-    Attributes:
-        registers: per thread.
-        spills: bytes of local memory per thread; 0 when everything fits in registers.
-        shared: bytes of shared memory per program.
-        ptx: its assembly.
-    """
-
-    registers: int
-    spills: int
-    shared: int
-    ptx: str
+from sparse_compile.codegen.entry import Entry, Kernel, Resources
+from sparse_compile.codegen.generators import generators
 
 
 def compile_ahead_of_time(
-    spec: KernelSpec, arch: int | str | None = None, group: int = 1
-) -> dict[str, Resources]:
+    spec: Any, arch: int | str | None = None, group: int = 1
+) -> Mapping[str, Resources]:
     """Compile the kernels of a spec. Needs no GPU; needs kernels not to be interpreted.
 
     Args:
-        spec: what to generate.
+        spec: what to generate, a KernelSpec or a SelectedKernelSpec.
         arch: compute capability, ``90`` or ``"sm_90"``; default that of the spec. The kernels are
             those that the spec would get on that architecture.
         group: query heads per key head.
@@ -54,130 +28,65 @@ def compile_ahead_of_time(
     Returns:
         The resources of each kernel of the module, by its name and, after the first, section.
     """
-    capability = int(str(arch or spec.arch).removeprefix("sm_"))
-    spec = replace(spec, arch=f"sm_{capability}")
-    module = cache.load_module(spec.name, kernel_source(spec))
-    tiles = tiles_for(spec)
-    small = Tile(64, 64, 4, 1)
-    named = {
-        "forward": tiles.forward,
-        "merge_forward": small,
-        "backward_query": tiles.backward_query,
-        "merge_query": small,
-        "backward_key_value": tiles.backward_key_value,
-        "merge_key_value": small,
-    }
-    over_queries = len(sections_of(spec.attention, "kv"))
-    sections = {"backward_key_value": over_queries, "merge_key_value": over_queries}
-    by_query = len(sections_of(spec.attention, "q"))
-    return {
-        f"{name}, section {section}" if section else name: _compiled(
-            getattr(module, name), spec, tile, capability, group, section
-        )
-        for name, tile in named.items()
-        for section in range(sections.get(name, by_query))
-    }
+    spec = replace(spec, arch=f"sm_{_capability(arch or spec.arch)}")
+    return compiled(generators().choose(spec).kernel, spec.arch, GROUP=group).resources
 
 
-def _compiled(
-    kernel: Any, spec: KernelSpec, tile: Tile, capability: int, group: int, section: int
-) -> Resources:
-    # As the launcher would find: contiguous tables, aligned pointers, strides multiples of 16.
-    rows = table_ranks(spec.attention.mask).items()
-    constants = {f"t{number}_stride{rank - 1}": 1 for number, rank in rows}
-    width = padded(spec.head_dim)
-    constants |= {"GROUP": group, "HAS_GRAD_LSE": True, "DIM": spec.head_dim, "PAD": width}
-    constants["SECTION"] = section
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    signature = {
-        name: "constexpr" if name in constants else _type_of(name, spec, tile)
-        for name in kernel.arg_names
-    }
-    aligned = [
-        name
-        for name in kernel.arg_names
-        if signature[name].startswith("*") or ("_stride_" in name and not name.startswith("t"))
-    ]
-    return compiled(kernel, signature, constants, aligned, tile, capability)
-
-
-def compiled(
-    kernel: Any,
-    signature: dict[str, str],
-    constants: dict[str, Any],
-    aligned: Sequence[str],
-    tile: Any,
-    capability: int,
-) -> Resources:
-    """Compile one kernel, and read what it uses.
+def compiled(kernel: Kernel, arch: int | str, **assumed: Any) -> Kernel:
+    """A kernel with the resources of its entries, compiled as their launches would be.
 
     Args:
-        kernel: made by ``triton.jit``.
-        signature: the type of each parameter, in order.
-        constants: the values of those that are constants.
-        aligned: the parameters that are multiples of 16.
-        tile: its ``warps`` and ``stages``.
-        capability: of the architecture, such as 90.
+        kernel: of any kind.
+        arch: as for :func:`compile_ahead_of_time`.
+        assumed: values of constants other than the entries assume.
     """
+    capability = _capability(arch)
+    return replace(
+        kernel,
+        resources={
+            entry.label: _resources(module.function(entry), entry, capability, assumed)
+            for module in (kernel, *kernel.beside)
+            for entry in module.entries
+        },
+    )
+
+
+def _capability(arch: int | str) -> int:
+    return int(str(arch).removeprefix("sm_"))
+
+
+def _resources(
+    function: Any, entry: Entry, capability: int, assumed: Mapping[str, Any]
+) -> Resources:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    positions = [(list(signature).index(name),) for name in aligned]
-    source = source_class(kernel)(
-        fn=kernel,
-        signature=signature,
-        constexprs=constants,
-        attrs={position: [["tt.divisibility", 16]] for position in positions},
+    if list(entry.names) != list(function.arg_names):
+        raise TypeError(f"{entry.name} takes {function.arg_names}, and declares {entry.names}")
+    parameters = entry.parameters
+    aligned = [number for number, p in enumerate(parameters) if p.is_aligned]
+    source = _source_class(function)(
+        fn=function,
+        signature={p.name: p.type for p in parameters},
+        constexprs={p.name: assumed.get(p.name, p.assumed) for p in parameters if p.is_constant},
+        attrs={(number,): [["tt.divisibility", 16]] for number in aligned},
     )
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
-    result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    target = GPUTarget("cuda", capability, 32)
+    result = triton.compile(source, target=target, options=dict(entry.options))
     registers, spills = _usage(result.asm["cubin"])
     return Resources(registers, spills, result.metadata.shared, result.asm["ptx"])
 
 
-def source_class(kernel: Any) -> Any:
+def _source_class(function: Any) -> Any:
     """What the compiler takes a kernel as."""
     from triton.compiler import ASTSource
 
-    if not kernel.is_gluon():
+    if not function.is_gluon():
         return ASTSource
     # Gluon has no public name for it.
     from triton.experimental.gluon._runtime import GluonASTSource
 
     return GluonASTSource
-
-
-def _type_of(name: str, spec: KernelSpec, tile: Tile) -> str:
-    tables, _ = mask_parameters(spec.attention.mask)
-    pointers = {group[0] for group in tables}
-    if "_TILES" in name:
-        return _descriptor_type(name, spec, tile)
-    if name in pointers:
-        return TABLE_TYPES[spec.attention.mask.tables[int(name[1:])]]
-    if name in ("items", "merges") or name.startswith(_LISTS):
-        return "*i32"
-    if name == "scale":
-        return "fp32"
-    if name.isupper():
-        single = name.startswith(_FLOATS)
-        return "*fp32" if single else f"*{SHORT[spec.dtype]}"
-    return "i32"
-
-
-def _descriptor_type(name: str, spec: KernelSpec, tile: Tile) -> str:
-    tensor, _, number = name.partition("_TILES")
-    if tensor == "STATISTICS":
-        return f"tensordesc<fp32[1, 1, 1, {tile.m}]>"
-    over_queries = tensor in ("Q", "GRAD_OUT")
-    extent = tile.m if over_queries else tile.n
-    rows: tuple[int, ...] | None = (extent,)
-    if number:
-        view = spec.attention.parts[int(number[1:])]
-        rows = described_box(view.q if over_queries else view.kv, extent)
-    assert rows is not None
-    width = padded(spec.head_dim if tensor in ("Q", "K") else spec.value_dim)
-    shape = ", ".join(map(str, (1, 1, *rows, width)))
-    return f"tensordesc<{SHORT[spec.dtype]}[{shape}]>"
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:

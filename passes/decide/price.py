@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sparse_compile.codegen.generators import block_shapes
 from sparse_compile.expr import B, H
 from sparse_compile.layout.cost import Candidate, Coverage, Workload, blocks, lists
 from sparse_compile.layout.views.choose import choose_views
@@ -79,7 +80,7 @@ class Price:
             heads=work.heads,
             sizes=(0,) * plan.lifted.mask.n_sizes,
             block=(plan.spec.block_q, plan.spec.block_kv),
-            device_type=self.target.kind,
+            shapes=block_shapes(self.target.kind),
         )
         return split.cost.total
 

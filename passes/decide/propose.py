@@ -8,6 +8,7 @@ from dataclasses import replace
 import sympy
 import torch
 
+from sparse_compile.codegen.generators import block_shapes
 from sparse_compile.expr import KV, Q
 from sparse_compile.layout.cost import Candidate, Listed, dense, sdpa, why_not_listed
 from sparse_compile.layout.views.choose import choose_views
@@ -149,7 +150,7 @@ def _spec(
         # Run-time integers are offsets and windows; which, only their values would tell.
         sizes=(0,) * mask.mask.n_sizes,
         block=options.block,
-        device_type=target.kind,
+        shapes=block_shapes(target.kind),
         empty_rows=mask.empty_rows,
         where=site.where,
     )

@@ -14,6 +14,7 @@ import sympy
 import torch
 from torch import Tensor
 
+from sparse_compile.codegen.generators import block_shapes
 from sparse_compile.errors import PatternMisuse
 from sparse_compile.expr import KV, MaskExpr, Q, ScoreProgram
 from sparse_compile.expr import score as score_programs
@@ -117,7 +118,7 @@ def spec_text(expr: MaskExpr, device: str, sizes: Sizes) -> str:
         batch=sizes[2],
         heads=sizes[3],
         sizes=(0,) * expr.n_sizes,
-        device_type=device,
+        shapes=block_shapes(device),
     )[0].text
 
 

@@ -107,7 +107,7 @@ def _entry_point() -> str:
 
 
 def _cache() -> str:
-    from sparse_compile.codegen.runtime.cache import cache_dir
+    from sparse_compile.codegen.runtime.generated import cache_dir
 
     path = cache_dir()
     path.mkdir(parents=True, exist_ok=True)

@@ -215,7 +215,7 @@ def _views(plan: Plan) -> tuple[tuple[str, ...], str]:
 def _utilisation(plan: Plan, layout: Layout | None) -> float | None:
     if layout is None or plan.executor != "triton":
         return None
-    from sparse_compile.codegen.triton.blocks.executor import workers_of  # needs triton
+    from sparse_compile.codegen.triton.calls import workers_of  # needs triton
 
     members = layout.batch * layout.heads
     return layout.utilisation(members, workers_of(device_of(plan.site.q.node)))

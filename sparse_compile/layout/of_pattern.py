@@ -85,9 +85,7 @@ def layout(
     device = torch.device(device or "cpu")
     bound = pattern.bound()
     # Without a block, the one that the kernels would have: what is shown is what runs on a GPU.
-    spec, _ = choose_views(
-        bound.expr, n_q=n_q, n_kv=n_kv, batch=batch, heads=heads, block=block, device_type="cuda"
-    )
+    spec, _ = choose_views(bound.expr, n_q=n_q, n_kv=n_kv, batch=batch, heads=heads, block=block)
     tables = bound.tables(device, n_q, n_kv, batch, heads)
     return build_views(
         spec, batch=batch, heads=heads, n_q=n_q, n_kv=n_kv, tables=tables, device=device

@@ -1,7 +1,8 @@
-"""Target: all of a machine that a decision may depend on."""
+"""Target: all of a machine that a decision may depend on; the same on every rank."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -13,13 +14,13 @@ class Target:
 
     Attributes:
         kind: ``"cuda"``, ``"cpu"``, or what nothing here runs on.
-        arch: ``"sm_90"`` and the like; of a CPU ``"interpreter"``.
+        arch: ``"sm_90"`` and the like; of a CPU ``"interpreter"``; empty for a GPU not at hand.
         workers: multiprocessors of a GPU; threads that PyTorch uses on a CPU.
     """
 
     kind: str
     arch: str
-    workers: int
+    workers: int = 0
 
     @staticmethod
     def of(device: torch.device) -> Target:
@@ -27,15 +28,13 @@ class Target:
         if device.type not in ("cuda", "cpu"):
             return Target(device.type, "", 1)
         if device.type == "cuda":
-            workers = torch.cuda.get_device_properties(device).multi_processor_count
-        else:
-            workers = torch.get_num_threads()
-        return Target(device.type, arch_of(device), workers)
+            return _gpu(device)
+        return Target(device.type, "interpreter", torch.get_num_threads())
 
 
-def arch_of(device: torch.device) -> str:
-    """``"sm_90"`` and the like; ``"interpreter"`` for CPU tensors."""
-    if device.type == "cpu":
-        return "interpreter"
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+@functools.lru_cache(maxsize=16)
+def _gpu(device: torch.device) -> Target:
+    if not torch.cuda.is_available():
+        return Target("cuda", "")
+    found = torch.cuda.get_device_properties(device)
+    return Target("cuda", f"sm_{found.major}{found.minor}", found.multi_processor_count)

@@ -16,12 +16,10 @@ from benchmarks import accuracy, compiled, layouts, ours, patterns, utilisation
 from benchmarks.cases import CASES, Case
 from benchmarks.compiled_cases import CHOSEN, EVERY, NO_MASKS, WRITTEN, Size
 from benchmarks.compiled_cases import Case as Trained
-from benchmarks.instrument import clocked
+from benchmarks.instrument import clocked, clocked_kernel
 from sparse_compile import patterns as P
-from sparse_compile.codegen.runtime import cache
 from sparse_compile.codegen.triton import aot
-from sparse_compile.codegen.triton.blocks.source import kernel_source
-from sparse_compile.codegen.triton.blocks.tiles import tiles_for
+from sparse_compile.codegen.triton.blocks.source import kernel_of, kernel_source
 from sparse_compile.expr import KV, MaskExpr, Q
 from sparse_compile.spec import AttentionSpec, KernelSpec
 
@@ -118,19 +116,15 @@ def test_usage_of_a_launch() -> None:
     assert (found["programs"], found["processors_used"]) == (8, 2)
 
 
-def test_clocks_compile_and_frame_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clocks_compile_and_frame_the_kernel() -> None:
     mask = MaskExpr((KV <= Q) & (Q - KV < 333))
     spec = KernelSpec(AttentionSpec(mask, block_q=64, block_kv=64), 64, 64, "bfloat16", "sm_90")
-    text = clocked(kernel_source(spec))
-    kernel = cache.load_module(f"{spec.name}_clocked", text).forward
-    assert kernel.arg_names[:2] == ["CLOCKS", "Q"]
-    if not hasattr(kernel, "cache_key"):
+    kernel, entry = clocked_kernel(kernel_of(spec))
+    function = kernel.function(entry)
+    assert function.arg_names[:2] == ["CLOCKS", "Q"]
+    if not hasattr(function, "cache_key"):
         pytest.skip("kernels are interpreted here")
-    types = aot._type_of
-    monkeypatch.setattr(
-        aot, "_type_of", lambda name, *rest: "*i64" if name == "CLOCKS" else types(name, *rest)
-    )
-    ptx = aot._compiled(kernel, spec, tiles_for(spec).forward, 90, 1, 0).ptx
+    ptx = aot.compiled(kernel, 90).resources["forward"].ptx
     assert ptx.count("%globaltimer") == 2
     assert ptx.index("%globaltimer") < ptx.index("ld.global")
     assert ptx.rindex("%globaltimer") > ptx.rindex("wgmma")

@@ -9,7 +9,8 @@ import pytest
 import torch
 import triton
 
-from sparse_compile.codegen.runtime import cache
+from sparse_compile.codegen.runtime.generated import load_module
+from sparse_compile.codegen.triton import calls
 from sparse_compile.codegen.triton.predicate import Printed
 from sparse_compile.codegen.triton.score import print_score
 from sparse_compile.codegen.triton.selected import executor as selected_executor
@@ -38,6 +39,7 @@ def test_selected(case: SelectedCase) -> None:
 
 @pytest.mark.parametrize("case", SELECTED[:2], ids=str)
 def test_selected_keys_outermost(case: SelectedCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "PREPARED", {})
     monkeypatch.setattr(selected_executor, "is_by_key", lambda launch: True)
     monkeypatch.setattr(selected_executor, "_STRETCH", (16, 16))
     monkeypatch.setattr(selected_executor, "_ENTRIES", 8)
@@ -66,7 +68,7 @@ def test_printed_programs_are_what_is_evaluated(program: ScoreProgram, tmp_path:
     printed = print_score(program, (), "kv", Printed((), (), "", frozenset()))
     lines = "\n    ".join([*printed.before, *printed.slope])
     helpers = "\n\n".join(common.HELPERS[name] for name in sorted(printed.helpers))
-    module = cache.load_module("printed_score", _MODULE.format(helpers=helpers, lines=lines))
+    module = load_module("printed_score", _MODULE.format(helpers=helpers, lines=lines))
     scores = torch.linspace(-60, 60, 4096)
     values, slopes = torch.empty(4096), torch.empty(4096)
     module.apply[(1,)](scores, values, slopes, 0.5, N=4096)
@@ -76,7 +78,7 @@ def test_printed_programs_are_what_is_evaluated(program: ScoreProgram, tmp_path:
 
 
 def test_tanh_is_exact_to_three_units_in_the_last_place() -> None:
-    module = cache.load_module(
+    module = load_module(
         "printed_tanh",
         _MODULE.format(
             helpers=common.HELPERS["tanh"], lines="slope = 1.0\n    score = tanh(score)"

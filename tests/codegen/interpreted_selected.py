@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sparse_compile.codegen.call import AttentionCall
+from sparse_compile.codegen.triton import calls
 from sparse_compile.codegen.triton.selected import executor
 from sparse_compile.errors import BadShape
 from tests.selection.cases import Case, check_executor
@@ -38,12 +39,14 @@ def test_half_precision() -> None:
 
 
 def test_keys_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "PREPARED", {})
     monkeypatch.setattr(executor, "parts_of", lambda launch: 3)
     check_executor(executor, CASES[0], torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[3], CASES[5], CASES[6]], ids=str)
 def test_keys_outermost(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "PREPARED", {})
     monkeypatch.setattr(executor, "is_by_key", lambda launch: True)
     monkeypatch.setattr(executor, "_STRETCH", (16, 16))
     monkeypatch.setattr(executor, "_ENTRIES", 8)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import pytest
 import sympy
 
-from sparse_compile.codegen.triton.aot import compiled
-from sparse_compile.codegen.triton.selected.aot import compile_selected
+from sparse_compile.codegen.triton.aot import compile_ahead_of_time, compiled
 from sparse_compile.codegen.triton.selected.source import SelectedKernelSpec, selected_source
-from sparse_compile.codegen.triton.selected.tiles import Tile
-from sparse_compile.codegen.triton.selected.union_lists import unite_lists
+from sparse_compile.codegen.triton.selected.union_lists import UNITE
 from sparse_compile.codegen.triton.selected.united import constants_of, union_tile
 from sparse_compile.expr import KV, B, H, MaskExpr, Q, size_symbol, table
 from sparse_compile.spec import AttentionSpec
@@ -72,7 +70,7 @@ KINDS = ("blocks of 64", "tokens", "documents", "single precision")
     ("name", "arch"), [*((n, 90) for n in SPECS), *((n, a) for n in KINDS for a in (80, 100))]
 )
 def test_the_kernels_compile(name: str, arch: int) -> None:
-    found = compile_selected(SPECS[name], arch)
+    found = compile_ahead_of_time(SPECS[name], arch)
     by_key = {"forward_by_key", "backward_key_value"}
     assert set(found) == {"forward", "merge", "backward_query"} | (
         set() if SPECS[name].adds_by_query else by_key
@@ -98,10 +96,6 @@ def test_the_forward_yields_only_where_unions_can_serve() -> None:
 def test_the_kernel_that_unites_lists_compiles(arch: int) -> None:
     for neighbours, most in ((4, 16), (12, 9)):
         constants = constants_of(neighbours, most, 100)
-        names = unite_lists.arg_names
-        signature = {name: "*i32" if name.isupper() else "i32" for name in names}
-        signature |= {"BALANCE": "*i64"} | dict.fromkeys(constants, "constexpr")
-        pointers = [name for name in names if signature[name].startswith("*")]
-        used = compiled(unite_lists, signature, constants, pointers, Tile(1, 1, 4, 1), arch)
+        used = compiled(UNITE, arch, **constants).resources["unite_lists"]
         assert used.spills <= 16
         assert used.shared <= 16 * 1024

@@ -14,7 +14,7 @@ import pytest
 import sympy
 import triton
 
-from sparse_compile.codegen.runtime import cache
+from sparse_compile.codegen.runtime import generated as cache
 from sparse_compile.codegen.triton import compile_ahead_of_time, kernel_path, kernel_source
 from sparse_compile.codegen.triton.blocks.sections import first_token_function
 from sparse_compile.codegen.triton.blocks.tiles import tiles_for

@@ -10,6 +10,7 @@ import sympy
 import torch
 
 from sparse_compile.codegen.call import AttentionCall
+from sparse_compile.codegen.triton import calls as calls_module
 from sparse_compile.codegen.triton.selected import by_union, executor, united
 from sparse_compile.expr import MaskExpr
 from sparse_compile.ops import ATTENTION
@@ -36,6 +37,7 @@ def test_case(case: Case, dtype: torch.dtype) -> None:
     "case", [c for c in [*CASES, *WIDE] if c.unit_kv >= 16 and c.dim <= 256], ids=str
 )
 def test_keys_outermost(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls_module, "PREPARED", {})
     monkeypatch.setattr(executor, "is_by_key", lambda launch: True)
     check_executor(executor, case, CUDA, torch.bfloat16)
 
@@ -65,6 +67,7 @@ def test_the_lists_decide_whether_they_are_united(case: Case, writer: str) -> No
 
 def test_unions_in_a_recorded_graph_follow_the_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     """One recording serves lists for which unions pay, and such for which they do not."""
+    monkeypatch.setattr(calls_module, "PREPARED", {})
     monkeypatch.setattr(by_union, "is_large", lambda launch: True)
     monkeypatch.setattr(executor, "parts_of", lambda launch: 1)
     calls = [case for case, _ in DECIDED]
@@ -91,6 +94,7 @@ def test_unions_in_a_recorded_graph_follow_the_lists(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("parts", [1, 2, 5])
 def test_keys_in_parts(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls_module, "PREPARED", {})
     monkeypatch.setattr(executor, "parts_of", lambda launch: parts)
     check_executor(executor, CASES[2], CUDA, torch.bfloat16)
 

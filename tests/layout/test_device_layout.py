@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,22 +10,19 @@ from typing import Any
 import pytest
 import sympy
 import torch
-import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from sparse_compile.codegen.runtime.generated import load_module
+from sparse_compile.codegen.triton.aot import compiled
 from sparse_compile.codegen.triton.layout.key import LONGEST, Key
 from sparse_compile.codegen.triton.layout.printed import Code, printed
-from sparse_compile.codegen.triton.layout.source import digit_bounds, module_name, module_source
+from sparse_compile.codegen.triton.layout.source import digit_bounds, module_of, module_source
 from sparse_compile.layout import extents
 from sparse_compile.layout.bounds import INT64_MAX, INT64_MIN
 from sparse_compile.layout.intervals import Span, point, span
 from sparse_compile.spec.view import Order
-from tests.layout.device_cases import CASES, DTYPES, DeviceCase, residues
+from tests.layout.device_cases import CASES, DeviceCase, residues
 from tests.layout.test_intervals import relations
 
 ROOT = Path(__file__).parent.parent.parent
@@ -59,29 +55,12 @@ def test_lengths_and_most_sizes_share_a_module() -> None:
 @pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("name", COMPILED)
 def test_the_kernels_compile(name: str, arch: int) -> None:
-    key = key_of(NAMED[name])
-    module = load_module(module_name(key), module_source(key))
-    for kernel in ("list_rows", "fill_rows", "list_cols", "fill_cols", "read_tables"):
-        function = getattr(module, kernel, None)
-        if function is None:
-            assert kernel == "read_tables"
-            continue
-        types = {name: _type_of(name) for name in function.arg_names}
-        source = ASTSource(fn=function, signature=types, constexprs={}, attrs={})
-        options = {"num_warps": 4 if kernel == "read_tables" else 1}
-        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-        assert "st.global" in compiled.asm["ptx"]
-        assert ".local" not in compiled.asm["ptx"]
-
-
-def _type_of(parameter: str) -> str:
-    if parameter in ("index", "start", "counts") or re.fullmatch(r"l\d", parameter):
-        return "*i32"
-    if parameter == "totals":
-        return "*i64"
-    if re.fullmatch(r"t\d", parameter):
-        return {"bool": "*i1", "int32": "*i32", "int64": "*i64"}[DTYPES[int(parameter[1])]]
-    return "i32"
+    kernel = compiled(module_of(key_of(NAMED[name])), arch)
+    lists = {"list_rows", "fill_rows", "list_cols", "fill_cols"}
+    assert set(kernel.resources) in (lists, lists | {"read_tables"})
+    for used in kernel.resources.values():
+        assert "st.global" in used.ptx
+        assert ".local" not in used.ptx
 
 
 def run(results: dict[str, Any], **values: Tensor) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from typing import Any
 
 import pytest
 import torch
@@ -175,63 +174,33 @@ def test_inference_tensors_are_read_every_time() -> None:
     assert first.layout.nnz_blocks == 16
 
 
-POINTERS = {"bools in fours": "*i32", "bools": "*u8", "bfloat16": "*bf16", "float32": "*fp32"}
+DTYPES = {
+    **{"bools in fours": "int32", "bools": "uint8"},
+    **{"bfloat16": "bfloat16", "float32": "float32"},
+}
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
-@pytest.mark.parametrize("name", POINTERS)
+@pytest.mark.parametrize("name", DTYPES)
 def test_the_kernel_compiles(name: str, arch: int) -> None:
     """Without a GPU: no spilled registers, and wide loads."""
-    triton = pytest.importorskip("triton")
-    from sparse_compile.codegen.triton.aot import _usage
+    pytest.importorskip("triton")
+    from sparse_compile.codegen.triton.aot import compiled
+    from sparse_compile.codegen.triton.layout.dense_kernel import read_kernel
 
-    kernel = compiled_read(triton, POINTERS[name], arch, fours=name == "bools in fours")
-    registers, spills = _usage(kernel.asm["cubin"])
-    assert registers <= 128
-    assert spills == 0
-    ptx = kernel.asm["ptx"]
-    assert ptx.count("ld.global.v4") == ptx.count("ld.global") > 0
-
-
-def compiled_read(triton: Any, pointer: str, arch: int, fours: bool) -> Any:
-    """The kernel for a mask whose rows are contiguous, as the launcher would compile it."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from sparse_compile.codegen.triton.layout import dense_kernel
-
-    names = dense_kernel.read_mask.arg_names
-    constants = dict(
-        stride_kv=1, BLOCK_Q=128, BLOCK_KV=128, READ_Q=dense_kernel.ROWS,
-        READ_KV=dense_kernel.STRIP, ADDITIVE=pointer in ("*bf16", "*fp32"), FOURS=fours,
-    )  # fmt: skip
-    pointers = {"MASK": pointer, "WORDS": "*i32", "KINDS": "*i8", "BIASED": "*i32"}
-    signature = {
-        name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names
-    }
-    aligned = [i for i, name in enumerate(names) if name not in constants and name != "heads"]
-    attrs = {(position,): [["tt.divisibility", 16]] for position in aligned}
-    source = ASTSource(dense_kernel.read_mask, signature, constants, attrs)
-    options = {"num_warps": dense_kernel.WARPS, "enable_fp_fusion": True}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    kernel = read_kernel(DTYPES[name], fours=name == "bools in fours")
+    used = compiled(kernel, arch).resources["read_mask"]
+    assert used.registers <= 128
+    assert used.spills == 0
+    assert used.ptx.count("ld.global.v4") == used.ptx.count("ld.global") > 0
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
-@pytest.mark.parametrize("name", ["count_blocks", "list_blocks"])
-def test_the_kernels_that_list_compile(name: str, arch: int) -> None:
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+def test_the_kernels_that_list_compile(arch: int) -> None:
+    pytest.importorskip("triton")
+    from sparse_compile.codegen.triton.aot import compiled
+    from sparse_compile.codegen.triton.layout.compact_kernel import COMPACT
 
-    from sparse_compile.codegen.triton.aot import _usage
-    from sparse_compile.codegen.triton.layout import compact_kernel
-
-    kernel = getattr(compact_kernel, name)
-    pointers = {"KINDS": "*i8", "CHUNK": "constexpr"}
-    signature = {
-        name: pointers.get(name, "*i32" if name.isupper() else "i32") for name in kernel.arg_names
-    }
-    source = ASTSource(kernel, signature, {"CHUNK": compact_kernel.CHUNK}, {})
-    options = {"num_warps": 4, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    assert _usage(compiled.asm["cubin"])[1] == 0
+    found = compiled(COMPACT, arch).resources
+    assert set(found) == {"count_blocks", "list_blocks"}
+    assert all(used.spills == 0 for used in found.values())

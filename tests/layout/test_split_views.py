@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from sympy.core.function import AppliedUndef
 from torch import Tensor
 
+from sparse_compile.codegen.generators import block_shapes
 from sparse_compile.expr import (
     KV,
     N_KV,
@@ -394,7 +395,9 @@ def test_one_query_reads_few_keys() -> None:
 def test_block_shapes() -> None:
     band = masks(sympy.Abs(Q - KV) <= 2)
     assert split_views(band, n_q=N, n_kv=N, block=None).views[0].q == natural(32)
-    assert split_views(band, n_q=N, n_kv=N, block=None, device_type="cpu").views[0].q == natural(32)
+    assert split_views(band, n_q=N, n_kv=N, block=None, shapes=block_shapes("cpu")).views[
+        0
+    ].q == natural(32)
     wide = split_views(masks(STRIDED), n_q=N, n_kv=N, block=(128, 64))
     assert [(view.q.block, view.kv.block) for view in wide.views] == [(128, 64)] * 2
     assert wide.views[1].q == residues(128, 128)

@@ -16,7 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from sparse_compile import passes  # noqa: F401  # registers all operators
 from sparse_compile import patterns as P
+
+# These two register all operators.
+from sparse_compile.codegen.generators import block_shapes
 from sparse_compile.expr import KV, B, FloorDiv, FloorMod, H, MaskExpr, Q, dense_bit, table
 from sparse_compile.layout.dense_tables import DenseRead
 from sparse_compile.layout.views.choose import choose_views
@@ -116,7 +120,7 @@ def problems() -> st.SearchStrategy[Problem]:
 
 @functools.lru_cache(maxsize=1024)
 def _spec(mask: MaskExpr, policy: EmptyRows) -> AttentionSpec:
-    spec, _ = choose_views(mask, n_q=200, n_kv=200, device_type="cpu", block=(64, 64))
+    spec, _ = choose_views(mask, n_q=200, n_kv=200, shapes=block_shapes("cpu"), block=(64, 64))
     return replace(spec, empty_rows=policy)
 
 

@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
-
 import pytest
 import sympy
 
-from sparse_compile.codegen.runtime.generated import load_module
-from sparse_compile.codegen.triton.aot import SHORT, Resources, compiled
+from sparse_compile.codegen.triton.aot import compiled
 from sparse_compile.codegen.triton.layout.key import Key
-from sparse_compile.codegen.triton.selection.index_source import IndexSpec, index_source, tiles
-from sparse_compile.codegen.triton.selection.source import ChooseSpec, choose_source
+from sparse_compile.codegen.triton.selection.index_source import IndexSpec, index_kernel, tiles
+from sparse_compile.codegen.triton.selection.source import ChooseSpec, choose_kernel
 from sparse_compile.expr import KV, MaskExpr, Q
 from sparse_compile.spec.view import natural
 
 CAUSAL = MaskExpr(KV <= Q)
 RULES = ["top_k", "top_ratio", "top_p", "scores", "softmax"]
-TYPES = {"SCORES": "*fp32", "VISIBLE": "*i1", "RULE": "*fp64", "INDEX": "*i32", "COUNT": "*i32"}
-
-
-@dataclass(frozen=True)
-class Options:
-    warps: int
-    stages: int = 1
-
-
-def resources(
-    kernel: Any, types: dict[str, str], options: Options, arch: int, strides: Sequence[str] = ()
-) -> Resources:
-    signature = {name: types.get(name, "i32") for name in kernel.arg_names}
-    aligned = [n for n in signature if n.isupper() or n in ("q_stride_n", "k_stride_n", *strides)]
-    return compiled(kernel, signature, {}, aligned, options, arch)
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
@@ -47,8 +27,7 @@ def test_choose(rule: str, given: bool, arch: int) -> None:
         if rule != "top_k" and blocks > 1024:
             continue
         spec = ChooseSpec(key, given, rule, blocks, room)
-        kernel = load_module(spec.name, choose_source(spec)).choose
-        used = resources(kernel, TYPES, Options(spec.warps), arch)
+        used = compiled(choose_kernel(spec), arch).resources["choose"]
         # Rows of 32768 scores leave 64 registers to a thread.
         assert used.spills <= 128
         assert used.shared <= 99 << 10
@@ -61,11 +40,7 @@ def test_index_scores(dtype: str, arch: int) -> None:
     for heads, dim in ((3, 40), (32, 128), *(((64, 128), (100, 64)) if half else ())):
         key = Key.of(CAUSAL, [], natural(run_q), natural(run_kv))
         spec = IndexSpec(key, True, heads, dim, dtype, f"sm_{arch}")
-        kernel = load_module(spec.name, index_source(spec)).index_scores
-        types = {"SCORES": "*fp32", "factor": "fp32"}
-        types |= {name: f"*{SHORT[dtype]}" for name in "QKW"}
-        options = Options(spec.options["num_warps"], spec.options["num_stages"])
-        used = resources(kernel, types, options, arch)
+        used = compiled(index_kernel(spec), arch).resources["index_scores"]
         assert used.spills <= 128
         assert used.shared <= 99 << 10
         assert not half or arch != 90 or "wgmma" in used.ptx

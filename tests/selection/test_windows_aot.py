@@ -7,16 +7,14 @@ from dataclasses import replace
 import pytest
 import sympy
 
-from sparse_compile.codegen.runtime.generated import load_module
-from sparse_compile.codegen.triton.aot import SHORT, Resources
+from sparse_compile.codegen.entry import Resources
+from sparse_compile.codegen.triton.aot import compiled
 from sparse_compile.codegen.triton.layout.key import Key
-from sparse_compile.codegen.triton.selection.window_source import WindowSpec, window_source
+from sparse_compile.codegen.triton.selection.window_source import WindowSpec, window_kernel
 from sparse_compile.expr import KV, MaskExpr, Q
 from sparse_compile.spec.view import natural
-from tests.selection.test_choose_aot import Options, resources
 
 CAUSAL = MaskExpr(KV <= Q)
-STRIDES = "q_stride_b", "q_stride_h", "key_stride_part"
 
 
 def used_by(
@@ -24,11 +22,7 @@ def used_by(
 ) -> Resources:
     key = replace(Key.of(mask, [], natural(1), natural(16)), span=256)
     spec = WindowSpec(key, heads, dim, dtype, 2, 2, 4, 1, True, f"sm_{arch}")
-    kernel = load_module(spec.name, window_source(spec)).window_scores
-    pointers = {"Q": SHORT[dtype], "KEYS": SHORT[dtype], "SCORES": "fp32"}
-    types = {"factor": "fp32", **{name: f"*{kind}" for name, kind in pointers.items()}}
-    options = Options(spec.options["num_warps"], spec.options["num_stages"])
-    return resources(kernel, types, options, arch, STRIDES)
+    return compiled(window_kernel(spec), arch).resources["window_scores"]
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100, 120])

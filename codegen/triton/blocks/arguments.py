@@ -1,42 +1,80 @@
-"""What launches of the generated kernels take: lists, descriptors, mask data, room for parts."""
+"""What launches of the generated kernels take, by name: operands, lists, mask data."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparse_compile.codegen.triton.blocks.sections import Described
-from sparse_compile.codegen.triton.blocks.tiles import Tile, padded
-from sparse_compile.layout import Layout, Schedule
+from sparse_compile.codegen.runtime.launch import table_values
+from sparse_compile.codegen.triton.blocks.source import direct_lookups
+from sparse_compile.codegen.triton.entries import table_ranks
+from sparse_compile.expr import MaskExpr
+from sparse_compile.layout import Layout
 from sparse_compile.spec.view import Order
 
-if TYPE_CHECKING:
-    from sparse_compile.codegen.triton.blocks.executor import Kernels
 
-
-class Loads(Protocol):
-    """How a kernel loads tiles."""
-
-    @property
-    def descriptors(self) -> bool:
-        """Whether by tensor descriptors."""
-        ...
-
-
-def operand(t: Tensor, *tiles: Loads) -> Tensor:
-    """A tensor whose rows are contiguous, and aligned for descriptors where tiles use them."""
+def is_usable(t: Tensor, described: bool) -> bool:
+    """Whether kernels read a tensor as it is: rows are contiguous, and aligned for descriptors."""
     by_batch, by_head, by_token, by_dim = t.stride()
     # Offsets within a tile are int32.
     usable = (by_dim == 1 or t.shape[-1] == 1) and 0 <= by_token < 1 << 22
-    if usable and any([tile.descriptors for tile in tiles]):
+    if usable and described:
         unit = 16 // t.element_size()
         aligned = (by_batch | by_head | by_token) & unit - 1 == 0  # unit is a power of two
         usable = t.data_ptr() % 16 == 0 and aligned and min(by_batch, by_head, by_token) > 0
-    return t if usable else t.clone(memory_format=torch.contiguous_format)
+    return usable
+
+
+@dataclass(frozen=True)
+class Operands:
+    """How what a call is given becomes what kernels read.
+
+    Attributes:
+        sign: that q is multiplied with.
+        copied: names of tensors that are made contiguous.
+        longer: tables that have to reach further: number, dimension and length.
+    """
+
+    sign: float
+    copied: tuple[str, ...]
+    longer: tuple[tuple[int, int, int], ...]
+
+    @staticmethod
+    def prepared(
+        given: Mapping[str, Tensor],
+        described: Collection[str],
+        scale: float,
+        longer: tuple[tuple[int, int, int], ...],
+    ) -> Operands:
+        """For tensors [B, H, N, D] like these, of which some are read by descriptors."""
+        sign = positive(scale)[0]
+        signed = {**given, "Q": given["Q"] if sign == 1 else given["Q"] * sign}
+        copied = (name for name, t in signed.items() if not is_usable(t, name in described))
+        return Operands(sign, tuple(copied), longer)
+
+    def of(self, given: dict[str, Any], tables: Sequence[Tensor]) -> dict[str, Any]:
+        """What a call gives by name, the tables of its mask added."""
+        if self.sign != 1:
+            given["Q"] = given["Q"] * self.sign
+        for name in self.copied:
+            given[name] = given[name].clone(memory_format=torch.contiguous_format)
+        for number, table in enumerate(tables):
+            given[f"t{number}"] = table
+        for number, axis, n in self.longer:
+            given[f"t{number}"] = lengthened(given[f"t{number}"], axis, n)
+        return given
+
+
+def positive(scale: float) -> tuple[float, float]:
+    """``(sign, size)``, ``scale = sign * size``, size > 0: kernels compare scores unscaled."""
+    if scale > 0:
+        return 1.0, scale
+    return (-1.0, -scale) if scale < 0 else (0.0, 1.0)
 
 
 def single(grad_lse: Tensor | None, unused: Tensor) -> Tensor:
@@ -44,176 +82,59 @@ def single(grad_lse: Tensor | None, unused: Tensor) -> Tensor:
     return unused if grad_lse is None else grad_lse.to(torch.float32).contiguous()
 
 
-def strides(*tensors: Tensor) -> list[int]:
-    """The strides of batch, heads and tokens of each tensor."""
-    return [stride for t in tensors for stride in t.stride()[:3]]
-
-
-def lists(kernels: Kernels, layout: Layout, axis: str, section: int) -> list[Any]:
-    """For each view start, counts, index, room, lines, batches and heads.
-
-    None for the views of other sections: every argument costs time at each launch.
-    """
-    own = kernels.spec.attention.sections(axis)[section]
-    arguments: list[Any] = []
-    for number, view in enumerate(layout.views):
-        if number in own:
-            side = view.rows if axis == "q" else view.cols
-            lines = view.grid[0 if axis == "q" else 1]
-            arguments += [*side.tensors(), side.index.shape[1], lines, view.batches, view.heads]
-        else:
-            arguments += [None] * 7
-    return arguments
-
-
-def ordered(kernels: Kernels, statistics: dict[int, Tensor], own: Sequence[int]) -> list[Any]:
-    """Arguments for :func:`statistic_parameters`; None for other views than ``own``."""
-    arguments: list[Any] = []
-    for number, view in enumerate(kernels.spec.attention.parts):
-        if not view.q.is_natural:
-            theirs = statistics[number] if number in own else None
-            lines = None if theirs is None else theirs.shape[3] // view.q.block
-            arguments += [theirs, lines]
-    return arguments
-
-
-def statistics_in_order(kernels: Kernels, statistics: Tensor, n_q: int) -> dict[int, Tensor]:
-    """For each view, the statistics of queries in its order."""
-    found: dict[Order, Tensor] = {}
-    for view in kernels.spec.attention.parts:
-        if view.q not in found:
-            natural = view.q.is_natural
-            places = None if natural else _places(view.q, n_q, statistics.device)
-            found[view.q] = statistics if places is None else statistics.index_select(3, places)
-    return {n: found[view.q] for n, view in enumerate(kernels.spec.attention.parts)}
+def list_values(layout: Layout, axis: str, own: Sequence[int]) -> dict[str, Any]:
+    """Of each view of a section the lists, their room, lines, batches and heads, by name."""
+    values: dict[str, Any] = {}
+    for number in own:
+        view = layout.views[number]
+        side, lines = (view.rows, view.grid[0]) if axis == "q" else (view.cols, view.grid[1])
+        values[f"start_{number}"] = side.start
+        values[f"counts_{number}"] = side.counts
+        values[f"index_{number}"] = side.index
+        values[f"room_{number}"] = side.index.shape[1]
+        values[f"lines_{number}"] = lines
+        values[f"batches_{number}"], values[f"heads_{number}"] = view.batches, view.heads
+    return values
 
 
 @functools.lru_cache(maxsize=64)
-def _places(order: Order, n: int, device: torch.device) -> Tensor:
+def places_of(order: Order, n: int, device: torch.device) -> Tensor:
     """int64 [blocks * block]: the token at each place of an order, ``n`` where there is none."""
     base: Tensor = order.base(torch.arange(order.blocks(n)), n)[:, None]
     return (base + torch.tensor(order.offsets())).clamp(max=n).flatten().to(device)
 
 
-def descriptors(
-    described: Sequence[Described],
-    own: Sequence[int],
-    tensors: tuple[Tensor, Tensor],
-    statistics: dict[int, Tensor] | None = None,
-) -> list[Any]:
-    """Descriptors of the tiles of each view, for kernels that load by them.
-
-    Args:
-        described: what the kernel describes.
-        own: the views of this launch; others get None.
-        tensors: what the loop reads, [B, H, N, D].
-        statistics: the statistics of queries in the order of each view, if the loop reads them.
-    """
-    made: list[Any] = []
-    for one in described:
-        number = next((number for number in one.views if number in own), None)
-        if number is None:
-            made += [None] * (2 if statistics is None else 3)
-            continue
-        made += [_of_boxes(t, one) for t in tensors]
-        if statistics is not None:
-            theirs = statistics[number]
-            block = [1, 1, 1, one.extent]
-            made.append(_descriptor(theirs, list(theirs.shape), list(theirs.stride()), block))
-    return made
+def mask_values(mask: MaskExpr, tables: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The strides and sizes of tables, by the names of parameters."""
+    values: dict[str, Any] = {}
+    for number in table_ranks(mask):
+        values |= table_values(number, tables[f"t{number}"])
+    return {name: value for name, value in values.items() if not isinstance(value, Tensor)}
 
 
-def of_tiles(t: Tensor, rows: int) -> Any:
-    """A descriptor of tiles of so many tokens of [B, H, N, D], with all features."""
-    return _descriptor(t, list(t.shape), list(t.stride()), [1, 1, rows, padded(t.shape[3])])
-
-
-def _of_boxes(t: Tensor, one: Described) -> Any:
-    """A descriptor of boxes of tokens of [B, H, N, D], the token taken apart into its digits."""
-    (batch, heads, n, dim), (by_batch, by_head, by_token, by_dim) = t.shape, t.stride()
-    order = one.order
-    sizes = [n // order.strides[0], *order.radices]
-    strides = [stride * by_token for stride in order.strides]
-    block = [1, 1, *one.box, padded(dim)]
-    shape = [batch, heads, *sizes, dim]
-    return _descriptor(t, shape, [by_batch, by_head, *strides, by_dim], block)
-
-
-def _descriptor(t: Tensor, shape: list[int], strides: list[int], block: list[int]) -> Any:
-    return _descriptor_class()(t, shape, strides, block)
-
-
-@functools.lru_cache(maxsize=1)
-def _descriptor_class() -> Any:
-    """Triton's host descriptor without its checks, which :func:`operand` makes for all of them."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    class Unchecked(TensorDescriptor):  # type: ignore[misc]  # triton has no types
-        def __post_init__(self) -> None:
-            pass
-
-    return Unchecked
-
-
-class MaskKernels(Protocol):
-    """Kernels that read the data of a mask.
-
-    Attributes:
-        tables: the tables that they read.
-        direct: where tables are indexed by a plain ``q`` or ``kv``: table, dimension, coordinate.
-    """
-
-    @property
-    def tables(self) -> tuple[int, ...]: ...  # noqa: D102
-    @property
-    def direct(self) -> tuple[tuple[int, int, str], ...]: ...  # noqa: D102
-
-
-def mask_arguments(
-    kernels: MaskKernels, tables: Sequence[Tensor], sizes: Sequence[int], n_q: int, n_kv: int
-) -> list[Any]:
-    """Tables with their strides and sizes, then the sizes ``s0, s1, ...``."""
-    tables = list(tables)
-    for number, axis, coordinate in kernels.direct:
-        n = n_q if coordinate == "q" else n_kv
+def too_short(
+    mask: MaskExpr, tables: Sequence[Tensor], lengths: tuple[int, int]
+) -> tuple[tuple[int, int, int], ...]:
+    """Tables that a plain ``q`` or ``kv`` indexes beyond their end: number, dimension, length."""
+    found = []
+    for number, axis, coordinate in sorted(direct_lookups(mask)):
+        n = lengths[0 if coordinate == "q" else 1]
         if tables[number].shape[axis] < n:
-            tables[number] = _lengthened(tables[number], axis, n)
-    arguments: list[Any] = []
-    for number in kernels.tables:
-        arguments += [tables[number], *tables[number].stride(), *tables[number].shape]
-    return arguments + [int(size) for size in sizes]
+            found.append((number, axis, n))
+    return tuple(found)
 
 
-def _lengthened(table: Tensor, axis: int, n: int) -> Tensor:
+def lengthened(table: Tensor, axis: int, n: int) -> Tensor:
     """The table with its last entry along ``axis`` repeated up to length ``n``."""
     nearest = torch.arange(n, device=table.device).clamp_(max=table.shape[axis] - 1)
     return table.index_select(axis, nearest)
 
 
-def parts(
-    work: Schedule, subtiles: int, members: int, tile: int, width: int, unused: Tensor
-) -> Tensor:
-    """Room for the partial results of split lines, fp32; ``unused``, fp32, where there are none."""
-    slots = work.slots * subtiles * members
-    return unused.new_empty(slots, tile, width) if slots else unused
-
-
 def gradient(of: Tensor, complete: bool) -> Tensor:
     """Room for a gradient; zeros where no section reaches every row."""
-    make = torch.empty if complete else torch.zeros
-    return make(of.shape, dtype=of.dtype, device=of.device)
+    return torch.empty(of.shape, dtype=of.dtype, device=of.device) if complete else zeros(of)
 
 
-def grid(work: Schedule, subtiles: int, members: int) -> tuple[int]:
-    """Programs of a launch: one for each tile of each item, for all members."""
-    return (work.items.shape[0] * subtiles * members,)
-
-
-def merge_grid(work: Schedule, subtiles: int, batch: int, heads: int) -> tuple[int, int, int]:
-    """Programs that merge the parts of split lines."""
-    return work.merges.shape[0] * subtiles, heads, batch
-
-
-def options(tile: Tile) -> dict[str, Any]:
-    """How a kernel is compiled."""
-    return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+def zeros(of: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A gradient of zeros, contiguous."""
+    return torch.zeros(of.shape, dtype=dtype or of.dtype, device=of.device)

@@ -24,11 +24,6 @@ class Operand:
     n: str
     tile: str
 
-    @property
-    def tensor(self) -> str:
-        """Parameter that holds it."""
-        return self.name
-
     def base(self) -> list[str]:
         """Lines before the loop, where it is loaded by pointers."""
         strides = f"{self.name.lower()}_stride_b, {self.name.lower()}_stride_h"
@@ -55,7 +50,6 @@ class Statistic:
 
     name: str
     number: int
-    tensor: str = "STATISTICS"
 
     def base(self) -> list[str]:
         """Lines before the loop: where those of one head begin, in the order of each view."""

@@ -42,23 +42,6 @@ def sections_of(spec: AttentionSpec, axis: str) -> tuple[Section, ...]:
     return tuple(sections)
 
 
-def list_parameters(spec: AttentionSpec) -> list[str]:
-    """Parameters that carry the lists of each view, one line of the signature each."""
-    return [
-        f"start_{v}, counts_{v}, index_{v}, room_{v}, lines_{v}, batches_{v}, heads_{v},"
-        for v in range(len(spec.parts))
-    ]
-
-
-def statistic_parameters(spec: AttentionSpec) -> list[str]:
-    """Parameters that hold the statistics in the order of a view, and its number of blocks."""
-    return [
-        f"STATISTICS_{v}, lines_{v}_q,"
-        for v, view in enumerate(spec.parts)
-        if not view.q.is_natural
-    ]
-
-
 def first_token_functions(spec: AttentionSpec) -> list[str]:
     """Functions ``first_{q|kv}_{view}`` that find the first token of a block of an order."""
     return [

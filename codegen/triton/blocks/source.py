@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sparse_compile.codegen.runtime import cache
-from sparse_compile.codegen.triton.blocks.fill import fill
+from sparse_compile.codegen.entry import Entry, Kernel
+from sparse_compile.codegen.runtime.generated import fill, write_source
 from sparse_compile.codegen.triton.blocks.operands import (
     OVER_KEYS,
     OVER_QUERIES,
@@ -17,27 +17,18 @@ from sparse_compile.codegen.triton.blocks.sections import (
     Blocks,
     Lines,
     Section,
-    described_views,
     descriptors_usable,
     first_token_functions,
-    list_parameters,
     sections_of,
-    statistic_parameters,
     title,
 )
 from sparse_compile.codegen.triton.blocks.tiles import Tile, padded, tiles_for
+from sparse_compile.codegen.triton.entries import entries_of, table_ranks
 from sparse_compile.codegen.triton.predicate import Printed, print_predicate
 from sparse_compile.codegen.triton.score import PrintedScore, print_score
 from sparse_compile.codegen.triton.text import backward, common, forward, loops, merge
 from sparse_compile.expr import KV, MaskExpr, Q, table_index
 from sparse_compile.spec import KernelSpec
-
-# A new length, layout or size must not compile anything. (Lists are views into one vector, so their
-# alignment changes with the lengths.)
-_UNSPECIALIZED = (
-    *("start", "counts", "index", "room", "lines", "batches", "heads"),
-    *("items", "n_items", "heavy", "batch", "n_q", "n_kv", "rows"),
-)
 
 
 @dataclass(frozen=True)
@@ -45,21 +36,21 @@ class _Kernel:
     """One of the three kernels that loop over blocks.
 
     Attributes:
+        name: of its function.
         text, section, step: its templates; a step is what it does with a block.
         start: what the first section and later ones accumulate from.
         earlier: what later ones add at the end.
         lines: side of the tile that a program holds; it loops over the other side.
-        heads: parameter that counts the heads of the lines.
         operands: what the loop reads.
     """
 
+    name: str
     text: str
     section: str
     step: str
     start: tuple[str, str]
     earlier: str = field(default="", kw_only=True)
     lines: str
-    heads: str
     operands: tuple[Operand | Statistic, ...]
 
     @property
@@ -69,31 +60,31 @@ class _Kernel:
 
 
 _FORWARD = _Kernel(
+    name="forward",
     text=forward.KERNEL,
     section=forward.SECTION,
     step=forward.STEP,
     start=(forward.START, forward.CONTINUE),
     lines="q",
-    heads="q_heads",
     operands=OVER_KEYS,
 )
 _QUERY = _Kernel(
+    name="backward_query",
     text=backward.QUERY,
     section=backward.QUERY_SECTION,
     step=backward.QUERY_STEP,
     start=(backward.QUERY_START, backward.QUERY_CONTINUE),
     lines="q",
-    heads="q_heads",
     operands=OVER_KEYS,
 )
 _KEY_VALUE = _Kernel(
+    name="backward_key_value",
     text=backward.KEY_VALUE,
     section=backward.KEY_VALUE_SECTION,
     step=backward.KEY_VALUE_STEP,
     start=(backward.KEY_VALUE_START, backward.KEY_VALUE_START),
     earlier=backward.KEY_VALUE_EARLIER,
     lines="kv",
-    heads="kv_heads",
     operands=OVER_QUERIES,
 )
 
@@ -116,9 +107,11 @@ class _Scoring:
         return _Scoring(score, printed)
 
 
-def kernel_source(spec: KernelSpec) -> str:
+def kernel_of(spec: KernelSpec) -> Kernel:
     """The module of a spec: ``forward``, ``backward_*`` and the kernels that merge."""
     tiles = tiles_for(spec)
+    entries = entries_of(spec, tiles)
+    entry = {one.name: one for one in reversed(entries)}
     masks = [spec.attention.part_mask(view) for view in spec.attention.parts]
     over_keys = [_Scoring.of(spec, mask, "kv") for mask in masks]
     over_queries = [_Scoring.of(spec, mask, "q") for mask in masks]
@@ -130,24 +123,24 @@ def kernel_source(spec: KernelSpec) -> str:
         _header(spec, over_keys[0].score),
         *(common.HELPERS[name] for name in sorted(helpers)),
         *first_token_functions(spec.attention),
-        _kernel(_FORWARD, spec, tiles.forward, over_keys),
-        _merge(merge.FORWARD, spec, tiles.forward, "q"),
-        _kernel(_QUERY, spec, tiles.backward_query, over_keys),
-        _merge(merge.SUM, spec, tiles.backward_query, "q"),
-        _kernel(_KEY_VALUE, spec, tiles.backward_key_value, over_queries),
-        _merge(merge.SUM, spec, tiles.backward_key_value, "kv"),
+        _kernel(_FORWARD, entry["forward"], spec, over_keys),
+        _merge(merge.FORWARD, entry["merge_forward"], spec, tiles.forward, "q"),
+        _kernel(_QUERY, entry["backward_query"], spec, over_keys),
+        _merge(merge.SUM, entry["merge_query"], spec, tiles.backward_query, "q"),
+        _kernel(_KEY_VALUE, entry["backward_key_value"], spec, over_queries),
+        _merge(merge.SUM, entry["merge_key_value"], spec, tiles.backward_key_value, "kv"),
     ]
-    return "\n\n".join(parts)
+    return Kernel(spec.name, "\n\n".join(parts), entries)
+
+
+def kernel_source(spec: KernelSpec) -> str:
+    """The text of :func:`kernel_of`."""
+    return kernel_of(spec).source
 
 
 def kernel_path(spec: KernelSpec) -> Path:
     """The file that holds :func:`kernel_source`, written if need be."""
-    return cache.write_source(spec.name, kernel_source(spec))
-
-
-def table_ranks(mask: MaskExpr) -> dict[int, int]:
-    """The tables a predicate reads, and how many dimensions each has."""
-    return {table_index(lookup): len(lookup.args) for lookup in mask.lookups}
+    return write_source(spec.name, kernel_source(spec))
 
 
 def direct_lookups(mask: MaskExpr) -> set[tuple[int, int, str]]:
@@ -161,15 +154,6 @@ def direct_lookups(mask: MaskExpr) -> set[tuple[int, int, str]]:
         for axis, arg in enumerate(lookup.args)
         if arg in (Q, KV)
     }
-
-
-def mask_parameters(mask: MaskExpr) -> tuple[list[list[str]], list[str]]:
-    """Parameters that carry a mask's run-time data: one group per table, then the sizes."""
-    groups = [
-        [f"t{t}", *(f"t{t}_stride{i}" for i in range(n)), *(f"t{t}_size{i}" for i in range(n))]
-        for t, n in table_ranks(mask).items()
-    ]
-    return groups, [f"s{i}" for i in range(mask.n_sizes)]
 
 
 def _header(spec: KernelSpec, score: PrintedScore) -> str:
@@ -210,33 +194,12 @@ def legend(mask: MaskExpr) -> list[str]:
     return lines + [f"  {f's{i}':<12} size, a run-time integer" for i in range(mask.n_sizes)]
 
 
-def _kernel(kernel: _Kernel, spec: KernelSpec, tile: Tile, scorings: list[_Scoring]) -> str:
-    attention = spec.attention
-    tables, sizes = mask_parameters(attention.mask)
-    lists = list_parameters(attention)
-    if kernel is _KEY_VALUE:
-        lists += statistic_parameters(attention)
-    names = [name.strip() for line in lists for name in line.split(",") if name.strip()]
-    signature = kernel.text.partition("):")[0]
-    unspecialized = [
-        *(name for name in (*_UNSPECIALIZED, kernel.heads) if f" {name}," in signature),
-        *names,
-        *(name for group in tables for name in group if "_size" in name),
-        *sizes,
-    ]
-    tensors = dict.fromkeys(operand.tensor for operand in kernel.operands)
-    described = [
-        ", ".join(f"{tensor}_TILES{one.suffix}" for tensor in tensors) + ",  # tensor descriptors"
-        for one in described_views(spec, kernel.across, tile)
-    ]
-    sections = sections_of(attention, kernel.lines)
+def _kernel(kernel: _Kernel, entry: Entry, spec: KernelSpec, scorings: list[_Scoring]) -> str:
+    tile: Tile = entry.tile
+    sections = sections_of(spec.attention, kernel.lines)
     bodies = [_section(kernel, spec, tile, scorings, section) for section in sections]
-    return fill(
+    return entry.text(
         kernel.text,
-        UNSPECIALIZED="[" + ", ".join(f'"{name}"' for name in unspecialized) + "]",
-        LISTS=lists,
-        DESCRIPTORS=described,
-        PARAMETERS=[", ".join(group) + "," for group in [*tables, sizes] if group],
         SHAPE=_shape(spec, tile, kernel.lines),
         FACTOR=scorings[0].score.factor,
         SECTIONS=_dispatched(bodies),
@@ -362,7 +325,7 @@ def _shape(spec: KernelSpec, tile: Tile, lines: str) -> list[str]:
     ]
 
 
-def _merge(template: str, spec: KernelSpec, tile: Tile, lines: str) -> str:
+def _merge(template: str, entry: Entry, spec: KernelSpec, tile: Tile, lines: str) -> str:
     """A kernel that merges the parts of split lines; their rows follow from the section."""
     extent = tile.m if lines == "q" else tile.n
     rows: list[str] = []
@@ -373,9 +336,8 @@ def _merge(template: str, spec: KernelSpec, tile: Tile, lines: str) -> str:
         if len(sections) > 1:
             body = [f"if SECTION == {section.number}:", *(f"    {line}" for line in body)]
         rows += body
-    return fill(
+    return entry.text(
         template,
-        WHAT="query" if lines == "q" else "key_value",
         AXIS=lines,
         SHAPE=[*_shape(spec, tile, lines), f"TILE: tl.constexpr = {extent}"],
         ROWS=rows,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from sparse_compile.expr import KV
 from sparse_compile.spec import KernelSpec
@@ -25,6 +26,11 @@ class Tile:
     warps: int
     stages: int
     descriptors: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the compiler is told."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)

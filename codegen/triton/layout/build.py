@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_compile.codegen.runtime.launch import current
 from sparse_compile.codegen.triton.layout.key import LONGEST, Key
-from sparse_compile.codegen.triton.layout.launch import Kernels, current, kernels_of
+from sparse_compile.codegen.triton.layout.launch import Kernels, kernels_of
 from sparse_compile.codegen.triton.layout.printed import INT32_MAX
 from sparse_compile.codegen.triton.layout.tables import table_bounds
 from sparse_compile.expr import MaskExpr
@@ -37,7 +38,7 @@ class DeviceProblem:
         n_q, n_kv: lengths, 0 or more.
         batches, heads: classes along each dimension; 1 if the mask ignores it.
         device: a CUDA device; the CPU where Triton interprets.
-        arguments: of the kernels, after the lengths and heads.
+        values: of the kernels' parameters, by name: bounds of lookups, and sizes.
     """
 
     kernels: Kernels
@@ -48,7 +49,7 @@ class DeviceProblem:
     batches: int
     heads: int
     device: torch.device
-    arguments: tuple[Any, ...]
+    values: dict[str, Any]
 
     @staticmethod
     def of(
@@ -83,12 +84,11 @@ class DeviceProblem:
         batches, heads = batch if kernels.by_batch else 1, heads if kernels.by_head else 1
         if batches * heads > _MOST_CLASSES:
             raise ValueError(f"more than {_MOST_CLASSES} classes are not supported")
-        arguments: tuple[Any, ...] = ()
+        values = {f"s{i}": sizes[i] for i in kernels.free_sizes}
         if kernels.lookups and n_q and n_kv and batches and heads:
             with current(device):
-                arguments = table_bounds(key, kernels, (n_q, n_kv), tables, sizes)
-        arguments += tuple(sizes[i] for i in kernels.free_sizes)
-        return DeviceProblem(kernels, q, kv, n_q, n_kv, batches, heads, device, arguments)
+                values |= table_bounds(key, kernels, (n_q, n_kv), tables, sizes)
+        return DeviceProblem(kernels, q, kv, n_q, n_kv, batches, heads, device, values)
 
     def rows(self) -> BlockLists:
         """For each query block, its key blocks."""
@@ -103,7 +103,7 @@ class DeviceProblem:
         classes, device, kernels = self.batches * self.heads, self.device, self.kernels
         if not (lines and across and classes):
             return _without_blocks(classes, lines, device)
-        shared = (self.n_q, self.n_kv, self.heads, *self.arguments)
+        shared = {"n_q": self.n_q, "n_kv": self.n_kv, "heads": self.heads, **self.values}
         grid, width = (lines, classes, 1), _width(classes * lines, across)
         places = classes * lines * width
         # Zeros in one launch: the room that is not used, and behind it two sums.
@@ -117,12 +117,14 @@ class DeviceProblem:
             return total // classes, most
 
         with current(device):
-            kernels.list[side](grid, device, (counts, start, zeros, width, totals, *shared))
+            made = {"counts": counts, "start": start, "index": zeros, "width": width}
+            kernels.list[side](grid, {**made, "totals": totals, **shared})
             load = Load(lines, bounds, lambda: _visited(counts.cpu()))
             if width >= across or load.most <= width:
                 return BlockLists(start, counts, index, load)
             start, index = _roomy(load.lines, classes, device)
-            kernels.fill[side](grid, device, (index, start, counts, index.shape[1], *shared))
+            given = {"index": index, "start": start, "counts": counts, "room": index.shape[1]}
+            kernels.fill[side](grid, {**given, **shared})
             return BlockLists(start, counts, index, Load.of(load.lines))
 
 

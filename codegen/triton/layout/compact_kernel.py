@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_compile.codegen.entry import Entry, Kernel, constants, integers, pointers
+from sparse_compile.codegen.runtime.launch import launchers_of
 from sparse_compile.layout.block_layout import BlockLists, Load
 
 #: Blocks of a line that a program looks at together.
@@ -72,6 +74,37 @@ def list_blocks(
         full += tl.sum(here, 0)
 
 
+_SHAPE = integers("rows", "cols", assumed=None)
+_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+COMPACT = Kernel(
+    __name__,
+    "",
+    (
+        Entry(
+            "count_blocks",
+            (
+                pointers("int8", "KINDS"),
+                pointers("int32", "COUNTS"),
+                _SHAPE,
+                *constants(CHUNK=CHUNK),
+            ),
+            _OPTIONS,
+        ),
+        Entry(
+            "list_blocks",
+            (
+                pointers("int8", "KINDS") + pointers("int32", "COUNTS", "STARTS", "ROWS", "COLS"),
+                _SHAPE + integers("row_room", "col_room", assumed=None),
+                *constants(CHUNK=CHUNK),
+            ),
+            _OPTIONS,
+        ),
+    ),
+    {"count_blocks": count_blocks, "list_blocks": list_blocks},
+)
+_LAUNCH = launchers_of(COMPACT)
+
+
 def compacted(kinds: Tensor, flag: Tensor) -> tuple[BlockLists, BlockLists, bool]:
     """The lists of rows and of columns; and whether ``flag`` is set, read at the same time.
 
@@ -83,7 +116,9 @@ def compacted(kinds: Tensor, flag: Tensor) -> tuple[BlockLists, BlockLists, bool
     """
     (classes, rows, cols), device = kinds.shape, kinds.device
     counts = torch.empty(classes, rows + cols, 2, dtype=torch.int32, device=device)
-    count_blocks[(rows + cols, classes)](kinds, counts, rows, cols, CHUNK=CHUNK, num_warps=4)
+    grid = rows + cols, classes
+    values = {"KINDS": kinds, "COUNTS": counts, "rows": rows, "cols": cols, "CHUNK": CHUNK}
+    _LAUNCH["count_blocks"](grid, values)
     visited = counts.sum(-1, dtype=torch.int32)
     room = visited[0] if classes == 1 else visited.amax(0)
     *known, is_set = torch.split(torch.cat([room, flag]).cpu(), [rows, cols, 1])
@@ -93,9 +128,8 @@ def compacted(kinds: Tensor, flag: Tensor) -> tuple[BlockLists, BlockLists, bool
     # Room that a class does not use holds 0.
     make = torch.empty if classes == 1 else torch.zeros
     index = [make(classes, most, dtype=torch.int32, device=device) for most in rooms]
-    list_blocks[(rows + cols, classes)](
-        kinds, counts, places, *index, rows, cols, *rooms, CHUNK=CHUNK, num_warps=4
-    )
+    made = {"ROWS": index[0], "COLS": index[1], "row_room": rooms[0], "col_room": rooms[1]}
+    _LAUNCH["list_blocks"](grid, {**values, **made, "STARTS": places})
     row_lists, col_lists = (
         BlockLists(start.to(device), part.contiguous(), blocks, Load.of(most.long()))
         for start, part, blocks, most in zip(

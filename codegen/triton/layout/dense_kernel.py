@@ -8,10 +8,15 @@ Imported only where the mask is on a GPU, so that nothing else needs Triton.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from sparse_compile.codegen.entry import Entry, Kernel, constants, integers, pointers
+from sparse_compile.codegen.runtime.launch import Launcher, launchers_of
 
 #: Keys and queries that a program reads at once, and its warps: enough loads in flight to use the
 #: whole bandwidth, few enough registers for many programs on a multiprocessor.
@@ -135,6 +140,26 @@ def store_kinds(
     tl.store(KINDS + col, (some + every).to(tl.int8), col < block_cols)
 
 
+def read_kernel(dtype: str, fours: bool) -> Kernel:
+    """The kernel for masks of a dtype, or of bools of which it reads four at a time."""
+    additive = dtype not in ("int32", "uint8")
+    lines = (
+        pointers(dtype, "MASK") + pointers("int32", "WORDS") + pointers("int8", "KINDS"),
+        pointers("int32", "BIASED"),
+        integers("n_q", "n_kv") + integers("heads", assumed=None),
+        integers("stride_b", "stride_h", "stride_q") + integers("stride_kv", assumed=1),
+        *constants(BLOCK_Q=128, BLOCK_KV=128, READ_Q=ROWS, READ_KV=STRIP),
+        *constants(ADDITIVE=additive, FOURS=fours),
+    )
+    entry = Entry("read_mask", lines, {"num_warps": WARPS, "enable_fp_fusion": True})
+    return Kernel(__name__, "", (entry,), {"read_mask": read_mask})
+
+
+@functools.lru_cache(maxsize=16)
+def _launcher(dtype: str, fours: bool) -> Launcher:
+    return launchers_of(read_kernel(dtype, fours))["read_mask"]
+
+
 def supports(block_q: int, block_kv: int) -> bool:
     """Whether the kernel has this block shape: powers of two, whole words of 32 keys."""
     powers = all(block & (block - 1) == 0 for block in (block_q, block_kv))
@@ -160,23 +185,13 @@ def read_dense(mask: Tensor, block_q: int, block_kv: int) -> tuple[Tensor, Tenso
     if mask.dtype == torch.bool:
         mask = mask.view(torch.int32 if fours else torch.uint8)
     programs = classes * rows * -(-n_kv // read_kv)
-    read_mask[(programs,)](
-        mask,
-        words,
-        kinds,
-        biased,
-        n_q,
-        n_kv,
-        heads,
-        *mask.stride(),
-        BLOCK_Q=block_q,
-        BLOCK_KV=block_kv,
-        READ_Q=read_q,
-        READ_KV=read_kv,
-        ADDITIVE=mask.is_floating_point(),
-        FOURS=fours,
-        num_warps=WARPS,
-    )
+    values = {"MASK": mask, "WORDS": words, "KINDS": kinds, "BIASED": biased, "heads": heads}
+    names = ("stride_b", "stride_h", "stride_q", "stride_kv")
+    values |= dict(zip(names, mask.stride(), strict=True))
+    values |= {"n_q": n_q, "n_kv": n_kv, "BLOCK_Q": block_q, "BLOCK_KV": block_kv}
+    values |= {"READ_Q": read_q, "READ_KV": read_kv, "FOURS": fours}
+    dtype = str(mask.dtype).removeprefix("torch.")
+    _launcher(dtype, fours)((programs,), {**values, "ADDITIVE": mask.is_floating_point()})
     return words, kinds, biased
 
 

@@ -1,14 +1,10 @@
-"""The kernels of a key, loaded once, and launched with little work on the host."""
+"""The kernels of a key, loaded once."""
 
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
-import torch
-
-from sparse_compile.codegen.runtime.generated import load_module
+from sparse_compile.codegen.runtime.launch import launchers_of
 from sparse_compile.codegen.triton.layout.key import Key
 from sparse_compile.codegen.triton.layout.lookups import (
     Lookup,
@@ -16,33 +12,8 @@ from sparse_compile.codegen.triton.layout.lookups import (
     read_by_kernel,
     tables_of,
 )
-from sparse_compile.codegen.triton.layout.source import module_name, module_source
+from sparse_compile.codegen.triton.layout.source import module_of
 from sparse_compile.expr import B, H
-
-
-class Launcher:
-    """A kernel that is compiled once for each device.
-
-    No argument of it is specialised and none is a constant, so what the first launch compiled
-    serves all others, and Triton need not look at their arguments again.
-    """
-
-    def __init__(self, kernel: Any, warps: int) -> None:
-        self.kernel, self.warps = kernel, warps
-        self.compiled: dict[int, Any] = {}
-
-    def __call__(
-        self, grid: tuple[int, int, int], device: torch.device, arguments: tuple[Any, ...]
-    ) -> None:
-        """Launch it; ints among the arguments fit int32, and ``device`` is the current one."""
-        number = device.index or 0
-        known = self.compiled.get(number)
-        if known is not None:
-            known[grid](*arguments)
-            return
-        compiled = self.kernel[grid](*arguments, num_warps=self.warps)
-        if device.type == "cuda" and hasattr(compiled, "run"):
-            self.compiled[number] = compiled
 
 
 class Kernels:
@@ -59,13 +30,12 @@ class Kernels:
     """
 
     def __init__(self, key: Key) -> None:
-        module = load_module(module_name(key), module_source(key))
-        # Spans are short and lines are many: one warp a line.
-        self.list = Launcher(module.list_rows, 1), Launcher(module.list_cols, 1)
-        self.fill = Launcher(module.fill_rows, 1), Launcher(module.fill_cols, 1)
+        found = launchers_of(module_of(key))
+        self.list = found["list_rows"], found["list_cols"]
+        self.fill = found["fill_rows"], found["fill_cols"]
         self.lookups = lookups_of(key)
         self.read_lookups: tuple[Lookup, ...] = tuple(read_by_kernel(key))
-        self.read = Launcher(module.read_tables, 4) if self.read_lookups else None
+        self.read = found.get("read_tables")
         self.read_tables = tuple(tables_of(self.read_lookups))
         self.by_batch, self.by_head = key.mask.depends_on(B), key.mask.depends_on(H)
         self.free_sizes = tuple(i for i, value in enumerate(key.fixed) if value is None)
@@ -75,10 +45,3 @@ class Kernels:
 def kernels_of(key: Key) -> Kernels:
     """The kernels of a key; imports Triton."""
     return Kernels(key)
-
-
-def current(device: torch.device) -> AbstractContextManager[Any]:
-    """A context in which ``device`` is the current one."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)

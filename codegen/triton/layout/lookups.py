@@ -11,6 +11,7 @@ from typing import Any
 import sympy
 import torch
 
+from sparse_compile.codegen.entry import Entry, lists, sizes
 from sparse_compile.codegen.runtime.generated import fill
 from sparse_compile.codegen.triton.layout import table_text
 from sparse_compile.codegen.triton.layout.key import LONGEST, Key
@@ -64,6 +65,11 @@ class Lookup:
     def is_point(self) -> bool:
         """Whether every index is a point of ``b, h``."""
         return all(axis == B for axis in self.axes)
+
+    @property
+    def bounds_dtype(self) -> str:
+        """The dtype of its bounds: those of a point are entries of the table."""
+        return self.dtype if self.is_point or self.dtype == "int64" else "int32"
 
     @property
     def parameters(self) -> list[str]:
@@ -143,23 +149,28 @@ def table_parameters(lookups: Sequence[Lookup]) -> list[str]:
     ]
 
 
-def tables_source(key: Key) -> str:
-    """The kernel ``read_tables``; empty if there is nothing to read."""
+def tables_entry(key: Key) -> Entry | None:
+    """The kernel ``read_tables``; None if there is nothing to read."""
     lookups = read_by_kernel(key)
-    if not lookups:
-        return ""
+    dtypes = {f"t{lookup.index}": lookup.dtype for lookup in lookups}
+    results = [lists(o.name, dtype=o.bounds_dtype) + sizes(f"{o.name}_half") for o in lookups]
+    data = [
+        lists(p, dtype=dtypes[p]) if p in dtypes else sizes(p) for p in table_parameters(lookups)
+    ]
+    lines = (sizes("n_q", "n_kv"), *results, sum(data, ()), sizes(*key.sizes))
+    return Entry("read_tables", lines, {"num_warps": 4}) if lookups else None
+
+
+def tables_source(key: Key, entry: Entry) -> str:
+    """The kernel ``read_tables``, and a function for each lookup."""
+    lookups = read_by_kernel(key)
     data = [*table_parameters(lookups), *key.sizes]
-    results = [name for lookup in lookups for name in (lookup.name, f"{lookup.name}_half")]
     calls: list[str] = []
     for which, lookup in enumerate(lookups):
         own = ", ".join([lookup.name, f"{lookup.name}_half", "n_q", "n_kv", *data])
         calls += [f"if which == {which}:", f"    read_{lookup.name}({own})"]
-    return "".join(_reader(key, lookup, data) for lookup in lookups) + fill(
-        table_text.TABLES,
-        UNSPECIALIZED=str(["n_q", "n_kv", *results, *data]).replace("'", '"'),
-        PARAMETERS=[f"{name}," for name in (*results, *data)],
-        CALLS=calls,
-    )
+    readers = "".join(_reader(key, lookup, data) for lookup in lookups)
+    return readers + entry.text(table_text.TABLES, CALLS=calls)
 
 
 def _reader(key: Key, lookup: Lookup, data: Sequence[str]) -> str:

@@ -8,10 +8,11 @@ from typing import Any
 
 import sympy
 
+from sparse_compile.codegen.entry import Entry, Kernel, Line, lists, sizes
 from sparse_compile.codegen.runtime.generated import fill
 from sparse_compile.codegen.triton.layout import text
 from sparse_compile.codegen.triton.layout.key import LONGEST, Key
-from sparse_compile.codegen.triton.layout.lookups import lookups_of, tables_source
+from sparse_compile.codegen.triton.layout.lookups import lookups_of, tables_entry, tables_source
 from sparse_compile.codegen.triton.layout.printed import Code, printed
 from sparse_compile.expr.digits import digit_names
 from sparse_compile.layout import extents
@@ -19,23 +20,53 @@ from sparse_compile.layout.canonical import canonical_in
 from sparse_compile.layout.intervals import UNKNOWN, Span, span
 
 _AXES = ("q", "kv")
+_SCALARS = sizes("n_q", "n_kv", "heads")
+#: Spans are short and lines are many: one warp a line.
+_ONE_WARP = {"num_warps": 1}
 
 
-def module_source(key: Key) -> str:
+def module_of(key: Key) -> Kernel:
     """The module of a key: ``list_rows``, ``fill_rows``, ``list_cols``, ``fill_cols``.
 
     With lookups also ``read_tables``.
     """
-    name = module_name(key)
+    name, read = module_name(key), tables_entry(key)
+    lists = {side: (_list_entry(key, side), _fill_entry(key, side)) for side in ("rows", "cols")}
     parts = [
         _header(key, name),
         *sides(key),
-        tables_source(key),
+        tables_source(key, read) if read else "",
         verdict_text(key),
-        _lines(key, "rows", "q", "kv"),
-        _lines(key, "cols", "kv", "q"),
+        _lines(key, lists["rows"], "q", "kv"),
+        _lines(key, lists["cols"], "kv", "q"),
     ]
-    return "".join(parts).rstrip() + "\n"
+    entries = (*lists["rows"], *lists["cols"], *([read] if read else []))
+    return Kernel(name, "".join(parts).rstrip() + "\n", entries)
+
+
+def module_source(key: Key) -> str:
+    """The text of :func:`module_of`."""
+    return module_of(key).source
+
+
+def _list_entry(key: Key, side: str) -> Entry:
+    found = lists("counts", "start", "index") + sizes("width") + lists("totals", dtype="int64")
+    return Entry(f"list_{side}", (found, _SCALARS, *_data_lines(key)), _ONE_WARP)
+
+
+def _fill_entry(key: Key, side: str) -> Entry:
+    given = lists("index", "start", "counts") + sizes("room")
+    return Entry(f"fill_{side}", (given, _SCALARS, *_data_lines(key)), _ONE_WARP)
+
+
+def _data_lines(key: Key) -> tuple[Line, ...]:
+    """The bounds of each lookup, and the sizes."""
+    found = [
+        lists(name, dtype=lookup.bounds_dtype) + sizes(*others)
+        for lookup in lookups_of(key)
+        for name, *others in [lookup.parameters]
+    ]
+    return *found, sizes(*key.sizes)
 
 
 def module_name(key: Key) -> str:
@@ -150,12 +181,13 @@ def verdict_text(key: Key) -> str:
     )
 
 
-def _lines(key: Key, lists: str, along: str, across: str) -> str:
+def _lines(key: Key, entries: tuple[Entry, Entry], along: str, across: str) -> str:
     places = {f"{along}_at": "line", f"{across}_at": "at"}
-    scalars = ["n_q", "n_kv", "heads", *(name for group in list_parameters(key) for name in group)]
     return fill(
         text.LINES,
-        LISTS=lists,
+        LISTS=entries[0].name.removeprefix("list_"),
+        LIST_SIGNATURE=entries[0].signature,
+        FILL_SIGNATURE=entries[1].signature,
         LINE=along,
         ACROSS=across,
         N_LINE=f"n_{along}",
@@ -165,10 +197,4 @@ def _lines(key: Key, lists: str, along: str, across: str) -> str:
         DIGITS=", ".join([*_names(key, "q"), *_names(key, "kv")]),
         PLACES=f"{places['q_at']}, {places['kv_at']}",
         DATA=_data(key),
-        LIST_UNSPECIALIZED=_quoted(["counts", "start", "index", "width", "totals", *scalars]),
-        FILL_UNSPECIALIZED=_quoted(["index", "start", "counts", "room", *scalars]),
     )
-
-
-def _quoted(names: Sequence[str]) -> str:
-    return "[" + ", ".join(f'"{name}"' for name in names) + "]"

@@ -36,12 +36,7 @@ def read_$NAME($NAME, $HALF, n_q, n_kv, $PARAMETERS):
 '''
 
 TABLES = '''\
-@triton.jit(do_not_specialize=$UNSPECIALIZED)
-def read_tables(
-    n_q,
-    n_kv,
-    $PARAMETERS
-):
+$SIGNATURE
     """The bounds of the lookups along one coordinate, each by the programs of one ``which``."""
     which = tl.program_id(2)
     $CALLS

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_compile.codegen.runtime.launch import table_values
 from sparse_compile.codegen.triton.layout.key import Key
 from sparse_compile.codegen.triton.layout.launch import Kernels
 from sparse_compile.codegen.triton.layout.lookups import Lookup
@@ -22,8 +23,8 @@ from sparse_compile.expr import KV, Q
 from sparse_compile.layout.superset import Problem
 from sparse_compile.layout.table_bounds import BlockBounds
 
-#: Arguments for :attr:`Lookup.parameters`.
-Arguments = list[Any]
+#: Values of parameters by name.
+Values = dict[str, Any]
 
 
 def table_bounds(
@@ -32,8 +33,8 @@ def table_bounds(
     lengths: tuple[int, int],
     tables: Sequence[Tensor],
     sizes: Sequence[int],
-) -> tuple[Any, ...]:
-    """Arguments for the bounds of every lookup; reads the tables on their device.
+) -> Values:
+    """Values for the bounds of every lookup; reads the tables on their device.
 
     Args:
         key: of the kernels.
@@ -43,11 +44,10 @@ def table_bounds(
         sizes: of the mask, all of them.
     """
     found = _read(key, kernels, lengths, tables, sizes) if kernels.read else {}
-    arguments: Arguments = []
     for lookup in kernels.lookups:
-        own = found.get(lookup.name)
-        arguments += own or _reduced(key, lookup, lengths, tables, sizes)
-    return tuple(arguments)
+        if lookup.name not in found:
+            found |= _reduced(key, lookup, lengths, tables, sizes)
+    return found
 
 
 def _read(
@@ -56,11 +56,10 @@ def _read(
     lengths: tuple[int, int],
     tables: Sequence[Tensor],
     sizes: Sequence[int],
-) -> dict[str, Arguments]:
-    """Bounds of the lookups along one coordinate, by lookup; starts one kernel."""
+) -> Values:
+    """Bounds of the lookups along one coordinate; starts one kernel."""
     assert kernels.read is not None
-    found: dict[str, Arguments] = {}
-    arguments: list[Any] = [*lengths]
+    found: Values = {}
     most_spans = most_rows = 1
     for lookup in kernels.read_lookups:
         table, is_q = tables[lookup.index], lookup.along == Q
@@ -74,19 +73,20 @@ def _read(
             device=table.device,
         )
         half = both.numel() // 2
-        arguments += [both, half]
         strides = _row_major(lookup, others, blocks + spans)
-        found[lookup.name] = _checked([both, half, *strides, *others], 2 * half)
+        found |= _checked(lookup, [both, half, *strides, *others], 2 * half)
         most_spans, most_rows = max(most_spans, spans), max(most_rows, rows)
+    values: Values = {"n_q": lengths[0], "n_kv": lengths[1]}
+    values |= {f"s{i}": sizes[i] for i in kernels.free_sizes}
     for number in kernels.read_tables:
-        table = tables[number]
-        arguments += [table, *table.stride(), *table.shape]
-        _checked([], max(itertools.chain(table.stride(), table.shape), default=0))
-    arguments += [sizes[i] for i in kernels.free_sizes]
+        values |= table_values(number, tables[number])
+        _within_reach(
+            max(itertools.chain(tables[number].stride(), tables[number].shape), default=0)
+        )
     if most_rows > 65535:
         raise ValueError("a table has more rows than a grid")
     grid = most_spans, most_rows, len(kernels.read_lookups)
-    kernels.read(grid, tables[0].device, tuple(arguments))
+    kernels.read(grid, {**found, **values})
     return found
 
 
@@ -107,7 +107,7 @@ def _reduced(
     lengths: tuple[int, int],
     tables: Sequence[Tensor],
     sizes: Sequence[int],
-) -> Arguments:
+) -> Values:
     table = lo = hi = tables[lookup.index]
     half = 0
     if not lookup.is_point:
@@ -123,7 +123,7 @@ def _reduced(
     strides = [lo.stride(d) for d in lookup.kept]
     ends = zip(lo.shape, lo.stride(), strict=True)
     reach = half + sum((n - 1) * stride for n, stride in ends)
-    return _checked([lo, half, *strides, *(lo.shape[d] for d in lookup.points)], reach)
+    return _checked(lookup, [lo, half, *strides, *(lo.shape[d] for d in lookup.points)], reach)
 
 
 def _with_spans(lo: Tensor, hi: Tensor, d: int, span: int) -> tuple[Tensor, Tensor]:
@@ -137,7 +137,12 @@ def _with_spans(lo: Tensor, hi: Tensor, d: int, span: int) -> tuple[Tensor, Tens
     return torch.cat([lo, lows], d), torch.cat([hi, highs], d)
 
 
-def _checked(arguments: Arguments, reach: int) -> Arguments:
+def _checked(lookup: Lookup, values: list[Any], reach: int) -> Values:
+    """The values of the parameters of a lookup."""
+    _within_reach(reach)
+    return dict(zip(lookup.parameters, values, strict=True))
+
+
+def _within_reach(reach: int) -> None:
     if reach > INT32_MAX:
         raise ValueError("a table, or the bounds of one, is larger than int32 can address")
-    return arguments

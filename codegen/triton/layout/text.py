@@ -189,18 +189,7 @@ def write_$LISTS(
             k = next_span(some | every, k)
 
 
-@triton.jit(do_not_specialize=$LIST_UNSPECIALIZED)
-def list_$LISTS(
-    counts,
-    start,
-    index,
-    width,
-    totals,
-    n_q,
-    n_kv,
-    heads,
-    $DATA
-):
+$LIST_SIGNATURE
     """Count the blocks that class c visits in a line, and list at most ``width`` of them.
 
     counts[c, line] = how many are PARTIAL and how many FULL; totals = how many of both all lines
@@ -269,17 +258,7 @@ def list_$LISTS(
         )
 
 
-@triton.jit(do_not_specialize=$FILL_UNSPECIALIZED)
-def fill_$LISTS(
-    index,
-    start,
-    counts,
-    room,
-    n_q,
-    n_kv,
-    heads,
-    $DATA
-):
+$FILL_SIGNATURE
     """index[c, start[line] :] = the PARTIAL blocks and then the FULL blocks of a line, ascending.
 
     ``room`` is the length of index[c], ``counts`` what list_$LISTS wrote.

@@ -7,34 +7,23 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from sparse_compile.codegen.triton.blocks import arguments
-from sparse_compile.codegen.triton.blocks.executor import workers_of
 from sparse_compile.codegen.triton.selected import united
-from sparse_compile.codegen.triton.selected.tiles import Tile
 
 if TYPE_CHECKING:
-    from sparse_compile.codegen.triton.selected.executor import _Launch
-    from sparse_compile.codegen.triton.selected.source import SelectedKernelSpec
+    from sparse_compile.codegen.triton.calls import Running
 
 
-def tiles(spec: SelectedKernelSpec) -> list[Tile]:
-    """The tile of the kernel, if it is made."""
-    tile = united.union_tile(spec)
-    return [] if tile is None else [tile]
-
-
-def can_serve(launch: _Launch) -> bool:
+def can_serve(launch: Running) -> bool:
     """Whether the kernel is worth trying; what the lists have in common, the device finds out."""
-    return united.can_unite(launch.spec, launch.call) and is_large(launch)
+    return united.can_unite(launch.prepared.spec, launch.call) and is_large(launch)
 
 
-def is_large(launch: _Launch) -> bool:
+def is_large(launch: Running) -> bool:
     """Whether programs of several units of queries, of which there are fewer, keep a GPU busy."""
-    programs = math.prod(united.programs(launch.spec, launch.call))
-    return programs >= 2 * workers_of(launch.call.q.device)
+    return math.prod(united.programs(launch.prepared.spec, launch.call)) >= 2 * launch.workers
 
 
-def forward(launch: _Launch, out: Tensor, lse: Tensor) -> Tensor:
+def forward(launch: Running, out: Tensor, lse: Tensor) -> Tensor:
     """Write OUT and LSE, if the unions cost less than the lists.
 
     Returns:
@@ -43,13 +32,12 @@ def forward(launch: _Launch, out: Tensor, lse: Tensor) -> Tensor:
     # Imports Triton.
     from sparse_compile.codegen.triton.selected.union_lists import unite
 
-    call, (tile,) = launch.call, tiles(launch.spec)
-    lists = unite(call.index, call.count, united.neighbours(launch.spec), united.COSTS)
-    launch.start(
-        *("forward_union", tile, united.programs(launch.spec, call), *launch.operands_for(tile)),
-        *(lists.index, lists.names, lists.count, lists.balance, out, lse),
-        *(*arguments.strides(*launch.operands, out), *lists.index.shape[1:]),
-        *(call.q.shape[1], call.q.shape[2], call.k.shape[2], call.scale, *launch.mask_data),
-        launch.shared,
-    )
+    spec = launch.prepared.spec
+    index, count = launch.given["INDEX"], launch.given["COUNT"]
+    lists = unite(index, count, united.neighbours(spec), united.COSTS)
+    tensors = {"INDEX": lists.index, "NAMES": lists.names, "COUNT": lists.count}
+    tensors |= {"BALANCE": lists.balance, "OUT": out, "LSE": lse}
+    _, _, unions, most = lists.index.shape
+    grid = united.programs(spec, launch.call)
+    launch.start("forward_union", grid, tensors, unions=unions, most=most)
     return lists.balance

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from sparse_compile.codegen.runtime.generated import fill
+from sparse_compile.codegen.entry import Kernel
 from sparse_compile.codegen.triton import gluon_names
-from sparse_compile.codegen.triton.blocks.source import escaped, mask_parameters
+from sparse_compile.codegen.triton.blocks.source import escaped
 from sparse_compile.codegen.triton.predicate import print_predicate
+from sparse_compile.codegen.triton.selected.entries import latent_entry
 from sparse_compile.codegen.triton.selected.features import features_of
 from sparse_compile.codegen.triton.selected.text_latent import LATENT
 from sparse_compile.codegen.triton.selected.tiles import Tile
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 #: Rows and keys of a tile, warps; copies are staged by the kernel itself.
 TILE = Tile(64, 64, 8, 1)
-_UNSPECIALIZED = ("lists", "units", "most", "q_heads", "n_q", "n_kv")
 
 
 def can_be_latent(spec: SelectedKernelSpec) -> bool:
@@ -46,21 +46,15 @@ def is_aligned(*tensors: Tensor) -> bool:
     return all(t.data_ptr() % 16 == 0 and all(s % 16 == 0 for s in t.stride()[:3]) for t in tensors)
 
 
-def latent_name(spec: SelectedKernelSpec) -> str:
-    """What its module is called."""
-    return f"{spec.name}_latent"
-
-
-def latent_source(spec: SelectedKernelSpec) -> str:
+def latent_kernel(spec: SelectedKernelSpec) -> Kernel:
     """The module of a spec: the kernel ``forward_latent``."""
+    name, entry = f"{spec.name}_latent", latent_entry(spec, TILE)
     mask = spec.selected.mask
     printed = print_predicate(mask, "kv")
     keep = [*printed.inside, f"there = there & ({printed.keep})"] if printed.keep else []
-    _, sizes = mask_parameters(mask)
-    names = ", ".join(f'"{name}"' for name in (*_UNSPECIALIZED, *sizes))
-    text = fill(
+    text = entry.text(
         LATENT,
-        NAME=latent_name(spec),
+        NAME=name,
         MASK_TEXT=escaped(str(mask)),
         WHERE=[*(escaped(f"at       {line}") for line in spec.selected.where), ""],
         MAIN=str(spec.value_dim),
@@ -68,11 +62,10 @@ def latent_source(spec: SelectedKernelSpec) -> str:
         HEAD_DIM=str(spec.head_dim),
         UNIT_KV=str(spec.selected.unit_kv),
         MEMBERS=str(spec.members),
-        UNSPECIALIZED=f"[{names}]",
-        PARAMETERS=[", ".join(sizes) + ","] if sizes else [],
         BEFORE=list(printed.before) if printed.keep else [],
         MASK=keep,
         BARRIER=gluon_names.barrier(),
         ASYNC_LOAD=gluon_names.async_load(),
     )
-    return text.replace("tl.", "gl.")
+    text = text.replace("tl.", "gl.").replace("@triton.jit", "@gluon.jit")
+    return Kernel(name, text, (entry,))

@@ -7,30 +7,27 @@ import hashlib
 import json
 from dataclasses import dataclass
 
-from sparse_compile.codegen.triton.blocks.fill import fill
-from sparse_compile.codegen.triton.blocks.source import escaped, legend, mask_parameters
+from sparse_compile.codegen.entry import Entry, Kernel
+from sparse_compile.codegen.runtime.generated import fill
+from sparse_compile.codegen.triton.blocks.source import escaped, legend
 from sparse_compile.codegen.triton.blocks.tiles import padded
 from sparse_compile.codegen.triton.predicate import Printed, print_predicate
 from sparse_compile.codegen.triton.score import PrintedScore, print_score
 from sparse_compile.codegen.triton.selected import (
     features,
+    latent,
     text,
     text_by_key,
     text_union,
     whole_items,
 )
+from sparse_compile.codegen.triton.selected.entries import entries_of
 from sparse_compile.codegen.triton.selected.features import WIDE, features_of
 from sparse_compile.codegen.triton.selected.tiles import Tile, tiles_for
-from sparse_compile.codegen.triton.selected.united import neighbours, union_tile
+from sparse_compile.codegen.triton.selected.united import neighbours
 from sparse_compile.codegen.triton.text import common
 from sparse_compile.expr import H
 from sparse_compile.spec import AttentionSpec
-
-#: A new length or selection must not compile anything.
-_UNSPECIALIZED = (
-    *("lists", "units", "unions", "most", "parts", "n_work", "first_group", "groups"),
-    *("q_heads", "kv_heads", "n_q", "n_kv"),
-)
 
 
 @dataclass(frozen=True)
@@ -75,9 +72,11 @@ class SelectedKernelSpec:
         return self.selected.unit_kv < 16 or max(self.head_dim, self.value_dim) > WIDE
 
 
-def selected_source(spec: SelectedKernelSpec) -> str:
+def selected_kernel(spec: SelectedKernelSpec) -> Kernel:
     """The module of a spec: ``forward``, ``merge``, ``backward_query``, by key and by union."""
     tiles = tiles_for(spec)
+    entries = entries_of(spec, tiles)
+    entry = {one.name: one for one in entries}
     mask = spec.selected.mask
     printed = [print_predicate(mask, axis) for axis in ("kv", "q")]
     can_skip = whole_items.can_print(mask) and not spec.adds_by_query
@@ -87,23 +86,24 @@ def selected_source(spec: SelectedKernelSpec) -> str:
     parts = [
         _header(spec, scores[0]),
         *(common.HELPERS[name] for name in sorted(helpers)),
-        _by_query(text.FORWARD, spec, tiles.forward),
-        fill(text.MERGE, TILE_M=str(tiles.forward.m)),
-        _by_query(text.BACKWARD_QUERY, spec, tiles.backward_query),
+        _by_query(text.FORWARD, entry["forward"], spec),
+        entry["merge"].text(text.MERGE, TILE_M=str(tiles.forward.m)),
+        _by_query(text.BACKWARD_QUERY, entry["backward_query"], spec),
     ]
     if not spec.adds_by_query:
         if can_skip:
             parts += whole_items.functions(mask)
-        parts.append(
-            _by_key(text_by_key.FORWARD_BY_KEY, spec, tiles.forward_by_key, transposed=False)
-        )
-        parts.append(
-            _by_key(text_by_key.BACKWARD_KEY_VALUE, spec, tiles.backward_key_value, transposed=True)
-        )
-    united = union_tile(spec)
-    if united is not None:
-        parts.append(_by_query(text_union.FORWARD_UNION, spec, united))
-    return "\n\n".join(parts)
+        parts.append(_by_key(text_by_key.FORWARD_BY_KEY, entry["forward_by_key"], spec))
+        parts.append(_by_key(text_by_key.BACKWARD_KEY_VALUE, entry["backward_key_value"], spec))
+    if "forward_union" in entry:
+        parts.append(_by_query(text_union.FORWARD_UNION, entry["forward_union"], spec))
+    beside = (latent.latent_kernel(spec),) if latent.can_be_latent(spec) else ()
+    return Kernel(spec.name, "\n\n".join(parts), entries, beside=beside)
+
+
+def selected_source(spec: SelectedKernelSpec) -> str:
+    """The text of :func:`selected_kernel`."""
+    return selected_kernel(spec).source
 
 
 def _score(spec: SelectedKernelSpec, loop_axis: str, mask: Printed) -> PrintedScore:
@@ -133,8 +133,9 @@ def _header(spec: SelectedKernelSpec, score: PrintedScore) -> str:
     )
 
 
-def _by_query(template: str, spec: SelectedKernelSpec, tile: Tile) -> str:
+def _by_query(template: str, entry: Entry, spec: SelectedKernelSpec) -> str:
     """A kernel whose programs hold rows and loop over selected keys."""
+    tile: Tile = entry.tile
     printed = print_predicate(spec.selected.mask, "kv")
     score = _score(spec, "kv", printed)
     keep = [f"keep = {printed.keep}"] if printed.keep else []
@@ -154,9 +155,9 @@ def _by_query(template: str, spec: SelectedKernelSpec, tile: Tile) -> str:
     parts = features_of(spec.head_dim)
     key_head = text.DESCRIBED_KEY_HEAD if tile.descriptors else text.KEY_HEAD
     shape = {"TILE_M": str(tile.m), "TILE_N": str(tile.n), "NEIGHBOURS": str(neighbours(spec))}
-    yields = template is text.FORWARD and union_tile(spec) is not None
+    yields = not united and "BALANCE" in entry.names
     first_keys, keys = _keys(whole, united)
-    return fill(
+    return entry.text(
         template,
         UNIT=fill(
             text_union.UNIT if united else text.UNIT,
@@ -167,7 +168,6 @@ def _by_query(template: str, spec: SelectedKernelSpec, tile: Tile) -> str:
             **shape,
         ).splitlines(),
         NEIGHBOURS=str(neighbours(spec)),
-        BALANCE=" BALANCE," if yields else "",
         DESCRIBED=[_DESCRIBED] if tile.descriptors else [],
         OPERANDS=features.operands(parts, spec.shared, tile.descriptors, precision),
         NO_GRAD_Q=features.no_grad_q(parts),
@@ -181,7 +181,6 @@ def _by_query(template: str, spec: SelectedKernelSpec, tile: Tile) -> str:
         PRECISION=precision,
         GRADS_OF_KEYS=_GRADS[spec.adds_by_query],
         ADD_GRADS=_add_grads(spec, precision) if spec.adds_by_query else [],
-        **_parameters(template, spec),
     )
 
 
@@ -213,8 +212,10 @@ _GRADS = {
 }
 
 
-def _by_key(template: str, spec: SelectedKernelSpec, tile: Tile, transposed: bool) -> str:
+def _by_key(template: str, entry: Entry, spec: SelectedKernelSpec) -> str:
     """A kernel whose programs hold a unit of keys and loop over the queries that selected it."""
+    tile: Tile = entry.tile
+    transposed = template is text_by_key.BACKWARD_KEY_VALUE
     printed = print_predicate(spec.selected.mask, "q")
     score = _score(spec, "q", printed)
     along, across = ("[None, :]", "[:, None]") if transposed else ("[:, None]", "[None, :]")
@@ -235,7 +236,7 @@ def _by_key(template: str, spec: SelectedKernelSpec, tile: Tile, transposed: boo
     at_rows = [f"q, h = tl.minimum(token, n_q - 1){along}, h{along}"] if placed else []
     lines = [*(score.before if by_head else ()), *(score.slope if transposed else score.value)]
     outside = [] if by_head else [*printed.before, *score.before]
-    return fill(
+    return entry.text(
         template,
         START=fill(
             text_by_key.KEYS, TILE_M=str(tile.m), TILE_N=str(tile.n), FACTOR=score.factor
@@ -246,23 +247,8 @@ def _by_key(template: str, spec: SelectedKernelSpec, tile: Tile, transposed: boo
         MASK=[*at_rows, *lines, *mask],
         SLOPE=score.apply_slope,
         PRECISION=_precision(spec),
-        **_parameters(template, spec),
     )
 
 
 def _precision(spec: SelectedKernelSpec) -> str:
     return ', input_precision="ieee"' if spec.dtype == "float32" else ""
-
-
-def _parameters(template: str, spec: SelectedKernelSpec) -> dict[str, str | list[str]]:
-    tables, sizes = mask_parameters(spec.selected.mask)
-    signature = template.partition("):")[0]
-    unspecialized = [
-        *(name for name in _UNSPECIALIZED if f" {name}," in signature),
-        *(name for group in tables for name in group if "_size" in name),
-        *sizes,
-    ]
-    return {
-        "UNSPECIALIZED": "[" + ", ".join(f'"{name}"' for name in unspecialized) + "]",
-        "PARAMETERS": [", ".join(group) + "," for group in [*tables, sizes] if group],
-    }

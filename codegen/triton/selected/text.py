@@ -152,19 +152,7 @@ SCAN = """\
 
 FORWARD = (
     '''\
-@triton.jit(do_not_specialize=$UNSPECIALIZED)
-def forward(
-    Q, K, V, INDEX, COUNT,$BALANCE OUT, LSE,
-    q_stride_b, q_stride_h, q_stride_n,
-    k_stride_b, k_stride_h, k_stride_n,
-    v_stride_b, v_stride_h, v_stride_n,
-    out_stride_b, out_stride_h, out_stride_n,
-    lists, units, most, parts, q_heads, n_q, n_kv, scale,
-    $PARAMETERS
-    GROUPS_PER_LIST: tl.constexpr,
-    GROUPS_PER_KEY: tl.constexpr,
-    PARTED: tl.constexpr,
-):
+$SIGNATURE
     """OUT = softmax(scale * Q K^T over what is selected and allowed) V, and its log-sum-exp.
 
     $DESCRIBED
@@ -189,14 +177,7 @@ def forward(
 )
 
 MERGE = '''\
-@triton.jit(do_not_specialize=["lists", "units", "parts", "first_group", "q_heads", "n_q"])
-def merge(
-    PART_OUT, PART_LSE, COUNT, OUT, LSE,
-    out_stride_b, out_stride_h, out_stride_n,
-    lists, units, parts, first_group, q_heads, n_q,
-    GROUPS_PER_LIST: tl.constexpr,
-    COUNTED: tl.constexpr,
-):
+$SIGNATURE
     """OUT and LSE from the parts that were computed apart.
 
     PART_OUT is [B, groups, units, parts, ROWS, VALUE_DIM], with the groups from ``first_group`` on;
@@ -239,20 +220,7 @@ def merge(
 '''
 
 BACKWARD_QUERY = '''\
-@triton.jit(do_not_specialize=$UNSPECIALIZED)
-def backward_query(
-    Q, K, V, INDEX, COUNT, OUT, GRAD_OUT, LSE, GRAD_LSE, DELTA, GRAD_Q, GRAD_K, GRAD_V,
-    q_stride_b, q_stride_h, q_stride_n,
-    k_stride_b, k_stride_h, k_stride_n,
-    v_stride_b, v_stride_h, v_stride_n,
-    out_stride_b, out_stride_h, out_stride_n,
-    grad_out_stride_b, grad_out_stride_h, grad_out_stride_n,
-    lists, units, most, parts, q_heads, kv_heads, n_q, n_kv, scale,
-    $PARAMETERS
-    GROUPS_PER_LIST: tl.constexpr,
-    GROUPS_PER_KEY: tl.constexpr,
-    HAS_GRAD_LSE: tl.constexpr,
-):
+$SIGNATURE
     """GRAD_Q, and DELTA = sum(OUT * GRAD_OUT) - GRAD_LSE for the kernel of keys.
 
     $DESCRIBED

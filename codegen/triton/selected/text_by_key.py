@@ -32,18 +32,7 @@ place = tl.load(PLACES + number // ROWS, mask=number < hi, other=0)
 """
 
 BACKWARD_KEY_VALUE = '''\
-@triton.jit(do_not_specialize=$UNSPECIALIZED)
-def backward_key_value(
-    Q, K, V, WORK, PLACES, GRAD_OUT, LSE, DELTA, GRAD_K, GRAD_V,
-    q_stride_b, q_stride_h, q_stride_n,
-    k_stride_b, k_stride_h, k_stride_n,
-    v_stride_b, v_stride_h, v_stride_n,
-    grad_out_stride_b, grad_out_stride_h, grad_out_stride_n,
-    lists, units, most, n_work, first_group, q_heads, kv_heads, n_q, n_kv, scale,
-    $PARAMETERS
-    GROUPS_PER_LIST: tl.constexpr,
-    GROUPS_PER_KEY: tl.constexpr,
-):
+$SIGNATURE
     """Add to GRAD_K and GRAD_V, fp32, what the queries that selected a unit of keys send it.
 
     One program handles some of the queries; tiles are transposed.
@@ -88,17 +77,7 @@ def backward_key_value(
 '''
 
 FORWARD_BY_KEY = '''\
-@triton.jit(do_not_specialize=$UNSPECIALIZED)
-def forward_by_key(
-    Q, K, V, WORK, PLACES, PART_OUT, PART_LSE,
-    q_stride_b, q_stride_h, q_stride_n,
-    k_stride_b, k_stride_h, k_stride_n,
-    v_stride_b, v_stride_h, v_stride_n,
-    lists, units, most, n_work, first_group, groups, n_q, n_kv, scale,
-    $PARAMETERS
-    GROUPS_PER_LIST: tl.constexpr,
-    GROUPS_PER_KEY: tl.constexpr,
-):
+$SIGNATURE
     """What the queries that selected a unit of keys get from it, left apart for the kernel merge.
 
     The keys are loaded once for all of them. PART_OUT is [B, groups, units * most, ROWS, VALUE_DIM]

@@ -69,17 +69,7 @@ def copy_queries(
     async_copy.$ASYNC_LOAD(to, at, mask=(row < MEMBERS)[:, None] & (column < DIM))
 
 
-@gluon.jit(do_not_specialize=$UNSPECIALIZED)
-def forward_latent(
-    Q, K, INDEX, COUNT, OUT, LSE,
-    q_stride_b, q_stride_h, q_stride_n,
-    k_stride_b, k_stride_h, k_stride_n,
-    out_stride_b, out_stride_h, out_stride_n,
-    lists, units, most, q_heads, n_q, n_kv, scale,
-    $PARAMETERS
-    GROUPS_PER_LIST: gl.constexpr,
-    GROUPS_PER_KEY: gl.constexpr,
-):
+$SIGNATURE
     """As forward, for the values that are the first MAIN features of the keys.
 
     A program has 64 heads of a query. Keys are read once, for the scores and as values.

@@ -45,18 +45,7 @@ if BALANCE is not None:
 
 FORWARD_UNION = (
     '''\
-@triton.jit(do_not_specialize=$UNSPECIALIZED)
-def forward_union(
-    Q, K, V, INDEX, NAMES, COUNT, BALANCE, OUT, LSE,
-    q_stride_b, q_stride_h, q_stride_n,
-    k_stride_b, k_stride_h, k_stride_n,
-    v_stride_b, v_stride_h, v_stride_n,
-    out_stride_b, out_stride_h, out_stride_n,
-    lists, unions, most, q_heads, n_q, n_kv, scale,
-    $PARAMETERS
-    GROUPS_PER_LIST: tl.constexpr,
-    GROUPS_PER_KEY: tl.constexpr,
-):
+$SIGNATURE
     """As forward: a program holds $NEIGHBOURS neighbouring units, and reads what one of them lists.
 
     $DESCRIBED

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_compile.codegen.runtime.launch import Launcher
+from sparse_compile.codegen.entry import Entry, Kernel, constants, pointers, sizes
+from sparse_compile.codegen.runtime.launch import launchers_of
 from sparse_compile.codegen.triton.selected.united import constants_of
 
 #: Beyond the greatest unit of keys.
@@ -66,7 +67,24 @@ def unite_lists(
     tl.atomic_add(BALANCE, united * cost_union - entries * cost_query)
 
 
-_LAUNCH = Launcher(unite_lists)
+UNITE = Kernel(
+    __name__,
+    "",
+    (
+        Entry(
+            "unite_lists",
+            (
+                pointers("int32", "INDEX", "COUNT", "UNION", "NAMES", "UNION_COUNT")
+                + pointers("int64", "BALANCE"),
+                sizes("lines", "unions", "units", "most", "cost_query", "cost_union"),
+                *constants(NEIGHBOURS=4, MEMBERS=4, ROOM=16, LINES=16),
+            ),
+            {"num_warps": 4},
+        ),
+    ),
+    {"unite_lists": unite_lists},
+)
+_LAUNCH = launchers_of(UNITE)["unite_lists"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,14 +126,10 @@ def unite(index: Tensor, count: Tensor, neighbours: int, costs: tuple[int, int])
         torch.zeros(1, dtype=torch.int64, device=index.device),
     )
     lines = batch * lists * unions
-    constants = constants_of(neighbours, most, lines)
-    _LAUNCH(
-        (-(-lines // constants["LINES"]),),
-        (
-            *(index, count, made.index, made.names, made.count, made.balance),
-            *(lines, unions, units, most, *costs),
-        ),
-        tuple(constants.values()),
-        {"num_warps": 4},
-    )
+    shapes = constants_of(neighbours, most, lines)
+    tensors = {"INDEX": index, "COUNT": count, "UNION": made.index, "NAMES": made.names}
+    tensors |= {"UNION_COUNT": made.count, "BALANCE": made.balance}
+    numbers = {"lines": lines, "unions": unions, "units": units, "most": most}
+    numbers |= {"cost_query": costs[0], "cost_union": costs[1]}
+    _LAUNCH((-(-lines // shapes["LINES"]),), {**tensors, **numbers, **shapes})
     return made

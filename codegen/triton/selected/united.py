@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sparse_compile.codegen.call import AttentionCall
 from sparse_compile.codegen.triton.blocks.tiles import padded
 from sparse_compile.codegen.triton.selected.features import WIDE
 from sparse_compile.codegen.triton.selected.tiles import Tile
 
 if TYPE_CHECKING:
+    from sparse_compile.codegen.call import AttentionCall
     from sparse_compile.codegen.triton.selected.source import SelectedKernelSpec
 
 #: What an entry of a list costs the forward by query, and an entry of a union the forward over

@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_compile.codegen.runtime.generated import load_module
-from sparse_compile.codegen.runtime.launch import Launcher
+from sparse_compile.codegen.runtime.launch import Launcher, current, launchers_of
 from sparse_compile.codegen.triton.layout.key import LONGEST
-from sparse_compile.codegen.triton.layout.launch import current
 from sparse_compile.codegen.triton.selection.printable import free_sizes, key_of
-from sparse_compile.codegen.triton.selection.source import HELD, ChooseSpec, choose_source
+from sparse_compile.codegen.triton.selection.source import HELD, ChooseSpec, choose_kernel
 from sparse_compile.patterns.checks import UPPER_LEFT
 from sparse_compile.patterns.rules import Threshold, TopK, TopP, TopRatio, exact
 from sparse_compile.patterns.scored import Scored
@@ -36,7 +34,7 @@ def can_choose(pattern: Scored, task: Task) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def _kernel(spec: ChooseSpec) -> Launcher:
-    return Launcher(load_module(spec.name, choose_source(spec)).choose)
+    return launchers_of(choose_kernel(spec))["choose"]
 
 
 @dataclass(frozen=True)
@@ -90,22 +88,37 @@ class Chooser:
         may = visible.may(first, end, lists) if given else None
         shift = 0 if pattern.align == UPPER_LEFT else task.k.shape[2] - task.q.shape[2]
         grid = end - first, batch * lists
-        arguments: tuple[Any, ...] = (
-            *(scores.contiguous(), rule if may is None else may.contiguous(), rule),
-            *(self.index, self.count, *_strides(may), first, end - first, units, lists),
-            *(task.blocks, room, pattern.sink, pattern.reach, shift),
-            *(task.q.shape[2], task.k.shape[2], *([] if given else free_sizes(visible, key))),
-        )
+        values: dict[str, Any] = {
+            "SCORES": scores.contiguous(),
+            "VISIBLE": rule if may is None else may.contiguous(),
+            "RULE": rule,
+            "INDEX": self.index,
+            "COUNT": self.count,
+            "first": first,
+            "rows": end - first,
+            "units": units,
+            "lists": lists,
+            "blocks": task.blocks,
+            "room": room,
+            "sink": pattern.sink,
+            "reach": pattern.reach,
+            "shift": shift,
+            "n_q": task.q.shape[2],
+            "n_kv": task.k.shape[2],
+            **_strides(may),
+            **({} if given else free_sizes(visible, key)),
+        }
         with current(scores.device):
-            _kernel(spec)(grid, arguments, (), {"num_warps": spec.warps})
+            _kernel(spec)(grid, values)
 
 
-def _strides(may: Tensor | None) -> tuple[int, int, int]:
-    if may is None:
-        return 0, 0, 0
-    may = may.contiguous()
-    of_b, of_list = (may.stride(d) if may.shape[d] > 1 else 0 for d in (0, 1))
-    return of_b, of_list, may.stride(2)
+def _strides(may: Tensor | None) -> dict[str, int]:
+    steps = [0, 0, 0]
+    if may is not None:
+        may = may.contiguous()
+        steps = [*(may.stride(d) if may.shape[d] > 1 else 0 for d in (0, 1)), may.stride(2)]
+    names = ("visible_stride_b", "visible_stride_list", "visible_stride_row")
+    return dict(zip(names, steps, strict=True))
 
 
 def _power(n: int) -> int:

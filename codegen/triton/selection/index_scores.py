@@ -7,13 +7,17 @@ import functools
 import torch
 from torch import Tensor
 
-from sparse_compile.codegen.runtime.generated import load_module
-from sparse_compile.codegen.runtime.launch import DTYPE_NAMES, Launcher
-from sparse_compile.codegen.triton.layout.launch import current
-from sparse_compile.codegen.triton.selection.index_source import IndexSpec, index_source, tiles
+from sparse_compile.codegen.runtime.launch import (
+    DTYPE_NAMES,
+    Launcher,
+    current,
+    launchers_of,
+    strides,
+)
+from sparse_compile.codegen.triton.selection.index_source import IndexSpec, index_kernel, tiles
 from sparse_compile.codegen.triton.selection.printable import free_sizes, key_of
 from sparse_compile.selection.visible import Visible
-from sparse_compile.spec.target import arch_of
+from sparse_compile.spec.target import Target
 
 #: What the kernel holds of a key, and of the heads' products in half and in single precision.
 _MOST_DIM, _MOST_HEADS, _MOST_HEADS_SINGLE = 256, 128, 32
@@ -21,7 +25,7 @@ _MOST_DIM, _MOST_HEADS, _MOST_HEADS_SINGLE = 256, 128, 32
 
 @functools.lru_cache(maxsize=256)
 def _kernel(spec: IndexSpec) -> Launcher:
-    return Launcher(load_module(spec.name, index_source(spec)).index_scores)
+    return launchers_of(index_kernel(spec))["index_scores"]
 
 
 def can_index(q: Tensor, k: Tensor) -> bool:
@@ -61,13 +65,14 @@ def index_scores(
     # A tile that is left out must not hold a part of a run that is visible.
     whole = first % run_q == run_q % visible.run_q == run_kv % visible.run_kv == 0
     masked = whole and visible.printable
-    spec = IndexSpec(key, masked, heads, dim, dtype, arch_of(q.device))
+    spec = IndexSpec(key, masked, heads, dim, dtype, Target.of(q.device).arch)
     scores = torch.empty(batch, end - first, n_kv, dtype=torch.float32, device=q.device)
-    arguments = (
-        *(q, k, w, scores, *q.stride()[:3], *k.stride()[:2], *w.stride()),
-        *(first, end, factor, n_q, n_kv, *(free_sizes(visible, key) if masked else [])),
-    )
+    w_steps = {f"w_stride_{axis}": step for axis, step in zip("bnh", w.stride(), strict=True)}
+    values = {"Q": q, "K": k, "W": w, "SCORES": scores, **strides(q=q), **w_steps}
+    values |= {"k_stride_b": k.stride(0), "k_stride_n": k.stride(1)}
+    values |= {"first": first, "end": end, "factor": factor, "n_q": n_q, "n_kv": n_kv}
+    values |= free_sizes(visible, key) if masked else {}
     grid = -(-n_kv // run_kv), -(-(end - first) // run_q), batch
     with current(q.device):
-        _kernel(spec)(grid, arguments, (), spec.options)
+        _kernel(spec)(grid, values)
     return scores

@@ -5,17 +5,11 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
+from sparse_compile.codegen.entry import Entry, Kernel, integers, number, pointers, sizes, strides
 from sparse_compile.codegen.runtime.generated import fill
 from sparse_compile.codegen.triton.layout.key import Key
 from sparse_compile.codegen.triton.selection import text
-from sparse_compile.codegen.triton.selection.source import (
-    quoted,
-    sizes_of,
-    verdict_lines,
-    verdict_source,
-)
-
-_UNSPECIALIZED = ("first", "end", "n_q", "n_kv")
+from sparse_compile.codegen.triton.selection.source import verdict_lines, verdict_source
 
 
 @dataclass(frozen=True)
@@ -68,9 +62,21 @@ def tiles(dtype: str) -> tuple[int, int]:
     return (64, 32) if dtype == "float32" else (64, 128)
 
 
-def index_source(spec: IndexSpec) -> str:
+def _entry(spec: IndexSpec) -> Entry:
+    lines = (
+        pointers(spec.dtype, "Q", "K", "W") + pointers("float32", "SCORES"),
+        *strides("q"),
+        integers("k_stride_b", "k_stride_n"),
+        integers("w_stride_b", "w_stride_n", "w_stride_h", assumed=None),
+        sizes("first", "end") + number("factor") + sizes("n_q", "n_kv"),
+        sizes(*(spec.key.sizes if spec.masked else [])),
+    )
+    return Entry("index_scores", lines, spec.options)
+
+
+def index_kernel(spec: IndexSpec) -> Kernel:
     """The module of a spec: the kernel ``index_scores``."""
-    key = spec.key
+    key, entry = spec.key, _entry(spec)
     header = fill(
         text.INDEX_MODULE,
         NAME=spec.name,
@@ -85,14 +91,12 @@ def index_source(spec: IndexSpec) -> str:
         TILE_KV=str(key.kv.block),
     )
     single = spec.arch == "interpreter" or spec.dtype == "float32"
-    kernel = fill(
+    kernel = entry.text(
         text.INDEX_SCORES,
-        UNSPECIALIZED=quoted([*_UNSPECIALIZED, *(key.sizes if spec.masked else [])]),
-        SIZES=sizes_of(key) if spec.masked else [],
         VERDICT=verdict_lines(key, "base // TILE_Q", "tile_kv") if spec.masked else ["may = True"],
         KEY="key.to(tl.float32)" if single else "key",
         QUERY="query.to(tl.float32)" if single else "query",
         PRECISION=', input_precision="ieee"' if single else "",
     )
     helpers = ["\n\n", *verdict_source(key)] if spec.masked else ["\n\n"]
-    return "".join([header, *helpers, kernel])
+    return Kernel(spec.name, "".join([header, *helpers, kernel]), (entry,))

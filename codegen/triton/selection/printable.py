@@ -16,6 +16,6 @@ def key_of(visible: Visible, run_q: int, run_kv: int) -> Key:
     return Key.of(mask, visible.sizes, natural(run_q), natural(run_kv))
 
 
-def free_sizes(visible: Visible, key: Key) -> list[int]:
-    """The sizes that are arguments of kernels."""
-    return [size for size, fixed in zip(visible.sizes, key.fixed, strict=False) if fixed is None]
+def free_sizes(visible: Visible, key: Key) -> dict[str, int]:
+    """The sizes that are parameters of kernels."""
+    return {f"s{i}": visible.sizes[i] for i, fixed in enumerate(key.fixed) if fixed is None}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sparse_compile.codegen.entry import Entry, Kernel, pointers, sizes
 from sparse_compile.codegen.runtime.generated import fill
 from sparse_compile.codegen.triton.layout import source as layout_source
 from sparse_compile.codegen.triton.layout.key import Key
@@ -22,11 +22,6 @@ _LIMITS = {
 }
 #: Blocks whose keys a program can hold.
 HELD = 1 << 15
-#: A new length or number of blocks must not compile anything.
-_UNSPECIALIZED = (
-    *("visible_stride_b", "visible_stride_list", "visible_stride_row", "first", "rows", "units"),
-    *("lists", "blocks", "room", "sink", "reach", "shift", "n_q", "n_kv"),
-)
 
 
 @dataclass(frozen=True)
@@ -67,7 +62,21 @@ class ChooseSpec:
         return 16 if self.is_long else max(1, min(32, self.blocks // (256 if self.few else 1024)))
 
 
-def choose_source(spec: ChooseSpec) -> str:
+def _entry(spec: ChooseSpec) -> Entry:
+    read = pointers("float32", "SCORES")
+    # Without a mask that is given, any tensor stands for it.
+    read += pointers("bool" if spec.given else "float64", "VISIBLE") + pointers("float64", "RULE")
+    lines = (
+        read + pointers("int32", "INDEX", "COUNT"),
+        sizes("visible_stride_b", "visible_stride_list", "visible_stride_row"),
+        sizes("first", "rows", "units", "lists", "blocks", "room", "sink", "reach", "shift"),
+        sizes("n_q", "n_kv"),
+        sizes(*([] if spec.given else spec.key.sizes)),
+    )
+    return Entry("choose", lines, {"num_warps": spec.warps})
+
+
+def choose_kernel(spec: ChooseSpec) -> Kernel:
     """The module of a spec: the kernel ``choose``."""
     key = spec.key
     header = fill(
@@ -81,28 +90,27 @@ def choose_source(spec: ChooseSpec) -> str:
         SLICE=str(min(spec.blocks, 512 * spec.warps)),
         ROOM=str(spec.room),
     )
-    sizes = [] if spec.given else sizes_of(key)
-    kernel = fill(
+    names, entry = [] if spec.given else sizes_of(key), _entry(spec)
+    kernel = entry.text(
         text.CHOOSE,
-        UNSPECIALIZED=quoted([*_UNSPECIALIZED, *([] if spec.given else key.sizes)]),
-        SIZES=sizes,
-        NAMES=sizes,
+        SIZES=names,
+        NAMES=names,
         VISIBLE=text.GIVEN.splitlines() if spec.given else _from_mask(key),
         LIMIT=_LIMITS[spec.rule].splitlines(),
-        **_search(spec, sizes),
+        **_search(spec, names),
     )
     verdict = [DIVISIONS, "\n\n"] if spec.given else verdict_source(key)
-    return "".join([header, *verdict, kernel])
+    return Kernel(spec.name, "".join([header, *verdict, kernel]), (entry,))
 
 
 def _search(spec: ChooseSpec, parameters: list[str]) -> dict[str, str | list[str]]:
     """How the least key is searched: among keys that a program holds, or by reading them."""
     arguments = "SCORES, VISIBLE, unit, blocks, sink, near, until, n_q, n_kv"
-    sizes = [] if spec.given else spec.key.sizes
+    names = [] if spec.given else spec.key.sizes
 
     def found(bound: str) -> str:
         if spec.is_long:
-            return f"found_from({', '.join([bound, arguments, *sizes])})"
+            return f"found_from({', '.join([bound, arguments, *names])})"
         return f"tl.sum((key >= {bound}).to(tl.int32), 0)"
 
     keys = fill(text.ALL_KEYS, NAMES=parameters).splitlines()
@@ -115,11 +123,6 @@ def _search(spec: ChooseSpec, parameters: list[str]) -> dict[str, str | list[str
         "FOUND_HIGHER": found("higher"),
         "FOUND_ABOVE": found("least + 1"),
     }
-
-
-def quoted(names: Sequence[str]) -> str:
-    """A list of strings, as text."""
-    return "[" + ", ".join(f'"{name}"' for name in names) + "]"
 
 
 def sizes_of(key: Key) -> list[str]:
@@ -139,12 +142,12 @@ def verdict_lines(key: Key, q: str, kv: str, runs: tuple[str, str] = ("1", "1"))
     Or of ``runs`` of blocks from those on.
     """
     names = {axis: _digits(key, axis) for axis in ("q", "kv")}
-    sizes = ", ".join(["", *key.sizes])
+    free = ", ".join(["", *key.sizes])
     return [
         f"{', '.join(names['q'])}, q_whole = digits_of_q({q}, n_q, {runs[0]})",
         f"{', '.join(names['kv'])}, kv_whole = digits_of_kv({kv}, n_kv, {runs[1]})",
         f"must, may = verdict({', '.join([*names['q'], *names['kv']])}, 0, 0, 0, 0, n_q, n_kv"
-        f"{sizes})",
+        f"{free})",
     ]
 
 

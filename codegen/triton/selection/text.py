@@ -69,13 +69,7 @@ def share_of(score, visible):
     return weight / tl.maximum(tl.sum(weight, 0), 1.0)
 
 
-@triton.jit(do_not_specialize=$UNSPECIALIZED)
-def choose(
-    SCORES, VISIBLE, RULE, INDEX, COUNT,
-    visible_stride_b, visible_stride_list, visible_stride_row,
-    first, rows, units, lists, blocks, room, sink, reach, shift, n_q, n_kv,
-    $SIZES
-):
+$SIGNATURE
     """INDEX and COUNT of some units of queries, from SCORES fp32 [B, lists, rows, blocks].
 
     INDEX is int32 [B, lists, units, room], of which ``rows`` are written from ``first`` on; beyond
@@ -220,15 +214,7 @@ DIM, DIM_PAD = tl.constexpr($DIM), tl.constexpr($DIM_PAD)
 '''
 
 INDEX_SCORES = '''\
-@triton.jit(do_not_specialize=$UNSPECIALIZED)
-def index_scores(
-    Q, K, W, SCORES,
-    q_stride_b, q_stride_h, q_stride_n,
-    k_stride_b, k_stride_n,
-    w_stride_b, w_stride_n, w_stride_h,
-    first, end, factor, n_q, n_kv,
-    $SIZES
-):
+$SIGNATURE
     """SCORES fp32 [B, end - first, n_kv] of the queries from ``first`` on.
 
     Q is [B, HEADS, n_q, DIM], K [B, n_kv, DIM] and W [B, n_q, HEADS]. Scores are multiplied with

@@ -5,21 +5,24 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sparse_compile.codegen.runtime.generated import load_module
-from sparse_compile.codegen.runtime.launch import DTYPE_NAMES, Launcher
+from sparse_compile.codegen.runtime.launch import (
+    DTYPE_NAMES,
+    Launcher,
+    current,
+    launchers_of,
+    strides,
+)
 from sparse_compile.codegen.triton.layout.key import LONGEST
-from sparse_compile.codegen.triton.layout.launch import current
 from sparse_compile.codegen.triton.selection import window_source
 from sparse_compile.codegen.triton.selection.printable import free_sizes, key_of
 from sparse_compile.codegen.triton.selection.window_source import WindowSpec
 from sparse_compile.selection.windows import Windows
-from sparse_compile.spec.target import arch_of
+from sparse_compile.spec.target import Target
 
 #: What the kernel holds of a key, of the heads of a list, and of the cells of windows and blocks.
 _MOST_DIM, _MOST_HEADS, _MOST_SPAN, _MOST_PER = 256, window_source.ROWS, 16, 32
@@ -29,7 +32,7 @@ _SPAN = 256
 
 @functools.lru_cache(maxsize=256)
 def _kernel(spec: WindowSpec) -> Launcher:
-    return Launcher(load_module(spec.name, window_source.window_source(spec)).window_scores)
+    return launchers_of(window_source.window_kernel(spec))["window_scores"]
 
 
 def fits(windows: Windows) -> bool:
@@ -95,19 +98,19 @@ class WindowScores:
         key = replace(key_of(visible, 1, visible.run_kv), span=_SPAN)
         shape = parts.shape[0], windows.span, windows.per, windows.unit
         of_heads = windows.heads, q.shape[3], DTYPE_NAMES[q.dtype]
-        spec = WindowSpec(key, *of_heads, *shape, logarithm, arch_of(q.device))
+        spec = WindowSpec(key, *of_heads, *shape, logarithm, Target.of(q.device).arch)
         least = window_source.LEAST_SCORE if logarithm else 0.0
         scores = torch.full(
             (q.shape[0], windows.lists, rows, windows.blocks), least, device=q.device
         )
         factor = windows.scale if windows.scale > 0 else 1.0
-        arguments: tuple[Any, ...] = (
-            *(q, parts, scores, *q.stride()[:3], parts.stride(0)),
-            *(first, rows, factor / math.log(2), windows.keys.shape[2], parts.shape[3]),
-            *(windows.blocks, windows.lists, windows.lists // parts.shape[2]),
-            *(q.shape[2], visible.n_kv, *free_sizes(visible, key)),
-        )
+        values = {"Q": q, "KEYS": parts, "SCORES": scores, **strides(q=q), "first": first}
+        values |= {"key_stride_part": parts.stride(0), "rows": rows, "factor": factor / math.log(2)}
+        values |= {"windows": windows.keys.shape[2], "padded": parts.shape[3]}
+        values |= {"blocks": windows.blocks, "lists": windows.lists}
+        values |= {"lists_per_key": windows.lists // parts.shape[2], "n_q": q.shape[2]}
+        values |= {"n_kv": visible.n_kv, **free_sizes(visible, key)}
         grid = -(-rows * self.summed // spec.tokens), q.shape[0] * windows.lists
         with current(q.device):
-            _kernel(spec)(grid, arguments, (), spec.options)
+            _kernel(spec)(grid, values)
         return scores

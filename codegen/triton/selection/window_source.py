@@ -8,19 +8,12 @@ from dataclasses import dataclass
 
 import sympy
 
+from sparse_compile.codegen.entry import Entry, Kernel, integers, number, pointers, sizes, strides
 from sparse_compile.codegen.runtime.generated import fill
 from sparse_compile.codegen.triton.layout.key import Key
 from sparse_compile.codegen.triton.selection import window_text
-from sparse_compile.codegen.triton.selection.source import (
-    quoted,
-    sizes_of,
-    verdict_lines,
-    verdict_source,
-)
+from sparse_compile.codegen.triton.selection.source import sizes_of, verdict_lines, verdict_source
 
-_UNSPECIALIZED = (
-    *("first", "rows", "windows", "padded", "blocks", "lists", "lists_per_key", "n_q", "n_kv"),
-)
 #: Rows of a tile, queries with the heads of a list, at most.
 ROWS = 128
 #: Windows that the keys are padded to a multiple of: that of any tile.
@@ -110,9 +103,21 @@ def tokens_of(heads: int, dim: int) -> int:
     return max(1, rows // _power(heads))
 
 
-def window_source(spec: WindowSpec) -> str:
+def _entry(spec: WindowSpec) -> Entry:
+    lines = (
+        pointers(spec.dtype, "Q", "KEYS") + pointers("float32", "SCORES"),
+        *strides("q"),
+        integers("key_stride_part"),
+        sizes("first", "rows") + number("factor") + sizes("windows", "padded", "blocks"),
+        sizes("lists", "lists_per_key", "n_q", "n_kv"),
+        sizes(*spec.key.sizes),
+    )
+    return Entry("window_scores", lines, spec.options)
+
+
+def window_kernel(spec: WindowSpec) -> Kernel:
     """The module of a spec: the kernel ``window_scores``."""
-    key = spec.key
+    key, entry = spec.key, _entry(spec)
     header = fill(
         window_text.MODULE,
         NAME=spec.name,
@@ -132,26 +137,23 @@ def window_source(spec: WindowSpec) -> str:
         LOGARITHM=str(spec.logarithm),
         LEAST_SCORE=repr(LEAST_SCORE),
     )
-    sizes = sizes_of(key)
-    kernel = fill(
+    kernel = entry.text(
         window_text.KERNEL,
-        UNSPECIALIZED=quoted([*_UNSPECIALIZED, *key.sizes]),
-        SIZES=sizes,
-        NAMES=sizes,
+        NAMES=sizes_of(key),
         # The interpreter cannot multiply bf16.
         SINGLE=".to(tl.float32)" if spec.arch == "interpreter" else "",
     )
-    return "".join([header, *_seen(key), kernel])
+    return Kernel(spec.name, "".join([header, *_seen(key), kernel]), (entry,))
 
 
 def _seen(key: Key) -> list[str]:
     """The functions ``sees``, ``sees_all`` and ``range_of_tiles``."""
-    sizes, runs = sizes_of(key), ("TOKENS", "TILE + SPAN - 1")
+    names, runs = sizes_of(key), ("TOKENS", "TILE + SPAN - 1")
     if key.mask.predicate == sympy.true:
-        return [fill(window_text.ALL_SEEN, SIZES=sizes)]
+        return [fill(window_text.ALL_SEEN, SIZES=names)]
     functions = fill(
         window_text.SEEN,
-        SIZES=sizes,
+        SIZES=names,
         STRIDE=str(key.kv.block),
         VERDICT=verdict_lines(key, "token", "window + number"),
         WHOLE=verdict_lines(key, "base", "tile * TILE", runs),

@@ -129,13 +129,7 @@ def hand_down(mass, before, tile, SCORES, row, rows, blocks):
     tl.store(SCORES + place, given, mask=(block < blocks) & (row < rows)[None, :])
 
 
-@triton.jit(do_not_specialize=$UNSPECIALIZED)
-def window_scores(
-    Q, KEYS, SCORES,
-    q_stride_b, q_stride_h, q_stride_n, key_stride_part,
-    first, rows, factor, windows, padded, blocks, lists, lists_per_key, n_q, n_kv,
-    $SIZES
-):
+$SIGNATURE
     """SCORES fp32 [B, lists, rows, blocks], in runs of SUMMED queries from query ``first`` on.
 
     Q is [B, lists * HEADS, n_q, DIM]; KEYS is [PARTS, B, lists / lists_per_key, padded, DIM_PAD]:

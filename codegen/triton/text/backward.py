@@ -1,22 +1,7 @@
 """The backward kernels: GRAD_Q by queries, GRAD_K and GRAD_V by keys."""
 
 QUERY = '''\
-@triton.jit(do_not_specialize=$UNSPECIALIZED)
-def backward_query(
-    Q, K, V, OUT, GRAD_OUT, LSE, GRAD_LSE, STATISTICS, GRAD_Q, PART_GRAD_Q,
-    q_stride_b, q_stride_h, q_stride_n,
-    k_stride_b, k_stride_h, k_stride_n,
-    v_stride_b, v_stride_h, v_stride_n,
-    out_stride_b, out_stride_h, out_stride_n,
-    grad_out_stride_b, grad_out_stride_h, grad_out_stride_n,
-    items, n_items, heavy, q_heads, batch, n_q, n_kv, rows, scale,
-    $LISTS
-    $DESCRIPTORS
-    $PARAMETERS
-    HAS_GRAD_LSE: tl.constexpr,
-    SECTION: tl.constexpr,
-    GROUP: tl.constexpr,
-):
+$SIGNATURE
     """GRAD_Q; and for each query, what backward_key_value needs of it.
 
     STATISTICS is [2, B, Hq, rows], rows at least n_q: the log-sum-exp in base 2 (+inf where there
@@ -77,20 +62,7 @@ grad_q = tl.dot(grad_score.to(key.dtype), key, grad_q$PRECISION)
 """
 
 KEY_VALUE = '''\
-@triton.jit(do_not_specialize=$UNSPECIALIZED)
-def backward_key_value(
-    Q, K, V, GRAD_OUT, STATISTICS, GRAD_K, GRAD_V, PART_GRAD_K, PART_GRAD_V,
-    q_stride_b, q_stride_h, q_stride_n,
-    k_stride_b, k_stride_h, k_stride_n,
-    v_stride_b, v_stride_h, v_stride_n,
-    grad_out_stride_b, grad_out_stride_h, grad_out_stride_n,
-    items, n_items, heavy, kv_heads, batch, n_q, n_kv, rows, scale,
-    $LISTS
-    $DESCRIPTORS
-    $PARAMETERS
-    SECTION: tl.constexpr,
-    GROUP: tl.constexpr,
-):
+$SIGNATURE
     """GRAD_K and GRAD_V, summed over the query heads that share them.
 
     Lines are blocks of keys, and tiles are transposed.

@@ -1,20 +1,7 @@
 """The forward kernel: one program computes one tile of queries, or a part of a split one."""
 
 KERNEL = '''\
-@triton.jit(do_not_specialize=$UNSPECIALIZED)
-def forward(
-    Q, K, V, OUT, LSE, PART_OUT, PART_LSE,
-    q_stride_b, q_stride_h, q_stride_n,
-    k_stride_b, k_stride_h, k_stride_n,
-    v_stride_b, v_stride_h, v_stride_n,
-    out_stride_b, out_stride_h, out_stride_n,
-    items, n_items, heavy, q_heads, batch, n_q, n_kv, scale,
-    $LISTS
-    $DESCRIPTORS
-    $PARAMETERS
-    SECTION: tl.constexpr,
-    GROUP: tl.constexpr,
-):
+$SIGNATURE
     """OUT = softmax(scale * Q K^T where mask) V, and its natural log-sum-exp."""
     $SHAPE
     number, lo, hi, slot, sub, h, b = work(items, n_items, heavy, q_heads, batch, SUBTILES)

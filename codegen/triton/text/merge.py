@@ -1,12 +1,7 @@
 """Kernels that put together the parts of split lines."""
 
 FORWARD = '''\
-@triton.jit(do_not_specialize=["n_q"])
-def merge_forward(
-    PART_OUT, PART_LSE, OUT, LSE, merges,
-    out_stride_b, out_stride_h, out_stride_n, n_q,
-    SECTION: tl.constexpr,
-):
+$SIGNATURE
     """Merge the parts of split lines by their log-sum-exps.
 
     merges is int32 [split lines, 3]: line, first slot, number of parts.
@@ -35,11 +30,7 @@ def merge_forward(
 '''
 
 SUM = '''\
-@triton.jit(do_not_specialize=["n_$AXIS"])
-def merge_$WHAT(
-    PART, GRAD, merges, n_$AXIS,
-    SECTION: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr,
-):
+$SIGNATURE
     """Add up the parts of split lines; GRAD is [B, heads, n_$AXIS, DIM]."""
     $SHAPE
     sub, h, b = tl.program_id(0) % SUBTILES, tl.program_id(1), tl.program_id(2)

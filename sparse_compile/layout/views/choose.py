@@ -5,6 +5,7 @@ from __future__ import annotations
 from sparse_compile.expr import MaskExpr
 from sparse_compile.layout.views.split_views import Split, split_views
 from sparse_compile.spec import AttentionSpec, EmptyRows
+from sparse_compile.spec.block_shape import GPU_SHAPES, BlockShape
 
 
 def choose_views(
@@ -16,7 +17,7 @@ def choose_views(
     heads: int = 1,
     sizes: tuple[int, ...] = (),
     block: tuple[int, int] | None = None,
-    device_type: str = "cuda",
+    shapes: tuple[BlockShape, ...] = GPU_SHAPES,
     empty_rows: EmptyRows = EmptyRows.ZERO,
     where: tuple[str, ...] = (),
 ) -> tuple[AttentionSpec, Split]:
@@ -29,7 +30,8 @@ def choose_views(
         mask: the predicate.
         n_q, n_kv, batch, heads, sizes: the problem to choose for; heads counts query heads.
         block: queries and keys per block; None to choose.
-        device_type: ``"cuda"`` or ``"cpu"``.
+        shapes: the block shapes to choose from, as a generator has kernels for them; the default
+            is that of GPUs.
         empty_rows, where: as in :class:`AttentionSpec`.
 
     >>> from sparse_compile.expr import KV, Q
@@ -45,7 +47,7 @@ def choose_views(
         sizes=sizes,
         heads=heads,
         batch=batch,
-        device_type=device_type,
+        shapes=shapes,
     )
     first = split.views[0]
     views = () if split.is_plain else split.views

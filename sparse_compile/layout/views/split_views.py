@@ -19,6 +19,7 @@ from sparse_compile.layout.views.terms import periods, terms, without
 from sparse_compile.layout.views.view_candidates import Blocks, Orders, candidates, neighbours
 from sparse_compile.layout.views.view_text import view_text
 from sparse_compile.layout.views.visits import Visits, visits
+from sparse_compile.spec.block_shape import GPU_SHAPES, BlockShape, given_shape
 from sparse_compile.spec.view import View
 
 #: Writing, reading and merging the partial result of a row, in pairs.
@@ -27,10 +28,6 @@ MERGE_PAIRS = 256
 REORDERED = 1.1
 #: Fewer views, plain orders and larger blocks unless the alternative is this much cheaper.
 WORTHWHILE = 0.95
-#: Block shapes to choose from, the default first. Larger blocks never visit fewer pairs.
-_SHAPES = {"cuda": ((64, 64), (32, 32), (16, 16)), "cpu": ((32, 32),)}
-#: What a pair costs on a GPU in blocks of so many tokens.
-_PAIR_COSTS = {16: 3.2, 32: 1.6}
 #: Orders of each term that are weighed against each other.
 _KEPT = 3
 
@@ -97,7 +94,7 @@ def split_views(
     sizes: tuple[int, ...] = (),
     heads: int = 1,
     batch: int = 1,
-    device_type: str = "cuda",
+    shapes: tuple[BlockShape, ...] = GPU_SHAPES,
 ) -> Split:
     """The cheapest views of ``mask``.
 
@@ -109,7 +106,8 @@ def split_views(
         block: queries and keys per block; None to choose.
         sizes: the integers that the mask reads.
         heads, batch: of the problem; heads counts query heads.
-        device_type: ``"cuda"`` or ``"cpu"``, for the block shapes to choose from.
+        shapes: the block shapes to choose from, the default first; larger ones never visit fewer
+            pairs.
 
     >>> from sparse_compile.expr import KV, FloorMod, Q
     >>> strided = (KV <= Q) & ((Q - KV < 128) | sympy.Eq(FloorMod(Q - KV, 128), 0))
@@ -120,12 +118,11 @@ def split_views(
     (kv <= q) & (-kv + q >= 128) & Eq(FloorMod(-kv + q, 128), 0)
     """
     best: Split | None = None
-    for shape in [block] if block else _SHAPES.get(device_type, _SHAPES["cuda"]):
-        pair_cost = _PAIR_COSTS.get(min(shape), 1) if device_type == "cuda" else 1
-        search = Search(mask, Blocks(*shape, n_q, n_kv), sizes, heads, batch, pair_cost)
+    for shape in [given_shape(block, shapes)] if block else shapes:
+        search = Search(mask, Blocks(shape.q, shape.kv, n_q, n_kv), sizes, heads, batch, shape.cost)
         if best is None:
             best, full = search.best()
-        elif pair_cost * full + best.cost.merge < WORTHWHILE * best.cost.total:
+        elif shape.cost * full + best.cost.merge < WORTHWHILE * best.cost.total:
             # Smaller blocks visit at least what is FULL now.
             other, _ = search.best()
             if other.cost.total < WORTHWHILE * best.cost.total:

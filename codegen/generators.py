@@ -1,0 +1,119 @@
+"""The generators, as plug-ins: which one makes the kernels of a spec, and which ones refused.
+
+The list below is the one place that names them, as text: each is imported when it is asked first,
+so that a machine without Triton runs what needs none.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from sparse_compile.codegen.kernel import BlockShape, Generator, Kernel, ShapeNeed, Target
+from sparse_compile.codegen.runtime.launch import Refused
+from sparse_compile.errors import NoKernel
+
+#: In the order in which they are asked; ``:`` stands before the object of the module.
+_GENERATORS = (
+    "sparse_compile.codegen.triton.generator:TRITON",
+    "sparse_compile.codegen.cpu.generator:CPU",
+)
+#: What runs attention to blocks, and to units, by kind of device.
+_EXECUTORS = {
+    ("blocks", "cuda"): "sparse_compile.codegen.triton.blocks.executor",
+    ("blocks", "cpu"): "sparse_compile.codegen.cpu.views",
+    ("units", "cuda"): "sparse_compile.codegen.triton.selected.executor",
+    ("units", "cpu"): "sparse_compile.codegen.cpu.selected",
+}
+
+
+def _loaded(place: str) -> Any:
+    module, _, name = place.partition(":")
+    found = importlib.import_module(module)
+    return getattr(found, name) if name else found
+
+
+@functools.lru_cache(maxsize=8)
+def executor(parts: str, kind: str) -> Any:
+    """The executor of attention to ``"blocks"`` or to ``"units"`` on a kind of device."""
+    return _loaded(_EXECUTORS[parts, "cuda" if kind == "cuda" else "cpu"])
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The kernels of a spec.
+
+    Attributes:
+        kernel: generated.
+        generator: name of who made them.
+        refused: who refused before that, and why.
+    """
+
+    kernel: Kernel
+    generator: str
+    refused: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Generators:
+    """Generators in the order in which they are asked."""
+
+    known: Sequence[Generator]
+    _late: dict[Any, dict[str, str]] = field(default_factory=dict)
+    _chosen: dict[Any, Chosen] = field(default_factory=dict)
+
+    def choose(self, spec: Any) -> Chosen:
+        """The kernels of a spec, by the first generator that does not refuse it.
+
+        Raises:
+            NoKernel: all refuse; it says why.
+        """
+        found = self._chosen.get(spec)
+        if found is None:
+            found = self._chosen[spec] = self._choose(spec)
+        return found
+
+    def _choose(self, spec: Any) -> Chosen:
+        late = self._late.get(spec, {})
+        refused: list[tuple[str, str]] = []
+        for generator in self.known:
+            reason = late.get(generator.name) or generator.refusal(spec)
+            if not reason:
+                return Chosen(generator.generate(spec), generator.name, tuple(refused))
+            refused.append((generator.name, reason))
+        raise NoKernel(spec.name, refused)
+
+    def refuse(self, spec: Any, reason: str) -> None:
+        """From now on, another generator than the one chosen last serves a spec."""
+        chosen = self._chosen.pop(spec)
+        self._late.setdefault(spec, {})[chosen.generator] = reason
+
+    def serve(self, spec: Any, run: Callable[[Kernel], Any]) -> Any:
+        """What ``run`` gives for the kernels of the first generator that it does not refuse."""
+        while True:
+            chosen = self.choose(spec)
+            try:
+                return run(chosen.kernel)
+            except Refused as why:
+                self.refuse(spec, str(why))
+
+    def block_shapes(self, need: ShapeNeed) -> tuple[BlockShape, ...]:
+        """Those of the first generator that has any for a target."""
+        return next((shapes for g in self.known if (shapes := g.block_shapes(need))), ())
+
+
+@functools.lru_cache(maxsize=1)
+def generators() -> Generators:
+    """All that there are."""
+    return Generators([_loaded(place) for place in _GENERATORS])
+
+
+@functools.lru_cache(maxsize=64)
+def block_shapes(device: torch.device | str) -> tuple[BlockShape, ...]:
+    """The block shapes to choose from on a device, or a type of device."""
+    return generators().block_shapes(ShapeNeed(Target.of(torch.device(device))))

@@ -1,0 +1,34 @@
+"""The generator of plain Triton kernels, for every GPU and for the interpreter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sparse_compile.codegen.kernel import BlockShape, Kernel, KernelSpec, ShapeNeed
+from sparse_compile.codegen.triton.blocks.source import kernel_of
+from sparse_compile.codegen.triton.selected.source import SelectedKernelSpec, selected_kernel
+from sparse_compile.spec.block_shape import GPU_SHAPES
+
+
+class _Triton:
+    """See :class:`sparse_compile.codegen.kernel.Generator`."""
+
+    name = "triton"
+
+    def refusal(self, spec: Any) -> str:
+        """Why not; empty if it can."""
+        if not isinstance(spec, (KernelSpec, SelectedKernelSpec)):
+            return f"it knows no {type(spec).__name__}"
+        known = spec.arch == "interpreter" or spec.arch.startswith("sm_")
+        return "" if known else f"Triton has no kernels for {spec.arch}"
+
+    def block_shapes(self, need: ShapeNeed) -> tuple[BlockShape, ...]:
+        """Those of its kernels, the default first."""
+        return GPU_SHAPES if need.target.kind == "cuda" else ()
+
+    def generate(self, spec: Any) -> Kernel:
+        """The kernels of a spec."""
+        return kernel_of(spec) if isinstance(spec, KernelSpec) else selected_kernel(spec)
+
+
+TRITON = _Triton()
