@@ -18,6 +18,7 @@ from sparse_compile.passes.decide.layout import (
 from sparse_compile.passes.dense_tables import remember_given
 from sparse_compile.passes.find import find_attention, find_indexer
 from sparse_compile.passes.lift import LiftCache, lift_mask
+from sparse_compile.passes.rewrite.held_layouts import hold_layouts
 from sparse_compile.passes.rewrite.rewriter import Rewriter
 from sparse_compile.passes.rewrite.share_lists import share_lists
 from sparse_compile.sites.plan import Plan
@@ -39,6 +40,7 @@ __all__ = [
     "choose_selection",
     "find_attention",
     "find_indexer",
+    "hold_layouts",
     "lift_mask",
     "promised_mask",
     "remember_given",

@@ -23,6 +23,7 @@ from sparse_compile.passes import (
     choose_selection,
     find_attention,
     find_indexer,
+    hold_layouts,
     lift_mask,
     promised_mask,
     remember_given,
@@ -79,6 +80,7 @@ def plan_and_rewrite(
             raise _restriction_failed(decision)
     rewriter.finish()
     share_lists(gm)
+    hold_layouts(gm)
     if options.masks == "stable":
         remember_given(gm)
     return decisions

@@ -86,16 +86,16 @@ def _mask_data(
     q: Tensor, k: Tensor, v: Tensor, mask: Pattern, plan: Direct, given: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor], str]:
     """The tables and the lists of a pattern, and the text of the spec."""
-    text, _, static, _, selected = plan
-    tables, lists = static_data(q, k, mask, plan) if static else ([], [])
+    text, _, _, _, selected = plan
+    tables, lists = static_data(q, k, mask, plan) if text else ([], [])
     if selected is None:
         return tables, lists, text
     index, count, more = lists_of(q, k, mask, selected, given)
     tables, lists = [*tables, *more], [*lists, index, count]
     if not selected[5] or q.shape[3] > WIDEST[0] or v.shape[3] > WIDEST[1]:
         return tables, lists, selected[0]
-    lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
-    lists = ops.LAYOUT(tables, NO_READS, [], *lengths, selected[5], q.device, lists)
+    shape = q.shape[0], q.shape[1], q.shape[2], k.shape[2], k.shape[1]
+    lists = ops.LAYOUT(tables, NO_READS, [], *shape, selected[5], q.device, lists)
     return tables, lists, selected[5]
 
 
@@ -158,7 +158,7 @@ def _by_tensor(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> T
         )
     shared = tuple([size == 1 for size in mask.shape])
     text, reads = _plan_of_tensor(shared, q.device.type)
-    bits, *lists = ops.LAYOUT([mask], reads, [], *lengths, text, q.device, [])
+    bits, *lists = ops.LAYOUT([mask], reads, [], *lengths, k.shape[1], text, q.device, [])
     out: Tensor = ops.ATTENTION(q, k, v, [], [bits], [], lists, scale, text)[0]
     return out
 

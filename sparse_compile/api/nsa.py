@@ -13,8 +13,9 @@ from sparse_compile.api.attention import attention
 from sparse_compile.errors import BadShape, PatternMisuse
 from sparse_compile.expr import KV, MaskExpr, Q
 from sparse_compile.expr.nodes import size_symbol
+from sparse_compile.layout.dense_tables import NO_READS
 from sparse_compile.layout.views.choose import choose_views
-from sparse_compile.ops import ATTENTION
+from sparse_compile.ops import ATTENTION, LAYOUT
 from sparse_compile.ops.nsa import NSA_SELECT
 from sparse_compile.ops.operands import check_operands
 from sparse_compile.patterns.checks import LOWER_RIGHT
@@ -231,7 +232,9 @@ def _to_compressed(
     late = pattern.align == LOWER_RIGHT
     text = _compressed_spec(pattern.length, pattern.stride, late, q.device.type)
     shift = [n_kv - q.shape[2]] if late else []
-    out: Tensor = ATTENTION(q, k, v, [], [], shift, [], scale, text)[0]
+    shape = q.shape[0], q.shape[1], q.shape[2], k.shape[2], k.shape[1]
+    lists = LAYOUT([], NO_READS, shift, *shape, text, q.device, [])
+    out: Tensor = ATTENTION(q, k, v, [], [], shift, lists, scale, text)[0]
     return out
 
 

@@ -55,12 +55,12 @@ def plan_of(pattern: Pattern, device: str, sizes: Sizes, given: list[Tensor]) ->
 def static_data(
     q: Tensor, k: Tensor, mask: Pattern, plan: Direct
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The tables of the static part of a pattern, and its packed layout."""
+    """The tables of the static part of a pattern, and the lists of its blocks."""
     text, key, tables, _, selected = plan
     if selected is not None and not torch.compiler.is_compiling():
         mask = without_selection(mask)
     lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
-    return data_of(mask, (key, tables, lengths, text, q.device))
+    return data_of(mask, (key, tables, lengths, k.shape[1], text, q.device))
 
 
 def _is_plain(value: object) -> bool:
