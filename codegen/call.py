@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from sparse_compile.layout import Layout
-from sparse_compile.layout.known import known_layout
+from sparse_compile.layout import Layout, unpack
 from sparse_compile.spec import AttentionSpec
 
 
@@ -23,9 +22,8 @@ class AttentionCall:
         v: [B, Hkv, Nkv, Dv], same dtype.
         tables: the tensors ``t0, t1, ...`` that the mask reads.
         sizes: the integers ``s0, s1, ...`` that it reads.
-        lists: part after part of the coverage, for each part of blocks one packed int32 vector,
-            none at all where the mask of these parts reads no tensors; for each part of units
-            index and count, int32, as in :class:`sparse_compile.selection.Selection`.
+        lists: those of the parts of blocks, as in :mod:`sparse_compile.layout.lists`; then for each
+            part of units index and count, int32, as in :class:`sparse_compile.selection.Selection`.
         scale: factor on the scores.
         spec: the mask, and the parts that cover it.
         learned: further tensors that it reads, those that get gradients.
@@ -55,11 +53,14 @@ class AttentionCall:
                 lists = self.lists[first : first + 2]
             else:
                 lists = self.lists[:packed]
-                layout = layout or known_layout(
-                    spec, self.shape, tables, self.sizes, lists, self.q.device
-                )
+                layout = layout or self._layout(spec, lists)
             pieces.append(replace(self, tables=tables, lists=lists, spec=spec, layout=layout))
         return pieces
+
+    def _layout(self, spec: AttentionSpec, lists: Sequence[Tensor]) -> Layout:
+        """Views into the lists of the parts of blocks: nothing is built or looked up."""
+        batch, heads, n_q, n_kv = self.shape
+        return unpack(spec, lists, batch=batch, heads=heads, n_q=n_q, n_kv=n_kv, sizes=self.sizes)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

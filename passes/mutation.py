@@ -246,6 +246,29 @@ def bodies(node: Node) -> list[tuple[GraphModule, tuple[object, ...]]]:
     return found
 
 
+#: Higher-order calls that run their body once, on the arguments that follow it.
+_ONE_BODY = frozenset(
+    "tag_activation_checkpoint wrap wrap_activation_checkpoint wrap_with_set_grad_enabled "
+    "wrap_with_autocast invoke_subgraph".split()
+)
+
+
+def scope_of_body(
+    call: Node, body: GraphModule, inputs: tuple[object, ...], scope: Scope
+) -> Scope | None:
+    """The scope of a body that a higher-order call in ``scope`` runs once; None for other calls.
+
+    Args:
+        call, body, inputs: as in :func:`bodies`.
+        scope: where the call stands.
+    """
+    placeholders = [inner for inner in body.graph.nodes if inner.op == "placeholder"]
+    nodes = tuple(outer for outer in inputs if isinstance(outer, Node))
+    if _name(call.target) in _ONE_BODY and len(nodes) == len(inputs) == len(placeholders):
+        return Scope(body, scope, call, nodes)
+    return None
+
+
 def _attribute(node: Node) -> object:
     owner: object = node.graph.owning_module
     for name in str(node.target).split("."):

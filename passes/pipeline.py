@@ -29,6 +29,7 @@ from sparse_compile.passes.restrict import (
     restrict,
     with_annotation,
 )
+from sparse_compile.passes.rewrite.held_layouts import hold_layouts
 from sparse_compile.passes.rewrite.rewriter import Rewriter
 from sparse_compile.passes.rewrite.share_lists import share_lists
 from sparse_compile.sites.plan import Plan
@@ -121,6 +122,7 @@ def rewrite(gm: GraphModule, traces: Sequence[Trace], options: Options) -> None:
             raise _restriction_failed(trace.decided)
     rewriter.finish()
     share_lists(gm)
+    hold_layouts(gm)
     if options.masks == "stable":
         remember_given(gm)
 

@@ -14,7 +14,7 @@ from sparse_compile.passes.find.eager import match_eager
 from sparse_compile.passes.find.indexer import find_indexer
 from sparse_compile.passes.find.provenance import where
 from sparse_compile.passes.find.sdpa import match_sdpa
-from sparse_compile.passes.mutation import bodies, memory_of
+from sparse_compile.passes.mutation import bodies, memory_of, scope_of_body
 from sparse_compile.sites.site import AttentionSite, Rejection, Scope
 
 __all__ = ["find_attention", "find_indexer"]
@@ -37,13 +37,6 @@ _OPAQUE = {
         "call F.scaled_dot_product_attention with the mask as a tensor",
     ),
 }
-
-_ONE_BODY = frozenset(
-    "tag_activation_checkpoint wrap wrap_activation_checkpoint wrap_with_set_grad_enabled "
-    "wrap_with_autocast invoke_subgraph".split()
-)
-"""Higher-order calls that run their body once, on the arguments that follow it."""
-
 
 _NESTING = {
     f"_{transform}_{step}_nesting": change
@@ -120,16 +113,14 @@ def _in_body(
     flow: Dataflow,
     shared: bool,
 ) -> Iterator[AttentionSite | Rejection]:
-    name = op_name(call)
-    placeholders = [inner for inner in body.graph.nodes if inner.op == "placeholder"]
-    nodes = tuple(outer for outer in inputs if isinstance(outer, Node))
-    if name not in _ONE_BODY or not len(nodes) == len(inputs) == len(placeholders):
-        nodes, problem = (), f"this attention is inside a `{name}`, whose body is left as it is"
+    name, inner = op_name(call), scope_of_body(call, body, inputs, scope)
+    if inner is None:
+        inner = Scope(body, scope, call)
+        problem = f"this attention is inside a `{name}`, whose body is left as it is"
         hint = f"move the attention out of the `{name}`"
     else:
         problem = "this attention is in a region that is compiled once and called several times"
         problem, hint = problem if shared else "", "leave out nested_compile_region"
-    inner = Scope(body, scope, call, nodes)
     for found in _in_scope(inner, Dataflow(memory_of(inner, flow.memory))):
         if problem and isinstance(found, AttentionSite):
             yield Rejection(problem, hint, found.where, found.output.node)

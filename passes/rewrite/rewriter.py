@@ -137,7 +137,7 @@ class Rewriter:
         reads = dense_reads(plan.lifted)
         lists: list[Node] = []
         of_blocks = any(not part.listed for part in plan.spec.parts)
-        if reads or (of_blocks and plan.lifted.mask.uses_table):
+        if reads or of_blocks:
             made = self._layout(early, plan, reads, tables, sizes)
             for read, words in zip(reads, made, strict=False):
                 tables[read.table] = words
@@ -198,7 +198,7 @@ class Rewriter:
                 made.index,
                 made.rank,
                 getattr(torch, made.dtype),
-                *_lengths(insert, site),
+                *_lengths(insert, site)[:4],
                 device,
             )
         return self._made[key]
@@ -212,7 +212,7 @@ class Rewriter:
         sizes: list[int | Node],
         named: Sequence[Node] = (),
     ) -> list[Node]:
-        """The tables of bits, if the mask reads mask tensors, and the packed layouts.
+        """The tables of bits, if the mask reads mask tensors, and the lists of the blocks.
 
         Where a selection names the blocks, ``named`` are its index and count.
         """
@@ -251,12 +251,12 @@ def _where_masks_are_read(insert: Inserter, plan: Plan, tables: list[Node]) -> I
 
 
 def _dims(site: AttentionSite) -> list[tuple[Operand, str]]:
-    """Where batch, heads and both lengths are found."""
-    return [(site.q, "b"), (site.q, "h"), (site.q, "n"), (site.k, "n")]
+    """Where batch, heads, both lengths and the heads of the keys are found."""
+    return [(site.q, "b"), (site.q, "h"), (site.q, "n"), (site.k, "n"), (site.k, "h")]
 
 
 def _lengths(insert: Inserter, site: AttentionSite) -> list[int | Node]:
-    """Batch, heads and both lengths, as arguments."""
+    """Batch, heads, both lengths and the heads of the keys, as arguments."""
     return [
         insert.size(x.node, x.axes.index(axis)) if axis in x.axes else 1 for x, axis in _dims(site)
     ]

@@ -47,11 +47,11 @@ def realise(
     assert lifted.scope is not None
     if lifted.program not in cache.outputs:
         leaves = tuple(
-            _hand_down(leaf, _scope_of(leaf, lifted.scope), lifted.scope, cache)
+            hand_down(leaf, _scope_of(leaf, lifted.scope), lifted.scope, cache)
             for leaf in lifted.leaves
         )
         cache.outputs[lifted.program] = _inline(lifted.program, leaves, lifted.scope.gm, cache)
-    nodes = [_hand_down(node, lifted.scope, scope, cache) for node in cache.outputs[lifted.program]]
+    nodes = [hand_down(node, lifted.scope, scope, cache) for node in cache.outputs[lifted.program]]
     count = lifted.n_lifted_tables
     return nodes[:count], list(nodes[count:])
 
@@ -60,8 +60,8 @@ def _inline(
     program: GraphModule, leaves: tuple[Node, ...], gm: GraphModule, cache: RealisedTables
 ) -> tuple[Node, ...]:
     copies = dict(zip(_placeholders(program.graph), leaves, strict=True))
-    fake_mode = _fake_mode(gm.graph)
-    place = _place(gm.graph, leaves)
+    fake_mode = fake_mode_of(gm.graph)
+    place = place_for(gm.graph, leaves)
     while place in cache.inserted:  # Programs that stand here already may be of use.
         place = place.next
     with gm.graph.inserting_before(place), fake_mode, unbound_sizes(fake_mode):
@@ -114,7 +114,7 @@ def _value(node: Node) -> Any:
         return node.target(*args, **kwargs)
 
 
-def _place(graph: Graph, leaves: tuple[Node, ...]) -> Node:
+def place_for(graph: Graph, leaves: tuple[Node, ...]) -> Node:
     """The node before which the program goes: after all leaves, and after all placeholders."""
     missing = set(leaves)
     node: Node
@@ -129,7 +129,8 @@ def _placeholders(graph: Graph) -> list[Node]:
     return [node for node in graph.nodes if node.op == "placeholder"]
 
 
-def _fake_mode(graph: Graph) -> Any:
+def fake_mode_of(graph: Graph) -> Any:
+    """The fake mode of the values of a graph."""
     for node in graph.nodes:
         mode = getattr(node.meta.get("example_value"), "fake_mode", None)
         if mode is not None:
@@ -145,13 +146,13 @@ def _scope_of(node: Node, scope: Scope) -> Scope:
     return scope
 
 
-def _hand_down(node: Node, source: Scope, scope: Scope, cache: RealisedTables) -> Node:
+def hand_down(node: Node, source: Scope, scope: Scope, cache: RealisedTables) -> Node:
     """The node of ``scope`` that holds ``node`` of an outer scope, passed in at each call."""
     if scope.gm is source.gm:
         return node
     assert scope.parent is not None
     assert scope.call is not None
-    outer = _hand_down(node, source, scope.parent, cache)
+    outer = hand_down(node, source, scope.parent, cache)
     key = (outer, scope.gm)
     if key not in cache.inputs:
         cache.inputs[key] = _given(outer, scope) or _passed_in(outer, scope)

@@ -171,20 +171,26 @@ def _pattern_data(
     (q, k, v), named = operands, NamedMask.parse(text)
     if named.selected is None:
         check_operands(q, k, v)
-    spec, lengths = plan.spec, (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    spec, lengths, kv_heads = (
+        plan.spec,
+        (q.shape[0], q.shape[1], q.shape[2], k.shape[2]),
+        k.shape[1],
+    )
     tables: list[Tensor] = []
     lists: list[Tensor] = []
-    if named.static is not None and named.static.key:
+    if named.static is not None:
         rest = owner if owner is None or named.selected is None else without_selection(owner)
         made = tables_of(named.static.mask)
-        tables, lists = data_of(rest, (named.static.key, made, lengths, plan.static, q.device))
+        tables, lists = data_of(
+            rest, (named.static.key, made, lengths, kv_heads, plan.static, q.device)
+        )
     selected = selected_of(text)
     if selected is not None:
         index, count, more = lists_of(q, k, selected, given, owner)
         tables, lists = [*tables, *more], [*lists, index, count]
         if plan.blocks and q.shape[3] <= WIDEST[0] and v.shape[3] <= WIDEST[1]:
             spec = plan.blocks
-            lists = ops.LAYOUT(tables, NO_READS, [], *lengths, spec, q.device, lists)
+            lists = ops.LAYOUT(tables, NO_READS, [], *lengths, kv_heads, spec, q.device, lists)
     return spec, tables, lists
 
 
@@ -258,7 +264,7 @@ def _tensor_data(q: Tensor, k: Tensor, mask: Tensor, text: str) -> _Data:
     lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
     shared = tuple([bool(size == 1) for size in mask.shape])
     spec, reads = _plan_of_tensor(shared, q.device.type, text)
-    bits, *lists = ops.LAYOUT([mask], reads, [], *lengths, spec, q.device, [])
+    bits, *lists = ops.LAYOUT([mask], reads, [], *lengths, k.shape[1], spec, q.device, [])
     return spec, [bits], lists
 
 

@@ -27,9 +27,10 @@ _MOST = 8
 #: Index, rank and dtype of each table.
 Tables = tuple[tuple[int, int, torch.dtype], ...]
 #: Key of a mask (see :func:`sparse_compile.sites.annotation.bound_mask_named`), its tables; batch,
-#: heads, n_q and n_kv; text of the spec, empty for tables alone; where the attention runs.
-Call = tuple[str, Tables, tuple[int, int, int, int], str, torch.device]
-#: The tables, and the packed layout.
+#: heads, n_q and n_kv; heads of the keys; text of the spec, empty for tables alone; where the
+#: attention runs.
+Call = tuple[str, Tables, tuple[int, int, int, int], int, str, torch.device]
+#: The tables, and the lists of the blocks.
 Data = tuple[list[Tensor], list[Tensor]]
 _KEPT: OrderedDict[tuple[Any, ...], tuple[Hashable, Data]] = OrderedDict()
 
@@ -42,17 +43,17 @@ def tables_of(expr: MaskExpr) -> Tables:
 
 
 def data_of(pattern: Pattern | None, call: Call) -> Data:
-    """The tables of a mask, and its packed layout: made, or kept while a pattern is the same."""
+    """The tables of a mask, and the lists of its blocks: made, or kept while a pattern is as is."""
     return make_data(call) if pattern is None else kept_data(pattern, call)
 
 
 def make_data(call: Call) -> Data:
-    """The tables of a mask, and its packed layout; no layout without the text of a spec."""
-    key, tables, lengths, text, device = call
+    """The tables of a mask, and the lists of its blocks; none without the text of a spec."""
+    key, tables, lengths, kv_heads, sizes, text, device = call
     made = [PATTERN_TABLE(key, *table, *lengths, device) for table in tables]
     if not text:
         return made, []
-    return made, ops.LAYOUT(made, NO_READS, [], *lengths, text, device, [])
+    return made, ops.LAYOUT(made, NO_READS, list(sizes), *lengths, kv_heads, text, device, [])
 
 
 def kept_data(pattern: Pattern, call: Call) -> Data:

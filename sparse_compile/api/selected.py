@@ -47,7 +47,7 @@ def lists_of(
     if mask_tables:
         rest = None if owner is None else without_selection(owner)
         lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
-        tables = data_of(rest, (key, mask_tables, lengths, "", q.device))[0]
+        tables = data_of(rest, (key, mask_tables, lengths, k.shape[1], (), "", q.device))[0]
     if leaf == LISTS:
         index, count = (part.detach().to(q.device) for part in given)
     elif leaf == INDEX:

@@ -3,7 +3,8 @@
 from sparse_compile.layout.block_layout import EMPTY, FULL, PARTIAL, BlockLayout, BlockLists
 from sparse_compile.layout.build import build_layout
 from sparse_compile.layout.density import density, mask_pairs
-from sparse_compile.layout.layout import Layout, build_views, static_layout, unpack
+from sparse_compile.layout.layout import Layout, build_views
+from sparse_compile.layout.lists import unpack
 from sparse_compile.layout.picture import picture
 from sparse_compile.layout.schedule import Schedule, make_schedule
 from sparse_compile.layout.superset import Problem
@@ -23,6 +24,5 @@ __all__ = [
     "make_schedule",
     "mask_pairs",
     "picture",
-    "static_layout",
     "unpack",
 ]

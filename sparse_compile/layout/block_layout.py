@@ -218,26 +218,19 @@ class BlockLayout:
     def pack(self) -> Tensor:
         """All lists in one int32 vector, so that a layout is one tensor in a graph.
 
-        Layout of the vector: ``rows.start, cols.start, rows.counts, cols.counts, rows.index,
+        Layout of the vector: ``rows.start, rows.counts, cols.start, cols.counts, rows.index,
         cols.index``, the last two with the same room; so :meth:`unpack` knows where each begins
-        without reading anything from the device.
+        without reading anything from the device. Where a selection names the blocks, the columns
+        are left out. Each begins at a multiple of 16 bytes, as kernels are compiled for.
         """
-        room = max(self.rows.index.shape[1], self.cols.index.shape[1])
-        rows, cols = (
-            torch.nn.functional.pad(index, (0, room - index.shape[1]))
-            if index.shape[1] < room
-            else index
-            for index in (self.rows.index, self.cols.index)
-        )
-        parts = [
-            self.rows.start,
-            self.cols.start,
-            self.rows.counts,
-            self.cols.counts,
-            rows,
-            cols,
-        ]
-        return torch.cat([part.reshape(-1) for part in parts])
+        both = (self.rows,) if self.listed else (self.rows, self.cols)
+        room = max(lists.index.shape[1] for lists in both)
+        room = room if self.listed else _aligned(room)
+        parts = [part for lists in both for part in (lists.start, lists.counts)]
+        parts += [_with_room(lists.index, room) for lists in both]
+        filler = self.rows.start.new_zeros(_ALIGNED - 1)
+        flat = [piece for part in parts for piece in (part.flatten(), _filling(part, filler))]
+        return torch.cat(flat[:-1])
 
     @staticmethod
     def unpack(
@@ -249,24 +242,53 @@ class BlockLayout:
         batches: int,
         heads: int,
     ) -> BlockLayout:
-        """Views into a :meth:`pack` vector; no copy, no synchronisation."""
+        """Views into a :meth:`pack` vector of rows and columns; no copy, no synchronisation."""
         q, kv = (natural(order) if isinstance(order, int) else order for order in (q, kv))
-        rows, cols, classes = q.blocks(n_q), kv.blocks(n_kv), batches * heads
-        fixed = [rows + 1, cols + 1, classes * rows * 2, classes * cols * 2]
-        capacity = (packed.numel() - sum(fixed)) // 2
-        r_start, c_start, r_counts, c_counts, r_index, c_index = torch.split(
-            packed, [*fixed, capacity, capacity]
+        lines, classes = (q.blocks(n_q), kv.blocks(n_kv)), batches * heads
+        rows, cols = (
+            functools.partial(unpacked_lists, packed, lines, classes, side) for side in (0, 1)
         )
-        return BlockLayout(
-            n_q,
-            n_kv,
-            q,
-            kv,
-            batches,
-            heads,
-            BlockLists(r_start, r_counts.view(classes, rows, 2), r_index.view(classes, -1)),
-            BlockLists(c_start, c_counts.view(classes, cols, 2), c_index.view(classes, -1)),
-        )
+        return BlockLayout(n_q, n_kv, q, kv, batches, heads, rows(), cols)
+
+
+#: int32 numbers in 16 bytes.
+_ALIGNED = 4
+
+
+def _aligned(n: int) -> int:
+    return -(-n // _ALIGNED) * _ALIGNED
+
+
+def _with_room(index: Tensor, room: int) -> Tensor:
+    missing = room - index.shape[1]
+    return torch.nn.functional.pad(index, (0, missing)) if missing else index
+
+
+def _filling(part: Tensor, filler: Tensor) -> Tensor:
+    return filler[: _aligned(part.numel()) - part.numel()]
+
+
+def unpacked_lists(
+    packed: Tensor, lines: tuple[int, ...], classes: int, side: int, load: Load | None = None
+) -> BlockLists:
+    """One direction of the lists in a vector of :meth:`BlockLayout.pack`, as views of it.
+
+    Args:
+        packed: the vector.
+        lines: for each direction that it holds, how many lines that has.
+        classes: number of (batch, head) classes.
+        side: the direction: 0 for rows, 1 for columns.
+        load: of the lines, where the host knows it.
+    """
+    n = lines[side]
+    fixed = [(_aligned(n + 1), _aligned(classes * n * 2)) for n in lines]
+    first, last = sum(map(sum, fixed[:side])), sum(map(sum, fixed))
+    start = packed[first : first + n + 1]
+    first += fixed[side][0]
+    counts = packed[first : first + classes * n * 2].view(classes, n, 2)
+    capacity = (packed.numel() - last) // len(lines)
+    index = packed[last + side * capacity :][:capacity].view(classes, capacity // max(classes, 1))
+    return BlockLists(start, counts, index, load)
 
 
 def existing(order: Order, n: int) -> Tensor:

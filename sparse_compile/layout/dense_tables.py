@@ -120,10 +120,10 @@ class DenseCall:
     n_kv: int
     device: torch.device
 
-    def run(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The words of each of ``reads``, and the packed layout of each view.
+    def run(self) -> tuple[list[Tensor], Layout | None]:
+        """The words of each of ``reads``, in new memory; and the layout, if blocks cover the mask.
 
-        The memory of all of them is new: what compiles a graph may reuse it for other tensors.
+        What compiles a graph may reuse the memory of the words for other tensors.
         """
         found = {
             read.table: read.found(self.tables[read.table], self.spec, self.n_q, self.n_kv)
@@ -132,18 +132,19 @@ class DenseCall:
         words = [found[read.table].table.to(self.device, copy=read.remember) for read in self.reads]
         read = self.reads[0]
         if not self.spec.parts:
-            return words, []
+            return words, None
         if len(self.tables) > 1 or not read.remember:
-            return words, self._packed(words, found)
+            return words, self._layout(words, found)
         # The layout follows from one mask tensor alone.
         spec = replace(self.spec, where=(), empty_rows=EmptyRows.ZERO)
         key = spec, self.batch, self.heads, self.n_q, self.n_kv, self.sizes
         mask = self.tables[read.table]
-        packed = remembered(mask, key, lambda: self._packed(words, found))
-        return words, [vector.clone() for vector in packed]
+        return words, remembered(mask, key, lambda: self._layout(words, found))
 
-    def _packed(self, words: Sequence[Tensor], found: dict[int, DenseBlocks]) -> list[Tensor]:
-        return [view.to(self.device).pack() for view in self._views(words, found)]
+    def _layout(self, words: Sequence[Tensor], found: dict[int, DenseBlocks]) -> Layout:
+        """The layout without its tables, so that it refers to no mask tensor."""
+        views = tuple(view.to(self.device) for view in self._views(words, found))
+        return Layout(self.spec, views, self.batch, self.heads, sizes=self.sizes)
 
     def _views(
         self, words: Sequence[Tensor], found: dict[int, DenseBlocks]
@@ -190,7 +191,7 @@ def _for_classes(layout: BlockLayout, batches: int, heads: int) -> BlockLayout:
     b, h = b.clamp(max=layout.batches - 1), h.clamp(max=layout.heads - 1)
     of = (b[:, None] * layout.heads + h).flatten()
     rows, cols = (
-        BlockLists(lists.start, lists.counts[of], lists.index[of])
+        BlockLists(lists.start, lists.counts[of], lists.index[of], lists.load)
         for lists in (layout.rows, layout.cols)
     )
     return BlockLayout(layout.n_q, layout.n_kv, layout.q, layout.kv, batches, heads, rows, cols)

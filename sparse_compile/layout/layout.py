@@ -13,10 +13,10 @@ from sparse_compile.layout import superset
 from sparse_compile.layout.block_layout import BlockLayout, Load
 from sparse_compile.layout.build import build_layout
 from sparse_compile.layout.density import mask_pairs
-from sparse_compile.layout.listed import unpacked_lists
+from sparse_compile.layout.listed import listed_load
 from sparse_compile.layout.schedule import Schedule, make_schedule
 from sparse_compile.layout.superset import Problem
-from sparse_compile.layout.trusted import counted, device_layout
+from sparse_compile.layout.trusted import device_layout
 from sparse_compile.layout.views.candidates import candidates
 from sparse_compile.spec import AttentionSpec
 
@@ -31,6 +31,8 @@ class Layout:
         batch, heads: of the problem.
         tables: the tensors that the mask reads.
         sizes: the integers that it reads.
+        worklists: the schedules of the sections over queries and then of those over keys, of each
+            the two tensors of :meth:`Schedule.pack`; empty where they are made when asked for.
     """
 
     spec: AttentionSpec
@@ -39,6 +41,7 @@ class Layout:
     heads: int
     tables: tuple[Tensor, ...] = field(default=(), repr=False)
     sizes: tuple[int, ...] = ()
+    worklists: tuple[Tensor, ...] = field(default=(), repr=False)
 
     @property
     def n_q(self) -> int:
@@ -100,7 +103,9 @@ class Layout:
     def schedules(
         self, axis: str, members: int, workers: int, device: torch.device
     ) -> tuple[Schedule, ...]:
-        """The worklists of the sections of a kernel whose lines are blocks of ``axis``; made once.
+        """The worklists of the sections of a kernel whose lines are blocks of ``axis``.
+
+        Those that the layout was given, else made once.
 
         Args:
             axis: ``"q"`` or ``"kv"``.
@@ -108,6 +113,13 @@ class Layout:
             workers: programs that run at a time.
             device: where the kernel runs.
         """
+        if self.worklists:
+            over_queries = 2 * len(self.spec.sections("q"))
+            given = self.worklists[
+                slice(over_queries) if axis == "q" else slice(over_queries, None)
+            ]
+            pairs = zip(given[::2], given[1::2], strict=True)
+            return tuple(Schedule.unpack(both, numbers) for both, numbers in pairs)
         key = axis, members, workers
         if key not in self._made:
             self._made[key] = _schedules(self, axis, members, workers, device)
@@ -145,16 +157,36 @@ class Layout:
 def _schedules(
     layout: Layout, axis: str, members: int, workers: int, device: torch.device
 ) -> tuple[Schedule, ...]:
-    sections = layout.spec.sections(axis)
-    loads = [load for view in layout.views if (load := view.load(axis)) is not None]
-    if len(loads) < len(layout.views):
-        return _static_schedules(layout.problems(), axis, sections, members, workers, device)
-    summed = [Load.sum([loads[v] for v in views]) for views in sections]
+    sections, problems = layout.spec.sections(axis), layout.problems()
+    loads = [_known_load(view, axis) for view in layout.views]
+    if all(
+        load is None and _is_bounded(problem) for load, problem in zip(loads, problems, strict=True)
+    ):
+        return _schedules_of_problems(problems, axis, sections, members, workers, device)
+    found = [
+        load or (_load(problem, axis) if _is_bounded(problem) else _counted(view, axis))
+        for view, problem, load in zip(layout.views, problems, loads, strict=True)
+    ]
+    summed = [Load.sum([found[v] for v in views]) for views in sections]
     return tuple(make_schedule(load, members, workers, device) for load in summed)
 
 
+def _known_load(view: BlockLayout, axis: str) -> Load | None:
+    return listed_load(view, axis) if view.listed else view.load(axis)
+
+
+def _is_bounded(problem: Problem) -> bool:
+    """Whether the host knows how many blocks lines may visit, whatever the tables hold."""
+    return problem.is_static or superset.is_narrow(problem)
+
+
+def _counted(view: BlockLayout, axis: str) -> Load:
+    """The room of each line; waits for the device."""
+    return Load.of((view.rows if axis == "q" else view.cols).start.cpu().long().diff())
+
+
 @functools.lru_cache(maxsize=256)
-def _static_schedules(
+def _schedules_of_problems(
     problems: tuple[Problem, ...],
     axis: str,
     sections: tuple[tuple[int, ...], ...],
@@ -166,6 +198,7 @@ def _static_schedules(
     return tuple(make_schedule(load, members, workers, device) for load in loads)
 
 
+@functools.lru_cache(maxsize=256)
 def _load(problem: Problem, axis: str) -> Load:
     """How many blocks each line visits at most, known on the host."""
     cpu = torch.device("cpu")
@@ -207,7 +240,9 @@ def build_views(
     for part in spec.parts:
         mask, lengths = spec.part_mask(part), (n_q, n_kv)
         problem = Problem.of(mask, sizes, batch, heads, lengths, (part.q, part.kv))
-        if device.type == "cuda" and (counted or not is_listed(problem)):
+        # Narrow ones have room for every possible block, so that nothing waits for counts.
+        listed = not problem.is_static and superset.is_narrow(problem)
+        if device.type == "cuda" and (counted or not listed):
             views.append(device_layout(problem, mask, tables, device))
             continue
         views.append(
@@ -225,53 +260,3 @@ def build_views(
             )
         )
     return Layout(spec, tuple(views), batch, heads, tuple(tables), sizes)
-
-
-def is_listed(problem: Problem) -> bool:
-    """Whether lists have room for every possible block, so that nothing waits for counts."""
-    return not problem.is_static and superset.is_narrow(problem)
-
-
-def unpack(
-    spec: AttentionSpec,
-    packed: Sequence[Tensor],
-    *,
-    batch: int,
-    heads: int,
-    n_q: int,
-    n_kv: int,
-    tables: Sequence[Tensor] = (),
-    sizes: Sequence[int] = (),
-) -> Layout:
-    """The layout whose views were packed by :meth:`BlockLayout.pack`."""
-    sizes = tuple(map(int, sizes))
-    views = []
-    for part, vector in zip(spec.parts, packed, strict=True):
-        blocks = part.q, part.kv
-        problem = Problem.of(
-            spec.part_mask(part), sizes, batch, heads, (n_q, n_kv), blocks, part.listed
-        )
-        if part.listed:
-            views.append(unpacked_lists(vector, problem))
-            continue
-        view = BlockLayout.unpack(vector, n_q, n_kv, *blocks, problem.batches, problem.heads)
-        known = not vector.is_cuda or is_listed(problem)
-        views.append(view if known else counted(view))
-    return Layout(spec, tuple(views), batch, heads, tuple(tables), sizes)
-
-
-@functools.lru_cache(maxsize=64)
-def static_layout(
-    spec: AttentionSpec,
-    *,
-    batch: int,
-    heads: int,
-    n_q: int,
-    n_kv: int,
-    sizes: tuple[int, ...],
-    device: torch.device,
-) -> Layout:
-    """:func:`build_views` for a mask that reads no tensors; cached, so do not change its lists."""
-    return build_views(
-        spec, batch=batch, heads=heads, n_q=n_q, n_kv=n_kv, sizes=sizes, device=device
-    )

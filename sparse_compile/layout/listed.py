@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 from sparse_compile.expr import KV, Q
-from sparse_compile.layout.block_layout import BlockLayout, BlockLists, Load
+from sparse_compile.layout.block_layout import BlockLayout, BlockLists, Load, unpacked_lists
 from sparse_compile.layout.intervals import Bound, Span
 from sparse_compile.layout.places import places
 from sparse_compile.layout.superset import Problem
 from sparse_compile.layout.table_bounds import BlockBounds
 
 
-def packed_lists(
+def listed_layout(
     problem: Problem, index: Tensor, count: Tensor, tables: Sequence[Tensor]
-) -> Tensor:
-    """The rows of a layout in one int32 vector, see :func:`unpacked_lists`.
+) -> BlockLayout:
+    """The layout of a view, all of whose blocks a selection names.
 
     Args:
         problem: units of queries and of keys are its blocks; it has a class for every batch entry
@@ -38,11 +38,14 @@ def packed_lists(
     partial, full = _kinds(problem, index, count, tables)
     n_partial, n_full = partial.sum(-1), full.sum(-1)
     # Both kinds stay in order; what is neither goes past the end.
-    place = torch.where(partial, partial.cumsum(-1) - 1, index.shape[-1])
+    units, most = index.shape[1:]
+    place = torch.where(partial, partial.cumsum(-1) - 1, most)
     place = torch.where(full, n_partial[..., None] + full.cumsum(-1) - 1, place)
-    rows = index.new_zeros(*index.shape[:-1], index.shape[-1] + 1).scatter_(-1, place, index)
+    rows = index.new_zeros(*index.shape[:-1], most + 1).scatter_(-1, place, index)
     counts = torch.stack([n_partial, n_full], -1).to(torch.int32)
-    return torch.cat([counts.flatten(), rows[..., :-1].flatten()])
+    start = torch.arange(units + 1, dtype=torch.int32, device=index.device) * most
+    made = rows[..., :-1].reshape(problem.classes, units * most)
+    return _layout_of(BlockLists(start, counts, made), problem)
 
 
 def _kinds(
@@ -71,22 +74,25 @@ def _truth(bound: Bound, device: torch.device) -> Tensor:
     return bound if isinstance(bound, Tensor) else torch.tensor(bool(bound), device=device)
 
 
-def unpacked_lists(packed: Tensor, problem: Problem) -> BlockLayout:
-    """The layout of a vector of :func:`packed_lists`; no copy, no synchronisation."""
+def unpacked_listed(packed: Tensor, problem: Problem) -> BlockLayout:
+    """The layout of a vector that :meth:`BlockLayout.pack` made of rows; no copy, no waiting."""
     units, _ = problem.grid
-    fixed = problem.classes * units * 2
-    entries = (packed.numel() - fixed) // max(problem.classes, 1)
-    counts, index = packed[:fixed], packed[fixed:]
-    most = entries // max(units, 1)
-    start = torch.arange(units + 1, dtype=torch.int32, device=packed.device) * most
-    rows = BlockLists(
-        start,
-        counts.view(problem.classes, units, 2),
-        index.view(problem.classes, entries),
-        Load(units, (entries, most), torch.full([units], most)),
-    )
-    layout = problem.layout(rows, lambda: _transposed(rows, problem))
-    return replace(layout, listed=True)
+    return _layout_of(unpacked_lists(packed, (units,), problem.classes, 0), problem)
+
+
+def listed_load(layout: BlockLayout, axis: str) -> Load:
+    """How many blocks each line has room for, which the host knows without the lists.
+
+    Of columns it knows only how many entries there are together: they count as even.
+    """
+    (units, columns), entries = layout.grid, layout.rows.index.shape[1]
+    lines = units if axis == "q" else columns
+    share = -(-entries // max(lines, 1))
+    return Load(lines, (entries, share), torch.full([lines], share))
+
+
+def _layout_of(rows: BlockLists, problem: Problem) -> BlockLayout:
+    return replace(problem.layout(rows, lambda: _transposed(rows, problem)), listed=True)
 
 
 def _transposed(rows: BlockLists, problem: Problem) -> BlockLists:
@@ -100,7 +106,4 @@ def _transposed(rows: BlockLists, problem: Problem) -> BlockLists:
     start, most = start[0], index.shape[-1]
     counts = start.diff(dim=-1).view(problem.classes, columns, 2)
     blocks = (order[0] // most).to(torch.int32) if most else order[0]
-    # The host knows only how many entries there are: lines count as even.
-    share = -(-units * most // max(columns, 1))
-    load = Load(columns, (units * most, share), torch.full([columns], share))
-    return BlockLists(start[:, ::2].contiguous(), counts.contiguous(), blocks, load)
+    return BlockLists(start[:, ::2].contiguous(), counts.contiguous(), blocks)

@@ -42,18 +42,38 @@ class Schedule:
         heavy: the first so many items are handed out for all heads before any other.
         merges: int32 [m, 3]: line, first slot and number of parts of each split line.
         slots: number of slots.
-        load: of its lines.
+        load: of its lines; None if it was unpacked, where kernels alone use it.
     """
 
     items: Tensor
     heavy: int
     merges: Tensor
     slots: int
-    load: Load
+    load: Load | None = None
+
+    def pack(self) -> tuple[Tensor, Tensor]:
+        """The worklist as tensors of their own, so that a graph can hold it.
+
+        Returns:
+            int32 [4 * n + 3 * m], items and then merges; and one without elements, whose shape
+            [m, slots, heavy, 0] says what the host has to know, without asking the device.
+        """
+        numbers = self.merges.shape[0], self.slots, self.heavy, 0
+        both = torch.cat([self.items.flatten(), self.merges.flatten()])
+        return both, self.items.new_empty(numbers)
+
+    @staticmethod
+    def unpack(both: Tensor, numbers: Tensor) -> Schedule:
+        """Views into what :meth:`pack` made; no copy, no synchronisation."""
+        m, slots, heavy, _ = numbers.shape
+        merges = 3 * m
+        items = both[: both.numel() - merges].view(-1, 4)
+        return Schedule(items, heavy, both[items.numel() :].view(m, 3), slots)
 
     @functools.cached_property
     def costs(self) -> Tensor:
         """int64 [n] on the CPU: blocks of each item, with :data:`TILE_COST`."""
+        assert self.load is not None
         line, lo, hi, _ = self.items.cpu().long().unbind(1)
         return torch.where(hi == EVERYTHING, self.load.lines[line], hi - lo) + TILE_COST
 
@@ -74,6 +94,12 @@ class Schedule:
         for cost in [*heavy, *costs[self.heavy :] * members]:
             heapq.heapreplace(free, free[0] + cost)
         return sum(free) / (workers * max(free)) if max(free) else 1.0
+
+
+@functools.lru_cache(maxsize=16)
+def workers_of(device: torch.device) -> int:
+    """Programs that a GPU runs at a time: two to a multiprocessor."""
+    return 2 * int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _moved(schedule: Schedule, device: torch.device) -> Schedule:

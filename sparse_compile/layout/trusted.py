@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.expr import MaskExpr
-from sparse_compile.layout.block_layout import BlockLayout, BlockLists, Load
+from sparse_compile.layout.block_layout import BlockLayout
 from sparse_compile.layout.builders import BUILDERS
 from sparse_compile.layout.counted import counted_layout
 from sparse_compile.layout.superset import Problem, static_layout
@@ -51,7 +51,7 @@ def device_layout(
             )
     if trusted:
         return _by_kernels(problem, mask, tables, device)
-    return counted(_by_cpu(problem, tables).to(device))
+    return _by_cpu(problem, tables).to(device)
 
 
 def _agrees(
@@ -91,19 +91,3 @@ def _by_cpu(problem: Problem, tables: Sequence[Tensor]) -> BlockLayout:
     if problem.is_static:
         return static_layout(problem, torch.device("cpu"))
     return counted_layout(problem, [table.cpu() for table in tables])
-
-
-def counted(layout: BlockLayout) -> BlockLayout:
-    """A layout whose loads the host knows; it waits for the device where it does not."""
-    columns = layout.columns
-    return replace(
-        layout,
-        rows=_with_load(layout.rows),
-        columns=lambda: _with_load(columns if isinstance(columns, BlockLists) else columns()),
-    )
-
-
-def _with_load(lists: BlockLists) -> BlockLists:
-    if lists.load is not None:
-        return lists
-    return replace(lists, load=Load.of(lists.start.cpu().long().diff()))

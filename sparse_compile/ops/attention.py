@@ -2,9 +2,10 @@
 
 Each is a ``torch.library`` operator with a fake, so torch.compile, export and opcheck know its
 shapes; what it means travels in one argument, the text of an :class:`AttentionSpec`. Layouts that
-depend on tensor values are graph values made by :func:`layout`, and so are selections; layouts that
-depend on sizes alone are looked up in a cache, so that nothing is rebuilt and nothing is stored on
-a module.
+depend on tensor values are graph values made by :func:`layout`, and so are selections; where sizes
+alone decide, that operator looks them up in a cache, and a graph that knows its sizes holds them as
+buffers instead. Attention itself builds, caches and waits for nothing: whatever it visits is in its
+arguments.
 """
 
 from __future__ import annotations
@@ -20,18 +21,21 @@ from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.expr import WORD
 from sparse_compile.layout import build_views
 from sparse_compile.layout.dense_tables import DenseCall, DenseRead
-from sparse_compile.layout.known import listed_views, packed_layout
+from sparse_compile.layout.lists import (
+    count_worklists,
+    listed_views,
+    lists_of,
+    static_lists,
+)
 from sparse_compile.ops.fresh_size import fresh_size
 from sparse_compile.ops.operands import check_call, check_operands, widest
 from sparse_compile.ops.registered import operator
 from sparse_compile.spec import AttentionSpec
 
-#: Layouts are cached across calls and their lengths are only known at run time: neither may live in
-#: the memory of a CUDA graph. Inductor records graphs around these operators, not over them.
-_TAGS = (torch.Tag.cudagraph_unsafe,)
 
-
-@operator("layout", tags=_TAGS)
+# Layouts are cached across calls and their lengths are only known at run time: neither may live in
+# the memory of a CUDA graph. Inductor records graphs around this operator, not over it.
+@operator("layout", tags=(torch.Tag.cudagraph_unsafe,))
 def layout(
     tables: Sequence[Tensor],
     reads: str,
@@ -40,11 +44,12 @@ def layout(
     heads: int,
     n_q: int,
     n_kv: int,
+    kv_heads: int,
     spec: str,
     device: torch.device,
     lists: Sequence[Tensor],
 ) -> list[Tensor]:
-    """The data of a mask that reads tensors: tables of bits, and the blocks to visit.
+    """The data of a mask: tables of bits, and the lists of its blocks.
 
     Lists are built on ``device`` without synchronising where the predicate leaves few enough blocks
     possible (32768) to have room for all of them; otherwise the host waits once for their number,
@@ -58,22 +63,26 @@ def layout(
         heads: number of query heads Hq.
         n_q: number of queries.
         n_kv: number of keys.
+        kv_heads: number of key heads.
         spec: the text of an :class:`AttentionSpec`.
         device: where the layout will be used.
         lists: index and count of each part of blocks that a selection names.
 
     Returns:
-        for each of ``reads`` its table of bits; then for each part of blocks one packed int32
-        vector.
+        for each of ``reads`` its table of bits; then the lists of the parts of blocks, see
+        :mod:`sparse_compile.layout.lists`. All in new memory.
     """
-    parsed, found = AttentionSpec.parse(spec), DenseRead.parse(reads)
-    lengths = batch, heads, n_q, n_kv
+    parsed, found, numbers = AttentionSpec.parse(spec), DenseRead.parse(reads), tuple(sizes)
+    shape = batch, heads, n_q, n_kv
     if found:
-        call = DenseCall(parsed, found, tuple(tables), tuple(map(int, sizes)), *lengths, device)
-        words, packed = call.run()
-        return words + packed
+        call = DenseCall(parsed, found, tuple(tables), numbers, *shape, device)
+        words, built = call.run()
+        return words + ([] if built is None else lists_of(built, kv_heads, device))
+    if not (tables or lists):
+        # Somebody may write to the results, or reuse their memory.
+        return [t.clone() for t in static_lists(parsed, shape, kv_heads, numbers, device)]
     if lists:
-        return listed_views(parsed, lengths, tables, sizes, lists)
+        return lists_of(listed_views(parsed, shape, tables, sizes, lists), kv_heads, device)
     built = build_views(
         parsed,
         batch=batch,
@@ -85,7 +94,7 @@ def layout(
         device=device,
         counted=False,
     )
-    return packed_layout(built, spec)
+    return lists_of(built, kv_heads, device)
 
 
 @layout.register_fake
@@ -97,6 +106,7 @@ def _(
     heads: int,
     n_q: int,
     n_kv: int,
+    kv_heads: int,
     spec: str,
     device: torch.device,
     lists: Sequence[Tensor],
@@ -108,12 +118,14 @@ def _(
         shape = (fresh_size(), fresh_size(), rows, -(-columns // WORD))
         made.append(torch.empty(shape, dtype=torch.int32, device=device))
     # How many blocks a mask touches is known when the lengths are, not when the graph is traced.
-    for _ in AttentionSpec.parse(spec).parts:
-        made.append(torch.empty([fresh_size()], dtype=torch.int32, device=device))
-    return made
+    parsed = AttentionSpec.parse(spec)
+    shapes: list[list[Any]] = [[fresh_size()] for _ in parsed.parts]
+    for _ in range(count_worklists(parsed, device)):
+        shapes += [[fresh_size()], [fresh_size(), fresh_size(), fresh_size(), 0]]
+    return made + [torch.empty(shape, dtype=torch.int32, device=device) for shape in shapes]
 
 
-@operator("attention", tags=_TAGS, by_token=True)
+@operator("attention", by_token=True)
 def attention(
     q: Tensor,
     k: Tensor,
@@ -141,8 +153,8 @@ def attention(
         learned: further tensors that it reads and that get gradients; none so far.
         tables: the tensors ``t0, t1, ...`` of the mask.
         sizes: the integers ``s0, s1, ...`` of the mask.
-        lists: as in :class:`AttentionCall`: the packed vectors of :func:`layout`, none for a mask
-            whose blocks follow from sizes; then index and count of each part of units.
+        lists: as in :class:`AttentionCall`: those of :func:`layout` for the parts of blocks; then
+            index and count of each part of units.
         scale: factor on the scores.
         spec: the text of an :class:`AttentionSpec`.
 
@@ -179,7 +191,7 @@ def _(
     return out, q.new_empty([batch, heads, n_q], dtype=torch.float32)
 
 
-@operator("attention_backward", tags=_TAGS)
+@operator("attention_backward")
 def attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,

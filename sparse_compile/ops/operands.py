@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sparse_compile.codegen.call import AttentionCall
 from sparse_compile.errors import BadShape, UnsupportedDtype
+from sparse_compile.layout.lists import count_worklists
 from sparse_compile.selection import check_lists
 from sparse_compile.spec import AttentionSpec
 
@@ -30,13 +31,14 @@ def check_call(call: AttentionCall) -> None:
         BadPattern: on the CPU, what :func:`check_lists` finds in the lists of a selection.
     """
     check_operands(call.q, call.k, call.v, widest(call.spec))
-    parts = call.spec.units
-    first = len(call.lists) - 2 * len(parts)
-    if first not in (0, len(call.spec.parts)):
+    parts, of_blocks = call.spec.units, len(call.spec.parts)
+    worklists = count_worklists(call.spec, call.q.device)
+    first = of_blocks + 2 * worklists
+    if len(call.lists) != first + 2 * len(parts):
         raise BadShape(
-            f"sparse_compile: attention got {len(call.lists)} lists. Pass one vector for each of "
-            f"{len(call.spec.parts)} parts of blocks, none if their mask reads no tensors; then "
-            f"index and count for each of {len(parts)} parts of units."
+            f"sparse_compile: attention got {len(call.lists)} lists. Pass what the operator layout "
+            f"makes for {of_blocks} parts of blocks on {call.q.device}: {of_blocks} vectors and "
+            f"{worklists} worklists; then index and count for each of {len(parts)} parts of units."
         )
     for number, part in enumerate(parts):
         index, count = call.lists[first + 2 * number :][:2]

@@ -14,7 +14,7 @@ import sparse_compile
 from sparse_compile import patterns as P
 from sparse_compile.api import data as direct_data
 from sparse_compile.errors import BadPattern, BadShape, PatternMisuse, UnsupportedDtype
-from sparse_compile.layout import known, tensor_state
+from sparse_compile.layout import layout, lists, tensor_state
 from sparse_compile.reference import attention as reference
 from tests.tolerance import relative_error
 
@@ -228,19 +228,31 @@ def test_few_layouts_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("backend", [None, "aot_eager", "inductor", "sparse_compile"])
-def test_no_layout_is_read_back_from_its_packed_form(
+def test_no_layout_is_scheduled_again_from_its_packed_form(
     backend: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a GPU that would wait for the device, and schedule all lines again."""
-    monkeypatch.setattr(known, "unpack", lambda *_, **__: pytest.fail("unpacked"))
+    """On a GPU that would wait for the device, in a forward and again in a backward."""
+    scheduled: list[str] = []
+    original = layout._schedules
+
+    def counted(*arguments: Any) -> Any:
+        scheduled.append(arguments[1])
+        return original(*arguments)
+
+    # Lists as kernels on a GPU get them.
+    monkeypatch.setattr(lists, "_WITH_WORKLISTS", ("cpu",))
+    monkeypatch.setattr(lists, "workers_of", lambda device: 64)
+    monkeypatch.setattr(layout, "_schedules", counted)
     pattern = P.Documents(torch.arange(N) // 20) & P.SlidingWindow(30)
 
     def call(*given: Tensor) -> Tensor:
         return sparse_compile.attention(*given, pattern)
 
     run = torch.compile(call, backend=backend) if backend else call
-    for _ in range(2):
+    for number in (1, 2):
         run(*operands()).sum().backward()
+        made = number if backend else 1
+        assert scheduled == ["q", "kv"] * made
 
 
 def test_remembered_layouts_do_not_outlive_their_tensors() -> None:

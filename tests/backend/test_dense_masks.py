@@ -367,7 +367,8 @@ def test_opcheck(causal: bool, remember: bool) -> None:
     reads = [DenseRead(0, ("", "", "q", "kv"), remember)]
     predicate = sympy.Ne(reads[0].bit, 0) & (KV <= Q if causal else sympy.true)
     spec = AttentionSpec(MaskExpr(predicate, ("int32",)), block_q=32, block_kv=32)
-    args = ([blocky()], DenseRead.text(reads), [], B, H, N, N, spec.text, torch.device("cpu"), [])
+    shape, device = (B, H, N, N, H), torch.device("cpu")
+    args = ([blocky()], DenseRead.text(reads), [], *shape, spec.text, device, [])
     torch.library.opcheck(LAYOUT, args)
     layouts = [LAYOUT(*args)[1] for _ in range(2)]
     assert torch.equal(*layouts)

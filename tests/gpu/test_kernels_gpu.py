@@ -10,6 +10,7 @@ import torch
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.codegen.triton.blocks import executor
 from sparse_compile.layout import build_views, unpack
+from sparse_compile.layout.lists import lists_of
 from sparse_compile.spec import AttentionSpec
 from tests.codegen.kernel_cases import (
     CASES,
@@ -78,8 +79,8 @@ def _run(case: Case) -> list[torch.Tensor]:
     spec = AttentionSpec(case.mask)
     shape = {"batch": 1, "heads": 2, "n_q": case.n[0], "n_kv": case.n[1], "sizes": case.sizes}
     layout = build_views(spec, **shape, device=device)
-    # As the operators get it: lists that are views into one vector.
-    layout = unpack(spec, [view.pack() for view in layout.views], **shape)
+    # As the operators get it: views into what a graph holds.
+    layout = unpack(spec, lists_of(layout, 2, device), **shape)
     call = AttentionCall(q, k, v, [], case.sizes, [], 0.1, spec, layout=layout)
     out, lse = executor.forward(call)
     grads = executor.backward(call, AttentionResult(out, lse, torch.ones_like(out)))

@@ -134,19 +134,18 @@ def block_calls(problem: Problem) -> Iterator[Call]:
     mask, scale = MASKS[problem.mask], 0.2
     spec = _spec(mask, problem.policy)
     tables: list[Tensor] = []
-    layout: list[Tensor] = []
     if problem.mask == "random":
         args: tuple[Any, ...] = (
             [torch.rand(batch, heads, n_q, n_kv) < 0.3],
             DenseRead.text([DenseRead(0, AXES, False)]),
-            *([], *problem.shape, spec.text, CPU, []),
+            *([], *problem.shape, problem.kv_heads, spec.text, CPU, []),
         )
         yield OPS.layout, args
         words, *layout = OPS.layout(*args)
         tables = [words]
-    elif mask.tables:
-        tables = [torch.rand(batch, n_kv) < 0.5]
-        args = tables, "[]", [], *problem.shape, spec.text, CPU, []
+    else:
+        tables = [torch.rand(batch, n_kv) < 0.5] if mask.tables else []
+        args = tables, "[]", [], *problem.shape, problem.kv_heads, spec.text, CPU, []
         yield OPS.layout, args
         layout = OPS.layout(*args)
     call = *problem.operands(), [], tables, [], layout, scale, spec.text
@@ -169,7 +168,10 @@ def selected_calls(problem: Problem) -> Iterator[Call]:
         beside = MaskExpr(sympy.Not(MASKS[name].predicate) & NEAR)
         both = _spec(beside, problem.policy).with_units(MASKS[name], unit_q, unit_kv)
         for spec in (alone, both):
-            call = q, k, v, [], [], [], [index, count], 0.2, spec.text
+            shape = *problem.shape, problem.kv_heads
+            blocks = OPS.layout([], "[]", [], *shape, both.blocks.text, CPU, [])
+            lists = [*(blocks if spec.views else []), index, count]
+            call = q, k, v, [], [], [], lists, 0.2, spec.text
             yield OPS.attention, call
             out, lse = OPS.attention(*call)
             args = torch.randn_like(out), torch.randn(lse.shape), out, lse, *call

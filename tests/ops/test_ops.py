@@ -34,13 +34,32 @@ def keep() -> Tensor:
     return table
 
 
-def packed() -> Tensor:
-    return ops.layout([keep()], "[]", [], 2, 6, 50, 50, DOCS.text, torch.device("cpu"), [])
+def lists_for(spec: AttentionSpec, *tables: Tensor, sizes: tuple[int, ...] = ()) -> list[Tensor]:
+    args = (
+        list(tables),
+        "[]",
+        list(sizes),
+        2,
+        6,
+        50,
+        50,
+        2,
+        spec.blocks.text,
+        torch.device("cpu"),
+        [],
+    )
+    return ops.layout(*args)
+
+
+def packed() -> list[Tensor]:
+    return lists_for(DOCS, keep())
 
 
 def test_opcheck_forward() -> None:
     q, k, v = operands()
-    torch.library.opcheck(ops.attention, (q, k, v, [], [], [], [], 0.25, WINDOW.text))
+    torch.library.opcheck(
+        ops.attention, (q, k, v, [], [], [], lists_for(WINDOW), 0.25, WINDOW.text)
+    )
     torch.library.opcheck(ops.attention, (q, k, v, [], [keep()], [], packed(), 0.25, DOCS.text))
 
 
@@ -56,7 +75,8 @@ def test_gradients_with_sizes(covered_by: str) -> None:
     i = torch.arange(50)
     past, listed = i[None] <= i[:, None] + 7, (i // 16) % 2 == 0
     if covered_by == "blocks":
-        mask, out = past, ops.attention(q, k, v, [], [], [7], [], 0.25, own.text)[0]
+        blocks = lists_for(own, sizes=(7,))
+        mask, out = past, ops.attention(q, k, v, [], [], [7], blocks, 0.25, own.text)[0]
     elif covered_by == "units":
         mask = past & listed
         chosen = AttentionSpec.of_units(OFFSET, 1, 16)
@@ -65,6 +85,7 @@ def test_gradients_with_sizes(covered_by: str) -> None:
         rest = MaskExpr((KV > Q + size_symbol(0)) & (KV <= Q + 20), n_sizes=1)
         mask = past & listed | ~past & (i[None] <= i[:, None] + 20)
         both = AttentionSpec(rest, block_q=16, block_kv=16).with_units(OFFSET, 1, 16)
+        lists = [*lists_for(both, sizes=(7,)), *lists]
         out = ops.attention(q, k, v, [], [], [7], lists, 0.25, both.text)[0]
     exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
     wanted = reference(*exact, mask, 0.25)[0]
@@ -80,13 +101,15 @@ def test_opcheck_backward_and_layout() -> None:
     call = (q, k, v, [], [keep()], [], packed(), 0.25, DOCS.text)
     out, lse = ops.attention(*call)
     torch.library.opcheck(ops.attention_backward, (torch.randn_like(out), None, out, lse, *call))
-    layout_args = ([keep()], "[]", [], 2, 6, 50, 50, DOCS.text, torch.device("cpu"), [])
-    torch.library.opcheck(ops.layout, layout_args)
+    for spec, tables in ((DOCS, [keep()]), (WINDOW, [])):
+        shape = 2, 6, 50, 50, 2
+        layout_args = (tables, "[]", [], *shape, spec.text, torch.device("cpu"), [])
+        torch.library.opcheck(ops.layout, layout_args)
 
 
 def test_lse_is_differentiable() -> None:
     q, k, v = operands()
-    out, lse = ops.attention(q, k, v, [], [], [], [], 0.25, WINDOW.text)
+    out, lse = ops.attention(q, k, v, [], [], [], lists_for(WINDOW), 0.25, WINDOW.text)
     i = torch.arange(50)
     mask = (i[None] <= i[:, None]) & (i[:, None] - i[None] < 20)
     exact, exact_lse = reference(q, k, v, mask, 0.25)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 
 import pytest
 import sympy
@@ -37,7 +38,7 @@ def test_fresh_size_works_where_dynamo_forbids_dynamic_output_shapes(allowed: bo
         table = mode.from_tensor(torch.ones(1, 8, dtype=torch.bool))
         padding = MaskExpr(sympy.Ne(lookup(0)(B, KV), 0), ("bool",))
         text = AttentionSpec(padding, block_q=16, block_kv=16).text
-        args = ([table], "[]", [], 1, 1, 8, 8, text, torch.device("cpu"), [])
+        args = ([table], "[]", [], 1, 1, 8, 8, 1, text, torch.device("cpu"), [])
         (packed,) = torch.ops.sparse_compile.layout(*args)
     assert isinstance(packed.shape[0], torch.SymInt)
     assert packed.shape[0] >= 0
@@ -143,3 +144,37 @@ def test_what_torch_gave_up_on_is_known() -> None:
     with frames_skipped() as skipped:
         torch.compile(looping, backend="eager")(torch.ones(2))
     assert any(frame.startswith("looping, test_fences.py:") for frame in skipped)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_aot_autograd_lifts_named_buffers_of_a_captured_graph(named: bool) -> None:
+    """rewrite/held_layouts.py names its buffers as Dynamo names those that it finds itself."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._dynamo.source import ConstantSource
+
+    lowered: list[torch.fx.GraphModule] = []
+
+    def lower(graph: torch.fx.GraphModule, _: object) -> object:
+        lowered.append(graph)
+        return graph.forward
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[object]) -> object:
+        (add,) = gm.graph.find_nodes(op="call_function", target=operator.add)
+        gm.register_buffer("held", torch.full([3], 5.0), persistent=False)
+        if named:
+            gm._param_name_to_source["held"] = ConstantSource("held")
+        with gm.graph.inserting_before(add):
+            held = gm.graph.get_attr("held")
+        add.args = add.args[0], held
+        gm.recompile()
+        return aot_autograd(fw_compiler=lower)(gm, inputs)
+
+    run = torch.compile(lambda x: x + 1, backend=backend)
+    if not named:
+        with pytest.raises(Exception, match="held not found in param_name_to_source"):
+            run(torch.ones(3))
+        return
+    assert torch.equal(run(torch.ones(3)), torch.full([3], 6.0))
+    (graph,) = lowered
+    assert len(graph.graph.find_nodes(op="placeholder")) == 2
+    assert not graph.graph.find_nodes(op="get_attr")

@@ -171,7 +171,9 @@ def test_imports_without_triton() -> None:
         "from sparse_compile.spec import AttentionSpec\n"
         "q = torch.randn(1, 2, 40, 16)\n"
         "text = AttentionSpec(MaskExpr(KV <= Q), block_q=16, block_kv=16).text\n"
-        "print(torch.ops.sparse_compile.attention(q, q, q, [], [], [], [], 0.25, text)[0].shape)\n"
+        "ops, cpu = torch.ops.sparse_compile, torch.device('cpu')\n"
+        "lists = ops.layout([], '[]', [], 1, 2, 40, 40, 2, text, cpu, [])\n"
+        "print(ops.attention(q, q, q, [], [], [], lists, 0.25, text)[0].shape)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -53,7 +53,7 @@ class Listed(Case):
         """The layout, as the operator makes it."""
         chosen = self.selection()
         lists = [chosen.index.to(device), chosen.count.to(device)]
-        shape = self.batch, self.q_heads, self.n_q, self.n_kv
+        shape = self.batch, self.q_heads, self.n_q, self.n_kv, self.kv_heads
         made: list[Tensor] = LAYOUT(
             self.tables(device), "[]", [], *shape, self.blocks.text, device, lists
         )

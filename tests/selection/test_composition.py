@@ -16,7 +16,7 @@ import sparse_compile
 from sparse_compile import patterns as P
 from sparse_compile.errors import BadPattern, BadShape, PatternMisuse
 from sparse_compile.expr import KV, MaskExpr, Q, evaluate
-from sparse_compile.ops import ATTENTION
+from sparse_compile.ops import ATTENTION, LAYOUT
 from sparse_compile.patterns.selecting import Selecting
 from sparse_compile.reference import attention as reference
 from sparse_compile.selection import Selection, canonical
@@ -335,7 +335,9 @@ def test_rows_without_keys_keep_their_policy(policy: EmptyRows) -> None:
     dense = (found.dense(N, N) & rest_dense | allowed).expand(B, 4, N, N)
     ours = operands(4, 2, N, N, torch.float32)
     exact = [t.detach().double().requires_grad_() for t in ours]
-    lists = [found.index, found.count]
+    shape = B, 4, N, N, 2
+    blocks = LAYOUT([], "[]", [], *shape, spec.blocks.text, torch.device("cpu"), [])
+    lists = [*blocks, found.index, found.count]
     out, lse = ATTENTION(*ours, [], [], [], lists, 0.25, spec.text)
     wanted, wanted_lse = reference(*exact, dense, 0.25, policy.value)
     torch.testing.assert_close(lse.double(), wanted_lse.detach(), rtol=1e-5, atol=1e-5)

@@ -51,7 +51,7 @@ def test_operators_fit_torch() -> None:
     case = LISTED[0]
     q, k, v = (t.requires_grad_() for t in case.operands()[:3])
     chosen, text = case.selection(), case.blocks.text
-    shape = case.batch, case.q_heads, case.n_q, case.n_kv
+    shape = case.batch, case.q_heads, case.n_q, case.n_kv, case.kv_heads
     lists = [chosen.index, chosen.count]
     torch.library.opcheck(LAYOUT, ([], "[]", [], *shape, text, CPU, lists))
     torch.library.opcheck(ATTENTION, (q, k, v, [], [], [], case.packed(CPU), 0.25, text))

@@ -1,0 +1,97 @@
+"""hold_layouts: layouts that follow from sizes alone, made once and held by the graph.
+
+A fence around one fact that torch does not document: AOTAutograd lifts the buffers of the graph
+that Dynamo captured to inputs that keep their place in memory, if it finds their names among
+Dynamo's. ``tests/project/test_fences.py`` says what is relied upon.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from sparse_compile.layout.lists import static_lists
+from sparse_compile.ops import LAYOUT
+from sparse_compile.passes.mutation import bodies, scope_of_body
+from sparse_compile.passes.rewrite.tables import RealisedTables, fake_mode_of, hand_down, place_for
+from sparse_compile.sites.site import Scope
+from sparse_compile.spec import AttentionSpec
+
+
+def hold_layouts(gm: GraphModule) -> None:
+    """Replace calls of the operator ``layout`` that get numbers only; changes ``gm`` in place.
+
+    What they make becomes buffers of ``gm``, which bodies of higher-order calls get as operands:
+    no call of the graph looks it up again, and CUDA graphs can be recorded over its attentions.
+    """
+    outermost, cache = Scope(gm), RealisedTables()
+    held: dict[Any, list[Node]] = {}
+    changed: dict[GraphModule, None] = {}
+    for scope in list(_scopes(outermost)):
+        for call in _of_numbers(scope.gm):
+            key = repr(call.args)
+            if key not in held:
+                held[key] = [_buffer(gm, value) for value in _lists(call)]
+            for item in list(call.users):
+                made: Any = held[key]
+                node = hand_down(made[item.args[1]], outermost, scope, cache)
+                item.replace_all_uses_with(node)
+                scope.gm.graph.erase_node(item)
+            scope.gm.graph.erase_node(call)
+            changed.update(dict.fromkeys(_with_parents(scope)))
+    for module in changed:
+        module.graph.lint()
+        module.recompile()
+
+
+def _scopes(scope: Scope) -> Iterator[Scope]:
+    """A scope, and those of the bodies in it that one call runs."""
+    yield scope
+    called = [(node, *found) for node in scope.gm.graph.nodes for found in bodies(node)]
+    times = Counter(id(body) for _, body, _ in called)
+    for node, body, inputs in called:
+        inner = scope_of_body(node, body, inputs, scope)
+        if inner is not None and times[id(body)] == 1:
+            yield from _scopes(inner)
+
+
+def _of_numbers(gm: GraphModule) -> list[Node]:
+    calls = gm.graph.find_nodes(op="call_function", target=LAYOUT)
+    return [call for call in calls if not call.all_input_nodes and _is_taken_apart(call)]
+
+
+def _is_taken_apart(call: Node) -> bool:
+    return all(user.target is operator.getitem for user in call.users)
+
+
+def _lists(call: Node) -> tuple[Tensor, ...]:
+    args: tuple[Any, ...] = call.args
+    _, _, sizes, *shape, kv_heads, text, device, _ = args
+    spec = AttentionSpec.parse(text)
+    return static_lists(spec, tuple(shape), kv_heads, tuple(sizes), device)
+
+
+def _buffer(gm: GraphModule, value: Tensor) -> Node:
+    """The node of a new buffer, at the beginning of the graph."""
+    from torch._dynamo.source import ConstantSource
+
+    name = f"sparse_layout_{sum(1 for _ in gm.buffers())}"
+    gm.register_buffer(name, value, persistent=False)
+    sources = getattr(gm, "_param_name_to_source", None)
+    if sources is not None:
+        sources[name] = ConstantSource(name)
+    with gm.graph.inserting_before(place_for(gm.graph, ())):
+        node = gm.graph.get_attr(name)
+    node.meta["example_value"] = fake_mode_of(gm.graph).from_tensor(value, static_shapes=True)
+    return node
+
+
+def _with_parents(scope: Scope | None) -> Iterator[GraphModule]:
+    while scope is not None:
+        yield scope.gm
+        scope = scope.parent
