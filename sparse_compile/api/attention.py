@@ -159,31 +159,32 @@ def _direct(
         plan = planned(text, q.device.type, _views_sizes(q, k), sinks is not None)
         if not plan.spec:
             return _by_sdpa(q, k, v, plan.causal, scale)
-        spec, tables, lists = _pattern_data(operands, given, text, plan, owner)
+        spec, tables, lists = _pattern_data(operands, given, sizes, text, plan, owner)
     out, lse = ops.ATTENTION(q, k, v, [], tables, list(sizes), lists, scale, spec)
     return out if sinks is None else _with_sinks(out, lse, sinks)
 
 
 def _pattern_data(
-    operands: Operands, given: list[Tensor], text: str, plan: Direct, owner: Pattern | None
+    operands: Operands,
+    given: list[Tensor],
+    sizes: Sequence[int],
+    text: str,
+    plan: Direct,
+    owner: Pattern | None,
 ) -> _Data:
     """What the operator of attention is told of a pattern; arguments as for :func:`attend`."""
     (q, k, v), named = operands, NamedMask.parse(text)
     if named.selected is None:
         check_operands(q, k, v)
-    spec, lengths, kv_heads = (
-        plan.spec,
-        (q.shape[0], q.shape[1], q.shape[2], k.shape[2]),
-        k.shape[1],
-    )
+    lengths, kv_heads = (q.shape[0], q.shape[1], q.shape[2], k.shape[2]), k.shape[1]
+    spec = plan.spec
     tables: list[Tensor] = []
     lists: list[Tensor] = []
     if named.static is not None:
         rest = owner if owner is None or named.selected is None else without_selection(owner)
-        made = tables_of(named.static.mask)
-        tables, lists = data_of(
-            rest, (named.static.key, made, lengths, kv_heads, plan.static, q.device)
-        )
+        made = named.static.key, tables_of(named.static.mask)
+        call = *made, lengths, kv_heads, tuple(sizes), plan.static, q.device
+        tables, lists = data_of(rest, call)
     selected = selected_of(text)
     if selected is not None:
         index, count, more = lists_of(q, k, selected, given, owner)

@@ -27,9 +27,9 @@ _MOST = 8
 #: Index, rank and dtype of each table.
 Tables = tuple[tuple[int, int, torch.dtype], ...]
 #: Key of a mask (see :func:`sparse_compile.sites.annotation.bound_mask_named`), its tables; batch,
-#: heads, n_q and n_kv; heads of the keys; text of the spec, empty for tables alone; where the
-#: attention runs.
-Call = tuple[str, Tables, tuple[int, int, int, int], int, str, torch.device]
+#: heads, n_q and n_kv; heads of the keys; its sizes; text of the spec, empty for tables alone;
+#: where the attention runs.
+Call = tuple[str, Tables, tuple[int, int, int, int], int, tuple[int, ...], str, torch.device]
 #: The tables, and the lists of the blocks.
 Data = tuple[list[Tensor], list[Tensor]]
 _KEPT: OrderedDict[tuple[Any, ...], tuple[Hashable, Data]] = OrderedDict()

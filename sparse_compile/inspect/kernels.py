@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from sparse_compile.codegen.generators import generators
+from sparse_compile.codegen.kernel import Kernel
 from sparse_compile.codegen.runtime.generated import write_source
 from sparse_compile.inspect.explain import Examined, examine, kernel_spec
 from sparse_compile.passes.graph_edit import expected
@@ -73,32 +75,31 @@ def of_site(number: int, site: Examined) -> tuple[GeneratedKernel, ...]:
         return (GeneratedKernel(number, reason),)
     found = [*_of_parts(plan, site, target.arch), *_of_selection(site)]
     return tuple(
-        GeneratedKernel(number, reason, name, str(write_source(name, source)), source)
-        for name, source in found
+        GeneratedKernel(number, reason, made.name, _path(made), made.source) for made in found
     ) or (GeneratedKernel(number, reason),)
 
 
-def _of_parts(plan: Plan, site: Examined, arch: str) -> Iterator[tuple[str, str]]:
-    """The name and the text of what computes each part of the coverage."""
-    from sparse_compile.codegen.triton.blocks.source import kernel_source
-    from sparse_compile.codegen.triton.selected.latent import (
-        can_be_latent,
-        latent_name,
-        latent_source,
-    )
-    from sparse_compile.codegen.triton.selected.source import SelectedKernelSpec, selected_source
+def _path(kernel: Kernel) -> str:
+    """The file that holds the source, written if need be."""
+    return str(write_source(kernel.name, kernel.source))
+
+
+def _of_parts(plan: Plan, site: Examined, arch: str) -> Iterator[Kernel]:
+    """What computes each part of the coverage."""
+    from sparse_compile.codegen.triton.selected.latent import can_be_latent, latent_kernel
+    from sparse_compile.codegen.triton.selected.source import SelectedKernelSpec
 
     for piece, _ in plan.spec.pieces:
         of_blocks = kernel_spec(plan, arch, piece)
         if not piece.units:
-            yield of_blocks.name, kernel_source(of_blocks)
+            yield generators().choose(of_blocks).kernel
             continue
         widths = of_blocks.head_dim, of_blocks.value_dim, of_blocks.dtype
         shared = plan.site.k.node is plan.site.v.node
         spec = SelectedKernelSpec(piece, *widths, arch, _members(plan, site), shared)
-        yield spec.name, selected_source(spec)
+        yield generators().choose(spec).kernel
         if can_be_latent(spec):
-            yield latent_name(spec), latent_source(spec)
+            yield latent_kernel(spec)
 
 
 def _members(plan: Plan, site: Examined) -> int:
@@ -107,13 +108,12 @@ def _members(plan: Plan, site: Examined) -> int:
     return expected(plan.site.q, "h") // math.lcm(expected(plan.site.k, "h"), lists)
 
 
-def _of_selection(site: Examined) -> Iterator[tuple[str, str]]:
-    """The name and the text of what makes the lists of a pattern that scores."""
+def _of_selection(site: Examined) -> Iterator[Kernel]:
+    """What makes the lists of a pattern that scores."""
     from sparse_compile.codegen.triton.selection.choose import choose_spec
-    from sparse_compile.codegen.triton.selection.source import choose_source
+    from sparse_compile.codegen.triton.selection.source import choose_kernel
 
     found = site.selecting
     if found is not None and isinstance(found.leaf, Scored):
         made = prepared(found.leaf, *found.content, found.mask, found.tables, found.sizes)
-        spec = choose_spec(found.leaf, made)
-        yield spec.name, choose_source(spec)
+        yield choose_kernel(choose_spec(found.leaf, made))

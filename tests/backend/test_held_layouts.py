@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 import sparse_compile
 from sparse_compile import patterns as P
-from sparse_compile.backend import plan_and_rewrite
 from sparse_compile.options import Options
+from sparse_compile.passes import pipeline
 from tests.tolerance import relative_error
 
 N, D = 256, 16
@@ -68,7 +68,7 @@ class Seen:
         self.lowered: list[GraphModule] = []
 
     def __call__(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        plan_and_rewrite(gm, inputs, SPARSE)
+        pipeline.run(gm, inputs, SPARSE)
         self.captured.append(gm)
 
         def lower(graph: GraphModule, _: Sequence[Any]) -> Any:
