@@ -86,7 +86,6 @@ def _path(kernel: Kernel) -> str:
 
 def _of_parts(plan: Plan, site: Examined, arch: str) -> Iterator[Kernel]:
     """What computes each part of the coverage."""
-    from sparse_compile.codegen.triton.selected.latent import can_be_latent, latent_kernel
     from sparse_compile.codegen.triton.selected.source import SelectedKernelSpec
 
     for piece, _ in plan.spec.pieces:
@@ -97,9 +96,8 @@ def _of_parts(plan: Plan, site: Examined, arch: str) -> Iterator[Kernel]:
         widths = of_blocks.head_dim, of_blocks.value_dim, of_blocks.dtype
         shared = plan.site.k.node is plan.site.v.node
         spec = SelectedKernelSpec(piece, *widths, arch, _members(plan, site), shared)
-        yield generators().choose(spec).kernel
-        if can_be_latent(spec):
-            yield latent_kernel(spec)
+        kernel = generators().choose(spec).kernel
+        yield from (kernel, *kernel.beside)
 
 
 def _members(plan: Plan, site: Examined) -> int:
