@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import sympy
 import torch
 from hypothesis import given, settings
 
@@ -10,8 +11,12 @@ from sparse_compile.codegen import attend
 from sparse_compile.codegen.call import AttentionCall
 from sparse_compile.codegen.triton.blocks import executor
 from sparse_compile.codegen.triton.selected import executor as selected_executor
-from sparse_compile.spec import EmptyRows
-from tests.ops.operator_calls import Problem, block_calls, check, problems, selected_calls
+from sparse_compile.expr import KV, MaskExpr, Q
+from sparse_compile.layout import lists
+from sparse_compile.reference import attention as reference
+from sparse_compile.spec import AttentionSpec, EmptyRows
+from tests.ops.operator_calls import OPS, Problem, block_calls, check, problems, selected_calls
+from tests.tolerance import relative_error
 
 pytestmark = pytest.mark.usefixtures("interpreted_kernels")
 
@@ -23,9 +28,11 @@ def by_kernels(piece: AttentionCall) -> attend.Executor:
 
 @pytest.fixture(autouse=True, scope="module")
 def kernels() -> None:
-    """The CPU's tensors go through the kernels."""
+    """The CPU's tensors go through the kernels, with the lists that those get."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attend, "executor_for", by_kernels)
+        patch.setattr(lists, "_WITH_WORKLISTS", ("cpu",))
+        patch.setattr(lists, "workers_of", lambda device: 64)
         yield
 
 
@@ -42,6 +49,31 @@ def test_masks(mask: str) -> None:
     dims, policy = (16, 24), EmptyRows.ZERO
     for call in block_calls(Problem(2, 1, 3, 65, 65, dims, torch.float32, mask, policy)):
         check(call)
+
+
+def test_split_lines_are_merged_as_the_worklists_say() -> None:
+    """The row and the column of a global token are cut into parts, forward and backward."""
+    spec = AttentionSpec(
+        MaskExpr((sympy.Abs(Q - KV) < 8) | sympy.Eq(Q, 3) | sympy.Eq(KV, 3)),
+        block_q=16,
+        block_kv=16,
+    )
+    n, device = 400, torch.device("cpu")
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, n, 16, requires_grad=True) for heads in (2, 1, 1))
+    made = OPS.layout([], "[]", [], 1, 2, n, n, 1, spec.text, device, [])
+    slots = [numbers.shape[1] for numbers in made[2::2]]
+    assert len(slots) == 2
+    assert all(slots)
+    out, _ = OPS.attention(q, k, v, [], [], [], made, 0.25, spec.text)
+    i = torch.arange(n)
+    mask = ((i[:, None] - i).abs() < 8) | (i[:, None] == 3) | (i == 3)
+    exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    wanted, _ = reference(*exact, mask, 0.25)
+    assert relative_error(out, wanted) < 1e-5
+    grads = torch.autograd.grad(out.square().sum(), (q, k, v))
+    for grad, its in zip(grads, torch.autograd.grad(wanted.square().sum(), exact), strict=True):
+        assert relative_error(grad, its) < 1e-5
 
 
 def test_no_keys() -> None:
