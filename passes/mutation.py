@@ -137,8 +137,14 @@ def _positions(name: str) -> Mapping[str, int]:
     packet = getattr(torch.ops.aten, name, None)
     if not isinstance(packet, torch._ops.OpOverloadPacket):
         return {}
-    found = [written_arguments(overload) for overload in _overloads(packet)]
+    found = [written_arguments(one) for one in _overloads(packet) if not _sorts_a_list(one)]
     return {key: position for written in found for key, position in written.items()}
+
+
+def _sorts_a_list(overload: torch._ops.OpOverload) -> bool:
+    """TorchScript's methods of Python lists share their names with functions of tensors."""
+    first = next(iter(overload._schema.arguments), None)
+    return first is not None and first.name == "self" and isinstance(first.type, torch.ListType)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -50,6 +50,10 @@ class Launcher:
         self.first_tensor = next(
             place for place, p in enumerate(entry.parameters) if p.kind in (Kind.POINTER, Kind.LIST)
         )
+        #: Where constants stand: a kernel is compiled for their values, not for their kinds.
+        self.constants = [
+            place for place, p in enumerate(entry.parameters) if p.kind is Kind.CONSTANT
+        ]
         self.compiled: dict[tuple[Any, ...], Any] = {}
         #: Where what a call gives stands among its parameters, by what is given.
         self.forms: dict[tuple[str, ...], Any] = {}
@@ -69,7 +73,7 @@ class Launcher:
         if device.type != "cuda" or not _rules_known():
             self._first(grid, arguments)
             return None
-        key = device, *signature(arguments)
+        key = device, *self.compiled_for(arguments)
         known = self.compiled.get(key)
         if known is None:
             if len(self.compiled) >= _MOST:
@@ -78,6 +82,11 @@ class Launcher:
         else:
             known[(*grid, 1, 1)[:3]](*arguments)
         return known
+
+    def compiled_for(self, arguments: Sequence[Any]) -> list[Any]:
+        """All of some arguments that a kernel is compiled for: of constants the values."""
+        constants = [arguments[place] for place in self.constants]
+        return [*constants, *signature(arguments)]
 
     def _first(self, grid: tuple[int, ...], arguments: Sequence[Any]) -> Any:
         try:

@@ -63,7 +63,8 @@ def of_call(
         arch: the GPU to generate for, as ``"sm_90"``; default the one here, else that.
     """
     here = arch is None and torch.cuda.is_available()
-    target = None if here else Target("cuda", arch or "sm_90", _MULTIPROCESSORS)
+    gpu = Target.of(torch.device("cuda", torch.cuda.current_device())) if here else None
+    target = gpu or Target("cuda", arch or "sm_90", _MULTIPROCESSORS)
     sites, _ = examine(model, args, kwargs, options, target)
     return tuple(kernel for n, site in enumerate(sites) for kernel in of_site(n, site))
 

@@ -292,7 +292,7 @@ def test_together_with_other_masks(passes: list[tuple[int, ...]]) -> None:
     shown = rewritten(run, *operands(), mask, padding)
     assert "kv <= q" in shown
     assert f"tensor [1, 1, {N}, {N}]" in shown
-    fast = compiled(run)
+    fast = compiled(run, options=STABLE)
     keep = mask & torch.ones(N, N).tril().bool() & padding[:, None, None]
     agrees(lambda q, k, v, m: fast(q, k, v, m, padding), mask, keep)
     passes.clear()
@@ -423,6 +423,7 @@ def test_compiled_attention_reads_a_given_mask_once(
 
     fast, mask = compiled(run, options=STABLE if stable else {}), blocky((N, N))
     given = [t.detach() for t in operands()]
+    fast(*given, blocky((N, N)))  # what it takes to compile is not counted
     for number in range(3):
         expected = run(*given, mask.clone())
         passes.clear()

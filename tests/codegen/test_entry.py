@@ -169,3 +169,14 @@ def test_descriptors_are_made_once_for_an_address(monkeypatch: pytest.MonkeyPatc
     assert made.block_shape == [1, 1, 2, 2, 8]
     launch((3,), {**first, "X": torch.zeros(2, 3, 16, 8)})
     assert compiled.runs[-1][2] is not made
+
+
+def test_a_kernel_is_compiled_for_the_values_of_its_constants() -> None:
+    launcher = Launcher(Kernel("by hand", "", (ENTRY,), {"scale_rows": None}), ENTRY)
+    values = {**given(), "x_stride_n": 8, "t0_stride0": 1, "n": 4, "factor": 0.5, "SECTION": 0}
+    keys = [
+        launcher.compiled_for(ENTRY.ordered({**values, "TILE": tile, **more}))
+        for tile, more in ((64, {}), (128, {}), (64, {"SECTION": 2}), (64, {"n": 5}))
+    ]
+    assert keys[0] not in keys[1:3]
+    assert keys[0] == keys[3]

@@ -38,6 +38,7 @@ def test_empty_lengths(lengths: tuple[int, int]) -> None:
 def test_no_operator_is_forgotten() -> None:
     names = torch._C._dispatch_get_all_op_names()
     registered = {name for name in names if name.startswith("sparse_compile::")}
+    registered.discard("sparse_compile::masked_attention")  # is made of others
     calls = [
         call
         for mask in ("window", "random", "by entry")
