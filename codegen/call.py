@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from sparse_compile.layout import Layout, unpack
+from sparse_compile.layout import Layout
+from sparse_compile.layout.lists import assembled
 from sparse_compile.spec import AttentionSpec
 
 
@@ -53,14 +54,9 @@ class AttentionCall:
                 lists = self.lists[first : first + 2]
             else:
                 lists = self.lists[:packed]
-                layout = layout or self._layout(spec, lists)
+                layout = layout or assembled(spec, lists, self.shape, self.sizes)
             pieces.append(replace(self, tables=tables, lists=lists, spec=spec, layout=layout))
         return pieces
-
-    def _layout(self, spec: AttentionSpec, lists: Sequence[Tensor]) -> Layout:
-        """Views into the lists of the parts of blocks: nothing is built or looked up."""
-        batch, heads, n_q, n_kv = self.shape
-        return unpack(spec, lists, batch=batch, heads=heads, n_q=n_q, n_kv=n_kv, sizes=self.sizes)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

@@ -9,7 +9,8 @@ up.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,6 +27,9 @@ from sparse_compile.spec.view import View
 _WITH_WORKLISTS = ("cuda",)
 #: Batch, query heads, n_q and n_kv.
 Shape = tuple[int, int, int, int]
+#: Layouts of so many lists are kept assembled.
+_MOST = 16
+_ASSEMBLED: OrderedDict[Hashable, Layout] = OrderedDict()
 
 
 def lists_of(layout: Layout, kv_heads: int, device: torch.device) -> list[Tensor]:
@@ -78,6 +82,28 @@ def unpack(
         for part, vector in zip(spec.parts, lists[:n], strict=True)
     )
     return Layout(spec, views, batch, heads, tuple(tables), numbers, tuple(lists[n:]))
+
+
+def assembled(
+    spec: AttentionSpec, lists: Sequence[Tensor], shape: Shape, sizes: Sequence[int]
+) -> Layout:
+    """:func:`unpack`, done once for lists that a call gets again, as those that a graph holds.
+
+    What is kept are views: they hold the memory that they are of, so its address tells them apart,
+    and show whatever is in it.
+    """
+    numbers = tuple(map(int, sizes))
+    key = spec, shape, numbers, *[(t.data_ptr(), t.shape) for t in lists]
+    found = _ASSEMBLED.get(key)
+    if found is None:
+        batch, heads, n_q, n_kv = shape
+        found = unpack(spec, lists, batch=batch, heads=heads, n_q=n_q, n_kv=n_kv, sizes=numbers)
+        _ASSEMBLED[key] = found
+        if len(_ASSEMBLED) > _MOST:
+            _ASSEMBLED.popitem(last=False)
+    else:
+        _ASSEMBLED.move_to_end(key)
+    return found
 
 
 def _unpacked(part: View, problem: Problem, vector: Tensor) -> BlockLayout:
