@@ -31,6 +31,9 @@ from sparse_compile.spec import AttentionSpec
 #: Stands for lengths and head counts that torch.compile knows by name only.
 _UNKNOWN = 4096
 _EVERYONE, _BY_TENSOR = EVERYONE.text, BY_TENSOR.text
+#: Operations of a forward from which the kernels of blocks repay the lists that they need, which
+#: those of units do not: between 2e11 and 9e11 on an H200 (benchmarks/results/listed_h200.json).
+BLOCK_FLOPS = 5e11
 #: q, k and v.
 Operands = tuple[Tensor, Tensor, Tensor]
 #: Text of a spec, tables and lists: what the operator of attention is told of a mask.
@@ -189,13 +192,20 @@ def _pattern_data(
     if selected is not None:
         index, count, more = lists_of(q, k, selected, given, owner)
         tables, lists = [*tables, *more], [*lists, index, count]
-        if plan.blocks and q.shape[3] <= WIDEST[0] and v.shape[3] <= WIDEST[1]:
+        if plan.blocks and _fits_blocks(q, v, index, named.units):
             spec = plan.blocks
             lists = ops.LAYOUT(tables, NO_READS, [], *lengths, kv_heads, spec, q.device, lists)
     return spec, tables, lists
 
 
 composed_of(_direct)
+
+
+def _fits_blocks(q: Tensor, v: Tensor, index: Tensor, units: tuple[int, int]) -> bool:
+    """Whether the kernels of blocks can compute a selection, and repay making its lists."""
+    pairs = math.prod(index.shape[2:]) * math.prod(units) * q.shape[0] * q.shape[1]
+    fits = q.shape[3] <= WIDEST[0] and v.shape[3] <= WIDEST[1]
+    return bool(fits and 2 * pairs * (q.shape[3] + v.shape[3]) >= BLOCK_FLOPS)
 
 
 def _by_sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
