@@ -396,6 +396,3 @@ def _size_holders(scope: Scope) -> dict[sympy.Symbol, Node]:
             if expr.is_Symbol:
                 found.setdefault(expr, node)
     return found
-
-
-__all__ = ["LiftCache", "lift_mask"]

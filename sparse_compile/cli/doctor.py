@@ -146,7 +146,9 @@ def _cpu_executor() -> str:
 
     q = torch.randn(1, 2, 48, 16, generator=torch.Generator().manual_seed(0))
     text = AttentionSpec(MaskExpr(KV <= Q), block_q=16, block_kv=16).text
-    ours = torch.ops.sparse_compile.attention(q, q, q, [], [], [], 0.25, text)[0]
+    shape = 1, 2, 48, 48, 2
+    lists = torch.ops.sparse_compile.layout([], "[]", [], *shape, text, q.device, [])
+    ours = torch.ops.sparse_compile.attention(q, q, q, [], [], [], lists, 0.25, text)[0]
     truth = reference.attention(q, q, q, torch.ones(48, 48).tril().bool(), 0.25)[0]
     error = float((ours - truth).norm() / truth.norm())
     if error > 1e-5:

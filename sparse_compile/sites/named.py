@@ -13,6 +13,9 @@ import sympy
 
 from sparse_compile.expr import MaskExpr, ScoreProgram
 
+#: Of what a call is made of. Graphs that were compiled for another one stay in caches on disk, and
+#: this text is all that tells them apart: count on whenever that changes.
+_VERSION = 1
 #: In the place of the key of what selects: index and count are given; an index is given, of which
 #: lists are made; the mask is a tensor, which is given.
 LISTS, INDEX, TENSOR = "lists", "index", "tensor"
@@ -62,14 +65,14 @@ class NamedMask:
         """The text that :meth:`parse` reads."""
         parts = [part and [part.mask.text, part.key] for part in (self.static, self.selected)]
         score = None if self.score is None else self.score.text
-        fields = [*parts, self.selects, self.units, self.shown, score]
+        fields = [_VERSION, *parts, self.selects, self.units, self.shown, score]
         return json.dumps(fields, separators=(",", ":"))
 
     @staticmethod
     @functools.lru_cache(maxsize=1024)
     def parse(text: str) -> NamedMask:
         """The mask of a text."""
-        static, selected, selects, units, shown, score = json.loads(text)
+        _, static, selected, selects, units, shown, score = json.loads(text)
         program = None if score is None else ScoreProgram.parse(score)
         parts = _part(static), _part(selected)
         return NamedMask(*parts, selects, (units[0], units[1]), shown, program)
