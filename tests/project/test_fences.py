@@ -112,7 +112,7 @@ def test_launches_tell_apart_what_triton_compiles_for(specialize: bool) -> None:
 
 
 def test_declared_ranges_are_attributes_of_inputs() -> None:
-    """passes/decide/cheapest.py makes no guards in graphs that are to hold for a range."""
+    """passes/decide/pick.py makes no guards in graphs that are to hold for a range."""
     x, y = torch.ones(4, 4), torch.ones(4, 4)
     torch._dynamo.mark_dynamic(x, 0, min=2, max=64)
     torch._dynamo.mark_dynamic(y, 0)
