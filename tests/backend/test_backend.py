@@ -405,6 +405,7 @@ def test_two_processes_generate_identical_kernel_files(tmp_path) -> None:
         "sparse_compile.cli",
         "code",
         "tests.backend.test_backend:several_masks",
+        *("--options", '{"decide": "sparse"}'),
     ]
     files = []
     for seed in ("1", "2"):
