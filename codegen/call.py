@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ class AttentionCall:
         scale: factor on the scores.
         spec: the mask, and the parts that cover it.
         learned: further tensors that it reads, those that get gradients.
-        layout: the blocks to visit, as :meth:`pieces` finds them for the executors of blocks.
+        layout: the blocks to visit; None where ``lists`` tell.
     """
 
     q: Tensor
@@ -44,18 +45,16 @@ class AttentionCall:
 
     def pieces(self) -> list[AttentionCall]:
         """What one executor each computes: all blocks together, and every part of units alone."""
+        if len(self.spec.pieces) == 1:
+            return [self]
         packed = len(self.lists) - 2 * len(self.spec.units)
         starts = iter(range(packed, len(self.lists), 2))
         pieces = []
         for spec, used in self.spec.pieces:
-            tables, layout = [self.tables[number] for number in used], self.layout
-            if spec.units:
-                first = next(starts)
-                lists = self.lists[first : first + 2]
-            else:
-                lists = self.lists[:packed]
-                layout = layout or assembled(spec, lists, self.shape, self.sizes)
-            pieces.append(replace(self, tables=tables, lists=lists, spec=spec, layout=layout))
+            first = next(starts) if spec.units else 0
+            lists = self.lists[first : first + 2] if spec.units else self.lists[:packed]
+            tables = [self.tables[number] for number in used]
+            pieces.append(replace(self, tables=tables, lists=lists, spec=spec))
         return pieces
 
     @property
@@ -64,11 +63,10 @@ class AttentionCall:
         batch, heads, n_q, _ = self.q.shape
         return batch, heads, n_q, self.k.shape[2]
 
-    @property
+    @functools.cached_property
     def blocks(self) -> Layout:
-        """The layout, which an executor of blocks is given."""
-        assert self.layout is not None
-        return self.layout
+        """The layout of a call of blocks."""
+        return self.layout or assembled(self.spec, self.lists, self.shape, self.sizes)
 
     @property
     def index(self) -> Tensor:

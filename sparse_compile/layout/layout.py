@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,7 +98,8 @@ class Layout:
         return sum(view.nbytes for view in self.views)
 
     @functools.cached_property
-    def _made(self) -> dict[tuple[str, int, int], tuple[Schedule, ...]]:
+    def derived(self) -> dict[Hashable, Any]:
+        """What those who run it make of it, once."""
         return {}
 
     def schedules(
@@ -113,17 +115,17 @@ class Layout:
             workers: programs that run at a time.
             device: where the kernel runs.
         """
-        if self.worklists:
-            over_queries = 2 * len(self.spec.sections("q"))
-            given = self.worklists[
-                slice(over_queries) if axis == "q" else slice(over_queries, None)
-            ]
-            pairs = zip(given[::2], given[1::2], strict=True)
-            return tuple(Schedule.unpack(both, numbers) for both, numbers in pairs)
         key = axis, members, workers
-        if key not in self._made:
-            self._made[key] = _schedules(self, axis, members, workers, device)
-        return self._made[key]
+        if key not in self.derived:
+            made = self._unpacked(axis) if self.worklists else None
+            self.derived[key] = made or _schedules(self, axis, members, workers, device)
+        found: tuple[Schedule, ...] = self.derived[key]
+        return found
+
+    def _unpacked(self, axis: str) -> tuple[Schedule, ...]:
+        over_queries = 2 * len(self.spec.sections("q"))
+        given = self.worklists[slice(over_queries) if axis == "q" else slice(over_queries, None)]
+        return tuple(map(Schedule.unpack, given[::2], given[1::2]))
 
     def utilisation(self, members: int, workers: int) -> float:
         """Modelled share of the workers' time that is busy in the forward, until the last is done.

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_compile.codegen.call import AttentionCall
 from sparse_compile.codegen.triton.blocks import arguments
 from sparse_compile.codegen.triton.blocks.tiles import Tile, padded
 from sparse_compile.codegen.triton.calls import Running
+from sparse_compile.layout.schedule import Schedule
 from sparse_compile.spec import AttentionSpec
 
 
@@ -50,21 +52,34 @@ class Pass:
             tensors: what it takes beside the operands, its results among them.
             unused: fp32, stands for parts where no line is split.
         """
-        call = running.call
-        layout, heads = call.blocks, (call.q if self.axis == "q" else call.k).shape[1]
-        members = call.q.shape[0] * heads
-        # The lists may be being made: what does not wait for them comes first.
-        lists = [arguments.list_values(layout, self.axis, own) for own in self.sections]
-        works = layout.schedules(self.axis, members, running.workers, call.q.device)
-        for section, (given, work) in enumerate(zip(lists, works, strict=True)):
-            n_items, programs = work.items.shape[0], self.subtiles * members
+        batch, heads = running.call.q.shape[0], self._heads(running.call)
+        for section, (given, work) in enumerate(self._sections(running)):
+            programs = self.subtiles * batch * heads
             parts = self._parts(work.slots * programs, unused)
-            given |= {"items": work.items, "n_items": n_items, "heavy": work.heavy}
-            label = _label(self.name, section)
-            running.start(label, (n_items * programs,), {**tensors, **given, **parts})
+            grid = (work.items.shape[0] * programs,)
+            running.start(_label(self.name, section), grid, {**tensors, **given, **parts})
             if work.slots:
-                grid = work.merges.shape[0] * self.subtiles, heads, call.q.shape[0]
+                grid = work.merges.shape[0] * self.subtiles, heads, batch
                 self._merge(running, section, grid, {**tensors, **parts, "merges": work.merges})
+
+    def _heads(self, call: AttentionCall) -> int:
+        return (call.q if self.axis == "q" else call.k).shape[1]
+
+    def _sections(self, running: Running) -> list[tuple[dict[str, Any], Schedule]]:
+        """For each section its lists and its worklist, by name, and the latter whole."""
+        call, layout = running.call, running.call.blocks
+        members = call.q.shape[0] * self._heads(call)
+        key = self.axis, members
+        if key not in layout.derived:
+            # The lists may be being made: what does not wait for them comes first.
+            lists = [arguments.list_values(layout, self.axis, own) for own in self.sections]
+            works = layout.schedules(self.axis, members, running.workers, call.q.device)
+            layout.derived[key] = [
+                ({**given, "items": w.items, "n_items": w.items.shape[0], "heavy": w.heavy}, w)
+                for given, w in zip(lists, works, strict=True)
+            ]
+        found: list[tuple[dict[str, Any], Schedule]] = layout.derived[key]
+        return found
 
     def _parts(self, slots: int, unused: Tensor) -> dict[str, Tensor]:
         """Room for the parts of results, fp32 [slots, rows of a tile, columns]."""
