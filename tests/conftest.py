@@ -1,13 +1,26 @@
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
+from torch.fx import GraphModule
 
+import sparse_compile.backend  # noqa: F401  which is also the name of a function
 from sparse_compile.options import Options
-from tests.tiers import is_slow
+from tests.tiers import is_slow, is_through_inductor
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--inductor",
+        choices=("some", "all"),
+        default="some",
+        help="which tests send compiled graphs through Inductor, see tests/tiers.py (some)",
+    )
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
@@ -23,6 +36,16 @@ def _own_inductor_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
     with pytest.MonkeyPatch.context() as patch:
         # Torch sets the variable itself at some point, so whether it is set says nothing.
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is compiled ahead of time is shared by tests and workers, and is new in each run."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(folder / "triton"))
         yield
 
 
@@ -51,6 +74,25 @@ def _small_problems_are_rewritten(
         return parse({"decide": "sparse", **(options or {})})
 
     monkeypatch.setattr(Options, "parse", staticmethod(forced))
+
+
+@pytest.fixture(autouse=True)
+def _inductor_where_it_matters(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """See :data:`tests.tiers.INDUCTOR_ONE_IN`."""
+    test = request.node
+    if request.config.getoption("inductor") == "all":
+        return
+    if not (test.get_closest_marker("inductor") or is_through_inductor(test.path.stem, test.name)):
+        module = sys.modules["sparse_compile.backend"]
+        monkeypatch.setattr(module, "compile_with_inductor", _as_it_is)
+
+
+def _as_it_is(gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+    """What AOTAutograd makes of a graph, operator after operator."""
+    compiled: Callable[..., Any] = torch._dynamo.lookup_backend("aot_eager")(gm, example_inputs)
+    return compiled
 
 
 @pytest.fixture(scope="module")

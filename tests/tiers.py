@@ -1,4 +1,6 @@
-"""The fast tier, ``pytest -m "not slow"``: what everybody runs before a commit, in under 90 s.
+"""Which tests are in the fast tier, and which of those that compile go through Inductor.
+
+The fast tier, ``pytest -m "not slow"``, is what everybody runs before a commit, in under 90 s.
 
 It holds every test of most files, and a sample of the files whose tests compile or interpret: what
 those test is many times the same meaning on other shapes. A test is in the sample or not by its own
@@ -8,6 +10,7 @@ name, so a tier does not change with what else is collected.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 
 #: Of the tests of these files about one in so many is in the fast tier; of those with 0, none.
 ONE_IN = {
@@ -59,6 +62,30 @@ ONE_IN = {
 }
 
 
+#: What the backend makes of a graph, Inductor gets. What Inductor then does takes most of the time
+#: of a test, most of it a C++ compiler's, and is the same many times over. So of the tests of these
+#: files one in so many goes through it, those of other files do all; AOTAutograd runs what remains
+#: of the graph as it is in the others. ``pytest --inductor all`` sends all tests through Inductor.
+INDUCTOR_ONE_IN = {
+    "test_annotations": 8,
+    "test_backend": 2,
+    "test_composition": 4,
+    "test_dense_masks": 8,
+    "test_direct": 4,
+    "test_direct_scores": 4,
+    "test_models": 4,
+    "test_pattern_attention": 8,
+    "test_recognise_own_scores": 8,
+    "test_recognise_selected": 8,
+    "test_recognise_selected_spellings": 8,
+    "test_recognise_shared_index": 4,
+    "test_recognise_threshold": 8,
+    "test_score_models": 4,
+    "test_selecting_annotations": 8,
+    "test_sharing": 4,
+}
+
+
 def is_slow(file: str, name: str) -> bool:
     """Whether a test is left out of the fast tier.
 
@@ -66,5 +93,15 @@ def is_slow(file: str, name: str) -> bool:
         file: name of its file, without ``.py``.
         name: of the test, with its parameters.
     """
-    one_in = ONE_IN.get(file, 1)
-    return one_in == 0 or zlib.crc32(name.encode()) % one_in != 0
+    return not _is_sampled(ONE_IN, file, name)
+
+
+def is_through_inductor(file: str, name: str) -> bool:
+    """Whether what a test compiles goes through Inductor; arguments as for :func:`is_slow`."""
+    return _is_sampled(INDUCTOR_ONE_IN, file, name)
+
+
+def _is_sampled(one_in: Mapping[str, int], file: str, name: str) -> bool:
+    """Whether a test is in the sample: by its own name, whatever else is collected."""
+    n = one_in.get(file, 1)
+    return n > 0 and zlib.crc32(name.encode()) % n == 0

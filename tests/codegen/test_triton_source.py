@@ -46,7 +46,6 @@ def spec_of(mask: MaskExpr = CAUSAL, dims: int = 64, dtype: str = "bfloat16") ->
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPARSE_COMPILE_CACHE_DIR", str(tmp_path / "kernels"))
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
 
 
 def test_same_spec_gives_same_bytes_in_every_process() -> None:
@@ -190,7 +189,10 @@ COMPILED = [
     *((arch, replace(SPARSE, arch=f"sm_{arch}")) for arch in (80, 90, 100)),
     *((arch, replace(FIXED, arch=f"sm_{arch}")) for arch in (80, 90, 100)),
     (90, replace(SPARSE, exact=False)),
-    *((arch, spec_of(EVERYTHING, dims)) for arch in (80, 90, 100) for dims in (64, 128)),
+    *(
+        (arch, spec_of(EVERYTHING, dims))
+        for arch, dims in ((80, 64), (90, 64), (90, 128), (100, 128))
+    ),
     *((arch, spec_of(CAUSAL, 256)) for arch in (89, 90)),
     *((arch, spec_of(CAUSAL, 128, "float32")) for arch in (89, 90)),
     (90, spec_of(CAUSAL, 72, "float16")),

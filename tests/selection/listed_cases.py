@@ -62,9 +62,9 @@ class Listed(Case):
 
 LISTED = [
     Listed("blocks of 64"),
-    Listed("blocks of 128", unit_q=128, unit_kv=128, n_q=700, n_kv=700),
-    Listed("tall blocks", unit_q=128, n_q=500, n_kv=500),
-    Listed("wide blocks", unit_kv=128, n_q=500, n_kv=500),
+    Listed("blocks of 128", unit_q=128, unit_kv=128, n_q=420, n_kv=420),
+    Listed("tall blocks", unit_q=128, n_q=400, n_kv=400),
+    Listed("wide blocks", unit_kv=128, n_q=400, n_kv=400),
     Listed("no mask", mask=MaskExpr(sympy.true), n_q=130, n_kv=400),
     Listed("documents", mask=DOCUMENTS),
     Listed("mask by head", mask=BY_HEAD),
