@@ -69,6 +69,7 @@ ONE_IN = {
 INDUCTOR_ONE_IN = {
     "test_annotations": 8,
     "test_backend": 2,
+    "test_compiled": 4,
     "test_composition": 4,
     "test_dense_masks": 8,
     "test_direct": 4,
