@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from sparse_compile.codegen.entry import Kernel
 from sparse_compile.codegen.generators import generators
-from sparse_compile.codegen.kernel import Kernel
 from sparse_compile.codegen.runtime.generated import write_source
 from sparse_compile.inspect.explain import Examined, examine, kernel_spec
 from sparse_compile.passes.graph_edit import expected

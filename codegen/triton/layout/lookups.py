@@ -11,7 +11,7 @@ from typing import Any
 import sympy
 import torch
 
-from sparse_compile.codegen.entry import Entry, lists, sizes
+from sparse_compile.codegen.entry import Entry, Line, lists, sizes
 from sparse_compile.codegen.runtime.generated import fill
 from sparse_compile.codegen.triton.layout import table_text
 from sparse_compile.codegen.triton.layout.key import LONGEST, Key
@@ -125,46 +125,33 @@ def lookups_of(key: Key) -> tuple[Lookup, ...]:
     )
 
 
-def read_by_kernel(key: Key) -> list[Lookup]:
-    """The lookups whose bounds :func:`tables_source` makes."""
-    return [lookup for lookup in lookups_of(key) if lookup.along is not None]
+def read_by_kernel(lookups: Sequence[Lookup]) -> list[Lookup]:
+    """Those of lookups whose bounds :func:`tables_source` makes."""
+    return [lookup for lookup in lookups if lookup.along is not None]
 
 
-def tables_of(lookups: Sequence[Lookup]) -> list[int]:
-    """The tables that these lookups read."""
-    return sorted({lookup.index for lookup in lookups})
-
-
-def table_parameters(lookups: Sequence[Lookup]) -> list[str]:
-    """Parameters for the tables of lookups: each with its strides and its lengths."""
-    ranks = {lookup.index: len(lookup.exprs) for lookup in lookups}
-    return [
-        name
-        for t, rank in sorted(ranks.items())
-        for name in (
-            f"t{t}",
-            *(f"t{t}_stride{d}" for d in range(rank)),
-            *(f"t{t}_size{d}" for d in range(rank)),
-        )
-    ]
+def _tables(lookups: Sequence[Lookup]) -> Line:
+    """The tables of lookups, each with its strides and its lengths."""
+    found: Line = ()
+    ranks = {(lookup.index, lookup.dtype): len(lookup.exprs) for lookup in lookups}
+    for (index, dtype), rank in sorted(ranks.items()):
+        shape = [f"t{index}_{what}{d}" for what in ("stride", "size") for d in range(rank)]
+        found += lists(f"t{index}", dtype=dtype) + sizes(*shape)
+    return found
 
 
 def tables_entry(key: Key) -> Entry | None:
     """The kernel ``read_tables``; None if there is nothing to read."""
-    lookups = read_by_kernel(key)
-    dtypes = {f"t{lookup.index}": lookup.dtype for lookup in lookups}
+    lookups = read_by_kernel(lookups_of(key))
     results = [lists(o.name, dtype=o.bounds_dtype) + sizes(f"{o.name}_half") for o in lookups]
-    data = [
-        lists(p, dtype=dtypes[p]) if p in dtypes else sizes(p) for p in table_parameters(lookups)
-    ]
-    lines = (sizes("n_q", "n_kv"), *results, sum(data, ()), sizes(*key.sizes))
+    lines = (sizes("n_q", "n_kv"), *results, _tables(lookups), sizes(*key.sizes))
     return Entry("read_tables", lines, {"num_warps": 4}) if lookups else None
 
 
 def tables_source(key: Key, entry: Entry) -> str:
     """The kernel ``read_tables``, and a function for each lookup."""
-    lookups = read_by_kernel(key)
-    data = [*table_parameters(lookups), *key.sizes]
+    lookups = read_by_kernel(lookups_of(key))
+    data = [*(parameter.name for parameter in _tables(lookups)), *key.sizes]
     calls: list[str] = []
     for which, lookup in enumerate(lookups):
         own = ", ".join([lookup.name, f"{lookup.name}_half", "n_q", "n_kv", *data])

@@ -46,7 +46,7 @@ class Code(Abstract):
     def __add__(self, other: Code | int) -> Code:
         if isinstance(other, int) and other == 0:
             return self
-        low, high = _range(other)
+        low, high = limits(other)
         if isinstance(other, Code) and other.is_negated:
             return _arithmetic("-", self, _subtracted(other), self.low + low, self.high + high)
         if self.is_negated:
@@ -56,7 +56,7 @@ class Code(Abstract):
     def __sub__(self, other: Code | int) -> Code:
         if isinstance(other, int) and other == 0:
             return self
-        low, high = _range(other)
+        low, high = limits(other)
         return _arithmetic("-", self, other, self.low - high, self.high - low)
 
     def __rsub__(self, other: int) -> Code:
@@ -65,7 +65,7 @@ class Code(Abstract):
     def __mul__(self, other: Code | int) -> Code | int:
         if isinstance(other, int) and other in (-1, 0, 1):
             return (0, self, -self)[other]
-        corners = [x * y for x in (self.low, self.high) for y in _range(other)]
+        corners = [x * y for x in (self.low, self.high) for y in limits(other)]
         return _arithmetic("*", self, other, min(corners), max(corners))
 
     __radd__, __rmul__ = __add__, __mul__
@@ -83,7 +83,7 @@ class Code(Abstract):
         return Code(("-", *_operand(operand)), low, high, wide)
 
     def __floordiv__(self, other: Code | int) -> Code | int:
-        least, most = _range(other)
+        least, most = limits(other)
         if least == most == 1:
             return self
         ends = [x // y for x in (self.low, self.high) for y in (least, most) if y > 0]
@@ -100,7 +100,7 @@ class Code(Abstract):
         return Code(("floor_div(", *_argument(self), ", ", *_argument(other), ")"), low, high, wide)
 
     def __mod__(self, other: Code | int) -> Code | int:
-        least, most = _range(other)
+        least, most = limits(other)
         if least == most == 1:
             return 0
         if self.low >= 0 and self.high < least:
@@ -135,24 +135,24 @@ class Code(Abstract):
     # Comparisons; a plain bool where the ranges settle them
 
     def __lt__(self, other: Code | int) -> Code | bool:
-        low, high = _range(other)
+        low, high = limits(other)
         return _settled(self.high < low, self.low >= high, self, " < ", other)
 
     def __le__(self, other: Code | int) -> Code | bool:
-        low, high = _range(other)
+        low, high = limits(other)
         return _settled(self.high <= low, self.low > high, self, " <= ", other)
 
     def __gt__(self, other: Code | int) -> Code | bool:
-        low, high = _range(other)
+        low, high = limits(other)
         return _settled(self.low > high, self.high <= low, self, " > ", other)
 
     def __ge__(self, other: Code | int) -> Code | bool:
-        low, high = _range(other)
+        low, high = limits(other)
         return _settled(self.low >= high, self.high < low, self, " >= ", other)
 
     def __eq__(self, other: object) -> Code | bool:  # type: ignore[override]
         assert isinstance(other, (Code, int))
-        low, high = _range(other)
+        low, high = limits(other)
         same = self is other or self.low == self.high == low == high
         return _settled(same, self.high < low or self.low > high, self, " == ", other)
 
@@ -184,7 +184,7 @@ class Code(Abstract):
     @staticmethod
     def least(a: Any, b: Any) -> Any:
         """The smaller one."""
-        (a_low, a_high), (b_low, b_high) = _range(a), _range(b)
+        (a_low, a_high), (b_low, b_high) = limits(a), limits(b)
         if a is b or a_high <= b_low:
             return a
         if b_high <= a_low:
@@ -194,7 +194,7 @@ class Code(Abstract):
     @staticmethod
     def greatest(a: Any, b: Any) -> Any:
         """The larger one."""
-        (a_low, a_high), (b_low, b_high) = _range(a), _range(b)
+        (a_low, a_high), (b_low, b_high) = limits(a), limits(b)
         if a is b or a_low >= b_high:
             return a
         if b_low >= a_high:
@@ -206,7 +206,7 @@ class Code(Abstract):
         """``yes`` where the condition holds, else ``no``."""
         if yes is no or (isinstance(yes, int) and isinstance(no, int) and yes == no):
             return yes
-        (y_low, y_high), (n_low, n_high) = _range(yes), _range(no)
+        (y_low, y_high), (n_low, n_high) = limits(yes), limits(no)
         asked, if_so, if_not = map(_argument, (condition, yes, no))
         pieces = ("tl.where(", *asked, ", ", *if_so, ", ", *if_not, ")")
         wide = _is_wide(yes) or _is_wide(no)
@@ -218,7 +218,8 @@ def _call(name: str, a: Code | int, b: Code | int, low: int, high: int) -> Code:
     return Code((name, *_argument(a), ", ", *_argument(b), ")"), low, high, wide)
 
 
-def _range(value: Code | int) -> tuple[int, int]:
+def limits(value: Code | int) -> tuple[int, int]:
+    """The least and the greatest that a value can be."""
     return (value.low, value.high) if isinstance(value, Code) else (value, value)
 
 

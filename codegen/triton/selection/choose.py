@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparse_compile.codegen.runtime.launch import Launcher, current, launchers_of
 from sparse_compile.codegen.triton.layout.key import LONGEST
-from sparse_compile.codegen.triton.selection.printable import free_sizes, key_of
+from sparse_compile.codegen.triton.selection.printable import key_of
 from sparse_compile.codegen.triton.selection.source import HELD, ChooseSpec, choose_kernel
 from sparse_compile.patterns.checks import UPPER_LEFT
 from sparse_compile.patterns.rules import Threshold, TopK, TopP, TopRatio, exact
@@ -106,7 +106,7 @@ class Chooser:
             "n_q": task.q.shape[2],
             "n_kv": task.k.shape[2],
             **_strides(may),
-            **({} if given else free_sizes(visible, key)),
+            **({} if given else key.values(visible.sizes)),
         }
         with current(scores.device):
             _kernel(spec)(grid, values)

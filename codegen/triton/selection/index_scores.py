@@ -15,7 +15,7 @@ from sparse_compile.codegen.runtime.launch import (
     strides,
 )
 from sparse_compile.codegen.triton.selection.index_source import IndexSpec, index_kernel, tiles
-from sparse_compile.codegen.triton.selection.printable import free_sizes, key_of
+from sparse_compile.codegen.triton.selection.printable import key_of
 from sparse_compile.selection.visible import Visible
 from sparse_compile.spec.target import Target
 
@@ -71,7 +71,7 @@ def index_scores(
     values = {"Q": q, "K": k, "W": w, "SCORES": scores, **strides(q=q), **w_steps}
     values |= {"k_stride_b": k.stride(0), "k_stride_n": k.stride(1)}
     values |= {"first": first, "end": end, "factor": factor, "n_q": n_q, "n_kv": n_kv}
-    values |= free_sizes(visible, key) if masked else {}
+    values |= key.values(visible.sizes) if masked else {}
     grid = -(-n_kv // run_kv), -(-(end - first) // run_q), batch
     with current(q.device):
         _kernel(spec)(grid, values)

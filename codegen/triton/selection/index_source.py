@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 from sparse_compile.codegen.entry import Entry, Kernel, integers, number, pointers, sizes, strides
 from sparse_compile.codegen.runtime.generated import fill
-from sparse_compile.codegen.triton.layout.key import Key
+from sparse_compile.codegen.triton.layout.key import Key, digest
 from sparse_compile.codegen.triton.selection import text
 from sparse_compile.codegen.triton.selection.source import verdict_lines, verdict_source
 
@@ -34,10 +33,8 @@ class IndexSpec:
     @property
     def name(self) -> str:
         """What the module is called."""
-        key = self.key
         shape = (self.masked, self.heads, self.dim, self.dtype, self.arch)
-        described = repr((key.text, key.q.fields, key.kv.fields, key.fixed, shape))
-        return f"index_scores_{hashlib.sha256(described.encode()).hexdigest()[:12]}"
+        return f"index_scores_{digest(repr((*self.key.identity, shape)))}"
 
     @property
     def heads_pad(self) -> int:

@@ -14,8 +14,3 @@ def key_of(visible: Visible, run_q: int, run_kv: int) -> Key:
     """What the text of a printable mask is made for, in runs of so many queries and keys."""
     mask = visible.mask or MaskExpr(sympy.true)
     return Key.of(mask, visible.sizes, natural(run_q), natural(run_kv))
-
-
-def free_sizes(visible: Visible, key: Key) -> dict[str, int]:
-    """The sizes that are parameters of kernels."""
-    return {f"s{i}": visible.sizes[i] for i, fixed in enumerate(key.fixed) if fixed is None}

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 from sparse_compile.codegen.entry import Entry, Kernel, pointers, sizes
 from sparse_compile.codegen.runtime.generated import fill
 from sparse_compile.codegen.triton.layout import source as layout_source
-from sparse_compile.codegen.triton.layout.key import Key
+from sparse_compile.codegen.triton.layout.key import Key, digest
 from sparse_compile.codegen.triton.layout.text import DIVISIONS
 from sparse_compile.codegen.triton.selection import text
-from sparse_compile.expr.digits import digit_names
 
 _LIMITS = {
     "top_k": text.TOP_K,
@@ -47,9 +45,7 @@ class ChooseSpec:
     def name(self) -> str:
         """What the module is called."""
         shape = (self.given, self.rule, self.blocks, self.room, self.few)
-        described = repr((self.key.text, self.key.q.fields, self.key.kv.fields, self.key.fixed))
-        digest = hashlib.sha256((described + repr(shape)).encode()).hexdigest()[:12]
-        return f"choose_{self.rule}_{digest}"
+        return f"choose_{self.rule}_{digest(repr(self.key.identity) + repr(shape))}"
 
     @property
     def is_long(self) -> bool:
@@ -90,7 +86,7 @@ def choose_kernel(spec: ChooseSpec) -> Kernel:
         SLICE=str(min(spec.blocks, 512 * spec.warps)),
         ROOM=str(spec.room),
     )
-    names, entry = [] if spec.given else sizes_of(key), _entry(spec)
+    names, entry = [] if spec.given else layout_source.data(key), _entry(spec)
     kernel = entry.text(
         text.CHOOSE,
         SIZES=names,
@@ -125,11 +121,6 @@ def _search(spec: ChooseSpec, parameters: list[str]) -> dict[str, str | list[str
     }
 
 
-def sizes_of(key: Key) -> list[str]:
-    """The line of parameters for the sizes of a mask; none if there are none."""
-    return [", ".join(key.sizes) + ","] if key.sizes else []
-
-
 def verdict_source(key: Key) -> list[str]:
     """The functions ``digits_of_q``, ``digits_of_kv``, ``verdict``, and what they call."""
     sides = layout_source.sides(key)
@@ -141,19 +132,13 @@ def verdict_lines(key: Key, q: str, kv: str, runs: tuple[str, str] = ("1", "1"))
 
     Or of ``runs`` of blocks from those on.
     """
-    names = {axis: _digits(key, axis) for axis in ("q", "kv")}
-    free = ", ".join(["", *key.sizes])
+    of_q, of_kv = key.ends("q"), key.ends("kv")
+    given = ", ".join([*of_q, *of_kv, "0, 0, 0, 0, n_q, n_kv", *key.sizes])
     return [
-        f"{', '.join(names['q'])}, q_whole = digits_of_q({q}, n_q, {runs[0]})",
-        f"{', '.join(names['kv'])}, kv_whole = digits_of_kv({kv}, n_kv, {runs[1]})",
-        f"must, may = verdict({', '.join([*names['q'], *names['kv']])}, 0, 0, 0, 0, n_q, n_kv"
-        f"{free})",
+        f"{', '.join(of_q)}, q_whole = digits_of_q({q}, n_q, {runs[0]})",
+        f"{', '.join(of_kv)}, kv_whole = digits_of_kv({kv}, n_kv, {runs[1]})",
+        f"must, may = verdict({given})",
     ]
-
-
-def _digits(key: Key, axis: str) -> list[str]:
-    names = digit_names(axis, len(key.order(axis).box))
-    return [f"{name}_{end}" for name in names for end in ("lo", "hi")]
 
 
 def _from_mask(key: Key) -> list[str]:

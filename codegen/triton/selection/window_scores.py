@@ -19,7 +19,7 @@ from sparse_compile.codegen.runtime.launch import (
 )
 from sparse_compile.codegen.triton.layout.key import LONGEST
 from sparse_compile.codegen.triton.selection import window_source
-from sparse_compile.codegen.triton.selection.printable import free_sizes, key_of
+from sparse_compile.codegen.triton.selection.printable import key_of
 from sparse_compile.codegen.triton.selection.window_source import WindowSpec
 from sparse_compile.selection.windows import Windows
 from sparse_compile.spec.target import Target
@@ -109,7 +109,7 @@ class WindowScores:
         values |= {"windows": windows.keys.shape[2], "padded": parts.shape[3]}
         values |= {"blocks": windows.blocks, "lists": windows.lists}
         values |= {"lists_per_key": windows.lists // parts.shape[2], "n_q": q.shape[2]}
-        values |= {"n_kv": visible.n_kv, **free_sizes(visible, key)}
+        values |= {"n_kv": visible.n_kv, **key.values(visible.sizes)}
         grid = -(-rows * self.summed // spec.tokens), q.shape[0] * windows.lists
         with current(q.device):
             _kernel(spec)(grid, values)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
 
@@ -10,9 +9,10 @@ import sympy
 
 from sparse_compile.codegen.entry import Entry, Kernel, integers, number, pointers, sizes, strides
 from sparse_compile.codegen.runtime.generated import fill
-from sparse_compile.codegen.triton.layout.key import Key
+from sparse_compile.codegen.triton.layout.key import Key, digest
+from sparse_compile.codegen.triton.layout.source import data
 from sparse_compile.codegen.triton.selection import window_text
-from sparse_compile.codegen.triton.selection.source import sizes_of, verdict_lines, verdict_source
+from sparse_compile.codegen.triton.selection.source import verdict_lines, verdict_source
 
 #: Rows of a tile, queries with the heads of a list, at most.
 ROWS = 128
@@ -54,11 +54,9 @@ class WindowSpec:
     @property
     def name(self) -> str:
         """What the module is called."""
-        key = self.key
         shape = (self.heads, self.dim, self.dtype, self.parts, self.span, self.per, self.unit)
-        described = (key.text, key.q.fields, key.kv.fields, key.fixed, key.span)
-        digest = repr((described, shape, self.logarithm, self.arch))
-        return f"window_scores_{hashlib.sha256(digest.encode()).hexdigest()[:12]}"
+        described = ((*self.key.identity, self.key.span), shape, self.logarithm, self.arch)
+        return f"window_scores_{digest(repr(described))}"
 
     @property
     def tokens(self) -> int:
@@ -139,7 +137,7 @@ def window_kernel(spec: WindowSpec) -> Kernel:
     )
     kernel = entry.text(
         window_text.KERNEL,
-        NAMES=sizes_of(key),
+        NAMES=data(key),
         # The interpreter cannot multiply bf16.
         SINGLE=".to(tl.float32)" if spec.arch == "interpreter" else "",
     )
@@ -148,7 +146,7 @@ def window_kernel(spec: WindowSpec) -> Kernel:
 
 def _seen(key: Key) -> list[str]:
     """The functions ``sees``, ``sees_all`` and ``range_of_tiles``."""
-    names, runs = sizes_of(key), ("TOKENS", "TILE + SPAN - 1")
+    names, runs = data(key), ("TOKENS", "TILE + SPAN - 1")
     if key.mask.predicate == sympy.true:
         return [fill(window_text.ALL_SEEN, SIZES=names)]
     functions = fill(
