@@ -75,6 +75,17 @@ class Printed:
     keep: str
     helpers: frozenset[str]
 
+    def masking(self, *others: str) -> list[str]:
+        """Lines that leave out of ``score`` what the predicate hides, or one of other conditions.
+
+        >>> print_predicate(MaskExpr(KV <= Q), "kv").masking("there")
+        ['keep = kv <= q', 'score = tl.where(keep & there, score, float("-inf"))']
+        """
+        keep = [f"keep = {self.keep}"] if self.keep else []
+        kept = " & ".join([*(["keep"] if keep else []), *others])
+        where = f'score = tl.where({kept}, score, float("-inf"))'
+        return [*self.inside, *keep, where] if kept else []
+
 
 def print_predicate(mask: MaskExpr, loop_axis: str) -> Printed:
     """Source of ``mask`` for a kernel whose loop runs over ``loop_axis`` (``"q"`` or ``"kv"``).

@@ -6,6 +6,7 @@ A kernel without a program works on raw products, and the scale is part of the e
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,9 +15,11 @@ from sparse_compile.codegen.triton.predicate import (
     Term,
     helpers_in,
     named_terms,
+    print_predicate,
     real_terms,
 )
-from sparse_compile.expr import COORDINATES, ScoreProgram
+from sparse_compile.expr import COORDINATES, MaskExpr, ScoreProgram
+from sparse_compile.spec import AttentionSpec
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,39 @@ class PrintedScore:
         return bool(self.value)
 
     @property
-    def reads_places(self) -> bool:
-        """Whether it matters which query and key a score is of."""
-        return bool(self.coordinates)
-
-    @property
     def apply_slope(self) -> list[str]:
         """Lines that take the gradient of scores to that of their scaled products."""
         return ["grad_score *= slope"] if self.is_given else []
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What becomes of the products of a tile: a score program, then the mask."""
+
+    score: PrintedScore
+    mask: Printed
+
+    @staticmethod
+    def of(attention: AttentionSpec, mask: MaskExpr, loop_axis: str) -> Scoring:
+        """For a kernel whose loop runs over ``loop_axis``, and what it covers of the mask."""
+        printed = print_predicate(mask, loop_axis)
+        score = print_score(attention.score, mask.tables, loop_axis, printed)
+        return Scoring(score, printed)
+
+    @property
+    def helpers(self) -> frozenset[str]:
+        """As in :class:`sparse_compile.codegen.triton.predicate.Printed`."""
+        return self.score.helpers | self.mask.helpers
+
+    @property
+    def reads_places(self) -> bool:
+        """Whether it matters which query and key a score is of."""
+        return bool(self.mask.keep or self.score.coordinates)
+
+    @property
+    def before(self) -> list[str]:
+        """Assignments that belong before the loop."""
+        return [*self.mask.before, *self.score.before]
 
 
 def print_score(
@@ -117,4 +145,4 @@ def _read(lines: Sequence[str], last: str) -> set[str]:
 
 
 def _words(text: str) -> set[str]:
-    return set("".join(c if c.isalnum() or c == "_" else " " for c in text).split())
+    return set(re.findall(r"\w+", text))

@@ -87,7 +87,7 @@ def _path(kernel: Kernel) -> str:
 
 def _of_parts(plan: Plan, site: Examined, arch: str) -> Iterator[Kernel]:
     """What computes each part of the coverage."""
-    from sparse_compile.codegen.triton.selected.source import SelectedKernelSpec
+    from sparse_compile.codegen.triton.selected.spec import SelectedKernelSpec
 
     for piece, _ in plan.spec.pieces:
         of_blocks = kernel_spec(plan, arch, piece)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from sparse_compile.codegen.triton.blocks import arguments
-from sparse_compile.codegen.triton.blocks.tiles import Tile, padded
 from sparse_compile.codegen.triton.calls import Running
+from sparse_compile.codegen.triton.entries import axis_of, merge_of
+from sparse_compile.codegen.triton.tile import Tile, padded
 from sparse_compile.spec import AttentionSpec
 
 
@@ -38,8 +39,8 @@ class Pass:
     @staticmethod
     def of(name: str, spec: AttentionSpec, tile: Tile, widths: Mapping[str, int]) -> Pass:
         """That of a kernel of a spec."""
-        axis = "kv" if name == "backward_key_value" else "q"
-        extent, block = (tile.m, spec.block_q) if axis == "q" else (tile.n, spec.block_kv)
+        axis = axis_of(name)
+        extent, block = tile.extent(axis), spec.block_q if axis == "q" else spec.block_kv
         return Pass(name, axis, spec.sections(axis), extent, block // extent, widths)
 
     def run(self, running: Running, tensors: Mapping[str, Tensor], unused: Tensor) -> None:
@@ -83,9 +84,9 @@ class Pass:
         self, running: Running, section: int, grid: tuple[int, ...], given: dict[str, Any]
     ) -> None:
         """Merge the parts of split lines: by their log-sum-exps, or the sums of gradients."""
-        label = _label(self.name.replace("backward", "merge"), section)
+        label = _label(merge_of(self.name), section)
         if self.name == "forward":
-            running.start(f"merge_{label}", grid, given)
+            running.start(label, grid, given)
             return
         for name, width in self.widths.items():
             one = {"PART": given[f"PART_{name}"], "GRAD": given[name], "merges": given["merges"]}

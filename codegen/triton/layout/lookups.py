@@ -16,6 +16,7 @@ from sparse_compile.codegen.runtime.generated import fill
 from sparse_compile.codegen.triton.layout import table_text
 from sparse_compile.codegen.triton.layout.key import LONGEST, Key
 from sparse_compile.codegen.triton.layout.printed import INT32_MAX, Code, printed
+from sparse_compile.codegen.triton.tile import power_of_two
 from sparse_compile.expr import KV, B, Q, is_table, table_index
 from sparse_compile.layout.bounds import greatest, least
 from sparse_compile.layout.canonical import canonical_in
@@ -165,7 +166,7 @@ def _reader(key: Key, lookup: Lookup, data: Sequence[str]) -> str:
     assert axis is not None
     order, (at,) = key.order(axis.name), (d for d, a in enumerate(lookup.axes) if a == axis)
     others = [d for d in range(len(lookup.axes)) if d != at]
-    table, padded = f"t{lookup.index}", 1 << (order.block - 1).bit_length()
+    table, padded = f"t{lookup.index}", power_of_two(order.block)
     wide = lookup.dtype == "int64"
     return fill(
         table_text.LOOKUP,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from sparse_compile.codegen.entry import (
     Entry,
@@ -15,13 +14,11 @@ from sparse_compile.codegen.entry import (
     sizes,
     strides,
 )
-from sparse_compile.codegen.triton.blocks.tiles import padded
 from sparse_compile.codegen.triton.entries import mask_lines
-from sparse_compile.codegen.triton.selected.tiles import Tile, Tiles
+from sparse_compile.codegen.triton.selected.spec import SelectedKernelSpec
+from sparse_compile.codegen.triton.selected.tiles import Tiles
 from sparse_compile.codegen.triton.selected.united import union_tile
-
-if TYPE_CHECKING:
-    from sparse_compile.codegen.triton.selected.source import SelectedKernelSpec
+from sparse_compile.codegen.triton.tile import Tile, padded
 
 
 def entries_of(spec: SelectedKernelSpec, tiles: Tiles) -> tuple[Entry, ...]:
@@ -50,7 +47,7 @@ def latent_entry(spec: SelectedKernelSpec, tile: Tile) -> Entry:
         pointers(spec.dtype, "Q", "K") + _lists() + _results(spec),
         *strides("q", "k", "out"),
         sizes("lists", "units", "most", "q_heads", "n_q", "n_kv") + number("scale"),
-        *mask_lines(spec.selected.mask),
+        *mask_lines(spec.attention.mask),
         *_shared(),
     )
     return _entry("forward_latent", lines, tile)
@@ -66,7 +63,7 @@ def _forward(spec: SelectedKernelSpec, tile: Tile, yields: bool) -> tuple[Line, 
         _operands(spec, tile) + _lists() + balance + _results(spec),
         *strides("q", "k", "v", "out"),
         sizes("lists", "units", "most", "parts", "q_heads", "n_q", "n_kv") + number("scale"),
-        *mask_lines(spec.selected.mask),
+        *mask_lines(spec.attention.mask),
         *_shared(),
         *constants(PARTED=False),
     )
@@ -78,7 +75,7 @@ def _union(spec: SelectedKernelSpec, tile: Tile) -> tuple[Line, ...]:
         _operands(spec, tile) + named + _results(spec),
         *strides("q", "k", "v", "out"),
         sizes("lists", "unions", "most", "q_heads", "n_q", "n_kv") + number("scale"),
-        *mask_lines(spec.selected.mask),
+        *mask_lines(spec.attention.mask),
         *_shared(),
     )
 
@@ -102,7 +99,7 @@ def _query(spec: SelectedKernelSpec, tile: Tile) -> tuple[Line, ...]:
         _operands(spec, tile) + _lists() + given + statistics + grads,
         *strides("q", "k", "v", "out", "grad_out"),
         shape + number("scale"),
-        *mask_lines(spec.selected.mask),
+        *mask_lines(spec.attention.mask),
         *_shared(),
         *constants(HAS_GRAD_LSE=True),
     )
@@ -115,7 +112,7 @@ def _by_key(spec: SelectedKernelSpec) -> tuple[Line, ...]:
         pointers(spec.dtype, "Q", "K", "V") + pointers("int32", "WORK", "PLACES") + parts,
         *strides("q", "k", "v"),
         work + sizes("groups", "n_q", "n_kv") + number("scale"),
-        *mask_lines(spec.selected.mask),
+        *mask_lines(spec.attention.mask),
         *_shared(),
     )
 
@@ -128,7 +125,7 @@ def _key_value(spec: SelectedKernelSpec) -> tuple[Line, ...]:
         pointers(spec.dtype, "Q", "K", "V") + given + found,
         *strides("q", "k", "v", "grad_out"),
         work + sizes("q_heads", "kv_heads", "n_q", "n_kv") + number("scale"),
-        *mask_lines(spec.selected.mask),
+        *mask_lines(spec.attention.mask),
         *_shared(),
     )
 

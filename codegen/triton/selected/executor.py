@@ -22,8 +22,8 @@ from sparse_compile.codegen.triton.calls import (
 )
 from sparse_compile.codegen.triton.selected import by_union, latent
 from sparse_compile.codegen.triton.selected.features import WIDE, features_of
-from sparse_compile.codegen.triton.selected.source import SelectedKernelSpec
-from sparse_compile.codegen.triton.selected.tiles import Tile
+from sparse_compile.codegen.triton.selected.spec import SelectedKernelSpec
+from sparse_compile.codegen.triton.tile import Tile
 from sparse_compile.errors import BadShape
 from sparse_compile.selection import places, worklist
 from sparse_compile.spec.target import Target

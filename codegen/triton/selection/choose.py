@@ -13,6 +13,7 @@ from sparse_compile.codegen.runtime.launch import Launcher, current, launchers_o
 from sparse_compile.codegen.triton.layout.key import LONGEST
 from sparse_compile.codegen.triton.selection.printable import key_of
 from sparse_compile.codegen.triton.selection.source import HELD, ChooseSpec, choose_kernel
+from sparse_compile.codegen.triton.tile import power_of_two
 from sparse_compile.patterns.checks import UPPER_LEFT
 from sparse_compile.patterns.rules import Threshold, TopK, TopP, TopRatio, exact
 from sparse_compile.patterns.scored import Scored
@@ -77,7 +78,9 @@ class Chooser:
         batch, lists, _, room = self.index.shape
         few = (end - first) * batch * lists <= _FEW
         seen = self.task.blocks if given else visible.columns(first, end)
-        return ChooseSpec(key, given, self.rule[0], _power(max(seen, 32)), _power(room), few)
+        return ChooseSpec(
+            key, given, self.rule[0], power_of_two(max(seen, 32)), power_of_two(room), few
+        )
 
     def __call__(self, scores: Tensor, first: int, end: int) -> None:
         """Write the lists of the units ``first, ..., end - 1``, from [B, lists, units, blocks]."""
@@ -119,10 +122,6 @@ def _strides(may: Tensor | None) -> dict[str, int]:
         steps = [*(may.stride(d) if may.shape[d] > 1 else 0 for d in (0, 1)), may.stride(2)]
     names = ("visible_stride_b", "visible_stride_list", "visible_stride_row")
     return dict(zip(names, steps, strict=True))
-
-
-def _power(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 def choose_spec(pattern: Scored, made: Prepared) -> ChooseSpec:

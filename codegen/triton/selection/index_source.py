@@ -9,6 +9,7 @@ from sparse_compile.codegen.runtime.generated import fill
 from sparse_compile.codegen.triton.layout.key import Key, digest
 from sparse_compile.codegen.triton.selection import text
 from sparse_compile.codegen.triton.selection.source import verdict_lines, verdict_source
+from sparse_compile.codegen.triton.tile import padded, power_of_two
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,12 @@ class IndexSpec:
     @property
     def heads_pad(self) -> int:
         """A power of two."""
-        return 1 << (self.heads - 1).bit_length()
+        return power_of_two(self.heads)
+
+    @property
+    def dim_pad(self) -> int:
+        """A power of two."""
+        return padded(self.dim)
 
     @property
     def tokens(self) -> int:
@@ -82,7 +88,7 @@ def index_kernel(spec: IndexSpec) -> Kernel:
         HEADS=str(spec.heads),
         HEADS_PAD=str(spec.heads_pad),
         DIM=str(spec.dim),
-        DIM_PAD=str(1 << (max(spec.dim, 16) - 1).bit_length()),
+        DIM_PAD=str(spec.dim_pad),
         TOKENS=str(spec.tokens),
         TILE_Q=str(key.q.block),
         TILE_KV=str(key.kv.block),

@@ -21,6 +21,7 @@ from sparse_compile.codegen.triton.layout.key import LONGEST
 from sparse_compile.codegen.triton.selection import window_source
 from sparse_compile.codegen.triton.selection.printable import key_of
 from sparse_compile.codegen.triton.selection.window_source import WindowSpec
+from sparse_compile.codegen.triton.tile import padded
 from sparse_compile.selection.windows import Windows
 from sparse_compile.spec.target import Target
 
@@ -73,7 +74,7 @@ class WindowScores:
         of = self.windows
         keys = of.keys if of.scale > 0 else of.keys.float() * of.scale
         room = -keys.shape[2] % window_source.PADDED
-        channels = window_source.dim_pad(keys.shape[3]) - keys.shape[3]
+        channels = padded(keys.shape[3]) - keys.shape[3]
         keys = pad(keys, (0, channels, 0, room))
         if keys.dtype == of.q.dtype:
             return keys.contiguous()[None]

@@ -13,6 +13,7 @@ from sparse_compile.codegen.triton.layout.key import Key, digest
 from sparse_compile.codegen.triton.layout.source import data
 from sparse_compile.codegen.triton.selection import window_text
 from sparse_compile.codegen.triton.selection.source import verdict_lines, verdict_source
+from sparse_compile.codegen.triton.tile import padded, power_of_two
 
 #: Rows of a tile, queries with the heads of a list, at most.
 ROWS = 128
@@ -69,9 +70,14 @@ class WindowSpec:
         return min(self.unit, self.tokens)
 
     @property
-    def dim_pad(self) -> int:
+    def heads_pad(self) -> int:
         """A power of two."""
-        return dim_pad(self.dim)
+        return power_of_two(self.heads)
+
+    @property
+    def dim_pad(self) -> int:
+        """Channels that are read of a key."""
+        return padded(self.dim)
 
     @property
     def tile(self) -> int:
@@ -85,20 +91,11 @@ class WindowSpec:
         return {"num_warps": 8, "num_stages": 2 if deep else 1}
 
 
-def _power(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
-def dim_pad(dim: int) -> int:
-    """Channels that are read of a key."""
-    return _power(max(dim, 16))
-
-
 def tokens_of(heads: int, dim: int) -> int:
     """Queries of a tile with so many heads of a list."""
     # Few heads leave many sums to hold, and many channels many of the query.
     rows = ROWS // 2 if heads <= 2 or dim > 128 else ROWS
-    return max(1, rows // _power(heads))
+    return max(1, rows // power_of_two(heads))
 
 
 def _entry(spec: WindowSpec) -> Entry:
@@ -123,7 +120,7 @@ def window_kernel(spec: WindowSpec) -> Kernel:
         MASK=str(key.mask),
         STRIDE=str(key.kv.block),
         HEADS=str(spec.heads),
-        HEADS_PAD=str(_power(spec.heads)),
+        HEADS_PAD=str(spec.heads_pad),
         TOKENS=str(spec.tokens),
         SUMMED=str(spec.summed),
         TILE=str(spec.tile),
