@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from sparse_compile.codegen.entry import (
     Entry,
@@ -12,9 +13,8 @@ from sparse_compile.codegen.entry import (
     number,
     pointers,
     sizes,
-    strides,
 )
-from sparse_compile.codegen.triton.entries import mask_lines
+from sparse_compile.codegen.triton.entries import mask_lines, strided
 from sparse_compile.codegen.triton.selected.spec import SelectedKernelSpec
 from sparse_compile.codegen.triton.selected.tiles import Tiles
 from sparse_compile.codegen.triton.selected.united import union_tile
@@ -23,111 +23,84 @@ from sparse_compile.codegen.triton.tile import Tile, padded
 
 def entries_of(spec: SelectedKernelSpec, tiles: Tiles) -> tuple[Entry, ...]:
     """The kernels of a module."""
-    united = union_tile(spec)
-    merge = Tile(tiles.forward.m, 1, 4, 1)
+    united, heads = union_tile(spec), ("q_heads", "kv_heads")
+    given, work = pointers("int32", "INDEX", "COUNT"), pointers("int32", "WORK", "PLACES")
+    results = pointers(spec.dtype, "OUT") + pointers("float32", "LSE")
+    parts = pointers(spec.dtype, "PART_OUT") + pointers("float32", "PART_LSE")
+    balance = pointers("int64", "BALANCE")
+    yields = balance if united is not None else ()
+    tile = tiles.forward
+    read = _operands(spec, tile) + given + yields + results
     found = [
-        _entry("forward", _forward(spec, tiles.forward, united is not None), tiles.forward),
-        _entry("merge", _merge(spec), merge),
-        _entry("backward_query", _query(spec, tiles.backward_query), tiles.backward_query),
+        _entry("forward", spec, tile, read, ("parts", "q_heads"), PARTED=False),
+        _merge(spec, tile, parts, results),
     ]
+    tile = tiles.backward_query
+    read = _operands(spec, tile) + given + pointers(spec.dtype, "OUT", "GRAD_OUT")
+    read += pointers("float32", "LSE", "GRAD_LSE", "DELTA")
+    read += pointers(spec.dtype, "GRAD_Q") + pointers("float32", "GRAD_K", "GRAD_V")
+    found.append(_entry("backward_query", spec, tile, read, ("parts", *heads), HAS_GRAD_LSE=True))
     if not spec.adds_by_query:
+        plain, items = pointers(spec.dtype, "Q", "K", "V") + work, ("n_work", "first_group")
+        grads = pointers(spec.dtype, "GRAD_OUT")
+        grads += pointers("float32", "LSE", "DELTA", "GRAD_K", "GRAD_V")
         by_key, transposed = tiles.forward_by_key, tiles.backward_key_value
         found += [
-            _entry("forward_by_key", _by_key(spec), by_key),
-            _entry("backward_key_value", _key_value(spec), transposed),
+            _entry("forward_by_key", spec, by_key, plain + parts, (*items, "groups")),
+            _entry("backward_key_value", spec, transposed, plain + grads, (*items, *heads)),
         ]
     if united is not None:
-        found.append(_entry("forward_union", _union(spec, united), united))
+        named = pointers("int32", "INDEX", "NAMES", "COUNT") + balance
+        read = _operands(spec, united) + named + results
+        found.append(_entry("forward_union", spec, united, read, ("q_heads",)))
     return tuple(found)
 
 
 def latent_entry(spec: SelectedKernelSpec, tile: Tile) -> Entry:
     """The forward for latent keys on Hopper; its mask reads no tables."""
+    given = pointers(spec.dtype, "Q", "K") + pointers("int32", "INDEX", "COUNT")
+    results = pointers(spec.dtype, "OUT") + pointers("float32", "LSE")
+    return _entry("forward_latent", spec, tile, given + results, ("q_heads",))
+
+
+def _entry(
+    name: str,
+    spec: SelectedKernelSpec,
+    tile: Tile,
+    tensors: Line,
+    shape: tuple[str, ...],
+    **own: Any,
+) -> Entry:
+    """A kernel that goes through lists.
+
+    Args:
+        name: of it.
+        spec: of the module.
+        tile: what a program holds.
+        tensors: that it reads and writes.
+        shape: sizes, besides those of lists and lengths.
+        own: constants that others do not have.
+    """
+    of_queries = "unions" if name == "forward_union" else "units"
     lines = (
-        pointers(spec.dtype, "Q", "K") + _lists() + _results(spec),
-        *strides("q", "k", "out"),
-        sizes("lists", "units", "most", "q_heads", "n_q", "n_kv") + number("scale"),
+        tensors,
+        *strided(tensors),
+        sizes("lists", of_queries, "most", *shape, "n_q", "n_kv") + number("scale"),
         *mask_lines(spec.attention.mask),
-        *_shared(),
+        *constants(GROUPS_PER_LIST=1, GROUPS_PER_KEY=1, **own),
     )
-    return _entry("forward_latent", lines, tile)
-
-
-def _entry(name: str, lines: tuple[Line, ...], tile: Tile) -> Entry:
     return Entry(name, lines, tile.options, tile)
 
 
-def _forward(spec: SelectedKernelSpec, tile: Tile, yields: bool) -> tuple[Line, ...]:
-    balance = pointers("int64", "BALANCE") if yields else ()
-    return (
-        _operands(spec, tile) + _lists() + balance + _results(spec),
-        *strides("q", "k", "v", "out"),
-        sizes("lists", "units", "most", "parts", "q_heads", "n_q", "n_kv") + number("scale"),
-        *mask_lines(spec.attention.mask),
-        *_shared(),
-        *constants(PARTED=False),
-    )
-
-
-def _union(spec: SelectedKernelSpec, tile: Tile) -> tuple[Line, ...]:
-    named = pointers("int32", "INDEX", "NAMES", "COUNT") + pointers("int64", "BALANCE")
-    return (
-        _operands(spec, tile) + named + _results(spec),
-        *strides("q", "k", "v", "out"),
-        sizes("lists", "unions", "most", "q_heads", "n_q", "n_kv") + number("scale"),
-        *mask_lines(spec.attention.mask),
-        *_shared(),
-    )
-
-
-def _merge(spec: SelectedKernelSpec) -> tuple[Line, ...]:
-    parts = pointers(spec.dtype, "PART_OUT") + pointers("float32", "PART_LSE")
-    return (
-        parts + pointers("int32", "COUNT") + _results(spec),
-        *strides("out"),
+def _merge(spec: SelectedKernelSpec, forward: Tile, parts: Line, results: Line) -> Entry:
+    tile = Tile(forward.m, 1, 4, 1)
+    lines = (
+        parts + pointers("int32", "COUNT") + results,
+        *strided(results),
         sizes("lists", "units", "parts", "first_group", "q_heads", "n_q"),
         *constants(GROUPS_PER_LIST=1, COUNTED=True),
     )
-
-
-def _query(spec: SelectedKernelSpec, tile: Tile) -> tuple[Line, ...]:
-    given = pointers(spec.dtype, "OUT", "GRAD_OUT")
-    statistics = pointers("float32", "LSE", "GRAD_LSE", "DELTA")
-    grads = pointers(spec.dtype, "GRAD_Q") + pointers("float32", "GRAD_K", "GRAD_V")
-    shape = sizes("lists", "units", "most", "parts", "q_heads", "kv_heads", "n_q", "n_kv")
-    return (
-        _operands(spec, tile) + _lists() + given + statistics + grads,
-        *strides("q", "k", "v", "out", "grad_out"),
-        shape + number("scale"),
-        *mask_lines(spec.attention.mask),
-        *_shared(),
-        *constants(HAS_GRAD_LSE=True),
-    )
-
-
-def _by_key(spec: SelectedKernelSpec) -> tuple[Line, ...]:
-    parts = pointers(spec.dtype, "PART_OUT") + pointers("float32", "PART_LSE")
-    work = sizes("lists", "units", "most", "n_work", "first_group")
-    return (
-        pointers(spec.dtype, "Q", "K", "V") + pointers("int32", "WORK", "PLACES") + parts,
-        *strides("q", "k", "v"),
-        work + sizes("groups", "n_q", "n_kv") + number("scale"),
-        *mask_lines(spec.attention.mask),
-        *_shared(),
-    )
-
-
-def _key_value(spec: SelectedKernelSpec) -> tuple[Line, ...]:
-    given = pointers("int32", "WORK", "PLACES") + pointers(spec.dtype, "GRAD_OUT")
-    found = pointers("float32", "LSE", "DELTA", "GRAD_K", "GRAD_V")
-    work = sizes("lists", "units", "most", "n_work", "first_group")
-    return (
-        pointers(spec.dtype, "Q", "K", "V") + given + found,
-        *strides("q", "k", "v", "grad_out"),
-        work + sizes("q_heads", "kv_heads", "n_q", "n_kv") + number("scale"),
-        *mask_lines(spec.attention.mask),
-        *_shared(),
-    )
+    return Entry("merge", lines, tile.options, tile)
 
 
 def _operands(spec: SelectedKernelSpec, tile: Tile) -> Line:
@@ -139,15 +112,3 @@ def _operands(spec: SelectedKernelSpec, tile: Tile) -> Line:
             for p, dim in ((k, spec.head_dim), (v, spec.value_dim))
         )
     return q, k, v
-
-
-def _lists() -> Line:
-    return pointers("int32", "INDEX", "COUNT")
-
-
-def _results(spec: SelectedKernelSpec) -> Line:
-    return pointers(spec.dtype, "OUT") + pointers("float32", "LSE")
-
-
-def _shared() -> tuple[Line, ...]:
-    return constants(GROUPS_PER_LIST=1, GROUPS_PER_KEY=1)
