@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparse_compile.codegen.entry import Entry, Kernel, integers, number, pointers, sizes, strides
-from sparse_compile.codegen.runtime.generated import fill
+from sparse_compile.codegen.triton.filled import filled
 from sparse_compile.codegen.triton.layout.key import Key, digest
 from sparse_compile.codegen.triton.selection import text
 from sparse_compile.codegen.triton.selection.source import verdict_lines, verdict_source
@@ -80,16 +80,10 @@ def _entry(spec: IndexSpec) -> Entry:
 def index_kernel(spec: IndexSpec) -> Kernel:
     """The module of a spec: the kernel ``index_scores``."""
     key, entry = spec.key, _entry(spec)
-    header = fill(
+    header = filled(
         text.INDEX_MODULE,
-        NAME=spec.name,
-        ARCH=spec.arch,
+        spec,
         MASK=str(key.mask) if spec.masked else "left to who reads the scores",
-        HEADS=str(spec.heads),
-        HEADS_PAD=str(spec.heads_pad),
-        DIM=str(spec.dim),
-        DIM_PAD=str(spec.dim_pad),
-        TOKENS=str(spec.tokens),
         TILE_Q=str(key.q.block),
         TILE_KV=str(key.kv.block),
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from sparse_compile.codegen.entry import Entry, Kernel, pointers, sizes
 from sparse_compile.codegen.runtime.generated import fill
+from sparse_compile.codegen.triton.filled import filled
 from sparse_compile.codegen.triton.layout import source as layout_source
 from sparse_compile.codegen.triton.layout.key import Key, digest
 from sparse_compile.codegen.triton.layout.text import DIVISIONS
@@ -75,16 +76,13 @@ def _entry(spec: ChooseSpec) -> Entry:
 def choose_kernel(spec: ChooseSpec) -> Kernel:
     """The module of a spec: the kernel ``choose``."""
     key = spec.key
-    header = fill(
+    header = filled(
         text.MODULE,
-        NAME=spec.name,
+        spec,
         MASK="what is visible is given" if spec.given else str(key.mask),
-        RULE=spec.rule,
         UNIT_Q=str(key.q.block),
         BLOCK=str(key.kv.block),
-        BLOCKS=str(spec.blocks),
         SLICE=str(min(spec.blocks, 512 * spec.warps)),
-        ROOM=str(spec.room),
     )
     names, entry = [] if spec.given else layout_source.data(key), _entry(spec)
     kernel = entry.text(

@@ -9,6 +9,7 @@ import sympy
 
 from sparse_compile.codegen.entry import Entry, Kernel, integers, number, pointers, sizes, strides
 from sparse_compile.codegen.runtime.generated import fill
+from sparse_compile.codegen.triton.filled import filled
 from sparse_compile.codegen.triton.layout.key import Key, digest
 from sparse_compile.codegen.triton.layout.source import data
 from sparse_compile.codegen.triton.selection import window_text
@@ -113,23 +114,11 @@ def _entry(spec: WindowSpec) -> Entry:
 def window_kernel(spec: WindowSpec) -> Kernel:
     """The module of a spec: the kernel ``window_scores``."""
     key, entry = spec.key, _entry(spec)
-    header = fill(
+    header = filled(
         window_text.MODULE,
-        NAME=spec.name,
-        ARCH=spec.arch,
+        spec,
         MASK=str(key.mask),
         STRIDE=str(key.kv.block),
-        HEADS=str(spec.heads),
-        HEADS_PAD=str(spec.heads_pad),
-        TOKENS=str(spec.tokens),
-        SUMMED=str(spec.summed),
-        TILE=str(spec.tile),
-        SPAN=str(spec.span),
-        PER=str(spec.per),
-        DIM=str(spec.dim),
-        DIM_PAD=str(spec.dim_pad),
-        PARTS=str(spec.parts),
-        LOGARITHM=str(spec.logarithm),
         LEAST_SCORE=repr(LEAST_SCORE),
     )
     kernel = entry.text(
