@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -177,5 +178,5 @@ def _described(spec: KernelSpec, axis: str, one: Described) -> Line:
     if axis == "kv":
         return found
     name, of = f"STATISTICS_TILES{one.suffix}", f"STATISTICS{one.suffix}"
-    block = (1, 1, 1, one.extent)
+    block = (1, 1, 1, math.prod(one.box))
     return (*found, Parameter(name, Kind.DESCRIPTOR, "float32", block=block, tensor=of))

@@ -218,23 +218,25 @@ def title(view: View, number: int, of: int) -> str:
     return f"View {number} of {of}: {what}."
 
 
-def descriptors_usable(spec: KernelSpec, view: View, axis: str, tile: Tile) -> bool:
-    """Whether the tiles of the loop, blocks of ``axis``, are loaded by tensor descriptors."""
-    order = order_of(view, axis)
-    return tile.descriptors and (
-        order.is_natural or (spec.exact and described_box(order, tile.extent(axis)) is not None)
-    )
+def described_box(spec: KernelSpec, view: View, axis: str, tile: Tile) -> tuple[int, ...] | None:
+    """The extents along the digits of a tile of the loop, over blocks of ``axis``.
 
+    None if it is loaded by pointers. Descriptors have at most five dimensions: batch, head,
+    features, and two for the token.
 
-def described_box(order: Order, tile: int) -> tuple[int, ...] | None:
-    """The extents along the digits of a tile of a block; None if it cannot be described.
-
-    Descriptors have at most five dimensions: batch, head, features, and two for the token.
-
-    >>> described_box(Order((64, 1), (128,), (1, 0)), 32)
+    >>> from sparse_compile.expr import KV, MaskExpr, Q
+    >>> order = Order((64, 1), (128,), (1, 0))
+    >>> attention = AttentionSpec(MaskExpr(KV <= Q), coverage=(View(KV <= Q, order, order),))
+    >>> spec, tile = KernelSpec(attention, 64, 64, "float16", "sm_90"), Tile(64, 32, 4, 2, True)
+    >>> described_box(spec, attention.parts[0], "kv", tile)
     (32, 1)
     """
-    steps = order.block // tile
+    order, extent = order_of(view, axis), tile.extent(axis)
+    if not tile.descriptors or not (order.is_natural or spec.exact):
+        return None
+    if order.is_natural:
+        return (extent,)
+    steps = order.block // extent
     if len(order.box) != 2 or order.box[0] % steps:
         return None
     return order.box[0] // steps, order.box[1]
@@ -247,29 +249,23 @@ class Described:
     Attributes:
         suffix: what tells their parameters from others.
         order: of the blocks that the loop reads.
-        extent: tokens of a tile.
         box: extents of a tile along the digits of a token.
         views: numbers of the views.
     """
 
     suffix: str
     order: Order
-    extent: int
     box: tuple[int, ...]
     views: tuple[int, ...]
 
 
 def described_views(spec: KernelSpec, axis: str, tile: Tile) -> tuple[Described, ...]:
     """The descriptors of a kernel that loops over blocks of ``axis``."""
-    extent = tile.extent(axis)
     found: dict[str, Described] = {}
     for number, view in enumerate(spec.attention.parts):
-        if not descriptors_usable(spec, view, axis, tile):
-            continue
-        order = order_of(view, axis)
-        suffix = "" if order.is_natural else f"_{number}"
-        box = (extent,) if order.is_natural else described_box(order, extent)
-        assert box is not None
-        views = (*found[suffix].views, number) if suffix in found else (number,)
-        found[suffix] = Described(suffix, order, extent, box, views)
+        order, box = order_of(view, axis), described_box(spec, view, axis, tile)
+        if box is not None:
+            suffix = "" if order.is_natural else f"_{number}"
+            earlier = found[suffix].views if suffix in found else ()
+            found[suffix] = Described(suffix, order, box, (*earlier, number))
     return tuple(found.values())

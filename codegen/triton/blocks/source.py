@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from sparse_compile.codegen.entry import Entry, Kernel
 from sparse_compile.codegen.runtime.generated import fill, write_source
@@ -17,7 +18,7 @@ from sparse_compile.codegen.triton.blocks.sections import (
     Blocks,
     Section,
     across,
-    descriptors_usable,
+    described_box,
     first_token_functions,
     order_of,
     sections_of,
@@ -27,11 +28,26 @@ from sparse_compile.codegen.triton.blocks.tiles import tiles_for
 from sparse_compile.codegen.triton.entries import axis_of, entries_of, merge_of
 from sparse_compile.codegen.triton.filled import escaped, head, precision
 from sparse_compile.codegen.triton.score import Scoring
-from sparse_compile.codegen.triton.text import backward, common, forward, loops, merge
+from sparse_compile.codegen.triton.text import common, forward, key_value, loops, merge, query
 from sparse_compile.codegen.triton.tile import Tile
 from sparse_compile.expr import KV, MaskExpr, Q, table_index
 from sparse_compile.spec import KernelSpec
 from sparse_compile.spec.view import View
+
+
+class _Texts(Protocol):
+    """The templates of a kernel; ``STEP`` is what it does with a block.
+
+    The first section accumulates from ``START`` and later ones from ``CONTINUE``, which add
+    ``EARLIER`` at the end.
+    """
+
+    KERNEL: str
+    SECTION: str
+    STEP: str
+    START: str
+    CONTINUE: str
+    EARLIER: str
 
 
 @dataclass(frozen=True)
@@ -40,20 +56,14 @@ class _Kernel:
 
     Attributes:
         name: of its function.
-        text, section, step: its templates; a step is what it does with a block.
+        texts: its templates.
         merge: template of the kernel that merges what it leaves of split lines.
-        start: what the first section and later ones accumulate from.
-        earlier: what later ones add at the end.
         operands: what the loop reads.
     """
 
     name: str
-    text: str
-    section: str
-    step: str
+    texts: _Texts
     merge: str
-    start: tuple[str, str]
-    earlier: str = field(default="", kw_only=True)
     operands: tuple[Operand | Statistic, ...]
 
     @property
@@ -62,33 +72,10 @@ class _Kernel:
         return axis_of(self.name)
 
 
-_FORWARD = _Kernel(
-    name="forward",
-    text=forward.KERNEL,
-    section=forward.SECTION,
-    step=forward.STEP,
-    merge=merge.FORWARD,
-    start=(forward.START, forward.CONTINUE),
-    operands=OVER_KEYS,
-)
-_QUERY = _Kernel(
-    name="backward_query",
-    text=backward.QUERY,
-    section=backward.QUERY_SECTION,
-    step=backward.QUERY_STEP,
-    merge=merge.SUM,
-    start=(backward.QUERY_START, backward.QUERY_CONTINUE),
-    operands=OVER_KEYS,
-)
-_KEY_VALUE = _Kernel(
-    name="backward_key_value",
-    text=backward.KEY_VALUE,
-    section=backward.KEY_VALUE_SECTION,
-    step=backward.KEY_VALUE_STEP,
-    merge=merge.SUM,
-    start=(backward.KEY_VALUE_START, backward.KEY_VALUE_START),
-    earlier=backward.KEY_VALUE_EARLIER,
-    operands=OVER_QUERIES,
+_KERNELS = (
+    _Kernel("forward", forward, merge.FORWARD, OVER_KEYS),
+    _Kernel("backward_query", query, merge.SUM, OVER_KEYS),
+    _Kernel("backward_key_value", key_value, merge.SUM, OVER_QUERIES),
 )
 
 
@@ -111,7 +98,7 @@ def kernel_of(spec: KernelSpec) -> Kernel:
         BLOCK_KV=str(attention.block_kv),
     )
     parts += first_token_functions(attention)
-    for kernel in (_FORWARD, _QUERY, _KEY_VALUE):
+    for kernel in _KERNELS:
         own = entry[kernel.name]
         text = _Text(kernel, spec, own.tile, scorings[across(kernel.lines)])
         parts += [text.kernel(own), text.merge(entry[merge_of(kernel.name)])]
@@ -168,7 +155,7 @@ class _Text:
         """The kernel."""
         bodies = [self._section(section).splitlines() for section in self.sections]
         return entry.text(
-            self.definition.text,
+            self.definition.texts.KERNEL,
             SHAPE=self._shape(),
             FACTOR=self.scorings[0].score.factor,
             SECTIONS=self._dispatched(bodies, [""]),
@@ -210,7 +197,7 @@ class _Text:
 
     def _described(self, view: View) -> bool:
         """Whether the tiles of a view are loaded by tensor descriptors."""
-        return descriptors_usable(self.spec, view, across(self.lines), self.tile)
+        return described_box(self.spec, view, across(self.lines), self.tile) is not None
 
     def _operand_bases(self) -> dict[str, list[str]]:
         """Lines that find the head of each operand, where some view loads it by pointers."""
@@ -221,7 +208,7 @@ class _Text:
         }
 
     def _section(self, section: Section) -> str:
-        kernel, first_view = self.definition, section.views[0]
+        texts, first_view = self.definition.texts, section.views[0]
         views = [self._view(v, v == first_view) for v in section.views]
         is_later = section.number > 0
         # The first section computes the statistics of its queries; if it has them all, it is the
@@ -229,13 +216,13 @@ class _Text:
         known = is_later and self.sections[0].order.is_complete
         holes = section.holes(self.tile.extent(self.lines))
         parts = {
-            "START": kernel.start[is_later],
-            "EARLIER": kernel.earlier if is_later else "",
-            "LOAD_STATISTICS": backward.LOAD_KNOWN if known else backward.LOAD_STATISTICS,
-            "STATISTICS": "" if known else backward.STATISTICS,
+            "START": texts.CONTINUE if is_later else texts.START,
+            "EARLIER": texts.EARLIER if is_later else "",
+            "LOAD_STATISTICS": query.LOAD_KNOWN if known else query.LOAD_STATISTICS,
+            "STATISTICS": "" if known else query.STATISTICS,
         }
         return fill(
-            kernel.section,
+            texts.SECTION,
             TITLE=f"Section {section.number}: blocks of "
             f"{'queries' if self.lines == 'q' else 'keys'} in {section.order}.",
             LISTS=[line for v in section.views for line in self._lists(v)],
@@ -266,10 +253,10 @@ class _Text:
             partly = [f"    {line}" for line in (coordinates, *masking)]
             masking = [f"if i < n_partial_{number} * STEPS:", *partly]
         step = fill(
-            kernel.step,
+            kernel.texts.STEP,
             SCORE=[
                 *([coordinates] if axis in score.coordinates else []),
-                *(score.value if kernel is _FORWARD else score.slope),
+                *(score.value if kernel.name == "forward" else score.slope),
             ],
             SLOPE=score.apply_slope,
             MASK=masking,

@@ -88,7 +88,8 @@ class DeviceProblem:
         """The lists of ``lines`` that may visit ``across`` blocks each; waits if that is many."""
         problem, classes, device = self.problem, self.problem.classes, self.device
         if not (lines and across and classes):
-            return _without_blocks(classes, lines, device)
+            none = torch.zeros(classes, lines, 2, dtype=torch.int32, device=device)
+            return with_room(none, torch.zeros(lines, dtype=torch.int64))
         shared = {"n_q": problem.n_q, "n_kv": problem.n_kv, "heads": problem.heads, **self.values}
         grid, width = (lines, classes, 1), _width(classes * lines, across)
         places = classes * lines * width
@@ -105,13 +106,14 @@ class DeviceProblem:
         with current(device):
             made = {"counts": counts, "start": start, "index": zeros, "width": width}
             self.kernels[f"list_{side}"](grid, {**made, "totals": totals, **shared})
-            load = Load(lines, bounds, lambda: _visited(counts.cpu()))
+            load = Load(lines, bounds, lambda: visited(counts.cpu()))
             if width >= across or load.most <= width:
                 return BlockLists(start, counts, index, load)
-            start, index = _roomy(load.lines, classes, device)
-            given = {"index": index, "start": start, "counts": counts, "room": index.shape[1]}
-            self.kernels[f"fill_{side}"](grid, {**given, **shared})
-            return BlockLists(start, counts, index, Load.of(load.lines))
+            lists = with_room(counts, load.lines)
+            given = {"index": lists.index, "start": lists.start, "counts": counts}
+            room = {"room": lists.index.shape[1]}
+            self.kernels[f"fill_{side}"](grid, {**given, **room, **shared})
+            return lists
 
 
 @functools.lru_cache(maxsize=256)
@@ -129,31 +131,28 @@ def _width(lines: int, across: int) -> int:
     return 0
 
 
-def _visited(counts: Tensor) -> Tensor:
+def visited(counts: Tensor) -> Tensor:
     """int64 [lines]: the most blocks that a class visits in each line."""
-    visited = counts.sum(-1)
-    return visited[0] if len(visited) == 1 else visited.amax(0)
+    each = counts.sum(-1)
+    return each[0] if len(each) == 1 else each.amax(0)
 
 
-def _roomy(room: Tensor, classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """``start`` for lines of so many blocks, and an ``index`` of their length."""
-    total = int(room.sum())
-    if total > INT32_MAX:
-        raise ValueError(f"{total} blocks are more than int32 can count")
-    ends = torch.zeros(len(room) + 1, dtype=torch.int32)
-    torch.cumsum(room, 0, dtype=torch.int32, out=ends[1:])
+def with_room(counts: Tensor, lines: Tensor) -> BlockLists:
+    """Lists to be filled.
+
+    Args:
+        counts: int32 [classes, lines, 2] on a device, of PARTIAL and FULL blocks.
+        lines: int64 [lines] on the host, how many blocks each has room for.
+    """
+    load, classes, device = Load.of(lines), len(counts), counts.device
+    if load.total > INT32_MAX:
+        raise ValueError(f"{load.total} blocks are more than int32 can count")
+    ends = torch.zeros(load.n + 1, dtype=torch.int32)
+    torch.cumsum(lines, 0, dtype=torch.int32, out=ends[1:])
     # Room that a class does not use holds 0.
     make = torch.empty if classes == 1 else torch.zeros
-    index = make((classes, total), dtype=torch.int32, device=device)
-    return ends.to(device, non_blocking=True), index
-
-
-def _without_blocks(classes: int, lines: int, device: torch.device) -> BlockLists:
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.int32, device=device)
-
-    load = Load.of(torch.zeros(lines, dtype=torch.int64))
-    return BlockLists(zeros(lines + 1), zeros(classes, lines, 2), zeros(classes, 0), load)
+    index = make((classes, load.total), dtype=torch.int32, device=device)
+    return BlockLists(ends.to(device, non_blocking=True), counts, index, load)
 
 
 def _numbered(device: torch.device) -> torch.device:

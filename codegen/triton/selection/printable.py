@@ -1,9 +1,16 @@
-"""What kernels need of a mask that they evaluate by themselves, in runs of queries and keys."""
+"""What the kernels of selections share: a mask that they evaluate themselves, and their launch."""
 
 from __future__ import annotations
 
-import sympy
+import functools
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
 
+import sympy
+import torch
+
+from sparse_compile.codegen.entry import Kernel
+from sparse_compile.codegen.runtime.launch import Launcher, current, launchers_of
 from sparse_compile.codegen.triton.layout.key import Key
 from sparse_compile.expr import MaskExpr
 from sparse_compile.selection.visible import Visible
@@ -14,3 +21,22 @@ def key_of(visible: Visible, run_q: int, run_kv: int) -> Key:
     """What the text of a printable mask is made for, in runs of so many queries and keys."""
     mask = visible.mask or MaskExpr(sympy.true)
     return Key.of(mask, visible.sizes, natural(run_q), natural(run_kv))
+
+
+@functools.lru_cache(maxsize=1024)
+def _launcher(generate: Callable[[Any], Kernel], spec: Hashable) -> Launcher:
+    """The one kernel of a module, loaded once."""
+    (found,) = launchers_of(generate(spec)).values()
+    return found
+
+
+def launch(
+    generate: Callable[[Any], Kernel],
+    spec: Hashable,
+    device: torch.device,
+    grid: tuple[int, ...],
+    values: Mapping[str, Any],
+) -> None:
+    """Launch the kernel that is generated for a spec on a device."""
+    with current(device):
+        _launcher(generate, spec)(grid, values)

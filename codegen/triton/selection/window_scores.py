@@ -10,16 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sparse_compile.codegen.runtime.launch import (
-    DTYPE_NAMES,
-    Launcher,
-    current,
-    launchers_of,
-    strides,
-)
+from sparse_compile.codegen.runtime.launch import DTYPE_NAMES, strides
 from sparse_compile.codegen.triton.layout.key import LONGEST
 from sparse_compile.codegen.triton.selection import window_source
-from sparse_compile.codegen.triton.selection.printable import key_of
+from sparse_compile.codegen.triton.selection.printable import key_of, launch
 from sparse_compile.codegen.triton.selection.window_source import WindowSpec
 from sparse_compile.codegen.triton.tile import padded
 from sparse_compile.selection.windows import Windows
@@ -29,11 +23,6 @@ from sparse_compile.spec.target import Target
 _MOST_DIM, _MOST_HEADS, _MOST_SPAN, _MOST_PER = 256, window_source.ROWS, 16, 32
 #: Verdicts are asked of so many runs of cells at once.
 _SPAN = 256
-
-
-@functools.lru_cache(maxsize=256)
-def _kernel(spec: WindowSpec) -> Launcher:
-    return launchers_of(window_source.window_kernel(spec))["window_scores"]
 
 
 def fits(windows: Windows) -> bool:
@@ -112,6 +101,5 @@ class WindowScores:
         values |= {"lists_per_key": windows.lists // parts.shape[2], "n_q": q.shape[2]}
         values |= {"n_kv": visible.n_kv, **key.values(visible.sizes)}
         grid = -(-rows * self.summed // spec.tokens), q.shape[0] * windows.lists
-        with current(q.device):
-            _kernel(spec)(grid, values)
+        launch(window_source.window_kernel, spec, q.device, grid, values)
         return scores
