@@ -35,10 +35,8 @@ class ShapeNeed:
 class Generator(Protocol):
     """Makes the kernels of a spec."""
 
-    @property
-    def name(self) -> str:
-        """As reports call it."""
-        ...
+    #: As reports call it.
+    name: str
 
     def refusal(self, spec: Any) -> str:
         """Why it cannot make the kernels of a spec; empty if it can."""

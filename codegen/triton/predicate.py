@@ -278,12 +278,10 @@ class _Printer:
         return Term(_join(f" {op} ", [a, b], _OR), _COMPARE, _axes([a, b]))
 
     def conjunction(self, args: Sequence[Term]) -> Term:
-        ordered = sorted(args, key=Term.text)
-        return Term(_join(" & ", ordered, _AND), _AND, _axes(args))
+        return Term(_join(" & ", sorted(args, key=Term.text), _AND), _AND, _axes(args))
 
     def disjunction(self, args: Sequence[Term]) -> Term:
-        ordered = sorted(args, key=Term.text)
-        return Term(_join(" | ", ordered, _OR), _OR, _axes(args))
+        return Term(_join(" | ", sorted(args, key=Term.text), _OR), _OR, _axes(args))
 
     def negation(self, a: Term) -> Term:
         return Term(("~", *_wrap(a, _ATOM)), _UNARY, a.axes)

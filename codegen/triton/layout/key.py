@@ -10,7 +10,7 @@ from typing import Any
 
 import sympy
 
-from sparse_compile.codegen.triton.layout.printed import INT32_MAX, INT32_MIN, Code
+from sparse_compile.codegen.triton.layout.printed import INT32_MAX, INT32_MIN, variable
 from sparse_compile.expr import FloorDiv, FloorMod, MaskExpr
 from sparse_compile.expr.digits import digit_names
 from sparse_compile.layout.intervals import Span, point
@@ -83,8 +83,7 @@ class Key:
         """The spans of ``n_q``, ``n_kv`` and the sizes."""
 
         def parameter(name: str, low: int, high: int) -> Span:
-            value: Any = Code.named(name, low, high)
-            return point(value, max(-low, high))
+            return point(variable(name, low, high), max(-low, high))
 
         found = {name: parameter(name, 1, LONGEST) for name in ("n_q", "n_kv")}
         for i, value in enumerate(self.fixed):

@@ -15,7 +15,7 @@ from sparse_compile.codegen.entry import Entry, Line, lists, sizes
 from sparse_compile.codegen.runtime.generated import fill
 from sparse_compile.codegen.triton.layout import table_text
 from sparse_compile.codegen.triton.layout.key import LONGEST, Key
-from sparse_compile.codegen.triton.layout.printed import INT32_MAX, Code, printed
+from sparse_compile.codegen.triton.layout.printed import INT32_MAX, Code, printed, variable
 from sparse_compile.codegen.triton.tile import power_of_two
 from sparse_compile.expr import KV, B, Q, is_table, table_index
 from sparse_compile.layout.bounds import greatest, least
@@ -89,9 +89,9 @@ class Lookup:
         for d in self.kept:
             axis = self.axes[d]
             if axis in (Q, KV):
-                place: Any = Code.named(f"{axis}_at", 0, INT32_MAX)
+                place = variable(f"{axis}_at", 0, INT32_MAX)
             else:
-                last: Any = Code.named(f"{self.name}_size{d}", 1, INT32_MAX) - 1
+                last = variable(f"{self.name}_size{d}", 1, INT32_MAX) - 1
                 place = greatest(least(args[d].lo, last), 0)
             stride = Code.named(f"{self.name}_stride{d}", 0, INT32_MAX)
             terms.append(_within("*", place, stride))
@@ -167,14 +167,13 @@ def _reader(key: Key, lookup: Lookup, data: Sequence[str]) -> str:
     order, (at,) = key.order(axis.name), (d for d, a in enumerate(lookup.axes) if a == axis)
     others = [d for d in range(len(lookup.axes)) if d != at]
     table, padded = f"t{lookup.index}", power_of_two(order.block)
-    wide = lookup.dtype == "int64"
+    wide, block = lookup.dtype == "int64", variable("block", 0, order.blocks(LONGEST))
     return fill(
         table_text.LOOKUP,
         NAME=lookup.name,
         HALF=f"{lookup.name}_half",
         PARAMETERS=", ".join(data),
         TEXT=f"{table}({', '.join(map(str, lookup.exprs))})",
-        LENGTH=f"n_{axis}",
         AXIS=axis.name,
         ROWS=" * ".join(f"{table}_size{d}" for d in others) or "1",
         ENTRIES=_entries(table, others),
@@ -185,7 +184,7 @@ def _reader(key: Key, lookup: Lookup, data: Sequence[str]) -> str:
         PADDED=str(padded),
         LAST=str(order.block - 1),
         STRIDE=f"{table}_stride{at}",
-        BASE=printed({"base": _base(order)}),
+        BASE=printed({"base": order.base(block, variable("n", 1, LONGEST))}),
         OFFSET=printed({"offset": _offset(order)}),
         PLACE=printed({"place": _place(key, lookup, at)}),
     )
@@ -200,15 +199,9 @@ def _entries(table: str, others: Sequence[int]) -> list[str]:
     return lines
 
 
-def _base(order: Order) -> Any:
-    block: Any = Code.named("block", 0, order.blocks(LONGEST))
-    n: Any = Code.named("n", 1, LONGEST)
-    return order.base(block, n)
-
-
 def _offset(order: Order) -> Any:
     """Token number ``j`` of a block, counted from its first one."""
-    j: Any = Code.named("j", 0, order.block - 1)
+    j = variable("j", 0, order.block - 1)
     return sum(
         j // math.prod(order.box[k + 1 :]) % order.box[k] * stride
         for k, stride in enumerate(order.strides)
@@ -218,9 +211,9 @@ def _offset(order: Order) -> Any:
 def _place(key: Key, lookup: Lookup, at: int) -> Any:
     """Where in the table a token reads."""
     assert lookup.along is not None
-    token: Any = Code.named("token", 0, LONGEST)
-    symbols = {lookup.along.name: point(token, LONGEST), **key.scalars()}
+    token = point(variable("token", 0, LONGEST), LONGEST)
+    symbols = {lookup.along.name: token, **key.scalars()}
     # Over a run of one token an interval is the value itself.
     read = span(lookup.exprs[at], symbols).lo
-    last: Any = Code.named(f"t{lookup.index}_size{at}", 1, INT32_MAX) - 1
+    last = variable(f"t{lookup.index}_size{at}", 1, INT32_MAX) - 1
     return greatest(least(read, last), 0)

@@ -91,13 +91,9 @@ class Code(Abstract):
         low, high = (min(ends), max(ends)) if least > 0 else (-size, size)
         if low == high:
             return low
-        low, high, wide = _fitted(low, high, self.wide or _is_wide(other))
-        if isinstance(other, int) and _is_power(other):
-            # A shift rounds down, whatever the sign.
-            return Code((*_operand(self), f" >> {other.bit_length() - 1}"), low, high, wide)
-        if self.low >= 0 and least > 0:
-            return Code((*_operand(self), " // ", *_operand(other)), low, high, wide)
-        return Code(("floor_div(", *_argument(self), ", ", *_argument(other), ")"), low, high, wide)
+        # A shift rounds down, whatever the sign.
+        shift = f" >> {other.bit_length() - 1}" if isinstance(other, int) else ""
+        return self._divided(other, (" // ", shift, "floor_div("), low, high)
 
     def __mod__(self, other: Code | int) -> Code | int:
         least, most = limits(other)
@@ -109,12 +105,21 @@ class Code(Abstract):
         low, high = (0, most - 1) if least > 0 else (-size, size)
         if self.low >= 0 and least > 0:
             high = min(high, self.high)
-        low, high, wide = _fitted(low, high, self.wide or _is_wide(other))
+        masked = f" & {other - 1}" if isinstance(other, int) else ""
+        return self._divided(other, (" % ", masked, "floor_mod("), low, high)
+
+    def _divided(
+        self, other: Code | int, spelled: tuple[str, str, str], low: int, high: int
+    ) -> Code:
+        """A division: of numbers that are not negative, by a power of two, and of any."""
+        natural, by_bits, helper = spelled
         if isinstance(other, int) and _is_power(other):
-            return Code((*_operand(self), f" & {other - 1}"), low, high, wide)
-        if self.low >= 0 and least > 0:
-            return Code((*_operand(self), " % ", *_operand(other)), low, high, wide)
-        return Code(("floor_mod(", *_argument(self), ", ", *_argument(other), ")"), low, high, wide)
+            pieces: tuple[str | Code, ...] = (*_operand(self), by_bits)
+        elif self.low >= 0 and limits(other)[0] > 0:
+            pieces = (*_operand(self), natural, *_operand(other))
+        else:
+            pieces = (helper, *_argument(self), ", ", *_argument(other), ")")
+        return Code(pieces, *_fitted(low, high, self.wide or _is_wide(other)))
 
     def __rfloordiv__(self, other: int) -> Code | int:
         return Code.constant(other) // self
@@ -211,6 +216,11 @@ class Code(Abstract):
         pieces = ("tl.where(", *asked, ", ", *if_so, ", ", *if_not, ")")
         wide = _is_wide(yes) or _is_wide(no)
         return Code(pieces, min(y_low, n_low), max(y_high, n_high), wide)
+
+
+def variable(name: str, low: int, high: int) -> Any:
+    """:meth:`Code.named`, for the analysis, which takes it for a tensor."""
+    return Code.named(name, low, high)
 
 
 def _call(name: str, a: Code | int, b: Code | int, low: int, high: int) -> Code:

@@ -13,7 +13,7 @@ from sparse_compile.codegen.runtime.generated import fill
 from sparse_compile.codegen.triton.layout import text
 from sparse_compile.codegen.triton.layout.key import LONGEST, Key, digest
 from sparse_compile.codegen.triton.layout.lookups import lookups_of, tables_entry, tables_source
-from sparse_compile.codegen.triton.layout.printed import Code, limits, printed
+from sparse_compile.codegen.triton.layout.printed import limits, printed, variable
 from sparse_compile.expr.digits import digit_names
 from sparse_compile.layout import extents
 from sparse_compile.layout.canonical import canonical_in
@@ -94,19 +94,16 @@ def _header(key: Key, name: str) -> str:
 def digit_bounds(key: Key, axis: str) -> dict[str, Any]:
     """The bounds of the digits of a run of blocks by name, and ``whole``."""
     order = key.order(axis)
-    n: Any = Code.named("n", 1, LONGEST)
+    n, size = variable("n", 1, LONGEST), variable("size", 1, key.span)
     # Spans beyond the last block are looked at, and left out.
-    first: Any = Code.named("first", 0, order.blocks(LONGEST) + key.span**2)
-    size: Any = Code.named("size", 1, key.span)
+    first = variable("first", 0, order.blocks(LONGEST) + key.span**2)
     ends = extents.cut(order, n, extents.digits(order, n, first, size))
     found = dict(zip(key.ends(axis), itertools.chain(*ends), strict=True))
     return {**found, "whole": extents.whole(order, n, first, size)}
 
 
 def _side(key: Key, axis: str) -> str:
-    order = key.order(axis)
-    n: Any = Code.named("n", 1, LONGEST)
-    blocks: Any = extents.blocks(order, n)
+    blocks: Any = extents.blocks(key.order(axis), variable("n", 1, LONGEST))
     return fill(
         text.SIDE,
         AXIS=axis,
@@ -120,13 +117,13 @@ def verdict_of(key: Key) -> dict[str, Any]:
     """Whether the predicate must and may hold, as code over the parameters of ``verdict``."""
     symbols: dict[str, Span] = dict(key.scalars())
     for name in ("b", "h"):
-        coordinate: Any = Code.named(name, 0, LONGEST)
+        coordinate = variable(name, 0, LONGEST)
         symbols[name] = Span(coordinate, coordinate, 0, LONGEST)
     for axis in _AXES:
         # The token itself stands in lookups only, whose bounds are those of the block.
         symbols[axis] = UNKNOWN
         bounds = digit_bounds(key, axis).items()
-        ends: dict[str, Any] = {end: Code.named(end, *limits(bound)) for end, bound in bounds}
+        ends = {end: variable(end, *limits(bound)) for end, bound in bounds}
         for name in digit_names(axis, len(key.order(axis).box)):
             symbols[name] = Span(ends[f"{name}_lo"], ends[f"{name}_hi"], 1, LONGEST + 1)
     lookups = {(lookup.index, lookup.exprs): lookup for lookup in lookups_of(key)}
@@ -162,8 +159,6 @@ def _lines(key: Key, entries: tuple[Entry, Entry], along: str, across: str) -> s
         FILL_SIGNATURE=entries[1].signature,
         LINE=along,
         ACROSS=across,
-        N_LINE=f"n_{along}",
-        N_ACROSS=f"n_{across}",
         DIGITS_ALONG=", ".join(key.ends(along)),
         DIGITS_ACROSS=", ".join(key.ends(across)),
         DIGITS=", ".join([*key.ends("q"), *key.ends("kv")]),

@@ -24,15 +24,9 @@ def can_be_latent(spec: SelectedKernelSpec) -> bool:
     parts = features_of(spec.head_dim)
     shape = spec.shared and [part.pad for part in parts] == [512, 64]
     rows = spec.attention.unit_q == 1 and spec.members > 32
-    mask = spec.attention.mask
-    plain = not (mask.tables or mask.depends_on(B) or mask.depends_on(H))
-    printed = print_predicate(mask, "kv")
-    plain = (
-        plain
-        and spec.attention.score is None
-        and not printed.helpers
-        and (not printed.keep or mask.depends_on(KV))
-    )
+    mask, printed = spec.attention.mask, print_predicate(spec.attention.mask, "kv")
+    plain = not (mask.tables or mask.depends_on(B) or mask.depends_on(H) or printed.helpers)
+    plain = plain and spec.attention.score is None and (not printed.keep or mask.depends_on(KV))
     half = spec.arch == "sm_90" and spec.dtype != "float32"
     return bool(half and shape and rows and plain and spec.head_dim % 8 == 0)
 
