@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from sparse_compile.codegen.entry import Entry, Kernel
-from sparse_compile.codegen.runtime.generated import fill, write_source
+from sparse_compile.codegen.runtime.generated import fill
 from sparse_compile.codegen.triton.blocks.operands import (
     OVER_KEYS,
     OVER_QUERIES,
@@ -103,16 +102,6 @@ def kernel_of(spec: KernelSpec) -> Kernel:
         text = _Text(kernel, spec, own.tile, scorings[across(kernel.lines)])
         parts += [text.kernel(own), text.merge(entry[merge_of(kernel.name)])]
     return Kernel(spec.name, "\n\n".join(parts), entries)
-
-
-def kernel_source(spec: KernelSpec) -> str:
-    """The text of :func:`kernel_of`."""
-    return kernel_of(spec).source
-
-
-def kernel_path(spec: KernelSpec) -> Path:
-    """The file that holds :func:`kernel_source`, written if need be."""
-    return write_source(spec.name, kernel_source(spec))
 
 
 def direct_lookups(mask: MaskExpr) -> set[tuple[int, int, str]]:
