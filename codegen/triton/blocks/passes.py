@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_compile.codegen.entry import labelled
 from sparse_compile.codegen.triton.blocks import arguments
 from sparse_compile.codegen.triton.calls import Running
 from sparse_compile.codegen.triton.entries import axis_of, merge_of
@@ -61,7 +62,7 @@ class Pass:
             n_items, programs = work.items.shape[0], self.subtiles * members
             parts = self._parts(work.slots * programs, unused)
             given |= {"items": work.items, "n_items": n_items, "heavy": work.heavy}
-            label = _label(self.name, section)
+            label = labelled(self.name, section)
             running.start(label, (n_items * programs,), {**tensors, **given, **parts})
             if work.slots:
                 grid = work.merges.shape[0] * self.subtiles, heads, call.q.shape[0]
@@ -84,14 +85,10 @@ class Pass:
         self, running: Running, section: int, grid: tuple[int, ...], given: dict[str, Any]
     ) -> None:
         """Merge the parts of split lines: by their log-sum-exps, or the sums of gradients."""
-        label = _label(merge_of(self.name), section)
+        label = labelled(merge_of(self.name), section)
         if self.name == "forward":
             running.start(label, grid, given)
             return
         for name, width in self.widths.items():
             one = {"PART": given[f"PART_{name}"], "GRAD": given[name], "merges": given["merges"]}
             running.start(label, grid, one, DIM=width, PAD=padded(width))
-
-
-def _label(name: str, section: int) -> str:
-    return f"{name}, section {section}" if section else name

@@ -8,6 +8,8 @@ in int32 where it fits, and divisions round down without help where nothing is n
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -320,14 +322,10 @@ class _Printer:
         self.nodes: list[tuple[str | int, ...]] = []
         self.texts: dict[int, str] = {}
         self.lines: list[str] = []
-        self.temporaries = 0
+        self.temporaries = itertools.count()
         codes = {name: _as_code(result) for name, result in results.items()}
         roots = {name: self._number(code) for name, code in codes.items()}
-        self.uses = [0] * len(self.nodes)
-        for node in self.nodes:
-            for piece in node:
-                if isinstance(piece, int):
-                    self.uses[piece] += 1
+        self.uses = Counter(piece for node in self.nodes for piece in node)
         names = {root: name for name, root in reversed(roots.items()) if len(self.nodes[root]) > 1}
         for number in range(len(self.nodes)):
             self._write(number, names.get(number))
@@ -353,8 +351,7 @@ class _Printer:
             if len(node) == 1 or (self.uses[number] <= 1 and len(text) <= _LONGEST):
                 self.texts[number] = text
                 return
-            self.temporaries += 1
-            name = f"x{self.temporaries - 1}"
+            name = f"x{next(self.temporaries)}"
         self.texts[number] = name
         self.lines.append(f"{name} = {text}")
 

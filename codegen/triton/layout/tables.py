@@ -96,11 +96,7 @@ def _bounds_dtype(table: Tensor) -> torch.dtype:
 
 def _row_major(lookup: Lookup, others: Sequence[int], places: int) -> list[int]:
     """Strides of the axes of a lookup: rows of ``places``, the last of the other axes fastest."""
-    outer: list[int] = []
-    step = places
-    for size in reversed(others):
-        outer.insert(0, step)
-        step *= size
+    outer = [places * math.prod(others[d + 1 :]) for d in range(len(others))]
     at = lookup.axes.index(lookup.along)
     return [*outer[:at], 1, *outer[at:]]
 

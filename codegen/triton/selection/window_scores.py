@@ -50,8 +50,16 @@ class WindowScores:
     @property
     def summed(self) -> int:
         """Queries of each row of scores: those of a unit, or fewer."""
-        of = self.windows
-        return min(of.unit, window_source.tokens_of(of.heads, of.q.shape[3]))
+        return self.spec.summed
+
+    @functools.cached_property
+    def spec(self) -> WindowSpec:
+        """What the kernel is generated for that stores sums."""
+        of, visible = self.windows, self.windows.visible
+        key = replace(key_of(visible, 1, visible.run_kv), span=_SPAN)
+        of_heads = of.heads, of.q.shape[3], DTYPE_NAMES[of.q.dtype]
+        shape = self.parts.shape[0], of.span, of.per, of.unit
+        return WindowSpec(key, *of_heads, *shape, False, Target.of(of.q.device).arch)
 
     @functools.cached_property
     def parts(self) -> Tensor:
@@ -83,12 +91,9 @@ class WindowScores:
             fp32 [B, lists, rows, blocks], in rows of :attr:`summed` queries.
         """
         windows, parts, visible = self.windows, self.parts, self.windows.visible
+        spec = replace(self.spec, logarithm=logarithm)
         q = windows.q if windows.q.stride(-1) == 1 else windows.q.contiguous()
         first, rows = units[0] * windows.unit, (units[1] - units[0]) * windows.unit // self.summed
-        key = replace(key_of(visible, 1, visible.run_kv), span=_SPAN)
-        shape = parts.shape[0], windows.span, windows.per, windows.unit
-        of_heads = windows.heads, q.shape[3], DTYPE_NAMES[q.dtype]
-        spec = WindowSpec(key, *of_heads, *shape, logarithm, Target.of(q.device).arch)
         least = window_source.LEAST_SCORE if logarithm else 0.0
         scores = torch.full(
             (q.shape[0], windows.lists, rows, windows.blocks), least, device=q.device
@@ -99,7 +104,7 @@ class WindowScores:
         values |= {"windows": windows.keys.shape[2], "padded": parts.shape[3]}
         values |= {"blocks": windows.blocks, "lists": windows.lists}
         values |= {"lists_per_key": windows.lists // parts.shape[2], "n_q": q.shape[2]}
-        values |= {"n_kv": visible.n_kv, **key.values(visible.sizes)}
+        values |= {"n_kv": visible.n_kv, **spec.key.values(visible.sizes)}
         grid = -(-rows * self.summed // spec.tokens), q.shape[0] * windows.lists
         launch(window_source.window_kernel, spec, q.device, grid, values)
         return scores

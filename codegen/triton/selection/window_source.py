@@ -63,7 +63,9 @@ class WindowSpec:
     @property
     def tokens(self) -> int:
         """Queries of a tile."""
-        return tokens_of(self.heads, self.dim)
+        # Few heads leave many sums to hold, and many channels many of the query.
+        rows = ROWS // 2 if self.heads <= 2 or self.dim > 128 else ROWS
+        return max(1, rows // self.heads_pad)
 
     @property
     def summed(self) -> int:
@@ -90,13 +92,6 @@ class WindowSpec:
         """What the compiler is told."""
         deep = self.dim_pad <= 128 or self.arch in _LARGE
         return {"num_warps": 8, "num_stages": 2 if deep else 1}
-
-
-def tokens_of(heads: int, dim: int) -> int:
-    """Queries of a tile with so many heads of a list."""
-    # Few heads leave many sums to hold, and many channels many of the query.
-    rows = ROWS // 2 if heads <= 2 or dim > 128 else ROWS
-    return max(1, rows // power_of_two(heads))
 
 
 def _entry(spec: WindowSpec) -> Entry:
