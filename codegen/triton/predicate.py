@@ -115,7 +115,7 @@ def named_terms(
         hint: what terms are called that have no name of their own.
         taken: names that mean something else.
     """
-    every = list(dict.fromkeys(term for root in roots for term in _unique(root)))
+    every = list(dict.fromkeys(term for root in roots for term in subterms(root)))
     uses = Counter(term for node in every for term in node.operands())
     uses.update(roots)
     chosen = [t for t in every if t.named or (uses[t] > 1 and any(t.operands()))]
@@ -135,7 +135,7 @@ def helpers_in(*lines: str) -> frozenset[str]:
     return frozenset(name for name in HELPERS if re.search(rf"(?<![\w.]){name}\(", text))
 
 
-def _unique(root: Term) -> list[Term]:
+def subterms(root: Term) -> list[Term]:
     """Every distinct term once, operands before the terms that read them."""
     order: dict[Term, None] = {}
 

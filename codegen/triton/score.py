@@ -6,17 +6,16 @@ A kernel without a program works on raw products, and the scale is part of the e
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparse_compile.codegen.triton.predicate import (
     Printed,
-    Term,
     helpers_in,
     named_terms,
     print_predicate,
     real_terms,
+    subterms,
 )
 from sparse_compile.expr import COORDINATES, MaskExpr, ScoreProgram
 from sparse_compile.spec import AttentionSpec
@@ -111,38 +110,15 @@ def print_score(
     before, inside, names = named_terms((value, slope), loop_axis, "s", taken)
     last = f"score = {names.get(value, value.text(names))}"
     derivative = f"slope = {names.get(slope, slope.text(names))}"
-    used = coordinates_in(value, slope)
-    alone = [line for line in inside if line.partition(" = ")[0] in _read(inside, last)]
+    needed = {names.get(term) for term in subterms(value)}
+    alone = [line for line in inside if line.partition(" = ")[0] in needed]
+    pieces = {piece for term in (*subterms(value), *subterms(slope)) for piece in term.pieces}
     return PrintedScore(
         factor="LOG2_E",
         before=before,
         value=("score *= scale", *alone, last),
         slope=("score *= scale", *inside, derivative, last),
-        coordinates=used,
+        coordinates=frozenset(c.name for c in COORDINATES if c.name in pieces),
         helpers=helpers_in(*before, *inside, derivative, last),
         shown=(f"score    {program}",),
     )
-
-
-def coordinates_in(*terms: Term) -> frozenset[str]:
-    """Which of ``b, h, q, kv`` terms read."""
-    found: set[str] = set()
-    for term in terms:
-        found |= {p for p in term.pieces if isinstance(p, str)} & {c.name for c in COORDINATES}
-        found |= coordinates_in(*term.operands())
-    return frozenset(found)
-
-
-def _read(lines: Sequence[str], last: str) -> set[str]:
-    """The names that the last line reads, directly or through others."""
-    needed, text = set[str](), last
-    for line in reversed(lines):
-        name, _, right = line.partition(" = ")
-        if name in _words(text):
-            needed.add(name)
-            text += f" {right}"
-    return needed
-
-
-def _words(text: str) -> set[str]:
-    return set(re.findall(r"\w+", text))

@@ -10,6 +10,7 @@ import sympy
 
 from sparse_compile.codegen.entry import Entry, Kernel, Line, lists, sizes
 from sparse_compile.codegen.runtime.generated import fill
+from sparse_compile.codegen.triton.filled import filled
 from sparse_compile.codegen.triton.layout import text
 from sparse_compile.codegen.triton.layout.key import LONGEST, Key, digest
 from sparse_compile.codegen.triton.layout.lookups import lookups_of, tables_entry, tables_source
@@ -79,16 +80,8 @@ def _header(key: Key, name: str) -> str:
         f"  {f's{i}':<12} size, {'a run-time integer' if value is None else value}"
         for i, value in enumerate(key.fixed)
     ]
-    return fill(
-        text.MODULE,
-        NAME=name,
-        MASK=str(key.mask),
-        Q_ORDER=str(key.q),
-        KV_ORDER=str(key.kv),
-        SYMBOLS=symbols,
-        SPAN=str(key.span),
-        DIVISIONS=text.DIVISIONS.splitlines(),
-    )
+    divisions = text.DIVISIONS.splitlines()
+    return filled(text.MODULE, key, NAME=name, SYMBOLS=symbols, DIVISIONS=divisions)
 
 
 def digit_bounds(key: Key, axis: str) -> dict[str, Any]:

@@ -29,8 +29,8 @@ line of blocks of one class: it looks at spans of SPAN blocks first, and then at
 spans that are neither empty nor full.
 
 mask     $MASK
-queries  $Q_ORDER
-keys     $KV_ORDER
+queries  $Q
+keys     $KV
 symbols
   b, h         batch entry and query head, scalars
   n_q, n_kv    number of queries and of keys

@@ -88,7 +88,6 @@ def choose_kernel(spec: ChooseSpec) -> Kernel:
     kernel = entry.text(
         text.CHOOSE,
         SIZES=names,
-        NAMES=names,
         VISIBLE=text.GIVEN.splitlines() if spec.given else _from_mask(key),
         LIMIT=_LIMITS[spec.rule].splitlines(),
         **_search(spec, names),
@@ -107,8 +106,8 @@ def _search(spec: ChooseSpec, parameters: list[str]) -> dict[str, str | list[str
             return f"found_from({', '.join([bound, arguments, *names])})"
         return f"tl.sum((key >= {bound}).to(tl.int32), 0)"
 
-    keys = fill(text.ALL_KEYS, NAMES=parameters).splitlines()
-    function = fill(text.FOUND, SIZES=parameters, NAMES=parameters).splitlines()
+    keys = fill(text.ALL_KEYS, SIZES=parameters).splitlines()
+    function = fill(text.FOUND, SIZES=parameters).splitlines()
     return {
         "FOUND": function if spec.is_long else [],
         "ALL_KEYS": [] if spec.is_long else keys,

@@ -118,7 +118,7 @@ def window_kernel(spec: WindowSpec) -> Kernel:
     )
     kernel = entry.text(
         window_text.KERNEL,
-        NAMES=data(key),
+        SIZES=data(key),
         # The interpreter cannot multiply bf16.
         SINGLE=".to(tl.float32)" if spec.arch == "interpreter" else "",
     )
