@@ -185,25 +185,23 @@ class Blocks:
 
     def holes(self) -> dict[str, str | list[str]]:
         """Where blocks begin, the tile of a step, and its tokens."""
-        holes: dict[str, str | list[str]] = {"V": str(self.number)}
         entry = f"block_at(blocks_{self.number}, %s, n_blocks_{self.number})"
         begin = f"first_block_{self.number}" if self.is_first else entry % "begin"
-        holes["BEGIN"] = self._base(begin)
-        holes["NEXT"] = self._base(entry % "(i + 1) // STEPS")
-        first, name = f"{self.axis}0", tile_name(self.axis)
+        first, name, place = f"{self.axis}0", tile_name(self.axis), self._places
+        holes: dict[str, str | list[str]] = {
+            "V": str(self.number),
+            "BEGIN": self._base(begin),
+            "NEXT": self._base(entry % "(i + 1) // STEPS"),
+        }
         if self.order.is_natural:
-            holes["WHERE"] = [f"{first} = base + i % STEPS * {name}"]
-            holes["KV"] = f"({first} + {self._places})"
-        else:
-            place = self._places
-            if self.tile < self.order.block:
-                place = f"i % STEPS * {name} + {place}"
-            step = [f"{first} = base", f"{self.axis}_row = {offset_text(self.order, place)}"]
-            if self.axis == "q":
-                step.append(f"q_at = block * BLOCK_Q + i % STEPS * {name}")
-            holes["WHERE"] = step
-            holes["KV"] = f"({first} + {self.axis}_row)"
-        return holes
+            where = [f"{first} = base + i % STEPS * {name}"]
+            return {**holes, "WHERE": where, "KV": f"({first} + {place})"}
+        if self.tile < self.order.block:
+            place = f"i % STEPS * {name} + {place}"
+        where = [f"{first} = base", f"{self.axis}_row = {offset_text(self.order, place)}"]
+        if self.axis == "q":
+            where.append(f"q_at = block * BLOCK_Q + i % STEPS * {name}")
+        return {**holes, "WHERE": where, "KV": f"({first} + {self.axis}_row)"}
 
     def _base(self, block: str) -> list[str]:
         if self.order.is_natural:
