@@ -9,7 +9,7 @@ from typing import Any
 from sparse_compile.codegen.runtime.generated import fill
 from sparse_compile.codegen.triton.entries import table_ranks
 from sparse_compile.codegen.triton.score import PrintedScore
-from sparse_compile.codegen.triton.text.common import HELPERS
+from sparse_compile.codegen.triton.text.common import HELPERS, SOFTMAX_STEP
 from sparse_compile.codegen.triton.tile import padded
 from sparse_compile.expr import MaskExpr
 
@@ -43,6 +43,7 @@ def head(
         PROGRAM=[escaped(line) for line in score.shown],
         MASK=escaped(str(spec.attention.mask)),
         WHERE=where(spec),
+        SOFTMAX_STEP=SOFTMAX_STEP.splitlines(),
         SYMBOLS=legend(spec.attention.mask),
         HEAD_PAD=str(padded(spec.head_dim)),
         VALUE_PAD=str(padded(spec.value_dim)),

@@ -1,24 +1,10 @@
 """Templates of the kernels that list blocks."""
 
+from sparse_compile.codegen.triton.text.common import HELPERS
+
+BOUNDS = "LEAST, GREATEST = tl.constexpr(-(2**63)), tl.constexpr(2**63 - 1)  # of all int64\n"
 #: What verdicts are printed with.
-DIVISIONS = '''\
-LEAST, GREATEST = tl.constexpr(-(2**63)), tl.constexpr(2**63 - 1)  # of all int64
-
-
-@triton.jit
-def floor_div(a, b):
-    """a // b rounding down; Triton's own // rounds towards zero."""
-    quotient = a // b
-    remainder = a - quotient * b
-    return tl.where((remainder != 0) & ((remainder < 0) != (b < 0)), quotient - 1, quotient)
-
-
-@triton.jit
-def floor_mod(a, b):
-    """a % b with the sign of b; Triton's own % has that of a."""
-    remainder = a % b
-    return tl.where((remainder != 0) & ((remainder < 0) != (b < 0)), remainder + b, remainder)
-'''
+DIVISIONS = "\n\n".join([BOUNDS, HELPERS["floor_div"], HELPERS["floor_mod"]])
 
 MODULE = '''\
 """$NAME: which blocks of the score matrix a mask visits.

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from sparse_compile.codegen.triton.layout.key import Key, constant_sizes
 from sparse_compile.codegen.triton.layout.source import verdict_text
+from sparse_compile.codegen.triton.layout.text import BOUNDS
 from sparse_compile.expr import B, H, MaskExpr
 from sparse_compile.spec.view import natural
 
-_BOUNDS = "LEAST, GREATEST = tl.constexpr(-(2**63)), tl.constexpr(2**63 - 1)  # of all int64\n"
 _LINES = """\
 earliest = tl.load(PLACES + lo // ROWS) // most * UNIT_Q
 latest = tl.load(PLACES + hi // ROWS - 1) // most * UNIT_Q + (UNIT_Q - 1)
@@ -36,7 +36,7 @@ def _key(mask: MaskExpr) -> Key:
 def functions(mask: MaskExpr) -> list[str]:
     """The functions that :func:`lines` needs besides those that predicates are printed with."""
     verdict = verdict_text(_key(mask)).strip() + "\n"
-    return [_BOUNDS, verdict] if "LEAST" in verdict or "GREATEST" in verdict else [verdict]
+    return [BOUNDS, verdict] if "LEAST" in verdict or "GREATEST" in verdict else [verdict]
 
 
 def lines(mask: MaskExpr) -> list[str]:
