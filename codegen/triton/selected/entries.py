@@ -20,47 +20,53 @@ from sparse_compile.codegen.triton.selected.tiles import Tiles
 from sparse_compile.codegen.triton.selected.united import union_tile
 from sparse_compile.codegen.triton.tile import Tile, padded
 
+#: A list for each unit of queries; who handles which entries; and which way is the faster one.
+_LISTS, _WORK = pointers("int32", "INDEX", "COUNT"), pointers("int32", "WORK", "PLACES")
+_BALANCE = pointers("int64", "BALANCE")
+_HEADS = ("q_heads", "kv_heads")
+
 
 def entries_of(spec: SelectedKernelSpec, tiles: Tiles) -> tuple[Entry, ...]:
     """The kernels of a module."""
-    united, heads = union_tile(spec), ("q_heads", "kv_heads")
-    given, work = pointers("int32", "INDEX", "COUNT"), pointers("int32", "WORK", "PLACES")
-    results = pointers(spec.dtype, "OUT") + pointers("float32", "LSE")
-    parts = pointers(spec.dtype, "PART_OUT") + pointers("float32", "PART_LSE")
-    balance = pointers("int64", "BALANCE")
-    yields = balance if united is not None else ()
-    tile = tiles.forward
-    read = _operands(spec, tile) + given + yields + results
+    united, ahead, back = union_tile(spec), tiles.forward, tiles.backward_query
+    forward = _operands(spec, ahead) + _LISTS + (_BALANCE if united else ()) + _results(spec)
+    backward = (
+        _operands(spec, back)
+        + _LISTS
+        + pointers(spec.dtype, "OUT", "GRAD_OUT")
+        + pointers("float32", "LSE", "GRAD_LSE", "DELTA")
+        + pointers(spec.dtype, "GRAD_Q")
+        + pointers("float32", "GRAD_K", "GRAD_V")
+    )
     found = [
-        _entry("forward", spec, tile, read, ("parts", "q_heads"), PARTED=False),
-        _merge(spec, tile, parts, results),
+        _entry("forward", spec, ahead, forward, ("parts", "q_heads"), PARTED=False),
+        _merge(spec, ahead),
+        _entry("backward_query", spec, back, backward, ("parts", *_HEADS), HAS_GRAD_LSE=True),
     ]
-    tile = tiles.backward_query
-    read = _operands(spec, tile) + given + pointers(spec.dtype, "OUT", "GRAD_OUT")
-    read += pointers("float32", "LSE", "GRAD_LSE", "DELTA")
-    read += pointers(spec.dtype, "GRAD_Q") + pointers("float32", "GRAD_K", "GRAD_V")
-    found.append(_entry("backward_query", spec, tile, read, ("parts", *heads), HAS_GRAD_LSE=True))
     if not spec.adds_by_query:
-        plain, items = pointers(spec.dtype, "Q", "K", "V") + work, ("n_work", "first_group")
-        grads = pointers(spec.dtype, "GRAD_OUT")
-        grads += pointers("float32", "LSE", "DELTA", "GRAD_K", "GRAD_V")
-        by_key, transposed = tiles.forward_by_key, tiles.backward_key_value
-        found += [
-            _entry("forward_by_key", spec, by_key, plain + parts, (*items, "groups")),
-            _entry("backward_key_value", spec, transposed, plain + grads, (*items, *heads)),
-        ]
+        found += _by_key(spec, tiles)
     if united is not None:
-        named = pointers("int32", "INDEX", "NAMES", "COUNT") + balance
-        read = _operands(spec, united) + named + results
+        named = pointers("int32", "INDEX", "NAMES", "COUNT") + _BALANCE
+        read = _operands(spec, united) + named + _results(spec)
         found.append(_entry("forward_union", spec, united, read, ("q_heads",)))
     return tuple(found)
 
 
+def _by_key(spec: SelectedKernelSpec, tiles: Tiles) -> list[Entry]:
+    read, items = pointers(spec.dtype, "Q", "K", "V") + _WORK, ("n_work", "first_group")
+    grads = pointers("float32", "LSE", "DELTA", "GRAD_K", "GRAD_V")
+    forward, backward = read + _parts(spec), read + pointers(spec.dtype, "GRAD_OUT") + grads
+    ahead, back = tiles.forward_by_key, tiles.backward_key_value
+    return [
+        _entry("forward_by_key", spec, ahead, forward, (*items, "groups")),
+        _entry("backward_key_value", spec, back, backward, (*items, *_HEADS)),
+    ]
+
+
 def latent_entry(spec: SelectedKernelSpec, tile: Tile) -> Entry:
     """The forward for latent keys on Hopper; its mask reads no tables."""
-    given = pointers(spec.dtype, "Q", "K") + pointers("int32", "INDEX", "COUNT")
-    results = pointers(spec.dtype, "OUT") + pointers("float32", "LSE")
-    return _entry("forward_latent", spec, tile, given + results, ("q_heads",))
+    tensors = pointers(spec.dtype, "Q", "K") + _LISTS + _results(spec)
+    return _entry("forward_latent", spec, tile, tensors, ("q_heads",))
 
 
 def _entry(
@@ -92,15 +98,23 @@ def _entry(
     return Entry(name, lines, tile.options, tile)
 
 
-def _merge(spec: SelectedKernelSpec, forward: Tile, parts: Line, results: Line) -> Entry:
-    tile = Tile(forward.m, 1, 4, 1)
+def _merge(spec: SelectedKernelSpec, forward: Tile) -> Entry:
+    tile, results = Tile(forward.m, 1, 4, 1), _results(spec)
     lines = (
-        parts + pointers("int32", "COUNT") + results,
+        _parts(spec) + pointers("int32", "COUNT") + results,
         *strided(results),
         sizes("lists", "units", "parts", "first_group", "q_heads", "n_q"),
         *constants(GROUPS_PER_LIST=1, COUNTED=True),
     )
     return Entry("merge", lines, tile.options, tile)
+
+
+def _results(spec: SelectedKernelSpec) -> Line:
+    return pointers(spec.dtype, "OUT") + pointers("float32", "LSE")
+
+
+def _parts(spec: SelectedKernelSpec) -> Line:
+    return pointers(spec.dtype, "PART_OUT") + pointers("float32", "PART_LSE")
 
 
 def _operands(spec: SelectedKernelSpec, tile: Tile) -> Line:
