@@ -132,6 +132,11 @@ def constants(**assumed: Any) -> tuple[Line, ...]:
     return tuple((Parameter(name, Kind.CONSTANT, assumed=v),) for name, v in assumed.items())
 
 
+def labelled(name: str, section: int) -> str:
+    """The name of a kernel, with the section after the first."""
+    return f"{name}, section {section}" if section else name
+
+
 @dataclass(frozen=True)
 class Entry:
     """A kernel of a module.
@@ -178,7 +183,7 @@ class Entry:
     @property
     def label(self) -> str:
         """Its name, with the section after the first."""
-        return f"{self.name}, section {self.section}" if self.section else self.name
+        return labelled(self.name, self.section)
 
     @property
     def signature(self) -> list[str]:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from sparse_compile.codegen.kernel import BlockShape, Generator, Kernel, ShapeNeed, Target
-from sparse_compile.codegen.runtime.launch import Refused
+from sparse_compile.codegen.entry import Kernel
+from sparse_compile.codegen.kernel import Generator, ShapeNeed
 from sparse_compile.errors import NoKernel
+from sparse_compile.spec.block_shape import BlockShape
+from sparse_compile.spec.target import Target
 
 #: In the order in which they are asked; ``:`` stands before the object of the module.
 _GENERATORS = (
@@ -92,15 +94,6 @@ class Generators:
         """From now on, another generator than the one chosen last serves a spec."""
         chosen = self._chosen.pop(spec)
         self._late.setdefault(spec, {})[chosen.generator] = reason
-
-    def serve(self, spec: Any, run: Callable[[Kernel], Any]) -> Any:
-        """What ``run`` gives for the kernels of the first generator that it does not refuse."""
-        while True:
-            chosen = self.choose(spec)
-            try:
-                return run(chosen.kernel)
-            except Refused as why:
-                self.refuse(spec, str(why))
 
     def block_shapes(self, need: ShapeNeed) -> tuple[BlockShape, ...]:
         """Those of the first generator that has any for a target."""

@@ -1,8 +1,9 @@
 """What a generator makes, and what it is asked: the interface of ``codegen``.
 
 A decision asks generators for block shapes before views are chosen. They may refuse a spec with a
-reason: early, by :meth:`Generator.refusal`, or late, by :class:`Refused`, where only the compiler
-can tell that a kernel spills or needs more shared memory than there is.
+reason: early, by :meth:`Generator.refusal`, or late, by
+:class:`sparse_compile.codegen.runtime.launch.Refused`, where only the compiler can tell that a
+kernel spills or needs more shared memory than there is.
 """
 
 from __future__ import annotations
@@ -10,25 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from sparse_compile.codegen.entry import Entry, Kernel, Kind, Parameter, Resources
-from sparse_compile.codegen.runtime.launch import Refused
-from sparse_compile.spec import KernelSpec
+from sparse_compile.codegen.entry import Kernel
 from sparse_compile.spec.block_shape import BlockShape
 from sparse_compile.spec.target import Target
-
-__all__ = [
-    "BlockShape",
-    "Entry",
-    "Generator",
-    "Kernel",
-    "KernelSpec",
-    "Kind",
-    "Parameter",
-    "Refused",
-    "Resources",
-    "ShapeNeed",
-    "Target",
-]
 
 
 @dataclass(frozen=True)
@@ -50,10 +35,8 @@ class ShapeNeed:
 class Generator(Protocol):
     """Makes the kernels of a spec."""
 
-    @property
-    def name(self) -> str:
-        """As reports call it."""
-        ...
+    #: As reports call it.
+    name: str
 
     def refusal(self, spec: Any) -> str:
         """Why it cannot make the kernels of a spec; empty if it can."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparse_compile.codegen.kernel import BlockShape, Kernel, ShapeNeed
+from sparse_compile.codegen.entry import Kernel
+from sparse_compile.codegen.kernel import ShapeNeed
+from sparse_compile.spec.block_shape import BlockShape
 
 
 class _Cpu:

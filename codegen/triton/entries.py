@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
+from typing import Any
+
 from sparse_compile.codegen.entry import (
     Entry,
     Kind,
@@ -15,29 +19,54 @@ from sparse_compile.codegen.entry import (
     sizes,
     strides,
 )
-from sparse_compile.codegen.triton.blocks.sections import Described, described_views
-from sparse_compile.codegen.triton.blocks.tiles import Tile, Tiles, padded
+from sparse_compile.codegen.triton.blocks.sections import Described, across, described_views
+from sparse_compile.codegen.triton.blocks.tiles import Tiles
+from sparse_compile.codegen.triton.tile import Tile, padded
 from sparse_compile.expr import MaskExpr, table_index
 from sparse_compile.spec import KernelSpec
 
-_BACKWARD = ("q", "k", "v", "grad_out")
+#: Operands and results whose strides kernels are told.
+_STRIDED = ("Q", "K", "V", "OUT", "GRAD_OUT")
+
+
+def axis_of(name: str) -> str:
+    """The side of the lines of a kernel, ``"q"`` or ``"kv"``."""
+    return "kv" if name.endswith("key_value") else "q"
+
+
+def merge_of(name: str) -> str:
+    """The kernel that merges what a kernel left of split lines."""
+    return f"merge_{name.removeprefix('backward_')}"
 
 
 def entries_of(spec: KernelSpec, tiles: Tiles) -> tuple[Entry, ...]:
     """The kernels of a module; one entry for each section, which is a launch."""
-    ahead, by_query, by_key = tiles.forward, tiles.backward_query, tiles.backward_key_value
+    half, single = partial(pointers, spec.dtype), partial(pointers, "float32")
+    ahead = half("Q", "K", "V", "OUT") + single("LSE", "PART_OUT", "PART_LSE")
+    by_query = (
+        half("Q", "K", "V", "OUT", "GRAD_OUT")
+        + single("LSE", "GRAD_LSE", "STATISTICS")
+        + half("GRAD_Q")
+        + single("PART_GRAD_Q")
+    )
+    by_key = (
+        half("Q", "K", "V", "GRAD_OUT")
+        + single("STATISTICS")
+        + half("GRAD_K", "GRAD_V")
+        + single("PART_GRAD_K", "PART_GRAD_V")
+    )
     found = (
-        ("q", Entry("forward", _forward(spec, ahead), ahead.options, ahead)),
-        ("q", Entry("merge_forward", _merge_forward(spec))),
-        ("q", Entry("backward_query", _query(spec, by_query), by_query.options, by_query)),
-        ("q", Entry("merge_query", _merge_sum(spec, "q"))),
-        ("kv", Entry("backward_key_value", _key_value(spec, by_key), by_key.options, by_key)),
-        ("kv", Entry("merge_key_value", _merge_sum(spec, "kv"))),
+        _loop("forward", spec, tiles.forward, ahead),
+        _merge_forward(spec),
+        _loop("backward_query", spec, tiles.backward_query, by_query, HAS_GRAD_LSE=True),
+        _merge_sum("merge_query", spec),
+        _loop("backward_key_value", spec, tiles.backward_key_value, by_key),
+        _merge_sum("merge_key_value", spec),
     )
     return tuple(
-        entry.of_section(number, _of_others(spec, axis, own, entry.tile))
-        for axis, entry in found
-        for number, own in enumerate(spec.attention.sections(axis))
+        entry.of_section(number, _of_others(spec, axis_of(entry.name), own, entry.tile))
+        for entry in found
+        for number, own in enumerate(spec.attention.sections(axis_of(entry.name)))
     )
 
 
@@ -49,13 +78,17 @@ def _of_others(
         return frozenset()
     others = [number for number in range(len(spec.attention.parts)) if number not in own]
     lines = [line for v in others for line in (_view_lists(v), _in_order(v))]
-    across = "kv" if axis == "q" else "q"
     lines += [
-        _described(spec, across, one)
-        for one in described_views(spec, across, tile)
+        _described(spec, across(axis), one)
+        for one in described_views(spec, across(axis), tile)
         if not set(one.views) & set(own)
     ]
     return frozenset(parameter.name for line in lines for parameter in line)
+
+
+def strided(tensors: Line) -> tuple[Line, ...]:
+    """The strides of those of some tensors that are operands or results."""
+    return strides(*(tensor.name for tensor in tensors if tensor.name in _STRIDED))
 
 
 def mask_lines(mask: MaskExpr) -> tuple[Line, ...]:
@@ -77,75 +110,44 @@ def table_ranks(mask: MaskExpr) -> dict[int, int]:
     return {table_index(lookup): len(lookup.args) for lookup in mask.lookups}
 
 
-def _forward(spec: KernelSpec, tile: Tile) -> tuple[Line, ...]:
-    return (
-        pointers(spec.dtype, "Q", "K", "V", "OUT")
-        + pointers("float32", "LSE", "PART_OUT", "PART_LSE"),
-        *strides("q", "k", "v", "out"),
-        _work("q_heads") + number("scale"),
-        *_lists(spec),
-        *_descriptors(spec, "kv", tile),
-        *mask_lines(spec.attention.mask),
-        *constants(SECTION=0, GROUP=1),
+def _loop(name: str, spec: KernelSpec, tile: Tile, tensors: Line, **own: Any) -> Entry:
+    """A kernel that loops over the blocks of a line.
+
+    Args:
+        name: of it.
+        spec: of the module.
+        tile: what a program holds.
+        tensors: that it reads and writes.
+        own: constants that others do not have.
+    """
+    attention, axis = spec.attention, axis_of(name)
+    # The worklist, and the shape of the problem.
+    work = lists("items") + sizes("n_items", "heavy", f"{axis}_heads", "batch", "n_q", "n_kv")
+    rows = () if name == "forward" else sizes("rows")
+    others = [v for v, view in enumerate(attention.parts) if axis == "kv" and view.q.radices]
+    lines = (
+        tensors,
+        *strided(tensors),
+        work + rows + number("scale"),
+        *map(_view_lists, range(len(attention.parts))),
+        *map(_in_order, others),
+        *(_described(spec, across(axis), v) for v in described_views(spec, across(axis), tile)),
+        *mask_lines(attention.mask),
+        *constants(**own, SECTION=0, GROUP=1),
     )
+    return Entry(name, lines, tile.options, tile)
 
 
-def _query(spec: KernelSpec, tile: Tile) -> tuple[Line, ...]:
-    return (
-        pointers(spec.dtype, "Q", "K", "V", "OUT", "GRAD_OUT")
-        + pointers("float32", "LSE", "GRAD_LSE", "STATISTICS")
-        + pointers(spec.dtype, "GRAD_Q")
-        + pointers("float32", "PART_GRAD_Q"),
-        *strides("q", "k", "v", "out", "grad_out"),
-        _work("q_heads") + sizes("rows") + number("scale"),
-        *_lists(spec),
-        *_descriptors(spec, "kv", tile),
-        *mask_lines(spec.attention.mask),
-        *constants(HAS_GRAD_LSE=True, SECTION=0, GROUP=1),
-    )
+def _merge_forward(spec: KernelSpec) -> Entry:
+    parts, out = pointers("float32", "PART_OUT", "PART_LSE"), pointers(spec.dtype, "OUT")
+    given = parts + out + pointers("float32", "LSE") + pointers("int32", "merges")
+    return Entry("merge_forward", (given, *strided(out), sizes("n_q"), *constants(SECTION=0)))
 
 
-def _key_value(spec: KernelSpec, tile: Tile) -> tuple[Line, ...]:
-    return (
-        pointers(spec.dtype, "Q", "K", "V", "GRAD_OUT")
-        + pointers("float32", "STATISTICS")
-        + pointers(spec.dtype, "GRAD_K", "GRAD_V")
-        + pointers("float32", "PART_GRAD_K", "PART_GRAD_V"),
-        *strides("q", "k", "v", "grad_out"),
-        _work("kv_heads") + sizes("rows") + number("scale"),
-        *_lists(spec),
-        *(_in_order(v) for v, view in enumerate(spec.attention.parts) if not view.q.is_natural),
-        *_descriptors(spec, "q", tile),
-        *mask_lines(spec.attention.mask),
-        *constants(SECTION=0, GROUP=1),
-    )
-
-
-def _merge_forward(spec: KernelSpec) -> tuple[Line, ...]:
-    return (
-        pointers("float32", "PART_OUT", "PART_LSE")
-        + pointers(spec.dtype, "OUT")
-        + pointers("float32", "LSE")
-        + pointers("int32", "merges"),
-        *strides("out"),
-        sizes("n_q"),
-        *constants(SECTION=0),
-    )
-
-
-def _merge_sum(spec: KernelSpec, axis: str) -> tuple[Line, ...]:
-    grad = pointers(spec.dtype, "GRAD") + pointers("int32", "merges") + sizes(f"n_{axis}")
+def _merge_sum(name: str, spec: KernelSpec) -> Entry:
+    given = pointers("float32", "PART") + pointers(spec.dtype, "GRAD") + pointers("int32", "merges")
     width = constants(SECTION=0, DIM=spec.head_dim, PAD=padded(spec.head_dim))
-    return pointers("float32", "PART") + grad, *width
-
-
-def _work(heads: str) -> Line:
-    """The worklist, and the shape of the problem."""
-    return lists("items") + sizes("n_items", "heavy", heads, "batch", "n_q", "n_kv")
-
-
-def _lists(spec: KernelSpec) -> tuple[Line, ...]:
-    return tuple(_view_lists(number) for number in range(len(spec.attention.parts)))
+    return Entry(name, (given + sizes(f"n_{axis_of(name)}"), *width))
 
 
 def _view_lists(number: int) -> Line:
@@ -159,15 +161,8 @@ def _in_order(number: int) -> Line:
     return lists(f"STATISTICS_{number}", dtype="float32") + sizes(f"lines_{number}_q")
 
 
-def _descriptors(spec: KernelSpec, across: str, tile: Tile) -> tuple[Line, ...]:
-    """What the loop of a kernel over blocks of a side reads by the copy engine."""
-    return tuple(_described(spec, across, one) for one in described_views(spec, across, tile))
-
-
-def _described(spec: KernelSpec, across: str, one: Described) -> Line:
-    read = {"K": spec.head_dim, "V": spec.value_dim}
-    if across == "q":
-        read = {"Q": spec.head_dim, "GRAD_OUT": spec.value_dim}
+def _described(spec: KernelSpec, axis: str, one: Described) -> Line:
+    names = ("K", "V") if axis == "kv" else ("Q", "GRAD_OUT")
     radices = one.order.radices
     found = tuple(
         Parameter(
@@ -178,11 +173,10 @@ def _described(spec: KernelSpec, across: str, one: Described) -> Line:
             tensor=name,
             radices=radices,
         )
-        for name, dim in read.items()
+        for name, dim in zip(names, (spec.head_dim, spec.value_dim), strict=True)
     )
-    if across == "kv":
+    if axis == "kv":
         return found
-    statistics, block = f"STATISTICS{one.suffix}", (1, 1, 1, one.extent)
-    name = f"STATISTICS_TILES{one.suffix}"
-    kind = Kind.DESCRIPTOR
-    return (*found, Parameter(name, kind, "float32", block=block, tensor=statistics))
+    name, of = f"STATISTICS_TILES{one.suffix}", f"STATISTICS{one.suffix}"
+    block = (1, 1, 1, math.prod(one.box))
+    return (*found, Parameter(name, Kind.DESCRIPTOR, "float32", block=block, tensor=of))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparse_compile.codegen.kernel import BlockShape, Kernel, KernelSpec, ShapeNeed
+from sparse_compile.codegen.entry import Kernel
+from sparse_compile.codegen.kernel import ShapeNeed
 from sparse_compile.codegen.triton.blocks.source import kernel_of
-from sparse_compile.codegen.triton.selected.source import SelectedKernelSpec, selected_kernel
-from sparse_compile.spec.block_shape import GPU_SHAPES
+from sparse_compile.codegen.triton.selected.source import selected_kernel
+from sparse_compile.codegen.triton.selected.spec import SelectedKernelSpec
+from sparse_compile.spec import KernelSpec
+from sparse_compile.spec.block_shape import GPU_SHAPES, BlockShape
 
 
 class _Triton:

@@ -75,6 +75,17 @@ class Printed:
     keep: str
     helpers: frozenset[str]
 
+    def masking(self, *others: str) -> list[str]:
+        """Lines that leave out of ``score`` what the predicate hides, or one of other conditions.
+
+        >>> print_predicate(MaskExpr(KV <= Q), "kv").masking("there")
+        ['keep = kv <= q', 'score = tl.where(keep & there, score, float("-inf"))']
+        """
+        keep = [f"keep = {self.keep}"] if self.keep else []
+        kept = " & ".join([*(["keep"] if keep else []), *others])
+        where = f'score = tl.where({kept}, score, float("-inf"))'
+        return [*self.inside, *keep, where] if kept else []
+
 
 def print_predicate(mask: MaskExpr, loop_axis: str) -> Printed:
     """Source of ``mask`` for a kernel whose loop runs over ``loop_axis`` (``"q"`` or ``"kv"``).
@@ -104,7 +115,7 @@ def named_terms(
         hint: what terms are called that have no name of their own.
         taken: names that mean something else.
     """
-    every = list(dict.fromkeys(term for root in roots for term in _unique(root)))
+    every = list(dict.fromkeys(term for root in roots for term in subterms(root)))
     uses = Counter(term for node in every for term in node.operands())
     uses.update(roots)
     chosen = [t for t in every if t.named or (uses[t] > 1 and any(t.operands()))]
@@ -124,7 +135,7 @@ def helpers_in(*lines: str) -> frozenset[str]:
     return frozenset(name for name in HELPERS if re.search(rf"(?<![\w.]){name}\(", text))
 
 
-def _unique(root: Term) -> list[Term]:
+def subterms(root: Term) -> list[Term]:
     """Every distinct term once, operands before the terms that read them."""
     order: dict[Term, None] = {}
 
@@ -267,12 +278,10 @@ class _Printer:
         return Term(_join(f" {op} ", [a, b], _OR), _COMPARE, _axes([a, b]))
 
     def conjunction(self, args: Sequence[Term]) -> Term:
-        ordered = sorted(args, key=Term.text)
-        return Term(_join(" & ", ordered, _AND), _AND, _axes(args))
+        return Term(_join(" & ", sorted(args, key=Term.text), _AND), _AND, _axes(args))
 
     def disjunction(self, args: Sequence[Term]) -> Term:
-        ordered = sorted(args, key=Term.text)
-        return Term(_join(" | ", ordered, _OR), _OR, _axes(args))
+        return Term(_join(" | ", sorted(args, key=Term.text), _OR), _OR, _axes(args))
 
     def negation(self, a: Term) -> Term:
         return Term(("~", *_wrap(a, _ATOM)), _UNARY, a.axes)

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 
 from sparse_compile.codegen.triton.predicate import (
     Printed,
-    Term,
     helpers_in,
     named_terms,
+    print_predicate,
     real_terms,
+    subterms,
 )
-from sparse_compile.expr import COORDINATES, ScoreProgram
+from sparse_compile.expr import COORDINATES, MaskExpr, ScoreProgram
+from sparse_compile.spec import AttentionSpec
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,39 @@ class PrintedScore:
         return bool(self.value)
 
     @property
-    def reads_places(self) -> bool:
-        """Whether it matters which query and key a score is of."""
-        return bool(self.coordinates)
-
-    @property
     def apply_slope(self) -> list[str]:
         """Lines that take the gradient of scores to that of their scaled products."""
         return ["grad_score *= slope"] if self.is_given else []
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What becomes of the products of a tile: a score program, then the mask."""
+
+    score: PrintedScore
+    mask: Printed
+
+    @staticmethod
+    def of(attention: AttentionSpec, mask: MaskExpr, loop_axis: str) -> Scoring:
+        """For a kernel whose loop runs over ``loop_axis``, and what it covers of the mask."""
+        printed = print_predicate(mask, loop_axis)
+        score = print_score(attention.score, mask.tables, loop_axis, printed)
+        return Scoring(score, printed)
+
+    @property
+    def helpers(self) -> frozenset[str]:
+        """As in :class:`sparse_compile.codegen.triton.predicate.Printed`."""
+        return self.score.helpers | self.mask.helpers
+
+    @property
+    def reads_places(self) -> bool:
+        """Whether it matters which query and key a score is of."""
+        return bool(self.mask.keep or self.score.coordinates)
+
+    @property
+    def before(self) -> list[str]:
+        """Assignments that belong before the loop."""
+        return [*self.mask.before, *self.score.before]
 
 
 def print_score(
@@ -83,38 +110,15 @@ def print_score(
     before, inside, names = named_terms((value, slope), loop_axis, "s", taken)
     last = f"score = {names.get(value, value.text(names))}"
     derivative = f"slope = {names.get(slope, slope.text(names))}"
-    used = coordinates_in(value, slope)
-    alone = [line for line in inside if line.partition(" = ")[0] in _read(inside, last)]
+    needed = {names.get(term) for term in subterms(value)}
+    alone = [line for line in inside if line.partition(" = ")[0] in needed]
+    pieces = {piece for term in (*subterms(value), *subterms(slope)) for piece in term.pieces}
     return PrintedScore(
         factor="LOG2_E",
         before=before,
         value=("score *= scale", *alone, last),
         slope=("score *= scale", *inside, derivative, last),
-        coordinates=used,
+        coordinates=frozenset(c.name for c in COORDINATES if c.name in pieces),
         helpers=helpers_in(*before, *inside, derivative, last),
         shown=(f"score    {program}",),
     )
-
-
-def coordinates_in(*terms: Term) -> frozenset[str]:
-    """Which of ``b, h, q, kv`` terms read."""
-    found: set[str] = set()
-    for term in terms:
-        found |= {p for p in term.pieces if isinstance(p, str)} & {c.name for c in COORDINATES}
-        found |= coordinates_in(*term.operands())
-    return frozenset(found)
-
-
-def _read(lines: Sequence[str], last: str) -> set[str]:
-    """The names that the last line reads, directly or through others."""
-    needed, text = set[str](), last
-    for line in reversed(lines):
-        name, _, right = line.partition(" = ")
-        if name in _words(text):
-            needed.add(name)
-            text += f" {right}"
-    return needed
-
-
-def _words(text: str) -> set[str]:
-    return set("".join(c if c.isalnum() or c == "_" else " " for c in text).split())

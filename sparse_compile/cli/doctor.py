@@ -116,7 +116,7 @@ def _cache() -> str:
 
 
 def _kernel() -> str:
-    from sparse_compile.codegen.triton import compile_ahead_of_time
+    from sparse_compile.codegen.triton.aot import compile_ahead_of_time
     from sparse_compile.expr import KV, MaskExpr, Q
     from sparse_compile.spec import AttentionSpec, KernelSpec
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from sparse_compile.codegen.entry import Kernel
 from sparse_compile.codegen.generators import generators
-from sparse_compile.codegen.kernel import Kernel
 from sparse_compile.codegen.runtime.generated import write_source
 from sparse_compile.inspect.explain import Examined, examine, kernel_spec
 from sparse_compile.passes.graph_edit import expected
@@ -87,7 +87,7 @@ def _path(kernel: Kernel) -> str:
 
 def _of_parts(plan: Plan, site: Examined, arch: str) -> Iterator[Kernel]:
     """What computes each part of the coverage."""
-    from sparse_compile.codegen.triton.selected.source import SelectedKernelSpec
+    from sparse_compile.codegen.triton.selected.spec import SelectedKernelSpec
 
     for piece, _ in plan.spec.pieces:
         of_blocks = kernel_spec(plan, arch, piece)

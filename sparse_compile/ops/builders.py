@@ -30,18 +30,7 @@ def hand_in() -> None:
 def _layout(
     problem: Problem, mask: MaskExpr, tables: Sequence[Tensor], device: torch.device
 ) -> BlockLayout:
-    made = DeviceProblem.of(
-        mask,
-        batch=problem.batches,
-        heads=problem.heads,
-        n_q=problem.n_q,
-        n_kv=problem.n_kv,
-        q=problem.q,
-        kv=problem.kv,
-        tables=tables,
-        sizes=problem.sizes,
-        device=device,
-    )
+    made = DeviceProblem.of(problem, tables, device)
     return problem.layout(made.rows(), made.cols)
 
 

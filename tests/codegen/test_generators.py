@@ -10,12 +10,16 @@ import torch
 
 from sparse_compile.codegen import generators as module
 from sparse_compile.codegen.call import AttentionCall
+from sparse_compile.codegen.entry import Kernel
 from sparse_compile.codegen.generators import Generators, block_shapes
-from sparse_compile.codegen.kernel import BlockShape, Kernel, Refused, ShapeNeed, Target
+from sparse_compile.codegen.kernel import ShapeNeed
+from sparse_compile.codegen.runtime.launch import Refused
 from sparse_compile.errors import NoKernel
 from sparse_compile.expr import KV, MaskExpr, Q
 from sparse_compile.layout.views.choose import choose_views
 from sparse_compile.spec import AttentionSpec, KernelSpec
+from sparse_compile.spec.block_shape import BlockShape
+from sparse_compile.spec.target import Target
 
 SPEC = KernelSpec(AttentionSpec(MaskExpr(KV <= Q)), 64, 64, "bfloat16", "sm_90")
 
@@ -51,27 +55,21 @@ def test_the_first_that_does_not_refuse_serves_and_reasons_are_kept() -> None:
 
 
 def test_a_late_refusal_hands_over_to_the_next_for_good() -> None:
-    known, ran = Generators([Fake("gluon"), Fake("triton")]), []
-
-    def run(kernel: Kernel) -> str:
-        ran.append(kernel.name)
-        if kernel.name == "gluon_kernel":
-            raise Refused("forward: out of resource: shared memory")
-        return "done"
-
-    assert known.serve(SPEC, run) == "done"
-    assert known.serve(SPEC, run) == "done"
-    assert ran == ["gluon_kernel", "triton_kernel", "triton_kernel"]
-    assert known.choose(SPEC).refused == (("gluon", "forward: out of resource: shared memory"),)
+    known = Generators([Fake("gluon"), Fake("triton")])
+    assert known.choose(SPEC).kernel.name == "gluon_kernel"
+    known.refuse(SPEC, "forward: out of resource: shared memory")
+    for _ in range(2):
+        chosen = known.choose(SPEC)
+        assert chosen.kernel.name == "triton_kernel"
+        assert chosen.refused == (("gluon", "forward: out of resource: shared memory"),)
 
 
 def test_where_all_refuse_the_error_says_why() -> None:
-    def run(_: Kernel) -> None:
-        raise Refused("too many registers")
-
     known = Generators([Fake("gluon", "no Hopper here"), Fake("triton")])
+    known.choose(SPEC)
+    known.refuse(SPEC, "too many registers")
     with pytest.raises(NoKernel, match="gluon: no Hopper here; triton: too many registers"):
-        known.serve(SPEC, run)
+        known.choose(SPEC)
 
 
 def test_generators_are_asked_for_block_shapes() -> None:

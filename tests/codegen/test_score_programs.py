@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from sparse_compile.codegen.cpu import selected as cpu_selected
 from sparse_compile.codegen.cpu import views
-from sparse_compile.codegen.triton import compile_ahead_of_time, kernel_source
+from sparse_compile.codegen.triton.aot import compile_ahead_of_time
+from sparse_compile.codegen.triton.blocks.source import kernel_of
 from sparse_compile.expr import (
     KV,
     SCORE,
@@ -139,12 +140,14 @@ def test_kernels_compile_ahead_of_time(arch: str) -> None:
     used = compile_ahead_of_time(spec, group=2)
     assert set(used) >= {"forward", "backward_query", "backward_key_value"}
     assert used["forward"].spills == used["backward_query"].spills == 0
-    assert "score    50*tanh(score/50)" in kernel_source(spec)
+    assert "score    50*tanh(score/50)" in kernel_of(spec).source
 
 
 def test_a_kernel_without_a_program_has_its_scale_in_the_exponent() -> None:
     plain, capped = (
-        kernel_source(KernelSpec(AttentionSpec(CAUSAL, score=score), 64, 64, "bfloat16", "sm_90"))
+        kernel_of(
+            KernelSpec(AttentionSpec(CAUSAL, score=score), 64, 64, "bfloat16", "sm_90")
+        ).source
         for score in (None, softcap(50.0))
     )
     assert plain.count("factor = scale * LOG2_E") == 3

@@ -6,7 +6,8 @@ import pytest
 import sympy
 
 from sparse_compile.codegen.triton.aot import compile_ahead_of_time, compiled
-from sparse_compile.codegen.triton.selected.source import SelectedKernelSpec, selected_source
+from sparse_compile.codegen.triton.selected.source import selected_kernel
+from sparse_compile.codegen.triton.selected.spec import SelectedKernelSpec
 from sparse_compile.codegen.triton.selected.union_lists import UNITE
 from sparse_compile.codegen.triton.selected.united import constants_of, union_tile
 from sparse_compile.expr import KV, B, H, MaskExpr, Q, size_symbol, table
@@ -54,12 +55,12 @@ UNITED = {
 
 @pytest.mark.parametrize("name", SPECS)
 def test_text_is_the_same_each_time_and_fits_the_page(name: str) -> None:
-    text = selected_source(SPECS[name])
-    assert text == selected_source(SPECS[name])
+    text = selected_kernel(SPECS[name]).source
+    assert text == selected_kernel(SPECS[name]).source
     compile(text, name, "exec")
     assert "$" not in text
     assert "model.py:12" in text
-    assert str(SPECS[name].selected.mask) in text
+    assert str(SPECS[name].attention.mask) in text
 
 
 #: Which texts of kernels there are; the other specs differ in sizes and masks.
@@ -89,7 +90,7 @@ def test_the_kernels_compile(name: str, arch: int) -> None:
 def test_the_forward_yields_only_where_unions_can_serve() -> None:
     for name, spec in SPECS.items():
         assert (union_tile(spec) is not None) == (name in UNITED)
-        assert ("BALANCE" in selected_source(spec)) == (name in UNITED)
+        assert ("BALANCE" in selected_kernel(spec).source) == (name in UNITED)
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])

@@ -15,8 +15,9 @@ import sympy
 import triton
 
 from sparse_compile.codegen.runtime import generated as cache
-from sparse_compile.codegen.triton import compile_ahead_of_time, kernel_path, kernel_source
+from sparse_compile.codegen.triton.aot import compile_ahead_of_time
 from sparse_compile.codegen.triton.blocks.sections import first_token_function
+from sparse_compile.codegen.triton.blocks.source import kernel_of
 from sparse_compile.codegen.triton.blocks.tiles import tiles_for
 from sparse_compile.expr import KV, B, FloorDiv, FloorMod, H, MaskExpr, Q, table
 from sparse_compile.expr import size_symbol as size
@@ -51,7 +52,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_same_spec_gives_same_bytes_in_every_process() -> None:
     program = (
         "import tests.codegen.test_triton_source as t, hashlib\n"
-        "print(hashlib.sha256(t.kernel_source(t.spec_of(t.EVERYTHING)).encode()).hexdigest())"
+        "print(hashlib.sha256(t.kernel_of(t.spec_of(t.EVERYTHING)).source.encode()).hexdigest())"
     )
     digests = {
         subprocess.run(
@@ -68,7 +69,7 @@ def test_same_spec_gives_same_bytes_in_every_process() -> None:
 
 
 def test_header_names_the_mask_and_where_it_came_from() -> None:
-    source = kernel_source(spec_of(EVERYTHING))
+    source = kernel_of(spec_of(EVERYTHING)).source
     assert "mask     (kv <= q + s0) & " in source
     assert "at       model.py:12 in forward\nat       attention.py:34 in sdpa\n" in source
     assert "t1           table, int32, 1 dimensions" in source
@@ -77,7 +78,7 @@ def test_header_names_the_mask_and_where_it_came_from() -> None:
 
 def test_full_blocks_have_no_mask() -> None:
     """What the mask computes in a loop stands under one condition: the block is PARTIAL."""
-    kernels = kernel_source(spec_of(EVERYTHING)).split("@triton.jit(")[1:]
+    kernels = kernel_of(spec_of(EVERYTHING)).source.split("@triton.jit(")[1:]
     looping = [kernel for kernel in kernels if "for i in range" in kernel]
     assert len(looping) == 3
     for kernel in looping:
@@ -113,19 +114,19 @@ def test_first_tokens_are_those_of_the_order(order: Order) -> None:
 def test_text_cannot_escape_its_docstring() -> None:
     where = ('a"""b.py:1', "c\\d.py:2", "$NAME $Q.py:3")
     spec = replace(spec_of(), attention=replace(spec_of().attention, where=where))
-    source = kernel_source(spec)
+    source = kernel_of(spec).source
     compile(source, "kernel", "exec")
     assert "$NAME $Q.py:3" in source
 
 
 def test_what_is_shown_is_what_runs() -> None:
     spec = spec_of()
-    module = cache.load_module(spec.name, kernel_source(spec))
-    path = kernel_path(spec)
-    assert path.read_text() == kernel_source(spec)
+    module = cache.load_module(spec.name, kernel_of(spec).source)
+    path = cache.write_source(spec.name, kernel_of(spec).source)
+    assert path.read_text() == kernel_of(spec).source
     assert module.__file__ == str(path)
     assert inspect.getsource(module.forward.fn) in path.read_text()
-    assert cache.load_module(spec.name, kernel_source(spec)) is module
+    assert cache.load_module(spec.name, kernel_of(spec).source) is module
 
 
 def test_a_changed_file_is_written_again_and_never_run() -> None:
@@ -255,6 +256,6 @@ def test_views_are_read_by_the_copy_engine_and_fit_in_registers(spec: KernelSpec
 
 
 def test_kernels_name_their_views() -> None:
-    source = kernel_source(SPARSE)
+    source = kernel_of(SPARSE).source
     assert "# View 1 of 2: queries in boxes of 64 x 1 over radix 128" in source
     assert "view 0   (kv <= q) & (-kv + q < 128)" in source

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparse_compile.codegen.triton.layout.build import DeviceProblem
 from sparse_compile.expr import KV, B, FloorDiv, FloorMod, MaskExpr, Q, table
+from sparse_compile.layout.superset import Problem
 from sparse_compile.spec.view import Order, natural
 from tests.layout.device_cases import CASES, DeviceCase, check, near, residues
 
@@ -84,15 +85,15 @@ def test_a_layout_of_a_million_tokens_takes_milliseconds(name: str) -> None:
     predicate, order = PATTERNS[name]
     for n, limit in ((65536, None), (1 << 20, 10e-3)):
         mask = MaskExpr(predicate, ("int64",))
-        arguments: dict[str, Any] = dict(batch=1, heads=8, n_q=n, n_kv=n, q=order, kv=order)
-        arguments |= dict(tables=[unequal_documents(n, 1024)], device="cuda")
+        given = Problem.of(mask, (), 1, 8, (n, n), (order, order))
+        tables = [unequal_documents(n, 1024)]
 
-        def both(mask: MaskExpr = mask, arguments: dict[str, Any] = arguments) -> None:
-            problem = DeviceProblem.of(mask, **arguments)
+        def both(given: Problem = given, tables: list[Tensor] = tables) -> None:
+            problem = DeviceProblem.of(given, tables, torch.device("cuda"))
             problem.rows(), problem.cols()
 
-        def rows(mask: MaskExpr = mask, arguments: dict[str, Any] = arguments) -> None:
-            DeviceProblem.of(mask, **arguments).rows()
+        def rows(given: Problem = given, tables: list[Tensor] = tables) -> None:
+            DeviceProblem.of(given, tables, torch.device("cuda")).rows()
 
         both()  # compiles
         one, two = seconds(rows, 21), seconds(both, 21)

@@ -13,6 +13,7 @@ from sparse_compile.codegen.triton.layout.build import DeviceProblem
 from sparse_compile.expr import KV, B, FloorDiv, FloorMod, H, MaskExpr, Q, size_symbol, table
 from sparse_compile.layout.block_layout import BlockLists
 from sparse_compile.layout.build import build_layout
+from sparse_compile.layout.superset import Problem
 from sparse_compile.spec.view import Order, natural
 
 S0 = size_symbol(0)
@@ -137,10 +138,9 @@ def check(case: DeviceCase, device: torch.device) -> None:
     """The lists of the device are those of the CPU, and the host knows how long they are."""
     arguments = case.arguments(torch.device("cpu"))
     expected = build_layout(case.mask, **arguments, block_q=case.q, block_kv=case.kv)
-    arguments = case.arguments(device)
-    problem = DeviceProblem.of(
-        case.mask, **arguments, q=case.q, kv=case.kv, device=device, span=case.span
-    )
+    shape = (case.size,), case.batch, case.heads, (case.n_q, case.n_kv), (case.q, case.kv)
+    given = Problem.of(case.mask, *shape)
+    problem = DeviceProblem.of(given, case.tables(device), device, case.span)
     for lists, wanted in ((problem.rows(), expected.rows), (problem.cols(), expected.cols)):
         assert all(tensor.dtype == torch.int32 for tensor in lists.tensors())
         assert torch.equal(lists.counts.cpu(), wanted.counts)

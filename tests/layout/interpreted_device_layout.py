@@ -11,7 +11,6 @@ from sparse_compile.expr import KV, MaskExpr, Q
 from sparse_compile.layout import trusted
 from sparse_compile.layout.builders import BUILDERS
 from sparse_compile.layout.superset import Problem
-from sparse_compile.spec.view import natural
 from tests.handed_in import serve_the_cpu
 from tests.layout.device_cases import CASES, DeviceCase, check
 
@@ -33,19 +32,14 @@ def test_lines_that_visit_more_than_there_is_room_for(
 
 def test_no_room_is_taken_where_lines_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "_MOST_PLACES", 100)
-    problem = DeviceProblem.of(
-        WINDOW, batch=1, heads=1, n_q=400, n_kv=400, q=natural(8), kv=natural(8), device="cpu"
-    )
-    rows = problem.rows()
+    rows = DeviceProblem.of(window(400), [], CPU).rows()
     assert rows.index.numel() == rows.counts.sum()
     assert torch.equal(rows.start.diff(), rows.counts.sum(-1)[0])
 
 
 def test_nothing_to_attend_to() -> None:
-    problem = DeviceProblem.of(
-        *(MaskExpr(KV <= Q),),
-        **dict(batch=1, heads=1, n_q=20, n_kv=0, q=natural(8), kv=natural(8), device="cpu"),
-    )
+    given = Problem.of(MaskExpr(KV <= Q), (), 1, 1, (20, 0), (8, 8))
+    problem = DeviceProblem.of(given, [], CPU)
     rows, cols = problem.rows(), problem.cols()
     assert rows.counts.tolist() == [[[0, 0]] * 3]
     assert rows.index.shape == (1, 0)

@@ -17,7 +17,7 @@ from torch import Tensor
 from sparse_compile.codegen.triton.aot import compiled
 from sparse_compile.codegen.triton.layout.key import LONGEST, Key
 from sparse_compile.codegen.triton.layout.printed import Code, printed
-from sparse_compile.codegen.triton.layout.source import digit_bounds, module_of, module_source
+from sparse_compile.codegen.triton.layout.source import digit_bounds, module_of
 from sparse_compile.layout import extents
 from sparse_compile.layout.bounds import INT64_MAX, INT64_MIN
 from sparse_compile.layout.intervals import Span, point, span
@@ -36,8 +36,8 @@ def key_of(case: DeviceCase) -> Key:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_text_is_the_same_each_time_and_fits_the_page(case: DeviceCase) -> None:
-    text = module_source(key_of(case))
-    assert text == module_source(key_of(case))
+    text = module_of(key_of(case)).source
+    assert text == module_of(key_of(case)).source
     compile(text, case.name, "exec")
     assert "$" not in text
     assert str(ROOT) not in text

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from sparse_compile.codegen.call import AttentionCall
+from sparse_compile.codegen.entry import labelled
 from sparse_compile.codegen.triton.blocks import arguments
-from sparse_compile.codegen.triton.blocks.tiles import Tile, padded
 from sparse_compile.codegen.triton.calls import Running
+from sparse_compile.codegen.triton.entries import axis_of, merge_of
+from sparse_compile.codegen.triton.tile import Tile, padded
 from sparse_compile.layout.schedule import Schedule
 from sparse_compile.spec import AttentionSpec
 
@@ -40,8 +42,8 @@ class Pass:
     @staticmethod
     def of(name: str, spec: AttentionSpec, tile: Tile, widths: Mapping[str, int]) -> Pass:
         """That of a kernel of a spec."""
-        axis = "kv" if name == "backward_key_value" else "q"
-        extent, block = (tile.m, spec.block_q) if axis == "q" else (tile.n, spec.block_kv)
+        axis = axis_of(name)
+        extent, block = tile.extent(axis), spec.block_q if axis == "q" else spec.block_kv
         return Pass(name, axis, spec.sections(axis), extent, block // extent, widths)
 
     def run(self, running: Running, tensors: Mapping[str, Tensor], unused: Tensor) -> None:
@@ -57,7 +59,7 @@ class Pass:
             programs = self.subtiles * batch * heads
             parts = self._parts(work.slots * programs, unused)
             grid = (work.items.shape[0] * programs,)
-            running.start(_label(self.name, section), grid, {**tensors, **given, **parts})
+            running.start(labelled(self.name, section), grid, {**tensors, **given, **parts})
             if work.slots:
                 grid = work.merges.shape[0] * self.subtiles, heads, batch
                 self._merge(running, section, grid, {**tensors, **parts, "merges": work.merges})
@@ -98,14 +100,10 @@ class Pass:
         self, running: Running, section: int, grid: tuple[int, ...], given: dict[str, Any]
     ) -> None:
         """Merge the parts of split lines: by their log-sum-exps, or the sums of gradients."""
-        label = _label(self.name.replace("backward", "merge"), section)
+        label = labelled(merge_of(self.name), section)
         if self.name == "forward":
-            running.start(f"merge_{label}", grid, given)
+            running.start(label, grid, given)
             return
         for name, width in self.widths.items():
             one = {"PART": given[f"PART_{name}"], "GRAD": given[name], "merges": given["merges"]}
             running.start(label, grid, one, DIM=width, PAD=padded(width))
-
-
-def _label(name: str, section: int) -> str:
-    return f"{name}, section {section}" if section else name

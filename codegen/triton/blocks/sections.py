@@ -8,9 +8,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparse_compile.codegen.triton.blocks.tiles import Tile
+from sparse_compile.codegen.triton.tile import Tile
 from sparse_compile.spec import AttentionSpec, KernelSpec
 from sparse_compile.spec.view import Order, View
+
+
+def across(axis: str) -> str:
+    """The other of the sides ``"q"`` and ``"kv"``."""
+    return "kv" if axis == "q" else "q"
+
+
+def order_of(view: View, axis: str) -> Order:
+    """How a view puts the tokens of a side into blocks."""
+    return view.q if axis == "q" else view.kv
 
 
 @dataclass(frozen=True)
@@ -19,13 +29,35 @@ class Section:
 
     Attributes:
         number: of the section.
+        axis: side of the lines, ``"q"`` or ``"kv"``.
         order: of the lines.
         views: numbers of the views, in order.
     """
 
     number: int
+    axis: str
     order: Order
     views: tuple[int, ...]
+
+    def holes(self, extent: int) -> dict[str, str]:
+        """``FIRST``, ``ROW`` and ``WIDE``, for programs that hold so many tokens."""
+        tile = tile_name(self.axis)
+        place = f"tl.arange(0, {tile})"
+        if self.order.is_natural:
+            return {
+                "FIRST": f"number * {self.order.block} + sub * {tile}",
+                "ROW": place,
+                "WIDE": "",
+            }
+        if extent < self.order.block:
+            place = f"sub * {tile} + {place}"
+        first = f"first_{self.axis}_{self.views[0]}(number, n_{self.axis})"
+        return {"FIRST": first, "ROW": offset_text(self.order, place), "WIDE": ".to(tl.int64)"}
+
+
+def tile_name(axis: str) -> str:
+    """What the extent of a tile along a side is called."""
+    return "TILE_M" if axis == "q" else "TILE_N"
 
 
 def sections_of(spec: AttentionSpec, axis: str) -> tuple[Section, ...]:
@@ -35,11 +67,10 @@ def sections_of(spec: AttentionSpec, axis: str) -> tuple[Section, ...]:
     >>> [section.views for section in sections_of(AttentionSpec(MaskExpr(KV <= Q)), "q")]
     [(0,)]
     """
-    sections = []
-    for number, views in enumerate(spec.sections(axis)):
-        first = spec.parts[views[0]]
-        sections.append(Section(number, first.q if axis == "q" else first.kv, views))
-    return tuple(sections)
+    return tuple(
+        Section(number, axis, order_of(spec.parts[views[0]], axis), views)
+        for number, views in enumerate(spec.sections(axis))
+    )
 
 
 def first_token_functions(spec: AttentionSpec) -> list[str]:
@@ -108,28 +139,6 @@ def offset_text(order: Order, x: str) -> str:
 
 
 @dataclass(frozen=True)
-class Lines:
-    """The holes of a section: the tile that a program holds."""
-
-    section: Section
-    axis: str
-    tile: int
-
-    @property
-    def holes(self) -> dict[str, str]:
-        """``FIRST``, ``ROW`` and ``WIDE``."""
-        order, tile = self.section.order, "TILE_M" if self.axis == "q" else "TILE_N"
-        if order.is_natural:
-            first = f"number * {order.block} + sub * {tile}"
-            return {"FIRST": first, "ROW": f"tl.arange(0, {tile})", "WIDE": ""}
-        place = f"tl.arange(0, {tile})"
-        if self.tile < order.block:
-            place = f"sub * {tile} + {place}"
-        first = f"first_{self.axis}_{self.section.views[0]}(number, n_{self.axis})"
-        return {"FIRST": first, "ROW": offset_text(order, place), "WIDE": ".to(tl.int64)"}
-
-
-@dataclass(frozen=True)
 class Blocks:
     """The holes of a loop over the blocks of a view.
 
@@ -171,34 +180,28 @@ class Blocks:
         return f"{outer}, {first} % {self.order.strides[0]}"
 
     @property
-    def _name(self) -> str:
-        return "TILE_M" if self.axis == "q" else "TILE_N"
-
-    @property
     def _places(self) -> str:
-        return f"tl.arange(0, {self._name})"
+        return f"tl.arange(0, {tile_name(self.axis)})"
 
     def holes(self) -> dict[str, str | list[str]]:
         """Where blocks begin, the tile of a step, and its tokens."""
-        holes: dict[str, str | list[str]] = {"V": str(self.number)}
         entry = f"block_at(blocks_{self.number}, %s, n_blocks_{self.number})"
         begin = f"first_block_{self.number}" if self.is_first else entry % "begin"
-        holes["BEGIN"] = self._base(begin)
-        holes["NEXT"] = self._base(entry % "(i + 1) // STEPS")
-        first = f"{self.axis}0"
+        first, name, place = f"{self.axis}0", tile_name(self.axis), self._places
+        holes: dict[str, str | list[str]] = {
+            "V": str(self.number),
+            "BEGIN": self._base(begin),
+            "NEXT": self._base(entry % "(i + 1) // STEPS"),
+        }
         if self.order.is_natural:
-            holes["WHERE"] = [f"{first} = base + i % STEPS * {self._name}"]
-            holes["KV"] = f"({first} + {self._places})"
-        else:
-            place = self._places
-            if self.tile < self.order.block:
-                place = f"i % STEPS * {self._name} + {place}"
-            step = [f"{first} = base", f"{self.axis}_row = {offset_text(self.order, place)}"]
-            if self.axis == "q":
-                step.append(f"q_at = block * BLOCK_Q + i % STEPS * {self._name}")
-            holes["WHERE"] = step
-            holes["KV"] = f"({first} + {self.axis}_row)"
-        return holes
+            where = [f"{first} = base + i % STEPS * {name}"]
+            return {**holes, "WHERE": where, "KV": f"({first} + {place})"}
+        if self.tile < self.order.block:
+            place = f"i % STEPS * {name} + {place}"
+        where = [f"{first} = base", f"{self.axis}_row = {offset_text(self.order, place)}"]
+        if self.axis == "q":
+            where.append(f"q_at = block * BLOCK_Q + i % STEPS * {name}")
+        return {**holes, "WHERE": where, "KV": f"({first} + {self.axis}_row)"}
 
     def _base(self, block: str) -> list[str]:
         if self.order.is_natural:
@@ -213,23 +216,25 @@ def title(view: View, number: int, of: int) -> str:
     return f"View {number} of {of}: {what}."
 
 
-def descriptors_usable(spec: KernelSpec, view: View, axis: str, tile: Tile) -> bool:
-    """Whether the tiles of the loop, blocks of ``axis``, are loaded by tensor descriptors."""
-    order, extent = (view.q, tile.m) if axis == "q" else (view.kv, tile.n)
-    return tile.descriptors and (
-        order.is_natural or (spec.exact and described_box(order, extent) is not None)
-    )
+def described_box(spec: KernelSpec, view: View, axis: str, tile: Tile) -> tuple[int, ...] | None:
+    """The extents along the digits of a tile of the loop, over blocks of ``axis``.
 
+    None if it is loaded by pointers. Descriptors have at most five dimensions: batch, head,
+    features, and two for the token.
 
-def described_box(order: Order, tile: int) -> tuple[int, ...] | None:
-    """The extents along the digits of a tile of a block; None if it cannot be described.
-
-    Descriptors have at most five dimensions: batch, head, features, and two for the token.
-
-    >>> described_box(Order((64, 1), (128,), (1, 0)), 32)
+    >>> from sparse_compile.expr import KV, MaskExpr, Q
+    >>> order = Order((64, 1), (128,), (1, 0))
+    >>> attention = AttentionSpec(MaskExpr(KV <= Q), coverage=(View(KV <= Q, order, order),))
+    >>> spec, tile = KernelSpec(attention, 64, 64, "float16", "sm_90"), Tile(64, 32, 4, 2, True)
+    >>> described_box(spec, attention.parts[0], "kv", tile)
     (32, 1)
     """
-    steps = order.block // tile
+    order, extent = order_of(view, axis), tile.extent(axis)
+    if not tile.descriptors or not (order.is_natural or spec.exact):
+        return None
+    if order.is_natural:
+        return (extent,)
+    steps = order.block // extent
     if len(order.box) != 2 or order.box[0] % steps:
         return None
     return order.box[0] // steps, order.box[1]
@@ -242,29 +247,23 @@ class Described:
     Attributes:
         suffix: what tells their parameters from others.
         order: of the blocks that the loop reads.
-        extent: tokens of a tile.
         box: extents of a tile along the digits of a token.
         views: numbers of the views.
     """
 
     suffix: str
     order: Order
-    extent: int
     box: tuple[int, ...]
     views: tuple[int, ...]
 
 
 def described_views(spec: KernelSpec, axis: str, tile: Tile) -> tuple[Described, ...]:
     """The descriptors of a kernel that loops over blocks of ``axis``."""
-    extent = tile.m if axis == "q" else tile.n
     found: dict[str, Described] = {}
     for number, view in enumerate(spec.attention.parts):
-        order = view.q if axis == "q" else view.kv
-        if not descriptors_usable(spec, view, axis, tile):
-            continue
-        suffix = "" if order.is_natural else f"_{number}"
-        box = (extent,) if order.is_natural else described_box(order, extent)
-        assert box is not None
-        views = (*found[suffix].views, number) if suffix in found else (number,)
-        found[suffix] = Described(suffix, order, extent, box, views)
+        order, box = order_of(view, axis), described_box(spec, view, axis, tile)
+        if box is not None:
+            suffix = "" if order.is_natural else f"_{number}"
+            earlier = found[suffix].views if suffix in found else ()
+            found[suffix] = Described(suffix, order, box, (*earlier, number))
     return tuple(found.values())

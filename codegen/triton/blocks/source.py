@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Protocol
 
 from sparse_compile.codegen.entry import Entry, Kernel
-from sparse_compile.codegen.runtime.generated import fill, write_source
+from sparse_compile.codegen.runtime.generated import fill
 from sparse_compile.codegen.triton.blocks.operands import (
     OVER_KEYS,
     OVER_QUERIES,
@@ -15,20 +15,38 @@ from sparse_compile.codegen.triton.blocks.operands import (
 )
 from sparse_compile.codegen.triton.blocks.sections import (
     Blocks,
-    Lines,
     Section,
-    descriptors_usable,
+    across,
+    described_box,
     first_token_functions,
+    order_of,
     sections_of,
     title,
 )
-from sparse_compile.codegen.triton.blocks.tiles import Tile, padded, tiles_for
-from sparse_compile.codegen.triton.entries import entries_of, table_ranks
-from sparse_compile.codegen.triton.predicate import Printed, print_predicate
-from sparse_compile.codegen.triton.score import PrintedScore, print_score
-from sparse_compile.codegen.triton.text import backward, common, forward, loops, merge
+from sparse_compile.codegen.triton.blocks.tiles import tiles_for
+from sparse_compile.codegen.triton.entries import axis_of, entries_of, merge_of
+from sparse_compile.codegen.triton.filled import escaped, head, precision
+from sparse_compile.codegen.triton.score import Scoring
+from sparse_compile.codegen.triton.text import common, forward, key_value, loops, merge, query
+from sparse_compile.codegen.triton.tile import Tile
 from sparse_compile.expr import KV, MaskExpr, Q, table_index
 from sparse_compile.spec import KernelSpec
+from sparse_compile.spec.view import View
+
+
+class _Texts(Protocol):
+    """The templates of a kernel; ``STEP`` is what it does with a block.
+
+    The first section accumulates from ``START`` and later ones from ``CONTINUE``, which add
+    ``EARLIER`` at the end.
+    """
+
+    KERNEL: str
+    SECTION: str
+    STEP: str
+    START: str
+    CONTINUE: str
+    EARLIER: str
 
 
 @dataclass(frozen=True)
@@ -37,110 +55,53 @@ class _Kernel:
 
     Attributes:
         name: of its function.
-        text, section, step: its templates; a step is what it does with a block.
-        start: what the first section and later ones accumulate from.
-        earlier: what later ones add at the end.
-        lines: side of the tile that a program holds; it loops over the other side.
+        texts: its templates.
+        merge: template of the kernel that merges what it leaves of split lines.
         operands: what the loop reads.
     """
 
     name: str
-    text: str
-    section: str
-    step: str
-    start: tuple[str, str]
-    earlier: str = field(default="", kw_only=True)
-    lines: str
+    texts: _Texts
+    merge: str
     operands: tuple[Operand | Statistic, ...]
 
     @property
-    def across(self) -> str:
-        """Side that the loop runs over."""
-        return "kv" if self.lines == "q" else "q"
+    def lines(self) -> str:
+        """Side of the tile that a program holds; it loops over the other side."""
+        return axis_of(self.name)
 
 
-_FORWARD = _Kernel(
-    name="forward",
-    text=forward.KERNEL,
-    section=forward.SECTION,
-    step=forward.STEP,
-    start=(forward.START, forward.CONTINUE),
-    lines="q",
-    operands=OVER_KEYS,
+_KERNELS = (
+    _Kernel("forward", forward, merge.FORWARD, OVER_KEYS),
+    _Kernel("backward_query", query, merge.SUM, OVER_KEYS),
+    _Kernel("backward_key_value", key_value, merge.SUM, OVER_QUERIES),
 )
-_QUERY = _Kernel(
-    name="backward_query",
-    text=backward.QUERY,
-    section=backward.QUERY_SECTION,
-    step=backward.QUERY_STEP,
-    start=(backward.QUERY_START, backward.QUERY_CONTINUE),
-    lines="q",
-    operands=OVER_KEYS,
-)
-_KEY_VALUE = _Kernel(
-    name="backward_key_value",
-    text=backward.KEY_VALUE,
-    section=backward.KEY_VALUE_SECTION,
-    step=backward.KEY_VALUE_STEP,
-    start=(backward.KEY_VALUE_START, backward.KEY_VALUE_START),
-    earlier=backward.KEY_VALUE_EARLIER,
-    lines="kv",
-    operands=OVER_QUERIES,
-)
-
-
-@dataclass(frozen=True)
-class _Scoring:
-    """The source of what happens to the products of one view before the softmax."""
-
-    score: PrintedScore
-    mask: Printed
-
-    @property
-    def helpers(self) -> frozenset[str]:
-        return self.score.helpers | self.mask.helpers
-
-    @staticmethod
-    def of(spec: KernelSpec, mask: MaskExpr, loop_axis: str) -> _Scoring:
-        printed = print_predicate(mask, loop_axis)
-        score = print_score(spec.attention.score, mask.tables, loop_axis, printed)
-        return _Scoring(score, printed)
 
 
 def kernel_of(spec: KernelSpec) -> Kernel:
     """The module of a spec: ``forward``, ``backward_*`` and the kernels that merge."""
-    tiles = tiles_for(spec)
-    entries = entries_of(spec, tiles)
+    entries = entries_of(spec, tiles_for(spec))
     entry = {one.name: one for one in reversed(entries)}
-    masks = [spec.attention.part_mask(view) for view in spec.attention.parts]
-    over_keys = [_Scoring.of(spec, mask, "kv") for mask in masks]
-    over_queries = [_Scoring.of(spec, mask, "q") for mask in masks]
-    printed = [
-        one for scoring in (*over_keys, *over_queries) for one in (scoring.score, scoring.mask)
-    ]
-    helpers = frozenset().union(*(one.helpers for one in printed))
-    parts = [
-        _header(spec, over_keys[0].score),
-        *(common.HELPERS[name] for name in sorted(helpers)),
-        *first_token_functions(spec.attention),
-        _kernel(_FORWARD, entry["forward"], spec, over_keys),
-        _merge(merge.FORWARD, entry["merge_forward"], spec, tiles.forward, "q"),
-        _kernel(_QUERY, entry["backward_query"], spec, over_keys),
-        _merge(merge.SUM, entry["merge_query"], spec, tiles.backward_query, "q"),
-        _kernel(_KEY_VALUE, entry["backward_key_value"], spec, over_queries),
-        _merge(merge.SUM, entry["merge_key_value"], spec, tiles.backward_key_value, "kv"),
-    ]
+    attention = spec.attention
+    masks = [attention.part_mask(view) for view in attention.parts]
+    scorings = {axis: [Scoring.of(attention, mask, axis) for mask in masks] for axis in ("kv", "q")}
+    helpers = frozenset().union(*(one.helpers for over in scorings.values() for one in over))
+    views = [f"view {v}   {view.predicate}" for v, view in enumerate(attention.views)]
+    parts = head(
+        common.HEADER,
+        spec,
+        scorings["kv"][0].score,
+        helpers,
+        VIEWS=[escaped(line) for line in views],
+        BLOCK_Q=str(attention.block_q),
+        BLOCK_KV=str(attention.block_kv),
+    )
+    parts += first_token_functions(attention)
+    for kernel in _KERNELS:
+        own = entry[kernel.name]
+        text = _Text(kernel, spec, own.tile, scorings[across(kernel.lines)])
+        parts += [text.kernel(own), text.merge(entry[merge_of(kernel.name)])]
     return Kernel(spec.name, "\n\n".join(parts), entries)
-
-
-def kernel_source(spec: KernelSpec) -> str:
-    """The text of :func:`kernel_of`."""
-    return kernel_of(spec).source
-
-
-def kernel_path(spec: KernelSpec) -> Path:
-    """The file that holds :func:`kernel_source`, written if need be."""
-    return write_source(spec.name, kernel_source(spec))
 
 
 def direct_lookups(mask: MaskExpr) -> set[tuple[int, int, str]]:
@@ -156,189 +117,145 @@ def direct_lookups(mask: MaskExpr) -> set[tuple[int, int, str]]:
     }
 
 
-def _header(spec: KernelSpec, score: PrintedScore) -> str:
-    where = [f"at       {line}" for line in spec.attention.where]
-    views = [f"view {v}   {view.predicate}" for v, view in enumerate(spec.attention.views)]
-    return fill(
-        common.HEADER,
-        NAME=spec.name,
-        ARCH=spec.arch,
-        PROGRAM=[escaped(line) for line in score.shown],
-        MASK=escaped(str(spec.attention.mask)),
-        VIEWS=[escaped(line) for line in views],
-        WHERE=[*map(escaped, where), ""],
-        SYMBOLS=legend(spec.attention.mask),
-        HEAD_DIM=str(spec.head_dim),
-        HEAD_PAD=str(padded(spec.head_dim)),
-        VALUE_DIM=str(spec.value_dim),
-        VALUE_PAD=str(padded(spec.value_dim)),
-        BLOCK_Q=str(spec.attention.block_q),
-        BLOCK_KV=str(spec.attention.block_kv),
-        LOADED="tile.to(tl.float32)  # the interpreter cannot multiply bfloat16"
-        if spec.arch == "interpreter"
-        else "tile",
-    )
+@dataclass(frozen=True)
+class _Text:
+    """Source of one of the kernels of a spec, and of the one that merges its parts.
 
+    Attributes:
+        scorings: of each view, for a loop over the other side.
+    """
 
-def escaped(text: str) -> str:
-    """Text that cannot end the docstring it stands in."""
-    return text.replace("\\", "/").replace('"""', "'''")
+    definition: _Kernel
+    spec: KernelSpec
+    tile: Tile
+    scorings: list[Scoring]
 
+    @property
+    def lines(self) -> str:
+        """Side of the tile that a program holds."""
+        return self.definition.lines
 
-def legend(mask: MaskExpr) -> list[str]:
-    """Lines that say what the tables and sizes of a mask are."""
-    lines = [
-        f"  {f't{t}':<12} table, {mask.tables[t]}, {n} dimensions"
-        for t, n in table_ranks(mask).items()
-    ]
-    return lines + [f"  {f's{i}':<12} size, a run-time integer" for i in range(mask.n_sizes)]
+    @property
+    def sections(self) -> tuple[Section, ...]:
+        """What launches work through."""
+        return sections_of(self.spec.attention, self.lines)
 
+    def kernel(self, entry: Entry) -> str:
+        """The kernel."""
+        bodies = [self._section(section).splitlines() for section in self.sections]
+        return entry.text(
+            self.definition.texts.KERNEL,
+            SHAPE=self._shape(),
+            FACTOR=self.scorings[0].score.factor,
+            SECTIONS=self._dispatched(bodies, [""]),
+            **self._operand_bases(),
+        )
 
-def _kernel(kernel: _Kernel, entry: Entry, spec: KernelSpec, scorings: list[_Scoring]) -> str:
-    tile: Tile = entry.tile
-    sections = sections_of(spec.attention, kernel.lines)
-    bodies = [_section(kernel, spec, tile, scorings, section) for section in sections]
-    return entry.text(
-        kernel.text,
-        SHAPE=_shape(spec, tile, kernel.lines),
-        FACTOR=scorings[0].score.factor,
-        SECTIONS=_dispatched(bodies),
-        **_operand_bases(kernel, spec, tile),
-    )
+    def merge(self, entry: Entry) -> str:
+        """What merges the parts of split lines; their rows follow from the section."""
+        extent = self.tile.extent(self.lines)
+        found = [section.holes(extent) for section in self.sections]
+        rows = [[f"first = {holes['FIRST']}", f"row = {holes['ROW']}"] for holes in found]
+        return entry.text(
+            self.definition.merge,
+            AXIS=self.lines,
+            SHAPE=[*self._shape(), f"TILE: tl.constexpr = {extent}"],
+            ROWS=self._dispatched(rows, []),
+        )
 
+    def _shape(self) -> list[str]:
+        attention, tile = self.spec.attention, self.tile
+        counts = {"q": attention.block_q // tile.m, "kv": attention.block_kv // tile.n}
+        return [
+            f"TILE_M: tl.constexpr = {tile.m}  # {tile.warps} warps, {tile.stages} stages",
+            f"TILE_N: tl.constexpr = {tile.n}",
+            f"STEPS: tl.constexpr = {counts[across(self.lines)]}  # tiles to a block of the loop",
+            f"SUBTILES: tl.constexpr = {counts[self.lines]}  # programs to a line",
+        ]
 
-def _operand_bases(kernel: _Kernel, spec: KernelSpec, tile: Tile) -> dict[str, list[str]]:
-    """Lines that find the head of each operand, where some view loads it by pointers."""
-    views = spec.attention.parts
-    pointers = not all(descriptors_usable(spec, v, kernel.across, tile) for v in views)
-    return {
-        f"{operand.name}_BASE": operand.base() if pointers else [] for operand in kernel.operands
-    }
+    @staticmethod
+    def _dispatched(bodies: list[list[str]], between: list[str]) -> list[str]:
+        """The bodies one after another, each for its section if there are several."""
+        if len(bodies) == 1:
+            return bodies[0]
+        lines: list[str] = []
+        for number, body in enumerate(bodies):
+            lines += between if number else []
+            lines += [f"if SECTION == {number}:", *(f"    {line}" for line in body)]
+        return lines
 
+    def _described(self, view: View) -> bool:
+        """Whether the tiles of a view are loaded by tensor descriptors."""
+        return described_box(self.spec, view, across(self.lines), self.tile) is not None
 
-def _dispatched(bodies: list[str]) -> list[str]:
-    """The bodies one after another, each for its section."""
-    if len(bodies) == 1:
-        return bodies[0].splitlines()
-    lines: list[str] = []
-    for number, body in enumerate(bodies):
-        lines += [f"if SECTION == {number}:", *(f"    {line}" for line in body.splitlines()), ""]
-    return lines[:-1]
+    def _operand_bases(self) -> dict[str, list[str]]:
+        """Lines that find the head of each operand, where some view loads it by pointers."""
+        pointers = not all(map(self._described, self.spec.attention.parts))
+        return {
+            f"{operand.name}_BASE": operand.base() if pointers else []
+            for operand in self.definition.operands
+        }
 
+    def _section(self, section: Section) -> str:
+        texts, first_view = self.definition.texts, section.views[0]
+        views = [self._view(v, v == first_view) for v in section.views]
+        is_later = section.number > 0
+        # The first section computes the statistics of its queries; if it has them all, it is the
+        # last.
+        known = is_later and self.sections[0].order.is_complete
+        holes = section.holes(self.tile.extent(self.lines))
+        parts = {
+            "START": texts.CONTINUE if is_later else texts.START,
+            "EARLIER": texts.EARLIER if is_later else "",
+            "LOAD_STATISTICS": query.LOAD_KNOWN if known else query.LOAD_STATISTICS,
+            "STATISTICS": "" if known else query.STATISTICS,
+        }
+        return fill(
+            texts.SECTION,
+            TITLE=f"Section {section.number}: blocks of "
+            f"{'queries' if self.lines == 'q' else 'keys'} in {section.order}.",
+            LISTS=[line for v in section.views for line in self._lists(v)],
+            FIRST_BLOCK=fill(loops.FIRST_BLOCK, V=str(first_view)).splitlines(),
+            VIEWS="\n\n".join(views).splitlines(),
+            **{name: fill(text, WIDE=holes["WIDE"]).splitlines() for name, text in parts.items()},
+            **holes,
+            **self._operand_bases(),
+        )
 
-def _section(
-    kernel: _Kernel,
-    spec: KernelSpec,
-    tile: Tile,
-    scorings: list[_Scoring],
-    section: Section,
-) -> str:
-    extent = tile.m if kernel.lines == "q" else tile.n
-    views = [
-        _view(kernel, spec, tile, scorings[v], v, v == section.views[0]) for v in section.views
-    ]
-    lines = Lines(section, kernel.lines, extent).holes
-    start = fill(kernel.start[section.number > 0], WIDE=lines["WIDE"]).splitlines()
-    earlier = fill(kernel.earlier, WIDE=lines["WIDE"]).splitlines() if section.number else []
-    # The first section computes the statistics of its queries; if it has them all, it is the last.
-    first = sections_of(spec.attention, kernel.lines)[0]
-    known = section.number > 0 and first.order.is_complete
-    load = backward.LOAD_KNOWN if known else backward.LOAD_STATISTICS
-    statistics = "" if known else backward.STATISTICS
-    return fill(
-        kernel.section,
-        TITLE=f"Section {section.number}: blocks of "
-        f"{'queries' if kernel.lines == 'q' else 'keys'} in {section.order}.",
-        LISTS=[line for v in section.views for line in _lists(kernel, spec, v)],
-        FIRST_BLOCK=fill(loops.FIRST_BLOCK, V=str(section.views[0])).splitlines(),
-        VIEWS="\n\n".join(views).splitlines(),
-        START=start,
-        EARLIER=earlier,
-        LOAD_STATISTICS=fill(load, WIDE=lines["WIDE"]).splitlines(),
-        STATISTICS=fill(statistics, WIDE=lines["WIDE"]).splitlines(),
-        **lines,
-        **_operand_bases(kernel, spec, tile),
-    )
+    def _lists(self, number: int) -> list[str]:
+        """Lines that find the lists of a line of a view."""
+        own = ""
+        if self.lines == "kv" and self.spec.attention.parts[number].listed:
+            member = f"((b % batches_{number}) * heads_{number} + h % heads_{number})"
+            own = f" + {member} * (lines_{number} + 1)"
+        return fill(loops.LISTS, V=str(number), OWN=own).splitlines()
 
-
-def _lists(kernel: _Kernel, spec: KernelSpec, number: int) -> list[str]:
-    """Lines that find the lists of a line of a view."""
-    own = ""
-    if kernel.lines == "kv" and spec.attention.parts[number].listed:
-        member = f"((b % batches_{number}) * heads_{number} + h % heads_{number})"
-        own = f" + {member} * (lines_{number} + 1)"
-    return fill(loops.LISTS, V=str(number), OWN=own).splitlines()
-
-
-def _view(
-    kernel: _Kernel, spec: KernelSpec, tile: Tile, scoring: _Scoring, number: int, is_first: bool
-) -> str:
-    view = spec.attention.parts[number]
-    order, extent = (view.kv, tile.n) if kernel.across == "kv" else (view.q, tile.m)
-    described = descriptors_usable(spec, view, kernel.across, tile)
-    blocks = Blocks(number, order, kernel.across, extent, described, is_first)
-    holes: dict[str, str | list[str]] = blocks.holes()
-    score, mask = scoring.score, scoring.mask
-    coordinates = f"{kernel.across} = {holes['KV']}[None, :]"
-    lines = score.value if kernel is _FORWARD else score.slope
-    masking = _masking(kernel, mask, coordinates)
-    if masking:
-        masking = [f"if i < n_partial_{number} * STEPS:", *(f"    {line}" for line in masking)]
-    step = fill(
-        kernel.step,
-        SCORE=[*([coordinates] if kernel.across in score.coordinates else []), *lines],
-        SLOPE=score.apply_slope,
-        MASK=masking,
-        PRECISION=', input_precision="ieee"' if spec.dtype == "float32" else "",
-        **{f"LOAD_{operand.name}": operand.load(blocks) for operand in kernel.operands},
-    )
-    return fill(
-        loops.VIEW,
-        TITLE=title(view, number, len(spec.attention.parts)),
-        BEFORE=[*mask.before, *score.before],
-        STEP=step.splitlines(),
-        **holes,
-    )
-
-
-def _masking(kernel: _Kernel, mask: Printed, coordinates: str) -> list[str]:
-    """Lines that leave out of the scores of a tile what the mask does not allow."""
-    kept = ["keep"] if mask.keep else []
-    if kernel.across == "kv":
-        kept.append("(kv < n_kv)")
-    if not kept:
-        return []
-    keep = [f"keep = {mask.keep}"] if mask.keep else []
-    score = f'score = tl.where({" & ".join(kept)}, score, float("-inf"))'
-    return [coordinates, *mask.inside, *keep, score]
-
-
-def _shape(spec: KernelSpec, tile: Tile, lines: str) -> list[str]:
-    attention = spec.attention
-    counts = {"q": attention.block_q // tile.m, "kv": attention.block_kv // tile.n}
-    across = "kv" if lines == "q" else "q"
-    return [
-        f"TILE_M: tl.constexpr = {tile.m}  # {tile.warps} warps, {tile.stages} stages",
-        f"TILE_N: tl.constexpr = {tile.n}",
-        f"STEPS: tl.constexpr = {counts[across]}  # tiles to a block of the loop",
-        f"SUBTILES: tl.constexpr = {counts[lines]}  # programs to a line",
-    ]
-
-
-def _merge(template: str, entry: Entry, spec: KernelSpec, tile: Tile, lines: str) -> str:
-    """A kernel that merges the parts of split lines; their rows follow from the section."""
-    extent = tile.m if lines == "q" else tile.n
-    rows: list[str] = []
-    sections = sections_of(spec.attention, lines)
-    for section in sections:
-        holes = Lines(section, lines, extent).holes
-        body = [f"first = {holes['FIRST']}", f"row = {holes['ROW']}"]
-        if len(sections) > 1:
-            body = [f"if SECTION == {section.number}:", *(f"    {line}" for line in body)]
-        rows += body
-    return entry.text(
-        template,
-        AXIS=lines,
-        SHAPE=[*_shape(spec, tile, lines), f"TILE: tl.constexpr = {extent}"],
-        ROWS=rows,
-    )
+    def _view(self, number: int, is_first: bool) -> str:
+        kernel, axis, parts = self.definition, across(self.lines), self.spec.attention.parts
+        view, scoring = parts[number], self.scorings[number]
+        order, extent = order_of(view, axis), self.tile.extent(axis)
+        blocks = Blocks(number, order, axis, extent, self._described(view), is_first)
+        holes, score = blocks.holes(), scoring.score
+        coordinates = f"{axis} = {holes['KV']}[None, :]"
+        masking = scoring.mask.masking(*(["(kv < n_kv)"] if axis == "kv" else []))
+        if masking:
+            partly = [f"    {line}" for line in (coordinates, *masking)]
+            masking = [f"if i < n_partial_{number} * STEPS:", *partly]
+        step = fill(
+            kernel.texts.STEP,
+            SCORE=[
+                *([coordinates] if axis in score.coordinates else []),
+                *(score.value if kernel.name == "forward" else score.slope),
+            ],
+            SLOPE=score.apply_slope,
+            MASK=masking,
+            PRECISION=precision(self.spec),
+            **{f"LOAD_{operand.name}": operand.load(blocks) for operand in kernel.operands},
+        )
+        return fill(
+            loops.VIEW,
+            TITLE=title(view, number, len(parts)),
+            BEFORE=scoring.before,
+            STEP=step.splitlines(),
+            **holes,
+        )

@@ -1,36 +1,12 @@
-"""Tile shapes: which piece of the score matrix a program holds at a time, by architecture."""
+"""Tile shapes of the kernels for blocks, by architecture and width."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
+from sparse_compile.codegen.triton.tile import Tile, padded
 from sparse_compile.expr import KV
 from sparse_compile.spec import KernelSpec
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How one kernel is compiled.
-
-    Attributes:
-        m: queries per tile.
-        n: keys per tile.
-        warps: warps per program.
-        stages: depth of the software pipeline.
-        descriptors: load the tiles of the loop by tensor descriptors (TMA) instead of pointers.
-    """
-
-    m: int
-    n: int
-    warps: int
-    stages: int
-    descriptors: bool = False
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What the compiler is told."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
@@ -116,8 +92,3 @@ def _within(tile: Tile, block_q: int, block_kv: int) -> Tile:
         warps //= 2
     # Buffers of fewer than 32 rows or statistics would not be aligned as descriptors need.
     return replace(tile, m=m, n=n, warps=warps, descriptors=tile.descriptors and min(m, n) >= 32)
-
-
-def padded(dim: int) -> int:
-    """The power of two, at least 16, that holds ``dim`` features."""
-    return max(16, 1 << (dim - 1).bit_length())

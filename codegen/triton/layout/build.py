@@ -6,21 +6,22 @@ counted, and if so a second one lists all blocks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparse_compile.codegen.runtime.launch import current
+from sparse_compile.codegen.runtime.launch import Launcher, current, launchers_of
 from sparse_compile.codegen.triton.layout.key import LONGEST, Key
-from sparse_compile.codegen.triton.layout.launch import Kernels, kernels_of
+from sparse_compile.codegen.triton.layout.lookups import Lookup, lookups_of
 from sparse_compile.codegen.triton.layout.printed import INT32_MAX
-from sparse_compile.codegen.triton.layout.tables import table_bounds
-from sparse_compile.expr import MaskExpr
+from sparse_compile.codegen.triton.layout.source import module_of
+from sparse_compile.codegen.triton.layout.tables import TableBounds
 from sparse_compile.layout.block_layout import BlockLists, Load
-from sparse_compile.spec.view import Order
+from sparse_compile.layout.superset import Problem
 
 #: What a grid holds in its second dimension.
 _MOST_CLASSES = 65535
@@ -33,77 +34,63 @@ class DeviceProblem:
     """A mask with its data on a device; ``rows`` and ``cols`` of its layout are built separately.
 
     Attributes:
-        kernels: generated for the mask and the orders.
-        q, kv: how the tokens of each side are put into blocks.
-        n_q, n_kv: lengths, 0 or more.
-        batches, heads: classes along each dimension; 1 if the mask ignores it.
+        problem: what the host knows of it.
+        kernels: generated for the mask and the orders, by name.
         device: a CUDA device; the CPU where Triton interprets.
         values: of the kernels' parameters, by name: bounds of lookups, and sizes.
     """
 
-    kernels: Kernels
-    q: Order
-    kv: Order
-    n_q: int
-    n_kv: int
-    batches: int
-    heads: int
+    problem: Problem
+    kernels: Mapping[str, Launcher]
     device: torch.device
     values: dict[str, Any]
 
     @staticmethod
     def of(
-        mask: MaskExpr,
-        *,
-        batch: int,
-        heads: int,
-        n_q: int,
-        n_kv: int,
-        q: Order,
-        kv: Order,
-        tables: Sequence[Tensor] = (),
-        sizes: Sequence[int] = (),
-        device: torch.device | str = "cuda",
+        problem: Problem,
+        tables: Sequence[Tensor],
+        device: torch.device,
         span: int | None = None,
     ) -> DeviceProblem:
         """The problem of a call; reads the tables, by one launch for most masks.
 
         Args:
-            mask, batch, heads, n_q, n_kv, tables, sizes: as for :func:`build_layout`.
-            q, kv: how the tokens of each side are put into blocks.
+            problem: what the host knows of it.
+            tables: of the mask.
             device: where the tables are and the lists are made.
             span: blocks that are looked at together first.
 
         Raises:
             ValueError: for more classes, tokens or table entries than the kernels can number.
         """
-        if max(n_q, n_kv, batch, heads) > LONGEST:
-            raise ValueError(f"lengths, batch and heads over {LONGEST} are not supported")
-        key = Key.of(mask, sizes, q, kv, span)
-        kernels, device = kernels_of(key), _numbered(torch.device(device))
-        batches, heads = batch if kernels.by_batch else 1, heads if kernels.by_head else 1
-        if batches * heads > _MOST_CLASSES:
+        if max(problem.n_q, problem.n_kv) > LONGEST:
+            raise ValueError(f"lengths over {LONGEST} are not supported")
+        if problem.classes > _MOST_CLASSES:
             raise ValueError(f"more than {_MOST_CLASSES} classes are not supported")
-        values = {f"s{i}": sizes[i] for i in kernels.free_sizes}
-        if kernels.lookups and n_q and n_kv and batches and heads:
+        key = Key.of(problem.mask, problem.sizes, problem.q, problem.kv, span)
+        (kernels, lookups), device = _loaded(key), _numbered(device)
+        values = key.values(problem.sizes)
+        if lookups and problem.n_q and problem.n_kv and problem.classes:
             with current(device):
-                values |= table_bounds(key, kernels, (n_q, n_kv), tables, sizes)
-        return DeviceProblem(kernels, q, kv, n_q, n_kv, batches, heads, device, values)
+                bounds = TableBounds(key, problem, tables).of(lookups, kernels.get("read_tables"))
+            values |= bounds
+        return DeviceProblem(problem, kernels, device, values)
 
     def rows(self) -> BlockLists:
         """For each query block, its key blocks."""
-        return self._built(0, self.q.blocks(self.n_q), self.kv.blocks(self.n_kv))
+        return self._built("rows", *self.problem.grid)
 
     def cols(self) -> BlockLists:
         """For each key block, its query blocks."""
-        return self._built(1, self.kv.blocks(self.n_kv), self.q.blocks(self.n_q))
+        return self._built("cols", *reversed(self.problem.grid))
 
-    def _built(self, side: int, lines: int, across: int) -> BlockLists:
+    def _built(self, side: str, lines: int, across: int) -> BlockLists:
         """The lists of ``lines`` that may visit ``across`` blocks each; waits if that is many."""
-        classes, device, kernels = self.batches * self.heads, self.device, self.kernels
+        problem, classes, device = self.problem, self.problem.classes, self.device
         if not (lines and across and classes):
-            return _without_blocks(classes, lines, device)
-        shared = {"n_q": self.n_q, "n_kv": self.n_kv, "heads": self.heads, **self.values}
+            none = torch.zeros(classes, lines, 2, dtype=torch.int32, device=device)
+            return with_room(none, torch.zeros(lines, dtype=torch.int64))
+        shared = {"n_q": problem.n_q, "n_kv": problem.n_kv, "heads": problem.heads, **self.values}
         grid, width = (lines, classes, 1), _width(classes * lines, across)
         places = classes * lines * width
         # Zeros in one launch: the room that is not used, and behind it two sums.
@@ -118,14 +105,21 @@ class DeviceProblem:
 
         with current(device):
             made = {"counts": counts, "start": start, "index": zeros, "width": width}
-            kernels.list[side](grid, {**made, "totals": totals, **shared})
-            load = Load(lines, bounds, lambda: _visited(counts.cpu()))
+            self.kernels[f"list_{side}"](grid, {**made, "totals": totals, **shared})
+            load = Load(lines, bounds, lambda: visited(counts.cpu()))
             if width >= across or load.most <= width:
                 return BlockLists(start, counts, index, load)
-            start, index = _roomy(load.lines, classes, device)
-            given = {"index": index, "start": start, "counts": counts, "room": index.shape[1]}
-            kernels.fill[side](grid, {**given, **shared})
-            return BlockLists(start, counts, index, Load.of(load.lines))
+            lists = with_room(counts, load.lines)
+            given = {"index": lists.index, "start": lists.start, "counts": counts}
+            room = {"room": lists.index.shape[1]}
+            self.kernels[f"fill_{side}"](grid, {**given, **room, **shared})
+            return lists
+
+
+@functools.lru_cache(maxsize=256)
+def _loaded(key: Key) -> tuple[Mapping[str, Launcher], tuple[Lookup, ...]]:
+    """The kernels of a key, and the lookups whose bounds they take; imports Triton."""
+    return launchers_of(module_of(key)), lookups_of(key)
 
 
 def _width(lines: int, across: int) -> int:
@@ -137,31 +131,28 @@ def _width(lines: int, across: int) -> int:
     return 0
 
 
-def _visited(counts: Tensor) -> Tensor:
+def visited(counts: Tensor) -> Tensor:
     """int64 [lines]: the most blocks that a class visits in each line."""
-    visited = counts.sum(-1)
-    return visited[0] if len(visited) == 1 else visited.amax(0)
+    each = counts.sum(-1)
+    return each[0] if len(each) == 1 else each.amax(0)
 
 
-def _roomy(room: Tensor, classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """``start`` for lines of so many blocks, and an ``index`` of their length."""
-    total = int(room.sum())
-    if total > INT32_MAX:
-        raise ValueError(f"{total} blocks are more than int32 can count")
-    ends = torch.zeros(len(room) + 1, dtype=torch.int32)
-    torch.cumsum(room, 0, dtype=torch.int32, out=ends[1:])
+def with_room(counts: Tensor, lines: Tensor) -> BlockLists:
+    """Lists to be filled.
+
+    Args:
+        counts: int32 [classes, lines, 2] on a device, of PARTIAL and FULL blocks.
+        lines: int64 [lines] on the host, how many blocks each has room for.
+    """
+    load, classes, device = Load.of(lines), len(counts), counts.device
+    if load.total > INT32_MAX:
+        raise ValueError(f"{load.total} blocks are more than int32 can count")
+    ends = torch.zeros(load.n + 1, dtype=torch.int32)
+    torch.cumsum(lines, 0, dtype=torch.int32, out=ends[1:])
     # Room that a class does not use holds 0.
     make = torch.empty if classes == 1 else torch.zeros
-    index = make((classes, total), dtype=torch.int32, device=device)
-    return ends.to(device, non_blocking=True), index
-
-
-def _without_blocks(classes: int, lines: int, device: torch.device) -> BlockLists:
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.int32, device=device)
-
-    load = Load.of(torch.zeros(lines, dtype=torch.int64))
-    return BlockLists(zeros(lines + 1), zeros(classes, lines, 2), zeros(classes, 0), load)
+    index = make((classes, load.total), dtype=torch.int32, device=device)
+    return BlockLists(ends.to(device, non_blocking=True), counts, index, load)
 
 
 def _numbered(device: torch.device) -> torch.device:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from sparse_compile.codegen.entry import Entry, Kernel, constants, integers, pointers
 from sparse_compile.codegen.runtime.launch import launchers_of
-from sparse_compile.layout.block_layout import BlockLists, Load
+from sparse_compile.codegen.triton.layout.build import visited, with_room
+from sparse_compile.layout.block_layout import BlockLists
 
 #: Blocks of a line that a program looks at together.
 CHUNK = 512
@@ -74,32 +75,19 @@ def list_blocks(
         full += tl.sum(here, 0)
 
 
+_KINDS, _CHUNK = pointers("int8", "KINDS"), constants(CHUNK=CHUNK)
 _SHAPE = integers("rows", "cols", assumed=None)
+_COUNTED = _KINDS, pointers("int32", "COUNTS"), _SHAPE, *_CHUNK
+_LISTED = (
+    _KINDS + pointers("int32", "COUNTS", "STARTS", "ROWS", "COLS"),
+    _SHAPE + integers("row_room", "col_room", assumed=None),
+    *_CHUNK,
+)
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 COMPACT = Kernel(
     __name__,
     "",
-    (
-        Entry(
-            "count_blocks",
-            (
-                pointers("int8", "KINDS"),
-                pointers("int32", "COUNTS"),
-                _SHAPE,
-                *constants(CHUNK=CHUNK),
-            ),
-            _OPTIONS,
-        ),
-        Entry(
-            "list_blocks",
-            (
-                pointers("int8", "KINDS") + pointers("int32", "COUNTS", "STARTS", "ROWS", "COLS"),
-                _SHAPE + integers("row_room", "col_room", assumed=None),
-                *constants(CHUNK=CHUNK),
-            ),
-            _OPTIONS,
-        ),
-    ),
+    (Entry("count_blocks", _COUNTED, _OPTIONS), Entry("list_blocks", _LISTED, _OPTIONS)),
     {"count_blocks": count_blocks, "list_blocks": list_blocks},
 )
 _LAUNCH = launchers_of(COMPACT)
@@ -119,21 +107,13 @@ def compacted(kinds: Tensor, flag: Tensor) -> tuple[BlockLists, BlockLists, bool
     grid = rows + cols, classes
     values = {"KINDS": kinds, "COUNTS": counts, "rows": rows, "cols": cols, "CHUNK": CHUNK}
     _LAUNCH["count_blocks"](grid, values)
-    visited = counts.sum(-1, dtype=torch.int32)
-    room = visited[0] if classes == 1 else visited.amax(0)
-    *known, is_set = torch.split(torch.cat([room, flag]).cpu(), [rows, cols, 1])
-    starts = [torch.nn.functional.pad(part.cumsum(0), (1, 0)).to(torch.int32) for part in known]
-    places = torch.cat([start[:-1] for start in starts]).to(device)
-    rooms = [int(start[-1]) for start in starts]
-    # Room that a class does not use holds 0.
-    make = torch.empty if classes == 1 else torch.zeros
-    index = [make(classes, most, dtype=torch.int32, device=device) for most in rooms]
-    made = {"ROWS": index[0], "COLS": index[1], "row_room": rooms[0], "col_room": rooms[1]}
-    _LAUNCH["list_blocks"](grid, {**values, **made, "STARTS": places})
+    *known, is_set = torch.split(torch.cat([visited(counts), flag]).cpu(), [rows, cols, 1])
     row_lists, col_lists = (
-        BlockLists(start.to(device), part.contiguous(), blocks, Load.of(most.long()))
-        for start, part, blocks, most in zip(
-            starts, torch.split(counts, [rows, cols], 1), index, known, strict=True
-        )
+        with_room(part.contiguous(), most)
+        for part, most in zip(torch.split(counts, [rows, cols], 1), known, strict=True)
     )
+    values["STARTS"] = torch.cat([row_lists.start[:-1], col_lists.start[:-1]])
+    for side, lists in (("row", row_lists), ("col", col_lists)):
+        values |= {f"{side.upper()}S": lists.index, f"{side}_room": lists.index.shape[1]}
+    _LAUNCH["list_blocks"](grid, values)
     return row_lists, col_lists, bool(is_set)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
 
-from sparse_compile.codegen.triton.layout.printed import INT32_MAX, INT32_MIN, Code
+from sparse_compile.codegen.triton.layout.printed import INT32_MAX, INT32_MIN, variable
 from sparse_compile.expr import FloorDiv, FloorMod, MaskExpr
+from sparse_compile.expr.digits import digit_names
 from sparse_compile.layout.intervals import Span, point
 from sparse_compile.spec.view import Order
 
@@ -43,9 +45,18 @@ class Key:
         return MaskExpr.parse(self.text)
 
     @property
+    def identity(self) -> tuple[Any, ...]:
+        """What tells it from others, for names of files; without ``span``."""
+        return self.text, self.q.fields, self.kv.fields, self.fixed
+
+    @property
     def sizes(self) -> list[str]:
         """The sizes that are parameters."""
-        return [f"s{i}" for i, value in enumerate(self.fixed) if value is None]
+        return list(self.values(self.fixed))
+
+    def values(self, sizes: Sequence[Any]) -> dict[str, Any]:
+        """The values of the sizes that are parameters, by name."""
+        return {f"s{i}": sizes[i] for i, value in enumerate(self.fixed) if value is None}
 
     @staticmethod
     def of(
@@ -63,12 +74,16 @@ class Key:
         """The order of the side ``"q"`` or ``"kv"``."""
         return self.q if axis == "q" else self.kv
 
+    def ends(self, axis: str) -> list[str]:
+        """The bounds of the digits of a side, by the names that kernels give them."""
+        names = digit_names(axis, len(self.order(axis).box))
+        return [f"{name}_{end}" for name in names for end in ("lo", "hi")]
+
     def scalars(self) -> dict[str, Span]:
         """The spans of ``n_q``, ``n_kv`` and the sizes."""
 
         def parameter(name: str, low: int, high: int) -> Span:
-            value: Any = Code.named(name, low, high)
-            return point(value, max(-low, high))
+            return point(variable(name, low, high), max(-low, high))
 
         found = {name: parameter(name, 1, LONGEST) for name in ("n_q", "n_kv")}
         for i, value in enumerate(self.fixed):
@@ -94,3 +109,8 @@ def constant_sizes(text: str) -> frozenset[int]:
         names = {symbol.name for arg in scaling for symbol in arg.free_symbols}
         found |= {i for i in range(mask.n_sizes) if f"s{i}" in names}
     return frozenset(found)
+
+
+def digest(described: str) -> str:
+    """What names of generated modules end in."""
+    return hashlib.sha256(described.encode()).hexdigest()[:12]

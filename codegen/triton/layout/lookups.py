@@ -11,11 +11,12 @@ from typing import Any
 import sympy
 import torch
 
-from sparse_compile.codegen.entry import Entry, lists, sizes
+from sparse_compile.codegen.entry import Entry, Line, lists, sizes
 from sparse_compile.codegen.runtime.generated import fill
 from sparse_compile.codegen.triton.layout import table_text
 from sparse_compile.codegen.triton.layout.key import LONGEST, Key
-from sparse_compile.codegen.triton.layout.printed import INT32_MAX, Code, printed
+from sparse_compile.codegen.triton.layout.printed import INT32_MAX, Code, printed, variable
+from sparse_compile.codegen.triton.tile import power_of_two
 from sparse_compile.expr import KV, B, Q, is_table, table_index
 from sparse_compile.layout.bounds import greatest, least
 from sparse_compile.layout.canonical import canonical_in
@@ -88,9 +89,9 @@ class Lookup:
         for d in self.kept:
             axis = self.axes[d]
             if axis in (Q, KV):
-                place: Any = Code.named(f"{axis}_at", 0, INT32_MAX)
+                place = variable(f"{axis}_at", 0, INT32_MAX)
             else:
-                last: Any = Code.named(f"{self.name}_size{d}", 1, INT32_MAX) - 1
+                last = variable(f"{self.name}_size{d}", 1, INT32_MAX) - 1
                 place = greatest(least(args[d].lo, last), 0)
             stride = Code.named(f"{self.name}_stride{d}", 0, INT32_MAX)
             terms.append(_within("*", place, stride))
@@ -125,46 +126,33 @@ def lookups_of(key: Key) -> tuple[Lookup, ...]:
     )
 
 
-def read_by_kernel(key: Key) -> list[Lookup]:
-    """The lookups whose bounds :func:`tables_source` makes."""
-    return [lookup for lookup in lookups_of(key) if lookup.along is not None]
+def read_by_kernel(lookups: Sequence[Lookup]) -> list[Lookup]:
+    """Those of lookups whose bounds :func:`tables_source` makes."""
+    return [lookup for lookup in lookups if lookup.along is not None]
 
 
-def tables_of(lookups: Sequence[Lookup]) -> list[int]:
-    """The tables that these lookups read."""
-    return sorted({lookup.index for lookup in lookups})
-
-
-def table_parameters(lookups: Sequence[Lookup]) -> list[str]:
-    """Parameters for the tables of lookups: each with its strides and its lengths."""
-    ranks = {lookup.index: len(lookup.exprs) for lookup in lookups}
-    return [
-        name
-        for t, rank in sorted(ranks.items())
-        for name in (
-            f"t{t}",
-            *(f"t{t}_stride{d}" for d in range(rank)),
-            *(f"t{t}_size{d}" for d in range(rank)),
-        )
-    ]
+def _tables(lookups: Sequence[Lookup]) -> Line:
+    """The tables of lookups, each with its strides and its lengths."""
+    found: Line = ()
+    ranks = {(lookup.index, lookup.dtype): len(lookup.exprs) for lookup in lookups}
+    for (index, dtype), rank in sorted(ranks.items()):
+        shape = [f"t{index}_{what}{d}" for what in ("stride", "size") for d in range(rank)]
+        found += lists(f"t{index}", dtype=dtype) + sizes(*shape)
+    return found
 
 
 def tables_entry(key: Key) -> Entry | None:
     """The kernel ``read_tables``; None if there is nothing to read."""
-    lookups = read_by_kernel(key)
-    dtypes = {f"t{lookup.index}": lookup.dtype for lookup in lookups}
+    lookups = read_by_kernel(lookups_of(key))
     results = [lists(o.name, dtype=o.bounds_dtype) + sizes(f"{o.name}_half") for o in lookups]
-    data = [
-        lists(p, dtype=dtypes[p]) if p in dtypes else sizes(p) for p in table_parameters(lookups)
-    ]
-    lines = (sizes("n_q", "n_kv"), *results, sum(data, ()), sizes(*key.sizes))
+    lines = (sizes("n_q", "n_kv"), *results, _tables(lookups), sizes(*key.sizes))
     return Entry("read_tables", lines, {"num_warps": 4}) if lookups else None
 
 
 def tables_source(key: Key, entry: Entry) -> str:
     """The kernel ``read_tables``, and a function for each lookup."""
-    lookups = read_by_kernel(key)
-    data = [*table_parameters(lookups), *key.sizes]
+    lookups = read_by_kernel(lookups_of(key))
+    data = [*(parameter.name for parameter in _tables(lookups)), *key.sizes]
     calls: list[str] = []
     for which, lookup in enumerate(lookups):
         own = ", ".join([lookup.name, f"{lookup.name}_half", "n_q", "n_kv", *data])
@@ -178,15 +166,14 @@ def _reader(key: Key, lookup: Lookup, data: Sequence[str]) -> str:
     assert axis is not None
     order, (at,) = key.order(axis.name), (d for d, a in enumerate(lookup.axes) if a == axis)
     others = [d for d in range(len(lookup.axes)) if d != at]
-    table, padded = f"t{lookup.index}", 1 << (order.block - 1).bit_length()
-    wide = lookup.dtype == "int64"
+    table, padded = f"t{lookup.index}", power_of_two(order.block)
+    wide, block = lookup.dtype == "int64", variable("block", 0, order.blocks(LONGEST))
     return fill(
         table_text.LOOKUP,
         NAME=lookup.name,
         HALF=f"{lookup.name}_half",
         PARAMETERS=", ".join(data),
         TEXT=f"{table}({', '.join(map(str, lookup.exprs))})",
-        LENGTH=f"n_{axis}",
         AXIS=axis.name,
         ROWS=" * ".join(f"{table}_size{d}" for d in others) or "1",
         ENTRIES=_entries(table, others),
@@ -197,7 +184,7 @@ def _reader(key: Key, lookup: Lookup, data: Sequence[str]) -> str:
         PADDED=str(padded),
         LAST=str(order.block - 1),
         STRIDE=f"{table}_stride{at}",
-        BASE=printed({"base": _base(order)}),
+        BASE=printed({"base": order.base(block, variable("n", 1, LONGEST))}),
         OFFSET=printed({"offset": _offset(order)}),
         PLACE=printed({"place": _place(key, lookup, at)}),
     )
@@ -212,15 +199,9 @@ def _entries(table: str, others: Sequence[int]) -> list[str]:
     return lines
 
 
-def _base(order: Order) -> Any:
-    block: Any = Code.named("block", 0, order.blocks(LONGEST))
-    n: Any = Code.named("n", 1, LONGEST)
-    return order.base(block, n)
-
-
 def _offset(order: Order) -> Any:
     """Token number ``j`` of a block, counted from its first one."""
-    j: Any = Code.named("j", 0, order.block - 1)
+    j = variable("j", 0, order.block - 1)
     return sum(
         j // math.prod(order.box[k + 1 :]) % order.box[k] * stride
         for k, stride in enumerate(order.strides)
@@ -230,9 +211,9 @@ def _offset(order: Order) -> Any:
 def _place(key: Key, lookup: Lookup, at: int) -> Any:
     """Where in the table a token reads."""
     assert lookup.along is not None
-    token: Any = Code.named("token", 0, LONGEST)
-    symbols = {lookup.along.name: point(token, LONGEST), **key.scalars()}
+    token = point(variable("token", 0, LONGEST), LONGEST)
+    symbols = {lookup.along.name: token, **key.scalars()}
     # Over a run of one token an interval is the value itself.
     read = span(lookup.exprs[at], symbols).lo
-    last: Any = Code.named(f"t{lookup.index}_size{at}", 1, INT32_MAX) - 1
+    last = variable(f"t{lookup.index}_size{at}", 1, INT32_MAX) - 1
     return greatest(least(read, last), 0)

@@ -8,6 +8,8 @@ in int32 where it fits, and divisions round down without help where nothing is n
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +48,7 @@ class Code(Abstract):
     def __add__(self, other: Code | int) -> Code:
         if isinstance(other, int) and other == 0:
             return self
-        low, high = _range(other)
+        low, high = limits(other)
         if isinstance(other, Code) and other.is_negated:
             return _arithmetic("-", self, _subtracted(other), self.low + low, self.high + high)
         if self.is_negated:
@@ -56,7 +58,7 @@ class Code(Abstract):
     def __sub__(self, other: Code | int) -> Code:
         if isinstance(other, int) and other == 0:
             return self
-        low, high = _range(other)
+        low, high = limits(other)
         return _arithmetic("-", self, other, self.low - high, self.high - low)
 
     def __rsub__(self, other: int) -> Code:
@@ -65,7 +67,7 @@ class Code(Abstract):
     def __mul__(self, other: Code | int) -> Code | int:
         if isinstance(other, int) and other in (-1, 0, 1):
             return (0, self, -self)[other]
-        corners = [x * y for x in (self.low, self.high) for y in _range(other)]
+        corners = [x * y for x in (self.low, self.high) for y in limits(other)]
         return _arithmetic("*", self, other, min(corners), max(corners))
 
     __radd__, __rmul__ = __add__, __mul__
@@ -83,7 +85,7 @@ class Code(Abstract):
         return Code(("-", *_operand(operand)), low, high, wide)
 
     def __floordiv__(self, other: Code | int) -> Code | int:
-        least, most = _range(other)
+        least, most = limits(other)
         if least == most == 1:
             return self
         ends = [x // y for x in (self.low, self.high) for y in (least, most) if y > 0]
@@ -91,16 +93,12 @@ class Code(Abstract):
         low, high = (min(ends), max(ends)) if least > 0 else (-size, size)
         if low == high:
             return low
-        low, high, wide = _fitted(low, high, self.wide or _is_wide(other))
-        if isinstance(other, int) and _is_power(other):
-            # A shift rounds down, whatever the sign.
-            return Code((*_operand(self), f" >> {other.bit_length() - 1}"), low, high, wide)
-        if self.low >= 0 and least > 0:
-            return Code((*_operand(self), " // ", *_operand(other)), low, high, wide)
-        return Code(("floor_div(", *_argument(self), ", ", *_argument(other), ")"), low, high, wide)
+        # A shift rounds down, whatever the sign.
+        shift = f" >> {other.bit_length() - 1}" if isinstance(other, int) else ""
+        return self._divided(other, (" // ", shift, "floor_div("), low, high)
 
     def __mod__(self, other: Code | int) -> Code | int:
-        least, most = _range(other)
+        least, most = limits(other)
         if least == most == 1:
             return 0
         if self.low >= 0 and self.high < least:
@@ -109,12 +107,21 @@ class Code(Abstract):
         low, high = (0, most - 1) if least > 0 else (-size, size)
         if self.low >= 0 and least > 0:
             high = min(high, self.high)
-        low, high, wide = _fitted(low, high, self.wide or _is_wide(other))
+        masked = f" & {other - 1}" if isinstance(other, int) else ""
+        return self._divided(other, (" % ", masked, "floor_mod("), low, high)
+
+    def _divided(
+        self, other: Code | int, spelled: tuple[str, str, str], low: int, high: int
+    ) -> Code:
+        """A division: of numbers that are not negative, by a power of two, and of any."""
+        natural, by_bits, helper = spelled
         if isinstance(other, int) and _is_power(other):
-            return Code((*_operand(self), f" & {other - 1}"), low, high, wide)
-        if self.low >= 0 and least > 0:
-            return Code((*_operand(self), " % ", *_operand(other)), low, high, wide)
-        return Code(("floor_mod(", *_argument(self), ", ", *_argument(other), ")"), low, high, wide)
+            pieces: tuple[str | Code, ...] = (*_operand(self), by_bits)
+        elif self.low >= 0 and limits(other)[0] > 0:
+            pieces = (*_operand(self), natural, *_operand(other))
+        else:
+            pieces = (helper, *_argument(self), ", ", *_argument(other), ")")
+        return Code(pieces, *_fitted(low, high, self.wide or _is_wide(other)))
 
     def __rfloordiv__(self, other: int) -> Code | int:
         return Code.constant(other) // self
@@ -135,24 +142,24 @@ class Code(Abstract):
     # Comparisons; a plain bool where the ranges settle them
 
     def __lt__(self, other: Code | int) -> Code | bool:
-        low, high = _range(other)
+        low, high = limits(other)
         return _settled(self.high < low, self.low >= high, self, " < ", other)
 
     def __le__(self, other: Code | int) -> Code | bool:
-        low, high = _range(other)
+        low, high = limits(other)
         return _settled(self.high <= low, self.low > high, self, " <= ", other)
 
     def __gt__(self, other: Code | int) -> Code | bool:
-        low, high = _range(other)
+        low, high = limits(other)
         return _settled(self.low > high, self.high <= low, self, " > ", other)
 
     def __ge__(self, other: Code | int) -> Code | bool:
-        low, high = _range(other)
+        low, high = limits(other)
         return _settled(self.low >= high, self.high < low, self, " >= ", other)
 
     def __eq__(self, other: object) -> Code | bool:  # type: ignore[override]
         assert isinstance(other, (Code, int))
-        low, high = _range(other)
+        low, high = limits(other)
         same = self is other or self.low == self.high == low == high
         return _settled(same, self.high < low or self.low > high, self, " == ", other)
 
@@ -184,7 +191,7 @@ class Code(Abstract):
     @staticmethod
     def least(a: Any, b: Any) -> Any:
         """The smaller one."""
-        (a_low, a_high), (b_low, b_high) = _range(a), _range(b)
+        (a_low, a_high), (b_low, b_high) = limits(a), limits(b)
         if a is b or a_high <= b_low:
             return a
         if b_high <= a_low:
@@ -194,7 +201,7 @@ class Code(Abstract):
     @staticmethod
     def greatest(a: Any, b: Any) -> Any:
         """The larger one."""
-        (a_low, a_high), (b_low, b_high) = _range(a), _range(b)
+        (a_low, a_high), (b_low, b_high) = limits(a), limits(b)
         if a is b or a_low >= b_high:
             return a
         if b_low >= a_high:
@@ -206,11 +213,16 @@ class Code(Abstract):
         """``yes`` where the condition holds, else ``no``."""
         if yes is no or (isinstance(yes, int) and isinstance(no, int) and yes == no):
             return yes
-        (y_low, y_high), (n_low, n_high) = _range(yes), _range(no)
+        (y_low, y_high), (n_low, n_high) = limits(yes), limits(no)
         asked, if_so, if_not = map(_argument, (condition, yes, no))
         pieces = ("tl.where(", *asked, ", ", *if_so, ", ", *if_not, ")")
         wide = _is_wide(yes) or _is_wide(no)
         return Code(pieces, min(y_low, n_low), max(y_high, n_high), wide)
+
+
+def variable(name: str, low: int, high: int) -> Any:
+    """:meth:`Code.named`, for the analysis, which takes it for a tensor."""
+    return Code.named(name, low, high)
 
 
 def _call(name: str, a: Code | int, b: Code | int, low: int, high: int) -> Code:
@@ -218,7 +230,8 @@ def _call(name: str, a: Code | int, b: Code | int, low: int, high: int) -> Code:
     return Code((name, *_argument(a), ", ", *_argument(b), ")"), low, high, wide)
 
 
-def _range(value: Code | int) -> tuple[int, int]:
+def limits(value: Code | int) -> tuple[int, int]:
+    """The least and the greatest that a value can be."""
     return (value.low, value.high) if isinstance(value, Code) else (value, value)
 
 
@@ -309,14 +322,10 @@ class _Printer:
         self.nodes: list[tuple[str | int, ...]] = []
         self.texts: dict[int, str] = {}
         self.lines: list[str] = []
-        self.temporaries = 0
+        self.temporaries = itertools.count()
         codes = {name: _as_code(result) for name, result in results.items()}
         roots = {name: self._number(code) for name, code in codes.items()}
-        self.uses = [0] * len(self.nodes)
-        for node in self.nodes:
-            for piece in node:
-                if isinstance(piece, int):
-                    self.uses[piece] += 1
+        self.uses = Counter(piece for node in self.nodes for piece in node)
         names = {root: name for name, root in reversed(roots.items()) if len(self.nodes[root]) > 1}
         for number in range(len(self.nodes)):
             self._write(number, names.get(number))
@@ -342,8 +351,7 @@ class _Printer:
             if len(node) == 1 or (self.uses[number] <= 1 and len(text) <= _LONGEST):
                 self.texts[number] = text
                 return
-            self.temporaries += 1
-            name = f"x{self.temporaries - 1}"
+            name = f"x{next(self.temporaries)}"
         self.texts[number] = name
         self.lines.append(f"{name} = {text}")
 

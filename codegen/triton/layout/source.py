@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,10 +10,11 @@ import sympy
 
 from sparse_compile.codegen.entry import Entry, Kernel, Line, lists, sizes
 from sparse_compile.codegen.runtime.generated import fill
+from sparse_compile.codegen.triton.filled import filled
 from sparse_compile.codegen.triton.layout import text
-from sparse_compile.codegen.triton.layout.key import LONGEST, Key
+from sparse_compile.codegen.triton.layout.key import LONGEST, Key, digest
 from sparse_compile.codegen.triton.layout.lookups import lookups_of, tables_entry, tables_source
-from sparse_compile.codegen.triton.layout.printed import Code, printed
+from sparse_compile.codegen.triton.layout.printed import limits, printed, variable
 from sparse_compile.expr.digits import digit_names
 from sparse_compile.layout import extents
 from sparse_compile.layout.canonical import canonical_in
@@ -30,7 +31,7 @@ def module_of(key: Key) -> Kernel:
 
     With lookups also ``read_tables``.
     """
-    name, read = module_name(key), tables_entry(key)
+    name, read = f"blocks_{digest(repr((*key.identity, key.span)))}", tables_entry(key)
     lists = {side: (_list_entry(key, side), _fill_entry(key, side)) for side in ("rows", "cols")}
     parts = [
         _header(key, name),
@@ -42,11 +43,6 @@ def module_of(key: Key) -> Kernel:
     ]
     entries = (*lists["rows"], *lists["cols"], *([read] if read else []))
     return Kernel(name, "".join(parts).rstrip() + "\n", entries)
-
-
-def module_source(key: Key) -> str:
-    """The text of :func:`module_of`."""
-    return module_of(key).source
 
 
 def _list_entry(key: Key, side: str) -> Entry:
@@ -69,16 +65,10 @@ def _data_lines(key: Key) -> tuple[Line, ...]:
     return *found, sizes(*key.sizes)
 
 
-def module_name(key: Key) -> str:
-    """What the module is called."""
-    described = repr((key.text, key.q.fields, key.kv.fields, key.fixed, key.span))
-    return f"blocks_{hashlib.sha256(described.encode()).hexdigest()[:12]}"
-
-
-def list_parameters(key: Key) -> list[list[str]]:
-    """What the kernels that list blocks read besides lengths: a group per lookup, and the sizes."""
-    groups = [lookup.parameters for lookup in lookups_of(key)]
-    return [group for group in (*groups, key.sizes) if group]
+def data(key: Key) -> list[str]:
+    """What verdicts take besides lengths: a line for each lookup, and one for the sizes."""
+    lines = [[parameter.name for parameter in line] for line in _data_lines(key)]
+    return [", ".join(names) + "," for names in lines if names]
 
 
 def _header(key: Key, name: str) -> str:
@@ -90,46 +80,29 @@ def _header(key: Key, name: str) -> str:
         f"  {f's{i}':<12} size, {'a run-time integer' if value is None else value}"
         for i, value in enumerate(key.fixed)
     ]
-    return fill(
-        text.MODULE,
-        NAME=name,
-        MASK=str(key.mask),
-        Q_ORDER=str(key.q),
-        KV_ORDER=str(key.kv),
-        SYMBOLS=symbols,
-        SPAN=str(key.span),
-        DIVISIONS=text.DIVISIONS.splitlines(),
-    )
+    divisions = text.DIVISIONS.splitlines()
+    return filled(text.MODULE, key, NAME=name, SYMBOLS=symbols, DIVISIONS=divisions)
 
 
 def digit_bounds(key: Key, axis: str) -> dict[str, Any]:
     """The bounds of the digits of a run of blocks by name, and ``whole``."""
     order = key.order(axis)
-    n: Any = Code.named("n", 1, LONGEST)
+    n, size = variable("n", 1, LONGEST), variable("size", 1, key.span)
     # Spans beyond the last block are looked at, and left out.
-    first: Any = Code.named("first", 0, order.blocks(LONGEST) + key.span**2)
-    size: Any = Code.named("size", 1, key.span)
+    first = variable("first", 0, order.blocks(LONGEST) + key.span**2)
     ends = extents.cut(order, n, extents.digits(order, n, first, size))
-    found: dict[str, Any] = {}
-    for name, (lo, hi) in zip(digit_names(axis, len(ends)), ends, strict=True):
-        found |= {f"{name}_lo": lo, f"{name}_hi": hi}
+    found = dict(zip(key.ends(axis), itertools.chain(*ends), strict=True))
     return {**found, "whole": extents.whole(order, n, first, size)}
 
 
-def _names(key: Key, axis: str) -> list[str]:
-    return list(digit_bounds(key, axis))[:-1]
-
-
 def _side(key: Key, axis: str) -> str:
-    order = key.order(axis)
-    n: Any = Code.named("n", 1, LONGEST)
-    blocks: Any = extents.blocks(order, n)
+    blocks: Any = extents.blocks(key.order(axis), variable("n", 1, LONGEST))
     return fill(
         text.SIDE,
         AXIS=axis,
         BLOCKS=printed({"blocks": blocks}),
         DIGITS=printed(digit_bounds(key, axis)),
-        RESULTS=", ".join(_names(key, axis)),
+        RESULTS=", ".join(key.ends(axis)),
     )
 
 
@@ -137,18 +110,15 @@ def verdict_of(key: Key) -> dict[str, Any]:
     """Whether the predicate must and may hold, as code over the parameters of ``verdict``."""
     symbols: dict[str, Span] = dict(key.scalars())
     for name in ("b", "h"):
-        coordinate: Any = Code.named(name, 0, LONGEST)
+        coordinate = variable(name, 0, LONGEST)
         symbols[name] = Span(coordinate, coordinate, 0, LONGEST)
     for axis in _AXES:
         # The token itself stands in lookups only, whose bounds are those of the block.
         symbols[axis] = UNKNOWN
-        bounds = digit_bounds(key, axis)
+        bounds = digit_bounds(key, axis).items()
+        ends = {end: variable(end, *limits(bound)) for end, bound in bounds}
         for name in digit_names(axis, len(key.order(axis).box)):
-            ends: list[Any] = []
-            for end in (f"{name}_lo", f"{name}_hi"):
-                low, high = _range(bounds[end])
-                ends.append(Code.named(end, low, high))
-            symbols[name] = Span(ends[0], ends[1], 1, LONGEST + 1)
+            symbols[name] = Span(ends[f"{name}_lo"], ends[f"{name}_hi"], 1, LONGEST + 1)
     lookups = {(lookup.index, lookup.exprs): lookup for lookup in lookups_of(key)}
 
     def bounded(index: int, args: Sequence[Span], exprs: Sequence[sympy.Expr]) -> Span:
@@ -156,14 +126,6 @@ def verdict_of(key: Key) -> dict[str, Any]:
 
     truth = span(canonical_in(key.mask.predicate, key.q, key.kv), symbols, bounded)
     return {"must": truth.lo, "may": truth.hi}
-
-
-def _range(value: Any) -> tuple[int, int]:
-    return (value.low, value.high) if isinstance(value, Code) else (value, value)
-
-
-def _data(key: Key) -> list[str]:
-    return [", ".join(group) + "," for group in list_parameters(key)]
 
 
 def sides(key: Key) -> list[str]:
@@ -175,8 +137,8 @@ def verdict_text(key: Key) -> str:
     """The function ``verdict``: whether the mask must, and may, hold between bounds of digits."""
     return fill(
         text.VERDICT,
-        DIGITS=", ".join([*_names(key, "q"), *_names(key, "kv")]),
-        DATA=_data(key),
+        DIGITS=", ".join([*key.ends("q"), *key.ends("kv")]),
+        DATA=data(key),
         LINES=printed(verdict_of(key)),
     )
 
@@ -190,11 +152,9 @@ def _lines(key: Key, entries: tuple[Entry, Entry], along: str, across: str) -> s
         FILL_SIGNATURE=entries[1].signature,
         LINE=along,
         ACROSS=across,
-        N_LINE=f"n_{along}",
-        N_ACROSS=f"n_{across}",
-        DIGITS_ALONG=", ".join(_names(key, along)),
-        DIGITS_ACROSS=", ".join(_names(key, across)),
-        DIGITS=", ".join([*_names(key, "q"), *_names(key, "kv")]),
+        DIGITS_ALONG=", ".join(key.ends(along)),
+        DIGITS_ACROSS=", ".join(key.ends(across)),
+        DIGITS=", ".join([*key.ends("q"), *key.ends("kv")]),
         PLACES=f"{places['q_at']}, {places['kv_at']}",
-        DATA=_data(key),
+        DATA=data(key),
     )

@@ -8,7 +8,7 @@ def read_$NAME($NAME, $HALF, n_q, n_kv, $PARAMETERS):
     The upper bounds begin ``$HALF`` entries after the lower ones.
     """
     run, row = tl.program_id(0), tl.program_id(1)
-    n, blocks = $LENGTH, blocks_of_$AXIS($LENGTH)
+    n, blocks = n_$AXIS, blocks_of_$AXIS(n_$AXIS)
     runs, rows = tl.cdiv(blocks, SPAN), $ROWS
     if (run < runs) & (row < rows):
         $ENTRIES

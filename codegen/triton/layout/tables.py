@@ -6,18 +6,17 @@ only points of ``b, h`` for indices needs no reading. The others are reduced by 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparse_compile.codegen.runtime.launch import table_values
+from sparse_compile.codegen.runtime.launch import Launcher, table_values
 from sparse_compile.codegen.triton.layout.key import Key
-from sparse_compile.codegen.triton.layout.launch import Kernels
-from sparse_compile.codegen.triton.layout.lookups import Lookup
+from sparse_compile.codegen.triton.layout.lookups import Lookup, read_by_kernel
 from sparse_compile.codegen.triton.layout.printed import INT32_MAX
 from sparse_compile.expr import KV, Q
 from sparse_compile.layout.superset import Problem
@@ -27,103 +26,79 @@ from sparse_compile.layout.table_bounds import BlockBounds
 Values = dict[str, Any]
 
 
-def table_bounds(
-    key: Key,
-    kernels: Kernels,
-    lengths: tuple[int, int],
-    tables: Sequence[Tensor],
-    sizes: Sequence[int],
-) -> Values:
-    """Values for the bounds of every lookup; reads the tables on their device.
+@dataclass(frozen=True)
+class TableBounds:
+    """What bounds the lookups of a call: values of parameters by name.
 
-    Args:
+    Attributes:
         key: of the kernels.
-        kernels: of the key.
-        lengths: number of queries and of keys, at least 1.
-        tables: of the mask.
-        sizes: of the mask, all of them.
+        problem: of the call; no length and no class is missing.
+        tables: of the mask, on their device.
     """
-    found = _read(key, kernels, lengths, tables, sizes) if kernels.read else {}
-    for lookup in kernels.lookups:
-        if lookup.name not in found:
-            found |= _reduced(key, lookup, lengths, tables, sizes)
-    return found
+
+    key: Key
+    problem: Problem
+    tables: Sequence[Tensor]
+
+    def of(self, lookups: Sequence[Lookup], read: Launcher | None) -> Values:
+        """The bounds of lookups, of which the kernel ``read`` reads some, if there is one."""
+        found: Values = {}
+        for lookup in lookups:
+            if lookup.along is None:
+                found |= self._reduced(lookup)
+        return found if read is None else found | self._read(read_by_kernel(lookups), read)
+
+    def _read(self, lookups: Sequence[Lookup], read: Launcher) -> Values:
+        """Bounds of the lookups along one coordinate; starts one kernel."""
+        found: Values = {}
+        most_spans = most_rows = 1
+        for lookup in lookups:
+            table, blocks = self.tables[lookup.index], self.problem.grid[lookup.along != Q]
+            spans = -(-blocks // self.key.span)
+            others = [table.shape[d] for d in lookup.points]
+            rows = math.prod(others)
+            size = 2 * rows * (blocks + spans)
+            both = torch.empty(size, dtype=_bounds_dtype(table), device=table.device)
+            strides = _row_major(lookup, others, blocks + spans)
+            found |= _checked(lookup, [both, size // 2, *strides, *others], size)
+            most_spans, most_rows = max(most_spans, spans), max(most_rows, rows)
+        values = self.key.values(self.problem.sizes)
+        values |= {"n_q": self.problem.n_q, "n_kv": self.problem.n_kv}
+        for number in {lookup.index for lookup in lookups}:
+            table = self.tables[number]
+            values |= table_values(number, table)
+            _within_reach(max((*table.stride(), *table.shape), default=0))
+        if most_rows > 65535:
+            raise ValueError("a table has more rows than a grid")
+        read((most_spans, most_rows, len(lookups)), {**found, **values})
+        return found
+
+    def _reduced(self, lookup: Lookup) -> Values:
+        table = lo = hi = self.tables[lookup.index]
+        half = 0
+        if not lookup.is_point:
+            lo, hi = BlockBounds(self.problem, self.tables).reduced(lookup.index, lookup.exprs)
+            lo, hi = lo.to(_bounds_dtype(table)), hi.to(_bounds_dtype(table))
+            for d, axis in enumerate(lookup.axes):
+                if axis in (Q, KV):
+                    lo, hi = _with_spans(lo, hi, d, self.key.span)
+            lo = torch.stack([lo, hi])[0]
+            half = lo.numel()
+        strides = [lo.stride(d) for d in lookup.kept]
+        ends = zip(lo.shape, lo.stride(), strict=True)
+        reach = half + sum((n - 1) * stride for n, stride in ends)
+        return _checked(lookup, [lo, half, *strides, *(lo.shape[d] for d in lookup.points)], reach)
 
 
-def _read(
-    key: Key,
-    kernels: Kernels,
-    lengths: tuple[int, int],
-    tables: Sequence[Tensor],
-    sizes: Sequence[int],
-) -> Values:
-    """Bounds of the lookups along one coordinate; starts one kernel."""
-    assert kernels.read is not None
-    found: Values = {}
-    most_spans = most_rows = 1
-    for lookup in kernels.read_lookups:
-        table, is_q = tables[lookup.index], lookup.along == Q
-        blocks = key.q.blocks(lengths[0]) if is_q else key.kv.blocks(lengths[1])
-        spans = -(-blocks // key.span)
-        others = [table.shape[d] for d in lookup.points]
-        rows = math.prod(others)
-        both = torch.empty(
-            2 * rows * (blocks + spans),
-            dtype=torch.int64 if table.dtype == torch.int64 else torch.int32,
-            device=table.device,
-        )
-        half = both.numel() // 2
-        strides = _row_major(lookup, others, blocks + spans)
-        found |= _checked(lookup, [both, half, *strides, *others], 2 * half)
-        most_spans, most_rows = max(most_spans, spans), max(most_rows, rows)
-    values: Values = {"n_q": lengths[0], "n_kv": lengths[1]}
-    values |= {f"s{i}": sizes[i] for i in kernels.free_sizes}
-    for number in kernels.read_tables:
-        values |= table_values(number, tables[number])
-        _within_reach(
-            max(itertools.chain(tables[number].stride(), tables[number].shape), default=0)
-        )
-    if most_rows > 65535:
-        raise ValueError("a table has more rows than a grid")
-    grid = most_spans, most_rows, len(kernels.read_lookups)
-    kernels.read(grid, {**found, **values})
-    return found
+def _bounds_dtype(table: Tensor) -> torch.dtype:
+    return torch.int64 if table.dtype == torch.int64 else torch.int32
 
 
 def _row_major(lookup: Lookup, others: Sequence[int], places: int) -> list[int]:
     """Strides of the axes of a lookup: rows of ``places``, the last of the other axes fastest."""
-    outer: list[int] = []
-    step = places
-    for size in reversed(others):
-        outer.insert(0, step)
-        step *= size
+    outer = [places * math.prod(others[d + 1 :]) for d in range(len(others))]
     at = lookup.axes.index(lookup.along)
     return [*outer[:at], 1, *outer[at:]]
-
-
-def _reduced(
-    key: Key,
-    lookup: Lookup,
-    lengths: tuple[int, int],
-    tables: Sequence[Tensor],
-    sizes: Sequence[int],
-) -> Values:
-    table = lo = hi = tables[lookup.index]
-    half = 0
-    if not lookup.is_point:
-        problem = Problem(key.text, tuple(sizes), 1, 1, *lengths, key.q, key.kv)
-        lo, hi = BlockBounds(problem, tables).reduced(lookup.index, lookup.exprs)
-        wanted = torch.int64 if table.dtype == torch.int64 else torch.int32
-        lo, hi = lo.to(wanted), hi.to(wanted)
-        for d, axis in enumerate(lookup.axes):
-            if axis in (Q, KV):
-                lo, hi = _with_spans(lo, hi, d, key.span)
-        lo = torch.stack([lo, hi])[0]
-        half = lo.numel()
-    strides = [lo.stride(d) for d in lookup.kept]
-    ends = zip(lo.shape, lo.stride(), strict=True)
-    reach = half + sum((n - 1) * stride for n, stride in ends)
-    return _checked(lookup, [lo, half, *strides, *(lo.shape[d] for d in lookup.points)], reach)
 
 
 def _with_spans(lo: Tensor, hi: Tensor, d: int, span: int) -> tuple[Tensor, Tensor]:

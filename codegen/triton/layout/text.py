@@ -1,24 +1,10 @@
 """Templates of the kernels that list blocks."""
 
+from sparse_compile.codegen.triton.text.common import HELPERS
+
+BOUNDS = "LEAST, GREATEST = tl.constexpr(-(2**63)), tl.constexpr(2**63 - 1)  # of all int64\n"
 #: What verdicts are printed with.
-DIVISIONS = '''\
-LEAST, GREATEST = tl.constexpr(-(2**63)), tl.constexpr(2**63 - 1)  # of all int64
-
-
-@triton.jit
-def floor_div(a, b):
-    """a // b rounding down; Triton's own // rounds towards zero."""
-    quotient = a // b
-    remainder = a - quotient * b
-    return tl.where((remainder != 0) & ((remainder < 0) != (b < 0)), quotient - 1, quotient)
-
-
-@triton.jit
-def floor_mod(a, b):
-    """a % b with the sign of b; Triton's own % has that of a."""
-    remainder = a % b
-    return tl.where((remainder != 0) & ((remainder < 0) != (b < 0)), remainder + b, remainder)
-'''
+DIVISIONS = "\n\n".join([BOUNDS, HELPERS["floor_div"], HELPERS["floor_mod"]])
 
 MODULE = '''\
 """$NAME: which blocks of the score matrix a mask visits.
@@ -29,8 +15,8 @@ line of blocks of one class: it looks at spans of SPAN blocks first, and then at
 spans that are neither empty nor full.
 
 mask     $MASK
-queries  $Q_ORDER
-keys     $KV_ORDER
+queries  $Q
+keys     $KV
 symbols
   b, h         batch entry and query head, scalars
   n_q, n_kv    number of queries and of keys
@@ -111,10 +97,10 @@ def kinds_in_$LISTS(
 
     Run k is blocks k * size, k * size + 1, ...; those that do not exist are neither.
     """
-    blocks = blocks_of_$ACROSS($N_ACROSS)
+    blocks = blocks_of_$ACROSS(n_$ACROSS)
     runs = (blocks + (size - 1)) // size
     at = tl.minimum(number, runs - 1) + (0 if size == 1 else blocks)
-    $DIGITS_ACROSS, whole = digits_of_$ACROSS(number * size, $N_ACROSS, size)
+    $DIGITS_ACROSS, whole = digits_of_$ACROSS(number * size, n_$ACROSS, size)
     must, may = verdict(
         $DIGITS,
         $PLACES,
@@ -144,7 +130,7 @@ def write_$LISTS(
     $DATA
 ):
     """Write the PARTIAL blocks of a line to one place and its FULL ones to another, ascending."""
-    blocks = blocks_of_$ACROSS($N_ACROSS)
+    blocks = blocks_of_$ACROSS(n_$ACROSS)
     lanes = tl.arange(0, SPAN)
     for first in range(0, tl.cdiv(blocks, SPAN), SPAN):
         some, every = kinds_in_$LISTS(
@@ -198,8 +184,8 @@ $LIST_SIGNATURE
     """
     line, c, lines = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
     b, h = c // heads, c % heads
-    blocks = blocks_of_$ACROSS($N_ACROSS)
-    $DIGITS_ALONG, line_whole = digits_of_$LINE(line, $N_LINE, 1)
+    blocks = blocks_of_$ACROSS(n_$ACROSS)
+    $DIGITS_ALONG, line_whole = digits_of_$LINE(line, n_$LINE, 1)
     lanes = tl.arange(0, SPAN)
     n_partial, n_full = tl.zeros([SPAN], tl.int32), tl.zeros([SPAN], tl.int32)
     for first in range(0, tl.cdiv(blocks, SPAN), SPAN):
@@ -265,7 +251,7 @@ $FILL_SIGNATURE
     """
     line, c, lines = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
     b, h = c // heads, c % heads
-    $DIGITS_ALONG, line_whole = digits_of_$LINE(line, $N_LINE, 1)
+    $DIGITS_ALONG, line_whole = digits_of_$LINE(line, n_$LINE, 1)
     to_partial = index + c.to(tl.int64) * room + tl.load(start + line)
     to_full = to_partial + tl.load(counts + (c.to(tl.int64) * lines + line) * 2)
     write_$LISTS(

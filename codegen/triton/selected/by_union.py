@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from sparse_compile.codegen.triton.calls import Running
 from sparse_compile.codegen.triton.selected import united
-
-if TYPE_CHECKING:
-    from sparse_compile.codegen.triton.calls import Running
 
 
 def can_serve(launch: Running) -> bool:

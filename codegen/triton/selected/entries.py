@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 from sparse_compile.codegen.entry import (
     Entry,
@@ -13,124 +13,108 @@ from sparse_compile.codegen.entry import (
     number,
     pointers,
     sizes,
-    strides,
 )
-from sparse_compile.codegen.triton.blocks.tiles import padded
-from sparse_compile.codegen.triton.entries import mask_lines
-from sparse_compile.codegen.triton.selected.tiles import Tile, Tiles
+from sparse_compile.codegen.triton.entries import mask_lines, strided
+from sparse_compile.codegen.triton.selected.spec import SelectedKernelSpec
+from sparse_compile.codegen.triton.selected.tiles import Tiles
 from sparse_compile.codegen.triton.selected.united import union_tile
+from sparse_compile.codegen.triton.tile import Tile, padded
 
-if TYPE_CHECKING:
-    from sparse_compile.codegen.triton.selected.source import SelectedKernelSpec
+#: A list for each unit of queries; who handles which entries; and which way is the faster one.
+_LISTS, _WORK = pointers("int32", "INDEX", "COUNT"), pointers("int32", "WORK", "PLACES")
+_BALANCE = pointers("int64", "BALANCE")
+_HEADS = ("q_heads", "kv_heads")
 
 
 def entries_of(spec: SelectedKernelSpec, tiles: Tiles) -> tuple[Entry, ...]:
     """The kernels of a module."""
-    united = union_tile(spec)
-    merge = Tile(tiles.forward.m, 1, 4, 1)
+    united, ahead, back = union_tile(spec), tiles.forward, tiles.backward_query
+    forward = _operands(spec, ahead) + _LISTS + (_BALANCE if united else ()) + _results(spec)
+    backward = (
+        _operands(spec, back)
+        + _LISTS
+        + pointers(spec.dtype, "OUT", "GRAD_OUT")
+        + pointers("float32", "LSE", "GRAD_LSE", "DELTA")
+        + pointers(spec.dtype, "GRAD_Q")
+        + pointers("float32", "GRAD_K", "GRAD_V")
+    )
     found = [
-        _entry("forward", _forward(spec, tiles.forward, united is not None), tiles.forward),
-        _entry("merge", _merge(spec), merge),
-        _entry("backward_query", _query(spec, tiles.backward_query), tiles.backward_query),
+        _entry("forward", spec, ahead, forward, ("parts", "q_heads"), PARTED=False),
+        _merge(spec, ahead),
+        _entry("backward_query", spec, back, backward, ("parts", *_HEADS), HAS_GRAD_LSE=True),
     ]
     if not spec.adds_by_query:
-        by_key, transposed = tiles.forward_by_key, tiles.backward_key_value
-        found += [
-            _entry("forward_by_key", _by_key(spec), by_key),
-            _entry("backward_key_value", _key_value(spec), transposed),
-        ]
+        found += _by_key(spec, tiles)
     if united is not None:
-        found.append(_entry("forward_union", _union(spec, united), united))
+        named = pointers("int32", "INDEX", "NAMES", "COUNT") + _BALANCE
+        read = _operands(spec, united) + named + _results(spec)
+        found.append(_entry("forward_union", spec, united, read, ("q_heads",)))
     return tuple(found)
+
+
+def _by_key(spec: SelectedKernelSpec, tiles: Tiles) -> list[Entry]:
+    read, items = pointers(spec.dtype, "Q", "K", "V") + _WORK, ("n_work", "first_group")
+    grads = pointers("float32", "LSE", "DELTA", "GRAD_K", "GRAD_V")
+    forward, backward = read + _parts(spec), read + pointers(spec.dtype, "GRAD_OUT") + grads
+    ahead, back = tiles.forward_by_key, tiles.backward_key_value
+    return [
+        _entry("forward_by_key", spec, ahead, forward, (*items, "groups")),
+        _entry("backward_key_value", spec, back, backward, (*items, *_HEADS)),
+    ]
 
 
 def latent_entry(spec: SelectedKernelSpec, tile: Tile) -> Entry:
     """The forward for latent keys on Hopper; its mask reads no tables."""
+    tensors = pointers(spec.dtype, "Q", "K") + _LISTS + _results(spec)
+    return _entry("forward_latent", spec, tile, tensors, ("q_heads",))
+
+
+def _entry(
+    name: str,
+    spec: SelectedKernelSpec,
+    tile: Tile,
+    tensors: Line,
+    shape: tuple[str, ...],
+    **own: Any,
+) -> Entry:
+    """A kernel that goes through lists.
+
+    Args:
+        name: of it.
+        spec: of the module.
+        tile: what a program holds.
+        tensors: that it reads and writes.
+        shape: sizes, besides those of lists and lengths.
+        own: constants that others do not have.
+    """
+    of_queries = "unions" if name == "forward_union" else "units"
     lines = (
-        pointers(spec.dtype, "Q", "K") + _lists() + _results(spec),
-        *strides("q", "k", "out"),
-        sizes("lists", "units", "most", "q_heads", "n_q", "n_kv") + number("scale"),
-        *mask_lines(spec.selected.mask),
-        *_shared(),
+        tensors,
+        *strided(tensors),
+        sizes("lists", of_queries, "most", *shape, "n_q", "n_kv") + number("scale"),
+        *mask_lines(spec.attention.mask),
+        *constants(GROUPS_PER_LIST=1, GROUPS_PER_KEY=1, **own),
     )
-    return _entry("forward_latent", lines, tile)
-
-
-def _entry(name: str, lines: tuple[Line, ...], tile: Tile) -> Entry:
     return Entry(name, lines, tile.options, tile)
 
 
-def _forward(spec: SelectedKernelSpec, tile: Tile, yields: bool) -> tuple[Line, ...]:
-    balance = pointers("int64", "BALANCE") if yields else ()
-    return (
-        _operands(spec, tile) + _lists() + balance + _results(spec),
-        *strides("q", "k", "v", "out"),
-        sizes("lists", "units", "most", "parts", "q_heads", "n_q", "n_kv") + number("scale"),
-        *mask_lines(spec.selected.mask),
-        *_shared(),
-        *constants(PARTED=False),
-    )
-
-
-def _union(spec: SelectedKernelSpec, tile: Tile) -> tuple[Line, ...]:
-    named = pointers("int32", "INDEX", "NAMES", "COUNT") + pointers("int64", "BALANCE")
-    return (
-        _operands(spec, tile) + named + _results(spec),
-        *strides("q", "k", "v", "out"),
-        sizes("lists", "unions", "most", "q_heads", "n_q", "n_kv") + number("scale"),
-        *mask_lines(spec.selected.mask),
-        *_shared(),
-    )
-
-
-def _merge(spec: SelectedKernelSpec) -> tuple[Line, ...]:
-    parts = pointers(spec.dtype, "PART_OUT") + pointers("float32", "PART_LSE")
-    return (
-        parts + pointers("int32", "COUNT") + _results(spec),
-        *strides("out"),
+def _merge(spec: SelectedKernelSpec, forward: Tile) -> Entry:
+    tile, results = Tile(forward.m, 1, 4, 1), _results(spec)
+    lines = (
+        _parts(spec) + pointers("int32", "COUNT") + results,
+        *strided(results),
         sizes("lists", "units", "parts", "first_group", "q_heads", "n_q"),
         *constants(GROUPS_PER_LIST=1, COUNTED=True),
     )
+    return Entry("merge", lines, tile.options, tile)
 
 
-def _query(spec: SelectedKernelSpec, tile: Tile) -> tuple[Line, ...]:
-    given = pointers(spec.dtype, "OUT", "GRAD_OUT")
-    statistics = pointers("float32", "LSE", "GRAD_LSE", "DELTA")
-    grads = pointers(spec.dtype, "GRAD_Q") + pointers("float32", "GRAD_K", "GRAD_V")
-    shape = sizes("lists", "units", "most", "parts", "q_heads", "kv_heads", "n_q", "n_kv")
-    return (
-        _operands(spec, tile) + _lists() + given + statistics + grads,
-        *strides("q", "k", "v", "out", "grad_out"),
-        shape + number("scale"),
-        *mask_lines(spec.selected.mask),
-        *_shared(),
-        *constants(HAS_GRAD_LSE=True),
-    )
+def _results(spec: SelectedKernelSpec) -> Line:
+    return pointers(spec.dtype, "OUT") + pointers("float32", "LSE")
 
 
-def _by_key(spec: SelectedKernelSpec) -> tuple[Line, ...]:
-    parts = pointers(spec.dtype, "PART_OUT") + pointers("float32", "PART_LSE")
-    work = sizes("lists", "units", "most", "n_work", "first_group")
-    return (
-        pointers(spec.dtype, "Q", "K", "V") + pointers("int32", "WORK", "PLACES") + parts,
-        *strides("q", "k", "v"),
-        work + sizes("groups", "n_q", "n_kv") + number("scale"),
-        *mask_lines(spec.selected.mask),
-        *_shared(),
-    )
-
-
-def _key_value(spec: SelectedKernelSpec) -> tuple[Line, ...]:
-    given = pointers("int32", "WORK", "PLACES") + pointers(spec.dtype, "GRAD_OUT")
-    found = pointers("float32", "LSE", "DELTA", "GRAD_K", "GRAD_V")
-    work = sizes("lists", "units", "most", "n_work", "first_group")
-    return (
-        pointers(spec.dtype, "Q", "K", "V") + given + found,
-        *strides("q", "k", "v", "grad_out"),
-        work + sizes("q_heads", "kv_heads", "n_q", "n_kv") + number("scale"),
-        *mask_lines(spec.selected.mask),
-        *_shared(),
-    )
+def _parts(spec: SelectedKernelSpec) -> Line:
+    return pointers(spec.dtype, "PART_OUT") + pointers("float32", "PART_LSE")
 
 
 def _operands(spec: SelectedKernelSpec, tile: Tile) -> Line:
@@ -142,15 +126,3 @@ def _operands(spec: SelectedKernelSpec, tile: Tile) -> Line:
             for p, dim in ((k, spec.head_dim), (v, spec.value_dim))
         )
     return q, k, v
-
-
-def _lists() -> Line:
-    return pointers("int32", "INDEX", "COUNT")
-
-
-def _results(spec: SelectedKernelSpec) -> Line:
-    return pointers(spec.dtype, "OUT") + pointers("float32", "LSE")
-
-
-def _shared() -> tuple[Line, ...]:
-    return constants(GROUPS_PER_LIST=1, GROUPS_PER_KEY=1)

@@ -22,8 +22,8 @@ from sparse_compile.codegen.triton.calls import (
 )
 from sparse_compile.codegen.triton.selected import by_union, latent
 from sparse_compile.codegen.triton.selected.features import WIDE, features_of
-from sparse_compile.codegen.triton.selected.source import SelectedKernelSpec
-from sparse_compile.codegen.triton.selected.tiles import Tile
+from sparse_compile.codegen.triton.selected.spec import SelectedKernelSpec
+from sparse_compile.codegen.triton.tile import Tile
 from sparse_compile.errors import BadShape
 from sparse_compile.selection import places, worklist
 from sparse_compile.spec.target import Target
@@ -192,9 +192,8 @@ def _by_query(
 
 def _merge(launch: Running, tensors: dict[str, Tensor], groups: int, **own: Any) -> None:
     """Merge the parts of so many groups, from ``first_group`` on."""
-    subtiles = -(-launch.prepared.spec.rows // launch.tile("merge").m)
-    grid = launch.call.index.shape[2] * subtiles, groups, launch.call.q.shape[0]
-    launch.start("merge", grid, tensors, **own)
+    rows, _, batch = _grid_by_query(launch, "merge")
+    launch.start("merge", (rows, groups, batch), tensors, **own)
 
 
 def _by_key_forward(launch: Running, out: Tensor, lse: Tensor) -> None:

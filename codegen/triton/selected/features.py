@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparse_compile.codegen.runtime.generated import fill
-from sparse_compile.codegen.triton.blocks.tiles import padded
+from sparse_compile.codegen.triton.tile import padded
 
 #: Up to here a head is one tile, whatever its dimension.
 WIDE = 256

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
 from sparse_compile.codegen.entry import Kernel
 from sparse_compile.codegen.triton import gluon_names
-from sparse_compile.codegen.triton.blocks.source import escaped
+from sparse_compile.codegen.triton.filled import escaped, where
 from sparse_compile.codegen.triton.predicate import print_predicate
 from sparse_compile.codegen.triton.selected.entries import latent_entry
 from sparse_compile.codegen.triton.selected.features import features_of
+from sparse_compile.codegen.triton.selected.spec import SelectedKernelSpec
 from sparse_compile.codegen.triton.selected.text_latent import LATENT
-from sparse_compile.codegen.triton.selected.tiles import Tile
+from sparse_compile.codegen.triton.tile import Tile
 from sparse_compile.expr import KV, B, H
-
-if TYPE_CHECKING:
-    from sparse_compile.codegen.triton.selected.source import SelectedKernelSpec
 
 #: Rows and keys of a tile, warps; copies are staged by the kernel itself.
 TILE = Tile(64, 64, 8, 1)
@@ -27,16 +23,10 @@ def can_be_latent(spec: SelectedKernelSpec) -> bool:
     """Whether the kernel is made for a spec: its tiles, and a mask without tables and heads."""
     parts = features_of(spec.head_dim)
     shape = spec.shared and [part.pad for part in parts] == [512, 64]
-    rows = spec.selected.unit_q == 1 and spec.members > 32
-    mask = spec.selected.mask
-    plain = not (mask.tables or mask.depends_on(B) or mask.depends_on(H))
-    printed = print_predicate(mask, "kv")
-    plain = (
-        plain
-        and spec.selected.score is None
-        and not printed.helpers
-        and (not printed.keep or mask.depends_on(KV))
-    )
+    rows = spec.attention.unit_q == 1 and spec.members > 32
+    mask, printed = spec.attention.mask, print_predicate(spec.attention.mask, "kv")
+    plain = not (mask.tables or mask.depends_on(B) or mask.depends_on(H) or printed.helpers)
+    plain = plain and spec.attention.score is None and (not printed.keep or mask.depends_on(KV))
     half = spec.arch == "sm_90" and spec.dtype != "float32"
     return bool(half and shape and rows and plain and spec.head_dim % 8 == 0)
 
@@ -49,18 +39,18 @@ def is_aligned(*tensors: Tensor) -> bool:
 def latent_kernel(spec: SelectedKernelSpec) -> Kernel:
     """The module of a spec: the kernel ``forward_latent``."""
     name, entry = f"{spec.name}_latent", latent_entry(spec, TILE)
-    mask = spec.selected.mask
+    mask = spec.attention.mask
     printed = print_predicate(mask, "kv")
     keep = [*printed.inside, f"there = there & ({printed.keep})"] if printed.keep else []
     text = entry.text(
         LATENT,
         NAME=name,
         MASK_TEXT=escaped(str(mask)),
-        WHERE=[*(escaped(f"at       {line}") for line in spec.selected.where), ""],
+        WHERE=where(spec),
         MAIN=str(spec.value_dim),
         REST="64",
         HEAD_DIM=str(spec.head_dim),
-        UNIT_KV=str(spec.selected.unit_kv),
+        UNIT_KV=str(spec.attention.unit_kv),
         MEMBERS=str(spec.members),
         BEFORE=list(printed.before) if printed.keep else [],
         MASK=keep,

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
-from dataclasses import dataclass
-
 from sparse_compile.codegen.entry import Entry, Kernel
 from sparse_compile.codegen.runtime.generated import fill
-from sparse_compile.codegen.triton.blocks.source import escaped, legend
-from sparse_compile.codegen.triton.blocks.tiles import padded
-from sparse_compile.codegen.triton.predicate import Printed, print_predicate
-from sparse_compile.codegen.triton.score import PrintedScore, print_score
+from sparse_compile.codegen.triton.filled import head, precision
+from sparse_compile.codegen.triton.predicate import helpers_in
+from sparse_compile.codegen.triton.score import Scoring
 from sparse_compile.codegen.triton.selected import (
     features,
     latent,
@@ -22,165 +16,93 @@ from sparse_compile.codegen.triton.selected import (
     whole_items,
 )
 from sparse_compile.codegen.triton.selected.entries import entries_of
-from sparse_compile.codegen.triton.selected.features import WIDE, features_of
-from sparse_compile.codegen.triton.selected.tiles import Tile, tiles_for
+from sparse_compile.codegen.triton.selected.features import features_of
+from sparse_compile.codegen.triton.selected.spec import SelectedKernelSpec
+from sparse_compile.codegen.triton.selected.tiles import tiles_for
 from sparse_compile.codegen.triton.selected.united import neighbours
-from sparse_compile.codegen.triton.text import common
+from sparse_compile.codegen.triton.tile import Tile
 from sparse_compile.expr import H
-from sparse_compile.spec import AttentionSpec
 
-
-@dataclass(frozen=True)
-class SelectedKernelSpec:
-    """Everything that determines the source of the kernels. It *is* the cache key.
-
-    Attributes:
-        selected: the mask; one part of units covers it.
-        head_dim, value_dim, dtype, arch: as in :class:`sparse_compile.spec.KernelSpec`.
-        members: query heads that share a key head and a selection.
-        shared: whether the values are the first features of the keys, in the same memory.
-    """
-
-    selected: AttentionSpec
-    head_dim: int
-    value_dim: int
-    dtype: str
-    arch: str
-    members: int
-    shared: bool = False
-
-    @functools.cached_property
-    def name(self) -> str:
-        """A readable unique name for its file."""
-        short = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[self.dtype]
-        shape = [self.head_dim, self.value_dim, self.dtype, self.arch, self.members, self.shared]
-        identity = json.dumps([self.selected.text, *shape])
-        digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
-        return f"selected_d{self.head_dim}_{short}_{digest}"
-
-    @property
-    def rows(self) -> int:
-        """Rows of an entry: queries of a unit, for all members."""
-        return self.members * self.selected.unit_q
-
-    @property
-    def adds_by_query(self) -> bool:
-        """Whether programs of queries add to the gradients of keys.
-
-        They do where units are too short, or heads too wide, for programs that hold keys.
-        """
-        return self.selected.unit_kv < 16 or max(self.head_dim, self.value_dim) > WIDE
+_BY_QUERY = {
+    "forward": text.FORWARD,
+    "backward_query": text.BACKWARD_QUERY,
+    "forward_union": text_union.FORWARD_UNION,
+}
+_BY_KEY = {
+    "forward_by_key": text_by_key.FORWARD_BY_KEY,
+    "backward_key_value": text_by_key.BACKWARD_KEY_VALUE,
+}
 
 
 def selected_kernel(spec: SelectedKernelSpec) -> Kernel:
     """The module of a spec: ``forward``, ``merge``, ``backward_query``, by key and by union."""
-    tiles = tiles_for(spec)
+    tiles, attention = tiles_for(spec), spec.attention
     entries = entries_of(spec, tiles)
-    entry = {one.name: one for one in entries}
-    mask = spec.selected.mask
-    printed = [print_predicate(mask, axis) for axis in ("kv", "q")]
-    can_skip = whole_items.can_print(mask) and not spec.adds_by_query
-    scores = [_score(spec, axis, one) for axis, one in zip(("kv", "q"), printed, strict=True)]
-    helpers = set().union(*(one.helpers for one in printed), *(one.helpers for one in scores))
-    helpers |= whole_items.helpers(mask) if can_skip else set()
-    parts = [
-        _header(spec, scores[0]),
-        *(common.HELPERS[name] for name in sorted(helpers)),
-        _by_query(text.FORWARD, entry["forward"], spec),
-        entry["merge"].text(text.MERGE, TILE_M=str(tiles.forward.m)),
-        _by_query(text.BACKWARD_QUERY, entry["backward_query"], spec),
-    ]
-    if not spec.adds_by_query:
-        if can_skip:
-            parts += whole_items.functions(mask)
-        parts.append(_by_key(text_by_key.FORWARD_BY_KEY, entry["forward_by_key"], spec))
-        parts.append(_by_key(text_by_key.BACKWARD_KEY_VALUE, entry["backward_key_value"], spec))
-    if "forward_union" in entry:
-        parts.append(_by_query(text_union.FORWARD_UNION, entry["forward_union"], spec))
+    scorings = {axis: Scoring.of(attention, attention.mask, axis) for axis in ("kv", "q")}
+    can_skip = whole_items.can_print(attention.mask) and not spec.adds_by_query
+    verdict = whole_items.functions(attention.mask) if can_skip else []
+    helpers = scorings["kv"].helpers | scorings["q"].helpers | helpers_in(*verdict)
+    parts = head(
+        text.HEADER,
+        spec,
+        scorings["kv"].score,
+        helpers,
+        UNIT_Q=str(attention.unit_q),
+        UNIT_KV=str(attention.unit_kv),
+    )
+    for entry in entries:
+        if entry.name == "merge":
+            parts.append(entry.text(text.MERGE, TILE_M=str(tiles.forward.m)))
+        elif entry.name in _BY_KEY:
+            parts += verdict if entry.name == "forward_by_key" else []
+            parts.append(_by_key(entry, spec, scorings["q"]))
+        else:
+            parts.append(_by_query(entry, spec, scorings["kv"]))
     beside = (latent.latent_kernel(spec),) if latent.can_be_latent(spec) else ()
     return Kernel(spec.name, "\n\n".join(parts), entries, beside=beside)
 
 
-def selected_source(spec: SelectedKernelSpec) -> str:
-    """The text of :func:`selected_kernel`."""
-    return selected_kernel(spec).source
-
-
-def _score(spec: SelectedKernelSpec, loop_axis: str, mask: Printed) -> PrintedScore:
-    return print_score(spec.selected.score, spec.selected.mask.tables, loop_axis, mask)
-
-
-def _header(spec: SelectedKernelSpec, score: PrintedScore) -> str:
-    where = [f"at       {line}" for line in spec.selected.where]
-    return fill(
-        text.HEADER,
-        NAME=spec.name,
-        ARCH=spec.arch,
-        PROGRAM=[escaped(line) for line in score.shown],
-        MASK=escaped(str(spec.selected.mask)),
-        WHERE=[*map(escaped, where), ""],
-        SYMBOLS=legend(spec.selected.mask),
-        UNIT_Q=str(spec.selected.unit_q),
-        UNIT_KV=str(spec.selected.unit_kv),
-        MEMBERS=str(spec.members),
-        HEAD_DIM=str(spec.head_dim),
-        HEAD_PAD=str(padded(spec.head_dim)),
-        VALUE_DIM=str(spec.value_dim),
-        VALUE_PAD=str(padded(spec.value_dim)),
-        LOADED="tile.to(tl.float32)  # the interpreter cannot multiply bfloat16"
-        if spec.arch == "interpreter"
-        else "tile",
-    )
-
-
-def _by_query(template: str, entry: Entry, spec: SelectedKernelSpec) -> str:
+def _by_query(entry: Entry, spec: SelectedKernelSpec, scoring: Scoring) -> str:
     """A kernel whose programs hold rows and loop over selected keys."""
     tile: Tile = entry.tile
-    printed = print_predicate(spec.selected.mask, "kv")
-    score = _score(spec, "kv", printed)
-    keep = [f"keep = {printed.keep}"] if printed.keep else []
-    kept = "keep & there[None, :]" if printed.keep else "there[None, :]"
-    united = template is text_union.FORWARD_UNION
-    kept = f"{kept} & named" if united else kept
-    placed = bool(keep) or score.reads_places
+    score, parts = scoring.score, features_of(spec.head_dim)
+    united, is_backward = entry.name == "forward_union", entry.name == "backward_query"
+    kept = ["there[None, :]", "named"] if united else ["there[None, :]"]
     mask = [
-        *(["kv = tl.minimum(kv, n_kv - 1)[None, :]"] if placed else []),
-        *(score.value if template in (text.FORWARD, text_union.FORWARD_UNION) else score.slope),
-        *printed.inside,
-        *keep,
-        f'score = tl.where({kept}, score, float("-inf"))',
+        *(["kv = tl.minimum(kv, n_kv - 1)[None, :]"] if scoring.reads_places else []),
+        *(score.slope if is_backward else score.value),
+        *scoring.mask.masking(*kept),
     ]
-    whole = tile.n <= spec.selected.unit_kv
-    precision = _precision(spec)
-    parts = features_of(spec.head_dim)
+    told = precision(spec)
     key_head = text.DESCRIBED_KEY_HEAD if tile.descriptors else text.KEY_HEAD
-    shape = {"TILE_M": str(tile.m), "TILE_N": str(tile.n), "NEIGHBOURS": str(neighbours(spec))}
     yields = not united and "BALANCE" in entry.names
-    first_keys, keys = _keys(whole, united)
+    first_keys, keys = _keys(tile.n <= spec.attention.unit_kv, united)
+    shape = {"TILE_M": str(tile.m), "TILE_N": str(tile.n), "NEIGHBOURS": str(neighbours(spec))}
+    unit = fill(
+        text_union.UNIT if united else text.UNIT,
+        YIELD=text_union.YIELD.splitlines() if yields else [],
+        QUERY=features.queries(parts),
+        KEY_HEAD=key_head.splitlines(),
+        FACTOR=score.factor,
+        **shape,
+    )
     return entry.text(
-        template,
-        UNIT=fill(
-            text_union.UNIT if united else text.UNIT,
-            YIELD=text_union.YIELD.splitlines() if yields else [],
-            QUERY=features.queries(parts),
-            KEY_HEAD=key_head.splitlines(),
-            FACTOR=score.factor,
-            **shape,
-        ).splitlines(),
-        NEIGHBOURS=str(neighbours(spec)),
+        _BY_QUERY[entry.name],
+        UNIT=unit.splitlines(),
+        NEIGHBOURS=shape["NEIGHBOURS"],
         DESCRIBED=[_DESCRIBED] if tile.descriptors else [],
-        OPERANDS=features.operands(parts, spec.shared, tile.descriptors, precision),
+        OPERANDS=features.operands(parts, spec.shared, tile.descriptors, told),
         NO_GRAD_Q=features.no_grad_q(parts),
-        GRAD_Q=features.grad_q(parts, precision),
+        GRAD_Q=features.grad_q(parts, told),
         STORE_GRAD_Q=features.store_grad_q(parts),
-        BEFORE=[_AT_ROWS, *printed.before, *score.before] if placed else [],
+        BEFORE=[_AT_ROWS, *scoring.before] if scoring.reads_places else [],
         SLOPE=" * slope" if score.is_given else "",
         FIRST_KEYS=first_keys,
         KEYS=keys,
         MASK=mask,
-        PRECISION=precision,
+        PRECISION=told,
         GRADS_OF_KEYS=_GRADS[spec.adds_by_query],
-        ADD_GRADS=_add_grads(spec, precision) if spec.adds_by_query else [],
+        ADD_GRADS=_add_grads(spec, told) if spec.adds_by_query else [],
     )
 
 
@@ -200,9 +122,9 @@ def _keys(whole: bool, united: bool) -> tuple[list[str], list[str]]:
 _DESCRIBED = "K and V are tensor descriptors of tiles, of TILE_N tokens and all features."
 
 
-def _add_grads(spec: SelectedKernelSpec, precision: str) -> list[str]:
-    grad_k = features.add_grad_k(features_of(spec.head_dim), precision)
-    return fill(text.ADD_GRADS, PRECISION=precision, ADD_GRAD_K=grad_k).splitlines()
+def _add_grads(spec: SelectedKernelSpec, told: str) -> list[str]:
+    grad_k = features.add_grad_k(features_of(spec.head_dim), told)
+    return fill(text.ADD_GRADS, PRECISION=told, ADD_GRAD_K=grad_k).splitlines()
 
 
 _AT_ROWS = "q, h = tl.minimum(token, n_q - 1)[:, None], h[:, None]"
@@ -212,43 +134,31 @@ _GRADS = {
 }
 
 
-def _by_key(template: str, entry: Entry, spec: SelectedKernelSpec) -> str:
+def _by_key(entry: Entry, spec: SelectedKernelSpec, scoring: Scoring) -> str:
     """A kernel whose programs hold a unit of keys and loop over the queries that selected it."""
     tile: Tile = entry.tile
-    transposed = template is text_by_key.BACKWARD_KEY_VALUE
-    printed = print_predicate(spec.selected.mask, "q")
-    score = _score(spec, "q", printed)
+    transposed = entry.name == "backward_key_value"
+    score, mask, placed = scoring.score, scoring.mask, scoring.reads_places
     along, across = ("[None, :]", "[:, None]") if transposed else ("[:, None]", "[None, :]")
     # Heads vary along the loop here, which the printer does not know.
-    program = spec.selected.score
-    by_head = spec.selected.mask.depends_on(H) or (program is not None and program.depends_on(H))
-    before = [f"kv = tl.minimum(kv, n_kv - 1){across}"]
-    placed = bool(printed.keep) or score.reads_places
-    keep: list[str] = []
-    if printed.keep:
-        keep = [*(printed.before if by_head else ()), *printed.inside, f"keep = {printed.keep}"]
-    kept = f"keep & there{across}" if printed.keep else f"there{across}"
-    mask = [*keep, f'score = tl.where({kept}, score, float("-inf"))']
+    program = spec.attention.score
+    by_head = spec.attention.mask.depends_on(H) or (program is not None and program.depends_on(H))
+    masking = [*(mask.before if by_head else ()), *mask.masking(f"there{across}")]
     # In the backward the branch costs more than the mask does.
-    can_skip = not transposed and whole_items.can_print(spec.selected.mask)
+    can_skip = not transposed and whole_items.can_print(spec.attention.mask)
     if can_skip:
-        mask = ["if partly:", *(f"    {line}" for line in mask)]
+        masking = ["if partly:", *(f"    {line}" for line in masking)]
     at_rows = [f"q, h = tl.minimum(token, n_q - 1){along}, h{along}"] if placed else []
     lines = [*(score.before if by_head else ()), *(score.slope if transposed else score.value)]
-    outside = [] if by_head else [*printed.before, *score.before]
+    outside = [f"kv = tl.minimum(kv, n_kv - 1){across}", *([] if by_head else scoring.before)]
+    start = fill(text_by_key.KEYS, TILE_M=str(tile.m), TILE_N=str(tile.n), FACTOR=score.factor)
     return entry.text(
-        template,
-        START=fill(
-            text_by_key.KEYS, TILE_M=str(tile.m), TILE_N=str(tile.n), FACTOR=score.factor
-        ).splitlines(),
-        BEFORE=[*before, *outside] if placed else [],
-        PARTLY=whole_items.lines(spec.selected.mask) if can_skip else [],
+        _BY_KEY[entry.name],
+        START=start.splitlines(),
+        BEFORE=outside if placed else [],
+        PARTLY=whole_items.lines(spec.attention.mask) if can_skip else [],
         ENTRIES=text_by_key.ENTRIES.splitlines(),
-        MASK=[*at_rows, *lines, *mask],
+        MASK=[*at_rows, *lines, *masking],
         SLOPE=score.apply_slope,
-        PRECISION=_precision(spec),
+        PRECISION=precision(spec),
     )
-
-
-def _precision(spec: SelectedKernelSpec) -> str:
-    return ', input_precision="ieee"' if spec.dtype == "float32" else ""

@@ -61,18 +61,7 @@ def keys_of(base, kv, stride_n, exist, DIM: tl.constexpr, PAD: tl.constexpr):
     return $LOADED
 
 
-@triton.jit
-def softmax_step(score, peak, total, factor):
-    """Online softmax, in base 2.
-
-    Returns the weights of this tile, by how much earlier sums shrink, and the new peak and total.
-    """
-    new_peak = tl.maximum(peak, tl.max(score, 1) * factor)
-    # A query that has met no key yet: -inf - -inf would be NaN.
-    reference = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    weight = tl.exp2(score * factor - reference[:, None])
-    shrink = tl.exp2(peak - reference)
-    return weight, shrink, new_peak, total * shrink + tl.sum(weight, 1)
+$SOFTMAX_STEP
 '''
 
 #: What a program of a unit of queries starts with.

@@ -3,36 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
-from sparse_compile.codegen.triton.blocks.tiles import padded
 from sparse_compile.codegen.triton.selected.features import WIDE
-
-if TYPE_CHECKING:
-    from sparse_compile.codegen.triton.selected.source import SelectedKernelSpec
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How one kernel is compiled: rows and keys of a tile, warps, pipeline stages.
-
-    Attributes:
-        registers: per thread at most, so that more programs fit; None to let the compiler choose.
-        descriptors: load keys and values by tensor descriptors (TMA) instead of pointers.
-    """
-
-    m: int
-    n: int
-    warps: int
-    stages: int
-    registers: int | None = None
-    descriptors: bool = False
-
-    @property
-    def options(self) -> dict[str, int]:
-        """What the compiler is told."""
-        options = {"num_warps": self.warps, "num_stages": self.stages}
-        return options if self.registers is None else {**options, "maxnreg": self.registers}
+from sparse_compile.codegen.triton.selected.spec import SelectedKernelSpec
+from sparse_compile.codegen.triton.tile import Tile, padded
 
 
 @dataclass(frozen=True)
@@ -52,8 +26,8 @@ def tiles_for(spec: SelectedKernelSpec) -> Tiles:
     one unit, in the forward all of them, and rows of as many entries as it takes.
     """
     width = padded(max(spec.head_dim, spec.value_dim, 64))
-    unit = spec.selected.unit_kv
-    rows = max(16, 1 << (spec.rows - 1).bit_length())
+    unit = spec.attention.unit_kv
+    rows = padded(spec.rows)
     if width > WIDE and spec.arch != "interpreter":
         return _wide(spec, rows)
     if spec.arch == "interpreter":

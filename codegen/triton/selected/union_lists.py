@@ -67,23 +67,14 @@ def unite_lists(
     tl.atomic_add(BALANCE, united * cost_union - entries * cost_query)
 
 
-UNITE = Kernel(
-    __name__,
-    "",
-    (
-        Entry(
-            "unite_lists",
-            (
-                pointers("int32", "INDEX", "COUNT", "UNION", "NAMES", "UNION_COUNT")
-                + pointers("int64", "BALANCE"),
-                sizes("lines", "unions", "units", "most", "cost_query", "cost_union"),
-                *constants(NEIGHBOURS=4, MEMBERS=4, ROOM=16, LINES=16),
-            ),
-            {"num_warps": 4},
-        ),
-    ),
-    {"unite_lists": unite_lists},
+_LINES = (
+    pointers("int32", "INDEX", "COUNT", "UNION", "NAMES", "UNION_COUNT")
+    + pointers("int64", "BALANCE"),
+    sizes("lines", "unions", "units", "most", "cost_query", "cost_union"),
+    *constants(NEIGHBOURS=4, MEMBERS=4, ROOM=16, LINES=16),
 )
+_ENTRY = Entry("unite_lists", _LINES, {"num_warps": 4})
+UNITE = Kernel(__name__, "", (_ENTRY,), {"unite_lists": unite_lists})
 _LAUNCH = launchers_of(UNITE)["unite_lists"]
 
 

@@ -9,15 +9,10 @@ the programs of one of them return at once.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from sparse_compile.codegen.triton.blocks.tiles import padded
+from sparse_compile.codegen.call import AttentionCall
 from sparse_compile.codegen.triton.selected.features import WIDE
-from sparse_compile.codegen.triton.selected.tiles import Tile
-
-if TYPE_CHECKING:
-    from sparse_compile.codegen.call import AttentionCall
-    from sparse_compile.codegen.triton.selected.source import SelectedKernelSpec
+from sparse_compile.codegen.triton.selected.spec import SelectedKernelSpec
+from sparse_compile.codegen.triton.tile import Tile, padded, power_of_two
 
 #: What an entry of a list costs the forward by query, and an entry of a union the forward over
 #: unions, in tenths: 1.5 to 2.0 times as much on an H200, by head dim and units.
@@ -38,14 +33,14 @@ def union_tile(spec: SelectedKernelSpec) -> Tile | None:
         return None
     width = padded(max(spec.head_dim, spec.value_dim, 64))
     held = min(_MOST, _ROWS // spec.rows) * spec.rows
-    m = max(16, _power(held))
+    m = padded(held)
     if spec.arch == "interpreter":
         return Tile(m, 32, 4, 1)
     n = 64 if width < WIDE else 32
     if spec.arch not in ("sm_90", "sm_100"):
         return Tile(m, 32, 4, 2 if width < WIDE else 1)
     aligned = spec.head_dim % 8 == spec.value_dim % 8 == 0
-    whole = aligned and n <= spec.selected.unit_kv
+    whole = aligned and n <= spec.attention.unit_kv
     return Tile(m, n, 4, 3 if width < WIDE else 2, descriptors=whole)
 
 
@@ -59,7 +54,7 @@ def can_unite(spec: SelectedKernelSpec, call: AttentionCall) -> bool:
     if call.index.shape[2] < 2 or union_tile(spec) is None:
         return False
     n, key_units = neighbours(spec), -(-call.k.shape[2] // call.spec.unit_kv)
-    slots = _power(n) * _power(call.index.shape[3])
+    slots = power_of_two(n) * power_of_two(call.index.shape[3])
     return slots <= _SLOTS and n * key_units < (1 << 31) - 1
 
 
@@ -74,10 +69,6 @@ def constants_of(neighbours: int, most: int, lines: int) -> dict[str, int]:
     >>> constants_of(3, 16, 1000)
     {'NEIGHBOURS': 3, 'MEMBERS': 4, 'ROOM': 16, 'LINES': 16}
     """
-    members, room = _power(neighbours), _power(most)
-    together = max(1, min(_SLOTS // (members * room), _power(lines)))
+    members, room = power_of_two(neighbours), power_of_two(most)
+    together = max(1, min(_SLOTS // (members * room), power_of_two(lines)))
     return {"NEIGHBOURS": neighbours, "MEMBERS": members, "ROOM": room, "LINES": together}
-
-
-def _power(n: int) -> int:
-    return 1 << (n - 1).bit_length()

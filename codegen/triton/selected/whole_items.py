@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from sparse_compile.codegen.triton.layout.key import Key, constant_sizes
 from sparse_compile.codegen.triton.layout.source import verdict_text
+from sparse_compile.codegen.triton.layout.text import BOUNDS
 from sparse_compile.expr import B, H, MaskExpr
 from sparse_compile.spec.view import natural
 
@@ -35,14 +36,7 @@ def _key(mask: MaskExpr) -> Key:
 def functions(mask: MaskExpr) -> list[str]:
     """The functions that :func:`lines` needs besides those that predicates are printed with."""
     verdict = verdict_text(_key(mask)).strip() + "\n"
-    bounds = "LEAST, GREATEST = tl.constexpr(-(2**63)), tl.constexpr(2**63 - 1)  # of all int64\n"
-    return [bounds, verdict] if "LEAST" in verdict or "GREATEST" in verdict else [verdict]
-
-
-def helpers(mask: MaskExpr) -> set[str]:
-    """The functions that predicates are printed with, and :func:`functions` calls."""
-    verdict = verdict_text(_key(mask))
-    return {name for name in ("floor_div", "floor_mod") if f"{name}(" in verdict}
+    return [BOUNDS, verdict] if "LEAST" in verdict or "GREATEST" in verdict else [verdict]
 
 
 def lines(mask: MaskExpr) -> list[str]:

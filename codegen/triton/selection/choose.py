@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_compile.codegen.runtime.launch import Launcher, current, launchers_of
 from sparse_compile.codegen.triton.layout.key import LONGEST
-from sparse_compile.codegen.triton.selection.printable import free_sizes, key_of
+from sparse_compile.codegen.triton.selection.printable import key_of, launch
 from sparse_compile.codegen.triton.selection.source import HELD, ChooseSpec, choose_kernel
+from sparse_compile.codegen.triton.tile import power_of_two
 from sparse_compile.patterns.checks import UPPER_LEFT
 from sparse_compile.patterns.rules import Threshold, TopK, TopP, TopRatio, exact
 from sparse_compile.patterns.scored import Scored
@@ -30,11 +30,6 @@ def can_choose(pattern: Scored, task: Task) -> bool:
     most = _MOST_IN_ORDER if isinstance(pattern, TopK) else HELD
     fits = task.blocks <= most and max(task.q.shape[2], task.k.shape[2]) <= LONGEST
     return fits and task.rows * task.blocks < 1 << 40
-
-
-@functools.lru_cache(maxsize=256)
-def _kernel(spec: ChooseSpec) -> Launcher:
-    return launchers_of(choose_kernel(spec))["choose"]
 
 
 @dataclass(frozen=True)
@@ -77,20 +72,25 @@ class Chooser:
         batch, lists, _, room = self.index.shape
         few = (end - first) * batch * lists <= _FEW
         seen = self.task.blocks if given else visible.columns(first, end)
-        return ChooseSpec(key, given, self.rule[0], _power(max(seen, 32)), _power(room), few)
+        return ChooseSpec(
+            key, given, self.rule[0], power_of_two(max(seen, 32)), power_of_two(room), few
+        )
 
     def __call__(self, scores: Tensor, first: int, end: int) -> None:
         """Write the lists of the units ``first, ..., end - 1``, from [B, lists, units, blocks]."""
         pattern, task, visible = self.pattern, self.task, self.task.visible
         spec, rule = self.spec(first, end), self.rule[1]
-        given, key = spec.given, spec.key
         batch, lists, units, room = self.index.shape
-        may = visible.may(first, end, lists) if given else None
+        # Without a mask that is given, any tensor stands for it.
+        seen, steps, named = rule, [0, 0, 0], spec.key.values(visible.sizes)
+        if spec.given:
+            seen = visible.may(first, end, lists).contiguous()
+            steps, named = list(seen.expand(batch, lists, -1, -1).stride()), {}
         shift = 0 if pattern.align == UPPER_LEFT else task.k.shape[2] - task.q.shape[2]
         grid = end - first, batch * lists
         values: dict[str, Any] = {
             "SCORES": scores.contiguous(),
-            "VISIBLE": rule if may is None else may.contiguous(),
+            "VISIBLE": seen,
             "RULE": rule,
             "INDEX": self.index,
             "COUNT": self.count,
@@ -105,24 +105,12 @@ class Chooser:
             "shift": shift,
             "n_q": task.q.shape[2],
             "n_kv": task.k.shape[2],
-            **_strides(may),
-            **({} if given else free_sizes(visible, key)),
+            "visible_stride_b": steps[0],
+            "visible_stride_list": steps[1],
+            "visible_stride_row": steps[2],
+            **named,
         }
-        with current(scores.device):
-            _kernel(spec)(grid, values)
-
-
-def _strides(may: Tensor | None) -> dict[str, int]:
-    steps = [0, 0, 0]
-    if may is not None:
-        may = may.contiguous()
-        steps = [*(may.stride(d) if may.shape[d] > 1 else 0 for d in (0, 1)), may.stride(2)]
-    names = ("visible_stride_b", "visible_stride_list", "visible_stride_row")
-    return dict(zip(names, steps, strict=True))
-
-
-def _power(n: int) -> int:
-    return 1 << (n - 1).bit_length()
+        launch(choose_kernel, spec, scores.device, grid, values)
 
 
 def choose_spec(pattern: Scored, made: Prepared) -> ChooseSpec:
@@ -131,32 +119,20 @@ def choose_spec(pattern: Scored, made: Prepared) -> ChooseSpec:
     return chooser.spec(*next(made.chunks(by_kernel=True)))
 
 
-@functools.singledispatch
 def _rule_of(rule: Any) -> tuple[str, list[tuple[float, float]]]:
     """The kind of a rule, and two numbers for each list, or for all."""
+    match rule:
+        case TopK():
+            return "top_k", [(min(k, _MOST_IN_ORDER), 0) for k in _each(rule.k)]
+        case TopRatio():
+            return "top_ratio", [exact(ratio) for ratio in _each(rule.ratio)]
+        case TopP():
+            # Where all is wanted, a sum that rounding makes too large must not leave out the last.
+            return "top_p", [(float("inf") if p == 1 else p, 0) for p in _each(rule.p)]
+        case Threshold():
+            return rule.of, [(t, 0) for t in _each(rule.t)]
     raise TypeError(f"no rule for {rule!r}")
 
 
 def _each(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
-
-
-@_rule_of.register
-def _(rule: TopK) -> tuple[str, list[tuple[float, float]]]:
-    return "top_k", [(min(k, _MOST_IN_ORDER), 0) for k in _each(rule.k)]
-
-
-@_rule_of.register
-def _(rule: TopRatio) -> tuple[str, list[tuple[float, float]]]:
-    return "top_ratio", [exact(ratio) for ratio in _each(rule.ratio)]
-
-
-@_rule_of.register
-def _(rule: TopP) -> tuple[str, list[tuple[float, float]]]:
-    # Where all is wanted, a sum that rounding makes too large must not leave out the last ones.
-    return "top_p", [(float("inf") if p == 1 else p, 0) for p in _each(rule.p)]
-
-
-@_rule_of.register
-def _(rule: Threshold) -> tuple[str, list[tuple[float, float]]]:
-    return rule.of, [(t, 0) for t in _each(rule.t)]

@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
-from sparse_compile.codegen.runtime.launch import (
-    DTYPE_NAMES,
-    Launcher,
-    current,
-    launchers_of,
-    strides,
-)
+from sparse_compile.codegen.runtime.launch import DTYPE_NAMES, strides
 from sparse_compile.codegen.triton.selection.index_source import IndexSpec, index_kernel, tiles
-from sparse_compile.codegen.triton.selection.printable import free_sizes, key_of
+from sparse_compile.codegen.triton.selection.printable import key_of, launch
 from sparse_compile.selection.visible import Visible
 from sparse_compile.spec.target import Target
 
 #: What the kernel holds of a key, and of the heads' products in half and in single precision.
 _MOST_DIM, _MOST_HEADS, _MOST_HEADS_SINGLE = 256, 128, 32
-
-
-@functools.lru_cache(maxsize=256)
-def _kernel(spec: IndexSpec) -> Launcher:
-    return launchers_of(index_kernel(spec))["index_scores"]
 
 
 def can_index(q: Tensor, k: Tensor) -> bool:
@@ -71,8 +58,7 @@ def index_scores(
     values = {"Q": q, "K": k, "W": w, "SCORES": scores, **strides(q=q), **w_steps}
     values |= {"k_stride_b": k.stride(0), "k_stride_n": k.stride(1)}
     values |= {"first": first, "end": end, "factor": factor, "n_q": n_q, "n_kv": n_kv}
-    values |= free_sizes(visible, key) if masked else {}
+    values |= key.values(visible.sizes) if masked else {}
     grid = -(-n_kv // run_kv), -(-(end - first) // run_q), batch
-    with current(q.device):
-        _kernel(spec)(grid, values)
+    launch(index_kernel, spec, q.device, grid, values)
     return scores

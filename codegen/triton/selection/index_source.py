@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 from sparse_compile.codegen.entry import Entry, Kernel, integers, number, pointers, sizes, strides
-from sparse_compile.codegen.runtime.generated import fill
-from sparse_compile.codegen.triton.layout.key import Key
+from sparse_compile.codegen.triton.filled import filled
+from sparse_compile.codegen.triton.layout.key import Key, digest
 from sparse_compile.codegen.triton.selection import text
 from sparse_compile.codegen.triton.selection.source import verdict_lines, verdict_source
+from sparse_compile.codegen.triton.tile import padded, power_of_two
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,18 @@ class IndexSpec:
     @property
     def name(self) -> str:
         """What the module is called."""
-        key = self.key
         shape = (self.masked, self.heads, self.dim, self.dtype, self.arch)
-        described = repr((key.text, key.q.fields, key.kv.fields, key.fixed, shape))
-        return f"index_scores_{hashlib.sha256(described.encode()).hexdigest()[:12]}"
+        return f"index_scores_{digest(repr((*self.key.identity, shape)))}"
 
     @property
     def heads_pad(self) -> int:
         """A power of two."""
-        return 1 << (self.heads - 1).bit_length()
+        return power_of_two(self.heads)
+
+    @property
+    def dim_pad(self) -> int:
+        """A power of two."""
+        return padded(self.dim)
 
     @property
     def tokens(self) -> int:
@@ -77,16 +80,10 @@ def _entry(spec: IndexSpec) -> Entry:
 def index_kernel(spec: IndexSpec) -> Kernel:
     """The module of a spec: the kernel ``index_scores``."""
     key, entry = spec.key, _entry(spec)
-    header = fill(
+    header = filled(
         text.INDEX_MODULE,
-        NAME=spec.name,
-        ARCH=spec.arch,
+        spec,
         MASK=str(key.mask) if spec.masked else "left to who reads the scores",
-        HEADS=str(spec.heads),
-        HEADS_PAD=str(spec.heads_pad),
-        DIM=str(spec.dim),
-        DIM_PAD=str(1 << (max(spec.dim, 16) - 1).bit_length()),
-        TOKENS=str(spec.tokens),
         TILE_Q=str(key.q.block),
         TILE_KV=str(key.kv.block),
     )

@@ -1,9 +1,16 @@
-"""What kernels need of a mask that they evaluate by themselves, in runs of queries and keys."""
+"""What the kernels of selections share: a mask that they evaluate themselves, and their launch."""
 
 from __future__ import annotations
 
-import sympy
+import functools
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
 
+import sympy
+import torch
+
+from sparse_compile.codegen.entry import Kernel
+from sparse_compile.codegen.runtime.launch import Launcher, current, launchers_of
 from sparse_compile.codegen.triton.layout.key import Key
 from sparse_compile.expr import MaskExpr
 from sparse_compile.selection.visible import Visible
@@ -16,6 +23,20 @@ def key_of(visible: Visible, run_q: int, run_kv: int) -> Key:
     return Key.of(mask, visible.sizes, natural(run_q), natural(run_kv))
 
 
-def free_sizes(visible: Visible, key: Key) -> dict[str, int]:
-    """The sizes that are parameters of kernels."""
-    return {f"s{i}": visible.sizes[i] for i, fixed in enumerate(key.fixed) if fixed is None}
+@functools.lru_cache(maxsize=1024)
+def _launcher(generate: Callable[[Any], Kernel], spec: Hashable) -> Launcher:
+    """The one kernel of a module, loaded once."""
+    (found,) = launchers_of(generate(spec)).values()
+    return found
+
+
+def launch(
+    generate: Callable[[Any], Kernel],
+    spec: Hashable,
+    device: torch.device,
+    grid: tuple[int, ...],
+    values: Mapping[str, Any],
+) -> None:
+    """Launch the kernel that is generated for a spec on a device."""
+    with current(device):
+        _launcher(generate, spec)(grid, values)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 from sparse_compile.codegen.entry import Entry, Kernel, pointers, sizes
 from sparse_compile.codegen.runtime.generated import fill
+from sparse_compile.codegen.triton.filled import filled
 from sparse_compile.codegen.triton.layout import source as layout_source
-from sparse_compile.codegen.triton.layout.key import Key
+from sparse_compile.codegen.triton.layout.key import Key, digest
 from sparse_compile.codegen.triton.layout.text import DIVISIONS
 from sparse_compile.codegen.triton.selection import text
-from sparse_compile.expr.digits import digit_names
 
 _LIMITS = {
     "top_k": text.TOP_K,
@@ -47,9 +46,7 @@ class ChooseSpec:
     def name(self) -> str:
         """What the module is called."""
         shape = (self.given, self.rule, self.blocks, self.room, self.few)
-        described = repr((self.key.text, self.key.q.fields, self.key.kv.fields, self.key.fixed))
-        digest = hashlib.sha256((described + repr(shape)).encode()).hexdigest()[:12]
-        return f"choose_{self.rule}_{digest}"
+        return f"choose_{self.rule}_{digest(repr(self.key.identity) + repr(shape))}"
 
     @property
     def is_long(self) -> bool:
@@ -79,22 +76,18 @@ def _entry(spec: ChooseSpec) -> Entry:
 def choose_kernel(spec: ChooseSpec) -> Kernel:
     """The module of a spec: the kernel ``choose``."""
     key = spec.key
-    header = fill(
+    header = filled(
         text.MODULE,
-        NAME=spec.name,
+        spec,
         MASK="what is visible is given" if spec.given else str(key.mask),
-        RULE=spec.rule,
         UNIT_Q=str(key.q.block),
         BLOCK=str(key.kv.block),
-        BLOCKS=str(spec.blocks),
         SLICE=str(min(spec.blocks, 512 * spec.warps)),
-        ROOM=str(spec.room),
     )
-    names, entry = [] if spec.given else sizes_of(key), _entry(spec)
+    names, entry = [] if spec.given else layout_source.data(key), _entry(spec)
     kernel = entry.text(
         text.CHOOSE,
         SIZES=names,
-        NAMES=names,
         VISIBLE=text.GIVEN.splitlines() if spec.given else _from_mask(key),
         LIMIT=_LIMITS[spec.rule].splitlines(),
         **_search(spec, names),
@@ -113,8 +106,8 @@ def _search(spec: ChooseSpec, parameters: list[str]) -> dict[str, str | list[str
             return f"found_from({', '.join([bound, arguments, *names])})"
         return f"tl.sum((key >= {bound}).to(tl.int32), 0)"
 
-    keys = fill(text.ALL_KEYS, NAMES=parameters).splitlines()
-    function = fill(text.FOUND, SIZES=parameters, NAMES=parameters).splitlines()
+    keys = fill(text.ALL_KEYS, SIZES=parameters).splitlines()
+    function = fill(text.FOUND, SIZES=parameters).splitlines()
     return {
         "FOUND": function if spec.is_long else [],
         "ALL_KEYS": [] if spec.is_long else keys,
@@ -123,11 +116,6 @@ def _search(spec: ChooseSpec, parameters: list[str]) -> dict[str, str | list[str
         "FOUND_HIGHER": found("higher"),
         "FOUND_ABOVE": found("least + 1"),
     }
-
-
-def sizes_of(key: Key) -> list[str]:
-    """The line of parameters for the sizes of a mask; none if there are none."""
-    return [", ".join(key.sizes) + ","] if key.sizes else []
 
 
 def verdict_source(key: Key) -> list[str]:
@@ -141,19 +129,13 @@ def verdict_lines(key: Key, q: str, kv: str, runs: tuple[str, str] = ("1", "1"))
 
     Or of ``runs`` of blocks from those on.
     """
-    names = {axis: _digits(key, axis) for axis in ("q", "kv")}
-    free = ", ".join(["", *key.sizes])
+    of_q, of_kv = key.ends("q"), key.ends("kv")
+    given = ", ".join([*of_q, *of_kv, "0, 0, 0, 0, n_q, n_kv", *key.sizes])
     return [
-        f"{', '.join(names['q'])}, q_whole = digits_of_q({q}, n_q, {runs[0]})",
-        f"{', '.join(names['kv'])}, kv_whole = digits_of_kv({kv}, n_kv, {runs[1]})",
-        f"must, may = verdict({', '.join([*names['q'], *names['kv']])}, 0, 0, 0, 0, n_q, n_kv"
-        f"{free})",
+        f"{', '.join(of_q)}, q_whole = digits_of_q({q}, n_q, {runs[0]})",
+        f"{', '.join(of_kv)}, kv_whole = digits_of_kv({kv}, n_kv, {runs[1]})",
+        f"must, may = verdict({given})",
     ]
-
-
-def _digits(key: Key, axis: str) -> list[str]:
-    names = digit_names(axis, len(key.order(axis).box))
-    return [f"{name}_{end}" for name in names for end in ("lo", "hi")]
 
 
 def _from_mask(key: Key) -> list[str]:

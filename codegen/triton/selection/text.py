@@ -107,7 +107,7 @@ $SIGNATURE
         block = at + tl.arange(0, SLICE)
         _score, _visible, keys = candidates(
             block, SCORES, VISIBLE, unit, blocks, sink, near, until, n_q, n_kv,
-            $NAMES
+            $SIZES
         )
         above, equal = keys > least, (keys > LOWEST) & (keys == least)
         # How many of either come before a block, in one sum: no more than SLICE of each.
@@ -129,7 +129,7 @@ $SIGNATURE
 ALL_KEYS = """\
 score, visible, key = candidates(
     tl.arange(0, BLOCKS), SCORES, VISIBLE, unit, blocks, sink, near, until, n_q, n_kv,
-    $NAMES
+    $SIZES
 )
 """
 
@@ -145,7 +145,7 @@ def found_from(
     for at in range(0, tl.minimum(blocks, BLOCKS), SLICE):
         _score, _visible, keys = candidates(
             at + tl.arange(0, SLICE), SCORES, VISIBLE, unit, blocks, sink, near, until, n_q, n_kv,
-            $NAMES
+            $SIZES
         )
         found += tl.sum((keys >= bound).to(tl.int32), 0)
     return found

@@ -10,17 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sparse_compile.codegen.runtime.launch import (
-    DTYPE_NAMES,
-    Launcher,
-    current,
-    launchers_of,
-    strides,
-)
+from sparse_compile.codegen.runtime.launch import DTYPE_NAMES, strides
 from sparse_compile.codegen.triton.layout.key import LONGEST
 from sparse_compile.codegen.triton.selection import window_source
-from sparse_compile.codegen.triton.selection.printable import free_sizes, key_of
+from sparse_compile.codegen.triton.selection.printable import key_of, launch
 from sparse_compile.codegen.triton.selection.window_source import WindowSpec
+from sparse_compile.codegen.triton.tile import padded
 from sparse_compile.selection.windows import Windows
 from sparse_compile.spec.target import Target
 
@@ -28,11 +23,6 @@ from sparse_compile.spec.target import Target
 _MOST_DIM, _MOST_HEADS, _MOST_SPAN, _MOST_PER = 256, window_source.ROWS, 16, 32
 #: Verdicts are asked of so many runs of cells at once.
 _SPAN = 256
-
-
-@functools.lru_cache(maxsize=256)
-def _kernel(spec: WindowSpec) -> Launcher:
-    return launchers_of(window_source.window_kernel(spec))["window_scores"]
 
 
 def fits(windows: Windows) -> bool:
@@ -60,8 +50,16 @@ class WindowScores:
     @property
     def summed(self) -> int:
         """Queries of each row of scores: those of a unit, or fewer."""
-        of = self.windows
-        return min(of.unit, window_source.tokens_of(of.heads, of.q.shape[3]))
+        return self.spec.summed
+
+    @functools.cached_property
+    def spec(self) -> WindowSpec:
+        """What the kernel is generated for that stores sums."""
+        of, visible = self.windows, self.windows.visible
+        key = replace(key_of(visible, 1, visible.run_kv), span=_SPAN)
+        of_heads = of.heads, of.q.shape[3], DTYPE_NAMES[of.q.dtype]
+        shape = self.parts.shape[0], of.span, of.per, of.unit
+        return WindowSpec(key, *of_heads, *shape, False, Target.of(of.q.device).arch)
 
     @functools.cached_property
     def parts(self) -> Tensor:
@@ -73,7 +71,7 @@ class WindowScores:
         of = self.windows
         keys = of.keys if of.scale > 0 else of.keys.float() * of.scale
         room = -keys.shape[2] % window_source.PADDED
-        channels = window_source.dim_pad(keys.shape[3]) - keys.shape[3]
+        channels = padded(keys.shape[3]) - keys.shape[3]
         keys = pad(keys, (0, channels, 0, room))
         if keys.dtype == of.q.dtype:
             return keys.contiguous()[None]
@@ -93,12 +91,9 @@ class WindowScores:
             fp32 [B, lists, rows, blocks], in rows of :attr:`summed` queries.
         """
         windows, parts, visible = self.windows, self.parts, self.windows.visible
+        spec = replace(self.spec, logarithm=logarithm)
         q = windows.q if windows.q.stride(-1) == 1 else windows.q.contiguous()
         first, rows = units[0] * windows.unit, (units[1] - units[0]) * windows.unit // self.summed
-        key = replace(key_of(visible, 1, visible.run_kv), span=_SPAN)
-        shape = parts.shape[0], windows.span, windows.per, windows.unit
-        of_heads = windows.heads, q.shape[3], DTYPE_NAMES[q.dtype]
-        spec = WindowSpec(key, *of_heads, *shape, logarithm, Target.of(q.device).arch)
         least = window_source.LEAST_SCORE if logarithm else 0.0
         scores = torch.full(
             (q.shape[0], windows.lists, rows, windows.blocks), least, device=q.device
@@ -109,8 +104,7 @@ class WindowScores:
         values |= {"windows": windows.keys.shape[2], "padded": parts.shape[3]}
         values |= {"blocks": windows.blocks, "lists": windows.lists}
         values |= {"lists_per_key": windows.lists // parts.shape[2], "n_q": q.shape[2]}
-        values |= {"n_kv": visible.n_kv, **free_sizes(visible, key)}
+        values |= {"n_kv": visible.n_kv, **spec.key.values(visible.sizes)}
         grid = -(-rows * self.summed // spec.tokens), q.shape[0] * windows.lists
-        with current(q.device):
-            _kernel(spec)(grid, values)
+        launch(window_source.window_kernel, spec, q.device, grid, values)
         return scores

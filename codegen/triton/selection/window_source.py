@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
 
@@ -10,9 +9,12 @@ import sympy
 
 from sparse_compile.codegen.entry import Entry, Kernel, integers, number, pointers, sizes, strides
 from sparse_compile.codegen.runtime.generated import fill
-from sparse_compile.codegen.triton.layout.key import Key
+from sparse_compile.codegen.triton.filled import filled
+from sparse_compile.codegen.triton.layout.key import Key, digest
+from sparse_compile.codegen.triton.layout.source import data
 from sparse_compile.codegen.triton.selection import window_text
-from sparse_compile.codegen.triton.selection.source import sizes_of, verdict_lines, verdict_source
+from sparse_compile.codegen.triton.selection.source import verdict_lines, verdict_source
+from sparse_compile.codegen.triton.tile import padded, power_of_two
 
 #: Rows of a tile, queries with the heads of a list, at most.
 ROWS = 128
@@ -54,16 +56,16 @@ class WindowSpec:
     @property
     def name(self) -> str:
         """What the module is called."""
-        key = self.key
         shape = (self.heads, self.dim, self.dtype, self.parts, self.span, self.per, self.unit)
-        described = (key.text, key.q.fields, key.kv.fields, key.fixed, key.span)
-        digest = repr((described, shape, self.logarithm, self.arch))
-        return f"window_scores_{hashlib.sha256(digest.encode()).hexdigest()[:12]}"
+        described = ((*self.key.identity, self.key.span), shape, self.logarithm, self.arch)
+        return f"window_scores_{digest(repr(described))}"
 
     @property
     def tokens(self) -> int:
         """Queries of a tile."""
-        return tokens_of(self.heads, self.dim)
+        # Few heads leave many sums to hold, and many channels many of the query.
+        rows = ROWS // 2 if self.heads <= 2 or self.dim > 128 else ROWS
+        return max(1, rows // self.heads_pad)
 
     @property
     def summed(self) -> int:
@@ -71,9 +73,14 @@ class WindowSpec:
         return min(self.unit, self.tokens)
 
     @property
-    def dim_pad(self) -> int:
+    def heads_pad(self) -> int:
         """A power of two."""
-        return dim_pad(self.dim)
+        return power_of_two(self.heads)
+
+    @property
+    def dim_pad(self) -> int:
+        """Channels that are read of a key."""
+        return padded(self.dim)
 
     @property
     def tile(self) -> int:
@@ -85,22 +92,6 @@ class WindowSpec:
         """What the compiler is told."""
         deep = self.dim_pad <= 128 or self.arch in _LARGE
         return {"num_warps": 8, "num_stages": 2 if deep else 1}
-
-
-def _power(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
-def dim_pad(dim: int) -> int:
-    """Channels that are read of a key."""
-    return _power(max(dim, 16))
-
-
-def tokens_of(heads: int, dim: int) -> int:
-    """Queries of a tile with so many heads of a list."""
-    # Few heads leave many sums to hold, and many channels many of the query.
-    rows = ROWS // 2 if heads <= 2 or dim > 128 else ROWS
-    return max(1, rows // _power(heads))
 
 
 def _entry(spec: WindowSpec) -> Entry:
@@ -118,28 +109,16 @@ def _entry(spec: WindowSpec) -> Entry:
 def window_kernel(spec: WindowSpec) -> Kernel:
     """The module of a spec: the kernel ``window_scores``."""
     key, entry = spec.key, _entry(spec)
-    header = fill(
+    header = filled(
         window_text.MODULE,
-        NAME=spec.name,
-        ARCH=spec.arch,
+        spec,
         MASK=str(key.mask),
         STRIDE=str(key.kv.block),
-        HEADS=str(spec.heads),
-        HEADS_PAD=str(_power(spec.heads)),
-        TOKENS=str(spec.tokens),
-        SUMMED=str(spec.summed),
-        TILE=str(spec.tile),
-        SPAN=str(spec.span),
-        PER=str(spec.per),
-        DIM=str(spec.dim),
-        DIM_PAD=str(spec.dim_pad),
-        PARTS=str(spec.parts),
-        LOGARITHM=str(spec.logarithm),
         LEAST_SCORE=repr(LEAST_SCORE),
     )
     kernel = entry.text(
         window_text.KERNEL,
-        NAMES=sizes_of(key),
+        SIZES=data(key),
         # The interpreter cannot multiply bf16.
         SINGLE=".to(tl.float32)" if spec.arch == "interpreter" else "",
     )
@@ -148,7 +127,7 @@ def window_kernel(spec: WindowSpec) -> Kernel:
 
 def _seen(key: Key) -> list[str]:
     """The functions ``sees``, ``sees_all`` and ``range_of_tiles``."""
-    names, runs = sizes_of(key), ("TOKENS", "TILE + SPAN - 1")
+    names, runs = data(key), ("TOKENS", "TILE + SPAN - 1")
     if key.mask.predicate == sympy.true:
         return [fill(window_text.ALL_SEEN, SIZES=names)]
     functions = fill(

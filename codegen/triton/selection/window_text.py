@@ -155,7 +155,7 @@ $SIGNATURE
     KEYS += within[:, None] * DIM_PAD + column
     begin, end = range_of_tiles(
         base, windows, n_q, n_kv,
-        $NAMES
+        $SIZES
     )
 
     top = tl.full([TOKENS * HEADS_PAD], float("-inf"), tl.float32)
@@ -167,12 +167,12 @@ $SIGNATURE
             product = tl.dot(query, key.T, product)
         whole = sees_all(
             base, tile, windows, n_q, n_kv,
-            $NAMES
+            $SIZES
         )
         if whole == 0:
             seen = sees(
                 token[:, None], (within + tile * TILE)[None, :], windows, n_q, n_kv,
-                $NAMES
+                $SIZES
             )
             product = tl.where(seen, product, float("-inf"))
         higher = tl.maximum(top, tl.max(product, 1))
@@ -194,12 +194,12 @@ $SIGNATURE
         share = tl.exp2(product * factor - norm[None, :])
         whole = sees_all(
             base, tile, windows, n_q, n_kv,
-            $NAMES
+            $SIZES
         )
         if whole == 0:
             seen = sees(
                 token[None, :], (within + tile * TILE)[:, None], windows, n_q, n_kv,
-                $NAMES
+                $SIZES
             )
             share = tl.where(seen, share, 0.0)
         mass = tl.sum(share.reshape(TILE, ROWS, SUMMED * HEADS_PAD), 2)

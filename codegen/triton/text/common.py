@@ -1,5 +1,21 @@
 """What all kernels of a module share: its head, and the small functions they call."""
 
+#: The online softmax of both families.
+SOFTMAX_STEP = '''\
+@triton.jit
+def softmax_step(score, peak, total, factor):
+    """Online softmax, in base 2.
+
+    Returns the weights of this tile, by how much earlier sums shrink, and the new peak and total.
+    """
+    new_peak = tl.maximum(peak, tl.max(score, 1) * factor)
+    # A query that has met no key yet: -inf - -inf would be NaN.
+    reference = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    weight = tl.exp2(score * factor - reference[:, None])
+    shrink = tl.exp2(peak - reference)
+    return weight, shrink, new_peak, total * shrink + tl.sum(weight, 1)
+'''
+
 HEADER = '''\
 """$NAME: block-sparse attention for $ARCH.
 
@@ -129,18 +145,7 @@ def block_at(blocks, position, length):
     return tl.load(blocks + position, mask=position < length, other=0)
 
 
-@triton.jit
-def softmax_step(score, peak, total, factor):
-    """Online softmax, in base 2.
-
-    Returns the weights of this tile, by how much earlier sums shrink, and the new peak and total.
-    """
-    new_peak = tl.maximum(peak, tl.max(score, 1) * factor)
-    # A query that has met no key yet: -inf - -inf would be NaN.
-    reference = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    weight = tl.exp2(score * factor - reference[:, None])
-    shrink = tl.exp2(peak - reference)
-    return weight, shrink, new_peak, total * shrink + tl.sum(weight, 1)
+$SOFTMAX_STEP
 '''
 
 HELPERS = {

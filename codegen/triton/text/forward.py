@@ -64,3 +64,6 @@ total = tl.where(peak == float("-inf"), 0.0, 1.0)
 out = load_tile(OUT, first, row$WIDE, exist, out_stride_n, VALUE_DIM, VALUE_PAD)
 out = out.to(tl.float32)
 """
+
+#: Nothing is left for the end.
+EARLIER = ""

@@ -1,0 +1,77 @@
+"""How the modules of all families are put together: templates that read their spec."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from sparse_compile.codegen.runtime.generated import fill
+from sparse_compile.codegen.triton.entries import table_ranks
+from sparse_compile.codegen.triton.score import PrintedScore
+from sparse_compile.codegen.triton.text.common import HELPERS, SOFTMAX_STEP
+from sparse_compile.codegen.triton.tile import padded
+from sparse_compile.expr import MaskExpr
+
+
+def filled(template: str, spec: Any, **holes: str | list[str]) -> str:
+    """A template; a hole that is not given is what the spec calls so, in lower case.
+
+    >>> filled("D = $DENOMINATOR  # of $X", 3, X="x")
+    'D = 1  # of x'
+    """
+    names = set(re.findall(r"\$([A-Z_]+)", template)) - set(holes)
+    return fill(template, **{name: str(getattr(spec, name.lower())) for name in names}, **holes)
+
+
+def head(
+    template: str, spec: Any, score: PrintedScore, helpers: Iterable[str], **holes: str | list[str]
+) -> list[str]:
+    """The head of a module for attention, and the small functions that predicates call.
+
+    Args:
+        template: of the head.
+        spec: of the kernels, with an ``attention``.
+        score: of one of them.
+        helpers: as in :class:`sparse_compile.codegen.triton.predicate.Printed`.
+        holes: of the template, that only it has.
+    """
+    interpreted = "tile.to(tl.float32)  # the interpreter cannot multiply bfloat16"
+    text = filled(
+        template,
+        spec,
+        PROGRAM=[escaped(line) for line in score.shown],
+        MASK=escaped(str(spec.attention.mask)),
+        WHERE=where(spec),
+        SOFTMAX_STEP=SOFTMAX_STEP.splitlines(),
+        SYMBOLS=legend(spec.attention.mask),
+        HEAD_PAD=str(padded(spec.head_dim)),
+        VALUE_PAD=str(padded(spec.value_dim)),
+        LOADED=interpreted if spec.arch == "interpreter" else "tile",
+        **holes,
+    )
+    return [text, *(HELPERS[name] for name in sorted(helpers))]
+
+
+def where(spec: Any) -> list[str]:
+    """Lines that say where in the user's code the attention is, and an empty one."""
+    return [*(escaped(f"at       {line}") for line in spec.attention.where), ""]
+
+
+def escaped(text: str) -> str:
+    """Text that cannot end the docstring it stands in."""
+    return text.replace("\\", "/").replace('"""', "'''")
+
+
+def legend(mask: MaskExpr) -> list[str]:
+    """Lines that say what the tables and sizes of a mask are."""
+    lines = [
+        f"  {f't{t}':<12} table, {mask.tables[t]}, {n} dimensions"
+        for t, n in table_ranks(mask).items()
+    ]
+    return lines + [f"  {f's{i}':<12} size, a run-time integer" for i in range(mask.n_sizes)]
+
+
+def precision(spec: Any) -> str:
+    """What products are told: fp32 is not to be rounded to fewer bits."""
+    return ', input_precision="ieee"' if spec.dtype == "float32" else ""
