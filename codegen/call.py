@@ -65,6 +65,11 @@ class AttentionCall:
         return batch, heads, n_q, self.k.shape[2]
 
     @property
+    def data(self) -> tuple[int, int, Sequence[Tensor], Sequence[int]]:
+        """What a mask and a score program read besides coordinates: Nq, Nkv, tables and sizes."""
+        return self.q.shape[2], self.k.shape[2], self.tables, self.sizes
+
+    @property
     def blocks(self) -> Layout:
         """The layout, which an executor of blocks is given."""
         assert self.layout is not None

@@ -82,9 +82,7 @@ def _batches(tiles: TileBlocks, regular: list[Strided], small: list[Strided]) ->
         members = list(_members(run, tiles.rows))
         batches += _mark_merges(run, [tile in covered for tile in members])
         covered.update(members)
-    scattered = [segment for run in small for segment in _segments(run, tiles.rows)]
-    batches += _gather(tiles, scattered, covered)
-    return batches
+    return [*batches, *_gather(tiles, small, covered)]
 
 
 @dataclass
@@ -194,12 +192,6 @@ def _members(run: Strided, tile_rows: int) -> range:
     return range(first, first + run.tiles)
 
 
-def _segments(run: Strided, tile_rows: int) -> Iterator[Segment]:
-    for i, tile in enumerate(_members(run, tile_rows)):
-        start = run.kv_start + i * run.kv_step
-        yield Segment(tile, tile * tile_rows, run.rows, start, run.length, run.masked)
-
-
 def _mark_merges(run: Strided, merges: list[bool]) -> Iterator[Strided]:
     """Cut a run where it changes between tiles that have a partial result already and not."""
     cuts = [0, *(i for i in range(1, len(merges)) if merges[i] != merges[i - 1]), len(merges)]
@@ -207,15 +199,15 @@ def _mark_merges(run: Strided, merges: list[bool]) -> Iterator[Strided]:
         yield replace(run.part(low, high), merge=merges[low])
 
 
-def _gather(tiles: TileBlocks, scattered: list[Segment], covered: set[int]) -> Iterator[Gathered]:
+def _gather(tiles: TileBlocks, small: list[Strided], covered: set[int]) -> Iterator[Gathered]:
+    block_kv, n_kv = tiles.layout.block_kv, tiles.layout.n_kv
     blocks: dict[int, list[tuple[int, bool]]] = {}
-    for segment in scattered:
-        first = segment.kv_start // tiles.block_kv
-        end = -(-(segment.kv_start + segment.length) // tiles.block_kv)
-        listed = blocks.setdefault(segment.tile, [])
-        for block in range(first, end):
-            ragged = (block + 1) * tiles.block_kv > tiles.n_kv
-            listed.append((block, segment.masked or ragged))
+    for run in small:
+        for i, tile in enumerate(_members(run, tiles.rows)):
+            start = run.kv_start + i * run.kv_step
+            for block in range(start // block_kv, -(-(start + run.length) // block_kv)):
+                ragged = (block + 1) * block_kv > n_kv
+                blocks.setdefault(tile, []).append((block, run.masked or ragged))
     groups: dict[tuple[int, int, bool], list[int]] = {}
     for tile, listed in sorted(blocks.items()):
         key = (tiles.rows_of(tile), _padded(len(listed)), tile in covered)
@@ -249,4 +241,6 @@ def _gathered(
         partial[i, : len(line)] = torch.tensor([masked for _, masked in line])
         present[i, : len(line)] = True
     starts = torch.tensor(list(listed)) * tiles.rows
-    return Gathered(starts, rows, tiles.rows, blocks, present, partial, tiles.block_kv, merge)
+    return Gathered(
+        starts, rows, tiles.rows, blocks, present, partial, tiles.layout.block_kv, merge
+    )

@@ -33,9 +33,24 @@ from sparse_compile.ops.registered import operator
 from sparse_compile.spec import AttentionSpec
 
 
+def _like_layout(reads: str, n_q: int, n_kv: int, spec: str, device: torch.device) -> list[Tensor]:
+    made = []
+    for read in DenseRead.parse(reads):
+        rows, columns = (n_q if "q" in read.axes else 1), (n_kv if "kv" in read.axes else 1)
+        # Where batch entries or heads turn out to share their mask, the table has size one.
+        shape = (fresh_size(), fresh_size(), rows, -(-columns // WORD))
+        made.append(torch.empty(shape, dtype=torch.int32, device=device))
+    # How many blocks a mask touches is known when the lengths are, not when the graph is traced.
+    parsed = AttentionSpec.parse(spec)
+    shapes: list[list[Any]] = [[fresh_size()] for _ in parsed.parts]
+    for _ in range(count_worklists(parsed, device)):
+        shapes += [[fresh_size()], [fresh_size(), fresh_size(), fresh_size(), 0]]
+    return made + [torch.empty(shape, dtype=torch.int32, device=device) for shape in shapes]
+
+
 # Layouts are cached across calls and their lengths are only known at run time: neither may live in
 # the memory of a CUDA graph. Inductor records graphs around this operator, not over it.
-@operator("layout", tags=(torch.Tag.cudagraph_unsafe,))
+@operator(_like_layout, tags=(torch.Tag.cudagraph_unsafe,))
 def layout(
     tables: Sequence[Tensor],
     reads: str,
@@ -97,35 +112,14 @@ def layout(
     return lists_of(built, kv_heads, device)
 
 
-@layout.register_fake
-def _(
-    tables: Sequence[Tensor],
-    reads: str,
-    sizes: Sequence[int],
-    batch: int,
-    heads: int,
-    n_q: int,
-    n_kv: int,
-    kv_heads: int,
-    spec: str,
-    device: torch.device,
-    lists: Sequence[Tensor],
-) -> list[Tensor]:
-    made = []
-    for read in DenseRead.parse(reads):
-        rows, columns = (n_q if "q" in read.axes else 1), (n_kv if "kv" in read.axes else 1)
-        # Where batch entries or heads turn out to share their mask, the table has size one.
-        shape = (fresh_size(), fresh_size(), rows, -(-columns // WORD))
-        made.append(torch.empty(shape, dtype=torch.int32, device=device))
-    # How many blocks a mask touches is known when the lengths are, not when the graph is traced.
-    parsed = AttentionSpec.parse(spec)
-    shapes: list[list[Any]] = [[fresh_size()] for _ in parsed.parts]
-    for _ in range(count_worklists(parsed, device)):
-        shapes += [[fresh_size()], [fresh_size(), fresh_size(), fresh_size(), 0]]
-    return made + [torch.empty(shape, dtype=torch.int32, device=device) for shape in shapes]
+def _like_attention(q: Tensor, k: Tensor, v: Tensor, spec: str) -> tuple[Tensor, Tensor]:
+    check_operands(q, k, v, widest(AttentionSpec.parse(spec)))
+    batch, heads, n_q, _ = q.shape
+    out = q.new_empty([batch, n_q, heads, v.shape[-1]]).transpose(1, 2)
+    return out, q.new_empty([batch, heads, n_q], dtype=torch.float32)
 
 
-@operator("attention", by_token=True)
+@operator(_like_attention, by_token=True)
 def attention(
     q: Tensor,
     k: Tensor,
@@ -173,25 +167,11 @@ def attention(
     return empty_rows.apply_forward(call, out, lse), lse
 
 
-@attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    learned: Sequence[Tensor],
-    tables: Sequence[Tensor],
-    sizes: Sequence[int],
-    lists: Sequence[Tensor],
-    scale: float,
-    spec: str,
-) -> tuple[Tensor, Tensor]:
-    check_operands(q, k, v, widest(AttentionSpec.parse(spec)))
-    batch, heads, n_q, _ = q.shape
-    out = q.new_empty([batch, n_q, heads, v.shape[-1]]).transpose(1, 2)
-    return out, q.new_empty([batch, heads, n_q], dtype=torch.float32)
+def _like_gradients(q: Tensor, k: Tensor, v: Tensor, learned: Sequence[Tensor]) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in (q, k, v, *learned)]
 
 
-@operator("attention_backward")
+@operator(_like_gradients)
 def attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -214,25 +194,6 @@ def attention_backward(
     result = AttentionResult(out, lse, grad_out, grad_lse)
     grads = attend.backward(call, empty_rows.without(call, result))
     return list(empty_rows.apply_backward(call, result, grads))
-
-
-@attention_backward.register_fake
-def _(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    learned: Sequence[Tensor],
-    tables: Sequence[Tensor],
-    sizes: Sequence[int],
-    lists: Sequence[Tensor],
-    scale: float,
-    spec: str,
-) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t in (q, k, v, *learned)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

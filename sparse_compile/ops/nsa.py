@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.codegen.precision import full_precision
-from sparse_compile.ops.registered import operator
+from sparse_compile.ops.registered import fake_lists, operator
 from sparse_compile.patterns.checks import blocks
 from sparse_compile.patterns.compressed import Compressed
 from sparse_compile.patterns.local import Causal
@@ -18,7 +18,12 @@ from sparse_compile.selection.select import select
 Settings = tuple[int, int, int, int, int, int, int]
 
 
-@operator("nsa_select")
+def _like_lists(q: Tensor, k: Tensor, settings: list[int]) -> tuple[Tensor, Tensor]:
+    *rows, room = _shape(q, k, settings)
+    return fake_lists(q, rows, room)
+
+
+@operator(_like_lists)
 def nsa_select(
     q: Tensor,
     k: Tensor,
@@ -58,19 +63,6 @@ def nsa_select(
     with full_precision(q.device.type):
         chosen = select(pattern, q, k, Causal(align).bound().expr)
     return chosen.index, chosen.count
-
-
-@nsa_select.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    compressed: Tensor,
-    settings: list[int],
-    align: str,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    shape = _shape(q, k, settings)
-    return q.new_empty(shape, dtype=torch.int32), q.new_empty(shape[:3], dtype=torch.int32)
 
 
 def _shape(q: Tensor, k: Tensor, settings: list[int]) -> tuple[int, int, int, int]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_compile.errors import BadShape, PatternMisuse
-from sparse_compile.expr import MaskExpr, evaluate
+from sparse_compile.expr import MaskExpr, evaluate, grid
 from sparse_compile.patterns.base import Pattern
 from sparse_compile.patterns.checks import blocks, whole
 
@@ -38,12 +38,8 @@ class Chunk:
     def keep(self) -> Tensor:
         """Who may attend to whom: bool [B or 1, Hq or 1, stop - start, Nkv]."""
         device, n_q, n_kv = self.q.device, self.q.shape[2], self.k.shape[2]
-        where = {
-            "b": torch.arange(self.q.shape[0], device=device).view(-1, 1, 1, 1),
-            "h": torch.arange(self.q.shape[1], device=device).view(-1, 1, 1),
-            "q": torch.arange(self.start, self.stop, device=device)[:, None],
-            "kv": torch.arange(n_kv, device=device),
-        }
+        of_heads = {"b": range(self.q.shape[0]), "h": range(self.q.shape[1])}
+        where = grid(device, **of_heads, q=range(self.start, self.stop), kv=range(n_kv))
         keep = evaluate(self.mask, where, n_q, n_kv, self.tables, self.sizes)
         keep = keep.view((1,) * (4 - keep.dim()) + keep.shape)
         return keep.expand(-1, -1, self.stop - self.start, n_kv)

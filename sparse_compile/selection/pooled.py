@@ -9,27 +9,21 @@ import torch
 from torch import Tensor
 
 from sparse_compile.patterns.scorers import MeanPool, MinMax
-from sparse_compile.selection.scores import Scoring, mean_of_units, parted, summed
-from sparse_compile.selection.task import Task
+from sparse_compile.selection.scores import mean_of_units, parted, summed
+from sparse_compile.selection.task import Scoring, Task
 
 
-@dataclass(frozen=True)
-class _Pooled:
+@dataclass(frozen=True, eq=False)
+class _Pooled(Scoring):
     """Scores that are linear in features of queries and blocks, so queries are pooled first.
 
     Attributes:
-        task: what is scored.
         keys: fp32 [B, Hkv, blocks, F], features of the blocks, times the scale.
         by_sign: whether queries count as their positive and negative parts, else as they are.
     """
 
-    task: Task
     keys: Tensor
     by_sign: bool = False
-
-    @property
-    def lists(self) -> int:
-        return self.task.lists
 
     @property
     def width(self) -> int:

@@ -15,9 +15,9 @@ from sparse_compile.codegen.triton.selection.window_scores import fits
 from sparse_compile.expr import KV, FloorDiv, MaskExpr, Q
 from sparse_compile.patterns.compressed import whole_windows
 from sparse_compile.selection.builders import BUILDERS
+from sparse_compile.selection.masses import _Windows
 from sparse_compile.selection.scoring import scoring
 from sparse_compile.selection.task import Task
-from sparse_compile.selection.train.masses import _Windows
 from sparse_compile.selection.visible import Visible
 from tests.handed_in import serve_the_cpu
 from tests.selection import naive
@@ -49,7 +49,7 @@ def prepared(pattern: Any, q: Tensor, k: Tensor, mask: Any, sizes: Sequence[int]
 
 def by_kernel(windows: _Windows, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """The scores of all units, in two chunks."""
-    assert fits(windows._fused)
+    assert fits(windows.of)
     half = (windows.task.rows + 1) // 2
     chunks = [(0, half), (half, windows.task.rows)]
     with monkeypatch.context() as patch:
@@ -176,11 +176,11 @@ def test_what_does_not_fit() -> None:
     """Is left to torch."""
     pattern = P.TopK(3, unit_kv=16, scorer=P.OverlapPool(16, 8))
     q, k = operands((4, 2), 20, 100)
-    assert fits(prepared(pattern, q, k, LOWER)._fused)
-    assert not fits(prepared(pattern, q.float(), k.float(), LOWER)._fused)
+    assert fits(prepared(pattern, q, k, LOWER).of)
+    assert not fits(prepared(pattern, q.float(), k.float(), LOWER).of)
     thirds = P.TopK(3, unit_kv=16, block=48, scorer=P.OverlapPool(32, 16))
-    assert not fits(prepared(thirds, q, k, LOWER)._fused)
+    assert not fits(prepared(thirds, q, k, LOWER).of)
     by_head = P.heads([P.Causal(), P.All(), P.All(), P.All()])
-    assert not fits(prepared(pattern, q, k, by_head)._fused)
+    assert not fits(prepared(pattern, q, k, by_head).of)
     many = operands((130, 1), 2, 100)
-    assert not fits(prepared(pattern, *many, LOWER)._fused)
+    assert not fits(prepared(pattern, *many, LOWER).of)

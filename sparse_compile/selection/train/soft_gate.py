@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.errors import BadShape
-from sparse_compile.expr import MaskExpr, evaluate
+from sparse_compile.expr import MaskExpr, evaluate, grid
 from sparse_compile.patterns.base import Pattern
 from sparse_compile.selection.chunked import bound, check_heads
 from sparse_compile.selection.selection import Selection
@@ -89,12 +89,8 @@ def _selected_keys(
     # What follows the first `count` units of a row is never read.
     first = torch.where(used, index, 0) * unit
     keys = (first[..., None] + torch.arange(unit, device=device)).flatten(3)
-    where = {
-        "b": torch.arange(q.shape[0], device=device).view(-1, 1, 1, 1),
-        "h": torch.arange(q.shape[1], device=device).view(-1, 1, 1),
-        "q": torch.arange(q.shape[2], device=device)[:, None],
-        "kv": keys,
-    }
+    rows = dict(zip("bhq", map(range, q.shape), strict=False))
+    where = {**grid(device, **rows, kv=range(1)), "kv": keys}
     allowed = evaluate(mask[0], where, q.shape[2], k.shape[2], mask[1], sizes)
     keep = used.repeat_interleave(unit, -1) & (keys < k.shape[2]) & allowed
     return keys.clamp_max(k.shape[2] - 1), keep

@@ -1,4 +1,4 @@
-"""Tiles of attention whose score is not linear in q·k: plain matrix products around its program.
+"""Tiles of attention by plain matrix products: of any score, on any version of PyTorch.
 
 PyTorch's fused attention knows a scale and a bias only. These take its place, tile by tile, in
 fp32; everything about which tiles there are, and how their results merge, stays the same.
@@ -6,52 +6,47 @@ fp32; everything about which tiles there are, and how their results merge, stays
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from sparse_compile.codegen.call import AttentionCall
 from sparse_compile.codegen.cpu.batches import Batch
-from sparse_compile.codegen.cpu.flash import Bias
+from sparse_compile.codegen.cpu.bias import Bias
 from sparse_compile.codegen.cpu.parts import Part
 from sparse_compile.expr import COORDINATES, ScoreData, ScoreProgram, evaluate_score, evaluate_slope
 
 
 @dataclass(frozen=True)
-class ScoreCall:
-    """A score program and the run-time data of one call, but for coordinates."""
+class Score:
+    """What makes scores of products of queries and keys.
 
-    program: ScoreProgram
+    Attributes:
+        scale: factor on the products.
+        program: what happens to them then; None: nothing.
+        data: what the program reads; coordinates only where it is :meth:`at` some tiles.
+    """
+
     scale: float
-    data: ScoreData
+    program: ScoreProgram | None = None
+    data: ScoreData = field(default_factory=ScoreData)
 
     @staticmethod
-    def make(call: AttentionCall) -> ScoreCall | None:
-        """The score program of a call; None where scores are the scaled products."""
-        if call.spec.score is None:
-            return None
-        _, _, n_q, n_kv = call.shape
-        data = ScoreData({}, n_q, n_kv, call.tables, call.sizes)
-        return ScoreCall(call.spec.score, call.scale, data)
+    def of(call: AttentionCall) -> Score:
+        """The scores of a call."""
+        return Score(call.scale, call.spec.score, ScoreData({}, *call.data))
 
-    def at(self, part: Part, batch: Batch) -> TileScore:
+    def at(self, part: Part, batch: Batch) -> Score:
         """The scores of the tiles of a batch."""
-        if not any(self.program.depends_on(symbol) for symbol in COORDINATES):
-            return TileScore(self, self.data)
+        program = self.program
+        if program is None or not any(program.depends_on(symbol) for symbol in COORDINATES):
+            return self
         queries, keys = batch.coordinates()
         heads = torch.tensor(list(part.heads)).view(1, -1, 1, 1)
         where = {"q": queries.unsqueeze(1), "kv": keys.unsqueeze(1), "h": heads}
         where["b"] = torch.tensor(part.batch)
-        return TileScore(self, replace(self.data, coordinates=where))
-
-
-@dataclass(frozen=True)
-class TileScore:
-    """A score program at some tiles."""
-
-    call: ScoreCall
-    data: ScoreData
+        return replace(self, data=replace(self.data, coordinates=where))
 
     def products(self, q: Tensor, k: Tensor) -> Tensor:
         """Scaled products fp32 [tiles, heads, rows, keys] of q [..., rows, D] and k [..., keys, D].
@@ -60,14 +55,16 @@ class TileScore:
         """
         wide = torch.promote_types(q.dtype, torch.float32)
         products: Tensor = q.to(wide) @ k.to(wide).mT
-        return products.mul_(self.call.scale)
+        return products.mul_(self.scale)
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, score: TileScore
+    q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, score: Score
 ) -> tuple[Tensor, Tensor]:
     """As :func:`sparse_compile.codegen.cpu.flash.forward`; ``out`` is fp32, fp64 for fp64."""
-    scores = evaluate_score(score.call.program, score.products(q, k), score.data)
+    scores = score.products(q, k)
+    if score.program is not None:
+        scores = evaluate_score(score.program, scores, score.data)
     if bias is not None:
         scores = scores + bias.values
     peak = scores.amax(-1, keepdim=True)
@@ -87,10 +84,12 @@ def backward(
     out: Tensor,
     lse: Tensor,
     bias: Bias | None,
-    score: TileScore,
+    score: Score,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`sparse_compile.codegen.cpu.flash.backward`; gradients are fp32, fp64 for fp64."""
-    scores, slope = evaluate_slope(score.call.program, score.products(q, k), score.data)
+    scores, slope = score.products(q, k), None
+    if score.program is not None:
+        scores, slope = evaluate_slope(score.program, scores, score.data)
     if bias is not None:
         scores = scores + bias.values
     weights = (scores - lse[..., None]).exp_()
@@ -98,6 +97,8 @@ def backward(
     grad = grad_out.to(wide)
     delta = (grad * out.to(wide)).sum(-1, keepdim=True)
     dv = weights.mT @ grad
-    d_products = weights.mul_(grad @ v.to(wide).mT - delta).mul_(slope)
-    d_products *= score.call.scale
+    d_products = weights.mul_(grad @ v.to(wide).mT - delta)
+    if slope is not None:
+        d_products *= slope
+    d_products *= score.scale
     return d_products @ k.to(wide), d_products.mT @ q.to(wide), dv
