@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,17 +47,20 @@ _CACHE: BoundedCache[Bias] = BoundedCache(CACHE_BYTES)
 
 @dataclass(frozen=True, eq=False)
 class MaskCall:
-    """The mask of a call, and what is known of it.
+    """The mask of a call, for one batch entry and query head, and what is known of it.
 
     Attributes:
         call: whose mask it is.
         key: equal for calls with the same content.
         biases: what is known already; of this call only when its tables are too large to compare.
+        batch, head: the batch entry and the query head.
     """
 
     call: AttentionCall
     key: Hashable
     biases: BoundedCache[Bias]
+    batch: int = 0
+    head: int = 0
 
     @staticmethod
     def make(call: AttentionCall) -> MaskCall:
@@ -72,18 +75,9 @@ class MaskCall:
         """The predicate."""
         return self.call.spec.mask
 
-    def at(self, batch: int, head: int) -> MaskAt:
+    def at(self, batch: int, head: int) -> MaskCall:
         """The mask of one batch entry and query head."""
-        return MaskAt(self, batch, head)
-
-
-@dataclass(frozen=True)
-class MaskAt:
-    """The mask of one batch entry and query head."""
-
-    of: MaskCall
-    batch: int
-    head: int
+        return replace(self, batch=batch, head=head)
 
     def is_shared(self, batch: Batch) -> bool:
         """Whether all tiles of a batch have the same bias, or none at all."""
@@ -91,7 +85,7 @@ class MaskAt:
             return False
         if not batch.masked or batch.tiles == 1:
             return True
-        return is_shift_invariant(self.of.mask, batch.q_step, batch.kv_step)
+        return is_shift_invariant(self.mask, batch.q_step, batch.kv_step)
 
     def bias(self, batch: Batch, name: Hashable) -> Bias | None:
         """The bias of a batch; ``name`` tells it from the other batches of all plans."""
@@ -102,14 +96,14 @@ class MaskAt:
             batch = batch.part(0, 1) if self.is_shared(batch) else batch
         elif bool(batch.present.all()) and not bool(batch.partial.any()):
             return None
-        mask, key = self.of.mask, self.of.key
+        mask = self.mask
         entry = self.batch if mask.depends_on(B) else 0
         head = self.head if mask.depends_on(H) else 0
-        return self.of.biases.get((key, entry, head, name), lambda: self._make(batch))
+        return self.biases.get((self.key, entry, head, name), lambda: self._make(batch))
 
     def _make(self, batch: Batch) -> Bias:
         allowed = self._strided(batch) if isinstance(batch, Strided) else self._gathered(batch)
-        values = torch.zeros(allowed.shape, dtype=self.of.call.q.dtype)
+        values = torch.zeros(allowed.shape, dtype=self.call.q.dtype)
         values.masked_fill_(~allowed, -math.inf)
         empty = ~allowed.any(-1)
         return Bias(values.unsqueeze(1), empty.unsqueeze(1) if bool(empty.any()) else None)
@@ -126,12 +120,12 @@ class MaskAt:
         queries = batch.q_start[tile].view(-1, 1, 1) + torch.arange(batch.rows).view(-1, 1)
         keys = batch.blocks[tile, place].view(-1, 1, 1) * batch.block_kv
         keys = keys + torch.arange(batch.block_kv)
-        allowed[tile, place] = self._evaluate(queries, keys) & (keys < self.of.call.k.shape[2])
+        allowed[tile, place] = self._evaluate(queries, keys) & (keys < self.call.k.shape[2])
         return allowed.permute(0, 2, 1, 3).reshape(tiles, batch.rows, -1)
 
     def _evaluate(self, queries: Tensor, keys: Tensor) -> Tensor:
         """bool [tiles, rows, keys] at int64 [tiles, rows, 1] and [tiles, 1, keys]."""
         where = {"b": torch.tensor(self.batch), "h": torch.tensor(self.head)}
         where |= {"q": queries, "kv": keys}
-        allowed = evaluate(self.of.mask, where, *self.of.call.data)
+        allowed = evaluate(self.mask, where, *self.call.data)
         return allowed.expand(queries.shape[0], queries.shape[1], keys.shape[2])

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.codegen.cpu import products
-from sparse_compile.codegen.cpu.bias import Bias
-from sparse_compile.codegen.cpu.products import Score
+from sparse_compile.codegen.cpu.products import Tiles
 
 _FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
 
@@ -29,29 +28,20 @@ def _operators() -> tuple[Any, Any] | None:
         return None
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, score: Score
-) -> tuple[Tensor, Tensor]:
+def forward(tiles: Tiles) -> tuple[Tensor, Tensor]:
     """Attention of each tile of queries to its own keys.
 
-    Args:
-        q: [tiles, heads, rows, D]; any strides, the last one 1. So are ``k`` and ``v``, whose tiles
-            and heads may overlap in memory.
-        k: [tiles, heads, keys, D].
-        v: [tiles, heads, keys, D].
-        bias: who may attend; None: every query to every key.
-        score: what makes the scores.
-
     Returns:
-        out [tiles, heads, rows, D] in q.dtype, or in fp32 by plain products, and the natural-log
-        log-sum-exp [tiles, heads, rows], fp32 (fp64 for fp64 inputs): 0 and -inf on rows that
-        attend to nothing.
+        out [tiles, heads, rows, D] in the dtype of q, or in fp32 by plain products, and the
+        natural-log log-sum-exp [tiles, heads, rows], fp32 (fp64 for fp64 inputs): 0 and -inf on
+        rows that attend to nothing.
     """
-    operators = _operators()
+    operators, bias, score = _operators(), tiles.bias, tiles.score
     if operators is None or score.program is not None:
-        return products.forward(q, k, v, bias, score)
+        return products.forward(tiles)
+    given = tiles.q, tiles.k, tiles.v, 0.0, False
     values = None if bias is None else bias.values
-    out, lse = operators[0](q, k, v, 0.0, False, attn_mask=values, scale=score.scale)
+    out, lse = operators[0](*given, attn_mask=values, scale=score.scale)
     if bias is not None and bias.empty is not None:
         # The operator's own answer for these rows differs between versions of PyTorch.
         out = out.masked_fill(bias.empty[..., None], 0.0)
@@ -60,14 +50,7 @@ def forward(
 
 
 def backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    bias: Bias | None,
-    score: Score,
+    tiles: Tiles, grad_out: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The share of these tiles in the gradients of q, k and v.
 
@@ -75,12 +58,13 @@ def backward(
     a part: weights are ``exp(score - lse)``. ``lse`` must be finite, also on empty rows.
 
     Returns:
-        dq [tiles, heads, rows, D], dk and dv [tiles, heads, keys, D], in q.dtype, or in fp32 by
-        plain products.
+        dq [tiles, heads, rows, D], dk and dv [tiles, heads, keys, D], in the dtype of q, or in fp32
+        by plain products.
     """
-    operators, given = _operators(), (grad_out, q, k, v, out, lse)
+    operators, bias, score = _operators(), tiles.bias, tiles.score
     if operators is None or score.program is not None:
-        return products.backward(*given, bias, score)
+        return products.backward(tiles, grad_out, out, lse)
+    given = grad_out, tiles.q, tiles.k, tiles.v, out, lse, 0.0, False
     values = None if bias is None else bias.values
-    grads = operators[1](*given, 0.0, False, attn_mask=values, scale=score.scale)
+    grads = operators[1](*given, attn_mask=values, scale=score.scale)
     return cast(tuple[Tensor, Tensor, Tensor], grads)

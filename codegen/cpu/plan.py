@@ -37,23 +37,11 @@ class Plan:
 
     Attributes:
         batches: what to run; those with ``merge`` come after the ones they merge into.
-        merges: whether any batch merges, so that partial results are needed in fp32.
         complete: whether every query belongs to some batch.
     """
 
     batches: tuple[Batch, ...]
-    merges: bool
     complete: bool
-
-    @property
-    def gathers(self) -> bool:
-        """Whether any batch is gathered, so that keys must be stored in whole blocks."""
-        return any(isinstance(batch, Gathered) for batch in self.batches)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held, about."""
-        return sum(batch.nbytes for batch in self.batches)
 
 
 def make_plan(layout: BlockLayout, index: int) -> Plan:
@@ -72,7 +60,7 @@ def make_plan(layout: BlockLayout, index: int) -> Plan:
         batches = stacked + _batches(tiles, runs, [])
     batches.sort(key=lambda batch: batch.merge)
     complete = len({segment.tile for segment in segments}) == tiles.lines.numel()
-    return Plan(tuple(batches), any(batch.merge for batch in batches), complete)
+    return Plan(tuple(batches), complete)
 
 
 def _batches(tiles: TileBlocks, regular: list[Strided], small: list[Strided]) -> list[Batch]:

@@ -48,57 +48,63 @@ class Score:
         where["b"] = torch.tensor(part.batch)
         return replace(self, data=replace(self.data, coordinates=where))
 
-    def products(self, q: Tensor, k: Tensor) -> Tensor:
-        """Scaled products fp32 [tiles, heads, rows, keys] of q [..., rows, D] and k [..., keys, D].
 
-        fp64 of fp64.
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """Tiles of queries, each with keys of its own.
+
+    Attributes:
+        q: [tiles, heads, rows, D]; any strides, the last one 1. So are ``k`` and ``v``, whose tiles
+            and heads may overlap in memory.
+        k: [tiles, heads, keys, D].
+        v: [tiles, heads, keys, D].
+        bias: who may attend; None: every query to every key.
+        score: what makes the scores.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Bias | None
+    score: Score
+
+    def scores(self, slope: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Scores fp32 [tiles, heads, rows, keys], -inf where hidden; fp64 of fp64.
+
+        And, if asked for, their derivative by the scaled products, None for 1.
         """
-        wide = torch.promote_types(q.dtype, torch.float32)
-        products: Tensor = q.to(wide) @ k.to(wide).mT
-        return products.mul_(self.scale)
+        wide, score, by_product = torch.promote_types(self.q.dtype, torch.float32), self.score, None
+        scores = (self.q.to(wide) @ self.k.to(wide).mT).mul_(score.scale)
+        if score.program is not None and slope:
+            scores, by_product = evaluate_slope(score.program, scores, score.data)
+        elif score.program is not None:
+            scores = evaluate_score(score.program, scores, score.data)
+        return scores if self.bias is None else scores + self.bias.values, by_product
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Bias | None, score: Score
-) -> tuple[Tensor, Tensor]:
+def forward(tiles: Tiles) -> tuple[Tensor, Tensor]:
     """As :func:`sparse_compile.codegen.cpu.flash.forward`; ``out`` is fp32, fp64 for fp64."""
-    scores = score.products(q, k)
-    if score.program is not None:
-        scores = evaluate_score(score.program, scores, score.data)
-    if bias is not None:
-        scores = scores + bias.values
+    scores, _ = tiles.scores()
     peak = scores.amax(-1, keepdim=True)
     peak.masked_fill_(peak == -torch.inf, 0.0)  # rows that see nothing here: exp(-inf - 0) = 0
     weights = (scores - peak).exp_()
     total = weights.sum(-1, keepdim=True)
-    out = weights @ v.to(weights.dtype)
+    out = weights @ tiles.v.to(weights.dtype)
     out /= total.masked_fill(total == 0.0, 1.0)
     return out, (peak + total.log()).squeeze(-1)
 
 
 def backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    bias: Bias | None,
-    score: Score,
+    tiles: Tiles, grad_out: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`sparse_compile.codegen.cpu.flash.backward`; gradients are fp32, fp64 for fp64."""
-    scores, slope = score.products(q, k), None
-    if score.program is not None:
-        scores, slope = evaluate_slope(score.program, scores, score.data)
-    if bias is not None:
-        scores = scores + bias.values
+    scores, slope = tiles.scores(slope=True)
     weights = (scores - lse[..., None]).exp_()
-    wide = weights.dtype
-    grad = grad_out.to(wide)
-    delta = (grad * out.to(wide)).sum(-1, keepdim=True)
+    q, k, v, grad, out = (x.to(weights.dtype) for x in (tiles.q, tiles.k, tiles.v, grad_out, out))
+    delta = (grad * out).sum(-1, keepdim=True)
     dv = weights.mT @ grad
-    d_products = weights.mul_(grad @ v.to(wide).mT - delta)
+    d_products = weights.mul_(grad @ v.mT - delta)
     if slope is not None:
         d_products *= slope
-    d_products *= score.scale
-    return d_products @ k.to(wide), d_products.mT @ q.to(wide), dv
+    d_products *= tiles.score.scale
+    return d_products @ k, d_products.mT @ q, dv

@@ -12,6 +12,7 @@ from torch import Tensor
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.codegen.cpu.careful import Pairs, delta_of
 from sparse_compile.codegen.precision import full_precision
+from sparse_compile.selection.selection import keys_of, rows_at
 
 #: Numbers that the gathered keys and the scores of a chunk have at most.
 _MOST = 1 << 23
@@ -62,20 +63,9 @@ class _Chunk:
 
     def keys(self) -> tuple[Tensor, Tensor]:
         """The gathered keys: int64 [B, groups, U, L], and which of them are selected and exist."""
-        call, unit = self.call, self.call.spec.unit_kv
-        index = _by_group(call, call.index[:, :, self.first : self.end]).long()
-        count = _by_group(call, call.count[:, :, self.first : self.end])
-        used = torch.arange(index.shape[-1], device=index.device) < count[..., None]
-        used &= (index >= 0) & (index * unit < call.k.shape[2])
-        tokens = index[..., None] * unit + torch.arange(unit, device=index.device)
-        exist = used[..., None] & (tokens < call.k.shape[2])
-        return tokens.clamp(0, call.k.shape[2] - 1).flatten(3), exist.flatten(3)
-
-    def gathered(self, t: Tensor, keys: Tensor) -> Tensor:
-        """Rows of [B, Hkv, Nkv, X] as fp32 [B, groups, U, L, X]."""
-        group = torch.arange(self.call.groups, device=t.device) // (self.call.groups // t.shape[1])
-        batch = torch.arange(t.shape[0], device=t.device)
-        return t[batch[:, None, None, None], group[:, None, None], keys].float()
+        call, units = self.call, slice(self.first, self.end)
+        index, count = (_by_group(call, lists[:, :, units]) for lists in (call.index, call.count))
+        return keys_of(index, count, call.spec.unit_kv, call.k.shape[2])
 
     def where(self, keys: Tensor) -> dict[str, Tensor]:
         """The coordinates of the pairs, which broadcast to [B, groups, U, R, L]."""
@@ -93,7 +83,7 @@ class _Chunk:
 
     def pairs(self, keys: Tensor, exist: Tensor) -> Pairs:
         """The queries and the gathered keys of the chunk."""
-        query, key = self.rows(self.call.q), self.gathered(self.call.k, keys)
+        query, key = self.rows(self.call.q), rows_at(self.call.k, keys).float()
         return Pairs.of(self.call, query, key, self.where(keys), exist[:, :, :, None, :])
 
 
@@ -110,7 +100,7 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     with full_precision(q.device.type):
         for chunk in _chunks(call):
             keys, exist = chunk.keys()
-            rows, total = chunk.pairs(keys, exist).attend(chunk.gathered(v, keys))
+            rows, total = chunk.pairs(keys, exist).attend(rows_at(v, keys).float())
             chunk.write(out, rows.to(out.dtype))
             chunk.write(lse[..., None], total)
     return out, lse
@@ -124,7 +114,7 @@ def backward(call: AttentionCall, result: AttentionResult) -> tuple[Tensor, Tens
     with full_precision(call.q.device.type):
         for chunk in _chunks(call):
             keys, exist = chunk.keys()
-            of_rows, values = map(chunk.rows, given), chunk.gathered(call.v, keys)
+            of_rows, values = map(chunk.rows, given), rows_at(call.v, keys).float()
             by_query, by_key, by_value = chunk.pairs(keys, exist).gradients(values, *of_rows)
             chunk.write(dq, by_query.to(dq.dtype))
             _scatter(dk, keys, by_key)

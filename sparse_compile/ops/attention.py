@@ -19,7 +19,7 @@ from torch import Tensor
 from sparse_compile.codegen import attend, empty_rows
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.expr import WORD
-from sparse_compile.layout import build_views
+from sparse_compile.layout import Layout, build_views
 from sparse_compile.layout.dense_tables import DenseCall, DenseRead
 from sparse_compile.layout.lists import (
     count_worklists,
@@ -89,27 +89,28 @@ def layout(
     """
     parsed, found, numbers = AttentionSpec.parse(spec), DenseRead.parse(reads), tuple(sizes)
     shape = batch, heads, n_q, n_kv
+    words: list[Tensor] = []
+    built: Layout | None
     if found:
-        call = DenseCall(parsed, found, tuple(tables), numbers, *shape, device)
-        words, built = call.run()
-        return words + ([] if built is None else lists_of(built, kv_heads, device))
-    if not (tables or lists):
+        words, built = DenseCall(parsed, found, tuple(tables), numbers, *shape, device).run()
+    elif lists:
+        built = listed_views(parsed, shape, tables, sizes, lists)
+    elif not tables:
         # Somebody may write to the results, or reuse their memory.
         return [t.clone() for t in static_lists(parsed, shape, kv_heads, numbers, device)]
-    if lists:
-        return lists_of(listed_views(parsed, shape, tables, sizes, lists), kv_heads, device)
-    built = build_views(
-        parsed,
-        batch=batch,
-        heads=heads,
-        n_q=n_q,
-        n_kv=n_kv,
-        tables=tables,
-        sizes=sizes,
-        device=device,
-        counted=False,
-    )
-    return lists_of(built, kv_heads, device)
+    else:
+        built = build_views(
+            parsed,
+            batch=batch,
+            heads=heads,
+            n_q=n_q,
+            n_kv=n_kv,
+            tables=tables,
+            sizes=sizes,
+            device=device,
+            counted=False,
+        )
+    return words + ([] if built is None else lists_of(built, kv_heads, device))
 
 
 def _like_attention(q: Tensor, k: Tensor, v: Tensor, spec: str) -> tuple[Tensor, Tensor]:

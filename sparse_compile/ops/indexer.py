@@ -16,7 +16,7 @@ from sparse_compile.ops.block_scores import MaskedScores
 from sparse_compile.ops.registered import operator
 from sparse_compile.selection.builders import BUILDERS
 from sparse_compile.selection.indexing import Indexing
-from sparse_compile.selection.visible import Visible
+from sparse_compile.selection.visible import EVERYTHING, Visible
 from sparse_compile.spec.indexer import IndexerSpec, stepped
 
 
@@ -119,7 +119,7 @@ class _WeightedScores(MaskedScores):
         factor, builder = self.spec.factor, BUILDERS.get(self.q.device)
         if factor is None or builder is None or not self.spec.single:
             return None
-        mask = None if self.adds else self.spec.mask
+        mask = EVERYTHING if self.adds else self.spec.mask
         lengths = self.q.shape[0], 1, self.q.shape[1], self.k.shape[2]
         visible = Visible(mask, self.tables, self.sizes, *lengths, 1, 1, self.q.device)
         operands = self.q.transpose(1, 2), self.k.mT, self.w

@@ -53,14 +53,16 @@ def kept_selection(
     Returns:
         index and count, int32, as in :class:`sparse_compile.selection.Selection`.
     """
-    visible = _visible(kept, tables, sizes, lengths, units, mask)
-    kept = kept[..., : -(-lengths[2] // units[1])]
+    (heads, n_q, n_kv), (unit_q, unit_kv) = lengths, units
+    seen = MaskExpr.parse(mask), tables, sizes
+    visible = Visible(*seen, kept.shape[0], heads, n_q, n_kv, unit_q, unit_kv, kept.device)
+    kept = kept[..., : -(-n_kv // unit_kv)]
     batch, lists, rows, columns = kept.shape
 
     def shown(first: int, end: int) -> Tensor:
         return kept[:, :, first:end] & visible.may(first, end, lists)
 
-    parts = in_parts(rows, batch * max(lists, lengths[0]) * columns)
+    parts = in_parts(rows, batch * max(lists, heads) * columns)
     return kept_lists(shown, parts, kept.shape[:3], kept.device, columns if fixed else None)
 
 
@@ -103,16 +105,17 @@ def indexed_kept(
     Raises:
         BadShape: the operands do not fit together.
     """
-    visible = _visible(q, mask_tables, mask_sizes, lengths, (1, 1), mask)
     scores = scores_of(q, k, w, tables, sizes, spec)
     batch, lists, rows = _lists_of(q, w)
+    seen, (heads, n_q, n_kv) = (MaskExpr.parse(mask), mask_tables, mask_sizes), lengths
+    visible = Visible(*seen, batch, heads, n_q, n_kv, 1, 1, q.device)
 
     def kept(first: int, end: int) -> Tensor:
         score = scores(first, end)
-        reached = _reached(score, best_of(score, most, spec), reaches)[..., : lengths[2]]
-        return reached.view(batch, lists, -1, lengths[2]) & visible.may(first, end, lists)
+        reached = _reached(score, best_of(score, most, spec), reaches)[..., :n_kv]
+        return reached.view(batch, lists, -1, n_kv) & visible.may(first, end, lists)
 
-    room = lengths[2] if fixed else None
+    room = n_kv if fixed else None
     return kept_lists(kept, scores.parts(), (batch, lists, rows), q.device, room)
 
 
@@ -133,20 +136,6 @@ def _reached(score: Tensor, best: Any, reaches: str) -> Tensor:
     last = best.values.amin(-1, keepdim=True) if "least" in words else best.values[..., -1:]
     reached: Tensor = _COMPARISONS[name](score, last)
     return ~reached if "not" in words else reached
-
-
-def _visible(
-    like: Tensor,
-    tables: Sequence[Tensor],
-    sizes: Sequence[int],
-    lengths: Sequence[int],
-    units: Sequence[int],
-    mask: str,
-) -> Visible:
-    """What the mask of an attention may show, in units; ``like`` has its batch and device."""
-    heads, n_q, n_kv = lengths
-    problem = like.shape[0], heads, n_q, n_kv
-    return Visible(MaskExpr.parse(mask), tables, sizes, *problem, units[0], units[1], like.device)
 
 
 #: The operators as nodes of a graph call them.

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import sympy
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_compile.errors import BadShape, PatternMisuse
 from sparse_compile.expr import MaskExpr, evaluate, grid
 from sparse_compile.patterns.base import Pattern
 from sparse_compile.patterns.checks import blocks, whole
+from sparse_compile.selection.scores import in_units
 
 #: Numbers that the scores of a chunk have at most, unless those of one unit of queries are more.
 MOST = 1 << 23
@@ -55,13 +54,11 @@ class Chunk:
 
     def by_unit_of_keys(self, t: Tensor) -> Tensor:
         """[..., Nkv] as [..., units, unit_kv], zero beyond the last key."""
-        missing = -t.shape[-1] % self.unit_kv
-        return torch.unflatten(F.pad(t, (0, missing)), -1, (-1, self.unit_kv))
+        return in_units(t, -1, self.unit_kv)
 
     def by_unit_of_queries(self, t: Tensor) -> Tensor:
         """[B, H, stop - start, X] as [B, H, units, unit_q, X], zero beyond the last query."""
-        missing = -t.shape[2] % self.unit_q
-        return torch.unflatten(F.pad(t, (0, 0, 0, missing)), 2, (-1, self.unit_q))
+        return in_units(t, -2, self.unit_q)
 
 
 def chunks_of(

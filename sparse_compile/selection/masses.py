@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from sparse_compile.patterns.compressed import Compressed
 from sparse_compile.patterns.scorers import Antidiagonal, OverlapPool
 from sparse_compile.selection.builders import BUILDERS, WindowScores
-from sparse_compile.selection.scores import parted, sizes_of_units, summed, unit_sums
+from sparse_compile.selection.scores import in_units, parted, sizes_of_units, summed, unit_sums
 from sparse_compile.selection.task import Scoring, Task
 from sparse_compile.selection.visible import Visible
 from sparse_compile.selection.windows import Windows
@@ -159,7 +159,7 @@ class _Antidiagonals(Scoring):
 
 def _squares(tokens: Tensor, stride: int, reverse: bool) -> Tensor:
     """[B, H, n, D] as fp32 [B, H, ceil(n / stride), stride * D], zeros beyond the end."""
-    parts = parted(pad(tokens.float(), (0, 0, 0, -tokens.shape[2] % stride)), -2, stride)
+    parts = in_units(tokens.float(), -2, stride)
     return (parts.flip(3) if reverse else parts).flatten(3)
 
 

@@ -44,11 +44,15 @@ def parted(t: Tensor, dim: int, each: int) -> Tensor:
     return t.reshape(shape)
 
 
+def in_units(t: Tensor, dim: int, unit: int, beyond: float = 0.0) -> Tensor:
+    """As :func:`parted`, for any length: the last run is filled up."""
+    missing = [0, 0] * (-dim - 1) + [0, -t.shape[dim] % unit]
+    return parted(torch.nn.functional.pad(t, missing, value=beyond), dim, unit)
+
+
 def unit_sums(rows: Tensor, unit: int) -> Tensor:
     """[..., n, X] as [..., ceil(n / unit), X]: the sum of each run of ``unit``."""
-    n = rows.shape[-2]
-    rows = torch.nn.functional.pad(rows, (0, 0, 0, -n % unit))
-    return parted(rows, -2, unit).sum(-2)
+    return in_units(rows, -2, unit).sum(-2)
 
 
 def sizes_of_units(n: int, unit: int, device: torch.device) -> Tensor:
@@ -131,9 +135,7 @@ class _Indexed(Scoring):
         task, rows = self.task, self.task.queries(first, end)
         by_token = self._by_token(rows)
         if task.block > 1:
-            missing = -by_token.shape[-1] % task.block
-            by_token = torch.nn.functional.pad(by_token, (0, missing), value=-math.inf)
-            by_token = parted(by_token, -1, task.block).amax(-1)
+            by_token = in_units(by_token, -1, task.block, beyond=-math.inf).amax(-1)
         return mean_of_units(by_token, task.unit_q)[:, None]
 
     def _by_token(self, rows: slice) -> Tensor:

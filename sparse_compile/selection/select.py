@@ -18,7 +18,7 @@ from sparse_compile.selection.rules import Best, Candidates, ascending
 from sparse_compile.selection.scoring import scoring
 from sparse_compile.selection.selection import Selection
 from sparse_compile.selection.task import Scoring, Task
-from sparse_compile.selection.visible import Visible
+from sparse_compile.selection.visible import EVERYTHING, Visible
 
 #: The parameter of each rule that may be given by head.
 _BY_HEAD = ("k", "ratio", "p", "t")
@@ -81,7 +81,7 @@ def prepared(
     """What :func:`select` works on; its arguments."""
     unit_q, block = pattern.unit_q, pattern.block_kv
     lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
-    visible = Visible(mask, tables, sizes, *lengths, unit_q, block, q.device)
+    visible = Visible(mask or EVERYTHING, tables, sizes, *lengths, unit_q, block, q.device)
     lists = {"group": k.shape[1], "all": 1, "none": q.shape[1]}[pattern.share]
     task = Task(q, k, unit_q, block, lists, visible)
     scores = scoring(pattern.scorer, task)

@@ -18,7 +18,7 @@ from sparse_compile.selection.builders import BUILDERS
 from sparse_compile.selection.masses import _Windows
 from sparse_compile.selection.scoring import scoring
 from sparse_compile.selection.task import Task
-from sparse_compile.selection.visible import Visible
+from sparse_compile.selection.visible import EVERYTHING, Visible
 from tests.handed_in import serve_the_cpu
 from tests.selection import naive
 
@@ -38,7 +38,8 @@ MASKS: list[Any] = [
 
 def prepared(pattern: Any, q: Tensor, k: Tensor, mask: Any, sizes: Sequence[int] = ()) -> _Windows:
     """What scores the blocks of a pattern; the mask is a pattern or an expression."""
-    expr = mask if mask is None or isinstance(mask, MaskExpr) else mask.bound().expr
+    mask = EVERYTHING if mask is None else mask
+    expr = mask if isinstance(mask, MaskExpr) else mask.bound().expr
     lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
     visible = Visible(expr, (), sizes, *lengths, pattern.unit_q, pattern.block_kv, q.device)
     lists = naive.lists_of(pattern, q, k)
