@@ -102,17 +102,16 @@ class MaskCall:
         return self.biases.get((self.key, entry, head, name), lambda: self._make(batch))
 
     def _make(self, batch: Batch) -> Bias:
-        allowed = self._strided(batch) if isinstance(batch, Strided) else self._gathered(batch)
+        allowed = self._allowed(batch)
         values = torch.zeros(allowed.shape, dtype=self.call.q.dtype)
         values.masked_fill_(~allowed, -math.inf)
         empty = ~allowed.any(-1)
         return Bias(values.unsqueeze(1), empty.unsqueeze(1) if bool(empty.any()) else None)
 
-    def _strided(self, batch: Strided) -> Tensor:
-        queries, keys = batch.coordinates()
-        return self._evaluate(queries, keys)
-
-    def _gathered(self, batch: Gathered) -> Tensor:
+    def _allowed(self, batch: Batch) -> Tensor:
+        """bool [tiles, rows, keys]: who may attend."""
+        if isinstance(batch, Strided):
+            return self._evaluate(*batch.coordinates())
         tiles, width = batch.blocks.shape
         allowed = batch.present.clone().view(tiles, width, 1, 1)
         allowed = allowed.repeat(1, 1, batch.rows, batch.block_kv)

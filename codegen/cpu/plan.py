@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from sparse_compile.codegen.cpu.batches import Batch, Gathered, Strided
-from sparse_compile.codegen.cpu.segments import CALL, Segment, TileBlocks, choose_tiles, segments_of
+from sparse_compile.codegen.cpu.segments import CALL, TileBlocks, choose_tiles, segments_of
 from sparse_compile.layout import BlockLayout
 
 #: A batch of fewer scores than this, per head, does not repay a call of its own ...
@@ -52,14 +52,14 @@ def make_plan(layout: BlockLayout, index: int) -> Plan:
     runs = join(segments, tiles.rows)
     if not layout.listed:
         # A tile of several rows visits all of their blocks: the mask leaves out what is not theirs.
-        stacked, runs = _stack(runs, segments, tiles.rows)
+        stacked, runs = _stack(runs, segments)
     regular, small = _split(runs, len(segments), tiles)
     batches = stacked + _batches(tiles, regular, small)
     if sum(isinstance(batch, Gathered) for batch in batches) * 4 > len(small):
         # Hardly anything to batch: gathering does not pay.
         batches = stacked + _batches(tiles, runs, [])
     batches.sort(key=lambda batch: batch.merge)
-    complete = len({segment.tile for segment in segments}) == tiles.lines.numel()
+    complete = len({segment.q_start for segment in segments}) == tiles.lines.numel()
     return Plan(tuple(batches), complete)
 
 
@@ -84,10 +84,10 @@ class _Singles:
         self.by_start[shape, run.kv_start] = run
         self.by_rank[shape, rank] = run.kv_start
 
-    def before(self, shape: _Shape, segment: Segment, tile_rows: int) -> Strided | None:
+    def before(self, shape: _Shape, rank: int, segment: Strided) -> Strided | None:
         """The run that ``segment`` most likely continues: same keys, the diagonal, same rank."""
-        likely = [segment.kv_start, segment.kv_start - tile_rows]
-        start = self.by_rank.get((shape, segment.rank), -1)
+        likely = [segment.kv_start, segment.kv_start - segment.q_step]
+        start = self.by_rank.get((shape, rank), -1)
         if 0 <= start <= segment.kv_start:
             likely.append(start)
         for start in likely:
@@ -97,27 +97,27 @@ class _Singles:
         return None
 
 
-def join(segments: list[Segment], tile_rows: int) -> list[Strided]:
+def join(segments: list[Strided], tile_rows: int) -> list[Strided]:
     """Join segments of equal shape whose keys advance by a constant step from tile to tile."""
     done: list[Strided] = []
     expected: dict[tuple[_Shape, int, int], Strided] = {}
-    above, here, tile = _Singles(), _Singles(), -1
+    above, here, tile, rank = _Singles(), _Singles(), -1, 0
     for segment in segments:
-        if segment.tile != tile:
+        at, rank = segment.q_start // tile_rows, rank + 1
+        if at != tile:
             done += above.by_start.values()
-            if segment.tile != tile + 1:
+            if at != tile + 1:
                 done += here.by_start.values()
                 here = _Singles()
-            above, here, tile = here, _Singles(), segment.tile
+            above, here, tile, rank = here, _Singles(), at, 0
         shape = (segment.rows, segment.length, segment.masked)
         run = expected.pop((shape, tile, segment.kv_start), None)
         if run is not None:
             run = replace(run, tiles=run.tiles + 1)
-        elif (run := above.before(shape, segment, tile_rows)) is not None:
+        elif (run := above.before(shape, rank, segment)) is not None:
             run = replace(run, tiles=2, kv_step=segment.kv_start - run.kv_start)
         else:
-            run = Strided(segment.q_start, tile_rows, segment.kv_start, 0, 1, *shape, merge=False)
-            here.add(shape, segment.rank, run)
+            here.add(shape, rank, segment)
             continue
         key = (shape, tile + 1, segment.kv_start + run.kv_step)
         if key in expected:
@@ -126,26 +126,24 @@ def join(segments: list[Segment], tile_rows: int) -> list[Strided]:
     return [*done, *above.by_start.values(), *here.by_start.values(), *expected.values()]
 
 
-def _stack(
-    runs: list[Strided], segments: list[Segment], tile_rows: int
-) -> tuple[list[Batch], list[Strided]]:
+def _stack(runs: list[Strided], segments: list[Strided]) -> tuple[list[Batch], list[Strided]]:
     """Stack adjacent tiles of one small run each, such as the upper end of a window, into one.
 
     Returns:
         the stacks, each one masked tile over the union of the keys, and the other runs.
     """
-    alone = {tile for tile, n in Counter(segment.tile for segment in segments).items() if n == 1}
-    singles = {run.q_start // tile_rows: run for run in runs if run.tiles == 1}
-    stacks: list[list[Strided]] = []
-    for tile in sorted(singles.keys() & alone):
-        run = singles[tile]
-        if stacks and _stacked([*stacks[-1], run]) is not None:
-            stacks[-1].append(run)
+    count = Counter(segment.q_start for segment in segments)
+    alone = [run for run in runs if run.tiles == 1 and count[run.q_start] == 1]
+    stacks: list[tuple[list[Strided], Strided]] = []
+    for run in sorted(alone, key=lambda run: run.q_start):
+        higher = [*stacks[-1][0], run] if stacks else []
+        if stacks and (joined := _stacked(higher)) is not None:
+            stacks[-1] = (higher, joined)
         else:
-            stacks.append([run])
-    batches = [_stacked(stack) for stack in stacks if len(stack) > 1]
-    taken = {id(run) for stack in stacks if len(stack) > 1 for run in stack}
-    return [b for b in batches if b is not None], [run for run in runs if id(run) not in taken]
+            stacks.append(([run], run))
+    stacks = [stack for stack in stacks if len(stack[0]) > 1]
+    taken = {id(run) for members, _ in stacks for run in members}
+    return [joined for _, joined in stacks], [run for run in runs if id(run) not in taken]
 
 
 def _stacked(runs: list[Strided]) -> Strided | None:

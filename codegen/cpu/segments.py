@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from sparse_compile.codegen.cpu.batches import Strided
 from sparse_compile.layout import BlockLayout
 
 #: A stretch of FULL blocks of this many keys runs on its own, without a bias.
@@ -17,27 +18,6 @@ LONG_PARTIAL = 2048
 CALL = 1 << 13
 #: Most query rows of a tile.
 MAX_ROWS = 1024
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A run of adjacent key blocks of one tile.
-
-    Attributes:
-        tile: number of the tile.
-        q_start, rows: its queries.
-        kv_start, length: the keys, all of which exist.
-        masked: whether any of the blocks is PARTIAL.
-        rank: position among the segments of the tile, from the left.
-    """
-
-    tile: int
-    q_start: int
-    rows: int
-    kv_start: int
-    length: int
-    masked: bool
-    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -115,8 +95,12 @@ def _single_blocks(layout: BlockLayout, index: int) -> TileBlocks:
     return TileBlocks(layout, layout.block_q, tile, block, full[order], lines)
 
 
-def segments_of(tiles: TileBlocks) -> list[Segment]:
-    """Cut the keys of each tile into runs, long FULL stretches apart from the rest."""
+def segments_of(tiles: TileBlocks) -> list[Strided]:
+    """Cut the keys of each tile into runs, long FULL stretches apart from the rest.
+
+    Returns:
+        each run as a batch of one tile, by tile and from the left; all of its keys exist.
+    """
     tile, block, partial = tiles.tile, tiles.block, tiles.partial
     if not tile.numel():
         return []
@@ -137,14 +121,13 @@ def segments_of(tiles: TileBlocks) -> list[Segment]:
 
 def _listed(
     tiles: TileBlocks, tile: Tensor, block: Tensor, count: Tensor, masked: Tensor
-) -> list[Segment]:
+) -> list[Strided]:
     kv_start = block * tiles.layout.block_kv
     length = ((block + count) * tiles.layout.block_kv).clamp(max=tiles.layout.n_kv) - kv_start
-    rank = _position(tile)
-    columns = (x.tolist() for x in (tile, kv_start, length, masked, rank))
+    columns = (x.tolist() for x in (tile, kv_start, length, masked))
     return [
-        Segment(t, t * tiles.rows, tiles.rows_of(t), start, size, is_masked, r)
-        for t, start, size, is_masked, r in zip(*columns, strict=True)
+        Strided(t * tiles.rows, tiles.rows, start, 0, 1, tiles.rows_of(t), size, is_masked, False)
+        for t, start, size, is_masked in zip(*columns, strict=True)
     ]
 
 

@@ -50,7 +50,7 @@ def _like_layout(reads: str, n_q: int, n_kv: int, spec: str, device: torch.devic
 
 # Layouts are cached across calls and their lengths are only known at run time: neither may live in
 # the memory of a CUDA graph. Inductor records graphs around this operator, not over it.
-@operator(_like_layout, tags=(torch.Tag.cudagraph_unsafe,))
+@operator(_like_layout, recorded=False)
 def layout(
     tables: Sequence[Tensor],
     reads: str,
@@ -214,14 +214,10 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
         *(grad_out, grad_lse, out, lse, q, k, v, learned, tables),
         *(ctx.sizes, lists, ctx.scale, ctx.spec),
     )
-    nothing = [None] * len(tables), no_gradient(ctx.sizes), [None] * len(lists)
-    return (dq, dk, dv, others, *nothing, None, None)
-
-
-def no_gradient(sizes: Sequence[int]) -> list[None] | None:
-    """What the backward of an operator returns for a list of integers."""
     # torch.library takes a list for one of tensors, unless something else is in it.
-    return None if sizes else []
+    no_sizes: Any = None if ctx.sizes else []
+    nothing = [None] * len(tables), no_sizes, [None] * len(lists)
+    return (dq, dk, dv, others, *nothing, None, None)
 
 
 attention.register_autograd(_backward, setup_context=_setup_context)

@@ -13,10 +13,6 @@ from sparse_compile.patterns.local import Causal
 from sparse_compile.patterns.rules import TopK
 from sparse_compile.selection.select import select
 
-#: Keys of a unit, and of a block; how many blocks; keys of a window, and from one to the next;
-#: forced blocks at the start, and up to the query's own.
-Settings = tuple[int, int, int, int, int, int, int]
-
 
 def _like_lists(q: Tensor, k: Tensor, settings: list[int]) -> tuple[Tensor, Tensor]:
     *rows, room = _shape(q, k, settings)
@@ -38,7 +34,8 @@ def nsa_select(
         q: [B, Hq, Nq, D].
         k: [B, Hkv, Nkv, D].
         compressed: [B, Hc, Nc, D], a key for each whole window; Hc divides Hq.
-        settings: the numbers of :data:`Settings`.
+        settings: keys of a unit, and of a block; how many blocks; keys of a window, and from one
+            to the next; forced blocks at the start, and up to the query's own.
         align: the corner in which the diagonal starts.
         scale: factor on the products of queries and compressed keys.
 

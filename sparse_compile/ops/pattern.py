@@ -20,8 +20,6 @@ from sparse_compile.ops.registered import operator
 from sparse_compile.patterns.base import BoundMask
 from sparse_compile.sites.annotation import bound_mask_named
 
-#: A recorded CUDA graph would replay the values of the first call.
-_TAGS = (torch.Tag.cudagraph_unsafe,)
 #: An added mask value hides a key from here downwards; anything between this and 0 is a bias.
 _HIDES = -1e4
 _ORDER = ("b", "h", "q", "kv")
@@ -42,7 +40,7 @@ def _like_table(rank: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty([fresh_size() for _ in range(rank)], dtype=dtype, device=device)
 
 
-@operator(_like_table, tags=_TAGS)
+@operator(_like_table, recorded=False)
 def pattern_table(
     key: str,
     index: int,
@@ -83,7 +81,7 @@ def _like_queries(q: Tensor) -> Tensor:
     return q.new_empty(q.shape)
 
 
-@operator(_like_queries, tags=_TAGS)
+@operator(_like_queries, recorded=False)
 def check_promise(q: Tensor, masks: Sequence[Tensor], n_kv: int, key: str, plan: str) -> Tensor:
     """``q``, if the mask tensors of an attention are the pattern that they were promised to be.
 

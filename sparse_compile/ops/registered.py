@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def operator(
-    fake: Callable[..., Any], *, tags: Sequence[torch.Tag] = (), by_token: bool = False
+    fake: Callable[..., Any], *, recorded: bool = True, by_token: bool = False
 ) -> Callable[[Callable[..., Any]], CustomOpDef]:
     """Register a function as ``sparse_compile::<its name>``; it changes none of its arguments.
 
@@ -29,7 +29,8 @@ def operator(
 
     Args:
         fake: makes fake results from those of the operator's arguments that it names.
-        tags: of the operator.
+        recorded: whether a CUDA graph may hold it; one would replay what the first call found out
+            on the host, or in tensors that are no arguments.
         by_token: whether its first result, [B, H, N, D], is stored as [B, N, H, D]: what a
             projection back to [B, N, H * D] reads.
     """
@@ -41,7 +42,8 @@ def operator(
 
         schema = infer_schema(run, mutates_args=())
         name = f"sparse_compile::{run.__name__}"
-        made = custom_op(name, stored, mutates_args=(), schema=schema, tags=tuple(tags))
+        tags = () if recorded else (torch.Tag.cudagraph_unsafe,)
+        made = custom_op(name, stored, mutates_args=(), schema=schema, tags=tags)
         made.register_fake(_by_name(fake, inspect.signature(run)))
         return made
 

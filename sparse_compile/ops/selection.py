@@ -29,8 +29,6 @@ from sparse_compile.selection import canonical
 from sparse_compile.selection.union import Union
 from sparse_compile.sites.annotation import annotation_named
 
-#: What selects may read tensors that the graph does not name.
-_TAGS = (torch.Tag.cudagraph_unsafe,)
 _NUMBERS = itertools.count()
 _LEAVES: dict[str, Selecting] = {}
 
@@ -68,7 +66,7 @@ def _like_lists(q: Tensor, key: str) -> tuple[Tensor, Tensor]:
     return fake_lists(q, [q.shape[0], lists, rows], most)
 
 
-@operator(_like_lists, tags=_TAGS)
+@operator(_like_lists, recorded=False)
 def select(
     q: Tensor,
     k: Tensor,
