@@ -40,11 +40,6 @@ class TileBlocks:
     full: Tensor
     lines: Tensor
 
-    @property
-    def partial(self) -> Tensor:
-        """bool [blocks]: whether the mask must be evaluated."""
-        return self.full < self.lines[self.tile]
-
     def rows_of(self, tile: int) -> int:
         """Number of queries of a tile."""
         return min(self.rows, self.layout.n_q - tile * self.rows)
@@ -101,9 +96,10 @@ def segments_of(tiles: TileBlocks) -> list[Strided]:
     Returns:
         each run as a batch of one tile, by tile and from the left; all of its keys exist.
     """
-    tile, block, partial = tiles.tile, tiles.block, tiles.partial
+    tile, block = tiles.tile, tiles.block
     if not tile.numel():
         return []
+    partial = tiles.full < tiles.lines[tile]
     adjacent = (tile[1:] == tile[:-1]) & (block[1:] == block[:-1] + 1)
     stretch = _number(adjacent & (partial[1:] == partial[:-1]))
     size = stretch.bincount()[stretch] * tiles.layout.block_kv

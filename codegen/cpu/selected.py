@@ -30,11 +30,6 @@ def _chunks(call: AttentionCall) -> Iterator[_Chunk]:
         yield _Chunk(call, first, min(first + step, units))
 
 
-def _by_group(call: AttentionCall, t: Tensor) -> Tensor:
-    """[B, heads, ...] of keys or lists as [B, groups, ...]."""
-    return t.repeat_interleave(call.groups // t.shape[1], 1)
-
-
 @dataclass(frozen=True)
 class _Chunk:
     """Some units of queries; U of them, R = members * unit_q rows each, L gathered keys."""
@@ -64,7 +59,9 @@ class _Chunk:
     def keys(self) -> tuple[Tensor, Tensor]:
         """The gathered keys: int64 [B, groups, U, L], and which of them are selected and exist."""
         call, units = self.call, slice(self.first, self.end)
-        index, count = (_by_group(call, lists[:, :, units]) for lists in (call.index, call.count))
+        members = call.groups // call.index.shape[1]
+        lists = call.index[:, :, units], call.count[:, :, units]
+        index, count = (of_list.repeat_interleave(members, 1) for of_list in lists)
         return keys_of(index, count, call.spec.unit_kv, call.k.shape[2])
 
     def where(self, keys: Tensor) -> dict[str, Tensor]:
