@@ -12,6 +12,7 @@ from torch import Tensor
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.codegen.cpu.careful import Pairs, delta_of
 from sparse_compile.codegen.precision import full_precision
+from sparse_compile.selection.chunks import chunks
 from sparse_compile.selection.selection import keys_of, rows_at
 
 #: Numbers that the gathered keys and the scores of a chunk have at most.
@@ -25,9 +26,8 @@ def _chunks(call: AttentionCall) -> Iterator[_Chunk]:
     batch, units, most = call.q.shape[0], call.index.shape[2], call.index.shape[3]
     keys, rows = most * call.spec.unit_kv, call.members * call.spec.unit_q
     width = call.q.shape[3] + call.v.shape[3] + rows
-    step = max(1, _MOST // max(1, batch * call.groups * keys * width))
-    for first in range(0, units, step):
-        yield _Chunk(call, first, min(first + step, units))
+    for first, end in chunks(units, batch * call.groups * keys * width, _MOST):
+        yield _Chunk(call, first, end)
 
 
 @dataclass(frozen=True)

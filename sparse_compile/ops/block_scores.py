@@ -13,6 +13,7 @@ from torch import Tensor
 from sparse_compile.errors import BadShape
 from sparse_compile.expr import evaluate, grid
 from sparse_compile.ops.registered import operator
+from sparse_compile.selection.chunks import chunks
 from sparse_compile.spec.block_scores import BlockScoresSpec
 from sparse_compile.spec.indexer import IndexerSpec, stepped
 
@@ -102,10 +103,8 @@ class MaskedScores:
 
     def parts(self) -> list[tuple[int, int]]:
         """Parts of the queries, from the first up to the end of each, as large as fit."""
-        n_q = self.rows[-1]
-        step = max(1, _MOST // max(1, self.rows[0] * self.heads * self.k.shape[-1]))
-        step = step // 128 * 128 or step  # whole tiles of kernels
-        return [(first, min(first + step, n_q)) for first in range(0, n_q, step)]
+        each = self.rows[0] * self.heads * self.k.shape[-1]
+        return chunks(self.rows[-1], each, _MOST, tile=128)  # whole tiles of kernels
 
     def __call__(self, first: int, end: int) -> Tensor:
         """The scores [..., end - first, Nkv] of the queries from the first up to the end."""

@@ -17,7 +17,8 @@ from sparse_compile.expr import MaskExpr
 from sparse_compile.ops.fresh_size import fresh_size
 from sparse_compile.ops.indexer import best_of, rows_of, scores_of
 from sparse_compile.ops.registered import fake_lists, operator
-from sparse_compile.selection.kept import in_parts, kept_lists
+from sparse_compile.selection.chunks import chunks
+from sparse_compile.selection.kept import TOGETHER, kept_lists
 from sparse_compile.selection.visible import Visible
 
 _COMPARISONS = {"ge": torch.ge, "gt": torch.gt, "le": torch.le, "lt": torch.lt}
@@ -62,7 +63,7 @@ def kept_selection(
     def shown(first: int, end: int) -> Tensor:
         return kept[:, :, first:end] & visible.may(first, end, lists)
 
-    parts = in_parts(rows, batch * max(lists, heads) * columns)
+    parts = chunks(rows, batch * max(lists, heads) * columns, TOGETHER)
     return kept_lists(shown, parts, kept.shape[:3], kept.device, columns if fixed else None)
 
 

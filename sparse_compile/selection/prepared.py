@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from sparse_compile.patterns.scored import Scored
+from sparse_compile.selection.chunks import chunks
 from sparse_compile.selection.task import Scoring, Task
 
 #: Scores that a chunk of units of queries has at most, if it is more than one unit; in torch, and
@@ -36,13 +36,11 @@ class Prepared:
         """What is scored."""
         return self.scores.task
 
-    def chunks(self, by_kernel: bool) -> Iterator[tuple[int, int]]:
+    def chunks(self, by_kernel: bool) -> list[tuple[int, int]]:
         """The first and the end of the units that are scored at a time."""
         task, scores = self.task, self.scores
         width, most = scores.lists * task.blocks, _MOST_BY_KERNEL
         if not by_kernel or not task.visible.printable:
             width, most = max(width, task.visible.heads * task.blocks), _MOST
-        step = max(1, most // max(1, task.q.shape[0] * max(width, scores.width)))
-        step = step // 128 * 128 or step  # whole tiles of kernels
-        for first in range(0, task.rows, step):
-            yield first, min(first + step, task.rows)
+        each = task.q.shape[0] * max(width, scores.width)
+        return chunks(task.rows, each, most, tile=128)  # whole tiles of kernels

@@ -114,7 +114,7 @@ def _power(n: int) -> int:
 
 def choose_spec(made: Prepared) -> ChooseSpec:
     """What the kernel is generated for that chooses for the first units of a task."""
-    return Chooser(made).spec(*next(made.chunks(by_kernel=True)))
+    return Chooser(made).spec(*made.chunks(by_kernel=True)[0])
 
 
 @functools.singledispatch

@@ -16,8 +16,8 @@ from torch import Tensor
 from sparse_compile.errors import BadShape
 from sparse_compile.expr import MaskExpr, evaluate, grid
 from sparse_compile.patterns.base import Pattern
-from sparse_compile.selection.chunked import bound, check_heads
 from sparse_compile.selection.selection import Selection, keys_of, rows_at
+from sparse_compile.selection.train.chunked import bound, check_heads
 
 
 def gated_attention(

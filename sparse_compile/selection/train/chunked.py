@@ -14,6 +14,7 @@ from sparse_compile.errors import BadShape, PatternMisuse
 from sparse_compile.expr import MaskExpr, evaluate, grid
 from sparse_compile.patterns.base import Pattern
 from sparse_compile.patterns.checks import blocks, whole
+from sparse_compile.selection.chunks import chunks
 from sparse_compile.selection.scores import in_units
 
 #: Numbers that the scores of a chunk have at most, unless those of one unit of queries are more.
@@ -76,11 +77,10 @@ def chunks_of(
     check_heads(who, q, k)
     expr, tables = bound(mask, q, k, tables)
     each = q.shape[0] * q.shape[1] * unit_q * k.shape[2]
-    units = blocks(q.shape[2], unit_q)
-    step = max(1, min(units, MOST // max(each, 1))) * unit_q
+    given = q, k, expr, tables, sizes, unit_q, unit_kv
     return [
-        Chunk(q, k, expr, tables, sizes, unit_q, unit_kv, start, min(start + step, q.shape[2]))
-        for start in range(0, q.shape[2], step)
+        Chunk(*given, first * unit_q, min(end * unit_q, q.shape[2]))
+        for first, end in chunks(blocks(q.shape[2], unit_q), each, MOST)
     ]
 
 
