@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import Interpreter, Node
 
-from sparse_compile.expr import KV, H, Q, evaluate, grid
-from sparse_compile.ops.pattern import on_axes
+from sparse_compile.expr import KV, H, Q, evaluate
 from sparse_compile.passes.dense_tables import mask_data, selection_data
 from sparse_compile.passes.lift.operands import Refused
 from sparse_compile.passes.lift.prefix import CannotRun, Prefix, prefix_of
@@ -231,7 +230,7 @@ def _kept(check: Check, tensors: Sequence[Any]) -> list[Tensor]:
             _check_fills(mask, fills)
         keep = mask == 0 if operand.role == "add" else mask.bool()
         keep = ~keep if operand.role == "drop" else keep
-        masks.append(on_axes(keep, check.axes))
+        masks.append(_on_axes(keep, check.axes))
     return masks
 
 
@@ -244,6 +243,16 @@ def _check_fills(mask: Tensor, fills: Sequence[float]) -> None:
             f"internal check failed: it adds {mask[~known][0].item()}, which was not understood",
             "please report this mask",
         )
+
+
+def _on_axes(mask: Tensor, axes: Sequence[str]) -> Tensor:
+    while mask.dim() > len(axes):
+        mask = mask.squeeze(0)
+    mask = mask[(None,) * (len(axes) - mask.dim())]
+    for position, name in enumerate(_ORDER):
+        if name not in axes:
+            mask = mask.unsqueeze(position)
+    return mask
 
 
 def _compare(
@@ -267,9 +276,7 @@ def _compare(
     rows = rows // _BLOCK * _BLOCK or rows
     pairs = 0.0
     for start in range(0, lengths[Q], rows):
-        axes = {"b": range(shape[0]), "h": range(shape[1]), "kv": range(lengths[KV])}
-        axes["q"] = range(start, min(start + rows, lengths[Q]))
-        coordinates = grid(device, **{axis: axes[axis] for axis in _ORDER})
+        coordinates = _coordinates(shape, start, min(start + rows, lengths[Q]), lengths[KV], device)
         found = evaluate(lifted.mask, coordinates, lengths[Q], lengths[KV], tables, sizes)
         if chosen is not None:
             found = found & chosen[:, :, start : start + rows]
@@ -308,6 +315,17 @@ def _run_program(
     with torch.no_grad():
         outputs: Sequence[Any] = Interpreter(lifted.program).run(*inputs)
     return outputs
+
+
+def _coordinates(
+    shape: Sequence[int], start: int, stop: int, n_kv: int, device: torch.device
+) -> dict[str, Tensor]:
+    return {
+        "b": torch.arange(shape[0], device=device)[:, None, None, None],
+        "h": torch.arange(shape[1], device=device)[:, None, None],
+        "q": torch.arange(start, stop, device=device)[:, None],
+        "kv": torch.arange(n_kv, device=device),
+    }
 
 
 def _raise_if_different(found: Tensor, expected: Tensor, start: int) -> None:

@@ -8,14 +8,16 @@ is known from the superset.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from sparse_compile.expr import MaskExpr
+from sparse_compile.expr import KV, MaskExpr, Q
 from sparse_compile.layout.block_layout import FULL, PARTIAL, BlockLayout, BlockLists
 from sparse_compile.layout.counted import counted_layout
+from sparse_compile.layout.intervals import Bound, Span
 from sparse_compile.layout.superset import Problem, is_narrow, static_layout
 from sparse_compile.layout.table_bounds import BlockBounds
 from sparse_compile.layout.views.candidates import Candidates, candidates
@@ -88,15 +90,30 @@ def _classified(problem: Problem, found: Candidates, tables: Sequence[Tensor]) -
     bounds = BlockBounds(problem, tables)
     at_once = max(1, _BLOCKS_AT_ONCE // found.count)
     classes = zip(torch.split(found.b, at_once), torch.split(found.h, at_once), strict=True)
-    parts = [_kinds(found, bounds, b, h) for b, h in classes]
+    parts = [_kinds(problem, found, bounds, b, h) for b, h in classes]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _kinds(found: Candidates, bounds: BlockBounds, b: Tensor, h: Tensor) -> Tensor:
+def _kinds(
+    problem: Problem, found: Candidates, bounds: BlockBounds, b: Tensor, h: Tensor
+) -> Tensor:
     """int8 [k, n]: the kinds of the classes with the coordinates int64 ``b, h`` [k, 1]."""
-    must, may = bounds.verdict(found.digits, b, h, found.r, found.c)
+    must, may = problem.verdict(
+        found.digits,
+        Span(b, b, 0, problem.batches),
+        Span(h, h, 0, problem.heads),
+        functools.partial(bounds.lookup, {Q: found.r, KV: found.c}),
+    )
+    shape = b.shape[0], found.count
+    possible = _spread(may, shape, b.device).to(torch.int8)
     # EMPTY, PARTIAL and FULL are 0, 1 and 2, and what must hold may hold.
-    return may.to(torch.int8) + (must & found.whole)
+    return possible + (_spread(must, shape, b.device) & found.whole)
+
+
+def _spread(truth: Bound, shape: tuple[int, int], device: torch.device) -> Tensor:
+    if isinstance(truth, Tensor):
+        return truth.expand(shape)
+    return torch.full(shape, bool(truth), device=device)
 
 
 def _partitioned(problem: Problem, found: Candidates, kinds: Tensor) -> BlockLayout:

@@ -6,13 +6,16 @@ PARTIAL before FULL; the transpose is a counting sort of their entries, made whe
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from sparse_compile.expr import KV, Q
 from sparse_compile.layout.block_layout import BlockLayout, BlockLists, Load, unpacked_lists
+from sparse_compile.layout.intervals import Bound, Span
 from sparse_compile.layout.places import places
 from sparse_compile.layout.superset import Problem
 from sparse_compile.layout.table_bounds import BlockBounds
@@ -56,9 +59,19 @@ def _kinds(
     r = torch.arange(units, device=device)[:, None].expand(c.shape)
     number = torch.arange(classes, device=device)[:, None, None]
     b, h = number // problem.heads, number % problem.heads
-    must, may = BlockBounds(problem, tables).verdict(problem.digits(r, c), b, h, r, c)
-    full = used & problem.whole(r, c) & must
-    return used & may & ~full, full
+    must, may = problem.verdict(
+        problem.digits(r, c),
+        Span(b, b, 0, problem.batches),
+        Span(h, h, 0, problem.heads),
+        functools.partial(BlockBounds(problem, tables).lookup, {Q: r, KV: c}),
+    )
+    whole = problem.whole(r, c) & _truth(must, device)
+    full = used & whole
+    return used & _truth(may, device) & ~full, full
+
+
+def _truth(bound: Bound, device: torch.device) -> Tensor:
+    return bound if isinstance(bound, Tensor) else torch.tensor(bool(bound), device=device)
 
 
 def unpacked_listed(packed: Tensor, problem: Problem) -> BlockLayout:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sparse_compile.expr import KV, B, FloorDiv, FloorMod, H, Q
-from sparse_compile.layout.intervals import WIDE, Bound, Span, point, span
-from sparse_compile.layout.superset import Digits, Problem
+from sparse_compile.layout.intervals import WIDE, Span, point, span
+from sparse_compile.layout.superset import Problem
 from sparse_compile.spec.view import Order
 
 _ARITHMETIC = (sympy.Add, sympy.Mul, sympy.Abs, sympy.Min, sympy.Max)
@@ -28,29 +28,6 @@ class BlockBounds:
         """Tables ``t0, t1, ...`` of a problem, all on one device."""
         self.problem, self.tables = problem, tables
         self._reduced: dict[tuple[int, tuple[sympy.Expr, ...]], tuple[Tensor, Tensor]] = {}
-
-    def verdict(
-        self, digits: Digits, b: Tensor, h: Tensor, r: Tensor, c: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Whether the predicate must, and may, hold in blocks of some classes; does not wait.
-
-        Args:
-            digits: of the blocks, see :meth:`Problem.digits`.
-            b, h: int64, the coordinates of the classes.
-            r, c: int64, query blocks and key blocks. All four broadcast together.
-
-        Returns:
-            two bool tensors of the broadcast shape.
-        """
-        problem, shapes = self.problem, (b.shape, h.shape, r.shape, c.shape)
-        shape = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
-        must, may = problem.verdict(
-            digits,
-            Span(b, b, 0, problem.batches),
-            Span(h, h, 0, problem.heads),
-            functools.partial(self.lookup, {Q: r, KV: c}),
-        )
-        return _spread(must, shape, b.device), _spread(may, shape, b.device)
 
     def lookup(
         self,
@@ -203,9 +180,3 @@ def tokens_of(order: Order, n: int, device: torch.device) -> Tensor:
     base = order.base(torch.arange(order.blocks(n)), n)[:, None]
     tokens = base + torch.tensor(order.offsets())
     return torch.where(tokens < n, tokens, base.clamp(max=n - 1)).to(device)
-
-
-def _spread(truth: Bound, shape: Sequence[int], device: torch.device) -> Tensor:
-    if isinstance(truth, Tensor):
-        return truth.expand(shape)
-    return torch.full(shape, bool(truth), device=device)

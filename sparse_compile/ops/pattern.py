@@ -161,7 +161,7 @@ def _keep(mask: Tensor, role: str, shown: str) -> Tensor:
 
 
 def on_axes(mask: Tensor, axes: Sequence[str]) -> Tensor:
-    """A mask over some axes as [b, h, q, kv], absent and broadcast axes of size one."""
+    """As [b, h, q, kv], absent and broadcast axes of size one."""
     while mask.dim() > len(axes):
         mask = mask.squeeze(0)
     mask = mask[(None,) * (len(axes) - mask.dim())]

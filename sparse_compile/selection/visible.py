@@ -10,8 +10,8 @@ import sympy
 import torch
 from torch import Tensor
 
-from sparse_compile.expr import B, H, MaskExpr
-from sparse_compile.layout.intervals import Span
+from sparse_compile.expr import KV, B, H, MaskExpr, Q
+from sparse_compile.layout.intervals import Bound, Span
 from sparse_compile.layout.superset import Digits, Problem
 from sparse_compile.layout.table_bounds import BlockBounds
 
@@ -74,12 +74,20 @@ class Visible:
             two bool [B or 1, Hq or 1, end - first, runs of keys]: whether all pairs attend for
             certain, and whether some may.
         """
-        (problem, bounds), columns = self._bounds, -(-self.n_kv // self.run_kv)
+        columns = -(-self.n_kv // self.run_kv)
+        problem, bounds = self._bounds
         r = torch.arange(first, end, device=self.device)[:, None]
         c = torch.arange(columns, device=self.device)
         b = torch.arange(problem.batches, device=self.device).view(-1, 1, 1, 1)
         h = torch.arange(problem.heads, device=self.device).view(-1, 1, 1)
-        return bounds.verdict(problem.digits(r, c), b, h, r, c)
+        must, may = problem.verdict(
+            problem.digits(r, c),
+            Span(b, b, 0, problem.batches),
+            Span(h, h, 0, problem.heads),
+            functools.partial(bounds.lookup, {Q: r, KV: c}),
+        )
+        shape = (problem.batches, problem.heads, end - first, columns)
+        return _spread(must, shape, self.device), _spread(may, shape, self.device)
 
     def columns(self, first: int, end: int) -> int:
         """So many runs of keys hold all that the runs ``first, ..., end - 1`` may see.
@@ -113,3 +121,9 @@ def _columns(problem: Problem, queries: tuple[int, int], columns: int) -> int:
 
 def _no_tables(*_: object) -> Span:
     raise AssertionError("the mask reads no table")
+
+
+def _spread(truth: Bound, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    if isinstance(truth, Tensor):
+        return truth.expand(shape)
+    return torch.full(shape, bool(truth), device=device)
