@@ -51,7 +51,7 @@ class Selection:
         1 to 2 of 4 units of 16 keys for each query (median 1.5, mean 1.5, 95 % have at most 2), \
 38 % of the pairs
         """
-        return report_of(self.index, self.count, (self.unit_q, self.unit_kv), n_q, n_kv)
+        return report_of(self, n_q, n_kv)
 
     def dense(self, n_q: int, n_kv: int) -> Tensor:
         """bool [B, Hs, n_q, n_kv], True where selected; for tests and pictures."""
