@@ -63,6 +63,11 @@ class AttentionCall:
         batch, heads, n_q, _ = self.q.shape
         return batch, heads, n_q, self.k.shape[2]
 
+    @property
+    def data(self) -> tuple[int, int, Sequence[Tensor], Sequence[int]]:
+        """What a mask and a score program read besides coordinates: Nq, Nkv, tables and sizes."""
+        return self.q.shape[2], self.k.shape[2], self.tables, self.sizes
+
     @functools.cached_property
     def blocks(self) -> Layout:
         """The layout of a call of blocks."""

@@ -134,15 +134,8 @@ class Gathered:
 
     def part(self, low: int, high: int) -> Gathered:
         """The tiles ``low`` to ``high``."""
-        parts = (x[low:high] for x in (self.blocks, self.present, self.partial))
-        blocks, present, partial = parts
-        return replace(
-            self,
-            q_start=self.q_start[low:high],
-            blocks=blocks,
-            present=present,
-            partial=partial,
-        )
+        cut = ("q_start", "blocks", "present", "partial")
+        return replace(self, **{name: getattr(self, name)[low:high] for name in cut})
 
     def coordinates(self) -> tuple[Tensor, Tensor]:
         """int64 queries [tiles, rows, 1] and keys [tiles, 1, length], padding included."""

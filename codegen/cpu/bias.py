@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from torch import Tensor
 from sparse_compile.codegen.call import AttentionCall
 from sparse_compile.codegen.cpu.batches import Batch, Gathered, Strided
 from sparse_compile.codegen.cpu.cache import BoundedCache, fingerprint
-from sparse_compile.codegen.cpu.flash import Bias
 from sparse_compile.codegen.cpu.shift import is_shift_invariant
 from sparse_compile.expr import B, H, MaskExpr, evaluate
 
@@ -22,53 +21,63 @@ LARGEST_KEY = 1 << 22
 #: Bytes of biases that are kept.
 CACHE_BYTES = 1 << 27
 
+
+@dataclass(frozen=True)
+class Bias:
+    """What is added to the scores of a batch of tiles: 0 where a query may attend, else -inf.
+
+    Attributes:
+        values: [tiles or 1, 1, rows, keys] in the dtype of the queries.
+        empty: bool [tiles or 1, 1, rows], the rows that may attend to no key of their tile;
+            None where there are none.
+    """
+
+    values: Tensor
+    empty: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both tensors."""
+        empty = 0 if self.empty is None else self.empty.numel()
+        return empty + self.values.numel() * self.values.element_size()
+
+
 _CACHE: BoundedCache[Bias] = BoundedCache(CACHE_BYTES)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MaskCall:
-    """A mask and the run-time data of one call.
+    """The mask of a call, for one batch entry and query head, and what is known of it.
 
     Attributes:
-        mask: the predicate.
-        n_q, n_kv: lengths.
-        tables, sizes: what the predicate reads.
-        dtype: of the queries.
+        call: whose mask it is.
         key: equal for calls with the same content.
         biases: what is known already; of this call only when its tables are too large to compare.
+        batch, head: the batch entry and the query head.
     """
 
-    mask: MaskExpr
-    n_q: int
-    n_kv: int
-    tables: tuple[Tensor, ...]
-    sizes: tuple[int, ...]
-    dtype: torch.dtype
+    call: AttentionCall
     key: Hashable
     biases: BoundedCache[Bias]
+    batch: int = 0
+    head: int = 0
 
     @staticmethod
     def make(call: AttentionCall) -> MaskCall:
         """The mask of a call, with its key."""
-        mask, tables, dtype = call.spec.mask, tuple(call.tables), call.q.dtype
-        (_, _, n_q, n_kv), sizes = call.shape, tuple(call.sizes)
-        content = fingerprint(tables, LARGEST_KEY)
+        content = fingerprint(call.tables, LARGEST_KEY)
         biases = _CACHE if content is not None else BoundedCache[Bias](CACHE_BYTES)
-        key = (mask.text, n_q, n_kv, sizes, dtype, content)
-        return MaskCall(mask, n_q, n_kv, tables, sizes, dtype, key, biases)
+        key = (call.spec.mask.text, *call.shape[2:], tuple(call.sizes), call.q.dtype, content)
+        return MaskCall(call, key, biases)
 
-    def at(self, batch: int, head: int) -> MaskAt:
+    @property
+    def mask(self) -> MaskExpr:
+        """The predicate."""
+        return self.call.spec.mask
+
+    def at(self, batch: int, head: int) -> MaskCall:
         """The mask of one batch entry and query head."""
-        return MaskAt(self, batch, head)
-
-
-@dataclass(frozen=True)
-class MaskAt:
-    """The mask of one batch entry and query head."""
-
-    call: MaskCall
-    batch: int
-    head: int
+        return replace(self, batch=batch, head=head)
 
     def is_shared(self, batch: Batch) -> bool:
         """Whether all tiles of a batch have the same bias, or none at all."""
@@ -76,7 +85,7 @@ class MaskAt:
             return False
         if not batch.masked or batch.tiles == 1:
             return True
-        return is_shift_invariant(self.call.mask, batch.q_step, batch.kv_step)
+        return is_shift_invariant(self.mask, batch.q_step, batch.kv_step)
 
     def bias(self, batch: Batch, name: Hashable) -> Bias | None:
         """The bias of a batch; ``name`` tells it from the other batches of all plans."""
@@ -87,23 +96,22 @@ class MaskAt:
             batch = batch.part(0, 1) if self.is_shared(batch) else batch
         elif bool(batch.present.all()) and not bool(batch.partial.any()):
             return None
-        mask, key = self.call.mask, self.call.key
+        mask = self.mask
         entry = self.batch if mask.depends_on(B) else 0
         head = self.head if mask.depends_on(H) else 0
-        return self.call.biases.get((key, entry, head, name), lambda: self._make(batch))
+        return self.biases.get((self.key, entry, head, name), lambda: self._make(batch))
 
     def _make(self, batch: Batch) -> Bias:
-        allowed = self._strided(batch) if isinstance(batch, Strided) else self._gathered(batch)
-        values = torch.zeros(allowed.shape, dtype=self.call.dtype)
+        allowed = self._allowed(batch)
+        values = torch.zeros(allowed.shape, dtype=self.call.q.dtype)
         values.masked_fill_(~allowed, -math.inf)
         empty = ~allowed.any(-1)
         return Bias(values.unsqueeze(1), empty.unsqueeze(1) if bool(empty.any()) else None)
 
-    def _strided(self, batch: Strided) -> Tensor:
-        queries, keys = batch.coordinates()
-        return self._evaluate(queries, keys)
-
-    def _gathered(self, batch: Gathered) -> Tensor:
+    def _allowed(self, batch: Batch) -> Tensor:
+        """bool [tiles, rows, keys]: who may attend."""
+        if isinstance(batch, Strided):
+            return self._evaluate(*batch.coordinates())
         tiles, width = batch.blocks.shape
         allowed = batch.present.clone().view(tiles, width, 1, 1)
         allowed = allowed.repeat(1, 1, batch.rows, batch.block_kv)
@@ -111,17 +119,12 @@ class MaskAt:
         queries = batch.q_start[tile].view(-1, 1, 1) + torch.arange(batch.rows).view(-1, 1)
         keys = batch.blocks[tile, place].view(-1, 1, 1) * batch.block_kv
         keys = keys + torch.arange(batch.block_kv)
-        allowed[tile, place] = self._evaluate(queries, keys) & (keys < self.call.n_kv)
+        allowed[tile, place] = self._evaluate(queries, keys) & (keys < self.call.k.shape[2])
         return allowed.permute(0, 2, 1, 3).reshape(tiles, batch.rows, -1)
 
     def _evaluate(self, queries: Tensor, keys: Tensor) -> Tensor:
         """bool [tiles, rows, keys] at int64 [tiles, rows, 1] and [tiles, 1, keys]."""
-        call = self.call
-        where = {
-            "b": torch.tensor(self.batch),
-            "h": torch.tensor(self.head),
-            "q": queries,
-            "kv": keys,
-        }
-        allowed = evaluate(call.mask, where, call.n_q, call.n_kv, call.tables, call.sizes)
+        where = {"b": torch.tensor(self.batch), "h": torch.tensor(self.head)}
+        where |= {"q": queries, "kv": keys}
+        allowed = evaluate(self.mask, where, *self.call.data)
         return allowed.expand(queries.shape[0], queries.shape[1], keys.shape[2])

@@ -53,6 +53,72 @@ def mixed(weights: Tensor, allowed: Tensor, x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
+class Pairs:
+    """Queries, keys, and the scores of their pairs.
+
+    Attributes:
+        query: fp32 [..., R, D].
+        key: fp32 [..., L, D].
+        score: fp32 [..., R, L], -inf where hidden.
+        slope: the derivative of a score by the product of a query and a key; broadcasts to score.
+        keep: bool [..., R, L], what is not hidden.
+    """
+
+    query: Tensor
+    key: Tensor
+    score: Tensor
+    slope: Tensor
+    keep: Tensor
+
+    @staticmethod
+    def of(
+        call: AttentionCall, query: Tensor, key: Tensor, where: dict[str, Tensor], seen: Tensor
+    ) -> Pairs:
+        """The pairs at some coordinates, of which the mask, and ``seen``, hide some."""
+        score, slope = query @ key.mT * call.scale, torch.tensor(call.scale)
+        if call.spec.score is not None:
+            data = ScoreData(where, *call.data)
+            score, by_product = evaluate_slope(call.spec.score, score, data)
+            slope = by_product * call.scale
+        keep = (evaluate(call.spec.mask, where, *call.data) & seen).expand(score.shape)
+        return Pairs(query, key, score.masked_fill(~keep, -math.inf), slope, keep)
+
+    def weights(self, total: Tensor) -> Tensor:
+        """0 where hidden even in rows that are NaN; ``total`` is the log-sum-exp [..., R, 1]."""
+        weights = (self.score - total.masked_fill(total == -math.inf, 0.0)).exp()
+        return weights.masked_fill(~self.keep, 0.0)
+
+    def attend(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Of values [..., L, Dv]: out [..., R, Dv], and the log-sum-exp [..., R, 1]."""
+        total = self.score.logsumexp(-1, keepdim=True)
+        return mixed(self.weights(total), self.keep, value), total
+
+    def gradients(
+        self, value: Tensor, grad: Tensor, delta: Tensor, total: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of query, key and value.
+
+        Args:
+            value: [..., L, Dv].
+            grad: of out, [..., R, Dv].
+            delta: the product of each row of out and grad, less the gradient of ``total``;
+                [..., R, 1].
+            total: the log-sum-exp [..., R, 1], maybe of more keys than these.
+        """
+        weights, keep = self.weights(total), self.keep
+        d_score = weights * (grad @ value.mT - delta) * self.slope
+        d_score = d_score.masked_fill(~keep, 0.0)
+        dq, dk = mixed(d_score, keep, self.key), mixed(d_score.mT, keep.mT, self.query)
+        return dq, dk, mixed(weights.mT, keep.mT, grad)
+
+
+def delta_of(result: AttentionResult) -> Tensor:
+    """What :meth:`Pairs.gradients` takes, fp32 [B, Hq, Nq, 1]."""
+    delta = (result.grad_out.float() * result.out.float()).sum(-1, keepdim=True)
+    return delta if result.grad_lse is None else delta - result.grad_lse.float()[..., None]
+
+
+@dataclass(frozen=True, eq=False)
 class CarefulCall:
     """A call of parts of blocks, computed by its whole mask."""
 
@@ -70,30 +136,16 @@ class CarefulCall:
             for rows in torch.split(chosen[b, h].nonzero().flatten(), step):
                 yield b, h, h // group, rows
 
-    def scores(
-        self, b: int, h: int, head: int, rows: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Scores [rows, Nkv] of some queries, -inf where hidden, and what is allowed; between them
-        the derivative of a score by the scaled product, None for 1.
-        """
+    def pairs(self, b: int, h: int, head: int, rows: Tensor) -> Pairs:
+        """Some queries and all keys."""
         call, spec = self.call, self.call.spec
         q, k = call.q[b, h, rows].float(), call.k[b, head].float()
-        where = {
-            "b": torch.tensor(b),
-            "h": torch.tensor(h),
-            "q": rows[:, None],
-            "kv": torch.arange(k.shape[0]),
-        }
-        data = *call.shape[2:], call.tables, call.sizes
-        allowed = evaluate(spec.mask, where, *data).expand(len(rows), k.shape[0])
+        where = {"b": torch.tensor(b), "h": torch.tensor(h)}
+        where |= {"q": rows[:, None], "kv": torch.arange(k.shape[0])}
+        seen = torch.tensor(True)
         if spec.parts[0].listed:
-            allowed = (
-                allowed & self._named(b, h)[rows // spec.block_q][:, where["kv"] // spec.block_kv]
-            )
-        scores, slope = q @ k.mT * call.scale, None
-        if spec.score is not None:
-            scores, slope = evaluate_slope(spec.score, scores, ScoreData(where, *data))
-        return scores.masked_fill(~allowed, -math.inf), slope, allowed
+            seen = self._named(b, h)[rows // spec.block_q][:, where["kv"] // spec.block_kv]
+        return Pairs.of(call, q, k, where, seen)
 
     def _named(self, b: int, h: int) -> Tensor:
         """bool [query blocks, key blocks]: those that a selection names for a head."""
@@ -109,33 +161,18 @@ class CarefulCall:
         """
         out, lse = out.clone(), lse.clone()
         for b, h, head, rows in self.chunks(~out.isfinite().all(-1)):
-            scores, _, allowed = self.scores(b, h, head, rows)
-            total = scores.logsumexp(-1)
-            weights = _weights(scores, total, allowed)
-            out[b, h, rows] = mixed(weights, allowed, self.call.v[b, head].float()).to(out.dtype)
-            lse[b, h, rows] = total
+            mended, total = self.pairs(b, h, head, rows).attend(self.call.v[b, head].float())
+            out[b, h, rows], lse[b, h, rows] = mended.to(out.dtype), total.squeeze(-1)
         return out, lse
 
     def gradients(self, result: AttentionResult) -> tuple[Tensor, Tensor, Tensor]:
         """``(dq, dk, dv)`` in the dtypes of q, k and v."""
-        call, grad_out, lse = self.call, result.grad_out, result.lse
+        call, lse, delta = self.call, result.lse, delta_of(result)
         dq, dk, dv = (torch.zeros(t.shape) for t in (call.q, call.k, call.v))
-        delta = (grad_out.float() * result.out.float()).sum(-1)
-        delta = delta if result.grad_lse is None else delta - result.grad_lse
         for b, h, head, rows in self.chunks(lse != -math.inf):
-            scores, slope, allowed = self.scores(b, h, head, rows)
-            weights = _weights(scores, lse[b, h, rows], allowed)
-            grad, v = grad_out[b, h, rows].float(), call.v[b, head].float()
-            d_scores = weights * (grad @ v.mT - delta[b, h, rows, None]) * call.scale
-            d_scores = d_scores if slope is None else d_scores * slope
-            d_scores = d_scores.masked_fill(~allowed, 0.0)
-            dq[b, h, rows] = mixed(d_scores, allowed, call.k[b, head].float())
-            dk[b, head] += mixed(d_scores.mT, allowed.mT, call.q[b, h, rows].float())
-            dv[b, head] += mixed(weights.mT, allowed.mT, grad)
+            of_rows = (t[b, h, rows].float() for t in (result.grad_out, delta, lse[..., None]))
+            found = self.pairs(b, h, head, rows).gradients(call.v[b, head].float(), *of_rows)
+            dq[b, h, rows] = found[0]
+            dk[b, head] += found[1]
+            dv[b, head] += found[2]
         return dq.to(call.q.dtype), dk.to(call.k.dtype), dv.to(call.v.dtype)
-
-
-def _weights(scores: Tensor, lse: Tensor, allowed: Tensor) -> Tensor:
-    """The weights of some queries [rows, Nkv], 0 where hidden even in rows that are NaN."""
-    known = lse.masked_fill(lse == -math.inf, 0.0)
-    return (scores - known[:, None]).exp().masked_fill(~allowed, 0.0)

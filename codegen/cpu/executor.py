@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
-from sparse_compile.codegen.cpu import flash, scored
-from sparse_compile.codegen.cpu.batches import Batch, Strided, cut
-from sparse_compile.codegen.cpu.bias import MaskCall
+from sparse_compile.codegen.cpu import flash
+from sparse_compile.codegen.cpu.batches import Batch, Gathered, Strided, cut
+from sparse_compile.codegen.cpu.bias import Bias, MaskCall
 from sparse_compile.codegen.cpu.cache import BoundedCache, fingerprint
-from sparse_compile.codegen.cpu.flash import Bias
 from sparse_compile.codegen.cpu.parts import Part, parts_of
 from sparse_compile.codegen.cpu.plan import Plan, make_plan
-from sparse_compile.codegen.cpu.scored import ScoreCall
+from sparse_compile.codegen.cpu.products import Score, Tiles
 from sparse_compile.layout import BlockLayout
 
 #: Bytes that the gathered keys, or the gradients of the keys, of one call may take.
@@ -47,18 +46,14 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     make = torch.empty if plans.complete else torch.zeros
     out = make(batch, n_q, heads, width, dtype=wide if plans.merges else q.dtype).transpose(1, 2)
     lse = torch.full((batch, heads, n_q), -math.inf, dtype=wide)
-    mask, score = MaskCall.make(call), ScoreCall.make(call)
+    mask, score = MaskCall.make(call), Score.of(call)
     for part in parts_of(call):
         qs, outs, lses = (part.query_side(x) for x in (operands[0], out, lse.unsqueeze(-1)))
         ks, vs = (part.key_side(x) for x in operands[1:])
-        for piece, bias in _pieces(plans, part, mask, ks, held=score is not None):
-            rows, keys, values = piece.rows_of(qs), piece.keys_of(ks), piece.keys_of(vs)
-            given = rows, part.per_head(keys), part.per_head(values), bias
-            if score is None:
-                tile = flash.forward(*given, call.scale)
-            else:
-                tile = scored.forward(*given, score.at(part, piece))
-            _store(piece, outs, lses, *tile)
+        for piece, bias in _pieces(plans, part, mask, ks, held=score.program is not None):
+            keys, values = (part.per_head(piece.keys_of(x)) for x in (ks, vs))
+            tiles = Tiles(piece.rows_of(qs), keys, values, bias, score.at(part, piece))
+            _store(piece, outs, lses, *flash.forward(tiles))
     out = out[..., : v.shape[3]]
     return out.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2), lse.float()
 
@@ -106,13 +101,13 @@ def backward(call: AttentionCall, result: AttentionResult) -> tuple[Tensor, Tens
     dq = make(qw.shape, dtype=row_dtype)
     dk, dv = (torch.zeros(x.shape, dtype=wide) for x in (kw, vw))
     lse = lse.to(wide).unsqueeze(-1)
-    mask, score = MaskCall.make(call), ScoreCall.make(call)
+    mask, score = MaskCall.make(call), Score.of(call)
     for part in parts_of(call):
         rows = [part.query_side(x) for x in (grad, qw, ow, lse, dq)]
         keys = [part.key_side(x) for x in (kw, vw, dk, dv)]
-        held = score is not None
+        held = score.program is not None
         for piece, bias in _pieces(plans, part, mask, keys[0], backward=True, held=held):
-            _accumulate(piece, part, rows, keys, bias, score or call.scale)
+            _accumulate(piece, part, rows, keys, bias, score.at(part, piece))
     grads = ((dq, q), (dk, k), (dv, v))
     dq, dk, dv = (dx[..., : x.shape[2], : x.shape[3]].to(x.dtype).contiguous() for dx, x in grads)
     return dq, dk, dv
@@ -124,15 +119,12 @@ def _accumulate(
     rows: list[Tensor],
     keys: list[Tensor],
     bias: Bias | None,
-    scoring: float | ScoreCall,
+    score: Score,
 ) -> None:
     grad, q, out, lse = (piece.rows_of(x) for x in rows[:4])
     k, v = (part.per_head(piece.keys_of(x)) for x in keys[:2])
-    given = grad, q, k, v, out, lse[..., 0], bias
-    if isinstance(scoring, ScoreCall):
-        dq, dk, dv = scored.backward(*given, scoring.at(part, piece))
-    else:
-        dq, dk, dv = flash.backward(*given, scoring)
+    tiles = Tiles(q, k, v, bias, score)
+    dq, dk, dv = flash.backward(tiles, grad, out, lse[..., 0])
     if piece.merge:
         piece.add_rows(rows[4], dq)
     else:
@@ -174,26 +166,32 @@ def _keys(
 
 @dataclass(frozen=True)
 class _Plans:
-    """A plan for each class of a layout, and a name that tells them from those of others."""
+    """A plan for each class of a layout.
+
+    Attributes:
+        of_class: the plans.
+        name: tells them from those of other layouts.
+        merges: whether any batch merges, so that partial results are needed in fp32.
+        gathers: whether any batch is gathered, so that keys must be stored in whole blocks.
+        complete: whether every query of every class belongs to some batch.
+        nbytes: bytes held, about.
+    """
 
     of_class: tuple[Plan, ...]
     name: bytes
+    merges: bool
+    gathers: bool
+    complete: bool
+    nbytes: int
 
-    @property
-    def nbytes(self) -> int:
-        return sum(plan.nbytes for plan in self.of_class)
-
-    @property
-    def merges(self) -> bool:
-        return any(plan.merges for plan in self.of_class)
-
-    @property
-    def gathers(self) -> bool:
-        return any(plan.gathers for plan in self.of_class)
-
-    @property
-    def complete(self) -> bool:
-        return all(plan.complete for plan in self.of_class)
+    @staticmethod
+    def make(layout: BlockLayout, name: bytes) -> _Plans:
+        """The plans of a layout."""
+        plans = tuple(make_plan(layout, i) for i in range(layout.classes))
+        batches = [batch for plan in plans for batch in plan.batches]
+        merges, complete = any(b.merge for b in batches), all(plan.complete for plan in plans)
+        gathers = any(isinstance(batch, Gathered) for batch in batches)
+        return _Plans(plans, name, merges, gathers, complete, sum(b.nbytes for b in batches))
 
 
 _PLANS: BoundedCache[_Plans] = BoundedCache(max_bytes=1 << 26)
@@ -204,11 +202,7 @@ def _plans(layout: BlockLayout) -> _Plans:
     shape = torch.tensor([layout.n_q, layout.n_kv, *blocks, layout.heads, layout.listed])
     name = fingerprint([shape, *layout.rows.tensors()])
     assert name is not None
-
-    def make() -> _Plans:
-        return _Plans(tuple(make_plan(layout, i) for i in range(layout.classes)), name)
-
-    return _PLANS.get(name, make)
+    return _PLANS.get(name, lambda: _Plans.make(layout, name))
 
 
 def _pieces(

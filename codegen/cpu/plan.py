@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from sparse_compile.codegen.cpu.batches import Batch, Gathered, Strided
-from sparse_compile.codegen.cpu.segments import CALL, Segment, TileBlocks, choose_tiles, segments_of
+from sparse_compile.codegen.cpu.segments import CALL, TileBlocks, choose_tiles, segments_of
 from sparse_compile.layout import BlockLayout
 
 #: A batch of fewer scores than this, per head, does not repay a call of its own ...
@@ -37,23 +37,11 @@ class Plan:
 
     Attributes:
         batches: what to run; those with ``merge`` come after the ones they merge into.
-        merges: whether any batch merges, so that partial results are needed in fp32.
         complete: whether every query belongs to some batch.
     """
 
     batches: tuple[Batch, ...]
-    merges: bool
     complete: bool
-
-    @property
-    def gathers(self) -> bool:
-        """Whether any batch is gathered, so that keys must be stored in whole blocks."""
-        return any(isinstance(batch, Gathered) for batch in self.batches)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held, about."""
-        return sum(batch.nbytes for batch in self.batches)
 
 
 def make_plan(layout: BlockLayout, index: int) -> Plan:
@@ -64,15 +52,15 @@ def make_plan(layout: BlockLayout, index: int) -> Plan:
     runs = join(segments, tiles.rows)
     if not layout.listed:
         # A tile of several rows visits all of their blocks: the mask leaves out what is not theirs.
-        stacked, runs = _stack(runs, segments, tiles.rows)
+        stacked, runs = _stack(runs, segments)
     regular, small = _split(runs, len(segments), tiles)
     batches = stacked + _batches(tiles, regular, small)
     if sum(isinstance(batch, Gathered) for batch in batches) * 4 > len(small):
         # Hardly anything to batch: gathering does not pay.
         batches = stacked + _batches(tiles, runs, [])
     batches.sort(key=lambda batch: batch.merge)
-    complete = len({segment.tile for segment in segments}) == tiles.lines.numel()
-    return Plan(tuple(batches), any(batch.merge for batch in batches), complete)
+    complete = len({segment.q_start for segment in segments}) == tiles.lines.numel()
+    return Plan(tuple(batches), complete)
 
 
 def _batches(tiles: TileBlocks, regular: list[Strided], small: list[Strided]) -> list[Batch]:
@@ -82,9 +70,7 @@ def _batches(tiles: TileBlocks, regular: list[Strided], small: list[Strided]) ->
         members = list(_members(run, tiles.rows))
         batches += _mark_merges(run, [tile in covered for tile in members])
         covered.update(members)
-    scattered = [segment for run in small for segment in _segments(run, tiles.rows)]
-    batches += _gather(tiles, scattered, covered)
-    return batches
+    return [*batches, *_gather(tiles, small, covered)]
 
 
 @dataclass
@@ -98,10 +84,10 @@ class _Singles:
         self.by_start[shape, run.kv_start] = run
         self.by_rank[shape, rank] = run.kv_start
 
-    def before(self, shape: _Shape, segment: Segment, tile_rows: int) -> Strided | None:
+    def before(self, shape: _Shape, rank: int, segment: Strided) -> Strided | None:
         """The run that ``segment`` most likely continues: same keys, the diagonal, same rank."""
-        likely = [segment.kv_start, segment.kv_start - tile_rows]
-        start = self.by_rank.get((shape, segment.rank), -1)
+        likely = [segment.kv_start, segment.kv_start - segment.q_step]
+        start = self.by_rank.get((shape, rank), -1)
         if 0 <= start <= segment.kv_start:
             likely.append(start)
         for start in likely:
@@ -111,27 +97,27 @@ class _Singles:
         return None
 
 
-def join(segments: list[Segment], tile_rows: int) -> list[Strided]:
+def join(segments: list[Strided], tile_rows: int) -> list[Strided]:
     """Join segments of equal shape whose keys advance by a constant step from tile to tile."""
     done: list[Strided] = []
     expected: dict[tuple[_Shape, int, int], Strided] = {}
-    above, here, tile = _Singles(), _Singles(), -1
+    above, here, tile, rank = _Singles(), _Singles(), -1, 0
     for segment in segments:
-        if segment.tile != tile:
+        at, rank = segment.q_start // tile_rows, rank + 1
+        if at != tile:
             done += above.by_start.values()
-            if segment.tile != tile + 1:
+            if at != tile + 1:
                 done += here.by_start.values()
                 here = _Singles()
-            above, here, tile = here, _Singles(), segment.tile
+            above, here, tile, rank = here, _Singles(), at, 0
         shape = (segment.rows, segment.length, segment.masked)
         run = expected.pop((shape, tile, segment.kv_start), None)
         if run is not None:
             run = replace(run, tiles=run.tiles + 1)
-        elif (run := above.before(shape, segment, tile_rows)) is not None:
+        elif (run := above.before(shape, rank, segment)) is not None:
             run = replace(run, tiles=2, kv_step=segment.kv_start - run.kv_start)
         else:
-            run = Strided(segment.q_start, tile_rows, segment.kv_start, 0, 1, *shape, merge=False)
-            here.add(shape, segment.rank, run)
+            here.add(shape, rank, segment)
             continue
         key = (shape, tile + 1, segment.kv_start + run.kv_step)
         if key in expected:
@@ -140,26 +126,24 @@ def join(segments: list[Segment], tile_rows: int) -> list[Strided]:
     return [*done, *above.by_start.values(), *here.by_start.values(), *expected.values()]
 
 
-def _stack(
-    runs: list[Strided], segments: list[Segment], tile_rows: int
-) -> tuple[list[Batch], list[Strided]]:
+def _stack(runs: list[Strided], segments: list[Strided]) -> tuple[list[Batch], list[Strided]]:
     """Stack adjacent tiles of one small run each, such as the upper end of a window, into one.
 
     Returns:
         the stacks, each one masked tile over the union of the keys, and the other runs.
     """
-    alone = {tile for tile, n in Counter(segment.tile for segment in segments).items() if n == 1}
-    singles = {run.q_start // tile_rows: run for run in runs if run.tiles == 1}
-    stacks: list[list[Strided]] = []
-    for tile in sorted(singles.keys() & alone):
-        run = singles[tile]
-        if stacks and _stacked([*stacks[-1], run]) is not None:
-            stacks[-1].append(run)
+    count = Counter(segment.q_start for segment in segments)
+    alone = [run for run in runs if run.tiles == 1 and count[run.q_start] == 1]
+    stacks: list[tuple[list[Strided], Strided]] = []
+    for run in sorted(alone, key=lambda run: run.q_start):
+        higher = [*stacks[-1][0], run] if stacks else []
+        if stacks and (joined := _stacked(higher)) is not None:
+            stacks[-1] = (higher, joined)
         else:
-            stacks.append([run])
-    batches = [_stacked(stack) for stack in stacks if len(stack) > 1]
-    taken = {id(run) for stack in stacks if len(stack) > 1 for run in stack}
-    return [b for b in batches if b is not None], [run for run in runs if id(run) not in taken]
+            stacks.append(([run], run))
+    stacks = [stack for stack in stacks if len(stack[0]) > 1]
+    taken = {id(run) for members, _ in stacks for run in members}
+    return [joined for _, joined in stacks], [run for run in runs if id(run) not in taken]
 
 
 def _stacked(runs: list[Strided]) -> Strided | None:
@@ -194,12 +178,6 @@ def _members(run: Strided, tile_rows: int) -> range:
     return range(first, first + run.tiles)
 
 
-def _segments(run: Strided, tile_rows: int) -> Iterator[Segment]:
-    for i, tile in enumerate(_members(run, tile_rows)):
-        start = run.kv_start + i * run.kv_step
-        yield Segment(tile, tile * tile_rows, run.rows, start, run.length, run.masked)
-
-
 def _mark_merges(run: Strided, merges: list[bool]) -> Iterator[Strided]:
     """Cut a run where it changes between tiles that have a partial result already and not."""
     cuts = [0, *(i for i in range(1, len(merges)) if merges[i] != merges[i - 1]), len(merges)]
@@ -207,15 +185,15 @@ def _mark_merges(run: Strided, merges: list[bool]) -> Iterator[Strided]:
         yield replace(run.part(low, high), merge=merges[low])
 
 
-def _gather(tiles: TileBlocks, scattered: list[Segment], covered: set[int]) -> Iterator[Gathered]:
+def _gather(tiles: TileBlocks, small: list[Strided], covered: set[int]) -> Iterator[Gathered]:
+    block_kv, n_kv = tiles.layout.block_kv, tiles.layout.n_kv
     blocks: dict[int, list[tuple[int, bool]]] = {}
-    for segment in scattered:
-        first = segment.kv_start // tiles.block_kv
-        end = -(-(segment.kv_start + segment.length) // tiles.block_kv)
-        listed = blocks.setdefault(segment.tile, [])
-        for block in range(first, end):
-            ragged = (block + 1) * tiles.block_kv > tiles.n_kv
-            listed.append((block, segment.masked or ragged))
+    for run in small:
+        for i, tile in enumerate(_members(run, tiles.rows)):
+            start = run.kv_start + i * run.kv_step
+            for block in range(start // block_kv, -(-(start + run.length) // block_kv)):
+                ragged = (block + 1) * block_kv > n_kv
+                blocks.setdefault(tile, []).append((block, run.masked or ragged))
     groups: dict[tuple[int, int, bool], list[int]] = {}
     for tile, listed in sorted(blocks.items()):
         key = (tiles.rows_of(tile), _padded(len(listed)), tile in covered)
@@ -249,4 +227,6 @@ def _gathered(
         partial[i, : len(line)] = torch.tensor([masked for _, masked in line])
         present[i, : len(line)] = True
     starts = torch.tensor(list(listed)) * tiles.rows
-    return Gathered(starts, rows, tiles.rows, blocks, present, partial, tiles.block_kv, merge)
+    return Gathered(
+        starts, rows, tiles.rows, blocks, present, partial, tiles.layout.block_kv, merge
+    )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from sparse_compile.codegen.cpu.batches import Strided
 from sparse_compile.layout import BlockLayout
 
 #: A stretch of FULL blocks of this many keys runs on its own, without a bias.
@@ -20,33 +21,11 @@ MAX_ROWS = 1024
 
 
 @dataclass(frozen=True)
-class Segment:
-    """A run of adjacent key blocks of one tile.
-
-    Attributes:
-        tile: number of the tile.
-        q_start, rows: its queries.
-        kv_start, length: the keys, all of which exist.
-        masked: whether any of the blocks is PARTIAL.
-        rank: position among the segments of the tile, from the left.
-    """
-
-    tile: int
-    q_start: int
-    rows: int
-    kv_start: int
-    length: int
-    masked: bool
-    rank: int = 0
-
-
-@dataclass(frozen=True)
 class TileBlocks:
     """The key blocks of each tile of one class of a layout.
 
     Attributes:
-        n_q, n_kv: lengths, in tokens.
-        block_kv: keys in a block.
+        layout: whose blocks they are.
         rows: queries in a tile; the last tile may have fewer.
         tile: int64 [blocks], ascending.
         block: int64 [blocks], the key block; ascending within a tile.
@@ -54,47 +33,32 @@ class TileBlocks:
         lines: int64 [tiles], how many query blocks the tile has.
     """
 
-    n_q: int
-    n_kv: int
-    block_kv: int
+    layout: BlockLayout
     rows: int
     tile: Tensor
     block: Tensor
     full: Tensor
     lines: Tensor
 
-    @property
-    def partial(self) -> Tensor:
-        """bool [blocks]: whether the mask must be evaluated."""
-        return self.full < self.lines[self.tile]
-
     def rows_of(self, tile: int) -> int:
         """Number of queries of a tile."""
-        return min(self.rows, self.n_q - tile * self.rows)
+        return min(self.rows, self.layout.n_q - tile * self.rows)
 
     def doubled(self) -> TileBlocks:
         """Tiles of twice the size."""
-        width = -(-self.n_kv // self.block_kv)
+        width = self.layout.grid[1]
         key, order = (self.tile // 2 * width + self.block).sort(stable=True)
         unique, inverse = torch.unique_consecutive(key, return_inverse=True)
         full = torch.zeros_like(unique).index_add_(0, inverse, self.full[order])
         half = torch.nn.functional.pad(self.lines, (0, self.lines.numel() % 2))
         lines = half.view(-1, 2).sum(1)
-        return TileBlocks(
-            self.n_q,
-            self.n_kv,
-            self.block_kv,
-            self.rows * 2,
-            unique // width,
-            unique % width,
-            full,
-            lines,
-        )
+        tile, block = unique // width, unique % width
+        return replace(self, rows=self.rows * 2, tile=tile, block=block, full=full, lines=lines)
 
     def cost(self) -> float:
         """Estimated time: scores computed, weighed by how well tiles of this height run."""
         weight = 1.2 if self.rows < 192 else 1.0 if self.rows < 768 else 0.85
-        scores = self.rows * self.block.numel() * self.block_kv
+        scores = self.rows * self.block.numel() * self.layout.block_kv
         # Tiles with equally many blocks are likely to share a call.
         calls = int((self.tile.bincount().bincount() > 0).sum())
         return float(weight * scores + CALL * calls)
@@ -121,31 +85,29 @@ def _single_blocks(layout: BlockLayout, index: int) -> TileBlocks:
     block = layout.rows.index[index].long()[start[line] + offset]
     full = (offset >= counts[line, 0]).long()
     key, order = (line * layout.grid[1] + block).sort()
-    return TileBlocks(
-        layout.n_q,
-        layout.n_kv,
-        layout.block_kv,
-        layout.block_q,
-        key // layout.grid[1],
-        key % layout.grid[1],
-        full[order],
-        torch.ones(layout.grid[0], dtype=torch.int64),
-    )
+    tile, block = key // layout.grid[1], key % layout.grid[1]
+    lines = torch.ones(layout.grid[0], dtype=torch.int64)
+    return TileBlocks(layout, layout.block_q, tile, block, full[order], lines)
 
 
-def segments_of(tiles: TileBlocks) -> list[Segment]:
-    """Cut the keys of each tile into runs, long FULL stretches apart from the rest."""
-    tile, block, partial = tiles.tile, tiles.block, tiles.partial
+def segments_of(tiles: TileBlocks) -> list[Strided]:
+    """Cut the keys of each tile into runs, long FULL stretches apart from the rest.
+
+    Returns:
+        each run as a batch of one tile, by tile and from the left; all of its keys exist.
+    """
+    tile, block = tiles.tile, tiles.block
     if not tile.numel():
         return []
+    partial = tiles.full < tiles.lines[tile]
     adjacent = (tile[1:] == tile[:-1]) & (block[1:] == block[:-1] + 1)
     stretch = _number(adjacent & (partial[1:] == partial[:-1]))
-    size = stretch.bincount()[stretch] * tiles.block_kv
+    size = stretch.bincount()[stretch] * tiles.layout.block_kv
     alone = ~partial & (size >= LONG_FULL)
     run = _number(adjacent & (alone[1:] == alone[:-1]))
     # Cut long masked runs.
     position = _position(run)
-    piece = position // max(1, LONG_PARTIAL // tiles.block_kv)
+    piece = position // max(1, LONG_PARTIAL // tiles.layout.block_kv)
     piece = piece.masked_fill(alone, 0)
     run = _number((run[1:] == run[:-1]) & (piece[1:] == piece[:-1]))
     heads = _position(run) == 0
@@ -155,14 +117,13 @@ def segments_of(tiles: TileBlocks) -> list[Segment]:
 
 def _listed(
     tiles: TileBlocks, tile: Tensor, block: Tensor, count: Tensor, masked: Tensor
-) -> list[Segment]:
-    kv_start = block * tiles.block_kv
-    length = ((block + count) * tiles.block_kv).clamp(max=tiles.n_kv) - kv_start
-    rank = _position(tile)
-    columns = (x.tolist() for x in (tile, kv_start, length, masked, rank))
+) -> list[Strided]:
+    kv_start = block * tiles.layout.block_kv
+    length = ((block + count) * tiles.layout.block_kv).clamp(max=tiles.layout.n_kv) - kv_start
+    columns = (x.tolist() for x in (tile, kv_start, length, masked))
     return [
-        Segment(t, t * tiles.rows, tiles.rows_of(t), start, size, is_masked, r)
-        for t, start, size, is_masked, r in zip(*columns, strict=True)
+        Strided(t * tiles.rows, tiles.rows, start, 0, 1, tiles.rows_of(t), size, is_masked, False)
+        for t, start, size, is_masked in zip(*columns, strict=True)
     ]
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
-from sparse_compile.codegen.cpu.careful import mixed
+from sparse_compile.codegen.cpu.careful import Pairs, delta_of
 from sparse_compile.codegen.precision import full_precision
-from sparse_compile.expr import ScoreData, evaluate, evaluate_slope
+from sparse_compile.selection.chunks import chunks
+from sparse_compile.selection.selection import keys_of, rows_at
 
 #: Numbers that the gathered keys and the scores of a chunk have at most.
 _MOST = 1 << 23
@@ -20,17 +21,13 @@ _MOST = 1 << 23
 
 def _chunks(call: AttentionCall) -> Iterator[_Chunk]:
     """The units of queries, as many at a time as fit."""
+    if call.is_empty:
+        return
     batch, units, most = call.q.shape[0], call.index.shape[2], call.index.shape[3]
     keys, rows = most * call.spec.unit_kv, call.members * call.spec.unit_q
     width = call.q.shape[3] + call.v.shape[3] + rows
-    step = max(1, _MOST // max(1, batch * call.groups * keys * width))
-    for first in range(0, units, step):
-        yield _Chunk(call, first, min(first + step, units))
-
-
-def _by_group(call: AttentionCall, t: Tensor) -> Tensor:
-    """[B, heads, ...] of keys or lists as [B, groups, ...]."""
-    return t.repeat_interleave(call.groups // t.shape[1], 1)
+    for first, end in chunks(units, batch * call.groups * keys * width, _MOST):
+        yield _Chunk(call, first, end)
 
 
 @dataclass(frozen=True)
@@ -61,20 +58,11 @@ class _Chunk:
 
     def keys(self) -> tuple[Tensor, Tensor]:
         """The gathered keys: int64 [B, groups, U, L], and which of them are selected and exist."""
-        call, unit = self.call, self.call.spec.unit_kv
-        index = _by_group(call, call.index[:, :, self.first : self.end]).long()
-        count = _by_group(call, call.count[:, :, self.first : self.end])
-        used = torch.arange(index.shape[-1], device=index.device) < count[..., None]
-        used &= (index >= 0) & (index * unit < call.k.shape[2])
-        tokens = index[..., None] * unit + torch.arange(unit, device=index.device)
-        exist = used[..., None] & (tokens < call.k.shape[2])
-        return tokens.clamp(0, call.k.shape[2] - 1).flatten(3), exist.flatten(3)
-
-    def gathered(self, t: Tensor, keys: Tensor) -> Tensor:
-        """Rows of [B, Hkv, Nkv, X] as fp32 [B, groups, U, L, X]."""
-        group = torch.arange(self.call.groups, device=t.device) // (self.call.groups // t.shape[1])
-        batch = torch.arange(t.shape[0], device=t.device)
-        return t[batch[:, None, None, None], group[:, None, None], keys].float()
+        call, units = self.call, slice(self.first, self.end)
+        members = call.groups // call.index.shape[1]
+        lists = call.index[:, :, units], call.count[:, :, units]
+        index, count = (of_list.repeat_interleave(members, 1) for of_list in lists)
+        return keys_of(index, count, call.spec.unit_kv, call.k.shape[2])
 
     def where(self, keys: Tensor) -> dict[str, Tensor]:
         """The coordinates of the pairs, which broadcast to [B, groups, U, R, L]."""
@@ -90,40 +78,10 @@ class _Chunk:
             "kv": keys[:, :, :, None, :],
         }
 
-    def scores(self) -> _Scores:
-        """The scores of the chunk."""
-        keys, exist = self.keys()
-        call, where = self.call, self.where(keys)
-        query, key = self.rows(call.q), self.gathered(call.k, keys)
-        data = call.q.shape[2], call.k.shape[2], call.tables, call.sizes
-        score, slope = (query @ key.mT) * call.scale, None
-        if call.spec.score is not None:
-            score, slope = evaluate_slope(call.spec.score, score, ScoreData(where, *data))
-        keep = evaluate(call.spec.mask, where, *data) & exist[:, :, :, None, :]
-        keep = keep.expand(score.shape)
-        return _Scores(query, key, score.masked_fill(~keep, -math.inf), slope, keys, keep)
-
-
-@dataclass(frozen=True)
-class _Scores:
-    """Queries, gathered keys, scores with -inf where masked, which keys they are, and what is not
-    masked.
-
-    Attributes:
-        slope: the derivative of a score by the scaled product; None for 1.
-    """
-
-    query: Tensor
-    key: Tensor
-    score: Tensor
-    slope: Tensor | None
-    keys: Tensor
-    keep: Tensor
-
-    def weight(self, total: Tensor) -> Tensor:
-        """The weights, 0 where masked even in rows that are NaN; ``total`` is the log-sum-exp."""
-        weight = (self.score - total.masked_fill(total == -math.inf, 0)).exp()
-        return weight.masked_fill(~self.keep, 0)
+    def pairs(self, keys: Tensor, exist: Tensor) -> Pairs:
+        """The queries and the gathered keys of the chunk."""
+        query, key = self.rows(self.call.q), rows_at(self.call.k, keys).float()
+        return Pairs.of(self.call, query, key, self.where(keys), exist[:, :, :, None, :])
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -133,49 +91,31 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
         out [B, Hq, Nq, Dv] in q's dtype, 0 on empty rows; the natural log-sum-exp [B, Hq, Nq] in
         fp32, -inf on empty rows.
     """
-    with full_precision(call.q.device.type):
-        return _forward(call)
-
-
-def _forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     q, v = call.q, call.v
     out = q.new_zeros(*q.shape[:3], v.shape[3])
     lse = q.new_full(q.shape[:3], -math.inf, dtype=torch.float32)
-    for chunk in () if call.is_empty else _chunks(call):
-        found = chunk.scores()
-        keys, keep = found.keys, found.keep
-        total = found.score.logsumexp(-1, keepdim=True)
-        weight = found.weight(total)
-        chunk.write(out, mixed(weight, keep, chunk.gathered(v, keys)).to(out.dtype))
-        chunk.write(lse[..., None], total)
+    with full_precision(q.device.type):
+        for chunk in _chunks(call):
+            keys, exist = chunk.keys()
+            rows, total = chunk.pairs(keys, exist).attend(rows_at(v, keys).float())
+            chunk.write(out, rows.to(out.dtype))
+            chunk.write(lse[..., None], total)
     return out, lse
 
 
 def backward(call: AttentionCall, result: AttentionResult) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`forward`: ``(dq, dk, dv)`` in the dtypes of q, k and v."""
-    with full_precision(call.q.device.type):
-        return _backward(call, result)
-
-
-def _backward(call: AttentionCall, result: AttentionResult) -> tuple[Tensor, Tensor, Tensor]:
     dq = torch.zeros_like(call.q)
     dk, dv = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (call.k, call.v))
-    delta = (result.grad_out.float() * result.out.float()).sum(-1, keepdim=True)
-    if result.grad_lse is not None:
-        delta = delta - result.grad_lse.float()[..., None]
-    for chunk in () if call.is_empty else _chunks(call):
-        found = chunk.scores()
-        keys, keep = found.keys, found.keep
-        weight = found.weight(chunk.rows(result.lse[..., None]))
-        grad = chunk.rows(result.grad_out)
-        d_weight = grad @ chunk.gathered(call.v, keys).mT
-        d_score = weight * (d_weight - chunk.rows(delta)) * call.scale
-        if found.slope is not None:
-            d_score *= found.slope
-        d_score = d_score.masked_fill(~keep, 0)
-        chunk.write(dq, mixed(d_score, keep, found.key).to(dq.dtype))
-        _scatter(dk, keys, mixed(d_score.mT, keep.mT, found.query))
-        _scatter(dv, keys, mixed(weight.mT, keep.mT, grad))
+    given = result.grad_out, delta_of(result), result.lse[..., None]
+    with full_precision(call.q.device.type):
+        for chunk in _chunks(call):
+            keys, exist = chunk.keys()
+            of_rows, values = map(chunk.rows, given), rows_at(call.v, keys).float()
+            by_query, by_key, by_value = chunk.pairs(keys, exist).gradients(values, *of_rows)
+            chunk.write(dq, by_query.to(dq.dtype))
+            _scatter(dk, keys, by_key)
+            _scatter(dv, keys, by_value)
     return dq, dk.to(call.k.dtype), dv.to(call.v.dtype)
 
 

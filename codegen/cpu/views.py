@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import sympy
@@ -46,15 +45,14 @@ def backward(call: AttentionCall, result: AttentionResult) -> tuple[Tensor, Tens
 
 def _sums(call: AttentionCall, result: AttentionResult) -> tuple[Tensor, Tensor, Tensor]:
     """The sums of the gradients through all views."""
-    q, k, views = call.q, call.k, _views(call)
-    grads = []
+    views, grads = _views(call), []
     for at in views:
         found = executor.backward(at.call(call), at.result(result))
         if at.plain and len(views) == 1:
             return found
         dq, dk, dv = found
-        grads.append((at.queries_back(dq, q), at.keys_back(dk, k), at.keys_back(dv, k)))
-    dq, dk, dv = (total.to(q.dtype).contiguous() for total in add(grads))
+        grads.append((at.q.put_back(dq), at.kv.put_back(dk), at.kv.put_back(dv)))
+    dq, dk, dv = (total.to(call.q.dtype).contiguous() for total in add(grads))
     return dq, dk, dv
 
 
@@ -63,8 +61,7 @@ def _in_order(at: _Reordered, call: AttentionCall) -> tuple[Tensor, Tensor]:
     out, lse = executor.forward(at.call(call))
     if at.plain:
         return out, lse
-    back = at.queries_back(lse.unsqueeze(-1), call.q, -math.inf).squeeze(-1)
-    return at.queries_back(out, call.q).to(call.q.dtype), back
+    return at.q.put_back(out).to(call.q.dtype), at.q.put_back(lse, -math.inf)
 
 
 def _views(call: AttentionCall) -> list[_Reordered]:
@@ -72,80 +69,88 @@ def _views(call: AttentionCall) -> list[_Reordered]:
     return [_Reordered.of(part, view, call.spec) for part, view in views]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class _Side:
+    """The queries, or the keys, in the order of a view.
+
+    Attributes:
+        n: how many tokens there are.
+        tokens: which of them stands at each place, ``n`` for none; None: all, in plain order.
+    """
+
+    n: int
+    tokens: Tensor | None = None
+
+    def taken(self, x: Tensor, absent: float = 0.0) -> Tensor:
+        """[B, H, n, ...] in the order of the view."""
+        if self.tokens is None:
+            return x
+        taken = x.index_select(2, self.tokens.clamp(max=max(self.n - 1, 0)))
+        missing = (self.tokens >= self.n).view(1, 1, -1, *[1] * (x.dim() - 3))
+        return taken.masked_fill(missing, absent) if bool(missing.any()) else taken
+
+    def put_back(self, x: Tensor, absent: float = 0.0) -> Tensor:
+        """The reverse of :meth:`taken`, fp32."""
+        if self.tokens is None:
+            return x.float()
+        shape = (*x.shape[:2], self.n + 1, *x.shape[3:])
+        result = x.new_full(shape, absent, dtype=torch.float32)
+        return result.index_copy_(2, self.tokens, x.float())[:, :, : self.n]
+
+
+@dataclass(frozen=True, eq=False)
 class _Reordered:
     """One view as a problem in plain order.
 
     Attributes:
         layout: the same blocks, in runs of gathered tokens.
         spec: the same part of the mask, of gathered tokens.
-        q_tokens, kv_tokens: which token stands at each place; as many as there are for none.
-        plain: whether the view is in plain order, and nothing is gathered.
+        q, kv: which tokens are gathered: of both sides, or of none.
     """
 
     layout: BlockLayout
     spec: AttentionSpec
-    q_tokens: Tensor
-    kv_tokens: Tensor
-    plain: bool
+    q: _Side
+    kv: _Side
+
+    @property
+    def plain(self) -> bool:
+        """Whether the view is in plain order, and nothing is gathered."""
+        return self.q.tokens is None
 
     @staticmethod
     def of(part: View, view: BlockLayout, spec: AttentionSpec) -> _Reordered:
         """The problem of a view."""
-        nothing = torch.empty(0, dtype=torch.int64)
+        lengths = view.n_q, view.n_kv
         if part.q.is_natural and part.kv.is_natural:
             alone = replace(spec, mask=spec.part_mask(part), coverage=())
-            return _Reordered(view, alone, nothing, nothing, True)
+            return _Reordered(view, alone, *map(_Side, lengths))
         q, kv = _tokens(part.q, view.n_q), _tokens(part.kv, view.n_kv)
         runs = natural(view.block_q), natural(view.block_kv)
         moved = replace(view, q=runs[0], kv=runs[1], n_q=q.numel(), n_kv=kv.numel())
-        mask = _of_tokens(spec.part_mask(part), view.n_q, view.n_kv)
-        lengths = view.n_q, view.n_kv
+        mask = _of_tokens(spec.part_mask(part), *lengths)
         score = spec.score and _score_of_tokens(spec.score, len(spec.mask.tables), *lengths)
-        return _Reordered(moved, replace(spec, mask=mask, coverage=(), score=score), q, kv, False)
+        moved_spec = replace(spec, mask=mask, coverage=(), score=score)
+        return _Reordered(moved, moved_spec, _Side(view.n_q, q), _Side(view.n_kv, kv))
 
     def call(self, call: AttentionCall) -> AttentionCall:
         """The call of this view alone, in its order."""
-        lengths = call.q.shape[0], call.q.shape[1]
+        tokens = [side.tokens for side in (self.q, self.kv) if side.tokens is not None]
         return replace(
             call,
-            q=self.queries(call.q),
-            k=self.keys(call.k),
-            v=self.keys(call.v),
-            tables=self.tables(call.tables),
+            q=self.q.taken(call.q),
+            k=self.kv.taken(call.k),
+            v=self.kv.taken(call.v),
+            tables=[*call.tables, *tokens],
             spec=self.spec,
-            layout=Layout(self.spec, (self.layout,), *lengths),
+            layout=Layout(self.spec, (self.layout,), *call.shape[:2]),
         )
 
     def result(self, result: AttentionResult) -> AttentionResult:
         """The result of all views, in the order of this one."""
-        lse, grad_lse = (
-            None if x is None else self.queries(x.unsqueeze(-1), fill).squeeze(-1)
-            for x, fill in ((result.lse, -math.inf), (result.grad_lse, 0.0))
-        )
-        assert lse is not None
-        out, grad_out = self.queries(result.out), self.queries(result.grad_out)
-        return AttentionResult(out, lse, grad_out, grad_lse)
-
-    def tables(self, tables: Sequence[Tensor]) -> list[Tensor]:
-        """What the mask of gathered tokens reads."""
-        return list(tables) if self.plain else [*tables, self.q_tokens, self.kv_tokens]
-
-    def queries(self, x: Tensor, absent: float = 0.0) -> Tensor:
-        """[B, H, Nq, ...] in the order of the view."""
-        return x if self.plain else _gathered(x, self.q_tokens, absent)
-
-    def keys(self, x: Tensor) -> Tensor:
-        """[B, H, Nkv, ...] in the order of the view."""
-        return x if self.plain else _gathered(x, self.kv_tokens, 0.0)
-
-    def queries_back(self, x: Tensor, like: Tensor, absent: float = 0.0) -> Tensor:
-        """The reverse of :meth:`queries`, fp32."""
-        return x.float() if self.plain else _put_back(x, self.q_tokens, like.shape[2], absent)
-
-    def keys_back(self, x: Tensor, like: Tensor) -> Tensor:
-        """The reverse of :meth:`keys`, fp32."""
-        return x.float() if self.plain else _put_back(x, self.kv_tokens, like.shape[2], 0.0)
+        out, grad_out = self.q.taken(result.out), self.q.taken(result.grad_out)
+        grad_lse = None if result.grad_lse is None else self.q.taken(result.grad_lse)
+        return AttentionResult(out, self.q.taken(result.lse, -math.inf), grad_out, grad_lse)
 
 
 @functools.lru_cache(maxsize=64)
@@ -178,16 +183,3 @@ def _at_tokens(expr: sympy.Basic, tables: int, n_q: int, n_kv: int) -> sympy.Bas
     # Lengths stay those of the tokens, not of the gathered problem.
     lengths = {N_Q: sympy.Integer(n_q), N_KV: sympy.Integer(n_kv)}
     return expr.xreplace({Q: q, KV: kv}).xreplace(lengths)
-
-
-def _gathered(x: Tensor, tokens: Tensor, absent: float) -> Tensor:
-    n = x.shape[2]
-    taken = x.index_select(2, tokens.clamp(max=max(n - 1, 0)))
-    missing = (tokens >= n).view(1, 1, -1, *[1] * (x.dim() - 3))
-    return taken.masked_fill(missing, absent) if bool(missing.any()) else taken
-
-
-def _put_back(x: Tensor, tokens: Tensor, n: int, absent: float) -> Tensor:
-    shape = (*x.shape[:2], n + 1, *x.shape[3:])
-    result = x.new_full(shape, absent, dtype=torch.float32)
-    return result.index_copy_(2, tokens, x.float())[:, :, :n]

@@ -13,7 +13,7 @@ from sparse_compile.expr import KV, Q
 from sparse_compile.layout.cost import Candidate, Listed, dense, sdpa, why_not_listed
 from sparse_compile.layout.views.choose import choose_views
 from sparse_compile.layout.views.split_views import Split
-from sparse_compile.ops import WIDEST, WIDEST_UNITS
+from sparse_compile.ops.operands import WIDEST, WIDEST_UNITS
 from sparse_compile.options import Options
 from sparse_compile.passes.decide.price import Price
 from sparse_compile.passes.dense_tables import dense_reason

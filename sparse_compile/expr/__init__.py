@@ -30,7 +30,13 @@ from sparse_compile.expr.score import ScoreProgram, softcap
 from sparse_compile.expr.text import from_text, to_text
 
 if TYPE_CHECKING:
-    from sparse_compile.expr.evaluation import ScoreData, evaluate, evaluate_score, evaluate_slope
+    from sparse_compile.expr.evaluation import (
+        ScoreData,
+        evaluate,
+        evaluate_score,
+        evaluate_slope,
+        grid,
+    )
 
 __all__ = [
     "COORDINATES",
@@ -57,6 +63,7 @@ __all__ = [
     "fold",
     "fold_real",
     "from_text",
+    "grid",
     "is_table",
     "renumbered",
     "size_symbol",
@@ -69,7 +76,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # Evaluation needs torch; predicates, and the patterns made of them, do not.
-    if name not in ("ScoreData", "evaluate", "evaluate_score", "evaluate_slope"):
+    if name not in ("ScoreData", "evaluate", "evaluate_score", "evaluate_slope", "grid"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from sparse_compile.expr import evaluation
 

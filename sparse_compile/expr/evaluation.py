@@ -131,6 +131,20 @@ def evaluate(
     return fold(mask.predicate, _Dense(symbols, tables))
 
 
+def grid(device: torch.device, **axes: range) -> dict[str, Tensor]:
+    """Coordinates int64 that broadcast to all combinations, the last axis innermost.
+
+    >>> at = grid(torch.device("cpu"), q=range(2), kv=range(4, 7))
+    >>> at["q"].tolist(), at["kv"].tolist()
+    ([[0], [1]], [4, 5, 6])
+    """
+    inner = range(len(axes) - 1, -1, -1)
+    return {
+        name: torch.arange(at.start, at.stop, device=device).view(-1, *[1] * dims)
+        for (name, at), dims in zip(axes.items(), inner, strict=True)
+    }
+
+
 @dataclass(frozen=True)
 class ScoreData:
     """What a score program reads besides the score; by default nothing.

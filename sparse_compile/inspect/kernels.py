@@ -115,4 +115,4 @@ def _of_selection(site: Examined) -> Iterator[Kernel]:
     found = site.selecting
     if found is not None and isinstance(found.leaf, Scored):
         made = prepared(found.leaf, *found.content, found.mask, found.tables, found.sizes)
-        yield choose_kernel(choose_spec(found.leaf, made))
+        yield choose_kernel(choose_spec(made))

@@ -19,7 +19,7 @@ from torch import Tensor
 from sparse_compile.codegen import attend, empty_rows
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.expr import WORD
-from sparse_compile.layout import build_views
+from sparse_compile.layout import Layout, build_views
 from sparse_compile.layout.dense_tables import DenseCall, DenseRead
 from sparse_compile.layout.lists import (
     count_worklists,
@@ -33,9 +33,24 @@ from sparse_compile.ops.registered import operator
 from sparse_compile.spec import AttentionSpec
 
 
+def _like_layout(reads: str, n_q: int, n_kv: int, spec: str, device: torch.device) -> list[Tensor]:
+    made = []
+    for read in DenseRead.parse(reads):
+        rows, columns = (n_q if "q" in read.axes else 1), (n_kv if "kv" in read.axes else 1)
+        # Where batch entries or heads turn out to share their mask, the table has size one.
+        shape = (fresh_size(), fresh_size(), rows, -(-columns // WORD))
+        made.append(torch.empty(shape, dtype=torch.int32, device=device))
+    # How many blocks a mask touches is known when the lengths are, not when the graph is traced.
+    parsed = AttentionSpec.parse(spec)
+    shapes: list[list[Any]] = [[fresh_size()] for _ in parsed.parts]
+    for _ in range(count_worklists(parsed, device)):
+        shapes += [[fresh_size()], [fresh_size(), fresh_size(), fresh_size(), 0]]
+    return made + [torch.empty(shape, dtype=torch.int32, device=device) for shape in shapes]
+
+
 # Layouts are cached across calls and their lengths are only known at run time: neither may live in
 # the memory of a CUDA graph. Inductor records graphs around this operator, not over it.
-@operator("layout", tags=(torch.Tag.cudagraph_unsafe,))
+@operator(_like_layout, recorded=False)
 def layout(
     tables: Sequence[Tensor],
     reads: str,
@@ -74,58 +89,38 @@ def layout(
     """
     parsed, found, numbers = AttentionSpec.parse(spec), DenseRead.parse(reads), tuple(sizes)
     shape = batch, heads, n_q, n_kv
+    words: list[Tensor] = []
+    built: Layout | None
     if found:
-        call = DenseCall(parsed, found, tuple(tables), numbers, *shape, device)
-        words, built = call.run()
-        return words + ([] if built is None else lists_of(built, kv_heads, device))
-    if not (tables or lists):
+        words, built = DenseCall(parsed, found, tuple(tables), numbers, *shape, device).run()
+    elif lists:
+        built = listed_views(parsed, shape, tables, sizes, lists)
+    elif not tables:
         # Somebody may write to the results, or reuse their memory.
         return [t.clone() for t in static_lists(parsed, shape, kv_heads, numbers, device)]
-    if lists:
-        return lists_of(listed_views(parsed, shape, tables, sizes, lists), kv_heads, device)
-    built = build_views(
-        parsed,
-        batch=batch,
-        heads=heads,
-        n_q=n_q,
-        n_kv=n_kv,
-        tables=tables,
-        sizes=sizes,
-        device=device,
-        counted=False,
-    )
-    return lists_of(built, kv_heads, device)
+    else:
+        built = build_views(
+            parsed,
+            batch=batch,
+            heads=heads,
+            n_q=n_q,
+            n_kv=n_kv,
+            tables=tables,
+            sizes=sizes,
+            device=device,
+            counted=False,
+        )
+    return words + ([] if built is None else lists_of(built, kv_heads, device))
 
 
-@layout.register_fake
-def _(
-    tables: Sequence[Tensor],
-    reads: str,
-    sizes: Sequence[int],
-    batch: int,
-    heads: int,
-    n_q: int,
-    n_kv: int,
-    kv_heads: int,
-    spec: str,
-    device: torch.device,
-    lists: Sequence[Tensor],
-) -> list[Tensor]:
-    made = []
-    for read in DenseRead.parse(reads):
-        rows, columns = (n_q if "q" in read.axes else 1), (n_kv if "kv" in read.axes else 1)
-        # Where batch entries or heads turn out to share their mask, the table has size one.
-        shape = (fresh_size(), fresh_size(), rows, -(-columns // WORD))
-        made.append(torch.empty(shape, dtype=torch.int32, device=device))
-    # How many blocks a mask touches is known when the lengths are, not when the graph is traced.
-    parsed = AttentionSpec.parse(spec)
-    shapes: list[list[Any]] = [[fresh_size()] for _ in parsed.parts]
-    for _ in range(count_worklists(parsed, device)):
-        shapes += [[fresh_size()], [fresh_size(), fresh_size(), fresh_size(), 0]]
-    return made + [torch.empty(shape, dtype=torch.int32, device=device) for shape in shapes]
+def _like_attention(q: Tensor, k: Tensor, v: Tensor, spec: str) -> tuple[Tensor, Tensor]:
+    check_operands(q, k, v, widest(AttentionSpec.parse(spec)))
+    batch, heads, n_q, _ = q.shape
+    out = q.new_empty([batch, n_q, heads, v.shape[-1]]).transpose(1, 2)
+    return out, q.new_empty([batch, heads, n_q], dtype=torch.float32)
 
 
-@operator("attention", by_token=True)
+@operator(_like_attention, by_token=True)
 def attention(
     q: Tensor,
     k: Tensor,
@@ -173,25 +168,11 @@ def attention(
     return empty_rows.apply_forward(call, out, lse), lse
 
 
-@attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    learned: Sequence[Tensor],
-    tables: Sequence[Tensor],
-    sizes: Sequence[int],
-    lists: Sequence[Tensor],
-    scale: float,
-    spec: str,
-) -> tuple[Tensor, Tensor]:
-    check_operands(q, k, v, widest(AttentionSpec.parse(spec)))
-    batch, heads, n_q, _ = q.shape
-    out = q.new_empty([batch, n_q, heads, v.shape[-1]]).transpose(1, 2)
-    return out, q.new_empty([batch, heads, n_q], dtype=torch.float32)
+def _like_gradients(q: Tensor, k: Tensor, v: Tensor, learned: Sequence[Tensor]) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in (q, k, v, *learned)]
 
 
-@operator("attention_backward")
+@operator(_like_gradients)
 def attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -216,25 +197,6 @@ def attention_backward(
     return list(empty_rows.apply_backward(call, result, grads))
 
 
-@attention_backward.register_fake
-def _(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    learned: Sequence[Tensor],
-    tables: Sequence[Tensor],
-    sizes: Sequence[int],
-    lists: Sequence[Tensor],
-    scale: float,
-    spec: str,
-) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t in (q, k, v, *learned)]
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, learned, tables, ctx.sizes, lists, ctx.scale, ctx.spec = inputs
     ctx.save_for_backward(*output, q, k, v, *learned, *tables, *lists)
@@ -252,14 +214,10 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
         *(grad_out, grad_lse, out, lse, q, k, v, learned, tables),
         *(ctx.sizes, lists, ctx.scale, ctx.spec),
     )
-    nothing = [None] * len(tables), no_gradient(ctx.sizes), [None] * len(lists)
-    return (dq, dk, dv, others, *nothing, None, None)
-
-
-def no_gradient(sizes: Sequence[int]) -> list[None] | None:
-    """What the backward of an operator returns for a list of integers."""
     # torch.library takes a list for one of tensors, unless something else is in it.
-    return None if sizes else []
+    no_sizes: Any = None if ctx.sizes else []
+    nothing = [None] * len(tables), no_sizes, [None] * len(lists)
+    return (dq, dk, dv, others, *nothing, None, None)
 
 
 attention.register_autograd(_backward, setup_context=_setup_context)

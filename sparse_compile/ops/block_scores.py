@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_compile.errors import BadShape
-from sparse_compile.expr import evaluate
+from sparse_compile.expr import evaluate, grid
 from sparse_compile.ops.registered import operator
+from sparse_compile.selection.chunks import chunks
 from sparse_compile.spec.block_scores import BlockScoresSpec
 from sparse_compile.spec.indexer import IndexerSpec, stepped
 
@@ -18,7 +21,11 @@ from sparse_compile.spec.indexer import IndexerSpec, stepped
 _MOST = 1 << 25
 
 
-@operator("block_scores")
+def _like_scores(q: Tensor, blocks: int) -> Tensor:
+    return q.new_empty([*q.shape[:3], blocks])
+
+
+@operator(_like_scores)
 def block_scores(
     q: Tensor,
     k: Tensor,
@@ -47,89 +54,85 @@ def block_scores(
         BadShape: the operands do not fit together.
     """
     parsed = BlockScoresSpec.parse(spec)
-    parts, scores = scores_by_head(q, k, tables, sizes, parsed)
-    best = q.new_empty(*q.shape[:3], blocks)
+    scores = MaskedScores(q, k, tables, sizes, parsed)
+    best = q.new_empty(*scores.rows, blocks)
     lacking = blocks * parsed.size - k.shape[3]
-    for first, end in parts:
+    for first, end in scores.parts():
         score = F.pad(scores(first, end), (0, lacking), value=parsed.padding)
         best[:, :, first:end] = score.view(*score.shape[:3], blocks, parsed.size).amax(-1)
     return best
-
-
-@block_scores.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    tables: Sequence[Tensor],
-    sizes: Sequence[int],
-    blocks: int,
-    spec: str,
-) -> Tensor:
-    return q.new_empty([*q.shape[:3], blocks])
 
 
 #: The operator as nodes of a graph call it.
 BLOCK_SCORES = torch.ops.sparse_compile.block_scores.default
 
 
-def scores_by_head(
-    q: Tensor,
-    k: Tensor,
-    tables: Sequence[Tensor],
-    sizes: Sequence[int],
-    spec: BlockScoresSpec | IndexerSpec,
-) -> tuple[list[tuple[int, int]], Callable[[int, int], Tensor]]:
-    """The masked scores of all keys, of some queries at a time.
+@dataclass(frozen=True, eq=False)
+class MaskedScores:
+    """The masked scores of all keys, of some queries at a time, by the program's steps in order.
 
-    Args:
+    Attributes:
+        axes: of what has scores for all keys.
         q, k, tables, sizes: as for :func:`block_scores`.
-        spec: the steps before the relu, if it is of an indexer, and the mask.
-
-    Returns:
-        parts of the queries, from the first up to the end of each, and what computes their scores
-        [B, H, end - first, Nkv], by the program's steps in its order.
+        spec: the steps, for an indexer those before the relu, and the mask.
 
     Raises:
         BadShape: the operands do not fit together.
     """
-    _check(q, k)
-    fill = torch.full((), spec.fill, dtype=q.dtype, device=q.device)
 
-    def scores(first: int, end: int) -> Tensor:
-        rows = q[:, :, first:end]
-        score = stepped(rows @ k, spec.before)
-        keep = _keep(first, rows, q, k, tables, sizes, spec)
-        return torch.where(keep, score, score + fill if spec.adds else fill)
+    axes: ClassVar[tuple[str, ...]] = ("b", "h", "q")
 
-    step = max(1, _MOST // max(1, q.shape[0] * q.shape[1] * k.shape[3]))
-    starts = range(0, q.shape[2], step)
-    return [(first, min(first + step, q.shape[2])) for first in starts], scores
+    q: Tensor
+    k: Tensor
+    tables: Sequence[Tensor]
+    sizes: Sequence[int]
+    spec: BlockScoresSpec | IndexerSpec
 
+    def __post_init__(self) -> None:
+        self._check()
 
-def _check(q: Tensor, k: Tensor) -> None:
-    fits = q.dim() == k.dim() == 4 and (q.shape[0], q.shape[3]) == (k.shape[0], k.shape[2])
-    if not fits or k.shape[1] not in (1, q.shape[1]):
-        raise BadShape(
-            f"sparse_compile: scores of blocks of q {list(q.shape)} and k {list(k.shape)}. "
-            "Give q [B, H, Nq, D] and k [B, H or 1, D, Nkv]."
-        )
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The sizes of :attr:`axes`."""
+        return tuple(self.q.shape[: len(self.axes)])
 
+    @property
+    def heads(self) -> int:
+        """Of how many heads scores exist meanwhile."""
+        return self.q.shape[1]
 
-def _keep(
-    first: int,
-    rows: Tensor,
-    q: Tensor,
-    k: Tensor,
-    tables: Sequence[Tensor],
-    sizes: Sequence[int],
-    spec: BlockScoresSpec | IndexerSpec,
-) -> Tensor:
-    """Which scores of some queries are not masked: broadcasts to [B, H, rows, Nkv]."""
-    device = q.device
-    where = {
-        "b": torch.arange(q.shape[0], device=device)[:, None, None, None],
-        "h": torch.arange(q.shape[1], device=device)[:, None, None],
-        "q": torch.arange(first, first + rows.shape[2], device=device)[:, None],
-        "kv": torch.arange(k.shape[3], device=device),
-    }
-    return evaluate(spec.mask, where, q.shape[2], k.shape[3], tables, sizes)
+    def parts(self) -> list[tuple[int, int]]:
+        """Parts of the queries, from the first up to the end of each, as large as fit."""
+        each = self.rows[0] * self.heads * self.k.shape[-1]
+        return chunks(self.rows[-1], each, _MOST, tile=128)  # whole tiles of kernels
+
+    def __call__(self, first: int, end: int) -> Tensor:
+        """The scores [..., end - first, Nkv] of the queries from the first up to the end."""
+        score = self.unmasked(first, end)
+        fill = torch.full((), self.spec.fill, dtype=score.dtype, device=score.device)
+        return torch.where(self._keep(first, end), score, score + fill if self.adds else fill)
+
+    @property
+    def adds(self) -> bool:
+        """Whether the fill is added to scores, which have to exist."""
+        return self.spec.adds
+
+    def unmasked(self, first: int, end: int) -> Tensor:
+        """The same before the mask."""
+        return stepped(self.q[:, :, first:end] @ self.k, self.spec.before)
+
+    def _keep(self, first: int, end: int) -> Tensor:
+        """Which scores of some queries are not masked; broadcasts to theirs."""
+        n_q, n_kv = self.rows[-1], self.k.shape[-1]
+        axes = dict(zip(self.axes, map(range, self.rows), strict=True))
+        where = grid(self.q.device, **axes | {"q": range(first, end), "kv": range(n_kv)})
+        return evaluate(self.spec.mask, where, n_q, n_kv, self.tables, self.sizes)
+
+    def _check(self) -> None:
+        q, k = self.q, self.k
+        fits = q.dim() == k.dim() == 4 and (q.shape[0], q.shape[3]) == (k.shape[0], k.shape[2])
+        if not fits or k.shape[1] not in (1, q.shape[1]):
+            raise BadShape(
+                f"sparse_compile: scores of blocks of q {list(q.shape)} and k {list(k.shape)}. "
+                "Give q [B, H, Nq, D] and k [B, H or 1, D, Nkv]."
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -14,9 +15,9 @@ from sparse_compile.codegen.triton.selection.window_scores import WindowScores, 
 from sparse_compile.expr import MaskExpr
 from sparse_compile.layout import BlockLayout, BlockLists, Problem
 from sparse_compile.layout import builders as of_layouts
-from sparse_compile.patterns.scored import Scored
 from sparse_compile.selection import builders as of_selections
-from sparse_compile.selection.task import Task
+from sparse_compile.selection.indexing import Indexing
+from sparse_compile.selection.prepared import Prepared
 from sparse_compile.selection.windows import Windows
 
 
@@ -48,15 +49,12 @@ def _compacted(kinds: Tensor, flag: Tensor) -> tuple[BlockLists, BlockLists, boo
     return compacted(kinds, flag)
 
 
-def _chooser(
-    pattern: Scored, task: Task, lists: int, index: Tensor, count: Tensor
-) -> Chooser | None:
-    fit = can_choose(pattern, task)
-    return Chooser(pattern, task, lists, index, count) if fit else None
+def _chooser(made: Prepared) -> Chooser | None:
+    return Chooser(made) if can_choose(made) else None
 
 
-def _index_scores(q: Tensor, k: Tensor) -> of_selections.IndexScores | None:
-    return index_scores if can_index(q, k) else None
+def _index_scores(indexing: Indexing) -> of_selections.IndexScores | None:
+    return functools.partial(index_scores, indexing) if can_index(indexing) else None
 
 
 def _window_scores(windows: Windows) -> WindowScores | None:

@@ -15,16 +15,22 @@ from torch import Tensor
 
 from sparse_compile.expr import MaskExpr
 from sparse_compile.ops.fresh_size import fresh_size
-from sparse_compile.ops.indexer import ranking, rows_of
-from sparse_compile.ops.registered import operator
-from sparse_compile.selection.kept import in_parts, kept_lists
+from sparse_compile.ops.indexer import best_of, rows_of, scores_of
+from sparse_compile.ops.registered import fake_lists, operator
+from sparse_compile.selection.chunks import chunks
+from sparse_compile.selection.kept import TOGETHER, kept_lists
 from sparse_compile.selection.visible import Visible
-from sparse_compile.spec.indexer import IndexerSpec
 
 _COMPARISONS = {"ge": torch.ge, "gt": torch.gt, "le": torch.le, "lt": torch.lt}
 
 
-@operator("kept_selection")
+def _like_kept(
+    kept: Tensor, fixed: bool, lengths: Sequence[int], units: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    return fake_lists(kept, kept.shape[:3], _room(fixed, -(-lengths[2] // units[1])))
+
+
+@operator(_like_kept)
 def kept_selection(
     kept: Tensor,
     fixed: bool,
@@ -48,32 +54,26 @@ def kept_selection(
     Returns:
         index and count, int32, as in :class:`sparse_compile.selection.Selection`.
     """
-    visible = _visible(kept, tables, sizes, lengths, units, mask)
-    kept = kept[..., : -(-lengths[2] // units[1])]
+    (heads, n_q, n_kv), (unit_q, unit_kv) = lengths, units
+    seen = MaskExpr.parse(mask), tables, sizes
+    visible = Visible(*seen, kept.shape[0], heads, n_q, n_kv, unit_q, unit_kv, kept.device)
+    kept = kept[..., : -(-n_kv // unit_kv)]
     batch, lists, rows, columns = kept.shape
 
     def shown(first: int, end: int) -> Tensor:
         return kept[:, :, first:end] & visible.may(first, end, lists)
 
-    parts = in_parts(rows, batch * max(lists, lengths[0]) * columns)
+    parts = chunks(rows, batch * max(lists, heads) * columns, TOGETHER)
     return kept_lists(shown, parts, kept.shape[:3], kept.device, columns if fixed else None)
 
 
-@kept_selection.register_fake
-def _(
-    kept: Tensor,
-    fixed: bool,
-    tables: Sequence[Tensor],
-    sizes: Sequence[int],
-    lengths: Sequence[int],
-    units: Sequence[int],
-    mask: str,
+def _like_indexed(
+    q: Tensor, w: Tensor | None, fixed: bool, lengths: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    room = -(-lengths[2] // units[1]) if fixed else fresh_size()
-    return _like(kept, [*kept.shape[:3]], room)
+    return fake_lists(q, _lists_of(q, w), _room(fixed, lengths[2]))
 
 
-@operator("indexed_kept")
+@operator(_like_indexed)
 def indexed_kept(
     q: Tensor,
     k: Tensor,
@@ -106,36 +106,23 @@ def indexed_kept(
     Raises:
         BadShape: the operands do not fit together.
     """
-    visible = _visible(q, mask_tables, mask_sizes, lengths, (1, 1), mask)
-    parts, ranked = ranking(q, k, w, tables, sizes, most, IndexerSpec.parse(spec))
-
+    scores = scores_of(q, k, w, tables, sizes, spec)
     batch, lists, rows = _lists_of(q, w)
+    seen, (heads, n_q, n_kv) = (MaskExpr.parse(mask), mask_tables, mask_sizes), lengths
+    visible = Visible(*seen, batch, heads, n_q, n_kv, 1, 1, q.device)
 
     def kept(first: int, end: int) -> Tensor:
-        reached = _reached(*ranked(first, end), reaches)[..., : lengths[2]]
-        return reached.view(batch, lists, -1, lengths[2]) & visible.may(first, end, lists)
+        score = scores(first, end)
+        reached = _reached(score, best_of(score, most, spec), reaches)[..., :n_kv]
+        return reached.view(batch, lists, -1, n_kv) & visible.may(first, end, lists)
 
-    room = lengths[2] if fixed else None
-    return kept_lists(kept, parts, (batch, lists, rows), q.device, room)
+    room = n_kv if fixed else None
+    return kept_lists(kept, scores.parts(), (batch, lists, rows), q.device, room)
 
 
-@indexed_kept.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    w: Tensor | None,
-    tables: Sequence[Tensor],
-    sizes: Sequence[int],
-    most: int,
-    spec: str,
-    reaches: str,
-    fixed: bool,
-    mask_tables: Sequence[Tensor],
-    mask_sizes: Sequence[int],
-    lengths: Sequence[int],
-    mask: str,
-) -> tuple[Tensor, Tensor]:
-    return _like(q, _lists_of(q, w), lengths[2] if fixed else fresh_size())
+def _room(fixed: bool, units: int) -> int | torch.SymInt:
+    """Of each list: for all units, or as much as the longest will need."""
+    return units if fixed else fresh_size()
 
 
 def _lists_of(q: Tensor, w: Tensor | None) -> list[int]:
@@ -150,26 +137,6 @@ def _reached(score: Tensor, best: Any, reaches: str) -> Tensor:
     last = best.values.amin(-1, keepdim=True) if "least" in words else best.values[..., -1:]
     reached: Tensor = _COMPARISONS[name](score, last)
     return ~reached if "not" in words else reached
-
-
-def _like(x: Tensor, rows: Sequence[int], room: int | torch.SymInt) -> tuple[Tensor, Tensor]:
-    """An index and a count as fake tensors."""
-    lists: Any = [*rows, room]
-    return x.new_empty(lists, dtype=torch.int32), x.new_empty(rows, dtype=torch.int32)
-
-
-def _visible(
-    like: Tensor,
-    tables: Sequence[Tensor],
-    sizes: Sequence[int],
-    lengths: Sequence[int],
-    units: Sequence[int],
-    mask: str,
-) -> Visible:
-    """What the mask of an attention may show, in units; ``like`` has its batch and device."""
-    heads, n_q, n_kv = lengths
-    problem = like.shape[0], heads, n_q, n_kv
-    return Visible(MaskExpr.parse(mask), tables, sizes, *problem, units[0], units[1], like.device)
 
 
 #: The operators as nodes of a graph call them.

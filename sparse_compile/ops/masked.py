@@ -37,19 +37,10 @@ Attend = Callable[
 def composed_of(attend: Attend) -> None:
     """Say what the operator is made of."""
 
-    def composed(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        given: list[Tensor],
-        sinks: Tensor | None,
-        sizes: Sequence[int],
-        mask: str,
-        scale: float,
-    ) -> Tensor:
+    def composed(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
         # While Dynamo only asks for the shape of the result, sizes inside belong to no node.
         asked = get_proxy_mode() is None
         with unbound_sizes(getattr(q, "fake_mode", None)) if asked else contextlib.nullcontext():
-            return attend((q, k, v), given, sinks, sizes, mask, scale)
+            return attend((q, k, v), *rest)
 
     _LIBRARY.impl("masked_attention", composed, "CompositeImplicitAutograd")

@@ -6,19 +6,20 @@ import torch
 from torch import Tensor
 
 from sparse_compile.codegen.precision import full_precision
-from sparse_compile.ops.registered import operator
+from sparse_compile.ops.registered import fake_lists, operator
 from sparse_compile.patterns.checks import blocks
 from sparse_compile.patterns.compressed import Compressed
 from sparse_compile.patterns.local import Causal
 from sparse_compile.patterns.rules import TopK
 from sparse_compile.selection.select import select
 
-#: Keys of a unit, and of a block; how many blocks; keys of a window, and from one to the next;
-#: forced blocks at the start, and up to the query's own.
-Settings = tuple[int, int, int, int, int, int, int]
+
+def _like_lists(q: Tensor, k: Tensor, settings: list[int]) -> tuple[Tensor, Tensor]:
+    *rows, room = _shape(q, k, settings)
+    return fake_lists(q, rows, room)
 
 
-@operator("nsa_select")
+@operator(_like_lists)
 def nsa_select(
     q: Tensor,
     k: Tensor,
@@ -33,7 +34,8 @@ def nsa_select(
         q: [B, Hq, Nq, D].
         k: [B, Hkv, Nkv, D].
         compressed: [B, Hc, Nc, D], a key for each whole window; Hc divides Hq.
-        settings: the numbers of :data:`Settings`.
+        settings: keys of a unit, and of a block; how many blocks; keys of a window, and from one
+            to the next; forced blocks at the start, and up to the query's own.
         align: the corner in which the diagonal starts.
         scale: factor on the products of queries and compressed keys.
 
@@ -58,19 +60,6 @@ def nsa_select(
     with full_precision(q.device.type):
         chosen = select(pattern, q, k, Causal(align).bound().expr)
     return chosen.index, chosen.count
-
-
-@nsa_select.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    compressed: Tensor,
-    settings: list[int],
-    align: str,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    shape = _shape(q, k, settings)
-    return q.new_empty(shape, dtype=torch.int32), q.new_empty(shape[:3], dtype=torch.int32)
 
 
 def _shape(q: Tensor, k: Tensor, settings: list[int]) -> tuple[int, int, int, int]:

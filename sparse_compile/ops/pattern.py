@@ -14,14 +14,12 @@ import torch
 from torch import Tensor
 
 from sparse_compile.errors import BadPattern, BrokenPromise, SparseCompileError
-from sparse_compile.expr import MaskExpr, evaluate
+from sparse_compile.expr import MaskExpr, evaluate, grid
 from sparse_compile.ops.fresh_size import fresh_size
 from sparse_compile.ops.registered import operator
 from sparse_compile.patterns.base import BoundMask
 from sparse_compile.sites.annotation import bound_mask_named
 
-#: A recorded CUDA graph would replay the values of the first call.
-_TAGS = (torch.Tag.cudagraph_unsafe,)
 #: An added mask value hides a key from here downwards; anything between this and 0 is a bias.
 _HIDES = -1e4
 _ORDER = ("b", "h", "q", "kv")
@@ -37,7 +35,12 @@ def _mask_named(key: str) -> BoundMask:
     return bound
 
 
-@operator("pattern_table", tags=_TAGS)
+def _like_table(rank: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # The sizes are the pattern's own; nothing but other operators of this library reads them.
+    return torch.empty([fresh_size() for _ in range(rank)], dtype=dtype, device=device)
+
+
+@operator(_like_table, recorded=False)
 def pattern_table(
     key: str,
     index: int,
@@ -74,23 +77,11 @@ def pattern_table(
     return result
 
 
-@pattern_table.register_fake
-def _(
-    key: str,
-    index: int,
-    rank: int,
-    dtype: torch.dtype,
-    batch: int,
-    heads: int,
-    n_q: int,
-    n_kv: int,
-    device: torch.device,
-) -> Tensor:
-    # The sizes are the pattern's own; nothing but other operators of this library reads them.
-    return torch.empty([fresh_size() for _ in range(rank)], dtype=dtype, device=device)
+def _like_queries(q: Tensor) -> Tensor:
+    return q.new_empty(q.shape)
 
 
-@operator("check_promise", tags=_TAGS)
+@operator(_like_queries, recorded=False)
 def check_promise(q: Tensor, masks: Sequence[Tensor], n_kv: int, key: str, plan: str) -> Tensor:
     """``q``, if the mask tensors of an attention are the pattern that they were promised to be.
 
@@ -111,11 +102,12 @@ def check_promise(q: Tensor, masks: Sequence[Tensor], n_kv: int, key: str, plan:
     bound = _mask_named(key)
     tables = bound.tables(q.device, n_q, n_kv, batch, heads)
     keeps = [
-        _on_axes(_keep(mask, role, read["shown"]), read["axes"])
+        on_axes(_keep(mask, role, read["shown"]), read["axes"])
         for mask, role in zip(masks, read["roles"], strict=True)
     ]
     for b, h in _distinct(bound.expr, keeps, batch, heads):
-        coordinates = _coordinates(b, h, n_q, n_kv, q.device)
+        coordinates = grid(q.device, q=range(n_q), kv=range(n_kv))
+        coordinates |= {name: torch.tensor(i, device=q.device) for name, i in (("b", b), ("h", h))}
         wanted = evaluate(bound.expr, coordinates, n_q, n_kv, tables)
         found = torch.ones(n_q, n_kv, dtype=torch.bool, device=q.device)
         for keep in keeps:
@@ -126,11 +118,6 @@ def check_promise(q: Tensor, masks: Sequence[Tensor], n_kv: int, key: str, plan:
             found, wanted = found & causal, (wanted & causal if keeps else wanted)
         _raise_if_different(found, wanted.broadcast_to(n_q, n_kv), (b, h), read["shown"])
     return q.clone()
-
-
-@check_promise.register_fake
-def _(q: Tensor, masks: Sequence[Tensor], n_kv: int, key: str, plan: str) -> Tensor:
-    return q.new_empty(q.shape)
 
 
 def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -173,7 +160,7 @@ def _keep(mask: Tensor, role: str, shown: str) -> Tensor:
     return mask == 0
 
 
-def _on_axes(mask: Tensor, axes: Sequence[str]) -> Tensor:
+def on_axes(mask: Tensor, axes: Sequence[str]) -> Tensor:
     """As [b, h, q, kv], absent and broadcast axes of size one."""
     while mask.dim() > len(axes):
         mask = mask.squeeze(0)
@@ -192,15 +179,6 @@ def _distinct(
     batches = batch if "b" in names or any(keep.shape[0] > 1 for keep in keeps) else 1
     per_head = heads if "h" in names or any(keep.shape[1] > 1 for keep in keeps) else 1
     return ((b, h) for b in range(batches) for h in range(per_head))
-
-
-def _coordinates(b: int, h: int, n_q: int, n_kv: int, device: torch.device) -> dict[str, Tensor]:
-    return {
-        "b": torch.tensor(b, device=device),
-        "h": torch.tensor(h, device=device),
-        "q": torch.arange(n_q, device=device)[:, None],
-        "kv": torch.arange(n_kv, device=device),
-    }
 
 
 def _raise_if_different(found: Tensor, wanted: Tensor, at: tuple[int, int], shown: str) -> None:

@@ -7,6 +7,7 @@ contiguous, and that of an attention is stored by tokens.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import TYPE_CHECKING, Any
@@ -20,15 +21,16 @@ if TYPE_CHECKING:
 
 
 def operator(
-    name: str, *, tags: Sequence[torch.Tag] = (), by_token: bool = False
+    fake: Callable[..., Any], *, recorded: bool = True, by_token: bool = False
 ) -> Callable[[Callable[..., Any]], CustomOpDef]:
-    """Register a function as ``sparse_compile::name``; it changes none of its arguments.
+    """Register a function as ``sparse_compile::<its name>``; it changes none of its arguments.
 
     Its results are contiguous; its fake must make them so, as ``new_empty`` does.
 
     Args:
-        name: of the operator.
-        tags: of the operator.
+        fake: makes fake results from those of the operator's arguments that it names.
+        recorded: whether a CUDA graph may hold it; one would replay what the first call found out
+            on the host, or in tensors that are no arguments.
         by_token: whether its first result, [B, H, N, D], is stored as [B, N, H, D]: what a
             projection back to [B, N, H * D] reads.
     """
@@ -39,11 +41,30 @@ def operator(
             return _stored(run(*args, **kwargs), by_token)
 
         schema = infer_schema(run, mutates_args=())
-        return custom_op(
-            f"sparse_compile::{name}", stored, mutates_args=(), schema=schema, tags=tuple(tags)
-        )
+        name = f"sparse_compile::{run.__name__}"
+        tags = () if recorded else (torch.Tag.cudagraph_unsafe,)
+        made = custom_op(name, stored, mutates_args=(), schema=schema, tags=tags)
+        made.register_fake(_by_name(fake, inspect.signature(run)))
+        return made
 
     return register
+
+
+def _by_name(fake: Callable[..., Any], arguments: inspect.Signature) -> Callable[..., Any]:
+    """A function of all arguments, of which ``fake`` gets those that it names."""
+    named = inspect.signature(fake).parameters
+
+    def of_all(*args: Any, **kwargs: Any) -> Any:
+        given = arguments.bind(*args, **kwargs).arguments
+        return fake(**{name: given[name] for name in named})
+
+    return of_all
+
+
+def fake_lists(like: Tensor, rows: Sequence[Any], room: Any) -> tuple[Tensor, Tensor]:
+    """An index [*rows, room] and a count [*rows], int32, for the fake of what selects."""
+    index = like.new_empty([*rows, room], dtype=torch.int32)
+    return index, like.new_empty([*rows], dtype=torch.int32)
 
 
 def _stored(results: Any, by_token: bool) -> Any:

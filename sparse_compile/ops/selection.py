@@ -20,7 +20,7 @@ from sparse_compile.codegen.precision import full_precision
 from sparse_compile.errors import SparseCompileError
 from sparse_compile.expr import MaskExpr
 from sparse_compile.ops.fresh_size import fresh_size
-from sparse_compile.ops.registered import operator
+from sparse_compile.ops.registered import fake_lists, operator
 from sparse_compile.patterns.scored import Scored
 from sparse_compile.patterns.scorers import Scorer
 from sparse_compile.patterns.selected import Selected
@@ -29,8 +29,6 @@ from sparse_compile.selection import canonical
 from sparse_compile.selection.union import Union
 from sparse_compile.sites.annotation import annotation_named
 
-#: What selects may read tensors that the graph does not name.
-_TAGS = (torch.Tag.cudagraph_unsafe,)
 _NUMBERS = itertools.count()
 _LEAVES: dict[str, Selecting] = {}
 
@@ -61,7 +59,14 @@ def selecting_named(key: str) -> Selecting:
     return _LEAVES[key]
 
 
-@operator("select", tags=_TAGS)
+def _like_lists(q: Tensor, key: str) -> tuple[Tensor, Tensor]:
+    # How many lists there are, and how long, is the pattern's own; only operators read them.
+    rows = -(-q.shape[2] // selecting_named(key).unit_q)
+    lists, most = fresh_size(), fresh_size()
+    return fake_lists(q, [q.shape[0], lists, rows], most)
+
+
+@operator(_like_lists, recorded=False)
 def select(
     q: Tensor,
     k: Tensor,
@@ -93,33 +98,14 @@ def select(
     return chosen.index, chosen.count
 
 
-@select.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    given: Sequence[Tensor],
-    tables: Sequence[Tensor],
-    sizes: Sequence[int],
-    mask: str,
-    key: str,
-) -> tuple[Tensor, Tensor]:
-    # How many lists there are, and how long, is the pattern's own; only operators read them.
-    rows = -(-q.shape[2] // selecting_named(key).unit_q)
-    lists, most = fresh_size(), fresh_size()
-    index = q.new_empty([q.shape[0], lists, rows, most], dtype=torch.int32)
-    return index, q.new_empty([q.shape[0], lists, rows], dtype=torch.int32)
+def _like_canonical(index: Tensor) -> tuple[Tensor, Tensor]:
+    return fake_lists(index, index.shape[:-1], index.shape[-1])
 
 
-@operator("canonical_selection")
+@operator(_like_canonical)
 def canonical_selection(index: Tensor, units: int) -> tuple[Tensor, Tensor]:
     """:func:`sparse_compile.selection.canonical` as an operator: int32 index and count."""
     return canonical(index, units)
-
-
-@canonical_selection.register_fake
-def _(index: Tensor, units: int) -> tuple[Tensor, Tensor]:
-    lists = index.new_empty(index.shape, dtype=torch.int32)
-    return lists, index.new_empty(index.shape[:-1], dtype=torch.int32)
 
 
 #: The operators as nodes of a graph call them.

@@ -1,12 +1,10 @@
 """Learned and content-dependent masks: which keys are selected, and by what rule."""
 
-from sparse_compile.layout.places import places
 from sparse_compile.selection.checked import checked_select
 from sparse_compile.selection.checked_lists import check_lists
 from sparse_compile.selection.selection import (
     Selection,
     canonical,
-    worklist,
 )
 from sparse_compile.selection.selection_report import SelectionReport
 from sparse_compile.selection.train.distill import distillation_loss
@@ -24,7 +22,5 @@ __all__ = [
     "checked_select",
     "distillation_loss",
     "gated_attention",
-    "places",
     "pooled_attention",
-    "worklist",
 ]

@@ -9,38 +9,14 @@ from typing import Protocol
 from torch import Tensor
 
 from sparse_compile.layout.by_device import ByDevice
-from sparse_compile.patterns.scored import Scored
-from sparse_compile.selection.task import Task
-from sparse_compile.selection.visible import Visible
+from sparse_compile.selection.indexing import Indexing
+from sparse_compile.selection.prepared import Prepared
 from sparse_compile.selection.windows import Windows
 
 #: Writes the lists of the units ``first, ..., end - 1``, from fp32 [B, lists, units, blocks].
 Chooser = Callable[[Tensor, int, int], None]
-
-
-class IndexScores(Protocol):
-    """Scores tokens as a lightning indexer does."""
-
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        w: Tensor,
-        queries: tuple[int, int],
-        visible: Visible,
-        factor: float = 1.0,
-    ) -> Tensor:
-        """``sum_i w_i * relu(q_i . k)`` for some queries, fp32 [B, end - first, Nkv].
-
-        Args:
-            q: [B, H, Nq, D].
-            k: [B, Nkv, D], same dtype.
-            w: [B, Nq, H], floating.
-            queries: the first, and the end.
-            visible: in its runs; those that are not visible need not be written.
-            factor: on the scores.
-        """
-        ...
+#: Scores the queries ``first, ..., end - 1``: fp32 [B, end - first, Nkv].
+IndexScores = Callable[[int, int], Tensor]
 
 
 class WindowScores(Protocol):
@@ -61,13 +37,13 @@ class DeviceBuilder:
     """How one kind of device makes selections; each None where no kernel can.
 
     Attributes:
-        chooser: for a rule, a task, the number of lists, and the index and count that it writes.
-        index_scores: for queries [B, H, Nq, D] and keys [B, Nkv, D].
+        chooser: for what is selected from; writes its index and count.
+        index_scores: for the tokens of an indexer.
         window_scores: for windows.
     """
 
-    chooser: Callable[[Scored, Task, int, Tensor, Tensor], Chooser | None]
-    index_scores: Callable[[Tensor, Tensor], IndexScores | None]
+    chooser: Callable[[Prepared], Chooser | None]
+    index_scores: Callable[[Indexing], IndexScores | None]
     window_scores: Callable[[Windows], WindowScores | None]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -48,35 +49,29 @@ def checked_select(
 Look for NaN in q and k, and in the scorer.
     """
     if isinstance(pattern, Scored):
-        return select(pattern, q, k, mask, tables, sizes, _Watch(pattern))
+        return select(pattern, q, k, mask, tables, sizes, functools.partial(_watch, pattern))
     if isinstance(pattern, Selected):
         _check_index(pattern, blocks(k.shape[2], pattern.unit_kv))
     selection: Selection = pattern.select(q, k, mask, tables, sizes)
     return selection
 
 
-class _Watch:
-    """Raises for what would go unnoticed."""
-
-    def __init__(self, pattern: Scored) -> None:
-        self.pattern = pattern
-
-    def __call__(self, found: Candidates, best: Best) -> None:
-        """Look at the scores, and at whether the rule selects more than there is room for."""
-        nan = int((found.scores.isnan() & found.visible).sum())
-        if nan:
-            raise bad(
-                f"{self.pattern.scorer!r} gives {nan} scores that are NaN",
-                "Look for NaN in q and k, and in the scorer.",
-            )
-        everything = found.best(found.scores.shape[-1])
-        wanted = everything.exists & (everything.forced | kept(self.pattern, everything))
-        longest, room = int(wanted.sum(-1).max()), best.block.shape[-1]
-        if longest > room:
-            raise bad(
-                f"{self.pattern!r} would select {longest} blocks in a list with room for {room}",
-                f"Write most={longest} or more, or let the rule select fewer.",
-            )
+def _watch(pattern: Scored, found: Candidates, best: Best) -> None:
+    """Raise for scores that are NaN, and if the rule selects more than there is room for."""
+    nan = int((found.scores.isnan() & found.visible).sum())
+    if nan:
+        raise bad(
+            f"{pattern.scorer!r} gives {nan} scores that are NaN",
+            "Look for NaN in q and k, and in the scorer.",
+        )
+    everything = found.best(found.scores.shape[-1])
+    wanted = everything.exists & (everything.forced | kept(pattern, everything))
+    longest, room = int(wanted.sum(-1).max()), best.block.shape[-1]
+    if longest > room:
+        raise bad(
+            f"{pattern!r} would select {longest} blocks in a list with room for {room}",
+            f"Write most={longest} or more, or let the rule select fewer.",
+        )
 
 
 def _check_index(pattern: Selected, units: int) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 #: What is kept of the rows from the first up to the end: bool [B, Hs, end - first, units].
 Rows = Callable[[int, int], Tensor]
 #: Elements that are looked at together, of which each takes 13 bytes meanwhile.
-_TOGETHER = 1 << 22
+TOGETHER = 1 << 22
 
 
 def kept_lists(
@@ -34,7 +34,7 @@ def kept_lists(
         int32 index [B, Hs, U, room], ascending, and count [B, Hs, U].
 
     >>> mask = torch.tensor([[[[True, False, True], [False, True, False]]]])
-    >>> parts = in_parts(2, elements=3)
+    >>> parts = [(0, 1), (1, 2)]
     >>> index, count = kept_lists(lambda a, b: mask[:, :, a:b], parts, (1, 1, 2), mask.device)
     >>> index[0, 0, 0].tolist(), index[0, 0, 1, :1].tolist(), count.tolist()
     ([0, 2], [1], [[[2, 1]]])
@@ -62,12 +62,6 @@ def _listed(part: Tensor) -> Tensor:
     lists = torch.zeros(len(units), longest, dtype=torch.int32, device=part.device)
     lists[row, place] = unit.int()
     return lists.view(*part.shape[:-1], longest)
-
-
-def in_parts(rows: int, elements: int) -> list[tuple[int, int]]:
-    """Rows in parts that can be looked at together, when each has so many elements."""
-    step = max(1, _TOGETHER // max(1, elements))
-    return [(first, min(first + step, rows)) for first in range(0, rows, step)]
 
 
 def _filled(part: Tensor, room: int) -> Tensor:

@@ -9,27 +9,21 @@ import torch
 from torch import Tensor
 
 from sparse_compile.patterns.scorers import MeanPool, MinMax
-from sparse_compile.selection.scores import Scoring, mean_of_units, parted, summed
-from sparse_compile.selection.task import Task
+from sparse_compile.selection.scores import in_units, mean_of_units, parted, summed
+from sparse_compile.selection.task import Scoring, Task
 
 
-@dataclass(frozen=True)
-class _Pooled:
+@dataclass(frozen=True, eq=False)
+class _Pooled(Scoring):
     """Scores that are linear in features of queries and blocks, so queries are pooled first.
 
     Attributes:
-        task: what is scored.
         keys: fp32 [B, Hkv, blocks, F], features of the blocks, times the scale.
         by_sign: whether queries count as their positive and negative parts, else as they are.
     """
 
-    task: Task
     keys: Tensor
     by_sign: bool = False
-
-    @property
-    def lists(self) -> int:
-        return self.task.lists
 
     @property
     def width(self) -> int:
@@ -64,9 +58,9 @@ def by_mean(scorer: MeanPool, task: Task) -> Scoring:
 def by_bounds(scorer: MinMax, task: Task) -> Scoring:
     """The most that the query times a key can be."""
     # max(q * lo, q * hi) is q * hi for a positive q and q * lo for a negative one.
-    missing = (0, 0, 0, -task.k.shape[2] % task.block)
-    ends = []
-    for beyond, reduce in ((-math.inf, torch.amax), (math.inf, torch.amin)):
-        keys = torch.nn.functional.pad(task.k.float(), missing, value=beyond)
-        ends.append(reduce(parted(keys, -2, task.block), -2))
+    keys = task.k.float()
+    ends = [
+        in_units(keys, -2, task.block, beyond=-math.inf).amax(-2),
+        in_units(keys, -2, task.block, beyond=math.inf).amin(-2),
+    ]
     return _Pooled(task, torch.cat(ends, -1) * task.scale, by_sign=True)

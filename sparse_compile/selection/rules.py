@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -85,51 +84,41 @@ class Best:
         return values.gather(-1, self.block)
 
 
-@functools.singledispatch
 def kept(rule: Any, best: Best) -> Tensor:
     """Which of the best the rule selects, besides forced ones: bool, broadcasts to [B, Hs, U, K].
 
     Forced ones stand first, so a rule that counts or adds up counts them.
     """
-    raise TypeError(f"no rule for {rule!r}")
-
-
-@kept.register
-def _(rule: TopK, best: Best) -> Tensor:
-    return best.rank < by_head(rule.k, best.rank)
-
-
-@kept.register
-def _(rule: TopRatio, best: Best) -> Tensor:
-    shape = best.candidates.scores.shape
-    visible = best.candidates.visible.expand(shape).sum(-1, keepdim=True)
-    ratios = rule.ratio if isinstance(rule.ratio, tuple) else (rule.ratio,)
-    over, under = (by_head(part, visible) for part in zip(*map(exact, ratios), strict=True))
-    return best.rank < torch.div(visible * over + (under - 1), under, rounding_mode="floor")
-
-
-@kept.register
-def _(rule: TopP, best: Best) -> Tensor:
-    shares = best.of(best.candidates.shares()).double()
-    before = shares.cumsum(-1) - shares
-    wanted = rule.p if isinstance(rule.p, tuple) else (rule.p,)
-    # Where all is wanted, a sum that rounding makes too large must not leave out the last ones.
-    wanted = tuple(math.inf if p == 1 else p for p in wanted)
-    return before < by_head(wanted, before)
-
-
-@kept.register
-def _(rule: Threshold, best: Best) -> Tensor:
     found = best.candidates
-    values = found.shares() if rule.of == "softmax" else found.scores
-    return best.of(values) >= by_head(rule.t, values)
+    match rule:
+        case TopK():
+            return best.rank < by_head(rule.k, best.rank)
+        case TopRatio():
+            visible = found.visible.expand(found.scores.shape).sum(-1, keepdim=True)
+            ratios = map(exact, _each(rule.ratio))
+            over, under = (by_head(part, visible) for part in zip(*ratios, strict=True))
+            rounded_up = torch.div(visible * over + (under - 1), under, rounding_mode="floor")
+            return best.rank < rounded_up
+        case TopP():
+            shares = best.of(found.shares()).double()
+            before = shares.cumsum(-1) - shares
+            # Where all is wanted, a sum that rounding makes too large must not leave out the last.
+            wanted = tuple(math.inf if p == 1 else p for p in _each(rule.p))
+            return before < by_head(wanted, before)
+        case Threshold():
+            values = found.shares() if rule.of == "softmax" else found.scores
+            return best.of(values) >= by_head(rule.t, values)
+    raise TypeError(f"no rule for {rule!r}")
 
 
 def by_head(value: Any, like: Tensor) -> Tensor:
     """A parameter, or one for each list, as a tensor [1 or Hs, 1, 1] of the dtype of ``like``."""
     # Filling waits for nothing, unlike a copy from the host.
-    values = value if isinstance(value, tuple) else (value,)
-    return torch.stack([like.new_full((1, 1), item) for item in values])
+    return torch.stack([like.new_full((1, 1), item) for item in _each(value)])
+
+
+def _each(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def ascending(rule: Any, best: Best, blocks: int) -> tuple[Tensor, Tensor]:

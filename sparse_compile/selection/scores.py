@@ -1,10 +1,11 @@
-"""Scores: what makes them, and those of modules and of indexers."""
+"""Scores of modules and of indexers, and what those of all scorers are made by."""
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,30 +13,8 @@ from torch import Tensor
 from sparse_compile.errors import BadShape
 from sparse_compile.patterns.scorers import Gate, Indexer, Scorer
 from sparse_compile.selection.builders import BUILDERS, IndexScores
-from sparse_compile.selection.task import Task
-
-
-class Scoring(Protocol):
-    """The scores of a task, prepared.
-
-    Attributes:
-        lists: how many lists it makes; a divisor of the query heads.
-        width: numbers that it holds for each unit of queries while it scores it.
-    """
-
-    @property
-    def lists(self) -> int:
-        """See above."""
-        ...
-
-    @property
-    def width(self) -> int:
-        """See above."""
-        ...
-
-    def __call__(self, first: int, end: int) -> Tensor:
-        """fp32 [B, lists, end - first, blocks], of units ``first, ..., end - 1``."""
-        ...
+from sparse_compile.selection.indexing import Indexing
+from sparse_compile.selection.task import Scoring, Task
 
 
 def summed(scores: Tensor, lists: int) -> Tensor:
@@ -65,11 +44,15 @@ def parted(t: Tensor, dim: int, each: int) -> Tensor:
     return t.reshape(shape)
 
 
+def in_units(t: Tensor, dim: int, unit: int, beyond: float = 0.0) -> Tensor:
+    """As :func:`parted`, for any length: the last run is filled up."""
+    missing = [0, 0] * (-dim - 1) + [0, -t.shape[dim] % unit]
+    return parted(torch.nn.functional.pad(t, missing, value=beyond), dim, unit)
+
+
 def unit_sums(rows: Tensor, unit: int) -> Tensor:
     """[..., n, X] as [..., ceil(n / unit), X]: the sum of each run of ``unit``."""
-    n = rows.shape[-2]
-    rows = torch.nn.functional.pad(rows, (0, 0, 0, -n % unit))
-    return parted(rows, -2, unit).sum(-2)
+    return in_units(rows, -2, unit).sum(-2)
 
 
 def sizes_of_units(n: int, unit: int, device: torch.device) -> Tensor:
@@ -78,8 +61,8 @@ def sizes_of_units(n: int, unit: int, device: torch.device) -> Tensor:
     return (n - starts).clamp(max=unit)[:, None]
 
 
-@dataclass(frozen=True)
-class _Given:
+@dataclass(frozen=True, eq=False)
+class _Given(Scoring):
     """Scores that a module or function has given."""
 
     scores: Tensor
@@ -100,7 +83,7 @@ def by_gate(scorer: Gate, task: Task) -> Scoring:
     """What the module returns."""
     found = scorer.module(task.q, task.k)
     _check_given(found, scorer, task)
-    return _Given(summed(found, task.lists))
+    return _Given(task, summed(found, task.lists))
 
 
 def _check_given(found: Any, scorer: Scorer, task: Task) -> None:
@@ -127,40 +110,39 @@ def _head_counts(heads: int, kv_heads: int) -> list[int]:
     return [n for n in divisors if max(n, kv_heads) % min(n, kv_heads) == 0]
 
 
-@dataclass(frozen=True)
-class _Indexed:
-    """The scores of an indexer."""
+@dataclass(frozen=True, eq=False)
+class _Indexed(Scoring):
+    """The scores of an indexer, one list for all heads."""
 
     indexer: Indexer
-    task: Task
-    lists: int = 1
+
+    @property
+    def lists(self) -> int:
+        return 1
 
     @property
     def width(self) -> int:
         width: int = self.task.unit_q * self.task.k.shape[2]
         return width if self._kernel else width * self.indexer.q_index.shape[1]
 
-    @property
+    @functools.cached_property
     def _kernel(self) -> IndexScores | None:
-        q, k = self.indexer.q_index, self.indexer.k_index
-        builder = BUILDERS.get(q.device)
-        return builder.index_scores(q, k) if builder else None
+        of, builder = self.indexer, BUILDERS.get(self.indexer.q_index.device)
+        indexing = Indexing(of.q_index, of.k_index, of.weights, self.task.visible)
+        return builder.index_scores(indexing) if builder else None
 
     def __call__(self, first: int, end: int) -> Tensor:
         task, rows = self.task, self.task.queries(first, end)
         by_token = self._by_token(rows)
         if task.block > 1:
-            missing = -by_token.shape[-1] % task.block
-            by_token = torch.nn.functional.pad(by_token, (0, missing), value=-math.inf)
-            by_token = parted(by_token, -1, task.block).amax(-1)
+            by_token = in_units(by_token, -1, task.block, beyond=-math.inf).amax(-1)
         return mean_of_units(by_token, task.unit_q)[:, None]
 
     def _by_token(self, rows: slice) -> Tensor:
         """fp32 [B, queries, Nkv] of some queries; anything where nothing is visible."""
+        if self._kernel is not None:
+            return self._kernel(rows.start, rows.stop)
         indexer = self.indexer
-        if (kernel := self._kernel) is not None:
-            of = indexer.q_index, indexer.k_index, indexer.weights
-            return kernel(*of, (rows.start, rows.stop), self.task.visible)
         queries = indexer.q_index[:, :, rows].float()
         weights = indexer.weights[:, rows].float().transpose(1, 2)
         products = (queries @ indexer.k_index[:, None].float().mT).relu_()
@@ -170,4 +152,4 @@ class _Indexed:
 
 def by_indexer(scorer: Indexer, task: Task) -> Scoring:
     """The sum over the heads of the indexer."""
-    return _Indexed(scorer, task)
+    return _Indexed(task, scorer)

@@ -14,10 +14,10 @@ from sparse_compile.patterns.scorers import (
     MinMax,
     OverlapPool,
 )
+from sparse_compile.selection.masses import by_antidiagonals, by_compressed, by_windows
 from sparse_compile.selection.pooled import by_bounds, by_mean
-from sparse_compile.selection.scores import Scoring, by_gate, by_indexer
-from sparse_compile.selection.task import Task
-from sparse_compile.selection.train.masses import by_antidiagonals, by_compressed, by_windows
+from sparse_compile.selection.scores import by_gate, by_indexer
+from sparse_compile.selection.task import Scoring, Task
 
 _MAKERS: dict[type, Callable[[Any, Task], Scoring]] = {
     Antidiagonal: by_antidiagonals,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,16 +13,13 @@ from sparse_compile.expr import MaskExpr
 from sparse_compile.patterns.checks import UPPER_LEFT, bad, blocks
 from sparse_compile.patterns.scored import Scored
 from sparse_compile.selection.builders import BUILDERS
+from sparse_compile.selection.prepared import Prepared
 from sparse_compile.selection.rules import Best, Candidates, ascending
-from sparse_compile.selection.scores import Scoring
 from sparse_compile.selection.scoring import scoring
 from sparse_compile.selection.selection import Selection
-from sparse_compile.selection.task import Task
-from sparse_compile.selection.visible import Visible
+from sparse_compile.selection.task import Scoring, Task
+from sparse_compile.selection.visible import EVERYTHING, Visible
 
-#: Scores that a chunk of units of queries has at most, if it is more than one unit; in torch, and
-#: where a kernel chooses.
-_MOST, _MOST_BY_KERNEL = 1 << 24, 1 << 26
 #: The parameter of each rule that may be given by head.
 _BY_HEAD = ("k", "ratio", "p", "t")
 
@@ -65,34 +62,12 @@ def select(
     if not (q.numel() and k.numel()):
         return _nothing(pattern, q)
     made = prepared(pattern, q, k, mask, tables, sizes)
-    of = pattern, made.task, made.scores.lists, made.index, made.count
     builder = BUILDERS.get(q.device) if watch is None else None
-    kernel = builder.chooser(*of) if builder else None
-    choose = kernel or _InTorch(*of, watch)
+    kernel = builder.chooser(made) if builder else None
+    choose = kernel or functools.partial(_choose, made, watch)
     for first, end in made.chunks(kernel is not None):
         choose(made.scores(first, end), first, end)
     return _in_units(pattern, made.index, made.count, k.shape[2])
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What is selected from, and room for what is selected.
-
-    Attributes:
-        task: what is to be scored.
-        scores: makes the scores of some units of queries.
-        index: int32 [B, lists, units, room].
-        count: int32 [B, lists, units].
-    """
-
-    task: Task
-    scores: Scoring
-    index: Tensor
-    count: Tensor
-
-    def chunks(self, by_kernel: bool) -> Iterator[tuple[int, int]]:
-        """The first and the end of the units that are scored at a time."""
-        return _chunks(self.task, self.scores, by_kernel)
 
 
 def prepared(
@@ -104,35 +79,28 @@ def prepared(
     sizes: Sequence[int],
 ) -> Prepared:
     """What :func:`select` works on; its arguments."""
-    task = _task(pattern, q, k, mask, tables, sizes)
+    unit_q, block = pattern.unit_q, pattern.block_kv
+    lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+    visible = Visible(mask or EVERYTHING, tables, sizes, *lengths, unit_q, block, q.device)
+    lists = {"group": k.shape[1], "all": 1, "none": q.shape[1]}[pattern.share]
+    task = Task(q, k, unit_q, block, lists, visible)
     scores = scoring(pattern.scorer, task)
     _check_heads(pattern, scores)
-    shape = (q.shape[0], scores.lists, task.rows)
-    room = pattern.capacity(task.blocks)
-    index = torch.empty(*shape, room, dtype=torch.int32, device=q.device)
-    return Prepared(task, scores, index, torch.empty(shape, dtype=torch.int32, device=q.device))
+    count = torch.empty(q.shape[0], scores.lists, task.rows, dtype=torch.int32, device=q.device)
+    index = count.new_empty(*count.shape, pattern.capacity(task.blocks))
+    return Prepared(pattern, scores, index, count)
 
 
-@dataclass(frozen=True)
-class _InTorch:
-    """Chooses where no kernel can, or where someone wants to look; see :class:`DeviceBuilder`."""
-
-    pattern: Scored
-    task: Task
-    lists: int
-    index: Tensor
-    count: Tensor
-    watch: Watch | None
-
-    def __call__(self, scores: Tensor, first: int, end: int) -> None:
-        pattern, task = self.pattern, self.task
-        visible = task.visible.may(first, end, self.lists)
-        found = Candidates(scores, visible, _forced(pattern, task, first, end))
-        best = found.best(self.index.shape[3])
-        if self.watch is not None:
-            self.watch(found, best)
-        index, count = ascending(pattern, best, task.blocks)
-        self.index[:, :, first:end], self.count[:, :, first:end] = index, count
+def _choose(made: Prepared, watch: Watch | None, scores: Tensor, first: int, end: int) -> None:
+    """Choose where no kernel can, or where someone wants to look; see :class:`DeviceBuilder`."""
+    pattern, task = made.pattern, made.task
+    visible = task.visible.may(first, end, made.scores.lists)
+    found = Candidates(scores, visible, _forced(pattern, task, first, end))
+    best = found.best(made.index.shape[3])
+    if watch is not None:
+        watch(found, best)
+    index, count = ascending(pattern, best, task.blocks)
+    made.index[:, :, first:end], made.count[:, :, first:end] = index, count
 
 
 def _check(pattern: Scored, q: Tensor, k: Tensor) -> None:
@@ -145,21 +113,6 @@ def _check(pattern: Scored, q: Tensor, k: Tensor) -> None:
     pattern.check(q.shape[2], k.shape[2], q.shape[0], q.shape[1])
 
 
-def _task(
-    pattern: Scored,
-    q: Tensor,
-    k: Tensor,
-    mask: MaskExpr | None,
-    tables: Sequence[Tensor],
-    sizes: Sequence[int],
-) -> Task:
-    unit_q, block = pattern.unit_q, pattern.block_kv
-    lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
-    visible = Visible(mask, tables, sizes, *lengths, unit_q, block, q.device)
-    lists = {"group": k.shape[1], "all": 1, "none": q.shape[1]}[pattern.share]
-    return Task(q, k, unit_q, block, lists, visible)
-
-
 def _check_heads(pattern: Scored, scores: Scoring) -> None:
     name, value = next(
         (name, value) for name in _BY_HEAD if (value := getattr(pattern, name, None)) is not None
@@ -170,16 +123,6 @@ def _check_heads(pattern: Scored, scores: Scoring) -> None:
             f"are {scores.lists}",
             f"Write {scores.lists} numbers, or one for all.",
         )
-
-
-def _chunks(task: Task, scores: Scoring, by_kernel: bool) -> Iterator[tuple[int, int]]:
-    width, most = scores.lists * task.blocks, _MOST_BY_KERNEL
-    if not by_kernel or not task.visible.printable:
-        width, most = max(width, task.visible.heads * task.blocks), _MOST
-    step = max(1, most // max(1, task.q.shape[0] * max(width, scores.width)))
-    step = step // 128 * 128 or step  # whole tiles of kernels
-    for first in range(0, task.rows, step):
-        yield first, min(first + step, task.rows)
 
 
 def _forced(pattern: Scored, task: Task, first: int, end: int) -> Tensor:

@@ -51,7 +51,7 @@ class Selection:
         1 to 2 of 4 units of 16 keys for each query (median 1.5, mean 1.5, 95 % have at most 2), \
 38 % of the pairs
         """
-        return report_of(self.index, self.count, (self.unit_q, self.unit_kv), n_q, n_kv)
+        return report_of(self, n_q, n_kv)
 
     def dense(self, n_q: int, n_kv: int) -> Tensor:
         """bool [B, Hs, n_q, n_kv], True where selected; for tests and pictures."""
@@ -86,6 +86,35 @@ def canonical(index: Tensor, units: int) -> tuple[Tensor, Tensor]:
     again[..., 1:] = ordered[..., 1:] == ordered[..., :-1]
     ordered = ordered.masked_fill(again, units).sort(-1).values
     return ordered.contiguous(), (ordered < units).sum(-1, dtype=torch.int32)
+
+
+def keys_of(index: Tensor, count: Tensor, unit: int, n_kv: int) -> tuple[Tensor, Tensor]:
+    """The keys of listed units; does not synchronise.
+
+    Args:
+        index: [..., K], anything beyond the first ``count`` of each row.
+        count: [...].
+        unit: keys of a unit.
+        n_kv: how many keys there are.
+
+    Returns:
+        int64 [..., K * unit], all in range; and bool, which of them are selected and exist.
+
+    >>> keys, exist = keys_of(torch.tensor([1, 9]), torch.tensor(1), 2, 3)
+    >>> keys.tolist(), exist.tolist()
+    ([2, 2, 2, 2], [True, False, False, False])
+    """
+    used = torch.arange(index.shape[-1], device=index.device) < count[..., None]
+    keys = index.long()[..., None] * unit + torch.arange(unit, device=index.device)
+    exist = used[..., None] & (keys >= 0) & (keys < n_kv)
+    return keys.clamp(0, n_kv - 1).flatten(-2), exist.flatten(-2)
+
+
+def rows_at(t: Tensor, keys: Tensor) -> Tensor:
+    """The rows [B, G, U, L, X] of [B, Hkv, Nkv, X] at keys [B, G, U, L]; Hkv divides G."""
+    batch = torch.arange(t.shape[0], device=t.device).view(-1, 1, 1, 1)
+    head = torch.arange(keys.shape[1], device=t.device) // (keys.shape[1] // t.shape[1])
+    return t[batch, head.view(-1, 1, 1), keys]
 
 
 def worklist(start: Tensor, entries: int, each: int) -> Tensor:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from sparse_compile.selection.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -57,17 +60,9 @@ class SelectionReport:
         return f"{text}; there is room for all: a top-k keeps all" if self.room_for_all else text
 
 
-def report_of(
-    index: Tensor, count: Tensor, units: tuple[int, int], n_q: int, n_kv: int
-) -> SelectionReport:
-    """What :meth:`sparse_compile.selection.Selection.report` returns.
-
-    Args:
-        index, count: of the selection.
-        units: queries and keys of a unit.
-        n_q, n_kv: queries and keys.
-    """
-    unit_q, unit_kv = units
+def report_of(chosen: Selection, n_q: int, n_kv: int) -> SelectionReport:
+    """What :meth:`sparse_compile.selection.Selection.report` returns; its arguments."""
+    index, count = chosen.index, chosen.count
     ordered = count.flatten().sort().values
     lists, room = ordered.numel(), index.shape[-1]
     some = lists > 0
@@ -75,21 +70,21 @@ def report_of(
     found = ordered[torch.tensor(places, device=count.device)].tolist() if some else [0] * 5
     return SelectionReport(
         lists=lists,
-        units=-(-n_kv // unit_kv),
+        units=-(-n_kv // chosen.unit_kv),
         room=room,
         least=found[0],
         median=(found[1] + found[2]) / 2,
         mean=float(ordered.double().mean()) if some else 0.0,
         p95=found[3],
         most=found[4],
-        density=_density(index, count, units, n_q, n_kv),
-        unit_q=unit_q,
-        unit_kv=unit_kv,
+        density=_density(chosen, n_q, n_kv),
+        unit_q=chosen.unit_q,
+        unit_kv=chosen.unit_kv,
     )
 
 
-def _density(index: Tensor, count: Tensor, units: tuple[int, int], n_q: int, n_kv: int) -> float:
-    unit_q, unit_kv = units
+def _density(chosen: Selection, n_q: int, n_kv: int) -> float:
+    index, count, unit_q, unit_kv = chosen.index, chosen.count, chosen.unit_q, chosen.unit_kv
     all_pairs = count.shape[0] * count.shape[1] * n_q * n_kv
     if not all_pairs:
         return 0.0

@@ -1,4 +1,4 @@
-"""Task: what is to be scored."""
+"""Task and Scoring: what is to be scored, and what scores it."""
 
 from __future__ import annotations
 
@@ -52,3 +52,28 @@ class Task:
     def seen_in(self, run_q: int, run_kv: int) -> Visible:
         """The mask in other runs."""
         return replace(self.visible, run_q=run_q, run_kv=run_kv)
+
+
+@dataclass(frozen=True, eq=False)
+class Scoring:
+    """The scores of a task, prepared to be computed some units at a time.
+
+    Attributes:
+        task: what is scored.
+    """
+
+    task: Task
+
+    @property
+    def lists(self) -> int:
+        """How many lists it makes; a divisor of the query heads."""
+        return self.task.lists
+
+    @property
+    def width(self) -> int:
+        """Numbers that it holds for each unit of queries while it scores it."""
+        raise NotImplementedError
+
+    def __call__(self, first: int, end: int) -> Tensor:
+        """fp32 [B, lists, end - first, blocks], of units ``first, ..., end - 1``."""
+        raise NotImplementedError

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import sympy
 import torch
 from torch import Tensor
 
@@ -14,6 +15,8 @@ from sparse_compile.layout.intervals import Bound, Span
 from sparse_compile.layout.superset import Digits, Problem
 from sparse_compile.layout.table_bounds import BlockBounds
 
+#: The mask that hides nothing.
+EVERYTHING = MaskExpr(sympy.true)
 #: Runs of keys that are not worth dividing.
 _FEW = 1024
 
@@ -26,14 +29,14 @@ class Visible:
     here waits for the device.
 
     Attributes:
-        mask: who may attend to whom; None to hide nothing.
+        mask: who may attend to whom.
         tables, sizes: what the mask reads.
         batch, heads, n_q, n_kv: of the problem; query heads.
         run_q, run_kv: consecutive queries and keys of a rectangle.
         device: where the tables are.
     """
 
-    mask: MaskExpr | None
+    mask: MaskExpr
     tables: Sequence[Tensor]
     sizes: Sequence[int]
     batch: int
@@ -48,13 +51,12 @@ class Visible:
     def printable(self) -> bool:
         """Whether a kernel can tell from its text what the mask may show: it reads no tensor."""
         mask = self.mask
-        if mask is None or self.n_q < 1 or self.n_kv < 1:
-            return True
-        return not (mask.tables or mask.depends_on(B) or mask.depends_on(H))
+        return min(self.n_q, self.n_kv) < 1 or not (
+            mask.tables or mask.depends_on(B) or mask.depends_on(H)
+        )
 
     @functools.cached_property
     def _bounds(self) -> tuple[Problem, BlockBounds]:
-        assert self.mask is not None
         problem = Problem.of(
             self.mask,
             tuple(map(int, self.sizes)),
@@ -73,9 +75,6 @@ class Visible:
             certain, and whether some may.
         """
         columns = -(-self.n_kv // self.run_kv)
-        if self.mask is None:
-            all_of_them = torch.ones(1, 1, end - first, columns, device=self.device)
-            return all_of_them.bool(), all_of_them.bool()
         problem, bounds = self._bounds
         r = torch.arange(first, end, device=self.device)[:, None]
         c = torch.arange(columns, device=self.device)
@@ -96,8 +95,6 @@ class Visible:
         For masks without tables. What is left out is a half of the keys, or three quarters, ...
         """
         columns = -(-self.n_kv // self.run_kv)
-        if self.mask is None:
-            return columns
         queries = (first * self.run_q, min(end * self.run_q, self.n_q) - 1)
         return _columns(self._bounds[0], queries, columns)
 

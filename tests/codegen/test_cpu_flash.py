@@ -10,10 +10,12 @@ from torch import Tensor
 
 from sparse_compile import reference
 from sparse_compile.codegen.cpu import flash
-from sparse_compile.codegen.cpu.flash import Bias
+from sparse_compile.codegen.cpu.bias import Bias
+from sparse_compile.codegen.cpu.products import Score, Tiles
 from tests.tolerance import relative_error
 
 SCALE = 0.3
+SCORE = Score(SCALE)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
@@ -57,17 +59,20 @@ def test_tiles(dtype: torch.dtype, portable: bool, monkeypatch: pytest.MonkeyPat
     q, k, v, grad = tiles(dtype)
     allowed = some_allowed()
     bias = bias_of(allowed, dtype)
-    out, lse = flash.forward(q, k, v, bias, SCALE)
+    out, lse = flash.forward(Tiles(q, k, v, bias, SCORE))
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     want, want_lse = reference.attention(*leaves, allowed.expand(3, 2, 40, 70), SCALE)
-    assert out.dtype == dtype
+    stored = torch.promote_types(dtype, torch.float32) if portable else dtype
+    assert out.dtype == stored
     assert relative_error(out, want) < TOLERANCE[dtype]
     assert bool(lse[1, :, 5].eq(-math.inf).all())  # natural log, and -inf where nothing is seen
     assert relative_error(lse.nan_to_num(neginf=0), want_lse.nan_to_num(neginf=0)) < 1e-4
-    grads = flash.backward(grad, q, k, v, out, lse.masked_fill(lse == -math.inf, 0.0), bias, SCALE)
+    grads = flash.backward(
+        Tiles(q, k, v, bias, SCORE), grad, out, lse.masked_fill(lse == -math.inf, 0.0)
+    )
     expected = torch.autograd.grad(want, leaves, grad.double())
     for value, truth in zip(grads, expected, strict=True):
-        assert value.dtype == dtype
+        assert value.dtype == stored
         assert relative_error(value, truth) < TOLERANCE[dtype]
 
 
@@ -75,7 +80,7 @@ def test_keys_masked_for_longer_than_the_inner_block() -> None:
     q, k, v, _ = tiles(torch.float32, keys=1200)
     allowed = torch.ones(1, 1, 40, 1200, dtype=torch.bool)
     allowed[..., :1100] = False
-    out, lse = flash.forward(q, k, v, bias_of(allowed, torch.float32), SCALE)
+    out, lse = flash.forward(Tiles(q, k, v, bias_of(allowed, torch.float32), SCORE))
     want, want_lse = reference.attention(q, k[:, :, 1100:], v[:, :, 1100:], None, SCALE)
     assert relative_error(out, want) < 1e-5
     assert relative_error(lse, want_lse) < 1e-5
@@ -87,10 +92,12 @@ def test_overlapping_views_are_read_in_place() -> None:
     shared = x[:, :1].expand(1, 2, 200, 16)
     for k in (views, shared):
         q = torch.randn(k.shape[0], 2, 8, 16)
-        results = [flash.forward(q, y, y, None, SCALE) for y in (k, k.contiguous())]
+        results = [flash.forward(Tiles(q, y, y, None, SCORE)) for y in (k, k.contiguous())]
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
         out, lse = results[0]
-        grads = [flash.backward(q, q, y, y, out, lse, None, SCALE) for y in (k, k.contiguous())]
+        grads = [
+            flash.backward(Tiles(q, y, y, None, SCORE), q, out, lse) for y in (k, k.contiguous())
+        ]
         assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
@@ -101,10 +108,10 @@ def test_backward_composes_over_parts_of_the_keys(
     if portable:
         monkeypatch.setattr(flash, "_operators", lambda: None)
     q, k, v, grad = tiles(torch.float64)
-    out, lse = flash.forward(q, k, v, None, SCALE)
-    whole = flash.backward(grad, q, k, v, out, lse, None, SCALE)
+    out, lse = flash.forward(Tiles(q, k, v, None, SCORE))
+    whole = flash.backward(Tiles(q, k, v, None, SCORE), grad, out, lse)
     parts = [
-        flash.backward(grad, q, k[:, :, s], v[:, :, s], out, lse, None, SCALE)
+        flash.backward(Tiles(q, k[:, :, s], v[:, :, s], None, SCORE), grad, out, lse)
         for s in (slice(0, 30), slice(30, 70))
     ]
     assert relative_error(parts[0][0] + parts[1][0], whole[0]) < 1e-12

@@ -116,14 +116,14 @@ def test_a_window_is_one_large_call_and_its_ramp() -> None:
     assert largest == Strided(64, 16, 0, 16, 60, 16, 80, masked=True, merge=False)
     ramp = Strided(0, 64, 0, 0, 1, 64, 64, masked=True, merge=False)
     assert set(plan.batches) == {largest, ramp}
-    assert not plan.merges
+    assert not any(batch.merge for batch in plan.batches)
 
 
 def test_global_columns_are_one_call_that_merges() -> None:
     plan = plan_of((KV < 2) | ((KV <= Q) & (Q - KV < 64)), 1024, 16)
     shared = [batch for batch in plan.batches if batch.tiles > 50]
     assert sorted((batch.kv_step, batch.length) for batch in shared) == [(0, 16), (16, 80)]
-    assert plan.merges
+    assert any(batch.merge for batch in plan.batches)
 
 
 def test_long_full_runs_go_without_a_mask() -> None:
@@ -138,7 +138,7 @@ def test_long_masked_runs_are_cut() -> None:
     plan = make_plan(layout_from(kinds, 128, 5120, 64), 0)
     check(plan, kinds, 128, 5120, 64)
     assert [batch.length for batch in plan.batches] == [2048, 2048, 1024]
-    assert plan.merges
+    assert any(batch.merge for batch in plan.batches)
 
 
 def test_scattered_blocks_are_gathered() -> None:
@@ -152,7 +152,7 @@ def test_scattered_blocks_are_gathered() -> None:
 
 def test_nothing_to_visit() -> None:
     plan = make_plan(layout_from(torch.zeros(4, 4, dtype=torch.int8), 64, 64, 16), 0)
-    assert plan == Plan((), merges=False, complete=False)
+    assert plan == Plan((), complete=False)
 
 
 @pytest.mark.parametrize("tiles", [1, 4])

@@ -134,9 +134,9 @@ def is_public(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
 
 
 def has_a_schema(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """Whether it is an operator, the fake of one, or a kernel: their parameters are all flat."""
+    """Whether it is an operator or a kernel: their parameters are all flat."""
     decorators = [ast.unparse(decorator).partition("(")[0] for decorator in function.decorator_list]
-    schemas = ("operator", "register_fake", "triton.jit", "gluon.jit")
+    schemas = ("operator", "triton.jit", "gluon.jit")
     return any(decorator.endswith(schemas) for decorator in decorators)
 
 

@@ -15,10 +15,10 @@ from sparse_compile.codegen.triton.selection.window_scores import fits
 from sparse_compile.expr import KV, FloorDiv, MaskExpr, Q
 from sparse_compile.patterns.compressed import whole_windows
 from sparse_compile.selection.builders import BUILDERS
+from sparse_compile.selection.masses import _Windows
 from sparse_compile.selection.scoring import scoring
 from sparse_compile.selection.task import Task
-from sparse_compile.selection.train.masses import _Windows
-from sparse_compile.selection.visible import Visible
+from sparse_compile.selection.visible import EVERYTHING, Visible
 from tests.handed_in import serve_the_cpu
 from tests.selection import naive
 
@@ -38,7 +38,8 @@ MASKS: list[Any] = [
 
 def prepared(pattern: Any, q: Tensor, k: Tensor, mask: Any, sizes: Sequence[int] = ()) -> _Windows:
     """What scores the blocks of a pattern; the mask is a pattern or an expression."""
-    expr = mask if mask is None or isinstance(mask, MaskExpr) else mask.bound().expr
+    mask = EVERYTHING if mask is None else mask
+    expr = mask if isinstance(mask, MaskExpr) else mask.bound().expr
     lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
     visible = Visible(expr, (), sizes, *lengths, pattern.unit_q, pattern.block_kv, q.device)
     lists = naive.lists_of(pattern, q, k)
@@ -49,7 +50,7 @@ def prepared(pattern: Any, q: Tensor, k: Tensor, mask: Any, sizes: Sequence[int]
 
 def by_kernel(windows: _Windows, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """The scores of all units, in two chunks."""
-    assert fits(windows._fused)
+    assert fits(windows.of)
     half = (windows.task.rows + 1) // 2
     chunks = [(0, half), (half, windows.task.rows)]
     with monkeypatch.context() as patch:
@@ -176,11 +177,11 @@ def test_what_does_not_fit() -> None:
     """Is left to torch."""
     pattern = P.TopK(3, unit_kv=16, scorer=P.OverlapPool(16, 8))
     q, k = operands((4, 2), 20, 100)
-    assert fits(prepared(pattern, q, k, LOWER)._fused)
-    assert not fits(prepared(pattern, q.float(), k.float(), LOWER)._fused)
+    assert fits(prepared(pattern, q, k, LOWER).of)
+    assert not fits(prepared(pattern, q.float(), k.float(), LOWER).of)
     thirds = P.TopK(3, unit_kv=16, block=48, scorer=P.OverlapPool(32, 16))
-    assert not fits(prepared(thirds, q, k, LOWER)._fused)
+    assert not fits(prepared(thirds, q, k, LOWER).of)
     by_head = P.heads([P.Causal(), P.All(), P.All(), P.All()])
-    assert not fits(prepared(pattern, q, k, by_head)._fused)
+    assert not fits(prepared(pattern, q, k, by_head).of)
     many = operands((130, 1), 2, 100)
-    assert not fits(prepared(pattern, *many, LOWER)._fused)
+    assert not fits(prepared(pattern, *many, LOWER).of)

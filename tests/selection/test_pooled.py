@@ -15,7 +15,8 @@ from sparse_compile import patterns as P
 from sparse_compile import reference
 from sparse_compile.errors import BadPattern, BadShape, PatternMisuse
 from sparse_compile.expr import KV, H, MaskExpr, Q, evaluate
-from sparse_compile.selection import allowed_units, chunked, pooled_attention
+from sparse_compile.selection import allowed_units, pooled_attention
+from sparse_compile.selection.train import chunked
 
 CAUSAL = MaskExpr(KV <= Q)
 LATE = MaskExpr(KV + 20 <= Q)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparse_compile import patterns as P
-from sparse_compile.selection.visible import Visible
+from sparse_compile.selection.visible import EVERYTHING, Visible
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ from sparse_compile.selection.visible import Visible
     ids=str,
 )
 def test_columns_hold_all_that_may_be_seen(mask: Any, first: int, end: int, wanted: int) -> None:
-    expr = None if mask is None else mask.bound().expr
+    expr = EVERYTHING if mask is None else mask.bound().expr
     visible = Visible(expr, [], [], 1, 1, 5000, 5000, 1, 1, torch.device("cpu"))
     columns = visible.columns(first, end)
     assert columns == wanted

@@ -61,8 +61,8 @@ class Pass:
             grid = (work.items.shape[0] * programs,)
             running.start(labelled(self.name, section), grid, {**tensors, **given, **parts})
             if work.slots:
-                grid = work.merges.shape[0] * self.subtiles, heads, batch
-                self._merge(running, section, grid, {**tensors, **parts, "merges": work.merges})
+                of_merge = work.merges.shape[0] * self.subtiles, heads, batch
+                self._merge(running, section, of_merge, {**tensors, **parts, "merges": work.merges})
 
     def _heads(self, call: AttentionCall) -> int:
         return (call.q if self.axis == "q" else call.k).shape[1]

@@ -15,9 +15,7 @@ from sparse_compile.codegen.triton.selection.source import HELD, ChooseSpec, cho
 from sparse_compile.codegen.triton.tile import power_of_two
 from sparse_compile.patterns.checks import UPPER_LEFT
 from sparse_compile.patterns.rules import Threshold, TopK, TopP, TopRatio, exact
-from sparse_compile.patterns.scored import Scored
-from sparse_compile.selection.select import Prepared
-from sparse_compile.selection.task import Task
+from sparse_compile.selection.prepared import Prepared
 
 #: Blocks that a row may have for the rule that needs nothing but the order of scores.
 _MOST_IN_ORDER = 1 << 20
@@ -25,62 +23,51 @@ _MOST_IN_ORDER = 1 << 20
 _FEW = 256
 
 
-def can_choose(pattern: Scored, task: Task) -> bool:
+def can_choose(made: Prepared) -> bool:
     """Whether the kernel can choose for a task: not from too many blocks."""
-    most = _MOST_IN_ORDER if isinstance(pattern, TopK) else HELD
+    task, most = made.task, _MOST_IN_ORDER if isinstance(made.pattern, TopK) else HELD
     fits = task.blocks <= most and max(task.q.shape[2], task.k.shape[2]) <= LONGEST
     return fits and task.rows * task.blocks < 1 << 40
 
 
 @dataclass(frozen=True)
 class Chooser:
-    """Chooses for the units of a task, some at a time.
+    """Chooses for the units of a task, some at a time; writes the lists of what was prepared."""
 
-    Attributes:
-        pattern: the rule, and what is forced.
-        task: for what.
-        lists: how many the scorer makes.
-        index: int32 [B, lists, units, room], to be written.
-        count: int32 [B, lists, units], to be written.
-    """
-
-    pattern: Scored
-    task: Task
-    lists: int
-    index: Tensor
-    count: Tensor
+    made: Prepared
 
     @functools.cached_property
     def rule(self) -> tuple[str, Tensor]:
         """The kind of rule, and fp64 [lists, 2]: its parameters."""
-        kind, values = _rule_of(self.pattern)
+        (kind, values), lists = _rule_of(self.made.pattern), self.made.scores.lists
         # Filling waits for nothing, unlike a copy from the host.
-        made = torch.empty(self.lists, 2, dtype=torch.float64, device=self.index.device)
+        rule = torch.empty(lists, 2, dtype=torch.float64, device=self.made.index.device)
         if len(values) == 1 and kind != "top_ratio":
-            return kind, made.fill_(values[0][0])
-        values = values * (self.lists if len(values) == 1 else 1)
-        for row, (first, second) in zip(made, values, strict=True):
+            return kind, rule.fill_(values[0][0])
+        values = values * (lists if len(values) == 1 else 1)
+        for row, (first, second) in zip(rule, values, strict=True):
             row[0].fill_(first)
             row[1].fill_(second)
-        return kind, made
+        return kind, rule
 
     def spec(self, first: int, end: int) -> ChooseSpec:
         """What the kernel for the units ``first, ..., end - 1`` is generated for."""
-        pattern, visible = self.pattern, self.task.visible
+        pattern, task, visible = self.made.pattern, self.made.task, self.made.task.visible
         given = not visible.printable
         key = key_of(visible, pattern.unit_q, pattern.block_kv)
-        batch, lists, _, room = self.index.shape
+        batch, lists, _, room = self.made.index.shape
         few = (end - first) * batch * lists <= _FEW
-        seen = self.task.blocks if given else visible.columns(first, end)
+        seen = task.blocks if given else visible.columns(first, end)
         return ChooseSpec(
             key, given, self.rule[0], power_of_two(max(seen, 32)), power_of_two(room), few
         )
 
     def __call__(self, scores: Tensor, first: int, end: int) -> None:
         """Write the lists of the units ``first, ..., end - 1``, from [B, lists, units, blocks]."""
-        pattern, task, visible = self.pattern, self.task, self.task.visible
+        made, pattern, task = self.made, self.made.pattern, self.made.task
+        visible = task.visible
         spec, rule = self.spec(first, end), self.rule[1]
-        batch, lists, units, room = self.index.shape
+        batch, lists, units, room = made.index.shape
         # Without a mask that is given, any tensor stands for it.
         seen, steps, named = rule, [0, 0, 0], spec.key.values(visible.sizes)
         if spec.given:
@@ -92,8 +79,8 @@ class Chooser:
             "SCORES": scores.contiguous(),
             "VISIBLE": seen,
             "RULE": rule,
-            "INDEX": self.index,
-            "COUNT": self.count,
+            "INDEX": made.index,
+            "COUNT": made.count,
             "first": first,
             "rows": end - first,
             "units": units,
@@ -113,10 +100,9 @@ class Chooser:
         launch(choose_kernel, spec, scores.device, grid, values)
 
 
-def choose_spec(pattern: Scored, made: Prepared) -> ChooseSpec:
+def choose_spec(made: Prepared) -> ChooseSpec:
     """What the kernel is generated for that chooses for the first units of a task."""
-    chooser = Chooser(pattern, made.task, made.scores.lists, made.index, made.count)
-    return chooser.spec(*next(made.chunks(by_kernel=True)))
+    return Chooser(made).spec(*made.chunks(by_kernel=True)[0])
 
 
 def _rule_of(rule: Any) -> tuple[str, list[tuple[float, float]]]:

@@ -6,21 +6,18 @@ import functools
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
-import sympy
 import torch
 
 from sparse_compile.codegen.entry import Kernel
 from sparse_compile.codegen.runtime.launch import Launcher, current, launchers_of
 from sparse_compile.codegen.triton.layout.key import Key
-from sparse_compile.expr import MaskExpr
 from sparse_compile.selection.visible import Visible
 from sparse_compile.spec.view import natural
 
 
 def key_of(visible: Visible, run_q: int, run_kv: int) -> Key:
     """What the text of a printable mask is made for, in runs of so many queries and keys."""
-    mask = visible.mask or MaskExpr(sympy.true)
-    return Key.of(mask, visible.sizes, natural(run_q), natural(run_kv))
+    return Key.of(visible.mask, visible.sizes, natural(run_q), natural(run_kv))
 
 
 @functools.lru_cache(maxsize=1024)

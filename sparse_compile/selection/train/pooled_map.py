@@ -16,7 +16,7 @@ from sparse_compile.errors import BadShape
 from sparse_compile.expr import MaskExpr
 from sparse_compile.patterns.base import Pattern
 from sparse_compile.patterns.checks import choice
-from sparse_compile.selection.chunked import Chunk, chunks_of
+from sparse_compile.selection.train.chunked import Chunk, chunks_of
 
 
 @torch.no_grad()

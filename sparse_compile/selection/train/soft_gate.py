@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from sparse_compile.errors import BadShape
-from sparse_compile.expr import MaskExpr, evaluate
+from sparse_compile.expr import MaskExpr, evaluate, grid
 from sparse_compile.patterns.base import Pattern
-from sparse_compile.selection.chunked import bound, check_heads
-from sparse_compile.selection.selection import Selection
+from sparse_compile.selection.selection import Selection, keys_of, rows_at
+from sparse_compile.selection.train.chunked import bound, check_heads
 
 
 def gated_attention(
@@ -66,12 +66,12 @@ def gated_attention(
     if straight_through:
         bias = bias - bias.detach()
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    score = torch.einsum("bhnd,bhnld->bhnl", q.to(kind), _gathered(k, keys).to(kind)) * factor
+    score = torch.einsum("bhnd,bhnld->bhnl", q.to(kind), rows_at(k, keys).to(kind)) * factor
     # Where nothing is attended to, all weights are zero and so are the gradients.
     empty = ~keep.any(-1, keepdim=True)
     score = (score + bias.masked_fill(~keep, 0)).masked_fill(~(keep | empty), -math.inf)
     weight = score.softmax(-1).masked_fill(empty, 0)
-    return torch.einsum("bhnl,bhnld->bhnd", weight, _gathered(v, keys).to(kind)).to(q.dtype)
+    return torch.einsum("bhnl,bhnld->bhnd", weight, rows_at(v, keys).to(kind)).to(q.dtype)
 
 
 def _selected_keys(
@@ -82,22 +82,12 @@ def _selected_keys(
     sizes: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """Keys int64 [B, Hq, Nq, L] that each query gathers, and which of them it attends to."""
-    device, unit = q.device, selection.unit_kv
-    index = _by_query(selection.index, q, selection.unit_q).long()
-    count = _by_query(selection.count[..., None], q, selection.unit_q)
-    used = torch.arange(index.shape[-1], device=device) < count
-    # What follows the first `count` units of a row is never read.
-    first = torch.where(used, index, 0) * unit
-    keys = (first[..., None] + torch.arange(unit, device=device)).flatten(3)
-    where = {
-        "b": torch.arange(q.shape[0], device=device).view(-1, 1, 1, 1),
-        "h": torch.arange(q.shape[1], device=device).view(-1, 1, 1),
-        "q": torch.arange(q.shape[2], device=device)[:, None],
-        "kv": keys,
-    }
-    allowed = evaluate(mask[0], where, q.shape[2], k.shape[2], mask[1], sizes)
-    keep = used.repeat_interleave(unit, -1) & (keys < k.shape[2]) & allowed
-    return keys.clamp_max(k.shape[2] - 1), keep
+    index = _by_query(selection.index, q, selection.unit_q)
+    count = _by_query(selection.count[..., None], q, selection.unit_q).squeeze(-1)
+    keys, exist = keys_of(index, count, selection.unit_kv, k.shape[2])
+    rows = dict(zip("bhq", map(range, q.shape), strict=False))
+    where = {**grid(q.device, **rows, kv=range(1)), "kv": keys}
+    return keys, exist & evaluate(mask[0], where, q.shape[2], k.shape[2], mask[1], sizes)
 
 
 def _bias_of_units(log_gate: Tensor, selection: Selection) -> Tensor:
@@ -111,13 +101,6 @@ def _by_query(t: Tensor, q: Tensor, unit_q: int) -> Tensor:
     """[B, Hs, Uq, X] for lists as [B, Hq, Nq, X] for queries."""
     by_head = t.repeat_interleave(q.shape[1] // t.shape[1], 1)
     return by_head.repeat_interleave(unit_q, 2)[:, :, : q.shape[2]]
-
-
-def _gathered(t: Tensor, keys: Tensor) -> Tensor:
-    """Rows of [B, Hkv, Nkv, X] as [B, Hq, Nq, L, X]."""
-    batch = torch.arange(t.shape[0], device=t.device).view(-1, 1, 1, 1)
-    head = torch.arange(keys.shape[1], device=t.device) // (keys.shape[1] // t.shape[1])
-    return t[batch, head.view(-1, 1, 1), keys]
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, selection: Selection) -> None:

@@ -1,4 +1,4 @@
-"""Scores that are shares of an attention: OverlapPool and Antidiagonal."""
+"""Scores that are shares of an attention: OverlapPool, Compressed and Antidiagonal."""
 
 from __future__ import annotations
 
@@ -13,18 +13,16 @@ from torch.nn.functional import pad
 from sparse_compile.patterns.compressed import Compressed
 from sparse_compile.patterns.scorers import Antidiagonal, OverlapPool
 from sparse_compile.selection.builders import BUILDERS, WindowScores
-from sparse_compile.selection.scores import Scoring, parted, sizes_of_units, summed, unit_sums
-from sparse_compile.selection.task import Task
+from sparse_compile.selection.scores import in_units, parted, sizes_of_units, summed, unit_sums
+from sparse_compile.selection.task import Scoring, Task
 from sparse_compile.selection.visible import Visible
 from sparse_compile.selection.windows import Windows
 
 
 def _softmax(logits: Tensor, allowed: Tensor) -> Tensor:
     """The softmax over what is allowed; 0 for all where nothing is."""
-    logits = logits.masked_fill(~allowed, -math.inf)
-    top = logits.amax(-1, keepdim=True) if logits.shape[-1] else logits.sum(-1, keepdim=True)
-    weight = (logits - top.masked_fill(top == -math.inf, 0)).exp()
-    return weight / weight.sum(-1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
+    shares = logits.masked_fill(~allowed, -math.inf).softmax(-1)
+    return shares.masked_fill(~allowed, 0)
 
 
 def _log(mass: Tensor) -> Tensor:
@@ -44,86 +42,68 @@ def _by_blocks(mass: Tensor, each: int, blocks: int) -> Tensor:
     return parted(pad(mass, (0, missing)), -1, each).sum(-1)
 
 
-@dataclass(frozen=True)
-class _Windows:
+@dataclass(frozen=True, eq=False)
+class _Windows(Scoring):
     """Attention to keys of overlapping windows.
 
     Attributes:
-        task: what is scored.
-        stride, span: keys of a cell, and cells of a window.
-        keys: [B, Hc, windows, D], floating.
-        made_of: the dtype of what they are means of.
-        scale: factor on the products of queries and these keys.
+        of: what a kernel is asked for: lists of heads that have one key head.
     """
 
-    task: Task
-    stride: int
-    span: int
-    keys: Tensor
-    made_of: torch.dtype
-    scale: float
-
-    @property
-    def lists(self) -> int:
-        return self.task.lists
-
-    @functools.cached_property
-    def visible(self) -> Visible:
-        """The mask, in single queries and cells."""
-        return self.task.seen_in(1, self.stride)
-
-    @functools.cached_property
-    def _fused(self) -> Windows:
-        """What a kernel is asked for: lists of heads that have one key head."""
-        task = self.task
-        lists = max(self.lists, self.keys.shape[1])
-        per = task.block // self.stride
-        of_queries = task.q, self.keys, self.scale, lists, task.unit_q
-        return Windows(*of_queries, self.span, per, task.blocks, self.visible, self.made_of)
+    of: Windows
 
     @functools.cached_property
     def _kernel(self) -> WindowScores | None:
         builder = BUILDERS.get(self.task.q.device)
-        return builder.window_scores(self._fused) if builder else None
+        return builder.window_scores(self.of) if builder else None
 
     @property
     def width(self) -> int:
-        fused, cells = self._fused, -(-self.task.k.shape[2] // self.stride)
+        task, of = self.task, self.of
         if self._kernel is not None:
-            return fused.lists * (fused.unit // self._kernel.summed) * fused.blocks
-        return self.task.q.shape[1] * self.task.unit_q * cells
+            return of.lists * (of.unit // self._kernel.summed) * of.blocks
+        return task.q.shape[1] * task.unit_q * -(-task.k.shape[2] // of.visible.run_kv)
 
     def __call__(self, first: int, end: int) -> Tensor:
         if self._kernel is None:
             return self._in_torch(first, end)
-        parts = self._fused.unit // self._kernel.summed
+        parts = self.of.unit // self._kernel.summed
         # Whether the kernel sums over all heads of a list and all queries of a unit.
-        finished = self._fused.lists == self.lists and parts == 1
+        finished = self.of.lists == self.lists and parts == 1
         scores = self._kernel((first, end), finished)
         return scores if finished else _log(unit_sums(summed(scores, self.lists), parts))
 
     def _in_torch(self, first: int, end: int) -> Tensor:
-        task, rows = self.task, self.task.queries(first, end)
-        logits = _products(task.q[:, :, rows].float() * self.scale, self.keys.float())
+        task, of, rows = self.task, self.of, self.task.queries(first, end)
+        logits = _products(task.q[:, :, rows].float() * of.scale, of.keys.float())
         mass = summed(_softmax(logits, self._seen(rows)), self.lists)
         mass = unit_sums(mass, task.unit_q)
         # A cell gets what the windows give that start at it, or up to span - 1 cells before.
-        cells = pad(mass, (0, self.span - 1))
-        for shift in range(1, self.span):
-            cells = cells + pad(mass, (shift, self.span - 1 - shift))
-        per = task.block // self.stride
-        return _log(_by_blocks(cells[..., : per * task.blocks], per, task.blocks))
+        cells = pad(mass, (0, of.span - 1))
+        for shift in range(1, of.span):
+            cells = cells + pad(mass, (shift, of.span - 1 - shift))
+        return _log(_by_blocks(cells[..., : of.per * of.blocks], of.per, of.blocks))
 
     def _seen(self, rows: slice) -> Tensor:
         """Which windows a query sees entirely: bool [B or 1, Hq or 1, rows, windows]."""
-        windows = self.keys.shape[2]
-        cells = self.visible.verdict(rows.start, rows.stop)[0]
+        windows, span = self.of.keys.shape[2], self.of.span
+        cells = self.of.visible.verdict(rows.start, rows.stop)[0]
         # Cells beyond the end hide nothing.
-        cells = pad(cells, (0, max(windows + self.span - 1 - cells.shape[-1], 0)), value=True)
+        cells = pad(cells, (0, max(windows + span - 1 - cells.shape[-1], 0)), value=True)
         seen = cells[..., :windows]
-        for shift in range(1, self.span):
+        for shift in range(1, span):
             seen = seen & cells[..., shift : shift + windows]
         return seen
+
+
+def _windows(
+    scorer: OverlapPool | Compressed, task: Task, keys: Tensor, made_of: torch.dtype, scale: float
+) -> Scoring:
+    lists, stride = max(task.lists, keys.shape[1]), scorer.stride
+    span, per = scorer.window // stride, task.block // stride
+    of_queries = task.q, keys, scale, lists, task.unit_q
+    visible = task.seen_in(1, stride)
+    return _Windows(task, Windows(*of_queries, span, per, task.blocks, visible, made_of))
 
 
 def by_windows(scorer: OverlapPool, task: Task) -> Scoring:
@@ -137,36 +117,29 @@ def by_windows(scorer: OverlapPool, task: Task) -> Scoring:
     count = sum(sizes[i : i + windows] for i in range(span))
     assert isinstance(total, Tensor)
     assert isinstance(count, Tensor)
-    return _Windows(task, stride, span, total / count, task.k.dtype, task.scale)
+    return _windows(scorer, task, total / count, task.k.dtype, task.scale)
 
 
 def by_compressed(scorer: Compressed, task: Task) -> Scoring:
     """What the attention to given keys of windows gives to each block."""
     keys = scorer.keys.detach().to(task.k.device)
     scale = task.scale if scorer.scale is None else scorer.scale
-    span = scorer.window // scorer.stride
-    return _Windows(task, scorer.stride, span, keys, keys.dtype, scale)
+    return _windows(scorer, task, keys, keys.dtype, scale)
 
 
-@dataclass(frozen=True)
-class _Antidiagonals:
+@dataclass(frozen=True, eq=False)
+class _Antidiagonals(Scoring):
     """Attention along antidiagonals.
 
     Attributes:
-        task: what is scored.
         stride: the side of the squares.
         keys: fp32 [B, Hkv, ceil(Nkv / stride), stride * D].
         visible: the mask, in those squares.
     """
 
-    task: Task
     stride: int
     keys: Tensor
     visible: Visible
-
-    @property
-    def lists(self) -> int:
-        return self.task.lists
 
     @property
     def width(self) -> int:
@@ -186,7 +159,7 @@ class _Antidiagonals:
 
 def _squares(tokens: Tensor, stride: int, reverse: bool) -> Tensor:
     """[B, H, n, D] as fp32 [B, H, ceil(n / stride), stride * D], zeros beyond the end."""
-    parts = parted(pad(tokens.float(), (0, 0, 0, -tokens.shape[2] % stride)), -2, stride)
+    parts = in_units(tokens.float(), -2, stride)
     return (parts.flip(3) if reverse else parts).flatten(3)
 
 

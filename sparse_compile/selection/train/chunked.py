@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import sympy
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_compile.errors import BadShape, PatternMisuse
-from sparse_compile.expr import MaskExpr, evaluate
+from sparse_compile.expr import MaskExpr, evaluate, grid
 from sparse_compile.patterns.base import Pattern
 from sparse_compile.patterns.checks import blocks, whole
+from sparse_compile.selection.chunks import chunks
+from sparse_compile.selection.scores import in_units
 
 #: Numbers that the scores of a chunk have at most, unless those of one unit of queries are more.
 MOST = 1 << 23
@@ -38,12 +38,8 @@ class Chunk:
     def keep(self) -> Tensor:
         """Who may attend to whom: bool [B or 1, Hq or 1, stop - start, Nkv]."""
         device, n_q, n_kv = self.q.device, self.q.shape[2], self.k.shape[2]
-        where = {
-            "b": torch.arange(self.q.shape[0], device=device).view(-1, 1, 1, 1),
-            "h": torch.arange(self.q.shape[1], device=device).view(-1, 1, 1),
-            "q": torch.arange(self.start, self.stop, device=device)[:, None],
-            "kv": torch.arange(n_kv, device=device),
-        }
+        of_heads = {"b": range(self.q.shape[0]), "h": range(self.q.shape[1])}
+        where = grid(device, **of_heads, q=range(self.start, self.stop), kv=range(n_kv))
         keep = evaluate(self.mask, where, n_q, n_kv, self.tables, self.sizes)
         keep = keep.view((1,) * (4 - keep.dim()) + keep.shape)
         return keep.expand(-1, -1, self.stop - self.start, n_kv)
@@ -59,13 +55,11 @@ class Chunk:
 
     def by_unit_of_keys(self, t: Tensor) -> Tensor:
         """[..., Nkv] as [..., units, unit_kv], zero beyond the last key."""
-        missing = -t.shape[-1] % self.unit_kv
-        return torch.unflatten(F.pad(t, (0, missing)), -1, (-1, self.unit_kv))
+        return in_units(t, -1, self.unit_kv)
 
     def by_unit_of_queries(self, t: Tensor) -> Tensor:
         """[B, H, stop - start, X] as [B, H, units, unit_q, X], zero beyond the last query."""
-        missing = -t.shape[2] % self.unit_q
-        return torch.unflatten(F.pad(t, (0, 0, 0, missing)), 2, (-1, self.unit_q))
+        return in_units(t, -2, self.unit_q)
 
 
 def chunks_of(
@@ -83,11 +77,10 @@ def chunks_of(
     check_heads(who, q, k)
     expr, tables = bound(mask, q, k, tables)
     each = q.shape[0] * q.shape[1] * unit_q * k.shape[2]
-    units = blocks(q.shape[2], unit_q)
-    step = max(1, min(units, MOST // max(each, 1))) * unit_q
+    given = q, k, expr, tables, sizes, unit_q, unit_kv
     return [
-        Chunk(q, k, expr, tables, sizes, unit_q, unit_kv, start, min(start + step, q.shape[2]))
-        for start in range(0, q.shape[2], step)
+        Chunk(*given, first * unit_q, min(end * unit_q, q.shape[2]))
+        for first, end in chunks(blocks(q.shape[2], unit_q), each, MOST)
     ]
 
 
