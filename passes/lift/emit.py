@@ -9,11 +9,13 @@ from typing import Any
 
 import sympy
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
+from sparse_compile.expr import COORDINATES, is_table
 from sparse_compile.expr.fold import JOINS, NAMES, fold, joined
 from sparse_compile.passes.lift.lift import Lifter
 from sparse_compile.passes.lift.sizes import size_expr
+from sparse_compile.passes.lift.slice import made_of
 from sparse_compile.passes.lift.value import Unliftable
 
 aten = torch.ops.aten
@@ -40,58 +42,62 @@ _COMPARE = {
 _TABLE_DTYPES = (torch.bool, torch.int32, torch.int64)
 
 
+def coordinates_of(expr: sympy.Basic) -> tuple[sympy.Symbol, ...]:
+    """The coordinates that an expression reads, in order."""
+    return tuple(c for c in COORDINATES if c in expr.free_symbols)
+
+
+def is_whole(lookup: sympy.Basic, coordinates: Sequence[sympy.Symbol]) -> bool:
+    """Whether a lookup is a tensor read at these coordinates, each once."""
+    named = [arg for arg in lookup.args if arg != 0]
+    return len(named) == len(coordinates) and set(named) == set(coordinates)
+
+
 class Emitter:
     """Builds the graph of a table program.
 
     Attributes:
         graph: the program so far; all of its placeholders come first.
-        inputs: for each placeholder that is used, which placeholder of the traced graph it is, or
-            ``-1 - i`` for the i-th extra size.
+        lifter: of the traced graph that it computes a part of.
+        lengths: number of batch entries, heads, queries and keys, in torch's size symbols.
+        device: of the mask.
     """
 
     def __init__(
         self,
-        traced: GraphModule,
         lifter: Lifter,
         lengths: Mapping[sympy.Symbol, sympy.Expr],
-        extra: Sequence[sympy.Symbol],
-        device: torch.device,
+        holders: Mapping[sympy.Symbol, Node],
     ) -> None:
-        self.graph, self.device = Graph(), device
-        self.lengths = lengths
-        self.data = lifter.data
-        self._order = list(traced.graph.nodes)
+        """Begin. ``holders``: further inputs of the captured graph, which hold these sizes."""
+        self.graph, self.lifter, self.lengths = Graph(), lifter, lengths
+        self.device: torch.device = lifter.outputs[0].meta["val"].device
         self._copies: dict[Node, Node] = {}
         self._sizes: dict[sympy.Expr, Node] = {}
-        self._origin: dict[Node, int] = {}
-        holders = [node for node in self._order if node.op == "placeholder"]
-        for number, holder in enumerate(holders):
+        self._leaves: dict[Node, Node] = {}
+        for number, (given, leaf) in enumerate(lifter.leaves.items()):
             copy = self.graph.placeholder(f"leaf{number}")
-            self._copies[holder], self._origin[copy] = copy, number
-            if isinstance(holder.meta.get("val"), torch.SymInt):
-                self._sizes.setdefault(size_expr(holder), copy)
-        for number, symbol in enumerate(extra):
+            self._copies[given], self._leaves[copy] = copy, leaf
+            if isinstance(given.meta.get("val"), torch.SymInt):
+                self._sizes.setdefault(size_expr(given), copy)
+        others = {s: node for s, node in holders.items() if node not in self._leaves.values()}
+        for number, (symbol, node) in enumerate(others.items()):
             copy = self.graph.placeholder(f"size{number}")
-            self._origin[copy] = -1 - number
+            self._leaves[copy] = node
             self._sizes.setdefault(symbol, copy)
 
-    def finish(self, outputs: Sequence[Node]) -> tuple[int, ...]:
-        """Close the graph; the origin of each placeholder that is left."""
+    def finish(self, outputs: Sequence[Node]) -> tuple[Node, ...]:
+        """Close the graph; what each placeholder that is left stands for."""
         self.graph.output(tuple(outputs))
         for node in reversed([n for n in self.graph.nodes if n.op != "output"]):
             if not node.users:
                 self.graph.erase_node(node)
-        return tuple(self._origin[n] for n in self.graph.nodes if n.op == "placeholder")
+        return tuple(self._leaves[n] for n in self.graph.nodes if n.op == "placeholder")
 
     def copy(self, node: Node) -> Node:
         """The node of the traced graph, with all it needs, in the program."""
-        needed, stack = {node}, [node]
-        while stack:
-            for source in stack.pop().all_input_nodes:
-                if source not in needed and source not in self._copies:
-                    needed.add(source)
-                    stack.append(source)
-        for old in self._order:
+        needed = made_of(node, known=self._copies)
+        for old in self.lifter.gm.graph.nodes:
             if old in needed and old not in self._copies:
                 self._copies[old] = self.graph.node_copy(old, self._copies.__getitem__)
         return self._copies[node]
@@ -121,11 +127,9 @@ class Emitter:
         self._sizes[expr] = node
         return node
 
-    def table(
-        self, element: sympy.Basic, coordinates: tuple[sympy.Symbol, ...]
-    ) -> tuple[Node, torch.dtype]:
-        """A tensor over ``coordinates`` with the given element, contiguous and its own memory."""
-        writer = _Writer(self, element, coordinates)
+    def table(self, element: sympy.Basic) -> tuple[Node, torch.dtype]:
+        """A tensor over its coordinates with the given element, contiguous and its own memory."""
+        writer = _Writer(self, element)
         node: Node = fold(element, writer)
         dtype = writer.dtypes[node]
         if dtype not in _TABLE_DTYPES:
@@ -134,43 +138,38 @@ class Emitter:
         options: dict[str, Any] = {"memory_format": torch.contiguous_format}
         return self.graph.call_function(aten.clone.default, (node,), options), dtype
 
-    def mask(
-        self, element: sympy.Basic, coordinates: tuple[sympy.Symbol, ...]
-    ) -> tuple[Node, tuple[str, ...]]:
+    def mask(self, element: sympy.Basic) -> tuple[Node, tuple[str, ...]]:
         """A bool tensor with the given element, and what its axes are.
 
         An input itself, not a view of it: where that is stable, it need not be read again.
         """
+        coordinates = coordinates_of(element)
         lookup = element.args[0] if isinstance(element, sympy.Ne) else None
         if lookup is not None and self._is_input(lookup, coordinates):
-            node = self.copy(self.data[int(lookup.func.__name__[1:])])
+            node = self.copy(self.lifter.node_of(lookup))
             names = tuple("" if arg == 0 else arg.name for arg in lookup.args)
             return node, names
-        node = fold(element, _Writer(self, element, coordinates))
+        node = fold(element, _Writer(self, element))
         return node, tuple(coordinate.name for coordinate in coordinates)
 
     def _is_input(self, lookup: sympy.Basic, coordinates: tuple[sympy.Symbol, ...]) -> bool:
         """Whether a lookup reads a bool input at these coordinates, each once."""
-        if not isinstance(lookup, sympy.core.function.AppliedUndef):
+        if not is_table(lookup):
             return False
-        source = self.data[int(lookup.func.__name__[1:])]
+        source = self.lifter.node_of(lookup)
         value = source.meta["val"]
         plain = source.op == "placeholder" and value.dtype == torch.bool
-        named = [arg for arg in lookup.args if arg != 0]
-        once = len(named) == len(coordinates) and set(named) == set(coordinates)
-        return plain and value.device == self.device and once
+        return plain and value.device == self.device and is_whole(lookup, coordinates)
 
 
 class _Writer:
     """The algebra whose values are nodes (or numbers) that broadcast over the coordinates."""
 
-    def __init__(
-        self, emitter: Emitter, element: sympy.Basic, coordinates: tuple[sympy.Symbol, ...]
-    ) -> None:
-        self.emitter, self.coordinates = emitter, coordinates
+    def __init__(self, emitter: Emitter, element: sympy.Basic) -> None:
+        self.emitter, self.coordinates = emitter, coordinates_of(element)
         #: A table that is one lookup, as in t(b, kv), is the tensor itself whatever the lengths.
         lookup = element.args[0] if isinstance(element, sympy.Ne) else element
-        self.whole = lookup if isinstance(lookup, sympy.core.function.AppliedUndef) else None
+        self.whole = lookup if is_table(lookup) else None
         self.dtypes: dict[Node, torch.dtype] = {}
 
     def _call(self, result: torch.dtype, op: Any, *args: Any, **kwargs: Any) -> Node:
@@ -211,7 +210,7 @@ class _Writer:
         return node
 
     def table(self, index: int, args: Sequence[Any], exprs: Sequence[sympy.Expr]) -> Any:
-        source = self.emitter.data[index]
+        source = self.emitter.lifter.data[index]
         value = source.meta["val"]
         node = self.emitter.copy(source)
         self.dtypes[node] = value.dtype

@@ -74,25 +74,16 @@ def real_to_text(expr: sympy.Expr) -> str:
 
 def from_text(text: str) -> sympy.Basic:
     """The predicate that :func:`to_text` spelled."""
-    return _read(iter(re.findall(r"[()]|[^\s()]+", text)))
+    tokens = iter(re.findall(r"[()]|[^\s()]+", text))
+    return _read(next(tokens), tokens)
 
 
-def _read(tokens: Iterator[str]) -> sympy.Basic:
-    token = next(tokens)
-    return _read_list(tokens) if token == "(" else _atom(token)
-
-
-def _read_list(tokens: Iterator[str]) -> sympy.Basic:
+def _read(token: str, tokens: Iterator[str]) -> sympy.Basic:
+    """What begins with a token; the others are taken from ``tokens``."""
+    if token != "(":
+        return _atom(token)
     head = next(tokens)
-    args: list[sympy.Basic] = []
-    for token in tokens:
-        if token == ")":
-            break
-        args.append(_read_list(tokens) if token == "(" else _atom(token))
-    return _apply(head, args)
-
-
-def _apply(head: str, args: list[sympy.Basic]) -> sympy.Basic:
+    args = [_read(first, tokens) for first in iter(tokens.__next__, ")")]
     if re.fullmatch(r"t\d+", head):
         return table(int(head[1:]))(*args)
     return _BUILD[head](*args)

@@ -111,7 +111,7 @@ def check_promise(q: Tensor, masks: Sequence[Tensor], n_kv: int, key: str, plan:
     bound = _mask_named(key)
     tables = bound.tables(q.device, n_q, n_kv, batch, heads)
     keeps = [
-        _on_axes(_keep(mask, role, read["shown"]), read["axes"])
+        on_axes(_keep(mask, role, read["shown"]), read["axes"])
         for mask, role in zip(masks, read["roles"], strict=True)
     ]
     for b, h in _distinct(bound.expr, keeps, batch, heads):
@@ -173,7 +173,7 @@ def _keep(mask: Tensor, role: str, shown: str) -> Tensor:
     return mask == 0
 
 
-def _on_axes(mask: Tensor, axes: Sequence[str]) -> Tensor:
+def on_axes(mask: Tensor, axes: Sequence[str]) -> Tensor:
     """As [b, h, q, kv], absent and broadcast axes of size one."""
     while mask.dim() > len(axes):
         mask = mask.squeeze(0)
