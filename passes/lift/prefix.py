@@ -82,7 +82,9 @@ class Prefix:
             for part in self.parts:
                 fed = iter(results)
                 inputs = [given[node] if node in given else next(fed) for node in part.inputs]
-                results = Interpreter(part.scope.gm, graph=part.graph).run(*inputs)
+                runner = Interpreter(part.scope.gm, graph=part.graph)
+                runner.extra_traceback = False  # Errors are told to the user.
+                results = runner.run(*inputs)
         return results
 
 
@@ -151,7 +153,8 @@ def _part(
     opened.sort(key=lambda pair: graph.position[pair[0]])
     closing = [last for _, last in reversed(opened)]
     read = {want.node for want in wanted} | {arg for node in run for arg in node.all_input_nodes}
-    inputs = [n for n in graph.nodes if n in read & given or (n in run and n.op == "placeholder")]
+    fed = (read & given) | {node for node in run if node.op == "placeholder"}
+    inputs = [node for node in graph.nodes if node in fed]
     copied = _copied(graph.nodes[:end], run, inputs, closing, wanted, size)
     return _Part(scope, tuple(reversed(run)), copied, tuple(inputs))
 

@@ -105,7 +105,7 @@ def _read(
     dim = dim % len(sizes)
     if among:
         return Chosen(index, rows_of(lookup.args, dim, sizes, lengths), among)
-    index = _unexpanded(index, dim)
+    index = uncast(index, along=dim)
     own = [size_expr(size) for size in index.meta["val"].shape]
     repeated = [axis for axis, size in enumerate(own) if size == 1 != sizes[axis]]
     return _squeezed(Chosen(index, rows_of(lookup.args, dim, sizes, lengths, repeated)))
@@ -128,19 +128,6 @@ def _squeezed(chosen: Chosen) -> Chosen:
     assert dim is not None
     moved = replace(rows, dim=dim, axes=(axes[0], axes[1], axes[2]))
     return _squeezed(Chosen(source, moved))
-
-
-def _unexpanded(index: Node, dim: int) -> Node:
-    """The index before it was repeated along axes of size one, as for heads that share lists."""
-    while index.target in (aten.expand.default, aten._to_copy.default):
-        source = index.args[0]
-        assert isinstance(source, Node)
-        shape, own = (node.meta["val"].shape for node in (index, source))
-        integers = source.meta["val"].dtype in (torch.int32, torch.int64)
-        if not integers or len(shape) != len(own) or size_expr(shape[dim]) != size_expr(own[dim]):
-            break
-        index = source
-    return index
 
 
 def check_heads(lists: sympy.Expr, key_heads: sympy.Expr) -> None:
@@ -180,12 +167,20 @@ def _where(read: BoolRead, index: Node, dim: int, emitter: Emitter) -> Node:
     return call(aten.where.ScalarOther, (holds, index, -1))
 
 
-def uncast(index: Node) -> Node:
-    """The index before it was made int64: the lists that several layers make of it are then one."""
-    while index.target is aten._to_copy.default:
+def uncast(index: Node, along: int | None = None) -> Node:
+    """The index before it was made int64: the lists that several layers make of it are then one.
+
+    With ``along``, also before it was repeated along other axes, of size one, as for heads that
+    share lists.
+    """
+    through = [aten._to_copy.default] + [aten.expand.default] * (along is not None)
+    while index.target in through:
         source = index.args[0]
         assert isinstance(source, Node)
-        if source.meta["val"].dtype not in (torch.int32, torch.int64):
+        shape, own = (node.meta["val"].shape for node in (index, source))
+        if source.meta["val"].dtype not in (torch.int32, torch.int64) or len(shape) != len(own):
+            break
+        if along is not None and size_expr(shape[along]) != size_expr(own[along]):
             break
         index = source
     return index
