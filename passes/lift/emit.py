@@ -265,7 +265,7 @@ class _Writer:
         if name == "bit":
             shifted = self._binary(aten.bitwise_right_shift, operator.rshift, *args)
             return self._binary(aten.bitwise_and, operator.and_, shifted, 1)
-        if name in ("min", "max") and any(map(self._is_tensor, args)):
+        if name in ("min", "max"):  # These take no numbers.
             args = [self._tensor(arg) for arg in args]
         if name in JOINS:
             # Tensors first: operators take a number on the right.
