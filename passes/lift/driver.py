@@ -158,10 +158,9 @@ def _lift(
 
 def _lifter(part: Slice) -> Lifter:
     traced = normalise(part)
-    lifter = Lifter(traced, part.leaves)
-    leaves = lifter.leaves.items()
-    expose(traced, {node: topk_dim(leaf) for node, leaf in leaves if is_topk_index(leaf)})
-    return lifter
+    inputs = zip(traced.graph.find_nodes(op="placeholder"), part.leaves, strict=True)
+    expose(traced, {node: topk_dim(leaf) for node, leaf in inputs if is_topk_index(leaf)})
+    return Lifter(traced, part.leaves)
 
 
 def _keeps(masks: SiteMasks, lifter: Lifter) -> list[Keep]:

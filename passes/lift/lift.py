@@ -47,10 +47,10 @@ class Lifter:
     data reads beside it (the shifted windows under a learned bias) is never lifted.
     """
 
-    def __init__(self, gm: GraphModule, leaves: Sequence[Node] = ()) -> None:
+    def __init__(self, gm: GraphModule, leaves: Sequence[Node]) -> None:
         """Lift ``gm``; its placeholders stand for ``leaves`` of the captured graph."""
         self.gm = gm
-        self.leaves = dict(zip(gm.graph.find_nodes(op="placeholder"), leaves, strict=False))
+        self.leaves = dict(zip(gm.graph.find_nodes(op="placeholder"), leaves, strict=True))
         self.data: dict[int, Node] = {}
         self._opaque = opaque_nodes(gm)
         self._values: dict[Node, Any] = {}
