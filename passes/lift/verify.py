@@ -117,27 +117,17 @@ def verify(
         )
     leaves = {leaf: _example(leaf, examples) for leaf in masks.part.leaves}
     prefix = _prefix(masks, examples, slicer)
-
-    def compare(leaves: Mapping[Node, Any]) -> float:
-        try:
-            kept = _kept(masks, fills, _tensors(masks, prefix, leaves, examples))
-        except Refused:
-            raise
-        except Exception as error:  # The user's operators: anything can be raised.
-            raise _NotComputed(f"its mask could not be computed for a check: {error}") from error
-        return _compare(masks, lifted, leaves, kept, examples)
-
-    pairs = compare(leaves)
+    given = masks, fills, lifted, examples
+    pairs = _check(*given, prefix, leaves)
     if prefix is not None and prefix.beside > _MOST_RANDOM:
         prefix = None
     for draw in _draws(leaves.values()) if needed <= _MOST_RANDOM else ():
+        drawn = {
+            node: _example(node, examples) if is_topk_index(node) else draw(value)
+            for node, value in leaves.items()
+        }
         with contextlib.suppress(_NotComputed):  # Random inputs that the program itself refuses.
-            compare(
-                {
-                    node: _example(node, examples) if is_topk_index(node) else draw(value)
-                    for node, value in leaves.items()
-                }
-            )
+            _check(*given, prefix, drawn)
     known = lifted.program is not None and all(
         leaf in examples.values or not isinstance(example_value(leaf), Tensor) for leaf in leaves
     )
@@ -146,6 +136,24 @@ def verify(
 
 class _NotComputed(Refused):
     """The program's own operators failed."""
+
+
+def _check(
+    masks: SiteMasks,
+    fills: Sequence[Sequence[float]],
+    lifted: LiftedMask,
+    examples: Examples,
+    prefix: Prefix | None,
+    leaves: Mapping[Node, Any],
+) -> float:
+    """Compare for some values of the leaves; the pairs in blocks, for each query."""
+    try:
+        kept = _kept(masks, fills, _tensors(masks, prefix, leaves, examples))
+    except Refused:
+        raise
+    except Exception as error:  # The user's operators: anything can be raised.
+        raise _NotComputed(f"its mask could not be computed for a check: {error}") from error
+    return _compare(masks, lifted, leaves, kept, examples)
 
 
 def _example(leaf: Node, examples: Examples) -> Any:
