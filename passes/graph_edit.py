@@ -38,11 +38,6 @@ def expected(operand: Operand, axis: str) -> int:
     return int(size)
 
 
-def constant(value: Any) -> Any:
-    """A concrete int where a size is not symbolic, else the SymInt itself."""
-    return int(value) if isinstance(value, int) else value
-
-
 class Inserter:
     """Appends nodes before an anchor node, each with the ``example_value`` torch.compile expects.
 

@@ -11,7 +11,7 @@ import builtins
 import functools
 import inspect
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,17 +19,19 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
 
 from sparse_compile.passes.watch import Unwatched, draws, storages, watch, written_arguments
 from sparse_compile.sites.site import Scope
 
-_DUNDERS = (
-    "iadd iand ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor setitem"
+#: Python's operators that write to their first operand.
+IN_PLACE = (
+    "iadd iand ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor".split()
 )
 _IN_PLACE_OPERATORS = frozenset(
-    getattr(operator, name) for name in (*_DUNDERS.split(), "iconcat", "delitem")
+    getattr(operator, name) for name in (*IN_PLACE, "setitem", "iconcat", "delitem")
 )
-_IN_PLACE_METHODS = frozenset(f"__{name}__" for name in (*_DUNDERS.split(), "delitem"))
+_IN_PLACE_METHODS = frozenset(f"__{name}__" for name in (*IN_PLACE, "setitem", "delitem"))
 #: Higher-order calls that read their inputs, whatever their bodies are.
 _PURE_CALLS = frozenset(("flex_attention", "flex_attention_backward"))
 #: Functions of torch.nn.functional that change one argument without saying so in their names.
@@ -89,7 +91,7 @@ def _unknown(node: Node) -> Effect:
 
 
 def _writes(given: Iterable[Any], random: bool = False) -> Effect:
-    nodes = dict.fromkeys(item for value in given for item in _flat(value))
+    nodes = dict.fromkeys(tree_leaves(list(given)))
     return Effect(tuple(n for n in nodes if isinstance(n, Node)), random=random)
 
 
@@ -103,7 +105,7 @@ def _of_method(node: Node, name: str) -> Effect:
 
 def _of_function(node: Node) -> Effect:
     name = _name(node.target)
-    if _asks_in_place(node):
+    if _argument(node, "inplace"):  # As in F.relu(x, inplace=True).
         return _writes(node.args[:1] or list(node.kwargs.values())[:1], _random(node, name))
     if name in _RENORMALISES and _argument(node, "max_norm") is not None:
         return _writes([_argument(node, "weight")])
@@ -133,11 +135,16 @@ def _overloads(packet: Any) -> tuple[torch._ops.OpOverload, ...]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _positions(name: str) -> Mapping[str, int]:
+def _named_operators(name: str) -> tuple[torch._ops.OpOverload, ...]:
+    """The operators of torch of which a function or a method has the name."""
     packet = getattr(torch.ops.aten, name, None)
-    if not isinstance(packet, torch._ops.OpOverloadPacket):
-        return {}
-    found = [written_arguments(one) for one in _overloads(packet) if not _sorts_a_list(one)]
+    overloads = _overloads(packet) if isinstance(packet, torch._ops.OpOverloadPacket) else ()
+    return tuple(one for one in overloads if not _sorts_a_list(one))
+
+
+@functools.lru_cache(maxsize=4096)
+def _positions(name: str) -> Mapping[str, int]:
+    found = [written_arguments(one) for one in _named_operators(name)]
     return {key: position for written in found for key, position in written.items()}
 
 
@@ -149,10 +156,7 @@ def _sorts_a_list(overload: torch._ops.OpOverload) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _draws_by_name(name: str) -> bool:
-    packet = getattr(torch.ops.aten, name, None)
-    if not isinstance(packet, torch._ops.OpOverloadPacket):
-        return name in _DROPOUTS
-    return any(draws(overload) for overload in _overloads(packet))
+    return name in _DROPOUTS or any(draws(one) for one in _named_operators(name))
 
 
 def _random(node: Node, name: str) -> bool:
@@ -167,16 +171,18 @@ def is_off(node: Node) -> bool:
 
 
 def _at(node: Node, positions: Mapping[str, int]) -> list[Any]:
-    """The arguments of a node at some positions, or by their names.
+    """The arguments of a node at some positions, or by their names."""
+    return [_argument(node, name, place) for name, place in positions.items()]
+
+
+def _argument(node: Node, name: str, place: int = -1) -> Any:
+    """An argument, which an operator has at ``place``; None if it is not given.
 
     Python functions may have another order than the operators that they call.
     """
-    names = _parameters(node.target) if positions and node.op == "call_function" else ()
-    places = {name: names.index(name) if name in names else at for name, at in positions.items()}
-    return [
-        node.kwargs.get(name, node.args[at] if 0 <= at < len(node.args) else None)
-        for name, at in places.items()
-    ]
+    names = _parameters(node.target) if node.op == "call_function" else ()
+    at = names.index(name) if name in names else place
+    return node.kwargs.get(name, node.args[at] if 0 <= at < len(node.args) else None)
 
 
 def _name(target: object) -> str:
@@ -191,20 +197,6 @@ def _is_torch_function(target: Any) -> bool:
     root, _, rest = module.partition(".")
     told = not rest.startswith(("_dynamo", "distributed"))
     return root in ("torch", "_operator", "math") and told
-
-
-def _asks_in_place(node: Node) -> bool:
-    """Whether a function such as ``F.relu`` is told ``inplace=True``."""
-    return bool(_argument(node, "inplace")) if "inplace" in node.kwargs or node.args[1:] else False
-
-
-def _argument(node: Node, name: str) -> Any:
-    """An argument of a call of a Python function; None if it is not given."""
-    if name in node.kwargs:
-        return node.kwargs[name]
-    names = _parameters(node.target)
-    position = names.index(name) if name in names else len(node.args)
-    return node.args[position] if position < len(node.args) else None
 
 
 @functools.lru_cache(maxsize=1024)
@@ -303,16 +295,6 @@ def _of_bodies(node: Node) -> Effect:
     return _writes(written, random)
 
 
-def _flat(value: Any) -> Iterator[Any]:
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _flat(item)
-    elif isinstance(value, dict):
-        yield from _flat(list(value.values()))
-    else:
-        yield value
-
-
 class Memory:
     """A partition of a graph's nodes by the memory their tensors may live in, and the writes to it.
 
@@ -331,16 +313,12 @@ class Memory:
         self._writes: dict[object, list[tuple[Node, Node]]] = {}
         for node, done in self.effects.items():
             for target in done.written:
-                self._writes.setdefault(self._find(target), []).append((node, target))
-
-    def of(self, node: Node) -> object:
-        """A token that nodes which may share memory have in common."""
-        return self._find(node)
+                self._writes.setdefault(self.of(target), []).append((node, target))
 
     def writes(self, node: Node) -> Sequence[tuple[Node, Node]]:
         """What writes to memory that ``node`` may share, in order, each with the input that it
         writes to."""
-        return self._writes.get(self._find(node), ())
+        return self._writes.get(self.of(node), ())
 
     def is_written(self, node: Node) -> bool:
         """Whether anything in the graph writes to memory that ``node`` may share."""
@@ -354,7 +332,7 @@ class Memory:
     def shared(self, nodes: Sequence[Node]) -> list[tuple[int, int]]:
         """The positions, in ``nodes``, of pairs that may share memory."""
         first: dict[object, int] = {}
-        pairs = [(first.setdefault(self._find(node), i), i) for i, node in enumerate(nodes)]
+        pairs = [(first.setdefault(self.of(node), i), i) for i, node in enumerate(nodes)]
         return [(a, b) for a, b in pairs if a != b]
 
     def _place(self, node: Node) -> None:
@@ -368,9 +346,10 @@ class Memory:
                 self._join(node, ("storage", storage))
 
     def _join(self, a: object, b: object) -> None:
-        self._parent[self._find(a)] = self._find(b)
+        self._parent[self.of(a)] = self.of(b)
 
-    def _find(self, item: object) -> object:
+    def of(self, item: object) -> object:
+        """A token that nodes which may share memory have in common."""
         path = []
         while self._parent.get(item, item) != item:
             path.append(item)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sparse_compile.ops.fresh_size import unbound_sizes
 
@@ -99,15 +99,12 @@ def draws(op: torch._ops.OpOverload) -> bool:
 
 def storages(value: Any) -> Iterator[int | None]:
     """Identities of the storages of a value; None for a tensor that has none to show."""
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            yield from storages(item)
-    elif isinstance(value, dict):
-        yield from storages(list(value.values()))
-    elif isinstance(value, torch.Tensor):
+    for tensor in tree_leaves(value):
+        if not isinstance(tensor, torch.Tensor):
+            continue
         try:
             # Two Python objects may stand for one storage; its address is what identifies it. Fake
             # tensors have no data address, so this is the address of the storage record.
-            yield int(value.untyped_storage()._cdata)
+            yield int(tensor.untyped_storage()._cdata)
         except (NotImplementedError, RuntimeError):
             yield None

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import sympy
 
 from sparse_compile.expr import MaskExpr, fold
+from sparse_compile.expr.fold import COMPARISONS
 
 
 @dataclass(frozen=True)
@@ -47,52 +48,43 @@ class _Shift:
     def table(self, index: int, args: Sequence[_Growth], exprs: Sequence[sympy.Expr]) -> _Growth:
         return _if_still(args)
 
-    def add(self, args: Sequence[_Growth]) -> _Growth:
-        known = [arg.step for arg in args if arg.step is not None]
-        return _Growth(sum(known)) if len(known) == len(args) else _UNKNOWN
+    def operation(self, name: str, args: Sequence[_Growth], expr: sympy.Basic) -> _Growth:
+        if name in ("min", "max"):
+            return _if_together(args)
+        if name == "where":
+            return _if_together(args[1:]) if args[0].step == 0 else _UNKNOWN
+        if name in COMPARISONS:
+            return _UNKNOWN if _if_together(args) == _UNKNOWN else _STILL
+        return _ARITHMETIC[name](args) if name in _ARITHMETIC else _if_still(args)
 
-    def mul(self, args: Sequence[_Growth]) -> _Growth:
-        factor = math.prod(arg.value for arg in args if arg.value is not None)
-        others = [arg for arg in args if arg.value is None]
-        if len(others) == 1 and others[0].step is not None:
-            return _Growth(factor * others[0].step)
-        return _if_still(args)
 
-    def floordiv(self, a: _Growth, b: _Growth, expr: sympy.Expr) -> _Growth:
-        if self.mod(a, b, expr) == _UNKNOWN or a.step is None:
-            return _UNKNOWN
-        return _Growth(a.step // b.value) if b.value else _STILL
+def _sum(args: Sequence[_Growth]) -> _Growth:
+    known = [arg.step for arg in args if arg.step is not None]
+    return _Growth(sum(known)) if len(known) == len(args) else _UNKNOWN
 
-    def mod(self, a: _Growth, b: _Growth, expr: sympy.Expr) -> _Growth:
-        whole = b.value and a.step is not None and a.step % b.value == 0
-        return _STILL if whole else _if_still([a, b])
 
-    def bit(self, word: _Growth, index: _Growth) -> _Growth:
-        return _if_still([word, index])
+def _product(args: Sequence[_Growth]) -> _Growth:
+    factor = math.prod(arg.value for arg in args if arg.value is not None)
+    others = [arg for arg in args if arg.value is None]
+    if len(others) == 1 and others[0].step is not None:
+        return _Growth(factor * others[0].step)
+    return _if_still(args)
 
-    def absolute(self, a: _Growth) -> _Growth:
-        return _if_still([a])
 
-    def minimum(self, args: Sequence[_Growth]) -> _Growth:
-        return _if_together(args)
+def _quotient(args: Sequence[_Growth]) -> _Growth:
+    a, b = args
+    if _remainder(args) == _UNKNOWN or a.step is None:
+        return _UNKNOWN
+    return _Growth(a.step // b.value) if b.value else _STILL
 
-    def maximum(self, args: Sequence[_Growth]) -> _Growth:
-        return _if_together(args)
 
-    def select(self, condition: _Growth, yes: _Growth, no: _Growth) -> _Growth:
-        return _if_together([yes, no]) if condition.step == 0 else _UNKNOWN
+def _remainder(args: Sequence[_Growth]) -> _Growth:
+    a, b = args
+    whole = b.value and a.step is not None and a.step % b.value == 0
+    return _STILL if whole else _if_still(args)
 
-    def compare(self, op: str, a: _Growth, b: _Growth) -> _Growth:
-        return _UNKNOWN if _if_together([a, b]) == _UNKNOWN else _STILL
 
-    def conjunction(self, args: Sequence[_Growth]) -> _Growth:
-        return _if_still(args)
-
-    def disjunction(self, args: Sequence[_Growth]) -> _Growth:
-        return _if_still(args)
-
-    def negation(self, a: _Growth) -> _Growth:
-        return _if_still([a])
+_ARITHMETIC = {"+": _sum, "*": _product, "//": _quotient, "%": _remainder}
 
 
 def _if_together(args: Sequence[_Growth]) -> _Growth:

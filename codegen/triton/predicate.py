@@ -6,16 +6,17 @@ same text gives an [M, N] tile.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import sympy
 
 from sparse_compile.codegen.triton.text.common import HELPERS
 from sparse_compile.expr import KV, MaskExpr, Q, fold, fold_real
-from sparse_compile.expr.fold import RECIPROCAL
+from sparse_compile.expr.fold import COMPARISONS, FUNCTIONS, RECIPROCAL
 
 # Python's precedence of the operators used, loosest first.
 _COMPARE, _OR, _AND, _ADD, _MUL, _UNARY, _ATOM = range(7)
@@ -217,74 +218,87 @@ class _Printer:
         hint = "_".join([f"t{index}", *(str(e) for e in exprs)]) if plain else f"t{index}_at"
         return Term(tuple(pieces), axes=_axes(args), bits=bits, named=True, hint=hint)
 
-    def add(self, args: Sequence[Term]) -> Term:
-        bits = _most(args) + (len(args) - 1).bit_length()
-        ordered = sorted(args, key=lambda t: (t.text().startswith("-"), t.text()))
-        ordered, bits = _widened(ordered, bits)
-        pieces: list[str | Term] = list(_wrap(ordered[0], _ADD))
-        for term in ordered[1:]:
-            pieces += _subtracted(term) or (" + ", *_wrap(term, _MUL))
-        return Term(tuple(pieces), _ADD, _axes(args), bits)
+    def operation(self, name: str, args: Sequence[Term], expr: sympy.Basic) -> Term:
+        if name in ("//", "%"):
+            return _division(name, args, expr)
+        if name in COMPARISONS:
+            return Term(_join(f" {name} ", args, _OR), _COMPARE, _axes(args))
+        return _OPERATIONS[name](args)
 
-    def mul(self, args: Sequence[Term]) -> Term:
-        ordered = sorted(args, key=lambda t: (not t.text().lstrip("-").isdigit(), t.text()))
-        ordered, bits = _widened(ordered, sum(arg.bits for arg in args))
-        if ordered[0].text() == "-1" and len(ordered) > 1:
-            pieces: tuple[str | Term, ...] = ("-", *_join(" * ", ordered[1:], _UNARY))
-        else:
-            pieces = _join(" * ", ordered, _UNARY)
+
+def _sum(args: Sequence[Term]) -> Term:
+    bits = _most(args) + (len(args) - 1).bit_length()
+    ordered = sorted(args, key=lambda t: (t.text().startswith("-"), t.text()))
+    ordered, bits = _widened(ordered, bits)
+    pieces: list[str | Term] = list(_wrap(ordered[0], _ADD))
+    for term in ordered[1:]:
+        pieces += _subtracted(term) or (" + ", *_wrap(term, _MUL))
+    return Term(tuple(pieces), _ADD, _axes(args), bits)
+
+
+def _product(args: Sequence[Term]) -> Term:
+    ordered = sorted(args, key=lambda t: (not t.text().lstrip("-").isdigit(), t.text()))
+    ordered, bits = _widened(ordered, sum(arg.bits for arg in args))
+    if ordered[0].text() == "-1" and len(ordered) > 1:
+        pieces: tuple[str | Term, ...] = ("-", *_join(" * ", ordered[1:], _UNARY))
+    else:
+        pieces = _join(" * ", ordered, _UNARY)
+    return Term(pieces, _MUL, _axes(args), bits)
+
+
+def _division(op: str, args: Sequence[Term], expr: sympy.Basic) -> Term:
+    a, b = args
+    bits = a.bits if op == "//" else b.bits
+    # On tensors Triton's // and % truncate towards zero, as in C.
+    if expr.args[0].is_nonnegative and expr.args[1].is_positive:
+        pieces = (*_wrap(a, _MUL), f" {op} ", *_wrap(b, _UNARY))
         return Term(pieces, _MUL, _axes(args), bits)
+    helper = "floor_div" if op == "//" else "floor_mod"
+    return Term(_call(helper, args), axes=_axes(args), bits=bits, named=True)
 
-    def floordiv(self, a: Term, b: Term, expr: sympy.Expr) -> Term:
-        return self._division("//", "floor_div", a, b, expr, a.bits)
 
-    def mod(self, a: Term, b: Term, expr: sympy.Expr) -> Term:
-        return self._division("%", "floor_mod", a, b, expr, b.bits)
+def _bit(args: Sequence[Term]) -> Term:
+    shifted = _join(" >> ", args, _ATOM)
+    return Term(("(", *shifted, ") & 1"), _AND, _axes(args), bits=1)
 
-    def _division(
-        self, op: str, helper: str, a: Term, b: Term, expr: sympy.Expr, bits: int
-    ) -> Term:
-        # On tensors Triton's // and % truncate towards zero, as in C.
-        if expr.args[0].is_nonnegative and expr.args[1].is_positive:
-            pieces = (*_wrap(a, _MUL), f" {op} ", *_wrap(b, _UNARY))
-            return Term(pieces, _MUL, _axes([a, b]), bits)
-        return Term(_call(helper, [a, b]), axes=_axes([a, b]), bits=bits, named=True)
 
-    def bit(self, word: Term, index: Term) -> Term:
-        shifted = (*_wrap(word, _ATOM), " >> ", *_wrap(index, _ATOM))
-        return Term(("(", *shifted, ") & 1"), _AND, _axes([word, index]), bits=1)
+def _absolute(args: Sequence[Term]) -> Term:
+    return Term(_call("tl.abs", args), axes=_axes(args), bits=_most(args))
 
-    def absolute(self, a: Term) -> Term:
-        return Term(_call("tl.abs", [a]), axes=a.axes, bits=a.bits)
 
-    def minimum(self, args: Sequence[Term]) -> Term:
-        return self._extreme("tl.minimum", args)
+def _extreme(name: str, args: Sequence[Term]) -> Term:
+    first, *rest = sorted(args, key=Term.text)
+    for term in rest:
+        axes, bits = _axes([first, term]), _most([first, term])
+        first = Term(_call(name, [first, term]), axes=axes, bits=bits)
+    return first
 
-    def maximum(self, args: Sequence[Term]) -> Term:
-        return self._extreme("tl.maximum", args)
 
-    def _extreme(self, name: str, args: Sequence[Term]) -> Term:
-        first, *rest = sorted(args, key=Term.text)
-        for term in rest:
-            axes, bits = _axes([first, term]), _most([first, term])
-            first = Term(_call(name, [first, term]), axes=axes, bits=bits)
-        return first
+def _select(args: Sequence[Term]) -> Term:
+    return Term(_call("tl.where", args), axes=_axes(args), bits=_most(args[1:]))
 
-    def select(self, condition: Term, yes: Term, no: Term) -> Term:
-        args = [condition, yes, no]
-        return Term(_call("tl.where", args), axes=_axes(args), bits=_most([yes, no]))
 
-    def compare(self, op: str, a: Term, b: Term) -> Term:
-        return Term(_join(f" {op} ", [a, b], _OR), _COMPARE, _axes([a, b]))
+def _junction(op: str, precedence: int, args: Sequence[Term]) -> Term:
+    ordered = sorted(args, key=Term.text)
+    return Term(_join(op, ordered, precedence), precedence, _axes(args))
 
-    def conjunction(self, args: Sequence[Term]) -> Term:
-        return Term(_join(" & ", sorted(args, key=Term.text), _AND), _AND, _axes(args))
 
-    def disjunction(self, args: Sequence[Term]) -> Term:
-        return Term(_join(" | ", sorted(args, key=Term.text), _OR), _OR, _axes(args))
+def _not(args: Sequence[Term]) -> Term:
+    return Term(("~", *_wrap(args[0], _ATOM)), _UNARY, _axes(args))
 
-    def negation(self, a: Term) -> Term:
-        return Term(("~", *_wrap(a, _ATOM)), _UNARY, a.axes)
+
+_OPERATIONS: dict[str, Callable[[Sequence[Term]], Term]] = {
+    "+": _sum,
+    "*": _product,
+    "bit": _bit,
+    "abs": _absolute,
+    "min": functools.partial(_extreme, "tl.minimum"),
+    "max": functools.partial(_extreme, "tl.maximum"),
+    "where": _select,
+    "and": functools.partial(_junction, " & ", _AND),
+    "or": functools.partial(_junction, " | ", _OR),
+    "not": _not,
+}
 
 
 def _subtracted(term: Term) -> tuple[str | Term, ...]:
@@ -324,11 +338,13 @@ class _RealPrinter(_Printer):
     def real(self, value: sympy.Number) -> Term:
         return Term((repr(float(value)),), _ATOM if value >= 0 else _UNARY, bits=_REAL)
 
-    def call(self, name: str, a: Term) -> Term:
+    def operation(self, name: str, args: Sequence[Term], expr: sympy.Basic) -> Term:
         if name == RECIPROCAL:
-            return Term(("1.0 / ", *_wrap(a, _ATOM)), _MUL, a.axes, _REAL)
+            return Term(("1.0 / ", *_wrap(args[0], _ATOM)), _MUL, _axes(args), _REAL)
+        if name not in FUNCTIONS:
+            return super().operation(name, args, expr)
         function = name if name == "tanh" else f"tl.{name}"
-        return Term(_call(function, [a]), axes=a.axes, bits=_REAL)
+        return Term(_call(function, args), axes=_axes(args), bits=_REAL)
 
 
 def real_terms(tables: Sequence[str], *exprs: sympy.Expr) -> list[Term]:

@@ -15,50 +15,34 @@ from sparse_compile.passes.lift.value import (
     DIMS,
     Element,
     Lifted,
-    Shape,
     Unliftable,
     Value,
     align,
     choose,
+    merged,
     reindexed,
     single,
     truth,
 )
 from sparse_compile.passes.lift.views import Handler, Step, dim_of, position, slice_start
 
+#: Which argument fills the result.
+_VALUE_AT = {"full": 1, "full_like": 1, "new_full": 2, "scalar_tensor": 0, "fill": 1, "copy": 1}
 
-def constant(step: Step, value: Value) -> Lifted:
-    """A tensor with one value everywhere, rounded to its dtype."""
-    return Lifted(step.shape, step.dtype, scalar_element(value, step.dtype))
+
+def filled(step: Step) -> Lifted:
+    """``full`` and its like, and what overwrites a tensor: the old values do not matter."""
+    return _operand(step, step.args[_VALUE_AT[step.target._schema.name.split("::")[1]]])
 
 
 def scalar_element(value: Value, dtype: torch.dtype) -> Element:
-    """The element of a tensor filled with ``value``."""
+    """The element of a tensor filled with ``value``, rounded to its dtype."""
     if dtype == torch.bool:
         return truth(value)
     if isinstance(value, sympy.Basic) and not value.is_number:
         return single(value)
     number = float(value) if dtype.is_floating_point else int(value)
     return single(torch.tensor(number).to(dtype).item())
-
-
-def full(step: Step) -> Lifted:
-    """``full``, ``full_like``, ``scalar_tensor``."""
-    position_of_value = {"full": 1, "full_like": 1, "new_full": 2, "scalar_tensor": 0}
-    return constant(step, step.args[position_of_value[step.target._schema.name.split("::")[1]]])
-
-
-def fill(step: Step) -> Lifted:
-    """``fill``: the old values do not matter."""
-    value = step.args[1]
-    if not isinstance(value, Lifted):
-        return constant(step, value)
-    return Lifted(step.shape, step.dtype, cast(align(value, len(step.shape)), step.dtype))
-
-
-def copy(step: Step) -> Lifted:
-    """``copy``: the source, broadcast and converted."""
-    return Lifted(step.shape, step.dtype, cast(align(step.args[1], len(step.shape)), step.dtype))
 
 
 def arange(step: Step) -> Lifted:
@@ -78,13 +62,7 @@ def arange(step: Step) -> Lifted:
 
 def eye(step: Step) -> Lifted:
     """The identity matrix."""
-    condition = sympy.Eq(DIMS[0], DIMS[1])
-    return _mask_of_ones(step, condition)
-
-
-def _mask_of_ones(step: Step, condition: sympy.Basic) -> Lifted:
-    one, zero = (Lifted(step.shape, step.dtype, scalar_element(v, step.dtype)) for v in (1, 0))
-    return Lifted(step.shape, step.dtype, choose(condition, one, zero, step.dtype))
+    return _chosen(step, sympy.Eq(DIMS[0], DIMS[1]), 1, 0)
 
 
 def triangle(step: Step) -> Lifted:
@@ -93,31 +71,19 @@ def triangle(step: Step) -> Lifted:
     row, column = DIMS[len(step.shape) - 2], DIMS[len(step.shape) - 1]
     lower = step.target._schema.name == "aten::tril"
     keep = column - row <= diagonal if lower else column - row >= diagonal
-    zero = Lifted(step.shape, step.dtype, scalar_element(0, step.dtype))
-    return Lifted(step.shape, step.dtype, choose(keep, step.tensor, zero, step.dtype))
-
-
-def fill_diagonal(step: Step) -> Lifted:
-    """``fill_diagonal`` of a matrix that is not taller than wide, or wraps nowhere."""
-    if len(step.shape) != 2 or (len(step.args) > 2 and step.args[2]):
-        raise Unliftable("fill_diagonal of more than two dimensions, or wrapping")
-    value = Lifted(step.shape, step.dtype, scalar_element(step.args[1], step.dtype))
-    condition = sympy.Eq(DIMS[0], DIMS[1])
-    return Lifted(step.shape, step.dtype, choose(condition, value, step.tensor, step.dtype))
+    return _chosen(step, keep, step.tensor, 0)
 
 
 def where(step: Step) -> Lifted:
     """``where(condition, yes, no)``."""
-    condition = _truth(step, step.args[0])
-    yes, no = (_operand(step, arg) for arg in step.args[1:3])
-    return Lifted(step.shape, step.dtype, choose(condition, yes, no, step.dtype))
+    condition, yes, no = step.args
+    return _chosen(step, _truth(step, condition), yes, no)
 
 
 def masked_fill(step: Step) -> Lifted:
     """``masked_fill(x, mask, value)``."""
-    old, value = (_operand(step, step.args[i]) for i in (0, 2))
-    condition = _truth(step, step.args[1])
-    return Lifted(step.shape, step.dtype, choose(condition, value, old, step.dtype))
+    old, mask, value = step.args
+    return _chosen(step, _truth(step, mask), value, old)
 
 
 def _truth(step: Step, tensor: Lifted) -> sympy.Basic:
@@ -125,14 +91,16 @@ def _truth(step: Step, tensor: Lifted) -> sympy.Basic:
 
 
 def _operand(step: Step, arg: Any) -> Lifted:
-    """An argument in the coordinates and the dtype of the result."""
+    """A number or a tensor in the coordinates and the dtype of the result."""
     if not isinstance(arg, Lifted):
         return Lifted(step.shape, step.dtype, scalar_element(arg, step.dtype))
-    return _as_dtype(align(arg, len(step.shape)), step.dtype)
+    return Lifted(step.shape, step.dtype, cast(align(arg, len(step.shape)), step.dtype))
 
 
-def _as_dtype(tensor: Lifted, dtype: torch.dtype) -> Lifted:
-    return Lifted(tensor.shape, dtype, cast(tensor, dtype))
+def _chosen(step: Step, condition: sympy.Basic, yes: Any, no: Any) -> Lifted:
+    """One of two operands."""
+    yes, no = _operand(step, yes), _operand(step, no)
+    return Lifted(step.shape, step.dtype, choose(condition, yes, no, step.dtype))
 
 
 def cat(step: Step) -> Lifted:
@@ -145,11 +113,10 @@ def cat(step: Step) -> Lifted:
         end = end - tensor.shape[dim]
         indices: list[sympy.Expr] = list(DIMS[: len(step.shape)])
         indices[dim] = DIMS[dim] - end if tensor.shape[dim] != 1 else sympy.S.Zero
-        piece = _as_dtype(reindexed(tensor, step.shape, indices), step.dtype)
-        if result is not None:
-            before = DIMS[dim] < end + tensor.shape[dim]
-            piece = Lifted(step.shape, step.dtype, choose(before, piece, result, step.dtype))
-        result = piece
+        piece = reindexed(tensor, step.shape, indices)
+        before = DIMS[dim] < end + tensor.shape[dim]
+        last = result is None
+        result = _operand(step, piece) if last else _chosen(step, before, piece, result)
     if result is None:
         raise Unliftable("an empty cat")
     return result
@@ -162,8 +129,7 @@ def stack(step: Step) -> Lifted:
     result = reindexed(tensors[-1], step.shape, rest)
     for number in range(len(tensors) - 2, -1, -1):
         piece = reindexed(tensors[number], step.shape, rest)
-        here = sympy.Eq(DIMS[dim], number)
-        result = Lifted(step.shape, step.dtype, choose(here, piece, result, step.dtype))
+        result = _chosen(step, sympy.Eq(DIMS[dim], number), piece, result)
     return result
 
 
@@ -178,12 +144,10 @@ def slice_scatter(step: Step) -> Lifted:
         inside.append(index < position(end, size))
     if stride != 1:
         inside.append(sympy.Eq(FloorMod(index - first, sympy.sympify(stride)), 0))
+    place = FloorDiv(index - first, sympy.sympify(stride))
     indices: list[sympy.Expr] = list(DIMS[: len(step.shape)])
-    indices[dim] = FloorDiv(index - first, sympy.sympify(stride))
-    if source.shape[dim] == 1:
-        indices[dim] = sympy.S.Zero
-    written = reindexed(source, step.shape, indices)
-    return _written(step, sympy.And(*inside), written, tensor)
+    indices[dim] = sympy.S.Zero if source.shape[dim] == 1 else place
+    return _chosen(step, sympy.And(*inside), reindexed(source, step.shape, indices), tensor)
 
 
 def select_scatter(step: Step) -> Lifted:
@@ -193,12 +157,7 @@ def select_scatter(step: Step) -> Lifted:
     rest = [DIMS[d] for d in range(len(step.shape)) if d != dim]
     written = reindexed(source, step.shape, rest)
     here = sympy.Eq(DIMS[dim], position(index, step.shape[dim]))
-    return _written(step, here, written, tensor)
-
-
-def _written(step: Step, here: sympy.Basic, new: Lifted, old: Lifted) -> Lifted:
-    new = _as_dtype(new, step.dtype)
-    return Lifted(step.shape, step.dtype, choose(here, new, old, step.dtype))
+    return _chosen(step, here, written, tensor)
 
 
 def index_put(step: Step) -> Lifted:
@@ -218,14 +177,13 @@ def index_put(step: Step) -> Lifted:
     if len(many) > 1:
         raise Unliftable("it writes at pairs of computed positions")
     zero = [sympy.S.Zero] * len(value.shape)
-    return _written(step, sympy.And(*conditions), reindexed(value, step.shape, zero), tensor)
+    return _chosen(step, sympy.And(*conditions), reindexed(value, step.shape, zero), tensor)
 
 
 def index_fill(step: Step) -> Lifted:
     """``x[..., index, ...] = value`` along one dimension."""
     tensor, dim, index, value = step.args
-    value = value if isinstance(value, Lifted) else _operand(step, value)
-    scalar = Lifted((), step.dtype, value.element)
+    scalar = Lifted((), step.dtype, _operand(step, value).element)
     indices = [None] * dim_of(dim, len(step.shape)) + [index]
     return index_put(replace(step, args=(tensor, indices, scalar)))
 
@@ -300,39 +258,24 @@ def _along(step: Step, dims: Sequence[int], factor: sympy.Expr) -> Lifted:
     if step.dtype in (torch.float16, torch.bfloat16):
         raise Unliftable(f"it sums in {step.dtype}")
     whole = [(c, v if isinstance(v, sympy.Basic) else int(v)) for c, v in tensor.cases]
-    scaled = tuple((c, sympy.sympify(v) * factor) for c, v in whole)
-    return Lifted(tensor.shape, step.dtype, tuple((c, _number(v)) for c, v in scaled))
-
-
-def _number(value: sympy.Expr) -> Value:
-    return int(value) if value.is_Integer else value
+    return Lifted(tensor.shape, step.dtype, merged((c, v * factor) for c, v in whole))
 
 
 def _reduce(step: Step, tensor: Lifted, dims: Sequence[int]) -> Lifted:
-    kept = [d for d in range(len(tensor.shape)) if d not in dims]
     keepdim = len(step.shape) == len(tensor.shape)
-    indices: list[sympy.Expr] = [sympy.S.Zero] * len(tensor.shape)
-    for n, d in enumerate(kept):
-        indices[d] = DIMS[d if keepdim else n]
+    left = iter([d for i, d in enumerate(DIMS) if not keepdim or i not in dims])
+    indices = [sympy.S.Zero if d in dims else next(left) for d in range(len(tensor.shape))]
     return reindexed(tensor, step.shape, indices)
 
 
-def shape_of(sizes: Sequence[sympy.Expr]) -> Shape:
-    """A shape as a tuple of sympy integers."""
-    return tuple(sympy.sympify(size) for size in sizes)
-
-
 BUILDERS: dict[str, Handler] = {
-    **dict.fromkeys(("zeros", "zeros_like", "new_zeros"), lambda step: constant(step, 0)),
-    **dict.fromkeys(("ones", "ones_like", "new_ones"), lambda step: constant(step, 1)),
-    **dict.fromkeys(("full", "full_like", "new_full", "scalar_tensor"), full),
-    "fill": fill,
-    "copy": copy,
+    **dict.fromkeys(("zeros", "zeros_like", "new_zeros"), lambda step: _operand(step, 0)),
+    **dict.fromkeys(("ones", "ones_like", "new_ones"), lambda step: _operand(step, 1)),
+    **dict.fromkeys(_VALUE_AT, filled),
     "arange": arange,
     "eye": eye,
     "tril": triangle,
     "triu": triangle,
-    "fill_diagonal": fill_diagonal,
     "where": where,
     "masked_fill": masked_fill,
     "cat": cat,

@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import math
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -22,6 +24,17 @@ aten = torch.ops.aten
 
 #: Dtypes in which a count of entries does not wrap around to zero.
 _COUNTS = (torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+#: What is asked about a count.
+_QUESTIONS: dict[Any, Callable[..., bool]] = {
+    aten._to_copy.default: operator.truth,
+    aten.logical_not.default: operator.not_,
+    aten.gt.Scalar: operator.gt,
+    aten.ge.Scalar: operator.ge,
+    aten.ne.Scalar: operator.ne,
+    aten.eq.Scalar: operator.eq,
+    aten.lt.Scalar: operator.lt,
+    aten.le.Scalar: operator.le,
+}
 
 
 @dataclass(frozen=True)
@@ -66,30 +79,18 @@ def names_of(node: Node) -> Names | None:
 
 def _whether_any(node: Node) -> tuple[Node, bool] | None:
     """The count of which a node says that it is not zero; or, with True, that it is zero."""
-    count = _node(node.args[0]) if node.args else None
+    if node.target not in _QUESTIONS or node.meta["val"].dtype != torch.bool:
+        return None
+    count = _node(node.args[0])
     if count is None or count.meta["val"].dtype == torch.bool:
         return None
-    if node.target is aten._to_copy.default:
-        return (count, False) if node.meta["val"].dtype == torch.bool else None
-    if node.target is aten.logical_not.default:
-        return count, True
-    limit = node.args[1] if len(node.args) > 1 else None
-    if not isinstance(limit, (int, float)):
+    if not all(isinstance(limit, (int, float)) for limit in node.args[1:]):
         return None
-    below, upto = 0 <= limit < 1, 0 < limit <= 1
-    positive: dict[Any, bool] = {
-        aten.gt.Scalar: below,
-        aten.ge.Scalar: upto,
-        aten.ne.Scalar: limit == 0,
-    }
-    negative: dict[Any, bool] = {
-        aten.le.Scalar: below,
-        aten.lt.Scalar: upto,
-        aten.eq.Scalar: limit == 0,
-    }
-    if positive.get(node.target):
-        return count, False
-    return (count, True) if negative.get(node.target) else None
+    # What is said of no, one and ever so many entries is said of any number of them.
+    answers = [bool(_QUESTIONS[node.target](n, *node.args[1:])) for n in (0, 1, math.inf)]
+    if answers not in ([False, True, True], [True, False, False]):
+        return None
+    return count, answers[0]
 
 
 def _counted(count: Node) -> Names | None:

@@ -9,15 +9,28 @@ from typing import Any
 
 import sympy
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
-from sparse_compile.expr import FloorDiv, FloorMod, fold
+from sparse_compile.expr import COORDINATES, is_table
+from sparse_compile.expr.fold import JOINS, NAMES, fold, joined
 from sparse_compile.passes.lift.lift import Lifter
 from sparse_compile.passes.lift.sizes import size_expr
+from sparse_compile.passes.lift.slice import made_of
 from sparse_compile.passes.lift.value import Unliftable
 
 aten = torch.ops.aten
 
+#: Operators on tensors, and on numbers.
+_OPERATORS: dict[str, tuple[Any, Callable[..., Any]]] = {
+    "+": (aten.add, operator.add),
+    "*": (aten.mul, operator.mul),
+    "//": (aten.floor_divide, operator.floordiv),
+    "%": (aten.remainder, operator.mod),
+    "min": (aten.minimum, torch.sym_min),
+    "max": (aten.maximum, torch.sym_max),
+    "and": (aten.bitwise_and, operator.and_),
+    "or": (aten.bitwise_or, operator.or_),
+}
 _COMPARE = {
     "<": (aten.lt, ">"),
     "<=": (aten.le, ">="),
@@ -29,58 +42,62 @@ _COMPARE = {
 _TABLE_DTYPES = (torch.bool, torch.int32, torch.int64)
 
 
+def coordinates_of(expr: sympy.Basic) -> tuple[sympy.Symbol, ...]:
+    """The coordinates that an expression reads, in order."""
+    return tuple(c for c in COORDINATES if c in expr.free_symbols)
+
+
+def is_whole(lookup: sympy.Basic, coordinates: Sequence[sympy.Symbol]) -> bool:
+    """Whether a lookup is a tensor read at these coordinates, each once."""
+    named = [arg for arg in lookup.args if arg != 0]
+    return len(named) == len(coordinates) and set(named) == set(coordinates)
+
+
 class Emitter:
     """Builds the graph of a table program.
 
     Attributes:
         graph: the program so far; all of its placeholders come first.
-        inputs: for each placeholder that is used, which placeholder of the traced graph it is, or
-            ``-1 - i`` for the i-th extra size.
+        lifter: of the traced graph that it computes a part of.
+        lengths: number of batch entries, heads, queries and keys, in torch's size symbols.
+        device: of the mask.
     """
 
     def __init__(
         self,
-        traced: GraphModule,
         lifter: Lifter,
         lengths: Mapping[sympy.Symbol, sympy.Expr],
-        extra: Sequence[sympy.Symbol],
-        device: torch.device,
+        holders: Mapping[sympy.Symbol, Node],
     ) -> None:
-        self.graph, self.device = Graph(), device
-        self.lengths = lengths
-        self.data = lifter.data
-        self._order = list(traced.graph.nodes)
+        """Begin. ``holders``: further inputs of the captured graph, which hold these sizes."""
+        self.graph, self.lifter, self.lengths = Graph(), lifter, lengths
+        self.device: torch.device = lifter.outputs[0].meta["val"].device
         self._copies: dict[Node, Node] = {}
         self._sizes: dict[sympy.Expr, Node] = {}
-        self._origin: dict[Node, int] = {}
-        holders = [node for node in self._order if node.op == "placeholder"]
-        for number, holder in enumerate(holders):
+        self._leaves: dict[Node, Node] = {}
+        for number, (given, leaf) in enumerate(lifter.leaves.items()):
             copy = self.graph.placeholder(f"leaf{number}")
-            self._copies[holder], self._origin[copy] = copy, number
-            if isinstance(holder.meta.get("val"), torch.SymInt):
-                self._sizes.setdefault(size_expr(holder), copy)
-        for number, symbol in enumerate(extra):
+            self._copies[given], self._leaves[copy] = copy, leaf
+            if isinstance(given.meta.get("val"), torch.SymInt):
+                self._sizes.setdefault(size_expr(given), copy)
+        others = {s: node for s, node in holders.items() if node not in self._leaves.values()}
+        for number, (symbol, node) in enumerate(others.items()):
             copy = self.graph.placeholder(f"size{number}")
-            self._origin[copy] = -1 - number
+            self._leaves[copy] = node
             self._sizes.setdefault(symbol, copy)
 
-    def finish(self, outputs: Sequence[Node]) -> tuple[int, ...]:
-        """Close the graph; the origin of each placeholder that is left."""
+    def finish(self, outputs: Sequence[Node]) -> tuple[Node, ...]:
+        """Close the graph; what each placeholder that is left stands for."""
         self.graph.output(tuple(outputs))
         for node in reversed([n for n in self.graph.nodes if n.op != "output"]):
             if not node.users:
                 self.graph.erase_node(node)
-        return tuple(self._origin[n] for n in self.graph.nodes if n.op == "placeholder")
+        return tuple(self._leaves[n] for n in self.graph.nodes if n.op == "placeholder")
 
     def copy(self, node: Node) -> Node:
         """The node of the traced graph, with all it needs, in the program."""
-        needed, stack = {node}, [node]
-        while stack:
-            for source in stack.pop().all_input_nodes:
-                if source not in needed and source not in self._copies:
-                    needed.add(source)
-                    stack.append(source)
-        for old in self._order:
+        needed = made_of(node, known=self._copies)
+        for old in self.lifter.gm.graph.nodes:
             if old in needed and old not in self._copies:
                 self._copies[old] = self.graph.node_copy(old, self._copies.__getitem__)
         return self._copies[node]
@@ -99,88 +116,70 @@ class Emitter:
             return self._sizes[expr]
         if expr.is_Symbol:
             return self.size_node(expr)
-        args = [self.size(arg) for arg in expr.args]
-        kinds: tuple[tuple[type, Callable[..., Any]], ...] = (
-            (sympy.Add, operator.add),
-            (sympy.Mul, operator.mul),
-            (FloorDiv, operator.floordiv),
-            (FloorMod, operator.mod),
-            (sympy.Max, torch.sym_max),
-            (sympy.Min, torch.sym_min),
-        )
-        for kind, function in kinds:
-            if isinstance(expr, kind):
-                joined = args[0]
-                for arg in args[1:]:
-                    joined = self.graph.call_function(function, (joined, arg))
-                assert isinstance(joined, Node)
-                self._sizes[expr] = joined
-                return joined
-        raise Unliftable(f"the size {expr}")
+        name = NAMES.get(type(expr))
+        if name not in _OPERATORS:
+            raise Unliftable(f"the size {expr}")
+        _, plain = _OPERATORS[name]
+        node, *rest = (self.size(arg) for arg in expr.args)
+        for arg in rest:
+            node = self.graph.call_function(plain, (node, arg))
+        assert isinstance(node, Node)
+        self._sizes[expr] = node
+        return node
 
-    def table(
-        self, element: sympy.Basic, coordinates: tuple[sympy.Symbol, ...]
-    ) -> tuple[Node, torch.dtype]:
-        """A tensor over ``coordinates`` with the given element, contiguous and its own memory."""
-        writer = _Writer(self, element, coordinates)
+    def table(self, element: sympy.Basic) -> tuple[Node, torch.dtype]:
+        """A tensor over its coordinates with the given element, contiguous and its own memory."""
+        writer = _Writer(self, element)
         node: Node = fold(element, writer)
-        dtype = writer.dtype_of(node)
+        dtype = writer.dtypes[node]
         if dtype not in _TABLE_DTYPES:
             dtype = torch.int32 if dtype.itemsize < 4 and dtype != torch.uint16 else torch.int64
             node = self.graph.call_function(aten._to_copy.default, (node,), {"dtype": dtype})
         options: dict[str, Any] = {"memory_format": torch.contiguous_format}
         return self.graph.call_function(aten.clone.default, (node,), options), dtype
 
-    def mask(
-        self, element: sympy.Basic, coordinates: tuple[sympy.Symbol, ...]
-    ) -> tuple[Node, tuple[str, ...]]:
+    def mask(self, element: sympy.Basic) -> tuple[Node, tuple[str, ...]]:
         """A bool tensor with the given element, and what its axes are.
 
         An input itself, not a view of it: where that is stable, it need not be read again.
         """
+        coordinates = coordinates_of(element)
         lookup = element.args[0] if isinstance(element, sympy.Ne) else None
         if lookup is not None and self._is_input(lookup, coordinates):
-            node = self.copy(self.data[int(lookup.func.__name__[1:])])
+            node = self.copy(self.lifter.node_of(lookup))
             names = tuple("" if arg == 0 else arg.name for arg in lookup.args)
             return node, names
-        node = fold(element, _Writer(self, element, coordinates))
+        node = fold(element, _Writer(self, element))
         return node, tuple(coordinate.name for coordinate in coordinates)
 
     def _is_input(self, lookup: sympy.Basic, coordinates: tuple[sympy.Symbol, ...]) -> bool:
         """Whether a lookup reads a bool input at these coordinates, each once."""
-        if not isinstance(lookup, sympy.core.function.AppliedUndef):
+        if not is_table(lookup):
             return False
-        source = self.data[int(lookup.func.__name__[1:])]
+        source = self.lifter.node_of(lookup)
         value = source.meta["val"]
         plain = source.op == "placeholder" and value.dtype == torch.bool
-        named = [arg for arg in lookup.args if arg != 0]
-        once = len(named) == len(coordinates) and set(named) == set(coordinates)
-        return plain and value.device == self.device and once
+        return plain and value.device == self.device and is_whole(lookup, coordinates)
 
 
 class _Writer:
     """The algebra whose values are nodes (or numbers) that broadcast over the coordinates."""
 
-    def __init__(
-        self, emitter: Emitter, element: sympy.Basic, coordinates: tuple[sympy.Symbol, ...]
-    ) -> None:
-        self.emitter, self.coordinates = emitter, coordinates
+    def __init__(self, emitter: Emitter, element: sympy.Basic) -> None:
+        self.emitter, self.coordinates = emitter, coordinates_of(element)
         #: A table that is one lookup, as in t(b, kv), is the tensor itself whatever the lengths.
         lookup = element.args[0] if isinstance(element, sympy.Ne) else element
-        self.whole = lookup if isinstance(lookup, sympy.core.function.AppliedUndef) else None
-        self._dtypes: dict[Node, torch.dtype] = {}
-
-    def dtype_of(self, node: Node) -> torch.dtype:
-        return self._dtypes[node]
+        self.whole = lookup if is_table(lookup) else None
+        self.dtypes: dict[Node, torch.dtype] = {}
 
     def _call(self, result: torch.dtype, op: Any, *args: Any, **kwargs: Any) -> Node:
         """A node whose tensor has the dtype ``result``."""
         node = self.emitter.graph.call_function(op, args, kwargs)
-        self._dtypes[node] = result
+        self.dtypes[node] = result
         return node
 
     def _is_tensor(self, value: Any) -> bool:
-        return isinstance(value, Node) and value in self._dtypes
+        return isinstance(value, Node) and value in self.dtypes
 
     # Leaves -------------------------------------------------------------------------------------
 
@@ -211,10 +210,10 @@ class _Writer:
         return node
 
     def table(self, index: int, args: Sequence[Any], exprs: Sequence[sympy.Expr]) -> Any:
-        source = self.emitter.data[index]
+        source = self.emitter.lifter.data[index]
         value = source.meta["val"]
         node = self.emitter.copy(source)
-        self._dtypes[node] = value.dtype
+        self.dtypes[node] = value.dtype
         if value.device != self.emitter.device:
             options = {"device": self.emitter.device}
             node = self._call(value.dtype, aten._to_copy.default, node, **options)
@@ -246,18 +245,37 @@ class _Writer:
 
     def _index(self, arg: Any, size: sympy.Expr) -> Node:
         if not self._is_tensor(arg):
-            options = {"dtype": torch.int64, "device": self.emitter.device}
-            return self._call(torch.int64, aten.full.default, [], arg, **options)
+            return self._tensor(arg)
         # As when a predicate is evaluated: reads past the end are of entries that do not matter.
         last = self.emitter.size(size - 1)
-        return self._call(self.dtype_of(arg), aten.clamp.default, arg, 0, last)
+        return self._call(self.dtypes[arg], aten.clamp.default, arg, 0, last)
 
     # Arithmetic ---------------------------------------------------------------------------------
+
+    def operation(self, name: str, args: Sequence[Any], expr: sympy.Basic) -> Any:
+        if name in _COMPARE:
+            return self._compare(name, *args)
+        if name == "not":
+            return self._call(torch.bool, aten.bitwise_not.default, *args)
+        if name == "abs":
+            return self._call(self.dtypes[args[0]], aten.abs.default, *args)
+        if name == "where":
+            condition, (yes, no) = args[0], map(self._tensor, args[1:])
+            return self._call(self._joined(yes, no), aten.where.self, condition, yes, no)
+        if name == "bit":
+            shifted = self._binary(aten.bitwise_right_shift, operator.rshift, *args)
+            return self._binary(aten.bitwise_and, operator.and_, shifted, 1)
+        if name in ("min", "max"):  # These take no numbers.
+            args = [self._tensor(arg) for arg in args]
+        if name in JOINS:
+            # Tensors first: operators take a number on the right.
+            args = sorted(args, key=lambda arg: not self._is_tensor(arg))
+        return joined(functools.partial(self._binary, *_OPERATORS[name]), name, args)
 
     def _binary(self, op: Any, plain: Callable[..., Any], a: Any, b: Any) -> Any:
         """An operator on two values; at least one is a tensor unless both are sizes."""
         if self._is_tensor(a) or self._is_tensor(b):
-            a = a if self._is_tensor(a) else self._tensor(a)
+            a = self._tensor(a)
             return self._call(self._joined(a, b), self._overload(op, b), a, b)
         if isinstance(a, Node) or isinstance(b, Node):
             return self.emitter.graph.call_function(plain, (a, b))
@@ -269,64 +287,21 @@ class _Writer:
         return op.Tensor if "Tensor" in op.overloads() else op.default
 
     def _joined(self, a: Any, b: Any) -> torch.dtype:
-        dtypes = [self._dtypes[x] for x in (a, b) if self._is_tensor(x)]
+        dtypes = [self.dtypes[x] for x in (a, b) if self._is_tensor(x)]
         return functools.reduce(torch.promote_types, dtypes)
 
     def _tensor(self, value: Any) -> Node:
+        """A value as a tensor."""
+        if isinstance(value, Node) and value in self.dtypes:
+            return value
         options = {"dtype": torch.int64, "device": self.emitter.device}
         return self._call(torch.int64, aten.full.default, [], value, **options)
 
-    def _reduce(self, op: Any, plain: Callable[..., Any], args: Sequence[Any]) -> Any:
-        # Tensors first: operators take a number on the right.
-        ordered = sorted(args, key=lambda arg: not self._is_tensor(arg))
-        return functools.reduce(lambda a, b: self._binary(op, plain, a, b), ordered)
-
-    def add(self, args: Sequence[Any]) -> Any:
-        return self._reduce(aten.add, operator.add, args)
-
-    def mul(self, args: Sequence[Any]) -> Any:
-        return self._reduce(aten.mul, operator.mul, args)
-
-    def floordiv(self, a: Any, b: Any, expr: sympy.Expr) -> Any:
-        return self._binary(aten.floor_divide, operator.floordiv, a, b)
-
-    def mod(self, a: Any, b: Any, expr: sympy.Expr) -> Any:
-        return self._binary(aten.remainder, operator.mod, a, b)
-
-    def bit(self, word: Any, index: Any) -> Any:
-        shifted = self._binary(aten.bitwise_right_shift, operator.rshift, word, index)
-        return self._binary(aten.bitwise_and, operator.and_, shifted, 1)
-
-    def absolute(self, a: Any) -> Any:
-        return self._call(self.dtype_of(a), aten.abs.default, a)
-
-    def minimum(self, args: Sequence[Any]) -> Any:
-        tensors = [a if self._is_tensor(a) else self._tensor(a) for a in args]
-        return self._reduce(aten.minimum, min, tensors)
-
-    def maximum(self, args: Sequence[Any]) -> Any:
-        tensors = [a if self._is_tensor(a) else self._tensor(a) for a in args]
-        return self._reduce(aten.maximum, max, tensors)
-
-    def select(self, condition: Any, yes: Any, no: Any) -> Any:
-        yes, no = (a if self._is_tensor(a) else self._tensor(a) for a in (yes, no))
-        return self._call(self._joined(yes, no), aten.where.self, condition, yes, no)
-
-    # Logic --------------------------------------------------------------------------------------
-
-    def compare(self, op: str, a: Any, b: Any) -> Any:
-        function, mirrored = _COMPARE[op]
+    def _compare(self, name: str, a: Any, b: Any) -> Node:
+        function, mirrored = _COMPARE[name]
         if not self._is_tensor(a):
-            return self.compare(mirrored, b, a)
-        if self.dtype_of(a) == torch.bool and isinstance(b, int) and b == 0 and op in ("==", "!="):
-            return a if op == "!=" else self.negation(a)
+            return self._compare(mirrored, b, a)
+        whether = isinstance(b, int) and b == 0 and name in ("==", "!=")
+        if whether and self.dtypes[a] == torch.bool:
+            return a if name == "!=" else self._call(torch.bool, aten.bitwise_not.default, a)
         return self._call(torch.bool, self._overload(function, b), a, b)
-
-    def conjunction(self, args: Sequence[Any]) -> Any:
-        return self._reduce(aten.bitwise_and, operator.and_, args)
-
-    def disjunction(self, args: Sequence[Any]) -> Any:
-        return self._reduce(aten.bitwise_or, operator.or_, args)
-
-    def negation(self, a: Any) -> Any:
-        return self._call(torch.bool, aten.bitwise_not.default, a)

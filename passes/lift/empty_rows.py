@@ -13,9 +13,11 @@ import sympy
 import torch
 
 from sparse_compile.expr import KV, Q
-from sparse_compile.passes.lift.bounds import Ranges
-from sparse_compile.passes.lift.operands import Keep, Refused
+from sparse_compile.passes.lift.masks import SiteMasks
+from sparse_compile.passes.lift.operands import Keep
 from sparse_compile.passes.lift.simplify import Simplifier
+from sparse_compile.passes.lift.value import Refused
+from sparse_compile.sites.site import AttentionSite
 from sparse_compile.spec import EmptyRows
 
 #: With ``finite_fill="minus_inf"``, fills up to this one count as minus infinity.
@@ -54,38 +56,50 @@ def fill_kind(fill: float, dtype: torch.dtype) -> str:
 
 
 def empty_row_policy(
-    kind: str,
-    causal: bool,
+    masks: SiteMasks,
     keeps: Sequence[Keep],
-    dtype: torch.dtype,
-    can_be_empty: bool,
+    predicate: sympy.Basic,
+    simplify: Simplifier,
     finite_fill: str,
 ) -> EmptyRows:
     """What the program yields on fully masked rows.
 
     Args:
-        kind: ``"sdpa"`` or ``"eager"``.
-        causal: SDPA's ``is_causal``, which masks with -inf.
-        keeps: the mask operands.
-        dtype: of the scores when they are masked.
-        can_be_empty: whether a row may be fully masked.
+        masks: of an attention.
+        keeps: what the mask operands do.
+        predicate: what they say together.
+        simplify: in the ranges of the coordinates.
         finite_fill: the option of that name.
 
     Raises:
         Refused: when masked keys would still have weight, or no policy describes the program.
     """
-    fills = {fill: fill_kind(fill, dtype) for keep in keeps for fill in keep.fills}
-    assumed = _check_finite(fills, finite_fill)
-    if not can_be_empty or assumed:
+    site = masks.site
+    if site.kind == "call":
         return EmptyRows.ZERO
-    kinds = set(fills.values()) | ({"inf"} if causal else set())
+    fills = {fill: fill_kind(fill, masks.dtype) for keep in keeps for fill in keep.fills}
+    assumed = _check_finite(fills, finite_fill)
+    # With a sink, a row without keys gives all its weight to that, and yields 0.
+    if assumed or site.sinks is not None or never_empty(predicate, masks.lengths, simplify):
+        return EmptyRows.ZERO
+    policy = _of_empty_rows(site, keeps, fills)
+    if policy is EmptyRows.MEAN_ADDED and site.score is not None:
+        return _beside_a_program(masks.need_gradients, finite_fill)
+    return policy
+
+
+def _of_empty_rows(
+    site: AttentionSite, keeps: Sequence[Keep], fills: Mapping[float, str]
+) -> EmptyRows:
+    # SDPA's is_causal masks with -inf.
+    kinds = set(fills.values()) | ({"inf"} if site.causal else set())
     if "half" in kinds:
         raise Refused(
             "it masks float16 scores with finfo.min, which leaves fully masked rows a softmax over "
             "their scores, and rows may be fully masked",
             'mask with float("-inf"), use bfloat16, or set options={"finite_fill": "minus_inf"}',
         )
-    if kinds == {"inf"} and kind == "sdpa":
+    if kinds == {"inf"} and site.kind == "sdpa":
         return EmptyRows.ZERO
     if kinds == {"inf"} and len({keep.adds for keep in keeps}) == 1:
         return EmptyRows.NAN_ADDED if keeps[0].adds else EmptyRows.NAN
@@ -100,22 +114,12 @@ def empty_row_policy(
     )
 
 
-def beside_a_program(policy: EmptyRows, need_gradients: bool, finite_fill: str) -> EmptyRows:
-    """The policy where scores are not linear in q·k.
+def _beside_a_program(need_gradients: bool, finite_fill: str) -> EmptyRows:
+    """What yields the mean of V where scores that are not linear in q·k get a fill added.
 
-    On a fully masked row that yields the mean of V although its scores are still there, autograd
-    sends gradients through them: O(n) of work for linear scores only.
-
-    Args:
-        policy: for linear scores.
-        need_gradients: whether there are gradients of the scores.
-        finite_fill: the option of that name; with ``"minus_inf"`` masked scores get no gradient.
-
-    Raises:
-        Refused: gradients are needed that cannot be had.
+    On such a row the scores are still there, and autograd sends gradients through them: O(n) of
+    work for linear scores only. With ``"minus_inf"`` masked scores get no gradient.
     """
-    if policy is not EmptyRows.MEAN_ADDED:
-        return policy
     if need_gradients and finite_fill != "minus_inf":
         raise Refused(
             "rows may be fully masked, a finite mask is added to their scores, and these are not "
@@ -136,8 +140,3 @@ def _check_finite(fills: Mapping[float, str], finite_fill: str) -> bool:
         return True
     hint = _FINITE_HINT if max(biases) <= _LARGEST_ASSUMED else "mask with float('-inf')"
     raise Refused(f"it masks with the finite score {max(biases):g}, which is a bias", hint)
-
-
-def coordinate_ranges(lengths: Mapping[sympy.Symbol, sympy.Expr]) -> Ranges:
-    """Ranges of the coordinates of an attention."""
-    return Ranges({symbol: length - 1 for symbol, length in lengths.items()})

@@ -26,12 +26,6 @@ from sparse_compile.passes.lift.filled import number_in
 
 aten = torch.ops.aten
 _NAMED = "sparse_compile_named"
-#: Bool tensors that may say which elements are named.
-_ASKS = (
-    *(aten.any.dim, aten.any.dims, aten.all.dim, aten.all.dims, aten._to_copy.default),
-    *(aten.gt.Scalar, aten.ge.Scalar, aten.ne.Scalar, aten.eq.Scalar, aten.lt.Scalar),
-    *(aten.le.Scalar, aten.logical_not.default),
-)
 
 
 def expose(traced: GraphModule, best: Mapping[Node, int]) -> None:
@@ -47,10 +41,8 @@ def expose(traced: GraphModule, best: Mapping[Node, int]) -> None:
             _scattered(node, best)
         elif node.target is aten.index_put.default:
             _put(node, best)
-        elif node.target in _ASKS:
-            found = names_of(node)
-            if found is not None:
-                _replace(node, found)
+        elif (found := names_of(node)) is not None:
+            _replace(node, found)
     traced.graph.eliminate_dead_code()
     traced.recompile()
 

@@ -19,17 +19,14 @@ from sparse_compile.expr import KV, B, H, MaskExpr, Q
 from sparse_compile.ops.kept import KEPT_SELECTION
 from sparse_compile.passes.lift.emit import Emitter
 from sparse_compile.passes.lift.lift import Lifter
-from sparse_compile.passes.lift.rankings import Bound
-from sparse_compile.passes.lift.rows import (
-    Lengths,
-    NotSelected,
-    Rows,
-    arranged,
-    rows_of,
-)
-from sparse_compile.passes.lift.selected import BoolRead, bool_read, made_of, node_of
+from sparse_compile.passes.lift.masks import Lengths
+from sparse_compile.passes.lift.rankings import Bound, bound_of, is_topk_values, ranking_of
+from sparse_compile.passes.lift.rows import Listed, NotSelected, Rows, arranged, rows_of
+from sparse_compile.passes.lift.selected import BoolRead, bool_read
 from sparse_compile.passes.lift.sizes import size_expr
+from sparse_compile.passes.lift.slice import made_of
 from sparse_compile.passes.lift.value import DIMS, is_data
+from sparse_compile.sites.site import Reached
 
 aten = torch.ops.aten
 #: Comparisons, and what they are called with the sides exchanged.
@@ -44,43 +41,24 @@ _FEW = 128
 
 
 @dataclass(frozen=True)
-class RowReached:
-    """Row by row, the ranked scores that others reach; as :class:`Reached`, in the traced graph."""
-
-    values: Node
-    comparison: str
-    least: bool
-
-
-@dataclass(frozen=True)
-class Kept:
-    """The keys whose scores reach a threshold, in the coordinates of an attention.
+class Kept(Listed):
+    """The keys whose scores reach a threshold: a bool node says which.
 
     Attributes:
-        node: the bool node of the traced graph that says which.
         negated: whether it says which are left out.
-        rows: how it lies.
         most: how many units a list has, but for equal scores.
         fixed: whether every list has room for all units; else the device is asked for the longest.
         reached: for scores [B, Nq, Nkv], what they reach, if that is known.
     """
 
-    node: Node
     negated: bool
-    rows: Rows
     most: sympy.Expr
     fixed: bool
-    reached: RowReached | None = None
-
-    @property
-    def lists(self) -> sympy.Expr:
-        """How many heads have a list of their own."""
-        axis = self.rows.axes[1]
-        return sympy.S.One if axis is None else size_expr(self.node.meta["val"].shape[axis])
+    reached: Reached | None = None
 
 
 def split_kept(
-    predicate: sympy.Basic, lifter: Lifter, lengths: Lengths, bounds: Mapping[Node, Bound]
+    predicate: sympy.Basic, lifter: Lifter, lengths: Lengths
 ) -> tuple[sympy.Basic, Kept | None]:
     """The predicate without the keys whose scores reach a threshold, and these.
 
@@ -88,12 +66,13 @@ def split_kept(
         predicate: a mask.
         lifter: what it reads.
         lengths: of the coordinates.
-        bounds: the inputs of the traced graph that are results of rankings.
 
     Raises:
         NotSelected: a threshold takes part, but lists would not say it well.
     """
-    read_nodes = {node_of(lookup, lifter) for lookup in predicate.atoms(AppliedUndef)}
+    leaves = lifter.leaves.items()
+    bounds = {node: bound_of(ranked) for node, leaf in leaves if (ranked := ranking_of(leaf))}
+    read_nodes = {lifter.node_of(lookup) for lookup in predicate.atoms(AppliedUndef)}
     if not any(_threshold(node, bounds) for read in read_nodes for node in made_of(read)):
         return predicate, None
     for part in sympy.And.make_args(predicate):
@@ -144,7 +123,7 @@ def _threshold(node: Node, bounds: Mapping[Node, Bound]) -> _Threshold | None:
     )
 
 
-def _reached(threshold: _Threshold, negated: bool, lifter: Lifter) -> RowReached | None:
+def _reached(threshold: _Threshold, negated: bool, lifter: Lifter) -> Reached | None:
     """What bounds [..., 1] are of values [..., k], if the last or the least of each row."""
     bounds = lifter.tensor(threshold.side)
     *rows, one = bounds.shape
@@ -153,7 +132,7 @@ def _reached(threshold: _Threshold, negated: bool, lifter: Lifter) -> RowReached
     ((_, read),) = bounds.cases
     if not isinstance(read, sympy.Basic) or not is_data(read):
         return None
-    node = node_of(read, lifter)
+    node = lifter.node_of(read)
     values = _least_of(node) or node
     if values not in threshold.sources or values.meta["val"].dim() != len(bounds.shape):
         return None
@@ -162,7 +141,10 @@ def _reached(threshold: _Threshold, negated: bool, lifter: Lifter) -> RowReached
     wanted = [last] if values is node else [(), (sympy.S.Zero,)]
     if list(read.args[: len(rows)]) != row or read.args[len(rows) :] not in wanted:
         return None
-    return RowReached(values, f"{'not ' * negated}{threshold.name}", values is not node)
+    leaf = lifter.leaves[values]
+    if not is_topk_values(leaf):
+        return None
+    return Reached(leaf, f"{'not ' * negated}{threshold.name}", values is not node)
 
 
 def _is_plain(kept: Kept, lengths: Lengths) -> bool:
@@ -197,13 +179,12 @@ def _kept(read: BoolRead, most: sympy.Expr | None, lengths: Lengths) -> Kept:
             "it keeps every key whose score reaches a threshold, and nothing says how many these "
             "are; take the threshold from topk(k).values"
         )
-    return Kept(node, read.negated, rows, most, bool(units.is_Integer and units <= _FEW))
+    return Kept(node, rows, read.negated, most, bool(units.is_Integer and units <= _FEW))
 
 
 def emit_kept(
     kept: Kept,
     emitter: Emitter,
-    lengths: Lengths,
     mask: MaskExpr,
     tables: Sequence[Node],
     sizes: Sequence[Node],
@@ -213,15 +194,14 @@ def emit_kept(
     Args:
         kept: the threshold.
         emitter: of the program.
-        lengths: of the coordinates.
         mask: what else the attention's mask says; what it hides is not listed.
         tables, sizes: what that reads, as nodes of the program.
     """
     graph, rows, node = emitter.graph, kept.rows, emitter.copy(kept.node)
     if kept.negated:
         node = graph.call_function(aten.bitwise_not.default, (node,))
-    node = arranged(node, kept.node.meta["val"].dim(), rows, emitter, lengths[B])
-    given = [emitter.size(lengths[coordinate]) for coordinate in (H, Q, KV)]
+    node = arranged(node, kept.node.meta["val"].dim(), rows, emitter)
+    given = [emitter.size(emitter.lengths[coordinate]) for coordinate in (H, Q, KV)]
     units = [rows.unit_q, rows.unit_kv]
     args = node, kept.fixed, list(tables), list(sizes), given, units, mask.text
     lists = graph.call_function(KEPT_SELECTION, args)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import sympy
@@ -10,12 +12,14 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from sparse_compile.expr import table_index
 from sparse_compile.passes.lift.bounds import Ranges
 from sparse_compile.passes.lift.builders import BUILDERS
 from sparse_compile.passes.lift.constants import recognise
 from sparse_compile.passes.lift.scalars import RULES, cast, elementwise
 from sparse_compile.passes.lift.simplify import Simplifier
 from sparse_compile.passes.lift.sizes import size_expr
+from sparse_compile.passes.lift.slice import call_name, made_of
 from sparse_compile.passes.lift.value import (
     DIMS,
     Lifted,
@@ -43,33 +47,38 @@ class Lifter:
     data reads beside it (the shifted windows under a learned bias) is never lifted.
     """
 
-    def __init__(self, gm: GraphModule) -> None:
+    def __init__(self, gm: GraphModule, leaves: Sequence[Node]) -> None:
+        """Lift ``gm``; its placeholders stand for ``leaves`` of the captured graph."""
         self.gm = gm
+        self.leaves = dict(zip(gm.graph.find_nodes(op="placeholder"), leaves, strict=True))
         self.data: dict[int, Node] = {}
         self._opaque = opaque_nodes(gm)
         self._values: dict[Node, Any] = {}
         self._numbers: dict[Node, Any] = {}
         self._simplifiers: dict[Shape, Simplifier] = {}
 
+    @property
+    def outputs(self) -> Sequence[Node]:
+        """What the graph returns."""
+        (output,) = self.gm.graph.find_nodes(op="output")
+        nodes: Sequence[Node] = output.args[0]
+        return nodes
+
+    def node_of(self, lookup: sympy.Basic) -> Node:
+        """The node that a lookup reads."""
+        return self.data[table_index(lookup)]
+
     def tensor(self, node: Node) -> Lifted:
         """The lifted value of a tensor node."""
         if node not in self._values:
             self._lift_for(node)
-        value = self._values[node]
-        if isinstance(value, Unliftable):
-            raise value
+        value = self._argument(node)
         assert isinstance(value, Lifted)
         return value
 
     def _lift_for(self, node: Node) -> None:
         """Lift a node after what it reads, in the order of the graph."""
-        needed, stack = {node}, [node]
-        while stack:
-            reader = stack.pop()
-            sources = () if reader in self._opaque else reader.all_input_nodes
-            new = [n for n in sources if n not in needed and n not in self._values]
-            needed.update(new)
-            stack += new
+        needed = made_of(node, self._values, self._opaque)
         for found in self.gm.graph.nodes:
             if found in needed:
                 self._values[found] = self._lift(found)
@@ -82,30 +91,32 @@ class Lifter:
         return self._simplifiers[shape]
 
     def _lift(self, node: Node) -> Any:
+        """The value of a node; why not, if it has none."""
         value = node.meta.get("val")
         if isinstance(value, (list, tuple)):
             return None
-        if not isinstance(value, torch.Tensor):
-            return _try_size(value)
         try:
+            if not isinstance(value, torch.Tensor):
+                return _size(value)
             shape = tuple(size_expr(size) for size in value.shape)
+            if len(shape) > len(DIMS):
+                raise Unliftable("it has too many dimensions")
+            return self._lift_tensor(node, shape, value.dtype)
         except Unliftable as error:
             return error
-        if len(shape) > len(DIMS):
-            return Unliftable("it has too many dimensions")
-        return self._lift_tensor(node, shape, value.dtype)
 
     def _lift_tensor(self, node: Node, shape: Shape, dtype: torch.dtype) -> Any:
         if node.op == "placeholder" or node in self._opaque:
             return self._lookup(node, shape, dtype)
-        name = op_name(node)
+        name = call_name(node)
         if name.startswith("empty") or name == "new_empty":
             # Meaningless until written over; whoever reads it fails.
-            return Unliftable("it reads uninitialised memory")
-        try:
+            raise Unliftable("it reads uninitialised memory")
+        with contextlib.suppress(Unliftable):
             return self._checked(self._symbolic(node, name, shape, dtype))
-        except Unliftable as error:
-            return self._fallback(node, shape, dtype, str(error))
+        with contextlib.suppress(Unliftable):
+            return self._constant(node, shape, dtype)
+        return self._lookup(node, shape, dtype)
 
     def _checked(self, lifted: Lifted) -> Lifted:
         lifted = cleaned(lifted, self.simplifier(lifted.shape))
@@ -115,8 +126,6 @@ class Lifter:
         return lifted
 
     def _symbolic(self, node: Node, name: str, shape: Shape, dtype: torch.dtype) -> Lifted:
-        if node.op == "get_attr":
-            return self._constant(node, shape, dtype, "it is a literal")
         if node.target is operator.getitem:
             return self._part(node, shape, dtype)
         op = node.target
@@ -151,21 +160,18 @@ class Lifter:
         return tuple(given)
 
     def _argument(self, arg: Any) -> Any:
-        def read(node: Node) -> Any:
-            value = self._values[node]
-            if isinstance(value, Unliftable):
-                raise value
-            return value
-
         if isinstance(arg, (list, tuple)):
             return [self._argument(item) for item in arg]
-        return read(arg) if isinstance(arg, Node) else arg
+        value = self._values[arg] if isinstance(arg, Node) else arg
+        if isinstance(value, Unliftable):
+            raise value
+        return value
 
     def _part(self, node: Node, shape: Shape, dtype: torch.dtype) -> Lifted:
         """One result of split, chunk or unbind."""
         source, number = node.args
         assert isinstance(source, Node)
-        name = op_name(source)
+        name = call_name(source)
         tensor = self._argument(source.args[0])
         indices: list[sympy.Expr] = list(DIMS[: len(shape)])
         if name == "unbind":
@@ -182,22 +188,14 @@ class Lifter:
 
     # Nodes without a symbolic meaning ------------------------------------------------------------
 
-    def _fallback(self, node: Node, shape: Shape, dtype: torch.dtype, why: str) -> Lifted:
-        try:
-            return self._constant(node, shape, dtype, why)
-        except Unliftable:
-            return self._lookup(node, shape, dtype)
-
-    def _constant(self, node: Node, shape: Shape, dtype: torch.dtype, why: str) -> Lifted:
+    def _constant(self, node: Node, shape: Shape, dtype: torch.dtype) -> Lifted:
         """A node that reads no run-time data, computed and recognised."""
-        if not all(size.is_Integer for size in shape):
-            raise Unliftable(why)
-        element = recognise(self._compute(node, why))
+        element = recognise(self._compute(node)) if all(n.is_Integer for n in shape) else None
         if element is None:
-            raise Unliftable(why)
+            raise Unliftable("it has no pattern")
         return self._checked(Lifted(shape, dtype, element))
 
-    def _compute(self, node: Node, why: str) -> Any:
+    def _compute(self, node: Node) -> Any:
         if node in self._numbers:
             return self._numbers[node]
         value = node.meta.get("val")
@@ -206,11 +204,11 @@ class Lifter:
             or value.numel() > _MOST_CONSTANT_ELEMENTS
         )
         if node.op == "placeholder" or too_large or isinstance(value, torch.SymInt):
-            raise Unliftable(why)
+            raise Unliftable("it is only known at run time, or large")
         if node.op == "get_attr":
             result = getattr(self.gm, str(node.target))
         else:
-            args, kwargs = map_arg((node.args, node.kwargs), lambda arg: self._compute(arg, why))
+            args, kwargs = map_arg((node.args, node.kwargs), self._compute)
             assert callable(node.target)
             result = node.target(*args, **kwargs)
         self._numbers[node] = result
@@ -233,20 +231,10 @@ def _int_argument(node: Node, position: int) -> int:
     return value
 
 
-def _try_size(value: Any) -> Any:
-    if isinstance(value, (int, torch.SymInt)):
-        try:
-            return size_expr(value)
-        except Unliftable as error:
-            return error
-    return Unliftable(f"a value of type {type(value).__name__} takes part")
-
-
-def op_name(node: Node) -> str:
-    """The operator of a node, without its namespace and overload."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return str(node.target._schema.name.split("::")[1])
-    return str(getattr(node.target, "__name__", node.target))
+def _size(value: Any) -> sympy.Expr:
+    if not isinstance(value, (int, torch.SymInt)):
+        raise Unliftable(f"a value of type {type(value).__name__} takes part")
+    return size_expr(value)
 
 
 def opaque_nodes(gm: GraphModule) -> frozenset[Node]:
@@ -270,7 +258,7 @@ def opaque_nodes(gm: GraphModule) -> frozenset[Node]:
 
 def _moves(node: Node) -> bool:
     """Whether a node only moves the elements of its first argument."""
-    name = op_name(node)
+    name = call_name(node)
     if name in _CASTS:
         source = node.args[0]
         return isinstance(source, Node) and source.meta["val"].dtype == node.meta["val"].dtype
@@ -279,7 +267,7 @@ def _moves(node: Node) -> bool:
 
 def _computes_with(node: Node, data: set[Node]) -> bool:
     """Whether a node applies an elementwise operator, or a conversion, to some of ``data``."""
-    name = op_name(node)
+    name = call_name(node)
     if not isinstance(node.target, torch._ops.OpOverload) or name in _HANDLERS:
         return False
     if name not in _CASTS and not _is_elementwise(node.target, name):

@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from sparse_compile.passes.lift.slice import CannotSlice, Slice
+from sparse_compile.passes.lift.slice import Slice
+from sparse_compile.passes.lift.value import Refused
+from sparse_compile.passes.mutation import IN_PLACE
 
 _VMAP = "_vmap_increment_nesting"
 
@@ -20,13 +22,10 @@ _CHANGES_SHAPE = frozenset(
     "unsqueeze_ squeeze_ transpose_ t_ swapaxes_ swapdims_ resize_ resize_as_ set_ as_strided_ "
     "detach_ requires_grad_ rename_ share_memory_".split()
 )
-_OPERATORS = (
-    "iadd iand ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor".split()
-)
 #: ``operator.ior`` and ``__ior__`` as ``operator.or_``, and so on.
 _PLAIN = {
     name: getattr(operator, name[1:] + "_" if name in ("iand", "ior") else name[1:])
-    for name in _OPERATORS
+    for name in IN_PLACE
 }
 
 
@@ -71,13 +70,13 @@ def normalise(part: Slice) -> GraphModule:
     """The slice as a functional ATen graph; node ``meta["val"]`` holds fake tensors and SymInts.
 
     Raises:
-        CannotSlice: when tracing fails, with the error.
+        Refused: when tracing fails, with the error.
     """
     gm = part.graph_module()
     fakes = [leaf.meta["example_value"] for leaf in part.leaves]
 
     try:
-        with fake_mode_of(part), torch.no_grad(), functorch_levels_restored():
+        with _fake_mode_of(part), torch.no_grad(), functorch_levels_restored():
             if any(getattr(node.target, "__name__", "") == _VMAP for node in part.nodes):
                 # The recorded vmap levels count from one: resolve them before functionalize,
                 # which takes a level itself.
@@ -85,7 +84,7 @@ def normalise(part: Slice) -> GraphModule:
             traced = make_fx(torch.func.functionalize(_Replay(gm).run))(*fakes)
     except Exception as error:  # Tracing runs the user's operators: anything can be raised.
         message = str(error).strip().splitlines() or [""]
-        raise CannotSlice(
+        raise Refused(
             f"the mask's computation cannot be traced ({type(error).__name__}: {message[0]})"
         ) from error
     traced.graph.eliminate_dead_code()
@@ -103,15 +102,10 @@ def functorch_levels_restored() -> Iterator[None]:
             torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
 
 
-def fake_mode_of(part: Slice) -> Any:
+def _fake_mode_of(part: Slice) -> Any:
     """The fake tensor mode that the slice's example values live in."""
     for node in (*part.leaves, *part.nodes, *part.outputs):
-        mode = _mode(node)
+        mode = getattr(node.meta.get("example_value"), "fake_mode", None)
         if mode is not None:
             return mode
-    raise CannotSlice("the mask's computation has no tensor in it")
-
-
-def _mode(node: Node) -> Any:
-    value = node.meta.get("example_value")
-    return getattr(value, "fake_mode", None)
+    raise Refused("the mask's computation has no tensor in it")

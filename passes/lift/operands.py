@@ -8,19 +8,9 @@ from dataclasses import dataclass
 import sympy
 import torch
 
-from sparse_compile.expr import KV, B, H, Q
-from sparse_compile.passes.lift.value import DIMS, Lifted, reads_data
+from sparse_compile.passes.lift.masks import COORDINATES
+from sparse_compile.passes.lift.value import DIMS, Lifted, Refused, reads_data
 from sparse_compile.sites.site import MaskOperand
-
-_COORDINATES = {"b": B, "h": H, "q": Q, "kv": KV}
-
-
-class Refused(Exception):
-    """A mask that is understood but must be left alone; carries a reason and a hint."""
-
-    def __init__(self, reason: str, hint: str = "") -> None:
-        super().__init__(reason)
-        self.reason, self.hint = reason, hint
 
 
 @dataclass(frozen=True)
@@ -112,5 +102,5 @@ def at_coordinates(condition: sympy.Basic, tensor: Lifted, axes: Sequence[str]) 
         if any(size != 1 for size in tensor.shape[:extra]):
             raise Refused("the mask has more dimensions than the scores")
     names = [""] * (rank - len(axes)) + list(axes)[max(0, len(axes) - rank) :]
-    values = {DIMS[d]: _COORDINATES.get(name, sympy.S.Zero) for d, name in enumerate(names)}
+    values = {DIMS[d]: COORDINATES.get(name, sympy.S.Zero) for d, name in enumerate(names)}
     return condition.xreplace(values)

@@ -8,13 +8,13 @@ which none writes anything, compute for others than the masks.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Interpreter, Node
+from torch.fx import Graph, Interpreter, Node
 
 from sparse_compile.passes.lift.normalize import functorch_levels_restored
 from sparse_compile.passes.lift.slice import (
@@ -47,14 +47,14 @@ class _Part:
     Attributes:
         scope: where the nodes are.
         run: the nodes to be run, in order.
-        closing: what closes the regions that are still open afterwards.
-        wanted: the nodes whose values the next scope, or the check, is given.
+        graph: copies of these, which return what the next scope, or the check, is given.
+        inputs: the nodes that its placeholders stand for.
     """
 
     scope: Scope
     run: tuple[Node, ...]
-    closing: tuple[Node, ...]
-    wanted: tuple[Wanted, ...]
+    graph: Graph
+    inputs: tuple[Node, ...]
 
 
 @dataclass(frozen=True)
@@ -69,21 +69,22 @@ class Prefix:
     parts: tuple[_Part, ...]
     beside: int
 
-    def run(self, values: Mapping[Node, Any], size: Callable[[Any], int]) -> list[Any]:
+    def run(self, values: Mapping[Node, Any]) -> list[Any]:
         """The masks as they are when they are read.
 
         Args:
             values: of the captured graph's inputs and of the leaves; they are not written to.
-            size: the example value of a size.
         """
-        used = {node for part in self.parts for node in part.run if node.op == "placeholder"}
-        used |= {want.node for part in self.parts for want in part.wanted}
-        used |= {arg for part in self.parts for node in part.run for arg in node.all_input_nodes}
-        given = _clones({node: value for node, value in values.items() if node in used})
+        read = {node for part in self.parts for node in part.inputs}
+        given = _clones({node: value for node, value in values.items() if node in read})
         results: list[Any] = []
         with torch.no_grad(), functorch_levels_restored():
             for part in self.parts:
-                results = _run(part, given, results, size)
+                fed = iter(results)
+                inputs = [given[node] if node in given else next(fed) for node in part.inputs]
+                runner = Interpreter(part.scope.gm, graph=part.graph)
+                runner.extra_traceback = False  # Errors are told to the user.
+                results = runner.run(*inputs)
         return results
 
 
@@ -110,7 +111,7 @@ def prefix_of(
     parts: list[_Part] = []
     beside = 0
     while True:
-        parts.insert(0, _part(scope, wanted, slicer.graph(scope), given))
+        parts.insert(0, _part(scope, wanted, slicer.graph(scope), given, size))
         _check_made_up(parts[0], given, free)
         beside += sum(_cost(node, free, size) for node in parts[0].run)
         if beside > _MOST_BESIDE:
@@ -128,24 +129,62 @@ def prefix_of(
         scope = scope.parent
 
 
-def _part(scope: Scope, wanted: Sequence[Wanted], graph: Order, given: set[Node]) -> _Part:
+def _part(
+    scope: Scope,
+    wanted: Sequence[Wanted],
+    graph: Order,
+    given: set[Node],
+    size: Callable[[Any], int],
+) -> _Part:
     last = max((want.reader for want in wanted), key=graph.position.__getitem__, default=None)
     end = 0 if last is None else graph.position[last]
     around = {*graph.lazy_loads, *(node for pair in graph.brackets for node in pair)}
-    needed, run = {want.node for want in wanted}, list[Node]()
+    needed, run = {want.node for want in wanted}, dict[Node, None]()
     for node in reversed(graph.nodes[:end]):
         done = graph.effects[node]
         if node in given or not (node in needed or node in around or _acts(node, done)):
             continue
         _check(node, done)
-        run.append(node)
+        run[node] = None
         if _number(node) is None:
             needed.update(node.all_input_nodes)
     opened = [pair for pair in graph.brackets if graph.position[pair[0]] < end]
     opened = [pair for pair in opened if graph.position[pair[1]] >= end]
     opened.sort(key=lambda pair: graph.position[pair[0]])
-    closing = tuple(last for _, last in reversed(opened))
-    return _Part(scope, tuple(reversed(run)), closing, tuple(wanted))
+    closing = [last for _, last in reversed(opened)]
+    read = {want.node for want in wanted} | {arg for node in run for arg in node.all_input_nodes}
+    fed = (read & given) | {node for node in run if node.op == "placeholder"}
+    inputs = [node for node in graph.nodes if node in fed]
+    copied = _copied(graph.nodes[:end], run, inputs, closing, wanted, size)
+    return _Part(scope, tuple(reversed(run)), copied, tuple(inputs))
+
+
+def _copied(
+    before: Sequence[Node],
+    run: Collection[Node],
+    inputs: Sequence[Node],
+    closing: Sequence[Node],
+    wanted: Sequence[Wanted],
+    size: Callable[[Any], int],
+) -> Graph:
+    """A graph of the nodes to be run, ``before`` the last reader, that returns what is wanted."""
+    copied = Graph()
+    copies: dict[Node, Any] = {n: copied.placeholder(f"given{i}") for i, n in enumerate(inputs)}
+    kept: dict[Node, Node] = {}
+    for node in before:
+        # Later writes must not reach what an earlier reader reads.
+        for mask in [want.node for want in wanted if want.reader is node]:
+            kept[mask] = copied.call_function(copy.deepcopy, (copies[mask],))
+        if node in run and node not in copies:
+            number = _number(node)
+            if number is None:
+                copies[node] = copied.node_copy(node, copies.__getitem__)
+            else:
+                copies[node] = size(number)
+    for node in closing:
+        copied.node_copy(node, copies.__getitem__)
+    copied.output([kept.get(want.node, copies[want.node]) for want in wanted])
+    return copied
 
 
 def _check_made_up(part: _Part, given: set[Node], free: set[Node]) -> None:
@@ -183,55 +222,17 @@ def _number(node: Node) -> Any:
 
 def _cost(node: Node, free: set[Node], size: Callable[[Any], int]) -> int:
     value = node.meta.get("example_value")
-    if (number := _number(node)) is not None:
-        size(number)  # Raises CannotRun where it is not known.
     if node in free or not isinstance(value, Tensor):
         return 0
-    count = value.dtype.itemsize
-    for length, stride in zip(value.shape, value.stride(), strict=True):
+    return bytes_of(value, size) * (_PRODUCT if call_name(node) in SOURCES else 1)
+
+
+def bytes_of(fake: Tensor, size: Callable[[Any], int]) -> int:
+    """What a tensor takes, without what is repeated; ``size`` is the example value of a size."""
+    count = fake.dtype.itemsize
+    for length, stride in zip(fake.shape, fake.stride(), strict=True):
         count *= 1 if isinstance(stride, int) and stride == 0 else size(length)
-    return count * (_PRODUCT if call_name(node) in SOURCES else 1)
-
-
-def _run(
-    part: _Part, given: Mapping[Node, Any], passed: Sequence[Any], size: Callable[[Any], int]
-) -> list[Any]:
-    runner = Interpreter(part.scope.gm)
-    env: dict[Node, Any] = dict(given)
-    runner.env = env
-    fed, results = iter(passed), dict[Node, Any]()
-    drop = _last_uses(part)
-    readers = {want.reader for want in part.wanted}
-    order = {node: i for i, node in enumerate(part.scope.gm.graph.nodes)}
-    last = max(readers, key=order.__getitem__, default=None)
-    for node in sorted({*part.run, *readers}, key=order.__getitem__):
-        if node in readers and node is not last:  # Later writes must not reach what it reads.
-            early = [want.node for want in part.wanted if want.reader is node]
-            results |= {mask: copy.deepcopy(env[mask]) for mask in early}
-        if node is last or node not in drop:
-            continue
-        if node.op == "placeholder":
-            env[node] = given[node] if node in given else next(fed)
-        else:
-            number = _number(node)
-            env[node] = runner.run_node(node) if number is None else size(number)
-        for done in drop[node]:
-            env.pop(done, None)
-    found = [results.get(want.node, env.get(want.node)) for want in part.wanted]
-    for node in part.closing:
-        runner.run_node(node)
-    return found
-
-
-def _last_uses(part: _Part) -> dict[Node, list[Node]]:
-    """For each node that runs, what nothing reads any more after it."""
-    seen = {want.node for want in part.wanted}
-    seen |= {arg for node in part.closing for arg in node.all_input_nodes}
-    drop: dict[Node, list[Node]] = {}
-    for node in reversed(part.run):
-        drop[node] = [arg for arg in (node, *node.all_input_nodes) if arg not in seen]
-        seen |= {node, *node.all_input_nodes}
-    return drop
+    return count
 
 
 def _clones(values: Mapping[Node, Any]) -> dict[Node, Any]:

@@ -56,25 +56,29 @@ def topk_dim(index: Node) -> int:
     """The dimension along which the indices of a top-k are distinct."""
     topk = topk_of(index)
     assert topk is not None
-    dim = topk.kwargs.get("dim", topk.args[2] if len(topk.args) > 2 else -1)
-    assert isinstance(dim, int)
+    dim: int = arguments_of(topk).get("dim", -1)
     rank: int = index.meta["example_value"].dim()
     return dim % max(1, rank)
 
 
+def arguments_of(ranking: Node) -> dict[str, Any]:
+    """What a top-k or a k-th value is called with; of a sort what is named."""
+    names = {"topk": ("input", "k", "dim", "largest"), "kthvalue": ("input", "k", "dim")}
+    known = names.get(call_name(ranking), ())
+    return {**dict(zip(known, ranking.args, strict=False)), **ranking.kwargs}
+
+
 def bound_of(ranking: Node) -> Bound:
     """What a comparison with the last result of a top-k, a sort or a k-th value keeps."""
-    names = {"topk": ("input", "k", "dim", "largest"), "kthvalue": ("input", "k", "dim")}
-    name = call_name(ranking)
-    if name not in names:
+    given = arguments_of(ranking)
+    if "k" not in given:
         return Bound()
-    given = {**dict(zip(names[name], ranking.args, strict=False)), **ranking.kwargs}
     number, scores = (_example(given[key]) for key in ("k", "input"))
     try:
         most, size = size_expr(number), size_expr(scores.shape[given.get("dim", -1)])
     except Unliftable:
         return Bound()
-    if name == "topk":
+    if call_name(ranking) == "topk":
         return Bound(reach=most) if given.get("largest", True) is True else Bound(within=most)
     return Bound(reach=size - most + 1, within=most)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import sympy
@@ -11,9 +11,10 @@ from torch.fx import Node
 
 from sparse_compile.expr import KV, B, FloorDiv, H, Q
 from sparse_compile.passes.lift.emit import Emitter
+from sparse_compile.passes.lift.masks import Lengths
+from sparse_compile.passes.lift.sizes import size_expr
 
 aten = torch.ops.aten
-Lengths = Mapping[sympy.Symbol, sympy.Expr]
 
 
 class NotSelected(Exception):
@@ -34,6 +35,29 @@ class Rows:
     axes: tuple[int | None, int | None, int | None]
     unit_q: int
     unit_kv: int
+
+
+@dataclass(frozen=True)
+class Listed:
+    """What selects keys for rows of queries.
+
+    Attributes:
+        node: the node of the traced graph that says which.
+        rows: how it lies.
+    """
+
+    node: Node
+    rows: Rows
+
+    @property
+    def lists(self) -> sympy.Expr:
+        """How many heads have a list of their own."""
+        axis = self.rows.axes[1]
+        return sympy.S.One if axis is None else self.size(axis)
+
+    def size(self, dim: int) -> sympy.Expr:
+        """A size of the node's tensor."""
+        return size_expr(self.node.meta["val"].shape[dim])
 
 
 def rows_of(
@@ -76,7 +100,7 @@ def rows_of(
     return Rows(dim, (axes.get(B), axes.get(H), axes[Q]), units[Q], unit_kv)
 
 
-def arranged(node: Node, rank: int, rows: Rows, emitter: Emitter, batch: sympy.Expr) -> Node:
+def arranged(node: Node, rank: int, rows: Rows, emitter: Emitter) -> Node:
     """A tensor of a program as [B, Hs, U, keys or entries], where ``rows`` says how it lies."""
     graph = emitter.graph
     varying = [axis for axis in (*rows.axes, rows.dim) if axis is not None]
@@ -90,16 +114,10 @@ def arranged(node: Node, rank: int, rows: Rows, emitter: Emitter, batch: sympy.E
     for position, axis in enumerate(rows.axes):
         if axis is None:
             node = graph.call_function(aten.unsqueeze.default, (node, position))
-    if rows.axes[0] is None and batch != 1:
-        sizes = [emitter.size(batch), -1, -1, -1]
+    if rows.axes[0] is None and emitter.lengths[B] != 1:
+        sizes = [emitter.size(emitter.lengths[B]), -1, -1, -1]
         node = graph.call_function(aten.expand.default, (node, sizes))
     return node
-
-
-def units_of(length: sympy.Expr, unit: int, emitter: Emitter) -> int | Node:
-    """How many units of keys there are, in a program."""
-    size = sympy.Integer(unit)
-    return emitter.size(length if size == 1 else FloorDiv(length + size - 1, size))
 
 
 def _unit(at: sympy.Expr, coordinate: sympy.Symbol) -> int | None:

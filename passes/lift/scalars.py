@@ -23,6 +23,7 @@ from sparse_compile.passes.lift.value import (
     Unliftable,
     Value,
     combinations,
+    either,
     merged,
     truth,
 )
@@ -195,16 +196,18 @@ def _power(a: Value, exponent: Value) -> Result:
     return a**exponent
 
 
-def _shift_right(a: Value, bits: Value) -> Result:
+def _two_to(bits: Value) -> int:
     if not isinstance(bits, int) or not 0 <= bits < 63:
         raise Unliftable("it shifts by a position")
-    return FloorDiv(sympy.sympify(a), sympy.Integer(2**bits))
+    return 1 << bits
+
+
+def _shift_right(a: Value, bits: Value) -> Result:
+    return FloorDiv(sympy.sympify(a), sympy.Integer(_two_to(bits)))
 
 
 def _shift_left(a: Value, bits: Value) -> Result:
-    if not isinstance(bits, int) or not 0 <= bits < 63:
-        raise Unliftable("it shifts by a position")
-    return a * 2**bits
+    return a * _two_to(bits)
 
 
 def _low_bits(a: Value, b: Value) -> Result:
@@ -214,14 +217,7 @@ def _low_bits(a: Value, b: Value) -> Result:
     return FloorMod(sympy.sympify(number), sympy.Integer(pattern + 1))
 
 
-_COMPARE: dict[str, type[sympy.Basic]] = {
-    "eq": sympy.Eq,
-    "ne": sympy.Ne,
-    "lt": sympy.Lt,
-    "le": sympy.Le,
-    "gt": sympy.Gt,
-    "ge": sympy.Ge,
-}
+_COMPARE = {name: getattr(sympy, name.title()) for name in ("eq", "ne", "lt", "le", "gt", "ge")}
 _MIRROR = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le", "eq": "eq", "ne": "ne"}
 
 
@@ -276,13 +272,10 @@ RULES: dict[str, Rule] = {
     **{name: functools.partial(_compare, name) for name in _COMPARE},
 }
 
-_LOGIC: dict[str, Callable[..., sympy.Basic]] = {
-    "bitwise_and": lambda a, b: sympy.And(a, b),
-    "bitwise_or": lambda a, b: sympy.Or(a, b),
-    "bitwise_xor": lambda a, b: sympy.Or(sympy.And(a, sympy.Not(b)), sympy.And(sympy.Not(a), b)),
-    "bitwise_not": lambda a: sympy.Not(a),
-    "logical_and": lambda a, b: sympy.And(a, b),
-    "logical_or": lambda a, b: sympy.Or(a, b),
-    "logical_xor": lambda a, b: sympy.Or(sympy.And(a, sympy.Not(b)), sympy.And(sympy.Not(a), b)),
-    "logical_not": lambda a: sympy.Not(a),
+_JUNCTIONS: dict[str, Callable[..., sympy.Basic]] = {
+    "and": sympy.And,
+    "or": sympy.Or,
+    "xor": lambda a, b: either(a, sympy.Not(b), b),
+    "not": sympy.Not,
 }
+_LOGIC = {f"{kind}_{name}": f for kind in ("bitwise", "logical") for name, f in _JUNCTIONS.items()}

@@ -9,19 +9,13 @@ import sympy
 import torch
 from torch.fx import Node
 
-from sparse_compile.expr import KV, B
+from sparse_compile.expr import KV, FloorDiv
 from sparse_compile.ops.selection import CANONICAL_SELECTION
 from sparse_compile.passes.lift.emit import Emitter
 from sparse_compile.passes.lift.expose import is_named
 from sparse_compile.passes.lift.lift import Lifter
-from sparse_compile.passes.lift.rows import (
-    Lengths,
-    NotSelected,
-    Rows,
-    arranged,
-    rows_of,
-    units_of,
-)
+from sparse_compile.passes.lift.masks import Lengths
+from sparse_compile.passes.lift.rows import Listed, NotSelected, arranged, rows_of
 from sparse_compile.passes.lift.sizes import size_expr
 from sparse_compile.passes.lift.value import is_data
 
@@ -29,32 +23,19 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """The keys that an index names, in the coordinates of an attention.
+class Chosen(Listed):
+    """The keys that an index, its node, names; the entries lie along ``rows.dim``.
 
     Attributes:
-        index: the node of the traced graph that holds it.
-        rows: how it lies; ``dim`` is that along which its entries lie.
         among: further masks of the shape of what the index names: keys count where all hold.
     """
 
-    index: Node
-    rows: Rows
     among: tuple[BoolRead, ...] = ()
-
-    @property
-    def lists(self) -> sympy.Expr:
-        """How many heads have a list of their own."""
-        axis = self.rows.axes[1]
-        return sympy.S.One if axis is None else self._size(axis)
 
     @property
     def most(self) -> sympy.Expr:
         """How many entries a list has."""
-        return self._size(self.rows.dim)
-
-    def _size(self, dim: int) -> sympy.Expr:
-        return size_expr(self.index.meta["val"].shape[dim])
+        return self.size(self.rows.dim)
 
 
 @dataclass(frozen=True)
@@ -77,7 +58,7 @@ def bool_read(condition: sympy.Basic, lifter: Lifter) -> BoolRead | None:
     if not isinstance(condition, (sympy.Ne, sympy.Eq)) or not is_data(condition.args[0]):
         return None
     lookup, number = condition.args
-    node = node_of(lookup, lifter)
+    node = lifter.node_of(lookup)
     if number != 0 or node.meta["val"].dtype != torch.bool:
         return None
     return BoolRead(lookup, node, isinstance(condition, sympy.Eq))
@@ -92,7 +73,7 @@ def split_selection(
         NotSelected: an index takes part, in a way that lists of keys cannot say.
     """
     lookups = predicate.atoms(sympy.core.function.AppliedUndef)
-    named = {lookup for lookup in lookups if is_named(node_of(lookup, lifter))}
+    named = {lookup for lookup in lookups if is_named(lifter.node_of(lookup))}
     if not named:
         return predicate, None
     if len(named) > 1:
@@ -101,7 +82,7 @@ def split_selection(
     parts = sympy.And.make_args(predicate)
     if [part for part in parts if part.has(lookup)] != [sympy.Ne(lookup, 0)]:
         raise NotSelected("it does not just narrow the mask to the keys that its index selects")
-    named_node = node_of(lookup, lifter)
+    named_node = lifter.node_of(lookup)
     rest = {part: bool_read(part, lifter) for part in parts if not part.has(lookup)}
     among = {part: read for part, read in rest.items() if read and _alike(read, lookup, named_node)}
     chosen = _read(lookup, named_node, lengths, tuple(among.values()))
@@ -114,11 +95,6 @@ def _alike(read: BoolRead, lookup: sympy.Basic, named: Node) -> bool:
     return read.lookup.args == lookup.args and sizes[0] == sizes[1]
 
 
-def node_of(lookup: sympy.Basic, lifter: Lifter) -> Node:
-    """The node of the traced graph that a lookup reads."""
-    return lifter.data[int(lookup.func.__name__[1:])]
-
-
 def _read(
     lookup: sympy.Basic, named: Node, lengths: Lengths, among: tuple[BoolRead, ...]
 ) -> Chosen:
@@ -129,7 +105,7 @@ def _read(
     dim = dim % len(sizes)
     if among:
         return Chosen(index, rows_of(lookup.args, dim, sizes, lengths), among)
-    index = _unexpanded(index, dim)
+    index = uncast(index, along=dim)
     own = [size_expr(size) for size in index.meta["val"].shape]
     repeated = [axis for axis, size in enumerate(own) if size == 1 != sizes[axis]]
     return _squeezed(Chosen(index, rows_of(lookup.args, dim, sizes, lengths, repeated)))
@@ -137,7 +113,7 @@ def _read(
 
 def _squeezed(chosen: Chosen) -> Chosen:
     """The same with an index before axes were added to it, so that layers share what they can."""
-    index, rows = uncast(chosen.index), chosen.rows
+    index, rows = uncast(chosen.node), chosen.rows
     if index.target is not aten.unsqueeze.default:
         return chosen
     source, at = index.args
@@ -154,19 +130,6 @@ def _squeezed(chosen: Chosen) -> Chosen:
     return _squeezed(Chosen(source, moved))
 
 
-def _unexpanded(index: Node, dim: int) -> Node:
-    """The index before it was repeated along axes of size one, as for heads that share lists."""
-    while index.target in (aten.expand.default, aten._to_copy.default):
-        source = index.args[0]
-        assert isinstance(source, Node)
-        shape, own = (node.meta["val"].shape for node in (index, source))
-        integers = source.meta["val"].dtype in (torch.int32, torch.int64)
-        if not integers or len(shape) != len(own) or size_expr(shape[dim]) != size_expr(own[dim]):
-            break
-        index = source
-    return index
-
-
 def check_heads(lists: sympy.Expr, key_heads: sympy.Expr) -> None:
     """Groups of query heads share a list and a key head, so one number must divide the other.
 
@@ -180,14 +143,15 @@ def check_heads(lists: sympy.Expr, key_heads: sympy.Expr) -> None:
         raise NotSelected(f"it selects keys for {lists} groups of heads, and has {key_heads} of k")
 
 
-def emit_selection(chosen: Chosen, emitter: Emitter, lengths: Lengths) -> list[Node]:
+def emit_selection(chosen: Chosen, emitter: Emitter) -> list[Node]:
     """The lists of a selection as nodes of the program: index and count."""
-    index = chosen.index if chosen.among else uncast(chosen.index)
+    index = chosen.node if chosen.among else uncast(chosen.node)
     node = emitter.copy(index)
     for read in chosen.among:
         node = _where(read, node, chosen.rows.dim, emitter)
-    node = arranged(node, index.meta["val"].dim(), chosen.rows, emitter, lengths[B])
-    units = units_of(lengths[KV], chosen.rows.unit_kv, emitter)
+    node = arranged(node, index.meta["val"].dim(), chosen.rows, emitter)
+    n_kv, unit = emitter.lengths[KV], sympy.Integer(chosen.rows.unit_kv)
+    units = emitter.size(FloorDiv(n_kv + unit - 1, unit))
     lists = emitter.graph.call_function(CANONICAL_SELECTION, (node, units))
     return [emitter.graph.call_function(operator.getitem, (lists, part)) for part in (0, 1)]
 
@@ -203,23 +167,20 @@ def _where(read: BoolRead, index: Node, dim: int, emitter: Emitter) -> Node:
     return call(aten.where.ScalarOther, (holds, index, -1))
 
 
-def uncast(index: Node) -> Node:
-    """The index before it was made int64: the lists that several layers make of it are then one."""
-    while index.target is aten._to_copy.default:
+def uncast(index: Node, along: int | None = None) -> Node:
+    """The index before it was made int64: the lists that several layers make of it are then one.
+
+    With ``along``, also before it was repeated along other axes, of size one, as for heads that
+    share lists.
+    """
+    through = [aten._to_copy.default] + [aten.expand.default] * (along is not None)
+    while index.target in through:
         source = index.args[0]
         assert isinstance(source, Node)
-        if source.meta["val"].dtype not in (torch.int32, torch.int64):
+        shape, own = (node.meta["val"].shape for node in (index, source))
+        if source.meta["val"].dtype not in (torch.int32, torch.int64) or len(shape) != len(own):
+            break
+        if along is not None and size_expr(shape[along]) != size_expr(own[along]):
             break
         index = source
     return index
-
-
-def made_of(node: Node) -> list[Node]:
-    """A node and all that it is computed from."""
-    found = {node: None}
-    front = [node]
-    while front:
-        new = [n for n in front.pop().all_input_nodes if n not in found]
-        found |= dict.fromkeys(new)
-        front += new
-    return list(found)

@@ -150,7 +150,7 @@ class Simplifier:
         """A nested Or in the light of the literals beside it in an And (and dually)."""
         if any(facts.settle(arg) for arg in part.args):
             return sympy.true if isinstance(part, sympy.Or) else sympy.false
-        args = [arg for arg in part.args if not facts.refute(arg)]
+        args = [arg for arg in part.args if not facts.settle(sympy.Not(arg))]
         return part if len(args) == len(part.args) else self(part.func(*args))
 
     def _substitute(
@@ -214,10 +214,6 @@ class _Facts:
             )
         return False
 
-    def refute(self, arg: sympy.Basic) -> bool:
-        """Whether the opposite of ``arg`` is settled."""
-        return self.settle(sympy.Not(arg))
-
 
 def _factored(expr: sympy.Basic) -> sympy.Basic:
     """``(a and b) or (a and c)`` as ``a and (b or c)``, and dually."""
@@ -240,9 +236,7 @@ def _without_implied(parts: list[sympy.Basic], conjunction: bool) -> list[sympy.
         about = _subjects(part)
         others = [o for o in kept if o != part and all(about & _subjects(t) for t in o.args)]
         if any(
-            all(
-                any(_settled_by(term, arg, conjunction) for arg in part.args) for term in other.args
-            )
+            all(any(map(_facts_of(term, conjunction).settle, part.args)) for term in other.args)
             for other in others
         ):
             kept.remove(part)
@@ -251,11 +245,7 @@ def _without_implied(parts: list[sympy.Basic], conjunction: bool) -> list[sympy.
 
 def _settled(literal: sympy.Basic, nested: sympy.Basic, conjunction: bool) -> bool:
     """Whether an Or beside a literal in an And already implies it, term by term (and dually)."""
-    return all(_settled_by(term, literal, conjunction) for term in nested.args)
-
-
-def _settled_by(term: sympy.Basic, literal: sympy.Basic, conjunction: bool) -> bool:
-    return _facts_of(term, conjunction).settle(literal)
+    return all(_facts_of(term, conjunction).settle(literal) for term in nested.args)
 
 
 @functools.lru_cache(maxsize=1 << 12)

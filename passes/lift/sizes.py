@@ -20,7 +20,6 @@ from sparse_compile.passes.lift.value import Unliftable
 _FUNCTIONS: dict[str, Any] = {
     "FloorDiv": FloorDiv,
     "CleanDiv": FloorDiv,
-    "IntTrueDiv": None,
     "Mod": FloorMod,
     "PythonMod": FloorMod,
     "Max": sympy.Max,

@@ -7,12 +7,13 @@ the write makes it what it is. A write counts if it happens before the attention
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from sparse_compile.passes.lift.value import Refused
 from sparse_compile.passes.mutation import Memory, is_off, memory_of
 from sparse_compile.sites.site import Scope
 
@@ -32,18 +33,6 @@ _VMAP = "_vmap_increment_nesting"
 _OPENING = {_VMAP: "vmap", "_enter_autocast": "autocast"}
 _CLOSING = {"_vmap_decrement_nesting": "vmap", "_exit_autocast": "autocast"}
 LAZY_LOAD = "lazy_load_decompositions"
-
-
-class CannotSlice(Exception):
-    """The mask's computation cannot be cut out; the message says why, for a user.
-
-    Attributes:
-        hint: what would change that, if anything is known to.
-    """
-
-    def __init__(self, reason: str, hint: str = "") -> None:
-        super().__init__(reason)
-        self.hint = hint
 
 
 @dataclass(frozen=True)
@@ -98,7 +87,7 @@ class Slicer:
         """The slice that computes ``wanted``, all read in ``scope``.
 
         Raises:
-            CannotSlice: when the computation has no safe cut.
+            Refused: when the computation has no safe cut.
         """
         aliases: dict[Node, Node] = {}
         nodes: list[Node] = []
@@ -118,15 +107,14 @@ class Slicer:
             leaves += found
             if not inputs:
                 return Slice(at or here, tuple(leaves), tuple(nodes), outputs, aliases)
-            wanted = [Wanted(self._feed(here, node, aliases), _call(here)) for node in inputs]
+            assert here.call is not None
+            holders = here.gm.graph.find_nodes(op="placeholder")
+            # A site that was rewritten before may have handed the body more.
+            feeds = dict(zip(holders, here.inputs, strict=False))
+            aliases |= {node: feeds[node] for node in inputs}
+            wanted = [Wanted(feeds[node], here.call) for node in inputs]
             here = here.parent
         raise AssertionError("the captured graph has no outer scope")
-
-    def _feed(self, scope: Scope, node: Node, aliases: dict[Node, Node]) -> Node:
-        outer = scope.outer(node)
-        assert outer is not None
-        aliases[node] = outer
-        return outer
 
     def graph(self, scope: Scope) -> Order:
         """What is known of a scope's graph."""
@@ -134,11 +122,6 @@ class Slicer:
             outer = None if scope.parent is None else self.graph(scope.parent).memory
             self._graphs[scope.gm] = Order(scope.gm, memory_of(scope, outer))
         return self._graphs[scope.gm]
-
-
-def _call(scope: Scope) -> Node:
-    assert scope.call is not None
-    return scope.call
 
 
 @dataclass(frozen=True)
@@ -172,7 +155,7 @@ class Order:
         """Leaves that a mask inside a call is computed from must hold there what they did before.
 
         Raises:
-            CannotSlice: one is written to, or the call writes to it.
+            Refused: one is written to, or the call writes to it.
         """
         memory = {self.memory.of(leaf): leaf for leaf in leaves}
         for node, targets in self.writes.items():
@@ -180,7 +163,7 @@ class Order:
                 if leaf is None or self.position[node] > self.position[call]:
                     continue
                 if self.position[node] > self.position[leaf]:
-                    raise CannotSlice(
+                    raise Refused(
                         f"the mask inside a checkpoint reads {leaf.name}, which the model writes to"
                     )
 
@@ -233,19 +216,19 @@ class Order:
         name = call_name(node)
         return name in SOURCES and not (name.startswith("dropout") and is_off(node))
 
-    def _cannot_replay(self, node: Node) -> CannotSlice:
+    def _cannot_replay(self, node: Node) -> Refused:
         name = call_name(node)
         if self.effects[node].random:
-            return CannotSlice(
+            return Refused(
                 f"its mask is random: `{name}` draws it in place",
                 "draw it as a new tensor, as torch.rand does, or pass the mask in as an argument",
             )
         if not self.effects[node].known:
-            return CannotSlice(
+            return Refused(
                 f"what `{name}` does is not known: it may write to the mask",
                 f"make the mask without it, or call `{name}` on a copy",
             )
-        return CannotSlice(
+        return Refused(
             f"the mask is written by `{name}`, which cannot be replayed",
             f"assign the result of `{name}` instead of writing it into the mask",
         )
@@ -269,7 +252,7 @@ class Order:
                 call_name(opening) == _VMAP and self._encloses(opening, closing, leaf)
                 for opening, closing in self.brackets
             ):
-                raise CannotSlice(f"the mask reads the result of {call_name(leaf)} inside a vmap")
+                raise Refused(f"the mask reads the result of {call_name(leaf)} inside a vmap")
         given = {self.memory.of(leaf): leaf for leaf in picked.leaves}
         outputs = {self.memory.of(want.node): self.position[want.reader] for want in wanted}
         for node in picked.nodes:
@@ -277,9 +260,9 @@ class Order:
                 token = self.memory.of(target)
                 if token in given:
                     name = given[token].name
-                    raise CannotSlice(f"the mask reads {name}, which the model writes to before")
+                    raise Refused(f"the mask reads {name}, which the model writes to before")
                 if self.position[node] > outputs.get(token, len(self.nodes)):
-                    raise CannotSlice("a mask changes between the two places that read it")
+                    raise Refused("a mask changes between the two places that read it")
 
 
 def brackets(nodes: Sequence[Node]) -> list[tuple[Node, Node]]:
@@ -304,3 +287,23 @@ def call_name(node: Node) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return str(target._schema.name.split("::")[1])
     return str(target) if isinstance(target, str) else str(getattr(target, "__name__", target))
+
+
+def made_of(
+    node: Node, known: Container[Node] = (), opaque: Container[Node] = ()
+) -> dict[Node, None]:
+    """A node and all that it is computed from.
+
+    Args:
+        node: the node.
+        known: what counts no more, nor what it is computed from.
+        opaque: what counts, but not what it is computed from.
+    """
+    found, front = {node: None}, [node]
+    while front:
+        reader = front.pop()
+        sources = () if reader in opaque else reader.all_input_nodes
+        new = [source for source in sources if source not in found and source not in known]
+        found |= dict.fromkeys(new)
+        front += new
+    return found

@@ -6,7 +6,7 @@ matrix: it may only say who attends to whom, and becomes a table of bits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -14,23 +14,30 @@ import sympy
 from sympy.core.function import AppliedUndef
 from torch.fx import GraphModule
 
-from sparse_compile.expr import KV, B, Bit, FloorDiv, FloorMod, H, MaskExpr, Q, dense_bit, table
-from sparse_compile.passes.lift.emit import Emitter
+from sparse_compile.expr import (
+    COORDINATES,
+    KV,
+    Bit,
+    FloorDiv,
+    FloorMod,
+    MaskExpr,
+    Q,
+    dense_bit,
+    table,
+)
+from sparse_compile.passes.lift.emit import Emitter, coordinates_of, is_whole
 from sparse_compile.passes.lift.kept import Kept, emit_kept
-from sparse_compile.passes.lift.lift import Lifter
+from sparse_compile.passes.lift.masks import Lengths
 from sparse_compile.passes.lift.selected import Chosen, emit_selection
 from sparse_compile.passes.lift.value import is_data, reads_data
+from sparse_compile.sites.site import DenseTable, LiftedMask
 
-_ORDER = (B, H, Q, KV)
 #: What a table holds ready-made. Sums stay in the predicate, so that their terms can be shared.
 _NOT_LINEAR = (FloorDiv, FloorMod, sympy.Abs, sympy.Min, sympy.Max)
 
 
 #: What selects keys: an index, or a threshold on scores.
 Selects: TypeAlias = Chosen | Kept
-
-#: An element over run-time data, and the coordinates that its table is indexed with.
-Content: TypeAlias = tuple[sympy.Basic, tuple[sympy.Symbol, ...]]
 
 
 @dataclass(frozen=True)
@@ -39,13 +46,13 @@ class Tabled:
 
     Attributes:
         predicate: in terms of ``t0(...), t1(...), ...``.
-        contents: for each table, its element and the coordinates that it is indexed with.
+        contents: for each table, its element, over the coordinates that it is indexed with.
         dense: the same for each of the tables of bits, which come last; the elements are Booleans.
     """
 
     predicate: sympy.Basic
-    contents: tuple[Content, ...]
-    dense: tuple[Content, ...]
+    contents: tuple[sympy.Basic, ...]
+    dense: tuple[sympy.Basic, ...]
 
 
 class Tabler:
@@ -53,16 +60,16 @@ class Tabler:
 
     def __init__(self, same_length: bool) -> None:
         self._same_length = same_length
-        self._tables: dict[Content, int] = {}
-        self._dense: dict[Content, sympy.Symbol] = {}
+        self._tables: dict[sympy.Basic, int] = {}
+        self._dense: dict[sympy.Basic, sympy.Symbol] = {}
 
     def __call__(self, predicate: sympy.Basic) -> Tabled:
         """The predicate over tables."""
         replaced = self._replace(predicate)
         first = len(self._tables)
         bits = {
-            symbol: dense_bit(first + number, [c.name for c in coordinates])
-            for number, ((_, coordinates), symbol) in enumerate(self._dense.items())
+            symbol: dense_bit(first + number, [c.name for c in coordinates_of(element)])
+            for number, (element, symbol) in enumerate(self._dense.items())
         }
         return Tabled(replaced.xreplace(bits), tuple(self._tables), tuple(self._dense))
 
@@ -88,7 +95,7 @@ class Tabler:
         sides: dict[tuple[sympy.Symbol, ...], list[sympy.Basic]] = {}
         for arg in expr.args:
             if reads_data(arg) and _worth_a_table(arg):
-                sides.setdefault(_coordinates(arg), []).append(arg)
+                sides.setdefault(coordinates_of(arg), []).append(arg)
             else:
                 rest.append(arg)
         replaced = [self._replace(arg) for arg in rest]
@@ -101,39 +108,17 @@ class Tabler:
             return sympy.Not(self._dense_condition(sympy.Ne(*relation.args)))
         name = f"bit{len(self._dense)}"
         bit = sympy.Symbol(name, integer=True, nonnegative=True)
-        return sympy.Ne(self._dense.setdefault((relation, _coordinates(relation)), bit), 0)
+        return sympy.Ne(self._dense.setdefault(relation, bit), 0)
 
     def _table(self, expr: sympy.Basic) -> sympy.Expr:
-        coordinates = _coordinates(expr)
-        key = (expr, coordinates)
-        shared = self._along_keys(expr, coordinates)
-        if shared is not None:
-            key = shared
-        number = self._tables.setdefault(key, len(self._tables))
-        return table(number)(*coordinates)
+        number = self._tables.setdefault(self._along_keys(expr), len(self._tables))
+        return table(number)(*coordinates_of(expr))
 
-    def _along_keys(
-        self, expr: sympy.Basic, coordinates: tuple[sympy.Symbol, ...]
-    ) -> tuple[sympy.Basic, tuple[sympy.Symbol, ...]] | None:
+    def _along_keys(self, expr: sympy.Basic) -> sympy.Basic:
         """What is read by query as the same read by key, so that both sides share one table."""
-        if Q not in coordinates:
-            return None
         lookup = expr.args[0] if isinstance(expr, sympy.Ne) else expr
-        plain = is_data(lookup) and _is_permutation(lookup, coordinates)
-        if not (plain or self._same_length):
-            return None
-        swap = {Q: KV}
-        return expr.xreplace(swap), tuple(swap.get(c, c) for c in coordinates)
-
-
-def _is_permutation(lookup: sympy.Basic, coordinates: tuple[sympy.Symbol, ...]) -> bool:
-    """Whether a lookup is a tensor read at these coordinates, each once: then it is the table."""
-    named = [arg for arg in lookup.args if arg != 0]
-    return sorted(named, key=str) == sorted(coordinates, key=str)
-
-
-def _coordinates(expr: sympy.Basic) -> tuple[sympy.Symbol, ...]:
-    return tuple(c for c in _ORDER if c in expr.free_symbols)
+        plain = is_data(lookup) and is_whole(lookup, coordinates_of(expr))
+        return expr.xreplace({Q: KV}) if plain or self._same_length else expr
 
 
 def _worth_a_table(expr: sympy.Basic) -> bool:
@@ -142,75 +127,55 @@ def _worth_a_table(expr: sympy.Basic) -> bool:
     Not if it reads queries and keys, nor if it compares a position with less data than positions:
     ``kv < length[b]`` says more than a table over b and kv would.
     """
-    coordinates = _coordinates(expr)
+    coordinates = coordinates_of(expr)
     lookups = expr.atoms(AppliedUndef)
-    return not _both(expr) and any(_coordinates(node) == coordinates for node in lookups)
+    return not _both(expr) and any(coordinates_of(node) == coordinates for node in lookups)
 
 
 def _both(expr: sympy.Basic) -> bool:
     return bool({Q, KV} <= expr.free_symbols)
 
 
-@dataclass(frozen=True)
-class Program:
-    """The program that computes tables, mask tensors and sizes.
-
-    Attributes:
-        module: it.
-        origins: for each of its placeholders, which placeholder of the traced graph it is, or
-            ``-1 - i`` for the i-th of the extra sizes.
-        dtypes: of the tables.
-        dense: the axes of each mask tensor.
-    """
-
-    module: GraphModule
-    origins: tuple[int, ...]
-    dtypes: tuple[str, ...]
-    dense: tuple[tuple[str, ...], ...]
-
-
-def build_program(
-    traced: GraphModule,
-    lifter: Lifter,
+def with_program(
+    emitter: Emitter,
     tabled: Tabled,
-    sizes: Sequence[sympy.Symbol],
-    lengths: Mapping[sympy.Symbol, sympy.Expr],
-    extra: Sequence[sympy.Symbol],
     named: sympy.Basic,
-    chosen: Selects | None = None,
-) -> Program:
-    """The program that computes tables, mask tensors and sizes, then the lists of a selection.
+    sizes: Sequence[sympy.Symbol],
+    chosen: Selects | None,
+) -> LiftedMask:
+    """The mask with the program that computes tables, mask tensors and sizes, then lists.
 
     Args:
-        traced: the functional ATen graph of the slice.
-        lifter: its lifted nodes.
+        emitter: for the program.
         tabled: what the tables hold.
-        sizes: torch size symbols to output last.
-        lengths: number of batch entries, heads, queries and keys, in torch's size symbols.
-        extra: torch size symbols that the program may take as further inputs.
         named: the predicate, over the tables and the named sizes.
+        sizes: torch size symbols to output last.
         chosen: the selection, if there is one.
 
     Raises:
         Unliftable: when a size is not at hand.
     """
-    (output,) = (node for node in traced.graph.nodes if node.op == "output")
-    device = output.args[0][0].meta["val"].device
-    emitter = Emitter(traced, lifter, lengths, extra, device)
-    tables = [emitter.table(element, coordinates) for element, coordinates in tabled.contents]
-    dense = [emitter.mask(element, coordinates) for element, coordinates in tabled.dense]
-    outputs = [node for node, _ in (*tables, *dense)]
-    outputs += [emitter.size_node(symbol) for symbol in sizes]
+    tables = [emitter.table(element) for element in tabled.contents]
+    dense = [emitter.mask(element) for element in tabled.dense]
+    numbers = [emitter.size_node(symbol) for symbol in sizes]
+    outputs = [node for node, _ in (*tables, *dense)] + numbers
     dtypes = tuple(str(dtype).removeprefix("torch.") for _, dtype in tables)
     if isinstance(chosen, Kept):
         mask = MaskExpr(_without_bits(named), dtypes, len(sizes))
-        given = [node for node, _ in tables], [emitter.size_node(symbol) for symbol in sizes]
-        outputs += emit_kept(chosen, emitter, lengths, mask, *given)
+        outputs += emit_kept(chosen, emitter, mask, [node for node, _ in tables], numbers)
     elif chosen is not None:
-        outputs += emit_selection(chosen, emitter, lengths)
-    origins = emitter.finish(outputs)
-    axes = tuple(axes for _, axes in dense)
-    return Program(GraphModule(traced, emitter.graph), origins, dtypes, axes)
+        outputs += emit_selection(chosen, emitter)
+    leaves = emitter.finish(outputs)
+    mask = MaskExpr(named, (*dtypes, *["int32"] * len(dense)), len(sizes))
+    read = tuple(DenseTable(axes, _shown(axes, emitter.lengths)) for _, axes in dense)
+    module = GraphModule(emitter.lifter.gm, emitter.graph)
+    return LiftedMask(mask, program=module, leaves=leaves, dense=read)
+
+
+def _shown(axes: Sequence[str], lengths: Lengths) -> str:
+    """A mask tensor in words."""
+    sizes = [lengths[c] if c.name in axes else sympy.S.One for c in COORDINATES]
+    return f"tensor [{', '.join(map(str, sizes))}]"
 
 
 def _without_bits(predicate: sympy.Basic) -> sympy.Basic:

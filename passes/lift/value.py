@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -32,8 +32,24 @@ Shape: TypeAlias = tuple[sympy.Expr, ...]
 _MOST_CASES = 64
 
 
-class Unliftable(Exception):
+class Refused(Exception):
+    """Why a mask must be left alone.
+
+    Attributes:
+        reason: one sentence for a user.
+        hint: what would change that, if anything is known to.
+    """
+
+    def __init__(self, reason: str, hint: str = "") -> None:
+        super().__init__(reason)
+        self.reason, self.hint = reason, hint
+
+
+class Unliftable(Refused):
     """An operation that has no symbolic meaning here; the message says which and why."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"its mask is not understood: {what}")
 
 
 @dataclass(frozen=True)
@@ -61,7 +77,8 @@ class Lifted:
         """The element as cases; a Boolean has two."""
         if self.dtype != torch.bool:
             return self.element
-        return truth_cases(self.element)
+        cases = ((self.element, True), (sympy.Not(self.element), False))
+        return tuple(case for case in cases if case[0] != sympy.false)
 
     @property
     def is_float_data(self) -> bool:
@@ -82,12 +99,6 @@ def is_data(expr: sympy.Basic) -> bool:
 def reads_data(expr: sympy.Basic) -> bool:
     """Whether ``expr`` has a lookup of run-time data in it."""
     return bool(expr.atoms(sympy.core.function.AppliedUndef))
-
-
-def truth_cases(condition: sympy.Basic) -> Cases:
-    """The two cases of a Boolean, as 1 and 0."""
-    cases = ((condition, True), (sympy.Not(condition), False))
-    return tuple(case for case in cases if case[0] != sympy.false)
 
 
 def single(value: Value) -> Cases:
@@ -146,14 +157,16 @@ def truth(value: Value) -> sympy.Basic:
     return sympy.true if bool(value) else sympy.false
 
 
+def mapped(element: Element, change: Callable[[sympy.Basic], sympy.Basic]) -> Element:
+    """The element with its expressions changed."""
+    if isinstance(element, sympy.Basic):
+        return change(element)
+    return merged((change(c), change(v) if isinstance(v, sympy.Basic) else v) for c, v in element)
+
+
 def substitute(element: Element, values: Mapping[sympy.Basic, sympy.Basic]) -> Element:
     """The element with symbols replaced, all at once."""
-    if isinstance(element, sympy.Basic):
-        return element.xreplace(values)
-    return merged(
-        (c.xreplace(values), v.xreplace(values) if isinstance(v, sympy.Basic) else v)
-        for c, v in element
-    )
+    return mapped(element, lambda expr: expr.xreplace(values))
 
 
 def align(tensor: Lifted, rank: int) -> Lifted:

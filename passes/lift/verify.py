@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,16 +15,17 @@ from torch import Tensor
 from torch.fx import Interpreter, Node
 
 from sparse_compile.expr import KV, H, Q, evaluate
+from sparse_compile.ops.pattern import on_axes
 from sparse_compile.passes.dense_tables import mask_data, selection_data
-from sparse_compile.passes.lift.operands import Refused
-from sparse_compile.passes.lift.prefix import CannotRun, Prefix, prefix_of
-from sparse_compile.passes.lift.rankings import is_topk_index
+from sparse_compile.passes.graph_edit import example_value
+from sparse_compile.passes.lift.masks import SiteMasks
+from sparse_compile.passes.lift.prefix import CannotRun, Prefix, bytes_of, prefix_of
+from sparse_compile.passes.lift.rankings import arguments_of, is_topk_index, topk_dim, topk_of
 from sparse_compile.passes.lift.sizes import size_expr
-from sparse_compile.passes.lift.slice import Slice, Slicer, Wanted
-from sparse_compile.passes.lift.value import Unliftable
-from sparse_compile.sites.site import LiftedMask, MaskOperand, Scope
+from sparse_compile.passes.lift.slice import Slicer
+from sparse_compile.passes.lift.value import Refused, Unliftable
+from sparse_compile.sites.site import LiftedMask, Scope
 
-_ORDER = ("b", "h", "q", "kv")
 _CHUNK = 1 << 22
 _MOST_RANDOM = 1 << 24
 #: Queries and keys of the blocks whose pairs are counted.
@@ -62,6 +64,10 @@ class Examples:
         expr = size if isinstance(size, sympy.Basic) else size_expr(size)
         return int(expr.xreplace(self.symbols))
 
+    def knows(self, size: Any) -> bool:
+        """Whether the example says what a size is."""
+        return bool(size_expr(size).free_symbols <= set(self.symbols))
+
 
 def _symbols(fake: Any, value: Any) -> Iterator[tuple[sympy.Symbol, int]]:
     if isinstance(fake, torch.SymInt):
@@ -75,38 +81,26 @@ def _symbols(fake: Any, value: Any) -> Iterator[tuple[sympy.Symbol, int]]:
             yield from _symbols(size, int(number))
 
 
-@dataclass(frozen=True)
-class Check:
-    """One mask to be checked.
-
-    Attributes:
-        scope: where the masks are read.
-        part: the slice whose first outputs are the operands' tensors.
-        wanted: the operands' tensors, each with the first node that reads it.
-        operands: the mask operands.
-        fills: for each operand, the scores it gives to masked entries.
-        axes: the axes of the scores.
-        causal: SDPA's ``is_causal``.
-        lengths: number of batch entries, heads, queries and keys.
-    """
-
-    scope: Scope
-    part: Slice
-    wanted: Sequence[Wanted]
-    operands: Sequence[MaskOperand]
-    fills: Sequence[Sequence[float]]
-    axes: Sequence[str]
-    causal: bool
-    lengths: Mapping[sympy.Symbol, sympy.Expr]
-
-
 def verify(
-    check: Check, lifted: LiftedMask, examples: Examples, verify_bytes: int, slicer: Slicer
+    masks: SiteMasks,
+    fills: Sequence[Sequence[float]],
+    lifted: LiftedMask,
+    examples: Examples,
+    verify_bytes: int,
+    slicer: Slicer,
 ) -> float | None:
     """Compare the lifted mask with the program's own mask tensors.
 
     These come from the captured graph as it is, where that can be run so far, and not from the
     slice: what the slice gets wrong, the lifted mask does, too.
+
+    Args:
+        masks: of the attention.
+        fills: for each operand, the scores it gives to masked entries.
+        lifted: what they were understood to be.
+        examples: what the program is run with.
+        verify_bytes: the option of that name.
+        slicer: knows the graphs.
 
     Returns:
         pairs in blocks that hold an allowed one, for each query of the example, where the mask
@@ -115,51 +109,51 @@ def verify(
     Raises:
         Refused: when they differ, or when the tensors are too large to be computed for a check.
     """
-    needed = _bytes(check, examples)
+    needed = max(bytes_of(example_value(mask.node), examples.size) for mask in masks.site.masks)
     if needed > verify_bytes:
         raise Refused(
             f"checking its mask takes {needed / 2**30:.1f} GiB, more than verify_bytes allows",
             f'options={{"verify_bytes": {needed}}} allows it; or compile with a shorter example',
         )
-    leaves = [_example(leaf, examples) for leaf in check.part.leaves]
-    prefix = _prefix(check, examples, slicer)
-    try:
-        masks = _kept(check, _tensors(check, prefix, leaves, examples))
-    except Refused:
-        raise
-    except Exception as error:  # The user's operators: anything can be raised.
-        raise Refused(f"its mask could not be computed for a check: {error}") from error
-    pairs = _compare(check, lifted, leaves, masks, examples)
+    leaves = {leaf: _example(leaf, examples) for leaf in masks.part.leaves}
+    prefix = _prefix(masks, examples, slicer)
+    given = masks, fills, lifted, examples
+    pairs = _check(*given, prefix, leaves)
     if prefix is not None and prefix.beside > _MOST_RANDOM:
         prefix = None
-    for draw in _draws(leaves) if needed <= _MOST_RANDOM else ():
-        leaves = [
-            _example(node, examples) if is_topk_index(node) else draw(leaf)
-            for node, leaf in zip(check.part.leaves, leaves, strict=True)
-        ]
-        try:
-            masks = _kept(check, _tensors(check, prefix, leaves, examples))
-        except Refused:
-            raise
-        except Exception:  # Random inputs that the program itself refuses.
-            continue
-        _compare(check, lifted, leaves, masks, examples)
+    for draw in _draws(leaves.values()) if needed <= _MOST_RANDOM else ():
+        drawn = {
+            node: _example(node, examples) if is_topk_index(node) else draw(value)
+            for node, value in leaves.items()
+        }
+        with contextlib.suppress(_NotComputed):  # Random inputs that the program itself refuses.
+            _check(*given, prefix, drawn)
     known = lifted.program is not None and all(
-        leaf in examples.values or not isinstance(leaf.meta["example_value"], Tensor)
-        for leaf in check.part.leaves
+        leaf in examples.values or not isinstance(example_value(leaf), Tensor) for leaf in leaves
     )
     return pairs if known else None
 
 
-def _bytes(check: Check, examples: Examples) -> int:
-    largest = 0
-    for operand in check.operands:
-        fake = operand.node.meta["example_value"]
-        count = fake.dtype.itemsize
-        for size, stride in zip(fake.shape, fake.stride(), strict=True):
-            count *= 1 if isinstance(stride, int) and stride == 0 else examples.size(size)
-        largest = max(largest, count)
-    return largest
+class _NotComputed(Refused):
+    """The program's own operators failed."""
+
+
+def _check(
+    masks: SiteMasks,
+    fills: Sequence[Sequence[float]],
+    lifted: LiftedMask,
+    examples: Examples,
+    prefix: Prefix | None,
+    leaves: Mapping[Node, Any],
+) -> float:
+    """Compare for some values of the leaves; the pairs in blocks, for each query."""
+    try:
+        kept = _kept(masks, fills, _tensors(masks, prefix, leaves, examples))
+    except Refused:
+        raise
+    except Exception as error:  # The user's operators: anything can be raised.
+        raise _NotComputed(f"its mask could not be computed for a check: {error}") from error
+    return _compare(masks, lifted, leaves, kept, examples)
 
 
 def _example(leaf: Node, examples: Examples) -> Any:
@@ -168,7 +162,7 @@ def _example(leaf: Node, examples: Examples) -> Any:
         return examples.values[leaf]
     fake = leaf.meta["example_value"]
     if not isinstance(fake, Tensor):
-        return examples.size(fake) if size_expr(fake).free_symbols <= set(examples.symbols) else 1
+        return examples.size(fake) if examples.knows(fake) else 1
     shape = [examples.size(size) for size in fake.shape]
     if fake.dtype.is_floating_point:
         return torch.randn(shape, device=fake.device).to(fake.dtype)
@@ -179,59 +173,58 @@ def _example(leaf: Node, examples: Examples) -> Any:
 
 def _topk(leaf: Node, shape: Sequence[int], examples: Examples) -> Tensor:
     """Indices as a top-k gives them: distinct, and all that there may be occur."""
-    source: Any = leaf.args[0]
-    given = source.args[0] if source.args else source.kwargs["input"]
-    full = [examples.size(size) for size in given.meta["example_value"].shape]
-    (dim,) = [d for d, (a, b) in enumerate(zip(shape, full, strict=True)) if a != b] or [-1]
+    source, dim = topk_of(leaf), topk_dim(leaf)
+    assert source is not None
+    given = arguments_of(source)["input"]
+    full = [examples.size(size) for size in example_value(given).shape]
     device = leaf.meta["example_value"].device
     return torch.rand(full, device=device).topk(shape[dim], dim).indices
 
 
-def _prefix(check: Check, examples: Examples, slicer: Slicer) -> Prefix | None:
+def _prefix(masks: SiteMasks, examples: Examples, slicer: Slicer) -> Prefix | None:
     """What comes before the masks; None where it cannot be run.
 
     Then the slice serves: nothing that is not known wrote to its memory.
     """
 
     def size(length: Any) -> int:
-        try:
-            if size_expr(length).free_symbols <= set(examples.symbols):
-                return examples.size(length)
-        except Unliftable as error:
-            raise CannotRun(str(error)) from error
-        raise CannotRun("a size is known only at run time")
+        if not examples.knows(length):
+            raise CannotRun("a size is known only at run time")
+        return examples.size(length)
 
+    wanted = masks.wanted[: len(masks.site.masks)]
     try:
-        return prefix_of(check.scope, check.wanted, check.part, slicer, size)
-    except CannotRun:
+        return prefix_of(masks.site.scope, wanted, masks.part, slicer, size)
+    except (CannotRun, Unliftable):
         return None
 
 
 def _tensors(
-    check: Check, prefix: Prefix | None, leaves: Sequence[Any], examples: Examples
+    masks: SiteMasks, prefix: Prefix | None, leaves: Mapping[Node, Any], examples: Examples
 ) -> Sequence[Any]:
     """The masks as the program computes them."""
     if prefix is not None:
-        given = dict(zip(check.part.leaves, leaves, strict=True))
-        return prefix.run({**examples.values, **given}, examples.size)
+        return prefix.run({**examples.values, **leaves})
     with torch.no_grad():
-        outputs: Sequence[Any] = Interpreter(check.part.graph_module()).run(*leaves)
+        outputs: Sequence[Any] = Interpreter(masks.part.graph_module()).run(*leaves.values())
     return outputs
 
 
-def _kept(check: Check, tensors: Sequence[Any]) -> list[Tensor]:
+def _kept(
+    masks: SiteMasks, fills: Sequence[Sequence[float]], tensors: Sequence[Any]
+) -> list[Tensor]:
     """For each operand, which scores it keeps, over [b, h, q, kv]."""
-    masks = []
-    for operand, fills, mask in zip(check.operands, check.fills, tensors, strict=False):
+    kept = []
+    for operand, known, mask in zip(masks.site.masks, fills, tensors, strict=False):
         for dim in range(mask.dim()):
             if mask.stride(dim) == 0 and mask.shape[dim] > 1:
                 mask = mask.narrow(dim, 0, 1)
         if operand.role == "add":
-            _check_fills(mask, fills)
+            _check_fills(mask, known)
         keep = mask == 0 if operand.role == "add" else mask.bool()
         keep = ~keep if operand.role == "drop" else keep
-        masks.append(_on_axes(keep, check.axes))
-    return masks
+        kept.append(on_axes(keep, masks.site.score_axes))
+    return kept
 
 
 def _check_fills(mask: Tensor, fills: Sequence[float]) -> None:
@@ -245,33 +238,27 @@ def _check_fills(mask: Tensor, fills: Sequence[float]) -> None:
         )
 
 
-def _on_axes(mask: Tensor, axes: Sequence[str]) -> Tensor:
-    while mask.dim() > len(axes):
-        mask = mask.squeeze(0)
-    mask = mask[(None,) * (len(axes) - mask.dim())]
-    for position, name in enumerate(_ORDER):
-        if name not in axes:
-            mask = mask.unsqueeze(position)
-    return mask
-
-
 def _compare(
-    check: Check,
+    masks: SiteMasks,
     lifted: LiftedMask,
-    leaves: Sequence[Any],
-    masks: Sequence[Tensor],
+    leaves: Mapping[Node, Any],
+    kept: Sequence[Tensor],
     examples: Examples,
 ) -> float:
     """Raise where the masks differ; the pairs in their blocks, for each query."""
-    lengths = {symbol: examples.size(expr) for symbol, expr in check.lengths.items()}
-    outputs = _run_program(check, lifted, leaves, examples)
+    lengths = {symbol: examples.size(expr) for symbol, expr in masks.lengths.items()}
+    outputs: Sequence[Any] = ()
+    if lifted.program is not None:
+        values = {**examples.values, **leaves}
+        with torch.no_grad():
+            outputs = Interpreter(lifted.program).run(*(values[leaf] for leaf in lifted.leaves))
     tables, sizes = mask_data(lifted, outputs, lengths[Q], lengths[KV])
     selection = selection_data(lifted, outputs)
     chosen = None if selection is None else selection.dense(lengths[Q], lengths[KV])
     if chosen is not None and chosen.shape[1] > 1:
         chosen = chosen.repeat_interleave(lengths[H] // chosen.shape[1], 1)
-    device = masks[0].device
-    shape = functools.reduce(operator.and_, (mask[:, :, :1, :1] for mask in masks)).shape
+    device = kept[0].device
+    shape = functools.reduce(operator.and_, (mask[:, :, :1, :1] for mask in kept)).shape
     rows = max(1, _CHUNK // max(1, shape[0] * shape[1] * lengths[KV]))
     rows = rows // _BLOCK * _BLOCK or rows
     pairs = 0.0
@@ -281,9 +268,9 @@ def _compare(
         if chosen is not None:
             found = found & chosen[:, :, start : start + rows]
         expected = torch.ones((), dtype=torch.bool, device=device)
-        for mask in masks:
+        for mask in kept:
             expected = expected & (mask[:, :, start : start + rows] if mask.shape[2] > 1 else mask)
-        if check.causal:
+        if masks.site.causal:
             expected = expected & (coordinates["kv"] <= coordinates["q"])
         _raise_if_different(found, expected, start)
         pairs += _pairs_in_blocks(found, coordinates["q"].shape[0], lengths[KV])
@@ -300,21 +287,6 @@ def _pairs_in_blocks(found: Tensor, rows: int, keys: int) -> float:
     for line in torch.split(held, _BLOCK, -2):
         pairs += int(line.any(-2).sum()) * line.shape[-2] * min(_BLOCK, keys)
     return pairs / count
-
-
-def _run_program(
-    check: Check,
-    lifted: LiftedMask,
-    leaves: Sequence[Any],
-    examples: Examples,
-) -> Sequence[Any]:
-    if lifted.program is None:
-        return ()
-    values = dict(zip(check.part.leaves, leaves, strict=True))
-    inputs = [values[leaf] if leaf in values else examples.values[leaf] for leaf in lifted.leaves]
-    with torch.no_grad():
-        outputs: Sequence[Any] = Interpreter(lifted.program).run(*inputs)
-    return outputs
 
 
 def _coordinates(
@@ -341,7 +313,7 @@ def _raise_if_different(found: Tensor, expected: Tensor, start: int) -> None:
     )
 
 
-def _draws(leaves: Sequence[Any]) -> list[Callable[[Any], Any]]:
+def _draws(leaves: Iterable[Any]) -> list[Callable[[Any], Any]]:
     """Ways to make other inputs. On a GPU only values that occurred: an index out of range there
     would end the process."""
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]

@@ -6,8 +6,8 @@ Each handler takes a :class:`Step` and returns the lifted result.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -23,6 +23,7 @@ from sparse_compile.passes.lift.value import (
     Value,
     align,
     combinations,
+    mapped,
     merged,
     reindexed,
     substitute,
@@ -54,6 +55,14 @@ class Step:
         assert isinstance(tensor, Lifted)
         return tensor
 
+    def reading(self, indices: Sequence[sympy.Expr]) -> Lifted:
+        """The result where its elements are those of the first argument at ``indices``."""
+        return reindexed(self.tensor, self.shape, indices)
+
+    def moved(self, places: Mapping[int, sympy.Expr]) -> Lifted:
+        """The same where only some dimensions are read at other places."""
+        return self.reading([places.get(d, DIMS[d]) for d in range(len(self.shape))])
+
 
 Handler = Callable[[Step], Lifted]
 
@@ -76,28 +85,23 @@ def same(step: Step) -> Lifted:
 
 def expand(step: Step) -> Lifted:
     """Broadcasting: dimensions of size one are read at 0, which is how they are stored."""
-    aligned = align(step.tensor, len(step.shape))
-    return Lifted(step.shape, step.dtype, aligned.element)
+    return Lifted(step.shape, step.dtype, align(step.tensor, len(step.shape)).element)
 
 
 def unsqueeze(step: Step) -> Lifted:
     """A new dimension of size one."""
     dim = dim_of(step.args[1], len(step.shape))
-    rest = [DIMS[i] for i in range(len(step.shape)) if i != dim]
-    return reindexed(step.tensor, step.shape, rest)
+    return step.reading([DIMS[i] for i in range(len(step.shape)) if i != dim])
 
 
 def squeeze(step: Step) -> Lifted:
     """Dimensions of size one removed: all of them, or those named."""
     shape = step.tensor.shape
-    dims = step.args[1] if len(step.args) > 1 else list(range(len(shape)))
-    named = [dims] if isinstance(dims, int) else dims
-    gone = {dim_of(d, len(shape)) for d in named}
-    gone = {d for d in gone if shape[d] == 1}
-    indices: list[sympy.Expr] = []
-    for d in range(len(shape)):
-        indices.append(sympy.S.Zero if d in gone else DIMS[d - sum(g < d for g in gone)])
-    return reindexed(step.tensor, step.shape, indices)
+    dims = step.args[1] if len(step.args) > 1 else range(len(shape))
+    named = {dim_of(d, len(shape)) for d in ([dims] if isinstance(dims, int) else dims)}
+    left = iter(DIMS)
+    gone = [d in named and size == 1 for d, size in enumerate(shape)]
+    return step.reading([sympy.S.Zero if is_gone else next(left) for is_gone in gone])
 
 
 def permute(step: Step) -> Lifted:
@@ -119,18 +123,14 @@ def matrix_transpose(step: Step) -> Lifted:
 
 
 def _permuted(step: Step, order: Sequence[int]) -> Lifted:
-    indices = [DIMS[order.index(d)] for d in range(len(order))]
-    return reindexed(step.tensor, step.shape, indices)
+    return step.reading([DIMS[order.index(d)] for d in range(len(order))])
 
 
 def slice_(step: Step) -> Lifted:
     """``x[..., start:end:step, ...]``."""
-    _, dim, start, _, stride = step.args
+    tensor, dim, start, _, stride = step.args
     dim = dim_of(dim, len(step.shape))
-    first = slice_start(start, step.tensor.shape[dim])
-    indices: list[sympy.Expr] = list(DIMS[: len(step.shape)])
-    indices[dim] = first + stride * DIMS[dim]
-    return reindexed(step.tensor, step.shape, indices)
+    return step.moved({dim: slice_start(start, tensor.shape[dim]) + stride * DIMS[dim]})
 
 
 def slice_start(start: Any, size: sympy.Expr) -> sympy.Expr:
@@ -152,23 +152,19 @@ def select(step: Step) -> Lifted:
 
 def flip(step: Step) -> Lifted:
     """Dimensions read backwards."""
-    shape = step.shape
-    indices: list[sympy.Expr] = list(DIMS[: len(shape)])
-    for dim in (dim_of(d, len(shape)) for d in step.args[1]):
-        indices[dim] = shape[dim] - 1 - DIMS[dim]
-    return reindexed(step.tensor, shape, indices)
+    dims = [dim_of(d, len(step.shape)) for d in step.args[1]]
+    return step.moved({dim: step.shape[dim] - 1 - DIMS[dim] for dim in dims})
 
 
 def roll(step: Step) -> Lifted:
     """Dimensions rotated."""
-    shape = step.shape
     _, shifts, dims = (*step.args, ())[:3]
     if not dims:
         raise Unliftable("roll without dims")
-    indices: list[sympy.Expr] = list(DIMS[: len(shape)])
-    for shift, dim in zip(shifts, (dim_of(d, len(shape)) for d in dims), strict=True):
-        indices[dim] = step.simplifier.floormod(DIMS[dim] - shift, shape[dim])
-    return reindexed(step.tensor, shape, indices)
+    places: dict[int, sympy.Expr] = {}
+    for shift, dim in zip(shifts, (dim_of(d, len(step.shape)) for d in dims), strict=True):
+        places[dim] = step.simplifier.floormod(DIMS[dim] - shift, step.shape[dim])
+    return step.moved(places)
 
 
 def repeat(step: Step) -> Lifted:
@@ -195,8 +191,7 @@ def view(step: Step) -> Lifted:
             else:
                 indices[dim] = step.simplifier.floormod(flat, size)
                 flat = step.simplifier.floordiv(flat, size)
-    ordered = [indices.get(dim, sympy.S.Zero) for dim in range(len(step.tensor.shape))]
-    return reindexed(step.tensor, step.shape, ordered)
+    return step.reading([indices.get(d, sympy.S.Zero) for d in range(len(step.tensor.shape))])
 
 
 def _groups(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
@@ -237,13 +232,7 @@ def index(step: Step) -> Lifted:
     rest = [d for d in range(len(tensor.shape)) if d not in given]
     plain = {d: (n if n < front else n + rank) for n, d in enumerate(rest)}
     where = {DIMS[i]: DIMS[front + i] for i in range(rank)}
-    cases = [
-        tuple(
-            (c.xreplace(where), sympy.sympify(v).xreplace(where))
-            for c, v in align(given[d], rank).cases
-        )
-        for d in dims
-    ]
+    cases = [substitute(align(given[d], rank).cases, where) for d in dims]
     return _read_at(step, tensor, dims, cases, plain)
 
 
@@ -258,13 +247,8 @@ def gather(step: Step) -> Lifted:
 def index_select(step: Step) -> Lifted:
     """``x[..., indices, ...]`` along one dimension."""
     tensor, dim, indices = step.args
-    dim = dim_of(dim, len(tensor.shape))
-    plain = {d: d for d in range(len(tensor.shape)) if d != dim}
-    cases = tuple(
-        (c.xreplace({DIMS[0]: DIMS[dim]}), sympy.sympify(v).xreplace({DIMS[0]: DIMS[dim]}))
-        for c, v in indices.cases
-    )
-    return _read_at(step, tensor, [dim], [cases], plain)
+    where = [None] * dim_of(dim, len(tensor.shape)) + [align(indices, 1)]
+    return index(replace(step, args=(tensor, where)))
 
 
 def _read_at(
@@ -305,19 +289,12 @@ def cleaned(tensor: Lifted, simplifier: Simplifier) -> Lifted:
     """Size-one dimensions read at 0, and every expression simplified."""
     ones = {DIMS[d]: sympy.S.Zero for d, size in enumerate(tensor.shape) if size == 1}
     element = substitute(tensor.element, ones) if ones else tensor.element
-    if isinstance(element, sympy.Basic):
-        return Lifted(tensor.shape, tensor.dtype, simplifier(element))
-    simplified = merged(
-        (simplifier(c), simplifier(v) if isinstance(v, sympy.Basic) else v) for c, v in element
-    )
-    return Lifted(tensor.shape, tensor.dtype, simplified)
+    return Lifted(tensor.shape, tensor.dtype, mapped(element, simplifier))
 
 
 VIEWS: dict[str, Handler] = {
-    **dict.fromkeys(
-        ("clone", "detach", "alias", "contiguous", "lift_fresh_copy", "lift_fresh", "lift"), same
-    ),
-    **dict.fromkeys(("view", "reshape", "_unsafe_view", "view_copy", "_reshape_alias"), view),
+    **dict.fromkeys(("clone", "detach", "alias", "lift_fresh_copy", "lift_fresh", "lift"), same),
+    **dict.fromkeys(("view", "_unsafe_view", "view_copy", "_reshape_alias"), view),
     "expand": expand,
     "unsqueeze": unsqueeze,
     "squeeze": squeeze,

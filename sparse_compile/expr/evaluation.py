@@ -7,24 +7,36 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import sympy
 import torch
 from torch import Tensor
 
-from sparse_compile.expr.fold import fold, fold_real
+from sparse_compile.expr.fold import fold, fold_real, joined
 from sparse_compile.expr.mask_expr import MaskExpr
 from sparse_compile.expr.score import ScoreProgram
 
-_COMPARE = {
+_OPERATIONS: dict[str, Callable[..., Tensor]] = {
+    "+": operator.add,
+    "*": operator.mul,
+    "//": functools.partial(torch.div, rounding_mode="floor"),
+    "%": torch.remainder,
+    "bit": lambda word, index: word >> index & 1,
+    "abs": torch.abs,
+    "min": torch.minimum,
+    "max": torch.maximum,
+    "where": torch.where,
     "<": torch.lt,
     "<=": torch.le,
     ">": torch.gt,
     ">=": torch.ge,
     "==": torch.eq,
     "!=": torch.ne,
+    "and": operator.and_,
+    "or": operator.or_,
+    "not": operator.invert,
 }
 
 
@@ -42,11 +54,6 @@ class _Dense:
         # Without axes, it takes the precision of what it meets.
         return torch.tensor(float(value), dtype=torch.float64, device=self.device)
 
-    def call(self, name: str, a: Tensor) -> Tensor:
-        function = getattr(torch, name)
-        result: Tensor = function(a if a.is_floating_point() else a.double())
-        return result
-
     def boolean(self, value: bool) -> Tensor:
         return torch.tensor(value, device=self.device)
 
@@ -60,44 +67,13 @@ class _Dense:
         found = values[tuple(inside)] if inside else values
         return found if found.is_floating_point() else found.to(torch.int64)
 
-    def add(self, args: Sequence[Tensor]) -> Tensor:
-        return functools.reduce(operator.add, args)
-
-    def mul(self, args: Sequence[Tensor]) -> Tensor:
-        return functools.reduce(operator.mul, args)
-
-    def floordiv(self, a: Tensor, b: Tensor, expr: sympy.Expr) -> Tensor:
-        return torch.div(a, b, rounding_mode="floor")
-
-    def mod(self, a: Tensor, b: Tensor, expr: sympy.Expr) -> Tensor:
-        return torch.remainder(a, b)
-
-    def bit(self, word: Tensor, index: Tensor) -> Tensor:
-        return word >> index & 1
-
-    def absolute(self, a: Tensor) -> Tensor:
-        return a.abs()
-
-    def minimum(self, args: Sequence[Tensor]) -> Tensor:
-        return functools.reduce(torch.minimum, args)
-
-    def maximum(self, args: Sequence[Tensor]) -> Tensor:
-        return functools.reduce(torch.maximum, args)
-
-    def select(self, condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
-        return torch.where(condition, yes, no)
-
-    def compare(self, op: str, a: Tensor, b: Tensor) -> Tensor:
-        return _COMPARE[op](a, b)
-
-    def conjunction(self, args: Sequence[Tensor]) -> Tensor:
-        return functools.reduce(operator.and_, args)
-
-    def disjunction(self, args: Sequence[Tensor]) -> Tensor:
-        return functools.reduce(operator.or_, args)
-
-    def negation(self, a: Tensor) -> Tensor:
-        return ~a
+    def operation(self, name: str, args: Sequence[Tensor], expr: sympy.Basic) -> Tensor:
+        if name in _OPERATIONS:
+            return joined(_OPERATIONS[name], name, args)
+        function = getattr(torch, name)  # of a real number
+        (a,) = args
+        result: Tensor = function(a if a.is_floating_point() else a.double())
+        return result
 
 
 def evaluate(

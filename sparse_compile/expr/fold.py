@@ -6,6 +6,7 @@ is an :class:`Algebra`, and :func:`fold` applies it bottom-up, visiting shared s
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -16,9 +17,49 @@ from sparse_compile.expr.nodes import Bit, FloorDiv, FloorMod, is_table, table_i
 
 T = TypeVar("T")
 
+#: Comparisons of two integers.
+COMPARISONS: dict[str, Any] = {
+    "<": sympy.Lt,
+    "<=": sympy.Le,
+    ">": sympy.Gt,
+    ">=": sympy.Ge,
+    "==": sympy.Eq,
+    "!=": sympy.Ne,
+}
+#: Operators that take two or more operands, in any order.
+JOINS: dict[str, Any] = {
+    "+": sympy.Add,
+    "*": sympy.Mul,
+    "min": sympy.Min,
+    "max": sympy.Max,
+    "and": sympy.And,
+    "or": sympy.Or,
+}
+#: The operators of predicates, by the name that algebras get. ``//`` and ``%`` round down, and
+#: ``where``, which is not among them, takes a condition and two values.
+OPERATORS: dict[str, Any] = {
+    **COMPARISONS,
+    **JOINS,
+    "//": FloorDiv,
+    "%": FloorMod,
+    "bit": Bit,
+    "abs": sympy.Abs,
+    "not": sympy.Not,
+}
+NAMES = {kind: name for name, kind in OPERATORS.items()}
+#: The functions of score programs, by the name that algebras get.
+FUNCTIONS: dict[str, Any] = {
+    "tanh": sympy.tanh,
+    "exp": sympy.exp,
+    "log": sympy.log,
+    "sqrt": sympy.sqrt,
+}
+#: What ``1 / x`` is called.
+RECIPROCAL = "reciprocal"
+
 
 class Algebra(Protocol, Generic[T]):
-    """What each kind of node means. ``compare`` gets one of ``< <= > >= == !=``."""
+    """What each kind of node means."""
 
     def integer(self, value: int) -> T:
         """An integer constant."""
@@ -36,84 +77,26 @@ class Algebra(Protocol, Generic[T]):
         """A lookup; ``exprs`` are the index expressions that ``args`` are the values of."""
         ...
 
-    def add(self, args: Sequence[T]) -> T:
-        """A sum of two or more terms."""
-        ...
-
-    def mul(self, args: Sequence[T]) -> T:
-        """A product of two or more factors."""
-        ...
-
-    def floordiv(self, a: T, b: T, expr: sympy.Expr) -> T:
-        """Division rounding down."""
-        ...
-
-    def mod(self, a: T, b: T, expr: sympy.Expr) -> T:
-        """Remainder with the sign of the divisor."""
-        ...
-
-    def bit(self, word: T, index: T) -> T:
-        """Bit ``index`` of an int32 word, 0 or 1."""
-        ...
-
-    def absolute(self, a: T) -> T:
-        """Absolute value."""
-        ...
-
-    def minimum(self, args: Sequence[T]) -> T:
-        """The least of two or more."""
-        ...
-
-    def maximum(self, args: Sequence[T]) -> T:
-        """The greatest of two or more."""
-        ...
-
-    def select(self, condition: T, yes: T, no: T) -> T:
-        """``yes`` where the condition holds, else ``no``."""
-        ...
-
-    def compare(self, op: str, a: T, b: T) -> T:
-        """A comparison of two integers."""
-        ...
-
-    def conjunction(self, args: Sequence[T]) -> T:
-        """Logical and."""
-        ...
-
-    def disjunction(self, args: Sequence[T]) -> T:
-        """Logical or."""
-        ...
-
-    def negation(self, a: T) -> T:
-        """Logical not."""
+    def operation(self, name: str, args: Sequence[T], expr: sympy.Basic) -> T:
+        """One of :data:`OPERATORS`, or ``where``; ``expr`` is the node."""
         ...
 
 
 class RealAlgebra(Algebra[T], Protocol):
-    """What the nodes of a score program mean besides those of a predicate."""
+    """One that knows score programs: its operations are :data:`FUNCTIONS` and 1 / x, too."""
 
     def real(self, value: sympy.Number) -> T:
         """A constant that is no integer."""
         ...
 
-    def call(self, name: str, a: T) -> T:
-        """One of :data:`FUNCTIONS` of a real number."""
-        ...
-
-
-#: The functions of score programs, by the name that algebras get.
-FUNCTIONS: dict[str, Any] = {
-    "tanh": sympy.tanh,
-    "exp": sympy.exp,
-    "log": sympy.log,
-    "sqrt": sympy.sqrt,
-}
-#: What ``1 / x`` is called.
-RECIPROCAL = "reciprocal"
-
 
 class UnsupportedNode(TypeError):
     """A predicate holds a node that no algebra knows; says which."""
+
+
+def joined(function: Callable[..., T], name: str, args: Sequence[T]) -> T:
+    """A function at the operands of an operator; one of two values at all of those of a join."""
+    return functools.reduce(function, args) if name in JOINS else function(*args)
 
 
 def fold(expr: sympy.Basic, algebra: Algebra[T]) -> T:
@@ -122,14 +105,8 @@ def fold(expr: sympy.Basic, algebra: Algebra[T]) -> T:
     Raises:
         UnsupportedNode: for a node outside the vocabulary of :mod:`sparse_compile.expr.nodes`.
     """
-    memo: dict[sympy.Basic, T] = {}
-
-    def value(node: sympy.Basic) -> T:
-        if node not in memo:
-            memo[node] = _value(node, algebra, value)
-        return memo[node]
-
-    return value(expr)
+    (found,) = _values(_value, algebra, [expr])
+    return found
 
 
 def fold_real(algebra: RealAlgebra[T], *exprs: sympy.Expr) -> list[T]:
@@ -138,11 +115,17 @@ def fold_real(algebra: RealAlgebra[T], *exprs: sympy.Expr) -> list[T]:
     Raises:
         UnsupportedNode: for a node outside the vocabulary of :mod:`sparse_compile.expr.score`.
     """
+    return _values(_real_value, algebra, exprs)
+
+
+def _values(
+    meaning: Callable[..., T], algebra: Algebra[T], exprs: Sequence[sympy.Basic]
+) -> list[T]:
     memo: dict[sympy.Basic, T] = {}
 
     def value(node: sympy.Basic) -> T:
         if node not in memo:
-            memo[node] = _real_value(node, algebra, value)
+            memo[node] = meaning(node, algebra, value)
         return memo[node]
 
     return [value(expr) for expr in exprs]
@@ -153,11 +136,11 @@ def _real_value(node: sympy.Basic, algebra: RealAlgebra[T], value: Callable[[sym
         return algebra.real(node)
     for name in ("tanh", "exp", "log"):
         if isinstance(node, FUNCTIONS[name]):
-            return algebra.call(name, value(node.args[0]))
+            return algebra.operation(name, [value(node.args[0])], node)
     if isinstance(node, sympy.Pow) and node.exp.is_negative:
-        return algebra.call(RECIPROCAL, value(sympy.Pow(node.base, -node.exp)))
+        return algebra.operation(RECIPROCAL, [value(sympy.Pow(node.base, -node.exp))], node)
     if isinstance(node, sympy.Pow) and node.exp == sympy.S.Half:
-        return algebra.call("sqrt", value(node.base))
+        return algebra.operation("sqrt", [value(node.base)], node)
     return _value(node, algebra, value)
 
 
@@ -173,36 +156,13 @@ def _value(node: sympy.Basic, algebra: Algebra[T], value: Callable[[sympy.Basic]
     if isinstance(node, (sympy.Xor, sympy.ITE, sympy.Implies, sympy.Equivalent)):
         return value(node.to_nnf(simplify=False))
     if isinstance(node, sympy.Pow) and node.exp.is_Integer and node.exp > 0:
-        return algebra.mul([value(node.base)] * int(node.exp))
+        return algebra.operation("*", [value(node.base)] * int(node.exp), node)
     args = [value(arg) for arg in node.args]
     if is_table(node):
         return algebra.table(table_index(node), args, node.args)
-    if isinstance(node, (FloorDiv, FloorMod)):
-        method = algebra.floordiv if isinstance(node, FloorDiv) else algebra.mod
-        return method(args[0], args[1], node)
-    return _operator(node, args, algebra)
-
-
-def _operator(node: sympy.Basic, args: list[T], algebra: Algebra[T]) -> T:
-    if isinstance(node, sympy.core.relational.Relational):
-        return algebra.compare(node.rel_op, args[0], args[1])
-    if isinstance(node, sympy.Not):
-        return algebra.negation(args[0])
-    if isinstance(node, sympy.Abs):
-        return algebra.absolute(args[0])
-    if isinstance(node, Bit):
-        return algebra.bit(args[0], args[1])
-    for kind, method in (
-        (sympy.Add, algebra.add),
-        (sympy.Mul, algebra.mul),
-        (sympy.Min, algebra.minimum),
-        (sympy.Max, algebra.maximum),
-        (sympy.And, algebra.conjunction),
-        (sympy.Or, algebra.disjunction),
-    ):
-        if isinstance(node, kind):
-            return method(args)
-    raise UnsupportedNode(f"{type(node).__name__} in a mask predicate: {node}")
+    if type(node) not in NAMES:
+        raise UnsupportedNode(f"{type(node).__name__} in a mask predicate: {node}")
+    return algebra.operation(NAMES[type(node)], args, node)
 
 
 def _piecewise(node: sympy.Piecewise, value: Callable[[sympy.Basic], T], algebra: Algebra[T]) -> T:
@@ -211,7 +171,8 @@ def _piecewise(node: sympy.Piecewise, value: Callable[[sympy.Basic], T], algebra
         raise UnsupportedNode(f"Piecewise without a default in a mask predicate: {node}")
     result = value(pieces[-1][0])
     for branch, condition in reversed(pieces[:-1]):
-        result = algebra.select(value(_integral(condition)), value(branch), result)
+        args = [value(_integral(condition)), value(branch), result]
+        result = algebra.operation("where", args, node)
     return result
 
 

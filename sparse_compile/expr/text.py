@@ -15,39 +15,20 @@ from typing import Any
 
 import sympy
 
-from sparse_compile.expr.fold import FUNCTIONS, RECIPROCAL, fold, fold_real
-from sparse_compile.expr.nodes import (
-    COORDINATES,
-    N_KV,
-    N_Q,
-    SCORE,
-    Bit,
-    FloorDiv,
-    FloorMod,
-    size_symbol,
-    table,
+from sparse_compile.expr.fold import (
+    FUNCTIONS,
+    JOINS,
+    OPERATORS,
+    RECIPROCAL,
+    fold,
+    fold_real,
 )
+from sparse_compile.expr.nodes import COORDINATES, N_KV, N_Q, SCORE, size_symbol, table
 
 _NAMED = {symbol.name: symbol for symbol in (*COORDINATES, N_Q, N_KV, SCORE)}
 _BUILD: dict[str, Callable[..., Any]] = {
-    "+": sympy.Add,
-    "*": sympy.Mul,
-    "//": FloorDiv,
-    "%": FloorMod,
-    "bit": Bit,
-    "abs": sympy.Abs,
-    "min": sympy.Min,
-    "max": sympy.Max,
-    "and": sympy.And,
-    "or": sympy.Or,
-    "not": sympy.Not,
+    **OPERATORS,
     "where": lambda c, a, b: sympy.Piecewise((a, c), (b, True)),
-    "<": sympy.Lt,
-    "<=": sympy.Le,
-    ">": sympy.Gt,
-    ">=": sympy.Ge,
-    "==": sympy.Eq,
-    "!=": sympy.Ne,
     RECIPROCAL: lambda a: 1 / a,
     **FUNCTIONS,
 }
@@ -65,53 +46,16 @@ class _Spelling:
     def real(self, value: sympy.Number) -> str:
         return str(value) if value.is_Rational else repr(float(value))
 
-    def call(self, name: str, a: str) -> str:
-        return _join(name, (a,))
-
     def symbol(self, name: str) -> str:
         return name
 
     def table(self, index: int, args: Sequence[str], exprs: Sequence[sympy.Expr]) -> str:
         return _join(f"t{index}", args)
 
-    def add(self, args: Sequence[str]) -> str:
-        return _join("+", sorted(args))
-
-    def mul(self, args: Sequence[str]) -> str:
-        return _join("*", sorted(args))
-
-    def floordiv(self, a: str, b: str, expr: sympy.Expr) -> str:
-        return _join("//", (a, b))
-
-    def mod(self, a: str, b: str, expr: sympy.Expr) -> str:
-        return _join("%", (a, b))
-
-    def bit(self, word: str, index: str) -> str:
-        return _join("bit", (word, index))
-
-    def absolute(self, a: str) -> str:
-        return _join("abs", (a,))
-
-    def minimum(self, args: Sequence[str]) -> str:
-        return _join("min", sorted(args))
-
-    def maximum(self, args: Sequence[str]) -> str:
-        return _join("max", sorted(args))
-
-    def select(self, condition: str, yes: str, no: str) -> str:
-        return _join("where", (condition, yes, no))
-
-    def compare(self, op: str, a: str, b: str) -> str:
-        return _join(op, (a, b))
-
-    def conjunction(self, args: Sequence[str]) -> str:
-        return _join("and", sorted(args, reverse=True))
-
-    def disjunction(self, args: Sequence[str]) -> str:
-        return _join("or", sorted(args, reverse=True))
-
-    def negation(self, a: str) -> str:
-        return _join("not", (a,))
+    def operation(self, name: str, args: Sequence[str], expr: sympy.Basic) -> str:
+        if name in JOINS:
+            args = sorted(args, reverse=name in ("and", "or"))
+        return _join(name, args)
 
 
 def _join(head: str, args: Sequence[str]) -> str:
@@ -130,25 +74,16 @@ def real_to_text(expr: sympy.Expr) -> str:
 
 def from_text(text: str) -> sympy.Basic:
     """The predicate that :func:`to_text` spelled."""
-    return _read(iter(re.findall(r"[()]|[^\s()]+", text)))
+    tokens = iter(re.findall(r"[()]|[^\s()]+", text))
+    return _read(next(tokens), tokens)
 
 
-def _read(tokens: Iterator[str]) -> sympy.Basic:
-    token = next(tokens)
-    return _read_list(tokens) if token == "(" else _atom(token)
-
-
-def _read_list(tokens: Iterator[str]) -> sympy.Basic:
+def _read(token: str, tokens: Iterator[str]) -> sympy.Basic:
+    """What begins with a token; the others are taken from ``tokens``."""
+    if token != "(":
+        return _atom(token)
     head = next(tokens)
-    args: list[sympy.Basic] = []
-    for token in tokens:
-        if token == ")":
-            break
-        args.append(_read_list(tokens) if token == "(" else _atom(token))
-    return _apply(head, args)
-
-
-def _apply(head: str, args: list[sympy.Basic]) -> sympy.Basic:
+    args = [_read(first, tokens) for first in iter(tokens.__next__, ")")]
     if re.fullmatch(r"t\d+", head):
         return table(int(head[1:]))(*args)
     return _BUILD[head](*args)

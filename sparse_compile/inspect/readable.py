@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import sympy
 
-from sparse_compile.expr import fold
+from sparse_compile.expr.fold import COMPARISONS, fold
 
 _OR, _AND, _NOT, _COMPARE, _BITS, _SUM, _PRODUCT, _ATOM = range(8)
+_INFIX = {"//": _PRODUCT, "%": _PRODUCT, **dict.fromkeys(COMPARISONS, _COMPARE)}
 
 
 @dataclass(frozen=True)
@@ -39,51 +40,55 @@ class _Infix:
     def table(self, index: int, args: Sequence[_Text], exprs: Sequence[sympy.Expr]) -> _Text:
         return _Text(f"t{index}[{', '.join(arg.text for arg in args)}]")
 
-    def add(self, args: Sequence[_Text]) -> _Text:
-        terms = [arg.text if _is_number(arg) else arg.within(_SUM) for arg in args]
-        first, *rest = sorted(terms, key=lambda t: (t.lstrip("-").isdigit(), t.startswith("-")))
-        signed = (f" - {t[1:]}" if t.startswith("-") else f" + {t}" for t in rest)
-        return _Text(first + "".join(signed), _SUM)
+    def operation(self, name: str, args: Sequence[_Text], expr: sympy.Basic) -> _Text:
+        if name in _SPELLED:
+            return _SPELLED[name](args)
+        if name in _INFIX:
+            binds = _INFIX[name]
+            return _Text(f" {name} ".join(arg.within(binds) for arg in args), binds)
+        return _Text(f"{name}({', '.join(arg.text for arg in args)})")
 
-    def mul(self, args: Sequence[_Text]) -> _Text:
-        negative = sum(_is_number(arg) and arg.text.startswith("-") for arg in args) % 2
-        sizes = [_Text(arg.text.lstrip("-")) if _is_number(arg) else arg for arg in args]
-        factors = [arg for arg in sizes if arg.text != "1"] or sizes[:1]
-        text = " * ".join(arg.within(_SUM if len(factors) == 1 else _PRODUCT) for arg in factors)
-        return _Text(f"-{text}" if negative else text, _PRODUCT)
 
-    def floordiv(self, a: _Text, b: _Text, expr: sympy.Expr) -> _Text:
-        return _Text(f"{a.within(_PRODUCT)} // {b.within(_PRODUCT)}", _PRODUCT)
+def _sum(args: Sequence[_Text]) -> _Text:
+    terms = [arg.text if _is_number(arg) else arg.within(_SUM) for arg in args]
+    first, *rest = sorted(terms, key=lambda t: (t.lstrip("-").isdigit(), t.startswith("-")))
+    signed = (f" - {t[1:]}" if t.startswith("-") else f" + {t}" for t in rest)
+    return _Text(first + "".join(signed), _SUM)
 
-    def mod(self, a: _Text, b: _Text, expr: sympy.Expr) -> _Text:
-        return _Text(f"{a.within(_PRODUCT)} % {b.within(_PRODUCT)}", _PRODUCT)
 
-    def bit(self, word: _Text, index: _Text) -> _Text:
-        return _Text(f"{word.within(_BITS)} >> {index.within(_BITS)} & 1", _BITS)
+def _product(args: Sequence[_Text]) -> _Text:
+    negative = sum(_is_number(arg) and arg.text.startswith("-") for arg in args) % 2
+    sizes = [_Text(arg.text.lstrip("-")) if _is_number(arg) else arg for arg in args]
+    factors = [arg for arg in sizes if arg.text != "1"] or sizes[:1]
+    text = " * ".join(arg.within(_SUM if len(factors) == 1 else _PRODUCT) for arg in factors)
+    return _Text(f"-{text}" if negative else text, _PRODUCT)
 
-    def absolute(self, a: _Text) -> _Text:
-        return _Text(f"abs({a.text})")
 
-    def minimum(self, args: Sequence[_Text]) -> _Text:
-        return _Text(f"min({', '.join(arg.text for arg in args)})")
+def _bit(args: Sequence[_Text]) -> _Text:
+    word, index = args
+    return _Text(f"{word.within(_BITS)} >> {index.within(_BITS)} & 1", _BITS)
 
-    def maximum(self, args: Sequence[_Text]) -> _Text:
-        return _Text(f"max({', '.join(arg.text for arg in args)})")
 
-    def select(self, condition: _Text, yes: _Text, no: _Text) -> _Text:
-        return _Text(f"where({condition.text}, {yes.text}, {no.text})")
+def _and(args: Sequence[_Text]) -> _Text:
+    return _Text(" and ".join(_in_order(arg.within(_AND) for arg in args)), _AND)
 
-    def compare(self, op: str, a: _Text, b: _Text) -> _Text:
-        return _Text(f"{a.within(_COMPARE)} {op} {b.within(_COMPARE)}", _COMPARE)
 
-    def conjunction(self, args: Sequence[_Text]) -> _Text:
-        return _Text(" and ".join(_in_order(arg.within(_AND) for arg in args)), _AND)
+def _or(args: Sequence[_Text]) -> _Text:
+    return _Text(" or ".join(_in_order(arg.within(_AND) for arg in args)), _OR)
 
-    def disjunction(self, args: Sequence[_Text]) -> _Text:
-        return _Text(" or ".join(_in_order(arg.within(_AND) for arg in args)), _OR)
 
-    def negation(self, a: _Text) -> _Text:
-        return _Text(f"not {a.within(_NOT)}", _NOT)
+def _not(args: Sequence[_Text]) -> _Text:
+    return _Text(f"not {args[0].within(_NOT)}", _NOT)
+
+
+_SPELLED: dict[str, Callable[[Sequence[_Text]], _Text]] = {
+    "+": _sum,
+    "*": _product,
+    "bit": _bit,
+    "and": _and,
+    "or": _or,
+    "not": _not,
+}
 
 
 def _in_order(terms: Iterable[str]) -> list[str]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import sympy
 
-from sparse_compile.expr import fold
+from sparse_compile.expr.fold import COMPARISONS, fold, joined
 from sparse_compile.layout.bounds import (
     INT64_MAX,
     INT64_MIN,
@@ -132,65 +132,13 @@ class _Intervals:
     def table(self, index: int, args: Sequence[Span], exprs: Sequence[sympy.Expr]) -> Span:
         return UNKNOWN if self.lookup is None else self.lookup(index, args, exprs)
 
-    def add(self, args: Sequence[Span]) -> Span:
-        return functools.reduce(_add, args)
-
-    def mul(self, args: Sequence[Span]) -> Span:
-        return functools.reduce(_mul, args)
-
-    def floordiv(self, a: Span, b: Span, expr: sympy.Expr) -> Span:
-        return _floordiv(a, b)
-
-    def mod(self, a: Span, b: Span, expr: sympy.Expr) -> Span:
-        return _mod(a, b)
-
-    def bit(self, word: Span, index: Span) -> Span:
-        # All bits of 0 and of -1 are the same.
-        must, never = ((word.lo == same) & (word.hi == same) for same in (-1, 0))
-        return Span(where(must, 1, 0), where(never, 0, 1), 1, 1)
-
-    def absolute(self, a: Span) -> Span:
-        if a.step == 0 and isinstance(a.lo, int):
-            return point(abs(a.lo))
-        fits = _fits(a, LIMIT)
-        lo = greatest(greatest(a.lo, _negative(a.hi)), 0)
-        hi = greatest(_negative(a.lo), a.hi)
-        return _guarded(fits, lo, hi, 0 if a.step == 0 else 1, a.magnitude)
-
-    def minimum(self, args: Sequence[Span]) -> Span:
-        return functools.reduce(functools.partial(_extreme, least), args)
-
-    def maximum(self, args: Sequence[Span]) -> Span:
-        return functools.reduce(functools.partial(_extreme, greatest), args)
-
-    def select(self, condition: Span, yes: Span, no: Span) -> Span:
-        if isinstance(condition.lo, bool) and condition.lo is condition.hi:
-            return yes if condition.lo else no
-        must, may = condition.lo, condition.hi
-        lo = where(must, yes.lo, where(may, least(yes.lo, no.lo), no.lo))
-        hi = where(must, yes.hi, where(may, greatest(yes.hi, no.hi), no.hi))
-        return Span(lo, hi, 1, max(yes.magnitude, no.magnitude))
-
-    def compare(self, op: str, a: Span, b: Span) -> Span:
-        if op in (">", ">="):
-            op, a, b = op.replace(">", "<"), b, a
-        if op == "<":
-            return _truth(a.hi < b.lo, a.lo < b.hi)
-        if op == "<=":
-            return _truth(a.hi <= b.lo, a.lo <= b.hi)
-        # All four bounds coincide exactly when these two pairs do, since lo <= hi on both sides.
-        must = (a.lo == b.hi) & (a.hi == b.lo)
-        may = (a.lo <= b.hi) & (b.lo <= a.hi) & _congruent(a, b)
-        return _truth(must, may) if op == "==" else _truth(negated(may), negated(must))
-
-    def conjunction(self, args: Sequence[Span]) -> Span:
-        return _truth(*(functools.reduce(operator.and_, side) for side in _sides(args)))
-
-    def disjunction(self, args: Sequence[Span]) -> Span:
-        return _truth(*(functools.reduce(operator.or_, side) for side in _sides(args)))
-
-    def negation(self, a: Span) -> Span:
-        return _truth(negated(a.hi), negated(a.lo))
+    def operation(self, name: str, args: Sequence[Span], expr: sympy.Basic) -> Span:
+        if name in COMPARISONS:
+            return _compared(name, *args)
+        if name in ("and", "or"):
+            both = operator.and_ if name == "and" else operator.or_
+            return _truth(*(functools.reduce(both, side) for side in _sides(args)))
+        return joined(_OPERATIONS[name], name, args)
 
 
 # Booleans
@@ -208,6 +156,23 @@ def _congruent(a: Span, b: Span) -> Bound:
     modulus = math.gcd(a.step, b.step)
     # Two points need no modulus: their intervals already tell.
     return True if modulus <= 1 else (a.lo - b.lo) % modulus == 0
+
+
+def _compared(op: str, a: Span, b: Span) -> Span:
+    if op in (">", ">="):
+        op, a, b = op.replace(">", "<"), b, a
+    if op == "<":
+        return _truth(a.hi < b.lo, a.lo < b.hi)
+    if op == "<=":
+        return _truth(a.hi <= b.lo, a.lo <= b.hi)
+    # All four bounds coincide exactly when these two pairs do, since lo <= hi on both sides.
+    must = (a.lo == b.hi) & (a.hi == b.lo)
+    may = (a.lo <= b.hi) & (b.lo <= a.hi) & _congruent(a, b)
+    return _truth(must, may) if op == "==" else _truth(negated(may), negated(must))
+
+
+def _not(a: Span) -> Span:
+    return _truth(negated(a.hi), negated(a.lo))
 
 
 # Integers
@@ -273,6 +238,30 @@ def _extreme(choose: Callable[[Bound, Bound], Bound], a: Span, b: Span) -> Span:
     return Span(lo, hi, 0 if a.step == b.step == 0 else 1, max(a.magnitude, b.magnitude))
 
 
+def _absolute(a: Span) -> Span:
+    if a.step == 0 and isinstance(a.lo, int):
+        return point(abs(a.lo))
+    fits = _fits(a, LIMIT)
+    lo = greatest(greatest(a.lo, _negative(a.hi)), 0)
+    hi = greatest(_negative(a.lo), a.hi)
+    return _guarded(fits, lo, hi, 0 if a.step == 0 else 1, a.magnitude)
+
+
+def _bit(word: Span, index: Span) -> Span:
+    # All bits of 0 and of -1 are the same.
+    must, never = ((word.lo == same) & (word.hi == same) for same in (-1, 0))
+    return Span(where(must, 1, 0), where(never, 0, 1), 1, 1)
+
+
+def _select(condition: Span, yes: Span, no: Span) -> Span:
+    if isinstance(condition.lo, bool) and condition.lo is condition.hi:
+        return yes if condition.lo else no
+    must, may = condition.lo, condition.hi
+    lo = where(must, yes.lo, where(may, least(yes.lo, no.lo), no.lo))
+    hi = where(must, yes.hi, where(may, greatest(yes.hi, no.hi), no.hi))
+    return Span(lo, hi, 1, max(yes.magnitude, no.magnitude))
+
+
 def _fits(a: Span, limit: int) -> Bound:
     """Whether no value exceeds ``limit``; a Python bool when that is known on the host."""
     if a.magnitude <= limit:
@@ -299,3 +288,17 @@ def _product(a: Bound, b: Bound) -> Bound:
 
 def _negative(a: Bound) -> Bound:
     return saturated(-a)
+
+
+_OPERATIONS: dict[str, Callable[..., Span]] = {
+    "+": _add,
+    "*": _mul,
+    "//": _floordiv,
+    "%": _mod,
+    "bit": _bit,
+    "abs": _absolute,
+    "min": functools.partial(_extreme, least),
+    "max": functools.partial(_extreme, greatest),
+    "where": _select,
+    "not": _not,
+}

@@ -155,7 +155,7 @@ def run(program: Program) -> Tensor:
 def lifted_program(program: Program) -> Lifted:
     traced = make_fx(torch.func.functionalize(lambda: run(program)), tracing_mode="fake")()
     (output,) = (node for node in traced.graph.nodes if node.op == "output")
-    return Lifter(traced).tensor(output.args[0])
+    return Lifter(traced, ()).tensor(output.args[0])
 
 
 def dense(found: Lifted) -> Tensor:
