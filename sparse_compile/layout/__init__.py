@@ -2,7 +2,7 @@
 
 from sparse_compile.layout.block_layout import EMPTY, FULL, PARTIAL, BlockLayout, BlockLists
 from sparse_compile.layout.build import build_layout
-from sparse_compile.layout.density import density, mask_pairs
+from sparse_compile.layout.density import mask_pairs
 from sparse_compile.layout.layout import Layout, build_views
 from sparse_compile.layout.lists import unpack
 from sparse_compile.layout.picture import picture
@@ -20,7 +20,6 @@ __all__ = [
     "Schedule",
     "build_layout",
     "build_views",
-    "density",
     "make_schedule",
     "mask_pairs",
     "picture",

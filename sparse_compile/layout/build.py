@@ -15,10 +15,16 @@ import torch
 from torch import Tensor
 
 from sparse_compile.expr import KV, MaskExpr, Q
-from sparse_compile.layout.block_layout import FULL, PARTIAL, BlockLayout, BlockLists
+from sparse_compile.layout.block_layout import BlockLayout, BlockLists
 from sparse_compile.layout.counted import counted_layout
-from sparse_compile.layout.intervals import Bound, Span
-from sparse_compile.layout.superset import Problem, is_narrow, static_layout
+from sparse_compile.layout.intervals import point
+from sparse_compile.layout.superset import (
+    Problem,
+    ProblemShape,
+    is_narrow,
+    partial_and_full,
+    static_layout,
+)
 from sparse_compile.layout.table_bounds import BlockBounds
 from sparse_compile.layout.views.candidates import Candidates, candidates
 from sparse_compile.spec.view import Order
@@ -71,10 +77,13 @@ def build_layout(
     >>> layout.kinds().tolist()
     [[[1, 0], [1, 0], [2, 1], [2, 1]]]
     """
-    problem = Problem.of(
-        mask, tuple(map(int, sizes)), batch, heads, (n_q, n_kv), (block_q, block_kv)
-    )
-    device = torch.device(device)
+    shape = ProblemShape(batch, heads, n_q, n_kv)
+    problem = Problem.of(mask, shape, (block_q, block_kv), sizes)
+    return layout_of(problem, tables, torch.device(device))
+
+
+def layout_of(problem: Problem, tables: Sequence[Tensor], device: torch.device) -> BlockLayout:
+    """:func:`build_layout` of a problem."""
     if problem.is_static:
         return static_layout(problem, device)
     if device.type == "cpu" and (problem.classes <= _FEW_CLASSES or not is_narrow(problem)):
@@ -84,42 +93,32 @@ def build_layout(
 
 
 def _classified(problem: Problem, found: Candidates, tables: Sequence[Tensor]) -> Tensor:
-    """int8 [classes, n]: the kind of every candidate."""
+    """bool [2, classes, n]: which candidates are PARTIAL, and which FULL."""
     if not found.count:
-        return torch.zeros(problem.classes, 0, dtype=torch.int8, device=found.r.device)
+        return torch.zeros(2, problem.classes, 0, dtype=torch.bool, device=found.r.device)
     bounds = BlockBounds(problem, tables)
     at_once = max(1, _BLOCKS_AT_ONCE // found.count)
     classes = zip(torch.split(found.b, at_once), torch.split(found.h, at_once), strict=True)
     parts = [_kinds(problem, found, bounds, b, h) for b, h in classes]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def _kinds(
     problem: Problem, found: Candidates, bounds: BlockBounds, b: Tensor, h: Tensor
 ) -> Tensor:
-    """int8 [k, n]: the kinds of the classes with the coordinates int64 ``b, h`` [k, 1]."""
-    must, may = problem.verdict(
+    """bool [2, k, n]: :func:`_classified` for the classes of the coordinates int64 [k, 1]."""
+    verdict = problem.verdict(
         found.digits,
-        Span(b, b, 0, problem.batches),
-        Span(h, h, 0, problem.heads),
+        point(b, problem.batches),
+        point(h, problem.heads),
         functools.partial(bounds.lookup, {Q: found.r, KV: found.c}),
     )
-    shape = b.shape[0], found.count
-    possible = _spread(may, shape, b.device).to(torch.int8)
-    # EMPTY, PARTIAL and FULL are 0, 1 and 2, and what must hold may hold.
-    return possible + (_spread(must, shape, b.device) & found.whole)
-
-
-def _spread(truth: Bound, shape: tuple[int, int], device: torch.device) -> Tensor:
-    if isinstance(truth, Tensor):
-        return truth.expand(shape)
-    return torch.full(shape, bool(truth), device=device)
+    return torch.stack(partial_and_full(found.whole.expand(b.shape[0], -1), *verdict))
 
 
 def _partitioned(problem: Problem, found: Candidates, kinds: Tensor) -> BlockLayout:
     """Sort every line into PARTIAL and FULL, stably: a counting sort over all lines at once."""
-    kind = kinds.index_select(1, found.source)
-    chosen = torch.stack([kind == PARTIAL, kind == FULL])
+    chosen = kinds.index_select(-1, found.source)
     # Of each place: how many PARTIAL and FULL blocks stand before it, in this and earlier lines.
     before = torch.nn.functional.pad(chosen.cumsum(-1, dtype=torch.int32), (1, 0))
     at_start = before.index_select(-1, found.first)
@@ -130,7 +129,7 @@ def _partitioned(problem: Problem, found: Candidates, kinds: Tensor) -> BlockLay
     # EMPTY blocks go to one place past the end.
     nowhere = 2 * found.count
     where = torch.where(chosen[0], target[0], torch.where(chosen[1], target[1], nowhere))
-    index = torch.zeros(kind.shape[0], nowhere + 1, dtype=torch.int32, device=kind.device)
+    index = torch.zeros(problem.classes, nowhere + 1, dtype=torch.int32, device=chosen.device)
     index.scatter_(1, where, found.block.expand(where.shape))
     return _assembled(problem, found, counts.permute(1, 2, 0), index)
 

@@ -43,19 +43,6 @@ def mask_pairs(
     return total * (batch // layout.batches) * (heads // layout.heads)
 
 
-def density(
-    mask: MaskExpr,
-    layout: BlockLayout,
-    batch: int,
-    heads: int,
-    tables: Sequence[Tensor] = (),
-    sizes: Sequence[int] = (),
-) -> float:
-    """The share of all (b, h, q, kv) that ``mask`` allows; 0 when there are none."""
-    everything = batch * heads * layout.n_q * layout.n_kv
-    return mask_pairs(mask, layout, batch, heads, tables, sizes) / max(everything, 1)
-
-
 def _partial_pairs(
     mask: MaskExpr, layout: BlockLayout, c: int, tables: Sequence[Tensor], sizes: Sequence[int]
 ) -> int:

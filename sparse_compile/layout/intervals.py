@@ -31,19 +31,6 @@ from sparse_compile.layout.bounds import (
     where,
 )
 
-__all__ = [
-    "INT64_MAX",
-    "INT64_MIN",
-    "UNKNOWN",
-    "WIDE",
-    "Bound",
-    "Lookup",
-    "Span",
-    "dtype_span",
-    "point",
-    "span",
-]
-
 #: Sums and differences of numbers up to this size cannot overflow int64.
 LIMIT = 1 << 60
 #: The magnitude of a span whose values may be any int64.

@@ -27,6 +27,7 @@ from sparse_compile.layout.lists import (
     lists_of,
     static_lists,
 )
+from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.ops.fresh_size import fresh_size
 from sparse_compile.ops.operands import check_call, check_operands, widest
 from sparse_compile.ops.registered import operator
@@ -73,9 +74,9 @@ def layout(
         :mod:`sparse_compile.layout.lists`. All in new memory.
     """
     parsed, found, numbers = AttentionSpec.parse(spec), DenseRead.parse(reads), tuple(sizes)
-    shape = batch, heads, n_q, n_kv
+    shape = ProblemShape(batch, heads, n_q, n_kv)
     if found:
-        call = DenseCall(parsed, found, tuple(tables), numbers, *shape, device)
+        call = DenseCall(parsed, found, tuple(tables), numbers, shape, device)
         words, built = call.run()
         return words + ([] if built is None else lists_of(built, kv_heads, device))
     if not (tables or lists):
@@ -83,17 +84,7 @@ def layout(
         return [t.clone() for t in static_lists(parsed, shape, kv_heads, numbers, device)]
     if lists:
         return lists_of(listed_views(parsed, shape, tables, sizes, lists), kv_heads, device)
-    built = build_views(
-        parsed,
-        batch=batch,
-        heads=heads,
-        n_q=n_q,
-        n_kv=n_kv,
-        tables=tables,
-        sizes=sizes,
-        device=device,
-        counted=False,
-    )
+    built = build_views(parsed, shape, tables, sizes, device, counted=False)
     return lists_of(built, kv_heads, device)
 
 

@@ -14,6 +14,7 @@ from sparse_compile.codegen.generators import Generators, block_shapes
 from sparse_compile.codegen.kernel import BlockShape, Kernel, Refused, ShapeNeed, Target
 from sparse_compile.errors import NoKernel
 from sparse_compile.expr import KV, MaskExpr, Q
+from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.layout.views.choose import choose_views
 from sparse_compile.spec import AttentionSpec, KernelSpec
 
@@ -106,7 +107,7 @@ def test_an_executor_hands_over_where_a_kernel_does_not_fit(
     monkeypatch.setattr("sparse_compile.codegen.runtime.launch.Launcher.launched", refuse)
     q = torch.randn(1, 1, 64, 16)
     spec = AttentionSpec(MaskExpr(KV <= Q + 1), block_q=32, block_kv=32)
-    layout = build_views(spec, batch=1, heads=1, n_q=64, n_kv=64)
+    layout = build_views(spec, ProblemShape(1, 1, 64, 64))
     with pytest.raises(NoKernel, match="triton: forward: out of resource"):
         executor.forward(AttentionCall(q, q, q, [], [], [], 1.0, spec, layout=layout))
     calls.forget()

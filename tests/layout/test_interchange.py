@@ -104,10 +104,7 @@ def test_a_list_of_blocks_and_back(case: RandomLayout) -> None:
     assert torch.equal(layout.kinds(), case.kinds())
     check_lists(layout)
     check_transpose(layout)
-    again = BlockLayout.unpack(
-        layout.pack(), case.n_q, case.n_kv, *case.block, case.batches, case.heads
-    )
-    assert equal(layout, again)
+    assert equal(layout, layout.unpacked(layout.pack()))
     visited = to_coo(layout)
     assert torch.equal(torch.stack(visited[:3], 1), case.kinds().nonzero())
     shape = {"batches": case.batches, "heads": case.heads, "classes": visited.classes}

@@ -29,6 +29,7 @@ from sparse_compile.expr import (
     table,
 )
 from sparse_compile.layout import Problem, build_layout, mask_pairs
+from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.layout.views import split_views as module
 from sparse_compile.layout.views.split_views import Search, Split, split_views
 from sparse_compile.layout.views.terms import MOST_TERMS, periods, terms, window_of, without
@@ -208,7 +209,9 @@ def test_a_window_is_implied(predicate: sympy.Basic, side: sympy.Symbol, period:
 def test_small_problems_are_counted_exactly(predicate: sympy.Basic, n_q: int, n_kv: int) -> None:
     mask = masks(predicate)
     for orders in list(candidates(predicate, Blocks(8, 8, n_q, n_kv)))[:6]:
-        problem = Problem.of(MaskExpr(predicate, mask.tables), (), 1, HEADS, (n_q, n_kv), orders)
+        problem = Problem.of(
+            MaskExpr(predicate, mask.tables), ProblemShape(1, HEADS, n_q, n_kv), orders
+        )
         if mask.tables:
             continue
         layout = build_layout(

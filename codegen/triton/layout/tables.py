@@ -111,7 +111,7 @@ def _reduced(
     table = lo = hi = tables[lookup.index]
     half = 0
     if not lookup.is_point:
-        problem = Problem(key.text, tuple(sizes), 1, 1, *lengths, key.q, key.kv)
+        problem = Problem(*lengths, key.q, key.kv, 1, 1, key.text, tuple(sizes))
         lo, hi = BlockBounds(problem, tables).reduced(lookup.index, lookup.exprs)
         wanted = torch.int64 if table.dtype == torch.int64 else torch.int32
         lo, hi = lo.to(wanted), hi.to(wanted)

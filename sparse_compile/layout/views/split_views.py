@@ -9,12 +9,12 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import sympy
 
 from sparse_compile.expr import MaskExpr
-from sparse_compile.layout.superset import Problem
+from sparse_compile.layout.superset import Problem, ProblemShape
 from sparse_compile.layout.views.terms import periods, terms, without
 from sparse_compile.layout.views.view_candidates import Blocks, Orders, candidates, neighbours
 from sparse_compile.layout.views.view_text import view_text
@@ -131,10 +131,6 @@ def split_views(
     return best
 
 
-def _penalty(orders: Orders) -> float:
-    return 1 if all(order.is_natural for order in orders) else REORDERED
-
-
 @dataclass(frozen=True)
 class Search:
     """The search with one block shape.
@@ -174,24 +170,22 @@ class Search:
         key = predicate, orders, accuracy
         if key not in self._priced:
             part = MaskExpr(predicate, self.mask.tables, self.mask.n_sizes)
-            lengths = self.blocks.n_q, self.blocks.n_kv
-            problem = Problem.of(part, self.sizes, self.batch, self.heads, lengths, orders)
+            shape = ProblemShape(self.batch, self.heads, self.blocks.n_q, self.blocks.n_kv)
+            problem = Problem.of(part, shape, orders, self.sizes)
             # A block of fewer queries costs as much as a whole one.
             rows = max(-(-self.blocks.n_q // self.blocks.q) * self.blocks.q, 1)
             self._priced[key] = visits(problem, accuracy) * (1 / rows)
         return self._priced[key]
 
-    def weighed(self, predicate: sympy.Basic, orders: Orders) -> float:
+    def weighed(self, predicate: sympy.Basic, orders: Orders, accuracy: int = 1) -> float:
         """The cost per query row of a part in these orders."""
-        return self.visits(predicate, orders).pairs * _penalty(orders) * self.pair_cost
+        penalty = 1 if all(order.is_natural for order in orders) else REORDERED
+        return self.visits(predicate, orders, accuracy).pairs * penalty * self.pair_cost
 
     def _cost(self, views: Sequence[View]) -> tuple[ViewCost, float]:
-        found = [self.visits(view.predicate, (view.q, view.kv), accuracy=4) for view in views]
-        weighed = sum(
-            visit.pairs * _penalty((view.q, view.kv)) * self.pair_cost
-            for visit, view in zip(found, views, strict=True)
-        )
-        total = sum(found, Visits(0, 0))
+        parts = [(view.predicate, (view.q, view.kv)) for view in views]
+        total = sum((self.visits(*part, accuracy=4) for part in parts), Visits(0, 0))
+        weighed = sum(self.weighed(*part, accuracy=4) for part in parts)
         merge = _merge({view.q for view in views})
         return ViewCost(total.pairs, len(views), weighed, merge, 0), total.full
 
@@ -298,4 +292,4 @@ def _explained(cost: ViewCost, plain: float) -> ViewCost:
             f"{views}: {cost.visited:.0f} pairs per query, which cost as much as "
             f"{cost.total:.0f} in plain order, instead of {plain:.0f}"
         )
-    return ViewCost(cost.visited, cost.views, cost.weighed, cost.merge, plain, why)
+    return replace(cost, plain=plain, why=why)
