@@ -86,6 +86,7 @@ def layout(
     device = torch.device(device or "cpu")
     bound = pattern.bound()
     # Without a block, the one that the kernels would have: what is shown is what runs on a GPU.
-    spec, _ = choose_views(bound.expr, n_q=n_q, n_kv=n_kv, batch=batch, heads=heads, block=block)
+    shape = ProblemShape(batch, heads, n_q, n_kv)
+    spec, _ = choose_views(bound.expr, shape, block)
     tables = bound.tables(device, n_q, n_kv, batch, heads)
-    return build_views(spec, ProblemShape(batch, heads, n_q, n_kv), tables, device=device)
+    return build_views(spec, shape, tables, device=device)

@@ -81,10 +81,10 @@ def test_generators_are_asked_for_block_shapes() -> None:
     assert known.block_shapes(ShapeNeed(Target("cuda", "sm_90"))) == wide
     assert known.block_shapes(ShapeNeed(Target("cuda", "sm_80")))[0] == BlockShape(64, 64)
     assert known.block_shapes(ShapeNeed(Target("cpu", "interpreter"))) == (BlockShape(32, 32),)
-    spec, _ = choose_views(MaskExpr(KV <= Q), n_q=4096, n_kv=4096, shapes=wide)
+    spec, _ = choose_views(MaskExpr(KV <= Q), ProblemShape(1, 1, 4096, 4096), shapes=wide)
     assert (spec.block_q, spec.block_kv) == (128, 128)
     on_cpu = block_shapes("cpu")
-    spec, _ = choose_views(MaskExpr(KV <= Q), n_q=4096, n_kv=4096, shapes=on_cpu)
+    spec, _ = choose_views(MaskExpr(KV <= Q), ProblemShape(1, 1, 4096, 4096), shapes=on_cpu)
     assert (spec.block_q, spec.block_kv) == (32, 32)
 
 
