@@ -7,7 +7,7 @@ from sparse_compile.layout.layout import Layout, build_views
 from sparse_compile.layout.lists import unpack
 from sparse_compile.layout.picture import picture
 from sparse_compile.layout.schedule import Schedule, make_schedule
-from sparse_compile.layout.superset import Problem
+from sparse_compile.layout.superset import Problem, ProblemShape
 
 __all__ = [
     "EMPTY",
@@ -17,6 +17,7 @@ __all__ = [
     "BlockLists",
     "Layout",
     "Problem",
+    "ProblemShape",
     "Schedule",
     "build_layout",
     "build_views",

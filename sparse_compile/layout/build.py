@@ -14,20 +14,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sparse_compile.expr import KV, MaskExpr, Q
+from sparse_compile.expr import KV, Q
 from sparse_compile.layout.block_layout import BlockLayout, BlockLists
 from sparse_compile.layout.counted import counted_layout
 from sparse_compile.layout.intervals import point
 from sparse_compile.layout.superset import (
     Problem,
-    ProblemShape,
     is_narrow,
     partial_and_full,
     static_layout,
 )
 from sparse_compile.layout.table_bounds import BlockBounds
 from sparse_compile.layout.views.candidates import Candidates, candidates
-from sparse_compile.spec.view import Order
 
 #: Classes are classified together up to this many blocks, to bound the temporaries.
 _BLOCKS_AT_ONCE = 1 << 22
@@ -36,54 +34,29 @@ _FEW_CLASSES = 4
 
 
 def build_layout(
-    mask: MaskExpr,
-    *,
-    batch: int,
-    heads: int,
-    n_q: int,
-    n_kv: int,
-    block_q: int | Order,
-    block_kv: int | Order,
-    tables: Sequence[Tensor] = (),
-    sizes: Sequence[int] = (),
-    device: torch.device | str = "cpu",
+    problem: Problem, tables: Sequence[Tensor] = (), device: torch.device | str = "cpu"
 ) -> BlockLayout:
-    """The blocks that ``mask`` visits.
+    """The blocks that a mask visits.
 
     EMPTY blocks are proven empty and left out; FULL blocks are proven full and lie inside
     [0, n_q) x [0, n_kv); everything else is PARTIAL. Reading ``tables`` never synchronises with
     the device.
 
     Args:
-        mask: the predicate.
-        batch: batch size; classes differ in ``b`` only if the mask mentions it.
-        heads: number of query heads; likewise.
-        n_q: number of queries, 0 or more.
-        n_kv: number of keys, 0 or more.
-        block_q: queries per block, or the order that puts them into blocks.
-        block_kv: keys per block, likewise.
+        problem: the mask, its sizes, and how tokens are put into blocks.
         tables: the tensors ``t0, t1, ...`` on ``device``, bool or integer.
-        sizes: the integers ``s0, s1, ...``.
         device: where the lists are made.
 
     Returns:
         int32 lists. Those of a mask without tables, ``b`` and ``h`` come from a cache shared by
         all callers: do not change them in place.
 
-    >>> from sparse_compile.expr import KV, Q
-    >>> layout = build_layout(
-    ...     MaskExpr(KV <= Q), batch=2, heads=8, n_q=64, n_kv=64, block_q=16, block_kv=32
-    ... )
-    >>> layout.kinds().tolist()
+    >>> from sparse_compile.expr import KV, MaskExpr, Q
+    >>> problem = Problem.of(MaskExpr(KV <= Q), ProblemShape(2, 8, 64, 64), (16, 32))
+    >>> build_layout(problem).kinds().tolist()
     [[[1, 0], [1, 0], [2, 1], [2, 1]]]
     """
-    shape = ProblemShape(batch, heads, n_q, n_kv)
-    problem = Problem.of(mask, shape, (block_q, block_kv), sizes)
-    return layout_of(problem, tables, torch.device(device))
-
-
-def layout_of(problem: Problem, tables: Sequence[Tensor], device: torch.device) -> BlockLayout:
-    """:func:`build_layout` of a problem."""
+    device = torch.device(device)
     if problem.is_static:
         return static_layout(problem, device)
     if device.type == "cpu" and (problem.classes <= _FEW_CLASSES or not is_narrow(problem)):

@@ -17,13 +17,13 @@ from sparse_compile.expr import KV, Q
 from sparse_compile.layout.block_layout import BlockLayout, Load
 from sparse_compile.layout.intervals import point
 from sparse_compile.layout.superset import Problem, Rectangles, layout_of_rectangles, subdivided
-from sparse_compile.layout.table_bounds import BlockBounds, Pyramid
+from sparse_compile.layout.table_bounds import BlockBounds
 
 
 def counted_layout(problem: Problem, tables: Sequence[Tensor]) -> BlockLayout:
     """The layout of a problem, its tables on the CPU; each class is searched by itself."""
-    pyramid = Pyramid(BlockBounds(problem, tables))
-    found = [_rectangles(problem, pyramid, c) for c in range(problem.classes)]
+    bounds = BlockBounds(problem, tables)
+    found = [_rectangles(problem, bounds, c) for c in range(problem.classes)]
     made = layout_of_rectangles(problem, found)
     rows, cols = (
         replace(lists, load=Load.of(lists.start.long().diff())) for lists in (made.rows, made.cols)
@@ -31,12 +31,11 @@ def counted_layout(problem: Problem, tables: Sequence[Tensor]) -> BlockLayout:
     return replace(made, rows=rows, columns=cols)
 
 
-def _rectangles(problem: Problem, pyramid: Pyramid, number: int) -> Rectangles:
+def _rectangles(problem: Problem, bounds: BlockBounds, number: int) -> Rectangles:
     b, h = (point(value) for value in divmod(number, max(problem.heads, 1)))
 
     def classify(r: Tensor, c: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        bounds = pyramid.of_squares(size)
-        lookup = functools.partial(bounds.lookup, {Q: r // size, KV: c // size})
+        lookup = functools.partial(bounds.of_squares(size).lookup, {Q: r // size, KV: c // size})
         return problem.kinds(r, c, b, h, lookup, size)
 
     found = subdivided(problem, classify)

@@ -84,8 +84,9 @@ def dense_layout(mask: Tensor, block_q: int, block_kv: int) -> DenseBlocks:
     mask = _four_dimensional(mask)
     batches, heads, n_q, n_kv = mask.shape
     cut = BlockGrid(n_q, n_kv, natural(block_q), natural(block_kv), batches, heads)
-    words, kinds, biased = _pass_over(mask, block_q, block_kv)
-    builder = BUILDERS.get(kinds.device)
+    builder = BUILDERS.get(mask.device)
+    read = builder.read_dense(mask, block_q, block_kv) if builder and mask.numel() else None
+    words, kinds, biased = read or read_dense_in_torch(mask, block_q, block_kv)
     if builder is not None and kinds.numel():
         rows, cols, is_biased = builder.compacted(kinds, biased)
     else:
@@ -130,13 +131,6 @@ def _four_dimensional(mask: Tensor) -> Tensor:
         if mask.stride(dim) == 0 and mask.shape[dim] > 1:
             mask = mask.narrow(dim, 0, 1)
     return mask
-
-
-def _pass_over(mask: Tensor, block_q: int, block_kv: int) -> tuple[Tensor, Tensor, Tensor]:
-    """``(words, kinds, biased)``: int32 and int8 by class, see DenseBlocks, and int32 [1]."""
-    builder = BUILDERS.get(mask.device)
-    found = builder.read_dense(mask, block_q, block_kv) if builder and mask.numel() else None
-    return read_dense_in_torch(mask, block_q, block_kv) if found is None else found
 
 
 def read_dense_in_torch(mask: Tensor, block_q: int, block_kv: int) -> tuple[Tensor, Tensor, Tensor]:

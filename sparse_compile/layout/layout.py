@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparse_compile.layout import superset
 from sparse_compile.layout.block_layout import BlockLayout, Load
-from sparse_compile.layout.build import layout_of
+from sparse_compile.layout.build import build_layout
 from sparse_compile.layout.density import mask_pairs
 from sparse_compile.layout.listed import listed_load
 from sparse_compile.layout.schedule import Schedule, make_schedule
@@ -233,5 +233,5 @@ def build_views(
         if device.type == "cuda" and (counted or not listed):
             views.append(device_layout(problem, tables, device))
         else:
-            views.append(layout_of(problem, tables, device))
+            views.append(build_layout(problem, tables, device))
     return Layout(spec, tuple(views), shape.batch, shape.heads, tuple(tables), numbers)

@@ -249,7 +249,7 @@ def subdivided(
             found.append(_squares(r, c, size, False))
             break
         size //= 2
-        r, c = _children(problem, r, c, size)
+        r, c = children(problem, size, r, c)
     parts = zip(*(vars(part).values() for part in found), strict=True)
     return Rectangles(*(torch.cat(part) for part in parts))
 
@@ -260,12 +260,16 @@ def is_narrow(problem: Problem) -> bool:
     return subdivided(problem, most=_NARROW) is not None
 
 
-def _children(problem: Problem, r: Tensor, c: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def children(
+    problem: Problem, size: int, r: Tensor, c: Tensor, *others: Tensor
+) -> tuple[Tensor, ...]:
+    """The squares of ``size`` blocks in squares twice as large; ``others`` are kept for each."""
     down, right = torch.tensor([0, 0, size, size]), torch.tensor([0, size, 0, size])
     r, c = (r[:, None] + down).flatten(), (c[:, None] + right).flatten()
     rows, cols = problem.grid
     exists = (r < rows) & (c < cols)
-    return r[exists], c[exists]
+    kept = (other.repeat_interleave(4) for other in others)
+    return tuple(part[exists] for part in (r, c, *kept))
 
 
 def _squares(r: Tensor, c: Tensor, size: int, full: bool) -> Rectangles:

@@ -13,6 +13,7 @@ from sparse_compile.codegen.triton.layout.build import DeviceProblem
 from sparse_compile.expr import KV, B, FloorDiv, FloorMod, H, MaskExpr, Q, size_symbol, table
 from sparse_compile.layout.block_layout import BlockLists
 from sparse_compile.layout.build import build_layout
+from sparse_compile.layout.superset import Problem, ProblemShape
 from sparse_compile.spec.view import Order, natural
 
 S0 = size_symbol(0)
@@ -135,8 +136,9 @@ def entries(lists: BlockLists) -> list[Tensor]:
 
 def check(case: DeviceCase, device: torch.device) -> None:
     """The lists of the device are those of the CPU, and the host knows how long they are."""
-    arguments = case.arguments(torch.device("cpu"))
-    expected = build_layout(case.mask, **arguments, block_q=case.q, block_kv=case.kv)
+    shape = ProblemShape(case.batch, case.heads, case.n_q, case.n_kv)
+    host = Problem.of(case.mask, shape, (case.q, case.kv), [case.size])
+    expected = build_layout(host, case.tables(torch.device("cpu")))
     arguments = case.arguments(device)
     problem = DeviceProblem.of(
         case.mask, **arguments, q=case.q, kv=case.kv, device=device, span=case.span

@@ -28,8 +28,8 @@ from sparse_compile.expr import (
     evaluate,
     table,
 )
-from sparse_compile.layout import Problem, build_layout, mask_pairs
-from sparse_compile.layout.superset import ProblemShape
+from sparse_compile.layout import build_layout, mask_pairs
+from sparse_compile.layout.superset import Problem, ProblemShape
 from sparse_compile.layout.views import split_views as module
 from sparse_compile.layout.views.split_views import Search, Split, split_views
 from sparse_compile.layout.views.terms import MOST_TERMS, periods, terms, window_of, without
@@ -94,9 +94,8 @@ def check_layout(view: View, own: Tensor) -> None:
     mask = masks(view.predicate)
     tables = [documents(n_q, n_kv)] if mask.tables else []
     layout = build_layout(
-        mask, batch=1, heads=HEADS, n_q=n_q, n_kv=n_kv, block_q=view.q, block_kv=view.kv,
-        tables=tables,
-    )  # fmt: skip
+        Problem.of(mask, ProblemShape(1, HEADS, n_q, n_kv), (view.q, view.kv)), tables
+    )
     assert mask_pairs(mask, layout, 1, HEADS, tables) == int(own.sum())
 
 
@@ -214,7 +213,7 @@ def test_small_problems_are_counted_exactly(predicate: sympy.Basic, n_q: int, n_
         if mask.tables:
             continue
         layout = build_layout(
-            mask, batch=1, heads=HEADS, n_q=n_q, n_kv=n_kv, block_q=orders[0], block_kv=orders[1]
+            Problem.of(mask, ProblemShape(1, HEADS, n_q, n_kv), (orders[0], orders[1]))
         )
         found = visits(problem, accuracy=1000)
         assert found.pairs == pytest.approx(layout.nnz_blocks * 64 / layout.classes)
@@ -370,9 +369,8 @@ def test_views_visit_no_empty_block(name: str) -> None:
     assert len(split.views) == count
     for view in split.views:
         layout = build_layout(
-            masks(view.predicate), batch=1, heads=1, n_q=n, n_kv=n,
-            block_q=view.q, block_kv=view.kv,
-        )  # fmt: skip
+            Problem.of(masks(view.predicate), ProblemShape(1, 1, n, n), (view.q, view.kv))
+        )
         q, kv = torch.tensor(view.q.tokens(n)), torch.tensor(view.kv.tokens(n))
         padded = torch.zeros(int(q.max()) + 1, int(kv.max()) + 1, dtype=torch.bool)
         padded[:n, :n] = dense(view.predicate, n, n)[0]

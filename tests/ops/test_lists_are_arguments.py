@@ -128,7 +128,7 @@ def test_attention_builds_nothing(name: str, monkeypatch: pytest.MonkeyPatch) ->
         raise AssertionError("attention builds")
 
     for module, builder in (
-        *((layout, name) for name in ("make_schedule", "layout_of", "device_layout")),
+        *((layout, name) for name in ("make_schedule", "build_layout", "device_layout")),
         *((layout, name) for name in ("build_views", "_schedules", "_load", "candidates")),
         *((lists, name) for name in ("build_views", "static_lists", "listed_layout", "lists_of")),
         *((schedule, name) for name in ("_all_lines", "_whole_lines", "_sorted_schedule")),

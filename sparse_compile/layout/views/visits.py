@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.layout.intervals import point
-from sparse_compile.layout.superset import Problem, partial_and_full
+from sparse_compile.layout.superset import Problem, children, partial_and_full
 
 #: PARTIAL rectangles that are subdivided at each step.
 _FOLLOWED = 1024
@@ -72,7 +72,7 @@ def visits(problem: Problem, accuracy: int = 1) -> Visits:
         at = _sample(at, _FOLLOWED * accuracy, random)
         weight *= count / at.shape[0]
         size //= 2
-        at = _children(problem, at, size)
+        at = torch.stack(children(problem, size, *at.unbind(1)), 1)
 
 
 def _classified(problem: Problem, at: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -95,10 +95,3 @@ def _sample(at: Tensor, most: int, random: torch.Generator) -> Tensor:
         return at
     places = torch.arange(most) + torch.rand(most, generator=random, dtype=torch.float64)
     return at[(places * (count / most)).long().clamp(max=count - 1)]
-
-
-def _children(problem: Problem, at: Tensor, size: int) -> Tensor:
-    rows, cols = problem.grid
-    steps = torch.tensor([[0, 0, 0], [0, 1, 0], [1, 0, 0], [1, 1, 0]]) * size
-    at = (at[:, None] + steps).flatten(0, 1)
-    return at[(at[:, 0] < rows) & (at[:, 1] < cols)]
