@@ -104,14 +104,9 @@ def _partitioned(problem: Problem, found: Candidates, kinds: Tensor) -> BlockLay
     where = torch.where(chosen[0], target[0], torch.where(chosen[1], target[1], nowhere))
     index = torch.zeros(problem.classes, nowhere + 1, dtype=torch.int32, device=chosen.device)
     index.scatter_(1, where, found.block.expand(where.shape))
-    return _assembled(problem, found, counts.permute(1, 2, 0), index)
-
-
-def _assembled(problem: Problem, found: Candidates, counts: Tensor, index: Tensor) -> BlockLayout:
-    rows, _ = problem.grid
-    room = found.count
+    counts, (rows, _), room = counts.permute(1, 2, 0), problem.grid, found.count
     row_counts, col_counts = counts[:, :rows].contiguous(), counts[:, rows:].contiguous()
-    row_index, col_index = index[:, :room].contiguous(), index[:, room : 2 * room].contiguous()
+    row_index, col_index = index[:, :room].contiguous(), index[:, room:nowhere].contiguous()
     return problem.layout(
         BlockLists(found.row_start, row_counts, row_index),
         BlockLists(found.col_start, col_counts, col_index),

@@ -36,7 +36,7 @@ def _rectangles(problem: Problem, bounds: BlockBounds, number: int) -> Rectangle
 
     def classify(r: Tensor, c: Tensor, size: int) -> tuple[Tensor, Tensor]:
         lookup = functools.partial(bounds.of_squares(size).lookup, {Q: r // size, KV: c // size})
-        return problem.kinds(r, c, b, h, lookup, size)
+        return problem.classified(r, c, b, h, lookup, size)
 
     found = subdivided(problem, classify)
     assert found is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 import sympy
 import torch
@@ -16,6 +16,7 @@ from sparse_compile.layout.from_dense import DenseBlocks, dense_layout, remember
 from sparse_compile.layout.layout import Layout, build_views
 from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.spec import AttentionSpec, EmptyRows
+from sparse_compile.spec.json_text import tuples
 
 _ORDER = ("b", "h", "q", "kv")
 
@@ -43,14 +44,12 @@ class DenseRead:
     @staticmethod
     def text(reads: Sequence[DenseRead]) -> str:
         """What :meth:`parse` reads; an argument of an operator."""
-        return json.dumps([[read.table, read.axes, read.remember] for read in reads])
+        return json.dumps([astuple(read) for read in reads])
 
     @staticmethod
     def parse(text: str) -> tuple[DenseRead, ...]:
         """The reads that :meth:`text` spelled."""
-        return tuple(
-            DenseRead(number, tuple(axes), kept) for number, axes, kept in json.loads(text)
-        )
+        return tuple(DenseRead(*tuples(fields)) for fields in json.loads(text))
 
     @property
     def bit(self) -> sympy.Expr:

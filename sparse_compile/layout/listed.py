@@ -61,7 +61,7 @@ def _kinds(
     b = point(number // problem.heads, problem.batches)
     h = point(number % problem.heads, problem.heads)
     lookup = functools.partial(BlockBounds(problem, tables).lookup, {Q: r, KV: c})
-    partial, full = problem.kinds(r, c, b, h, lookup)
+    partial, full = problem.classified(r, c, b, h, lookup)
     return used & partial, used & full
 
 

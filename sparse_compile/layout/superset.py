@@ -140,7 +140,7 @@ class Problem(BlockGrid):
     def _any_entry(self, index: int, *_: object) -> Span:
         return dtype_span(self.mask.tables[index])
 
-    def kinds(
+    def classified(
         self,
         r: Tensor,
         c: Tensor,
@@ -240,7 +240,7 @@ def subdivided(
     r, c = first.unbind(1)
     found = []
     while True:
-        partial, full = classify(r, c, size) if classify else problem.kinds(r, c, size=size)
+        partial, full = classify(r, c, size) if classify else problem.classified(r, c, size=size)
         found.append(_squares(r[full], c[full], size, True))
         r, c = r[partial], c[partial]
         if most is not None and r.numel() > most:

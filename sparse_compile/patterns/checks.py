@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import sympy
@@ -55,11 +55,10 @@ def flag(where: str, value: Any) -> bool:
     return value
 
 
-def choice(where: str, value: Any, allowed: Iterable[str]) -> str:
+def choice(where: str, value: Any, allowed: Sequence[str]) -> str:
     """``value`` if it is one of the ``allowed`` words; ``where`` names it."""
-    names = list(allowed)
-    if value not in names:
-        raise bad(f"{where} is {value!r}", f"Write {' or '.join(map(repr, names))}.")
+    if value not in allowed:
+        raise bad(f"{where} is {value!r}", f"Write {' or '.join(map(repr, allowed))}.")
     return str(value)
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, ClassVar, get_origin, get_type_hints
 
-from sparse_compile.patterns.checks import store
 from sparse_compile.patterns.data import spelled
 
 
@@ -18,24 +17,23 @@ class Parameters:
     the parameter stands, as in ``"Dilated: window"``, and with what is given.
     """
 
-    _checks: ClassVar[Mapping[str, Callable[[str, Any], Any]]] = {}
+    #: Each parameter with a check, where it stands, and the check.
+    _checks: ClassVar[tuple[tuple[str, str, Callable[[str, Any], Any]], ...]] = ()
 
     def __init_subclass__(cls) -> None:
         try:
             types = get_type_hints(cls, include_extras=True)
-        except NameError:  # of a user's class: what only type checkers import has no check
-            return
-        checks = {
-            name: kind.__metadata__[0]
+        except (NameError, AttributeError, TypeError):
+            return  # of a user's class: what only type checkers import has no check
+        cls._checks = tuple(
+            (name, f"{cls.__name__}: {name}", kind.__metadata__[0])
             for name, kind in types.items()
-            if get_origin(kind) is Annotated
-        }
-        cls._checks = {name: check for name, check in checks.items() if callable(check)}
+            if get_origin(kind) is Annotated and callable(kind.__metadata__[0])
+        )
 
     def __post_init__(self) -> None:
-        for name, check in self._checks.items():
-            found = check(f"{type(self).__name__}: {name}", getattr(self, name))
-            store(self, **{name: found})
+        for name, where, check in self._checks:
+            object.__setattr__(self, name, check(where, getattr(self, name)))
 
     def implied(self) -> dict[str, Any]:
         """Parameters that need not be written, beyond plain defaults: what they are by default."""

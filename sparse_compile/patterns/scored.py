@@ -17,7 +17,6 @@ from sparse_compile.patterns.checks import (
     bad,
     one_of,
     optional,
-    store,
     whole_from,
 )
 from sparse_compile.patterns.scorers import Gate, MeanPool, Scorer
@@ -28,6 +27,20 @@ UNITS = (1, 16, 32, 64, 128)
 #: Blocks that a list whose length depends on the scores has room for, unless ``most`` says another
 #: number.
 ROOM = 1024
+
+
+def _as_scorer(where: str, scorer: Any) -> Scorer:
+    if scorer is None:
+        # Not by default: torch.compile does not know where an object that is one comes from.
+        return MeanPool()
+    if isinstance(scorer, Scorer):
+        return scorer
+    if isinstance(scorer, (type, Pattern)) or not callable(scorer):
+        raise bad(
+            f"{where} is {scorer!r}",
+            "Write a scorer, such as MeanPool(), or a function (q, k) -> scores.",
+        )
+    return Gate(scorer)
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -70,7 +83,7 @@ class Scored(Selecting):
     unit_kv: int = 64
     unit_q: int = 1
     block: Annotated[int | None, optional(whole_from(1))] = None
-    scorer: Scorer | Callable[[Any, Any], Any] | None = None
+    scorer: Annotated[Scorer | Callable[[Any, Any], Any] | None, _as_scorer] = None
     sink: Count = 0
     local: Count = 0
     diagonal: Flag = False
@@ -85,8 +98,6 @@ class Scored(Selecting):
             if unit not in UNITS or isinstance(unit, bool):
                 raise bad(f"{name}: {field} is {unit!r}", f"Write one of {list(UNITS)}.")
         super().__post_init__()
-        # No object as default: torch.compile does not know where one comes from.
-        store(self, scorer=MeanPool() if self.scorer is None else _as_scorer(name, self.scorer))
         if self.block is not None and self.block % self.unit_kv:
             raise bad(
                 f"{name}: a block of {self.block} keys is no multiple of unit_kv, {self.unit_kv}",
@@ -151,17 +162,6 @@ class Scored(Selecting):
     def select(self, q: Any, k: Any, mask: Any, tables: Any, sizes: Any) -> Any:
         """See :meth:`Selecting.select`; ``mask`` may be None, to hide nothing."""
         return doors.selecting().select(self, q, k, mask, tables, sizes)
-
-
-def _as_scorer(name: str, scorer: Any) -> Scorer:
-    if isinstance(scorer, Scorer):
-        return scorer
-    if isinstance(scorer, (type, Pattern)) or not callable(scorer):
-        raise bad(
-            f"{name}: scorer is {scorer!r}",
-            "Write a scorer, such as MeanPool(), or a function (q, k) -> scores.",
-        )
-    return Gate(scorer)
 
 
 def by_head(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:

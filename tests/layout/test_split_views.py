@@ -175,7 +175,9 @@ def test_a_split_holds_for_other_lengths(
     predicate: sympy.Basic, n: int, n_q: int, n_kv: int
 ) -> None:
     with mock.patch.object(module, "MERGE_PAIRS", 0), mock.patch.object(module, "REORDERED", 0.5):
-        split = split_views.__wrapped__(masks(predicate), n_q=n, n_kv=n, block=(8, 8), heads=HEADS)
+        split = split_views.__wrapped__(
+            masks(predicate), ProblemShape(1, HEADS, n, n), block=(8, 8)
+        )
     check_contract(predicate, split.views, n_q, n_kv, 8)
 
 
@@ -365,7 +367,7 @@ def test_views_visit_no_empty_block(name: str) -> None:
     """And every full block is known to be."""
     predicate, n, count = SMALL[name]
     with mock.patch.object(module, "MERGE_PAIRS", 2):
-        split = split_views.__wrapped__(masks(predicate), n_q=n, n_kv=n, block=(16, 16))
+        split = split_views.__wrapped__(masks(predicate), ProblemShape(1, 1, n, n), block=(16, 16))
     assert len(split.views) == count
     for view in split.views:
         layout = build_layout(

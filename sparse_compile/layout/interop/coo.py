@@ -81,16 +81,13 @@ def to_coo(layout: BlockLayout) -> VisitedBlocks:
 def orders_of(block: Block) -> tuple[Order, Order]:
     """The orders of queries and keys that a block stands for."""
     sides = block if isinstance(block, tuple) else (block, block)
-    orders = [natural(side) if isinstance(side, int) and side > 0 else side for side in sides]
-    if len(orders) != 2 or not all(isinstance(order, Order) for order in orders):
-        raise BadPattern(
-            f"sparse_compile: {block=} is no block shape. "
-            "Write positive tokens per block: 128, or (block_q, block_kv)."
-        )
-    q, kv = orders
-    assert isinstance(q, Order)
-    assert isinstance(kv, Order)
-    return q, kv
+    match [natural(side) if isinstance(side, int) and side > 0 else side for side in sides]:
+        case [Order() as q, Order() as kv]:
+            return q, kv
+    raise BadPattern(
+        f"sparse_compile: {block=} is no block shape. "
+        "Write positive tokens per block: 128, or (block_q, block_kv)."
+    )
 
 
 def _is_whole(order: Order, n: int, blocks: Tensor) -> Tensor:
