@@ -52,6 +52,7 @@ def build_layout(
         all callers: do not change them in place.
 
     >>> from sparse_compile.expr import KV, MaskExpr, Q
+    >>> from sparse_compile.layout.superset import ProblemShape
     >>> problem = Problem.of(MaskExpr(KV <= Q), ProblemShape(2, 8, 64, 64), (16, 32))
     >>> build_layout(problem).kinds().tolist()
     [[[1, 0], [1, 0], [2, 1], [2, 1]]]
