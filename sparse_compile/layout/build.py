@@ -18,12 +18,7 @@ from sparse_compile.expr import KV, Q
 from sparse_compile.layout.block_layout import BlockLayout, BlockLists
 from sparse_compile.layout.counted import counted_layout
 from sparse_compile.layout.intervals import point
-from sparse_compile.layout.superset import (
-    Problem,
-    is_narrow,
-    partial_and_full,
-    static_layout,
-)
+from sparse_compile.layout.superset import Problem, is_narrow, partial_and_full, static_layout
 from sparse_compile.layout.table_bounds import BlockBounds
 from sparse_compile.layout.views.candidates import Candidates, candidates
 

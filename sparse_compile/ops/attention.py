@@ -21,12 +21,7 @@ from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.expr import WORD
 from sparse_compile.layout import build_views
 from sparse_compile.layout.dense_tables import DenseCall, DenseRead
-from sparse_compile.layout.lists import (
-    count_worklists,
-    listed_views,
-    lists_of,
-    static_lists,
-)
+from sparse_compile.layout.lists import count_worklists, listed_views, lists_of, static_lists
 from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.ops.fresh_size import fresh_size
 from sparse_compile.ops.operands import check_call, check_operands, widest
