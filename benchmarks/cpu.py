@@ -25,6 +25,7 @@ from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.codegen.cpu import executor
 from sparse_compile.expr import KV, MaskExpr, Q
 from sparse_compile.layout import Layout, build_layout
+from sparse_compile.layout.superset import Problem, ProblemShape
 from sparse_compile.spec import AttentionSpec
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -61,13 +62,7 @@ def ours(args: argparse.Namespace) -> Attend:
     mask = MaskExpr((KV <= Q) & (Q - KV < args.window))
     spec = AttentionSpec(mask, block_q=args.block, block_kv=args.block)
     layout = build_layout(
-        mask,
-        batch=1,
-        heads=args.heads,
-        n_q=args.n,
-        n_kv=args.n,
-        block_q=args.block,
-        block_kv=args.block,
+        Problem.of(mask, ProblemShape(1, args.heads, args.n, args.n), (args.block, args.block))
     )
     data = (Layout(spec, (layout,), 1, args.heads), args.dim**-0.5, spec)
     return lambda q, k, v: Executor.apply(q, k, v, data)

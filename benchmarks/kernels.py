@@ -22,7 +22,8 @@ from benchmarks.environment import write_json
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.codegen.triton.blocks import executor
 from sparse_compile.expr import KV, MaskExpr, Q, evaluate, table
-from sparse_compile.layout import Layout, build_layout
+from sparse_compile.layout import Layout, build_layout, superset
+from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.spec import AttentionSpec
 
 DOCUMENT = table(0)
@@ -93,14 +94,8 @@ def ours(p: Problem, block: int) -> Pair:
     spec = AttentionSpec(p.mask, block_q=block, block_kv=block)
     _, heads, n, dim = p.inputs[0].shape
     layout = build_layout(
-        p.mask,
-        batch=1,
-        heads=heads,
-        n_q=n,
-        n_kv=n,
-        block_q=block,
-        block_kv=block,
-        tables=p.tables,
+        superset.Problem.of(p.mask, ProblemShape(1, heads, n, n), (block, block)),
+        p.tables,
         device="cuda",
     )
     blocks = Layout(spec, (layout,), 1, heads)

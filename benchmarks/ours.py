@@ -17,6 +17,7 @@ from benchmarks.accuracy import Problem, Run
 from sparse_compile.api.plan import name_of, planned
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.layout import Layout, build_views
+from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.patterns import Pattern
 from sparse_compile.spec import AttentionSpec
 
@@ -62,7 +63,7 @@ def ours(pattern: Pattern, n: int, heads: int, device: str = "cuda") -> Ours:
 def layout_of_spec(
     spec: AttentionSpec, tables: list[Tensor], n: int, heads: int, device: str
 ) -> Layout:
-    return build_views(spec, batch=1, heads=heads, n_q=n, n_kv=n, tables=tables, device=device)
+    return build_views(spec, ProblemShape(1, heads, n, n), tables, device=device)
 
 
 def layout_of(pattern: Pattern, n: int, device: str) -> Layout:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparse_compile.layout import Layout
 from sparse_compile.layout.lists import assembled
+from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.spec import AttentionSpec
 
 
@@ -58,10 +59,10 @@ class AttentionCall:
         return pieces
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
+    def shape(self) -> ProblemShape:
         """Batch, query heads, Nq and Nkv."""
         batch, heads, n_q, _ = self.q.shape
-        return batch, heads, n_q, self.k.shape[2]
+        return ProblemShape(batch, heads, n_q, self.k.shape[2])
 
     @property
     def data(self) -> tuple[int, int, Sequence[Tensor], Sequence[int]]:

@@ -9,6 +9,7 @@ import torch
 from sparse_compile.codegen.generators import block_shapes
 from sparse_compile.expr import B, H
 from sparse_compile.layout.cost import Candidate, Coverage, Workload, blocks, lists
+from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.layout.views.choose import choose_views
 from sparse_compile.passes.graph_edit import dimension, example_value, expected
 from sparse_compile.sites.plan import Plan
@@ -72,16 +73,9 @@ class Price:
         """Pairs in blocks that the predicate leaves possible, for each query."""
         if plan.split is not None and rounded(work.n_kv) == rounded(expected(plan.site.k, "n")):
             return plan.split.cost.total  # the choice of views has asked already
-        _, split = choose_views(
-            plan.lifted.mask,
-            n_q=work.n_q,
-            n_kv=work.n_kv,
-            batch=work.batch,
-            heads=work.heads,
-            sizes=(0,) * plan.lifted.mask.n_sizes,
-            block=(plan.spec.block_q, plan.spec.block_kv),
-            shapes=block_shapes(self.target.kind),
-        )
+        shape = ProblemShape(work.batch, work.heads, work.n_q, work.n_kv)
+        block, shapes = (plan.spec.block_q, plan.spec.block_kv), block_shapes(self.target.kind)
+        _, split = choose_views(plan.lifted.mask, shape, block, shapes)
         return split.cost.total
 
 

@@ -11,6 +11,7 @@ import torch
 from sparse_compile.codegen.generators import block_shapes
 from sparse_compile.expr import KV, Q
 from sparse_compile.layout.cost import Candidate, Listed, dense, sdpa, why_not_listed
+from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.layout.views.choose import choose_views
 from sparse_compile.layout.views.split_views import Split
 from sparse_compile.ops.operands import WIDEST, WIDEST_UNITS
@@ -141,20 +142,11 @@ def _spec(
     site: AttentionSite, mask: LiftedMask, target: Target, options: Options
 ) -> tuple[AttentionSpec, Split]:
     """What to compute, in the views that cost least at the lengths of the example."""
-    spec, split = choose_views(
-        mask.mask,
-        n_q=expected(site.q, "n"),
-        n_kv=expected(site.k, "n"),
-        batch=expected(site.q, "b"),
-        heads=expected(site.q, "h"),
-        # Run-time integers are offsets and windows; which, only their values would tell.
-        sizes=(0,) * mask.mask.n_sizes,
-        block=options.block,
-        shapes=block_shapes(target.kind),
-        empty_rows=mask.empty_rows,
-        where=site.where,
-    )
-    return replace(spec, score=site.score), split
+    batch, heads, n_q = (expected(site.q, axis) for axis in "bhn")
+    shape = ProblemShape(batch, heads, n_q, expected(site.k, "n"))
+    spec, split = choose_views(mask.mask, shape, options.block, block_shapes(target.kind))
+    meant = replace(spec, empty_rows=mask.empty_rows, where=site.where, score=site.score)
+    return meant, split
 
 
 def _too_large(site: AttentionSite, units: bool = False) -> str:
@@ -209,7 +201,8 @@ def _of_units(
     """Attention to selected keys alone; ``units`` are unit_q and unit_kv."""
     by_blocks = are_blocks(*units, target.kind) and not mask.dense
     make = AttentionSpec.of_listed_blocks if by_blocks else AttentionSpec.of_units
-    return make(mask.mask, *units, mask.empty_rows, site.where, site.score)
+    made = make(mask.mask, *units)
+    return replace(made, empty_rows=mask.empty_rows, where=site.where, score=site.score)
 
 
 # What the program's own mask selects -------------------------------------------------------------

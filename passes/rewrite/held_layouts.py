@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from sparse_compile.layout.lists import static_lists
+from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.ops import LAYOUT
 from sparse_compile.passes.mutation import bodies, scope_of_body
 from sparse_compile.passes.rewrite.tables import RealisedTables, fake_mode_of, hand_down, place_for
@@ -73,7 +74,7 @@ def _lists(call: Node) -> tuple[Tensor, ...]:
     args: tuple[Any, ...] = call.args
     _, _, sizes, *shape, kv_heads, text, device, _ = args
     spec = AttentionSpec.parse(text)
-    return static_lists(spec, tuple(shape), kv_heads, tuple(sizes), device)
+    return static_lists(spec, ProblemShape(*shape), kv_heads, tuple(sizes), device)
 
 
 def _buffer(gm: GraphModule, value: Tensor) -> Node:

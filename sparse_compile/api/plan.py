@@ -18,6 +18,7 @@ from sparse_compile.codegen.generators import block_shapes
 from sparse_compile.errors import PatternMisuse
 from sparse_compile.expr import KV, MaskExpr, Q, ScoreProgram
 from sparse_compile.expr import score as score_programs
+from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.layout.views.choose import choose_views
 from sparse_compile.ops.selection import name_selecting
 from sparse_compile.ops.untraced import untraced
@@ -111,15 +112,9 @@ def capped(text: str, softcap: float) -> str:
 
 def spec_text(expr: MaskExpr, device: str, sizes: Sizes) -> str:
     """The text of the spec of a mask on a type of device, at about these sizes."""
-    return choose_views(
-        expr,
-        n_q=sizes[0],
-        n_kv=sizes[1],
-        batch=sizes[2],
-        heads=sizes[3],
-        sizes=(0,) * expr.n_sizes,
-        shapes=block_shapes(device),
-    )[0].text
+    n_q, n_kv, batch, heads = sizes
+    shape = ProblemShape(batch, heads, n_q, n_kv)
+    return choose_views(expr, shape, shapes=block_shapes(device))[0].text
 
 
 def _is_plain(value: object) -> bool:

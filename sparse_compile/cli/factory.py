@@ -33,7 +33,12 @@ def load(text: str) -> Call:
             model, (model, args) or (model, args, kwargs), or the model cannot be called so.
     """
     factory = _find(text)
-    _check_signature(text, factory)
+    wrong = _why_not_called(factory)
+    if wrong is not None:
+        raise BadFactory(
+            f"sparse_compile: {text} cannot be called without arguments: {wrong}. "
+            "Write a function that needs none, or give its arguments defaults."
+        ) from wrong
     try:
         value = factory()
     except Exception as error:
@@ -43,7 +48,13 @@ def load(text: str) -> Call:
             f'python -c "import {module} as m; m.{name}()"'
         ) from error
     call = _as_call(text, value)
-    _check_arguments(text, call)
+    forward = getattr(call.model, "forward", call.model)
+    wrong = _why_not_called(forward, *call.args, **call.kwargs)
+    if wrong is not None:
+        raise BadFactory(
+            f"sparse_compile: the model that {text}() returned cannot be called with "
+            f"the returned arguments: {wrong}. Return (model, (x,)) or (model, (), {{'x': x}})."
+        ) from wrong
     return call
 
 
@@ -81,34 +92,28 @@ def _import(text: str, name: str) -> ModuleType:
         sys.path.insert(0, "")
     try:
         return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
+    except Exception as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None and f"{name}.".startswith(f"{missing}."):
             raise BadFactory(
-                f"sparse_compile: no module named {error.name!r}, in {text!r}. Write the dotted "
+                f"sparse_compile: no module named {missing!r}, in {text!r}. Write the dotted "
                 "name of a module that is installed or lies in the current directory, without .py"
             ) from error
-        raise BadFactory(_import_failed(name, error)) from error
-    except Exception as error:
-        raise BadFactory(_import_failed(name, error)) from error
-
-
-def _import_failed(name: str, error: Exception) -> str:
-    return (
-        f"sparse_compile: importing {name!r} raised {type(error).__name__}: {error}. "
-        f'For the traceback: python -c "import {name}"'
-    )
-
-
-def _check_signature(text: str, factory: Callable[..., Any]) -> None:
-    try:
-        inspect.signature(factory).bind()
-    except TypeError as error:
         raise BadFactory(
-            f"sparse_compile: {text} cannot be called without arguments: {error}. "
-            "Write a function that needs none, or give its arguments defaults."
+            f"sparse_compile: importing {name!r} raised {type(error).__name__}: {error}. "
+            f'For the traceback: python -c "import {name}"'
         ) from error
+
+
+def _why_not_called(function: Callable[..., Any], *args: Any, **kwargs: Any) -> TypeError | None:
+    """Why a function cannot be called so; None if it can."""
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError as error:
+        return error
     except ValueError:  # a builtin without a signature: calling it will tell
-        return
+        pass
+    return None
 
 
 def _as_call(text: str, value: Any) -> Call:
@@ -131,19 +136,6 @@ def _as_call(text: str, value: Any) -> Call:
             "Return a dict of keyword arguments: (model, (x,), {'mask': mask})."
         )
     return Call(model, tuple(args), dict(kwargs))
-
-
-def _check_arguments(text: str, call: Call) -> None:
-    function = getattr(call.model, "forward", call.model)
-    try:
-        inspect.signature(function).bind(*call.args, **call.kwargs)
-    except TypeError as error:
-        raise BadFactory(
-            f"sparse_compile: the model that {text}() returned cannot be called with "
-            f"the returned arguments: {error}. Return (model, (x,)) or (model, (), {{'x': x}})."
-        ) from error
-    except ValueError:
-        return
 
 
 def _a(value: Any) -> str:

@@ -125,10 +125,6 @@ def _code(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
-    pass
-
-
 def _doctor(arguments: argparse.Namespace) -> int:
     """Check that everything compiled models need is here, and say what to do if not."""
     from dataclasses import asdict
@@ -149,7 +145,7 @@ _COMMANDS: dict[str, Any] = {
     "demo": (_demo_arguments, _demo),
     "explain": (_explain_arguments, _explain),
     "code": (_code_arguments, _code),
-    "doctor": (_doctor_arguments, _doctor),
+    "doctor": (lambda parser: None, _doctor),
 }
 
 
@@ -189,7 +185,3 @@ def _say(line: str) -> None:
 
 def _to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

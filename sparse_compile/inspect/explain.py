@@ -26,6 +26,7 @@ from sparse_compile.inspect.report import Report, SiteReport
 from sparse_compile.inspect.skipped import frames_skipped
 from sparse_compile.inspect.standing import place, said_of
 from sparse_compile.layout import Layout, build_views
+from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.options import Options
 from sparse_compile.passes import pipeline
 from sparse_compile.passes.dense_tables import mask_data, selection_data, shown_predicate
@@ -151,16 +152,9 @@ class Examined:
         if plan.listed is not None or (plan.selected is not None and plan.selected.alone):
             return None  # its cost follows the lists of the call
         blocks, used = plan.spec.pieces[0]
-        return build_views(
-            blocks,
-            batch=self.shape["b"],
-            heads=self.shape["h"],
-            n_q=self.shape["q"],
-            n_kv=self.shape["kv"],
-            tables=[self.tables[number] for number in used],
-            sizes=self.sizes,
-            device=device_of(plan.site.q.node),
-        )
+        shape = ProblemShape(*(self.shape[name] for name in ("b", "h", "q", "kv")))
+        tables = [self.tables[number] for number in used]
+        return build_views(blocks, shape, tables, self.sizes, device_of(plan.site.q.node))
 
 
 def _mask_of(trace: Trace) -> str | None:

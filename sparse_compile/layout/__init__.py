@@ -2,12 +2,12 @@
 
 from sparse_compile.layout.block_layout import EMPTY, FULL, PARTIAL, BlockLayout, BlockLists
 from sparse_compile.layout.build import build_layout
-from sparse_compile.layout.density import density, mask_pairs
+from sparse_compile.layout.density import mask_pairs
 from sparse_compile.layout.layout import Layout, build_views
 from sparse_compile.layout.lists import unpack
 from sparse_compile.layout.picture import picture
 from sparse_compile.layout.schedule import Schedule, make_schedule
-from sparse_compile.layout.superset import Problem
+from sparse_compile.layout.superset import Problem, ProblemShape
 
 __all__ = [
     "EMPTY",
@@ -17,10 +17,10 @@ __all__ = [
     "BlockLists",
     "Layout",
     "Problem",
+    "ProblemShape",
     "Schedule",
     "build_layout",
     "build_views",
-    "density",
     "make_schedule",
     "mask_pairs",
     "picture",

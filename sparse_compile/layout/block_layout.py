@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from sparse_compile.spec.view import Order, natural
+from sparse_compile.spec.view import Order
 
 #: How a block of the score matrix relates to the mask.
 EMPTY, PARTIAL, FULL = 0, 1, 2
@@ -116,8 +116,8 @@ class BlockLists:
 
 
 @dataclass(frozen=True)
-class BlockLayout:
-    """The blocks of [n_q, n_kv] that a mask visits; int32, proportional to the non-empty blocks.
+class BlockGrid:
+    """How the score matrix [n_q, n_kv] is cut into blocks, for each class.
 
     A *class* is a (batch, head) pair with its own lists: ``batches`` is 1 when the mask does not
     depend on the batch entry, else the batch size; ``heads`` likewise for query heads. The class
@@ -128,9 +128,6 @@ class BlockLayout:
         q, kv: how the tokens of each side are put into blocks. Where the length does not fill
             them, blocks stick out.
         batches, heads: number of classes along each dimension.
-        rows: for each query block, its key blocks.
-        columns: what :attr:`cols` holds, or what makes it: a forward needs the rows alone.
-        listed: whether a selection names the blocks: others may hold pairs that the mask allows.
     """
 
     n_q: int
@@ -139,14 +136,6 @@ class BlockLayout:
     kv: Order
     batches: int
     heads: int
-    rows: BlockLists
-    columns: BlockLists | Callable[[], BlockLists] = field(repr=False)
-    listed: bool = False
-
-    @functools.cached_property
-    def cols(self) -> BlockLists:
-        """For each key block, its query blocks: the exact transpose of ``rows``."""
-        return self.columns if isinstance(self.columns, BlockLists) else self.columns()
 
     @property
     def block_q(self) -> int:
@@ -168,9 +157,47 @@ class BlockLayout:
         """Number of query blocks and of key blocks."""
         return self.q.blocks(self.n_q), self.kv.blocks(self.n_kv)
 
-    def load(self, axis: str) -> Load | None:
-        """:attr:`BlockLists.load` of the lines that are blocks of ``axis``."""
-        return (self.rows if axis == "q" else self.cols).load
+    def layout(
+        self, rows: BlockLists, columns: BlockLists | Callable[[], BlockLists]
+    ) -> BlockLayout:
+        """The layout of these lists."""
+        shape = self.n_q, self.n_kv, self.q, self.kv, self.batches, self.heads
+        return BlockLayout(*shape, rows, columns)
+
+    def unpacked(self, packed: Tensor) -> BlockLayout:
+        """Views into a :meth:`BlockLayout.pack` vector of rows and columns; nothing is copied.
+
+        It does not synchronise.
+        """
+        rows, cols = (
+            functools.partial(unpacked_lists, packed, self.grid, self.classes, side)
+            for side in (0, 1)
+        )
+        return self.layout(rows(), cols)
+
+
+@dataclass(frozen=True)
+class BlockLayout(BlockGrid):
+    """The blocks of a grid that a mask visits; int32, proportional to the non-empty blocks.
+
+    Attributes:
+        rows: for each query block, its key blocks.
+        columns: what :attr:`cols` holds, or what makes it: a forward needs the rows alone.
+        listed: whether a selection names the blocks: others may hold pairs that the mask allows.
+    """
+
+    rows: BlockLists
+    columns: BlockLists | Callable[[], BlockLists] = field(repr=False)
+    listed: bool = False
+
+    @functools.cached_property
+    def cols(self) -> BlockLists:
+        """For each key block, its query blocks: the exact transpose of ``rows``."""
+        return self.columns if isinstance(self.columns, BlockLists) else self.columns()
+
+    def lines(self, axis: str) -> BlockLists:
+        """The lists of the lines that are blocks of ``axis``, ``"q"`` or ``"kv"``."""
+        return self.rows if axis == "q" else self.cols
 
     @property
     def nnz_blocks(self) -> int:
@@ -219,7 +246,7 @@ class BlockLayout:
         """All lists in one int32 vector, so that a layout is one tensor in a graph.
 
         Layout of the vector: ``rows.start, rows.counts, cols.start, cols.counts, rows.index,
-        cols.index``, the last two with the same room; so :meth:`unpack` knows where each begins
+        cols.index``, the last two with the same room; so :meth:`unpacked` knows where each begins
         without reading anything from the device. Where a selection names the blocks, the columns
         are left out. Each begins at a multiple of 16 bytes, as kernels are compiled for.
         """
@@ -231,24 +258,6 @@ class BlockLayout:
         filler = self.rows.start.new_zeros(_ALIGNED - 1)
         flat = [piece for part in parts for piece in (part.flatten(), _filling(part, filler))]
         return torch.cat(flat[:-1])
-
-    @staticmethod
-    def unpack(
-        packed: Tensor,
-        n_q: int,
-        n_kv: int,
-        q: Order | int,
-        kv: Order | int,
-        batches: int,
-        heads: int,
-    ) -> BlockLayout:
-        """Views into a :meth:`pack` vector of rows and columns; no copy, no synchronisation."""
-        q, kv = (natural(order) if isinstance(order, int) else order for order in (q, kv))
-        lines, classes = (q.blocks(n_q), kv.blocks(n_kv)), batches * heads
-        rows, cols = (
-            functools.partial(unpacked_lists, packed, lines, classes, side) for side in (0, 1)
-        )
-        return BlockLayout(n_q, n_kv, q, kv, batches, heads, rows(), cols)
 
 
 #: int32 numbers in 16 bytes.

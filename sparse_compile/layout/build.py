@@ -14,14 +14,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sparse_compile.expr import KV, MaskExpr, Q
-from sparse_compile.layout.block_layout import FULL, PARTIAL, BlockLayout, BlockLists
+from sparse_compile.expr import KV, Q
+from sparse_compile.layout.block_layout import BlockLayout, BlockLists
 from sparse_compile.layout.counted import counted_layout
-from sparse_compile.layout.intervals import Bound, Span
-from sparse_compile.layout.superset import Problem, is_narrow, static_layout
+from sparse_compile.layout.intervals import point
+from sparse_compile.layout.superset import Problem, is_narrow, partial_and_full, static_layout
 from sparse_compile.layout.table_bounds import BlockBounds
 from sparse_compile.layout.views.candidates import Candidates, candidates
-from sparse_compile.spec.view import Order
 
 #: Classes are classified together up to this many blocks, to bound the temporaries.
 _BLOCKS_AT_ONCE = 1 << 22
@@ -30,50 +29,29 @@ _FEW_CLASSES = 4
 
 
 def build_layout(
-    mask: MaskExpr,
-    *,
-    batch: int,
-    heads: int,
-    n_q: int,
-    n_kv: int,
-    block_q: int | Order,
-    block_kv: int | Order,
-    tables: Sequence[Tensor] = (),
-    sizes: Sequence[int] = (),
-    device: torch.device | str = "cpu",
+    problem: Problem, tables: Sequence[Tensor] = (), device: torch.device | str = "cpu"
 ) -> BlockLayout:
-    """The blocks that ``mask`` visits.
+    """The blocks that a mask visits.
 
     EMPTY blocks are proven empty and left out; FULL blocks are proven full and lie inside
     [0, n_q) x [0, n_kv); everything else is PARTIAL. Reading ``tables`` never synchronises with
     the device.
 
     Args:
-        mask: the predicate.
-        batch: batch size; classes differ in ``b`` only if the mask mentions it.
-        heads: number of query heads; likewise.
-        n_q: number of queries, 0 or more.
-        n_kv: number of keys, 0 or more.
-        block_q: queries per block, or the order that puts them into blocks.
-        block_kv: keys per block, likewise.
+        problem: the mask, its sizes, and how tokens are put into blocks.
         tables: the tensors ``t0, t1, ...`` on ``device``, bool or integer.
-        sizes: the integers ``s0, s1, ...``.
         device: where the lists are made.
 
     Returns:
         int32 lists. Those of a mask without tables, ``b`` and ``h`` come from a cache shared by
         all callers: do not change them in place.
 
-    >>> from sparse_compile.expr import KV, Q
-    >>> layout = build_layout(
-    ...     MaskExpr(KV <= Q), batch=2, heads=8, n_q=64, n_kv=64, block_q=16, block_kv=32
-    ... )
-    >>> layout.kinds().tolist()
+    >>> from sparse_compile.expr import KV, MaskExpr, Q
+    >>> from sparse_compile.layout.superset import ProblemShape
+    >>> problem = Problem.of(MaskExpr(KV <= Q), ProblemShape(2, 8, 64, 64), (16, 32))
+    >>> build_layout(problem).kinds().tolist()
     [[[1, 0], [1, 0], [2, 1], [2, 1]]]
     """
-    problem = Problem.of(
-        mask, tuple(map(int, sizes)), batch, heads, (n_q, n_kv), (block_q, block_kv)
-    )
     device = torch.device(device)
     if problem.is_static:
         return static_layout(problem, device)
@@ -84,42 +62,32 @@ def build_layout(
 
 
 def _classified(problem: Problem, found: Candidates, tables: Sequence[Tensor]) -> Tensor:
-    """int8 [classes, n]: the kind of every candidate."""
+    """bool [2, classes, n]: which candidates are PARTIAL, and which FULL."""
     if not found.count:
-        return torch.zeros(problem.classes, 0, dtype=torch.int8, device=found.r.device)
+        return torch.zeros(2, problem.classes, 0, dtype=torch.bool, device=found.r.device)
     bounds = BlockBounds(problem, tables)
     at_once = max(1, _BLOCKS_AT_ONCE // found.count)
     classes = zip(torch.split(found.b, at_once), torch.split(found.h, at_once), strict=True)
     parts = [_kinds(problem, found, bounds, b, h) for b, h in classes]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def _kinds(
     problem: Problem, found: Candidates, bounds: BlockBounds, b: Tensor, h: Tensor
 ) -> Tensor:
-    """int8 [k, n]: the kinds of the classes with the coordinates int64 ``b, h`` [k, 1]."""
-    must, may = problem.verdict(
+    """bool [2, k, n]: :func:`_classified` for the classes of the coordinates int64 [k, 1]."""
+    verdict = problem.verdict(
         found.digits,
-        Span(b, b, 0, problem.batches),
-        Span(h, h, 0, problem.heads),
+        point(b, problem.batches),
+        point(h, problem.heads),
         functools.partial(bounds.lookup, {Q: found.r, KV: found.c}),
     )
-    shape = b.shape[0], found.count
-    possible = _spread(may, shape, b.device).to(torch.int8)
-    # EMPTY, PARTIAL and FULL are 0, 1 and 2, and what must hold may hold.
-    return possible + (_spread(must, shape, b.device) & found.whole)
-
-
-def _spread(truth: Bound, shape: tuple[int, int], device: torch.device) -> Tensor:
-    if isinstance(truth, Tensor):
-        return truth.expand(shape)
-    return torch.full(shape, bool(truth), device=device)
+    return torch.stack(partial_and_full(found.whole.expand(b.shape[0], -1), *verdict))
 
 
 def _partitioned(problem: Problem, found: Candidates, kinds: Tensor) -> BlockLayout:
     """Sort every line into PARTIAL and FULL, stably: a counting sort over all lines at once."""
-    kind = kinds.index_select(1, found.source)
-    chosen = torch.stack([kind == PARTIAL, kind == FULL])
+    chosen = kinds.index_select(-1, found.source)
     # Of each place: how many PARTIAL and FULL blocks stand before it, in this and earlier lines.
     before = torch.nn.functional.pad(chosen.cumsum(-1, dtype=torch.int32), (1, 0))
     at_start = before.index_select(-1, found.first)
@@ -130,16 +98,11 @@ def _partitioned(problem: Problem, found: Candidates, kinds: Tensor) -> BlockLay
     # EMPTY blocks go to one place past the end.
     nowhere = 2 * found.count
     where = torch.where(chosen[0], target[0], torch.where(chosen[1], target[1], nowhere))
-    index = torch.zeros(kind.shape[0], nowhere + 1, dtype=torch.int32, device=kind.device)
+    index = torch.zeros(problem.classes, nowhere + 1, dtype=torch.int32, device=chosen.device)
     index.scatter_(1, where, found.block.expand(where.shape))
-    return _assembled(problem, found, counts.permute(1, 2, 0), index)
-
-
-def _assembled(problem: Problem, found: Candidates, counts: Tensor, index: Tensor) -> BlockLayout:
-    rows, _ = problem.grid
-    room = found.count
+    counts, (rows, _), room = counts.permute(1, 2, 0), problem.grid, found.count
     row_counts, col_counts = counts[:, :rows].contiguous(), counts[:, rows:].contiguous()
-    row_index, col_index = index[:, :room].contiguous(), index[:, room : 2 * room].contiguous()
+    row_index, col_index = index[:, :room].contiguous(), index[:, room:nowhere].contiguous()
     return problem.layout(
         BlockLists(found.row_start, row_counts, row_index),
         BlockLists(found.col_start, col_counts, col_index),

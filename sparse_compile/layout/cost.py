@@ -153,15 +153,16 @@ _UNITS_FOR_ONE = 2
 
 def dense(target: Target, work: Workload) -> Candidate:
     """The program's own attention: every pair, with its mask as a tensor."""
-    rates = _rates(target, work)
+    rates = RATES[target.kind, work.trained]
     factor = rates.written_out if work.written_out else 1
     seconds = _pairs(target, work, work.n_kv) * rates.dense * factor
-    return Candidate("dense", (("the call", rates.dense_call), _every(work, seconds)))
+    what = f"all {work.n_kv} pairs per query"
+    return Candidate("dense", (("the call", rates.dense_call), (what, seconds)))
 
 
 def blocks(target: Target, work: Workload, coverage: Coverage) -> Candidate:
     """Block-sparse attention."""
-    rates = _rates(target, work)
+    rates = RATES[target.kind, work.trained]
     seconds = _pairs(target, work, coverage.pairs + rates.row) * rates.sparse
     calls = rates.sparse_call + rates.class_call * (coverage.classes - 1)
     layout = (rates.layout + rates.a_class * coverage.classes) * coverage.made
@@ -178,7 +179,7 @@ def blocks(target: Target, work: Workload, coverage: Coverage) -> Candidate:
 
 def lists(target: Target, work: Workload, kept: int, refusal: str = "") -> Candidate:
     """Attention over lists of ``kept`` keys per query; no less than this."""
-    rates = _rates(target, work)
+    rates = RATES[target.kind, work.trained]
     seconds = _pairs(target, work, min(kept, work.n_kv)) * rates.sparse
     what = f"{kept} keys per query"
     return Candidate("lists", (("the call", rates.sparse_call), (what, seconds)), refusal)
@@ -217,21 +218,13 @@ def cheapest(candidates: Sequence[Candidate]) -> Candidate:
     return min((c for c in candidates if not c.refusal), key=lambda found: found.seconds)
 
 
-def _rates(target: Target, work: Workload) -> Rates:
-    return RATES[target.kind, work.trained]
-
-
 def _pairs(target: Target, work: Workload, per_query: float) -> float:
     """Pairs times features, as one worker that the rates are of would take them."""
-    rows = max(work.n_q, _rates(target, work).rows)
+    rows = max(work.n_q, RATES[target.kind, work.trained].rows)
     total = work.batch * work.heads * rows * per_query * work.features
     if target.kind == "cpu":
         return total / max(target.workers, 1)
     return total * _OLDER.get(target.arch, 1.0) * _H200 / max(target.workers, 1)
-
-
-def _every(work: Workload, seconds: float) -> tuple[str, float]:
-    return f"all {work.n_kv} pairs per query", seconds
 
 
 def _ms(seconds: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 import sympy
 import torch
@@ -14,7 +14,9 @@ from sparse_compile.expr import dense_bit
 from sparse_compile.layout.block_layout import BlockLayout, BlockLists
 from sparse_compile.layout.from_dense import DenseBlocks, dense_layout, remembered
 from sparse_compile.layout.layout import Layout, build_views
+from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.spec import AttentionSpec, EmptyRows
+from sparse_compile.spec.json_text import tuples
 
 _ORDER = ("b", "h", "q", "kv")
 
@@ -42,14 +44,12 @@ class DenseRead:
     @staticmethod
     def text(reads: Sequence[DenseRead]) -> str:
         """What :meth:`parse` reads; an argument of an operator."""
-        return json.dumps([[read.table, read.axes, read.remember] for read in reads])
+        return json.dumps([astuple(read) for read in reads])
 
     @staticmethod
     def parse(text: str) -> tuple[DenseRead, ...]:
         """The reads that :meth:`text` spelled."""
-        return tuple(
-            DenseRead(number, tuple(axes), kept) for number, axes, kept in json.loads(text)
-        )
+        return tuple(DenseRead(*tuples(fields)) for fields in json.loads(text))
 
     @property
     def bit(self) -> sympy.Expr:
@@ -85,7 +85,7 @@ class DenseRead:
         shape = spec.block_q, spec.block_kv
 
         def read() -> DenseBlocks:
-            return dense_layout(view, *shape).blocks
+            return dense_layout(view, *shape)
 
         found = remembered(mask, (self.axes, n_q, n_kv, shape), read) if self.remember else read()
         found.check()
@@ -105,8 +105,7 @@ class DenseCall:
         reads: which tables are mask tensors.
         tables: what the mask reads; for ``reads`` the mask tensors.
         sizes: the integers that it reads.
-        batch, heads: of the problem.
-        n_q, n_kv: lengths.
+        shape: of the problem.
         device: where the layout will be used.
     """
 
@@ -114,10 +113,7 @@ class DenseCall:
     reads: tuple[DenseRead, ...]
     tables: tuple[Tensor, ...]
     sizes: tuple[int, ...]
-    batch: int
-    heads: int
-    n_q: int
-    n_kv: int
+    shape: ProblemShape
     device: torch.device
 
     def run(self) -> tuple[list[Tensor], Layout | None]:
@@ -125,8 +121,9 @@ class DenseCall:
 
         What compiles a graph may reuse the memory of the words for other tensors.
         """
+        lengths = self.shape.n_q, self.shape.n_kv
         found = {
-            read.table: read.found(self.tables[read.table], self.spec, self.n_q, self.n_kv)
+            read.table: read.found(self.tables[read.table], self.spec, *lengths)
             for read in self.reads
         }
         words = [found[read.table].table.to(self.device, copy=read.remember) for read in self.reads]
@@ -137,14 +134,14 @@ class DenseCall:
             return words, self._layout(words, found)
         # The layout follows from one mask tensor alone.
         spec = replace(self.spec, where=(), empty_rows=EmptyRows.ZERO)
-        key = spec, self.batch, self.heads, self.n_q, self.n_kv, self.sizes
+        key = spec, self.shape, self.sizes
         mask = self.tables[read.table]
         return words, remembered(mask, key, lambda: self._layout(words, found))
 
     def _layout(self, words: Sequence[Tensor], found: dict[int, DenseBlocks]) -> Layout:
         """The layout without its tables, so that it refers to no mask tensor."""
         views = tuple(view.to(self.device) for view in self._views(words, found))
-        return Layout(self.spec, views, self.batch, self.heads, sizes=self.sizes)
+        return Layout(self.spec, views, self.shape.batch, self.shape.heads, sizes=self.sizes)
 
     def _views(
         self, words: Sequence[Tensor], found: dict[int, DenseBlocks]
@@ -153,30 +150,18 @@ class DenseCall:
         whole = self.spec.mask.predicate == sympy.Ne(read.bit, 0)
         if whole and not self.spec.coverage and {"q", "kv"} <= set(read.axes):
             # The pass over the mask has listed just the blocks that it visits.
-            batches = self.batch if "b" in read.axes else 1
-            heads = self.heads if "h" in read.axes else 1
+            batches = self.shape.batch if "b" in read.axes else 1
+            heads = self.shape.heads if "h" in read.axes else 1
             return (_for_classes(found[read.table].layout, batches, heads),)
         tables = list(self.tables)
         for read, own in zip(self.reads, words, strict=True):
             tables[read.table] = own
-        return self._built(tables).views
-
-    def _built(self, tables: Sequence[Tensor]) -> Layout:
-        return build_views(
-            self.spec,
-            batch=self.batch,
-            heads=self.heads,
-            n_q=self.n_q,
-            n_kv=self.n_kv,
-            tables=tables,
-            sizes=self.sizes,
-            device=self.device,
-        )
+        return build_views(self.spec, self.shape, tables, self.sizes, self.device).views
 
 
 def words_of(mask: Tensor, read: DenseRead, n_q: int, n_kv: int) -> Tensor:
     """The table of a mask tensor, without a layout."""
-    return dense_layout(read.view(mask, n_q, n_kv), 128, 128).blocks.table
+    return dense_layout(read.view(mask, n_q, n_kv), 128, 128).table
 
 
 def _for_classes(layout: BlockLayout, batches: int, heads: int) -> BlockLayout:
@@ -194,4 +179,4 @@ def _for_classes(layout: BlockLayout, batches: int, heads: int) -> BlockLayout:
         BlockLists(lists.start, lists.counts[of], lists.index[of], lists.load)
         for lists in (layout.rows, layout.cols)
     )
-    return BlockLayout(layout.n_q, layout.n_kv, layout.q, layout.kv, batches, heads, rows, cols)
+    return replace(layout, batches=batches, heads=heads, rows=rows, columns=cols)

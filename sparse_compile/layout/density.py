@@ -28,11 +28,9 @@ def mask_pairs(
     follows the layout. Synchronises with the device of ``layout``, where ``tables`` must be.
 
     >>> from sparse_compile.expr import KV, Q
-    >>> from sparse_compile.layout import build_layout
+    >>> from sparse_compile.layout import Problem, ProblemShape, build_layout
     >>> causal = MaskExpr(KV <= Q)
-    >>> layout = build_layout(
-    ...     causal, batch=1, heads=2, n_q=100, n_kv=100, block_q=16, block_kv=16
-    ... )
+    >>> layout = build_layout(Problem.of(causal, ProblemShape(1, 2, 100, 100), (16, 16)))
     >>> mask_pairs(causal, layout, batch=1, heads=2) == 2 * (100 * 101 // 2)
     True
     """
@@ -41,19 +39,6 @@ def mask_pairs(
     for c in range(layout.classes):
         total += _partial_pairs(mask, layout, c, tables, sizes)
     return total * (batch // layout.batches) * (heads // layout.heads)
-
-
-def density(
-    mask: MaskExpr,
-    layout: BlockLayout,
-    batch: int,
-    heads: int,
-    tables: Sequence[Tensor] = (),
-    sizes: Sequence[int] = (),
-) -> float:
-    """The share of all (b, h, q, kv) that ``mask`` allows; 0 when there are none."""
-    everything = batch * heads * layout.n_q * layout.n_kv
-    return mask_pairs(mask, layout, batch, heads, tables, sizes) / max(everything, 1)
 
 
 def _partial_pairs(

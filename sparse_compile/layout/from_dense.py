@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -13,8 +12,9 @@ from torch import Tensor
 
 from sparse_compile.errors import BadPattern
 from sparse_compile.expr import WORD, MaskExpr, dense_bit
-from sparse_compile.layout.block_layout import FULL, PARTIAL, BlockLayout, BlockLists
+from sparse_compile.layout.block_layout import BlockGrid, BlockLayout
 from sparse_compile.layout.builders import BUILDERS
+from sparse_compile.layout.entries import VisitedBlocks
 from sparse_compile.layout.tensor_state import memory_of
 from sparse_compile.spec.view import natural
 
@@ -29,6 +29,9 @@ T = TypeVar("T")
 @dataclass(frozen=True, eq=False)
 class DenseBlocks:
     """What :func:`dense_layout` finds out about a mask; holds no reference to it.
+
+    >>> print(dense_layout(torch.ones(2, 1, 4, 4, dtype=torch.bool), 16, 16).expr)
+    Ne(Bit(t0(b, 0, q, FloorDiv(kv, 32)), FloorMod(kv, 32)), 0)
 
     Attributes:
         layout: the visited blocks; a PARTIAL block attends somewhere and not everywhere.
@@ -45,6 +48,12 @@ class DenseBlocks:
         """The words by batch entry and head, [1 or batch, 1 or heads, n_q, ceil(n_kv / 32)]."""
         return self.words.view(self.layout.batches, self.layout.heads, *self.words.shape[1:])
 
+    @property
+    def expr(self) -> MaskExpr:
+        """The mask as a predicate that reads :attr:`table`."""
+        axes = ["b"] * (self.layout.batches > 1) + ["h"] * (self.layout.heads > 1) + ["q", "kv"]
+        return MaskExpr(sympy.Ne(dense_bit(0, axes), 0), ("int32",))
+
     def check(self) -> None:
         """Raise if the tensor is a bias: whether a pair attends is all that a layout can say."""
         if self.biased:
@@ -55,50 +64,7 @@ class DenseBlocks:
             )
 
 
-@dataclass(frozen=True, eq=False)
-class DenseMask:
-    """A dense mask with its layout; see :func:`dense_layout`.
-
-    Attributes:
-        mask: the mask [1 or batch, 1 or heads, n_q, n_kv], a view of the tensor that was given.
-        blocks: what was found out about it.
-
-    >>> found = dense_layout(torch.ones(2, 1, 4, 4, dtype=torch.bool), 16, 16)
-    >>> print(found.expr)
-    Ne(Bit(t0(b, 0, q, FloorDiv(kv, 32)), FloorMod(kv, 32)), 0)
-    """
-
-    mask: Tensor
-    blocks: DenseBlocks
-
-    @property
-    def layout(self) -> BlockLayout:
-        """The visited blocks, exact."""
-        return self.blocks.layout
-
-    @property
-    def words(self) -> Tensor:
-        """The mask as bits, see :class:`DenseBlocks`."""
-        return self.blocks.words
-
-    def check(self) -> None:
-        """Raise if the tensor is a bias, see :meth:`DenseBlocks.check`."""
-        self.blocks.check()
-
-    @functools.cached_property
-    def expr(self) -> MaskExpr:
-        """The mask as a predicate that reads the one table of :attr:`tables`."""
-        batches, heads = self.mask.shape[:2]
-        axes = ["b"] * (batches > 1) + ["h"] * (heads > 1) + ["q", "kv"]
-        return MaskExpr(sympy.Ne(dense_bit(0, axes), 0), ("int32",))
-
-    @functools.cached_property
-    def tables(self) -> tuple[Tensor, ...]:
-        """The tensors that :attr:`expr` reads: the words."""
-        return (self.blocks.table,)
-
-
-def dense_layout(mask: Tensor, block_q: int, block_kv: int) -> DenseMask:
+def dense_layout(mask: Tensor, block_q: int, block_kv: int) -> DenseBlocks:
     """Read a dense mask once, on its device, and find its blocks.
 
     Waits for the device once, for the number of visited blocks.
@@ -106,7 +72,7 @@ def dense_layout(mask: Tensor, block_q: int, block_kv: int) -> DenseMask:
     Args:
         mask: [n_q, n_kv], with up to two dimensions for heads and batch in front, 1 where all share
             it. Bool: True attends. Floating: added to the scores, 0 attends and -inf does not; what
-            else it may hold, :meth:`DenseMask.check` reports, and the layout counts as attending.
+            else it may hold, :meth:`DenseBlocks.check` reports; the layout counts it as attending.
             Any strides; a dimension expanded by ``expand`` is read once.
         block_q: queries per block.
         block_kv: keys per block.
@@ -116,7 +82,18 @@ def dense_layout(mask: Tensor, block_q: int, block_kv: int) -> DenseMask:
     [[[1, 0, 0], [2, 1, 0], [2, 2, 1]]]
     """
     mask = _four_dimensional(mask)
-    return DenseMask(mask, _read(mask, block_q, block_kv))
+    batches, heads, n_q, n_kv = mask.shape
+    cut = BlockGrid(n_q, n_kv, natural(block_q), natural(block_kv), batches, heads)
+    builder = BUILDERS.get(mask.device)
+    read = builder.read_dense(mask, block_q, block_kv) if builder and mask.numel() else None
+    words, kinds, biased = read or read_dense_in_torch(mask, block_q, block_kv)
+    if builder is not None and kinds.numel():
+        rows, cols, is_biased = builder.compacted(kinds, biased)
+    else:
+        classes, q, kv = kinds.nonzero().unbind(1)
+        visited = VisitedBlocks(classes, q, kv, kinds[classes, q, kv])
+        (rows, cols), is_biased = visited.lists(cut.classes, cut.grid), bool(biased)
+    return DenseBlocks(cut.layout(rows, cols), words, is_biased)
 
 
 def remembered(mask: Tensor, key: Hashable, make: Callable[[], T]) -> T:
@@ -154,26 +131,6 @@ def _four_dimensional(mask: Tensor) -> Tensor:
         if mask.stride(dim) == 0 and mask.shape[dim] > 1:
             mask = mask.narrow(dim, 0, 1)
     return mask
-
-
-def _read(mask: Tensor, block_q: int, block_kv: int) -> DenseBlocks:
-    batches, heads, n_q, n_kv = mask.shape
-    words, kinds, biased = _pass_over(mask, block_q, block_kv)
-    builder = BUILDERS.get(kinds.device)
-    if builder is not None and kinds.numel():
-        rows, cols, is_biased = builder.compacted(kinds, biased)
-    else:
-        rows, cols = _lists(kinds), _lists(kinds.mT)
-        is_biased = bool(biased)
-    layout = BlockLayout(n_q, n_kv, natural(block_q), natural(block_kv), batches, heads, rows, cols)
-    return DenseBlocks(layout, words, is_biased)
-
-
-def _pass_over(mask: Tensor, block_q: int, block_kv: int) -> tuple[Tensor, Tensor, Tensor]:
-    """``(words, kinds, biased)``: int32 and int8 by class, see DenseBlocks, and int32 [1]."""
-    builder = BUILDERS.get(mask.device)
-    found = builder.read_dense(mask, block_q, block_kv) if builder and mask.numel() else None
-    return read_dense_in_torch(mask, block_q, block_kv) if found is None else found
 
 
 def read_dense_in_torch(mask: Tensor, block_q: int, block_kv: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -233,21 +190,3 @@ def _tiles(values: Tensor, block_q: int, width: int) -> Tensor:
     classes, n_q, n = values.shape
     padded = torch.nn.functional.pad(values, (0, -n % width, 0, -n_q % block_q))
     return padded.reshape(classes, -(-n_q // block_q), block_q, -(-n // width), width)
-
-
-def _lists(kinds: Tensor) -> BlockLists:
-    """The lists of the lines of int8 [classes, lines, blocks]."""
-    chosen = torch.stack([kinds == PARTIAL, kinds == FULL])
-    counts = chosen.sum(-1, dtype=torch.int32)
-    room = counts.sum(0).amax(0).long() if len(kinds) else counts.new_zeros(kinds.shape[1]).long()
-    start = torch.nn.functional.pad(room.cumsum(0), (1, 0))
-    # The place of each block in the index, plus one; EMPTY blocks go before the first place.
-    place = chosen.cumsum(-1)
-    place[1] += counts[0, :, :, None]
-    place = ((place + start[:-1, None]) * chosen).sum(0).flatten(1)
-    index = torch.zeros(len(kinds), int(start[-1]) + 1, dtype=torch.int32, device=kinds.device)
-    if place.numel():
-        block = torch.arange(kinds.shape[2], dtype=torch.int32, device=kinds.device)
-        index.scatter_(1, place, block.repeat(kinds.shape[1]).expand(len(kinds), -1))
-    by_line = counts.permute(1, 2, 0).contiguous()
-    return BlockLists(start.to(torch.int32), by_line, index[:, 1:].contiguous())

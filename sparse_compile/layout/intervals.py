@@ -31,19 +31,6 @@ from sparse_compile.layout.bounds import (
     where,
 )
 
-__all__ = [
-    "INT64_MAX",
-    "INT64_MIN",
-    "UNKNOWN",
-    "WIDE",
-    "Bound",
-    "Lookup",
-    "Span",
-    "dtype_span",
-    "point",
-    "span",
-]
-
 #: Sums and differences of numbers up to this size cannot overflow int64.
 LIMIT = 1 << 60
 #: The magnitude of a span whose values may be any int64.
@@ -181,7 +168,7 @@ def _not(a: Span) -> Span:
 def _add(a: Span, b: Span) -> Span:
     fits = _fits(a, LIMIT) & _fits(b, LIMIT)
     step, magnitude = math.gcd(a.step, b.step), a.magnitude + b.magnitude
-    return _guarded(fits, _sum(a.lo, b.lo), _sum(a.hi, b.hi), step, magnitude)
+    return _guarded(fits, saturated(a.lo + b.lo), saturated(a.hi + b.hi), step, magnitude)
 
 
 def _mul(a: Span, b: Span) -> Span:
@@ -195,8 +182,8 @@ def _mul(a: Span, b: Span) -> Span:
     if factor is not None:
         lo, hi = (a.lo, a.hi) if factor >= 0 else (a.hi, a.lo)
         step = a.step * abs(factor)
-        return _guarded(fits, _product(lo, factor), _product(hi, factor), step, magnitude)
-    corners = [_product(x, y) for x in (a.lo, a.hi) for y in (b.lo, b.hi)]
+        return _guarded(fits, saturated(lo * factor), saturated(hi * factor), step, magnitude)
+    corners = [saturated(x * y) for x in (a.lo, a.hi) for y in (b.lo, b.hi)]
     lo, hi = functools.reduce(least, corners), functools.reduce(greatest, corners)
     return _guarded(fits, lo, hi, 0 if a.step == b.step == 0 else 1, magnitude)
 
@@ -226,7 +213,7 @@ def _mod(a: Span, m: Span) -> Span:
     divisor = greatest(m.lo, 1)
     one_turn = (m.lo == m.hi) & (a.lo // divisor == a.hi // divisor)
     lo = where(one_turn, a.lo % divisor, residue)
-    hi = where(one_turn, a.hi % divisor, _sum(m.hi, residue - common))
+    hi = where(one_turn, a.hi % divisor, saturated(m.hi + (residue - common)))
     if modulus is None:
         unchanged = (a.lo >= 0) & (a.hi < divisor)
         lo, hi = where(unchanged, a.lo, lo), where(unchanged, a.hi, hi)
@@ -242,8 +229,8 @@ def _absolute(a: Span) -> Span:
     if a.step == 0 and isinstance(a.lo, int):
         return point(abs(a.lo))
     fits = _fits(a, LIMIT)
-    lo = greatest(greatest(a.lo, _negative(a.hi)), 0)
-    hi = greatest(_negative(a.lo), a.hi)
+    lo = greatest(greatest(a.lo, saturated(-a.hi)), 0)
+    hi = greatest(saturated(-a.lo), a.hi)
     return _guarded(fits, lo, hi, 0 if a.step == 0 else 1, a.magnitude)
 
 
@@ -276,18 +263,6 @@ def _guarded(sound: Bound, lo: Bound, hi: Bound, step: int, magnitude: int) -> S
     if sound is False:
         return UNKNOWN
     return Span(where(sound, lo, INT64_MIN), where(sound, hi, INT64_MAX))
-
-
-def _sum(a: Bound, b: Bound) -> Bound:
-    return saturated(a + b)
-
-
-def _product(a: Bound, b: Bound) -> Bound:
-    return saturated(a * b)
-
-
-def _negative(a: Bound) -> Bound:
-    return saturated(-a)
 
 
 _OPERATIONS: dict[str, Callable[..., Span]] = {

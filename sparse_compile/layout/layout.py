@@ -16,7 +16,7 @@ from sparse_compile.layout.build import build_layout
 from sparse_compile.layout.density import mask_pairs
 from sparse_compile.layout.listed import listed_load
 from sparse_compile.layout.schedule import Schedule, make_schedule
-from sparse_compile.layout.superset import Problem
+from sparse_compile.layout.superset import Problem, ProblemShape
 from sparse_compile.layout.trusted import device_layout
 from sparse_compile.layout.views.candidates import candidates
 from sparse_compile.spec import AttentionSpec
@@ -80,17 +80,13 @@ class Layout:
     @property
     def density(self) -> float:
         """Allowed pairs over all pairs."""
-        return self.allowed_pairs / self._everything
+        return self.allowed_pairs / max(self.batch * self.heads * self.n_q * self.n_kv, 1)
 
     @property
     def block_density(self) -> float:
         """Visited blocks over all blocks of [n_q, n_kv], averaged over batch and heads."""
         rows, cols = -(-self.n_q // self.spec.block_q), -(-self.n_kv // self.spec.block_kv)
         return sum(view.nnz_blocks / max(view.classes, 1) for view in self.views) / (rows * cols)
-
-    @property
-    def _everything(self) -> int:
-        return max(self.batch * self.heads * self.n_q * self.n_kv, 1)
 
     @property
     def nbytes(self) -> int:
@@ -142,18 +138,18 @@ class Layout:
 
     def problems(self) -> tuple[Problem, ...]:
         """What each view's blocks follow from."""
-        lengths = self.n_q, self.n_kv
-        return tuple(
-            Problem.of(
-                self.spec.part_mask(part),
-                self.sizes,
-                self.batch,
-                self.heads,
-                lengths,
-                (part.q, part.kv),
-            )
-            for part in self.spec.parts
-        )
+        shape = ProblemShape(self.batch, self.heads, self.n_q, self.n_kv)
+        return problems_of(self.spec, shape, self.sizes)
+
+
+def problems_of(
+    spec: AttentionSpec, shape: ProblemShape, sizes: Sequence[int]
+) -> tuple[Problem, ...]:
+    """What the blocks of each view of a spec follow from, for a problem of this shape."""
+    return tuple(
+        Problem.of(spec.part_mask(part), shape, (part.q, part.kv), sizes, part.listed)
+        for part in spec.parts
+    )
 
 
 def _schedules(
@@ -174,7 +170,7 @@ def _schedules(
 
 
 def _known_load(view: BlockLayout, axis: str) -> Load | None:
-    return listed_load(view, axis) if view.listed else view.load(axis)
+    return listed_load(view, axis) if view.listed else view.lines(axis).load
 
 
 def _is_bounded(problem: Problem) -> bool:
@@ -184,7 +180,7 @@ def _is_bounded(problem: Problem) -> bool:
 
 def _counted(view: BlockLayout, axis: str) -> Load:
     """The room of each line; waits for the device."""
-    return Load.of((view.rows if axis == "q" else view.cols).start.cpu().long().diff())
+    return Load.of(view.lines(axis).start.cpu().long().diff())
 
 
 @functools.lru_cache(maxsize=256)
@@ -205,8 +201,7 @@ def _load(problem: Problem, axis: str) -> Load:
     """How many blocks each line visits at most, known on the host."""
     cpu = torch.device("cpu")
     if problem.is_static:
-        layout = superset.static_layout(problem, cpu)
-        start = (layout.rows if axis == "q" else layout.cols).start
+        start = superset.static_layout(problem, cpu).lines(axis).start
     else:
         found = candidates(problem, cpu)
         start = found.row_start if axis == "q" else found.col_start
@@ -215,11 +210,7 @@ def _load(problem: Problem, axis: str) -> Load:
 
 def build_views(
     spec: AttentionSpec,
-    *,
-    batch: int,
-    heads: int,
-    n_q: int,
-    n_kv: int,
+    shape: ProblemShape,
     tables: Sequence[Tensor] = (),
     sizes: Sequence[int] = (),
     device: torch.device | str = "cpu",
@@ -229,36 +220,20 @@ def build_views(
 
     Args:
         spec: the mask and its views.
-        batch, heads: of the problem; heads counts query heads.
-        n_q, n_kv: lengths.
-        tables, sizes: what the mask reads, as for :func:`build_layout`.
+        shape: of the problem.
+        tables, sizes: what the mask reads, as for :func:`sparse_compile.layout.build_layout`.
         device: where the lists are made.
         counted: on a GPU, whether the host may wait for the number of blocks, which takes least
             time and space. Otherwise it waits only where the blocks that the predicate leaves
             possible are too many to list.
     """
-    device, sizes = torch.device(device), tuple(map(int, sizes))
+    device, numbers = torch.device(device), tuple(map(int, sizes))
     views = []
-    for part in spec.parts:
-        mask, lengths = spec.part_mask(part), (n_q, n_kv)
-        problem = Problem.of(mask, sizes, batch, heads, lengths, (part.q, part.kv))
+    for problem in problems_of(spec, shape, numbers):
         # Narrow ones have room for every possible block, so that nothing waits for counts.
         listed = not problem.is_static and superset.is_narrow(problem)
         if device.type == "cuda" and (counted or not listed):
-            views.append(device_layout(problem, mask, tables, device))
-            continue
-        views.append(
-            build_layout(
-                mask,
-                batch=batch,
-                heads=heads,
-                n_q=n_q,
-                n_kv=n_kv,
-                block_q=part.q,
-                block_kv=part.kv,
-                tables=tables,
-                sizes=sizes,
-                device=device,
-            )
-        )
-    return Layout(spec, tuple(views), batch, heads, tuple(tables), sizes)
+            views.append(device_layout(problem, tables, device))
+        else:
+            views.append(build_layout(problem, tables, device))
+    return Layout(spec, tuple(views), shape.batch, shape.heads, tuple(tables), numbers)

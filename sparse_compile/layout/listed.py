@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparse_compile.expr import KV, Q
 from sparse_compile.layout.block_layout import BlockLayout, BlockLists, Load, unpacked_lists
-from sparse_compile.layout.intervals import Bound, Span
+from sparse_compile.layout.intervals import point
 from sparse_compile.layout.places import places
 from sparse_compile.layout.superset import Problem
 from sparse_compile.layout.table_bounds import BlockBounds
@@ -58,20 +58,11 @@ def _kinds(
     c = torch.where(used, index, 0).long()
     r = torch.arange(units, device=device)[:, None].expand(c.shape)
     number = torch.arange(classes, device=device)[:, None, None]
-    b, h = number // problem.heads, number % problem.heads
-    must, may = problem.verdict(
-        problem.digits(r, c),
-        Span(b, b, 0, problem.batches),
-        Span(h, h, 0, problem.heads),
-        functools.partial(BlockBounds(problem, tables).lookup, {Q: r, KV: c}),
-    )
-    whole = problem.whole(r, c) & _truth(must, device)
-    full = used & whole
-    return used & _truth(may, device) & ~full, full
-
-
-def _truth(bound: Bound, device: torch.device) -> Tensor:
-    return bound if isinstance(bound, Tensor) else torch.tensor(bool(bound), device=device)
+    b = point(number // problem.heads, problem.batches)
+    h = point(number % problem.heads, problem.heads)
+    lookup = functools.partial(BlockBounds(problem, tables).lookup, {Q: r, KV: c})
+    partial, full = problem.classified(r, c, b, h, lookup)
+    return used & partial, used & full
 
 
 def unpacked_listed(packed: Tensor, problem: Problem) -> BlockLayout:

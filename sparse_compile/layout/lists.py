@@ -15,18 +15,14 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from sparse_compile.layout.block_layout import BlockLayout
-from sparse_compile.layout.layout import Layout, build_views
+from sparse_compile.layout.layout import Layout, build_views, problems_of
 from sparse_compile.layout.listed import listed_layout, unpacked_listed
 from sparse_compile.layout.schedule import workers_of
-from sparse_compile.layout.superset import Problem
+from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.spec import AttentionSpec
-from sparse_compile.spec.view import View
 
 #: Types of devices whose kernels take worklists.
 _WITH_WORKLISTS = ("cuda",)
-#: Batch, query heads, n_q and n_kv.
-Shape = tuple[int, int, int, int]
 #: Layouts of so many lists are kept assembled.
 _MOST = 16
 _ASSEMBLED: OrderedDict[Hashable, Layout] = OrderedDict()
@@ -59,11 +55,7 @@ def count_worklists(spec: AttentionSpec, device: torch.device) -> int:
 def unpack(
     spec: AttentionSpec,
     lists: Sequence[Tensor],
-    *,
-    batch: int,
-    heads: int,
-    n_q: int,
-    n_kv: int,
+    shape: ProblemShape,
     tables: Sequence[Tensor] = (),
     sizes: Sequence[int] = (),
 ) -> Layout:
@@ -72,20 +64,20 @@ def unpack(
     Args:
         spec: parts of blocks.
         lists: of :func:`lists_of`, or the vectors of views alone.
-        batch, heads, n_q, n_kv: of the problem.
+        shape: of the problem.
         tables, sizes: what the mask reads.
     """
-    shape, numbers = (batch, heads, n_q, n_kv), tuple(map(int, sizes))
-    n = len(spec.parts)
+    n, numbers = len(spec.parts), tuple(map(int, sizes))
+    problems = problems_of(spec, shape, numbers)
     views = tuple(
-        _unpacked(part, _problem(spec, part, shape, numbers), vector)
-        for part, vector in zip(spec.parts, lists[:n], strict=True)
+        unpacked_listed(vector, problem) if part.listed else problem.unpacked(vector)
+        for part, problem, vector in zip(spec.parts, problems, lists[:n], strict=True)
     )
-    return Layout(spec, views, batch, heads, tuple(tables), numbers, tuple(lists[n:]))
+    return Layout(spec, views, shape.batch, shape.heads, tuple(tables), numbers, tuple(lists[n:]))
 
 
 def assembled(
-    spec: AttentionSpec, lists: Sequence[Tensor], shape: Shape, sizes: Sequence[int]
+    spec: AttentionSpec, lists: Sequence[Tensor], shape: ProblemShape, sizes: Sequence[int]
 ) -> Layout:
     """:func:`unpack`, done once for lists that a call gets again, as those that a graph holds.
 
@@ -96,9 +88,7 @@ def assembled(
     key = spec, shape, numbers, *[(t.data_ptr(), t.shape) for t in lists]
     found = _ASSEMBLED.get(key)
     if found is None:
-        batch, heads, n_q, n_kv = shape
-        found = unpack(spec, lists, batch=batch, heads=heads, n_q=n_q, n_kv=n_kv, sizes=numbers)
-        _ASSEMBLED[key] = found
+        found = _ASSEMBLED[key] = unpack(spec, lists, shape, sizes=numbers)
         if len(_ASSEMBLED) > _MOST:
             _ASSEMBLED.popitem(last=False)
     else:
@@ -106,22 +96,9 @@ def assembled(
     return found
 
 
-def _unpacked(part: View, problem: Problem, vector: Tensor) -> BlockLayout:
-    if part.listed:
-        return unpacked_listed(vector, problem)
-    lengths = problem.n_q, problem.n_kv
-    return BlockLayout.unpack(vector, *lengths, part.q, part.kv, problem.batches, problem.heads)
-
-
-def _problem(spec: AttentionSpec, part: View, shape: Shape, sizes: tuple[int, ...]) -> Problem:
-    batch, heads, *lengths = shape
-    mask, blocks = spec.part_mask(part), (part.q, part.kv)
-    return Problem.of(mask, sizes, batch, heads, (lengths[0], lengths[1]), blocks, part.listed)
-
-
 def listed_views(
     spec: AttentionSpec,
-    shape: Shape,
+    shape: ProblemShape,
     tables: Sequence[Tensor],
     sizes: Sequence[int],
     lists: Sequence[Tensor],
@@ -135,26 +112,21 @@ def listed_views(
         lists: index and count of each view.
     """
     numbers = tuple(map(int, sizes))
-    views = tuple(
-        listed_layout(_problem(spec, part, shape, numbers), index, count, tables)
-        for part, index, count in zip(spec.parts, lists[::2], lists[1::2], strict=True)
-    )
-    return Layout(spec, views, *shape[:2], sizes=numbers)
+    parts = zip(problems_of(spec, shape, numbers), lists[::2], lists[1::2], strict=True)
+    views = tuple(listed_layout(problem, index, n, tables) for problem, index, n in parts)
+    return Layout(spec, views, shape.batch, shape.heads, sizes=numbers)
 
 
 @functools.lru_cache(maxsize=64)
 def static_lists(
     spec: AttentionSpec,
-    shape: Shape,
+    shape: ProblemShape,
     kv_heads: int,
     sizes: tuple[int, ...],
     device: torch.device,
 ) -> tuple[Tensor, ...]:
     """The lists of a mask that reads no tensors; cached, so do not write to them."""
-    batch, heads, n_q, n_kv = shape
     # A backward may save them, whoever asks first.
     with torch.inference_mode(False):
-        layout = build_views(
-            spec, batch=batch, heads=heads, n_q=n_q, n_kv=n_kv, sizes=sizes, device=device
-        )
+        layout = build_views(spec, shape, sizes=sizes, device=device)
         return tuple(lists_of(layout, kv_heads, device))

@@ -8,6 +8,7 @@ from torch import Tensor
 from sparse_compile.errors import BadPattern
 from sparse_compile.expr import COORDINATES, evaluate
 from sparse_compile.layout.layout import Layout, build_views
+from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.layout.views.choose import choose_views
 from sparse_compile.patterns.base import Pattern
 
@@ -85,8 +86,7 @@ def layout(
     device = torch.device(device or "cpu")
     bound = pattern.bound()
     # Without a block, the one that the kernels would have: what is shown is what runs on a GPU.
-    spec, _ = choose_views(bound.expr, n_q=n_q, n_kv=n_kv, batch=batch, heads=heads, block=block)
+    shape = ProblemShape(batch, heads, n_q, n_kv)
+    spec, _ = choose_views(bound.expr, shape, block)
     tables = bound.tables(device, n_q, n_kv, batch, heads)
-    return build_views(
-        spec, batch=batch, heads=heads, n_q=n_q, n_kv=n_kv, tables=tables, device=device
-    )
+    return build_views(spec, shape, tables, device=device)

@@ -22,11 +22,9 @@ def picture(layout: BlockLayout, width: int = 48, index: int = 0) -> str:
         index: the class to draw.
 
     >>> from sparse_compile.expr import KV, MaskExpr, Q
-    >>> from sparse_compile.layout import build_layout
-    >>> layout = build_layout(
-    ...     MaskExpr(KV <= Q), batch=1, heads=1, n_q=64, n_kv=64, block_q=16, block_kv=16
-    ... )
-    >>> print(picture(layout))
+    >>> from sparse_compile.layout import Problem, ProblemShape, build_layout
+    >>> problem = Problem.of(MaskExpr(KV <= Q), ProblemShape(1, 1, 64, 64), (16, 16))
+    >>> print(picture(build_layout(problem)))
     ▒···
     █▒··
     ██▒·

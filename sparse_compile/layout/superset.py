@@ -8,8 +8,9 @@ one rectangle until its blocks are listed.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,10 +18,11 @@ from torch import Tensor
 from sparse_compile.expr import B, H, MaskExpr
 from sparse_compile.expr.digits import digit_names
 from sparse_compile.layout import extents
-from sparse_compile.layout.block_layout import BlockLayout, BlockLists
+from sparse_compile.layout.block_layout import BlockGrid, BlockLayout, BlockLists
+from sparse_compile.layout.bounds import Bound
 from sparse_compile.layout.canonical import canonical_in
 from sparse_compile.layout.extents import Side
-from sparse_compile.layout.intervals import Bound, Lookup, Span, dtype_span, point, span
+from sparse_compile.layout.intervals import Lookup, Span, dtype_span, point, span
 from sparse_compile.spec.view import Order, natural
 
 #: Subdivision starts with about this many rectangles: fewer cost the same time in one launch.
@@ -29,48 +31,47 @@ _FIRST_RECTANGLES = 4096
 _NARROW = 1 << 15
 
 
+class ProblemShape(NamedTuple):
+    """Sizes of an attention, as far as its layout goes; ``heads`` counts query heads."""
+
+    batch: int
+    heads: int
+    n_q: int
+    n_kv: int
+
+
 @dataclass(frozen=True)
-class Problem:
+class Problem(BlockGrid):
     """Everything known on the host that a layout depends on; hashable.
 
     Attributes:
         text: the mask, as :attr:`MaskExpr.text`.
         sizes: the values of ``s0, s1, ...``.
-        batches, heads: the number of values that ``b`` and ``h`` take; 1 if the mask ignores them.
-        n_q, n_kv: as in :class:`BlockLayout`.
-        q, kv: how the tokens of each side are put into blocks.
     """
 
     text: str
     sizes: tuple[int, ...]
-    batches: int
-    heads: int
-    n_q: int
-    n_kv: int
-    q: Order
-    kv: Order
 
     @staticmethod
     def of(
         mask: MaskExpr,
-        sizes: tuple[int, ...],
-        batch: int,
-        heads: int,
-        lengths: tuple[int, int],
+        shape: ProblemShape,
         blocks: tuple[int | Order, int | Order],
+        sizes: Sequence[int] = (),
         listed: bool = False,
     ) -> Problem:
         """The problem of a call.
 
         Args:
-            mask, sizes, batch, heads, lengths: of the call.
+            mask, shape, sizes: of the call.
             blocks: how tokens are put into blocks; a number means runs of that many.
             listed: as in :class:`sparse_compile.spec.view.View`.
         """
         by_batch, by_head = (True, True) if listed else _class_coordinates(mask.text)
-        batches, heads = batch if by_batch else 1, heads if by_head else 1
+        batches, heads = shape.batch if by_batch else 1, shape.heads if by_head else 1
         q, kv = (natural(order) if isinstance(order, int) else order for order in blocks)
-        return Problem(mask.text, sizes, batches, heads, *lengths, q, kv)
+        numbers = tuple(map(int, sizes))
+        return Problem(shape.n_q, shape.n_kv, q, kv, batches, heads, mask.text, numbers)
 
     @property
     def mask(self) -> MaskExpr:
@@ -78,26 +79,9 @@ class Problem:
         return MaskExpr.parse(self.text)
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Number of query blocks and of key blocks."""
-        return self.q.blocks(self.n_q), self.kv.blocks(self.n_kv)
-
-    @property
-    def classes(self) -> int:
-        """Number of (batch, head) classes."""
-        return self.batches * self.heads
-
-    @property
     def is_static(self) -> bool:
         """Whether the layout is known before any tensor is read, and the same for every class."""
         return self.classes == 1 and not self.mask.tables
-
-    def layout(
-        self, rows: BlockLists, columns: BlockLists | Callable[[], BlockLists]
-    ) -> BlockLayout:
-        """The layout of these lists."""
-        shape = (self.n_q, self.n_kv, self.q, self.kv, self.batches, self.heads)
-        return BlockLayout(*shape, rows, columns)
 
     def digits(self, r: Tensor, c: Tensor, size: int = 1) -> Digits:
         """The digits of the tokens in squares of ``size`` blocks at block (r, c)."""
@@ -121,11 +105,19 @@ class Problem:
     def verdict(
         self,
         digits: Digits,
-        b: Span,
-        h: Span,
-        lookup: Lookup,
+        b: Span | None = None,
+        h: Span | None = None,
+        lookup: Lookup | None = None,
     ) -> tuple[Bound, Bound]:
-        """Whether the predicate must and may hold in each square of :meth:`digits`."""
+        """Whether the predicate must and may hold in each square of :meth:`digits`.
+
+        Args:
+            digits: of the squares.
+            b, h: of the classes; None: any.
+            lookup: bounds of the tables; None: they can hold anything.
+        """
+        b = b or Span(0, self.batches - 1, 1, self.batches)
+        h = h or Span(0, self.heads - 1, 1, self.heads)
         symbols = {"b": b, "h": h, **self.scalars()}
         for axis, side, order, n in (
             ("q", digits.q, self.q, self.n_q),
@@ -141,8 +133,28 @@ class Problem:
                 name: Span(lo, hi, 1, n + 1)
                 for name, (lo, hi) in zip(digit_names(axis, len(side)), side, strict=True)
             }
-        truth = span(canonical_in(self.mask.predicate, self.q, self.kv), symbols, lookup)
+        predicate = canonical_in(self.mask.predicate, self.q, self.kv)
+        truth = span(predicate, symbols, lookup or self._any_entry)
         return truth.lo, truth.hi
+
+    def _any_entry(self, index: int, *_: object) -> Span:
+        return dtype_span(self.mask.tables[index])
+
+    def classified(
+        self,
+        r: Tensor,
+        c: Tensor,
+        b: Span | None = None,
+        h: Span | None = None,
+        lookup: Lookup | None = None,
+        size: int = 1,
+    ) -> tuple[Tensor, Tensor]:
+        """bool: which squares of ``size`` blocks at block (r, c) are PARTIAL, and which FULL.
+
+        Other arguments are as for :meth:`verdict`; the shape is that of its tensors together.
+        """
+        verdict = self.verdict(self.digits(r, c, size), b, h, lookup)
+        return partial_and_full(self.whole(r, c, size), *verdict)
 
 
 @dataclass(frozen=True)
@@ -188,23 +200,36 @@ class Rectangles:
         return Rectangles(self.c0, self.c1, self.r0, self.r1, self.full)
 
 
-#: Which squares of ``size`` blocks at (r, c) are FULL and which PARTIAL, as bool [n] each.
+def partial_and_full(whole: Tensor, must: Bound, may: Bound) -> tuple[Tensor, Tensor]:
+    """bool: which squares are PARTIAL, and which FULL.
+
+    Args:
+        whole: bool; which of them may count as FULL.
+        must, may: whether the predicate must and may hold, see :meth:`Problem.verdict`.
+    """
+    full = whole & must
+    return torch.ones_like(full) & may & ~full, full
+
+
+#: Which squares of ``size`` blocks at (r, c) are PARTIAL and which FULL, as bool [n] each.
 Classify = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
 def rectangles(problem: Problem) -> Rectangles:
     """The superset of non-empty blocks, with ``b``, ``h`` and the tables abstract; on the CPU."""
-    found = subdivided(problem, functools.partial(_classify, problem))
+    found = subdivided(problem)
     assert found is not None
     return found
 
 
-def subdivided(problem: Problem, classify: Classify, most: int | None = None) -> Rectangles | None:
+def subdivided(
+    problem: Problem, classify: Classify | None = None, most: int | None = None
+) -> Rectangles | None:
     """The non-empty rectangles of a grid by subdividing the PARTIAL ones; on the CPU.
 
     Args:
         problem: whose grid.
-        classify: what is known of squares.
+        classify: what is known of squares; None: what holds for all classes and tables.
         most: give up, and return None, beyond so many PARTIAL squares of one size.
     """
     rows, cols = problem.grid
@@ -215,7 +240,7 @@ def subdivided(problem: Problem, classify: Classify, most: int | None = None) ->
     r, c = first.unbind(1)
     found = []
     while True:
-        full, partial = classify(r, c, size)
+        partial, full = classify(r, c, size) if classify else problem.classified(r, c, size=size)
         found.append(_squares(r[full], c[full], size, True))
         r, c = r[partial], c[partial]
         if most is not None and r.numel() > most:
@@ -224,7 +249,7 @@ def subdivided(problem: Problem, classify: Classify, most: int | None = None) ->
             found.append(_squares(r, c, size, False))
             break
         size //= 2
-        r, c = _children(problem, r, c, size)
+        r, c = children(problem, size, r, c)
     parts = zip(*(vars(part).values() for part in found), strict=True)
     return Rectangles(*(torch.cat(part) for part in parts))
 
@@ -232,26 +257,19 @@ def subdivided(problem: Problem, classify: Classify, most: int | None = None) ->
 @functools.lru_cache(maxsize=256)
 def is_narrow(problem: Problem) -> bool:
     """Whether the superset is small enough to be listed and classified block by block."""
-    return subdivided(problem, functools.partial(_classify, problem), _NARROW) is not None
+    return subdivided(problem, most=_NARROW) is not None
 
 
-def _classify(problem: Problem, r: Tensor, c: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    b = Span(0, problem.batches - 1, 1, problem.batches)
-    h = Span(0, problem.heads - 1, 1, problem.heads)
-    dtypes = problem.mask.tables
-    must, may = problem.verdict(
-        problem.digits(r, c, size), b, h, lambda index, *_: dtype_span(dtypes[index])
-    )
-    full = problem.whole(r, c, size) & must
-    return full, torch.ones_like(full) & may & ~full
-
-
-def _children(problem: Problem, r: Tensor, c: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def children(
+    problem: Problem, size: int, r: Tensor, c: Tensor, *others: Tensor
+) -> tuple[Tensor, ...]:
+    """The squares of ``size`` blocks in squares twice as large; ``others`` are kept for each."""
     down, right = torch.tensor([0, 0, size, size]), torch.tensor([0, size, 0, size])
     r, c = (r[:, None] + down).flatten(), (c[:, None] + right).flatten()
     rows, cols = problem.grid
     exists = (r < rows) & (c < cols)
-    return r[exists], c[exists]
+    kept = (other.repeat_interleave(4) for other in others)
+    return tuple(part[exists] for part in (r, c, *kept))
 
 
 def _squares(r: Tensor, c: Tensor, size: int, full: bool) -> Rectangles:
@@ -299,13 +317,30 @@ def line_starts(counts: Tensor) -> Tensor:
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
 
 
-def block_lists(rects: Rectangles, n_lines: int, n_across: int) -> BlockLists:
-    """The lists of one class."""
-    lines = runs(rects, n_across, partial_first=True)
-    counts = torch.zeros(n_lines * 2, dtype=torch.int64)
-    counts = counts.index_add_(0, lines.line * 2 + lines.full, lines.length).view(n_lines, 2)
-    index = lines.blocks()
-    return BlockLists(line_starts(counts.sum(1)), counts.to(torch.int32)[None], index[None])
+def layout_of_rectangles(problem: Problem, found: Sequence[Rectangles]) -> BlockLayout:
+    """The layout of the rectangles of each class; on the CPU."""
+    rows, cols = problem.grid
+    turned = [rects.transposed() for rects in found]
+    return problem.layout(_lists(found, rows, cols), _lists(turned, cols, rows))
+
+
+def _lists(found: Sequence[Rectangles], n_lines: int, n_across: int) -> BlockLists:
+    """The lists of all classes, each line with the room that its largest class needs."""
+    lines = [runs(rects, n_across, partial_first=True) for rects in found]
+    counts = torch.zeros(len(found), n_lines * 2, dtype=torch.int64)
+    for c, run in enumerate(lines):
+        counts[c].index_add_(0, run.line * 2 + run.full, run.length)
+    counts = counts.view(len(found), n_lines, 2)
+    totals = counts.sum(2)
+    room = totals.amax(0) if len(found) else torch.zeros(n_lines, dtype=torch.int64)
+    start = line_starts(room)
+    index = torch.zeros(len(found), int(room.sum()), dtype=torch.int32)
+    for c, run in enumerate(lines):
+        line = torch.repeat_interleave(run.line, run.length)
+        before = totals[c].cumsum(0) - totals[c]
+        place = torch.arange(line.numel()) - before[line] + start.long()[line]
+        index[c, place] = run.blocks()
+    return BlockLists(start, counts.to(torch.int32), index)
 
 
 @functools.lru_cache(maxsize=64)
@@ -313,8 +348,4 @@ def static_layout(problem: Problem, device: torch.device) -> BlockLayout:
     """The layout of a static mask; cached, so its tensors must not be changed."""
     if device.type != "cpu":
         return static_layout(problem, torch.device("cpu")).to(device)
-    rects = rectangles(problem)
-    rows, cols = problem.grid
-    return problem.layout(
-        block_lists(rects, rows, cols), block_lists(rects.transposed(), cols, rows)
-    )
+    return layout_of_rectangles(problem, [rectangles(problem)])

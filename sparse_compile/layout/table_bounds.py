@@ -55,6 +55,14 @@ class BlockBounds:
             self._reduced[key] = lo.to(torch.int64), hi.to(torch.int64)
         return self._reduced[key]
 
+    def of_squares(self, size: int) -> BlockBounds:
+        """Bounds whose blocks are squares of ``size``, a power of two, of these."""
+        return self if size == 1 else self._coarser.of_squares(size // 2)
+
+    @functools.cached_property
+    def _coarser(self) -> BlockBounds:
+        return _Coarser(self)
+
     def _place(
         self, blocks: Mapping[sympy.Symbol, Tensor], arg: Span, expr: sympy.Expr, size: int
     ) -> Tensor | int:
@@ -106,20 +114,6 @@ class BlockBounds:
         if lo is hi:
             return torch.aminmax(lo.reshape(shape), dim=dim + 1)
         return lo.reshape(shape).amin(dim + 1), hi.reshape(shape).amax(dim + 1)
-
-
-class Pyramid:
-    """Bounds of table lookups over squares of 1, 2, 4, ... blocks."""
-
-    def __init__(self, blocks: BlockBounds) -> None:
-        """Squares of the blocks of ``blocks``."""
-        self.levels = {1: blocks}
-
-    def of_squares(self, size: int) -> BlockBounds:
-        """Bounds whose blocks are ``size``, a power of two, adjacent ones."""
-        if size not in self.levels:
-            self.levels[size] = _Coarser(self.of_squares(size // 2))
-        return self.levels[size]
 
 
 class _Coarser(BlockBounds):

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_compile.expr import MaskExpr
 from sparse_compile.layout.block_layout import BlockLayout, BlockLists, Load
 from sparse_compile.layout.builders import BUILDERS
 from sparse_compile.layout.counted import counted_layout
@@ -32,9 +31,7 @@ _BLOCKS, _MEMBERS = 300, 2
 _TRUSTED: dict[tuple[Any, ...], bool] = {}
 
 
-def device_layout(
-    problem: Problem, mask: MaskExpr, tables: Sequence[Tensor], device: torch.device
-) -> BlockLayout:
+def device_layout(problem: Problem, tables: Sequence[Tensor], device: torch.device) -> BlockLayout:
     """The layout of a problem, by kernels on its device if they are right, else by the CPU.
 
     The host may wait for the number of blocks.
@@ -42,21 +39,19 @@ def device_layout(
     key = problem.text, problem.q, problem.kv, problem.sizes, device
     trusted = _TRUSTED.get(key)
     if trusted is None:
-        trusted = _TRUSTED[key] = _agrees(problem, mask, tables, device)
+        trusted = _TRUSTED[key] = _agrees(problem, tables, device)
         if not trusted:
             warnings.warn(
                 f"sparse_compile: on {device} the generated kernels do not list the blocks of "
-                f"{mask} rightly, so the CPU lists them. Report this as a bug.",
+                f"{problem.mask} rightly, so the CPU lists them. Report this as a bug.",
                 stacklevel=2,
             )
     if trusted:
-        return _by_kernels(problem, mask, tables, device)
+        return _by_kernels(problem, tables, device)
     return _counted(_by_cpu(problem, tables)).to(device)
 
 
-def _agrees(
-    problem: Problem, mask: MaskExpr, tables: Sequence[Tensor], device: torch.device
-) -> bool:
+def _agrees(problem: Problem, tables: Sequence[Tensor], device: torch.device) -> bool:
     small = replace(
         problem,
         n_q=_small(problem.q, problem.n_q),
@@ -64,7 +59,7 @@ def _agrees(
         batches=min(problem.batches, _MEMBERS),
         heads=min(problem.heads, _MEMBERS),
     )
-    found, wanted = _by_kernels(small, mask, tables, device), _by_cpu(small, tables)
+    found, wanted = _by_kernels(small, tables, device), _by_cpu(small, tables)
     return all(
         torch.equal(mine.cpu(), its)
         for c in range(small.classes)
@@ -79,12 +74,10 @@ def _small(order: Order, n: int) -> int:
     return min(n, tokens - 3)
 
 
-def _by_kernels(
-    problem: Problem, mask: MaskExpr, tables: Sequence[Tensor], device: torch.device
-) -> BlockLayout:
+def _by_kernels(problem: Problem, tables: Sequence[Tensor], device: torch.device) -> BlockLayout:
     builder = BUILDERS.get(device)
     assert builder is not None, device
-    return builder.layout(problem, mask, tables, device)
+    return builder.layout(problem, problem.mask, tables, device)
 
 
 def _by_cpu(problem: Problem, tables: Sequence[Tensor]) -> BlockLayout:

@@ -21,12 +21,8 @@ from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.expr import WORD
 from sparse_compile.layout import Layout, build_views
 from sparse_compile.layout.dense_tables import DenseCall, DenseRead
-from sparse_compile.layout.lists import (
-    count_worklists,
-    listed_views,
-    lists_of,
-    static_lists,
-)
+from sparse_compile.layout.lists import count_worklists, listed_views, lists_of, static_lists
+from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.ops.fresh_size import fresh_size
 from sparse_compile.ops.operands import check_call, check_operands, widest
 from sparse_compile.ops.registered import operator
@@ -88,28 +84,18 @@ def layout(
         :mod:`sparse_compile.layout.lists`. All in new memory.
     """
     parsed, found, numbers = AttentionSpec.parse(spec), DenseRead.parse(reads), tuple(sizes)
-    shape = batch, heads, n_q, n_kv
+    shape = ProblemShape(batch, heads, n_q, n_kv)
     words: list[Tensor] = []
     built: Layout | None
     if found:
-        words, built = DenseCall(parsed, found, tuple(tables), numbers, *shape, device).run()
+        words, built = DenseCall(parsed, found, tuple(tables), numbers, shape, device).run()
     elif lists:
         built = listed_views(parsed, shape, tables, sizes, lists)
     elif not tables:
         # Somebody may write to the results, or reuse their memory.
         return [t.clone() for t in static_lists(parsed, shape, kv_heads, numbers, device)]
     else:
-        built = build_views(
-            parsed,
-            batch=batch,
-            heads=heads,
-            n_q=n_q,
-            n_kv=n_kv,
-            tables=tables,
-            sizes=sizes,
-            device=device,
-            counted=False,
-        )
+        built = build_views(parsed, shape, tables, sizes, device, counted=False)
     return words + ([] if built is None else lists_of(built, kv_heads, device))
 
 

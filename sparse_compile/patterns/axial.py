@@ -9,13 +9,13 @@ from typing import Any
 import sympy
 
 from sparse_compile.expr.nodes import KV, FloorDiv, FloorMod, Q
-from sparse_compile.patterns.base import Pattern, Tables
-from sparse_compile.patterns.checks import bad, flag, store, whole
-from sparse_compile.patterns.grids import check_cells, checked_shape
+from sparse_compile.patterns.base import Tables
+from sparse_compile.patterns.checks import Flag, bad, store, whole
+from sparse_compile.patterns.grids import OnGrid
 
 
 @dataclass(frozen=True, repr=False)
-class Axial(Pattern):
+class Axial(OnGrid):
     """Tokens on a grid, row by row; each attends to those that differ from it along one axis only.
 
     On a plane: to its row and its column. From the Axial Transformer (Ho et al. 2019,
@@ -32,29 +32,25 @@ class Axial(Pattern):
     [[0, 1, 0], [0, 1, 0]]
     """
 
-    shape: tuple[int, ...]
     axes: tuple[int, ...] | None = None
-    causal: bool = False
+    causal: Flag = False
+    dims = 2, 3
 
     def __post_init__(self) -> None:
-        shape = checked_shape("Axial", self.shape, (2, 3))
-        every = tuple(range(len(shape)))
+        super().__post_init__()
+        every = tuple(range(len(self.shape)))
         axes = every
         if self.axes is not None:
             axes = tuple(sorted({whole("Axial: an axis", axis, 0) for axis in self.axes}))
-        if not axes or axes[-1] >= len(shape):
+        if not axes or axes[-1] >= len(every):
             raise bad(
-                f"Axial: axes {axes} of a grid of {len(shape)} axes", f"Name some of {every}."
+                f"Axial: axes {axes} of a grid of {len(every)} axes", f"Name some of {every}."
             )
-        store(self, shape=shape, axes=axes, causal=flag("Axial: causal", self.causal))
+        store(self, axes=axes)
 
     def implied(self) -> dict[str, Any]:
         """All axes."""
         return {"axes": tuple(range(len(self.shape)))}
-
-    def check(self, n_q: int, n_kv: int, batch: int, heads: int) -> None:
-        """The tokens must be the cells of the grid."""
-        check_cells("Axial", self.shape, n_q, n_kv)
 
     def predicate(self, tables: Tables) -> sympy.Basic:
         """For some axis, the coordinates along all others are equal."""

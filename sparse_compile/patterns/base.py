@@ -7,8 +7,7 @@ code of the kernels all follow from that.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +18,8 @@ from sparse_compile.expr.mask_expr import MaskExpr
 from sparse_compile.expr.nodes import table
 from sparse_compile.patterns import doors
 from sparse_compile.patterns.checks import bad, store
-from sparse_compile.patterns.data import spelled
+from sparse_compile.patterns.data import dtype_of, key_of, on_device
+from sparse_compile.patterns.parameters import Parameters
 
 #: Makes the data of a table when it is needed: ``values(device, n_q, n_kv, batch, heads)``.
 TableMaker = Callable[..., Any]
@@ -47,6 +47,14 @@ class Tables:
             self.dtypes.append(dtype)
         return table(self._known[key])
 
+    def holding(self, value: Any, dtype: str | None = None) -> Any:
+        """:meth:`add` of data that a pattern holds, a tensor or tuples of integers.
+
+        The dtype of the table is that of the data, unless given.
+        """
+        dtype = dtype or dtype_of(value)
+        return self.add((dtype, key_of(value)), dtype, on_device(value, dtype))
+
 
 @dataclass(frozen=True)
 class BoundMask:
@@ -73,7 +81,7 @@ class BoundMask:
         return [make(device, n_q, n_kv, batch, heads) for make in self.makers]
 
 
-class Pattern:
+class Pattern(Parameters):
     """Base of all patterns. Combine them with ``&``, ``|`` and ``~``."""
 
     def predicate(self, tables: Tables) -> sympy.Basic:
@@ -107,13 +115,6 @@ class Pattern:
         """The blocks that the pattern visits, as a :class:`sparse_compile.layout.Layout`."""
         return doors.layouts().layout(self, n_q, n_kv, block, device, batch, heads)
 
-    def implied(self) -> dict[str, Any]:
-        """Parameters that need not be written, beyond plain defaults: what they are by default."""
-        return {}
-
-    def __repr__(self) -> str:
-        return constructor_call(self, self.implied())
-
     def __and__(self, other: Pattern) -> Pattern:
         return And(self, _joins(self, "&", other))
 
@@ -128,24 +129,6 @@ class Pattern:
             "sparse_compile: a pattern is neither true nor false, so `and`, `or` and `not` cannot "
             f"combine it. Write `&`, `|` and `~`, as in {self!r} & other."
         )
-
-
-def constructor_call(value: Any, implied: Mapping[str, Any] | None = None) -> str:
-    """The call that makes a dataclass, without arguments that are the default or implied."""
-    return f"{type(value).__name__}({', '.join(_arguments(value, implied or {}))})"
-
-
-def _arguments(value: Any, implied: Mapping[str, Any]) -> Iterator[str]:
-    # What a base class adds by keyword comes first among the fields, but last in a call.
-    for parameter in sorted(
-        dataclasses.fields(value), key=lambda parameter: parameter.kw_only is True
-    ):
-        text = spelled(getattr(value, parameter.name))
-        default = implied.get(parameter.name, parameter.default)
-        if default is dataclasses.MISSING:
-            yield text
-        elif text != spelled(default):
-            yield f"{parameter.name}={text}"
 
 
 @dataclass(frozen=True, repr=False)
@@ -166,6 +149,8 @@ class _Joined(Pattern):
     """Two patterns or more, joined by one operator; nested ones of the same kind are flattened."""
 
     parts: tuple[Pattern, ...]
+    # Not annotated: these are no fields.
+    operator, connective = "&", sympy.And
 
     def __init__(self, *parts: Pattern) -> None:
         name = type(self).__name__
@@ -181,8 +166,12 @@ class _Joined(Pattern):
         for part in self.parts:
             part.check(n_q, n_kv, batch, heads)
 
-    def _spelled(self, operator: str) -> str:
-        return f"({f' {operator} '.join(map(repr, self.parts))})"
+    def predicate(self, tables: Tables) -> sympy.Basic:
+        """What the connective makes of those of the parts."""
+        return self.connective(*(part.predicate(tables) for part in self.parts))
+
+    def __repr__(self) -> str:
+        return f"({f' {self.operator} '.join(map(repr, self.parts))})"
 
 
 @dataclass(frozen=True, repr=False, init=False)
@@ -197,13 +186,6 @@ class And(_Joined):
     (Causal() & SlidingWindow(128) & Global(4))
     """
 
-    def predicate(self, tables: Tables) -> sympy.Basic:
-        """The conjunction of the parts."""
-        return sympy.And(*(part.predicate(tables) for part in self.parts))
-
-    def __repr__(self) -> str:
-        return self._spelled("&")
-
 
 @dataclass(frozen=True, repr=False, init=False)
 class Or(_Joined):
@@ -217,12 +199,7 @@ class Or(_Joined):
     (SlidingWindow(128) | Global(4))
     """
 
-    def predicate(self, tables: Tables) -> sympy.Basic:
-        """The disjunction of the parts."""
-        return sympy.Or(*(part.predicate(tables) for part in self.parts))
-
-    def __repr__(self) -> str:
-        return self._spelled("|")
+    operator, connective = "|", sympy.Or
 
 
 @dataclass(frozen=True, repr=False)

@@ -11,7 +11,7 @@ import sympy
 
 from sparse_compile.expr.nodes import KV, FloorDiv, Q
 from sparse_compile.patterns.base import Pattern, Tables
-from sparse_compile.patterns.checks import bad, blocks, store, whole
+from sparse_compile.patterns.checks import Count, Positive, bad, blocks
 from sparse_compile.patterns.random_ import chosen, draw, drawn
 
 
@@ -34,27 +34,19 @@ class BigBird(Pattern):
     [16, 16, 8, 8, 10, 10, 10, 10, 10, 10, 10, 10, 10, 10, 8, 8]
     """
 
-    block: int
-    random: int
-    global_: int
-    window: int
-    seed: int = 0
+    block: Positive
+    random: Count
+    global_: Count
+    window: Positive
+    seed: Count = 0
 
     def __post_init__(self) -> None:
-        window = whole("BigBird: window", self.window, 1)
-        if window % 2 == 0:
+        super().__post_init__()
+        if self.window % 2 == 0:
             raise bad(
-                f"BigBird: window is {window} blocks, but the query's own is in the middle",
-                f"Write an odd number, such as {window + 1}.",
+                f"BigBird: window is {self.window} blocks, but the query's own is in the middle",
+                f"Write an odd number, such as {self.window + 1}.",
             )
-        store(
-            self,
-            block=whole("BigBird: block", self.block, 1),
-            random=whole("BigBird: random", self.random, 0),
-            global_=whole("BigBird: global_", self.global_, 0),
-            window=window,
-            seed=whole("BigBird: seed", self.seed, 0),
-        )
 
     def check(self, n_q: int, n_kv: int, batch: int, heads: int) -> None:
         """There must be room for the random blocks outside window and global blocks."""

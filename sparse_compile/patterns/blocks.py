@@ -11,21 +11,15 @@ from sparse_compile.expr.nodes import KV, B, FloorDiv, H, Q
 from sparse_compile.patterns.base import Pattern, Tables
 from sparse_compile.patterns.checks import (
     UPPER_LEFT,
-    alignment,
+    Align,
+    Positive,
     bad,
     blocks,
     position,
     store,
     whole,
 )
-from sparse_compile.patterns.data import (
-    HoldsData,
-    along,
-    frozen,
-    key_of,
-    on_device,
-    shape_of,
-)
+from sparse_compile.patterns.data import HoldsData, along, frozen, shape_of
 
 
 @dataclass(frozen=True, repr=False)
@@ -47,13 +41,12 @@ class BlockLocal(Pattern):
     [[[[0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 0, 0], [1, 1, 0, 0]]]]
     """
 
-    size: int
+    size: Positive
     permutation: tuple[int, ...] | None = None
-    align: str = UPPER_LEFT
+    align: Align = UPPER_LEFT
 
     def __post_init__(self) -> None:
-        store(self, size=whole("BlockLocal: size", self.size, 1))
-        alignment("BlockLocal", self.align)
+        super().__post_init__()
         if self.permutation is None:
             return
         order = tuple(whole("BlockLocal: a block", item, 0) for item in self.permutation)
@@ -105,13 +98,8 @@ class BlockSparse(HoldsData, Pattern):
     block: int | tuple[int, int]
 
     def __init__(self, layout: Any, block: int | tuple[int, int]) -> None:
-        layout = frozen("BlockSparse: layout", layout)
-        shape = shape_of("BlockSparse: layout", layout)
-        if len(shape) not in (2, 3, 4) or 0 in shape:
-            raise bad(
-                f"BlockSparse: layout has the sizes {list(shape)}",
-                "Write [query blocks, key blocks], with [heads] or [batch, heads] before it.",
-            )
+        instead = "Write [query blocks, key blocks], with [heads] or [batch, heads] before it."
+        layout = frozen("BlockSparse: layout", layout, (2, 3, 4), instead, least=1)
         if isinstance(block, (tuple, list)):
             if len(block) != 2:
                 raise bad(f"BlockSparse: block is {block!r}", "Write one size or a pair of them.")
@@ -127,7 +115,7 @@ class BlockSparse(HoldsData, Pattern):
 
     def check(self, n_q: int, n_kv: int, batch: int, heads: int) -> None:
         """The layout must cover the lengths exactly, and match batch and heads."""
-        shape = shape_of("BlockSparse: layout", self.layout_)
+        shape = shape_of(self.layout_)
         wanted = [blocks(n, size) for n, size in zip((n_q, n_kv), self.sizes, strict=True)]
         leading = [batch, heads][4 - len(shape) :]
         fits = all(size in (1, n) for size, n in zip(shape[:-2], leading, strict=True))
@@ -140,9 +128,7 @@ class BlockSparse(HoldsData, Pattern):
 
     def predicate(self, tables: Tables) -> sympy.Basic:
         """``layout[q // block, kv // block] != 0``."""
-        shape = shape_of("BlockSparse: layout", self.layout_)
-        key = "blocks", key_of(self.layout_)
-        lookup = tables.add(key, "bool", on_device(self.layout_, "bool"))
+        shape, lookup = shape_of(self.layout_), tables.holding(self.layout_, "bool")
         leading = zip((B, H)[4 - len(shape) :], shape[:-2], strict=True)
         index = [along(coordinate, size) for coordinate, size in leading]
         size_q, size_kv = self.sizes

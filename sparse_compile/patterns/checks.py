@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 import sympy
 
@@ -42,6 +43,11 @@ def whole(where: str, value: Any, least: int) -> int:
     return number
 
 
+def whole_from(least: int) -> Callable[[str, Any], int]:
+    """The check of a whole number of at least ``least``."""
+    return functools.partial(whole, least=least)
+
+
 def flag(where: str, value: Any) -> bool:
     """``value`` as a bool; ``where`` names it."""
     if not isinstance(value, bool):
@@ -49,17 +55,29 @@ def flag(where: str, value: Any) -> bool:
     return value
 
 
-def choice(where: str, value: Any, allowed: Iterable[str]) -> str:
+def choice(where: str, value: Any, allowed: Sequence[str]) -> str:
     """``value`` if it is one of the ``allowed`` words; ``where`` names it."""
-    names = list(allowed)
-    if value not in names:
-        raise bad(f"{where} is {value!r}", f"Write {' or '.join(map(repr, names))}.")
+    if value not in allowed:
+        raise bad(f"{where} is {value!r}", f"Write {' or '.join(map(repr, allowed))}.")
     return str(value)
 
 
-def alignment(where: str, align: Any) -> str:
-    """``align`` if it names a corner in which the diagonal starts."""
-    return choice(f"{where}: align", align, (UPPER_LEFT, LOWER_RIGHT))
+def one_of(*allowed: str) -> Callable[[str, Any], str]:
+    """The check of a parameter that is one of some words."""
+    return functools.partial(choice, allowed=allowed)
+
+
+def optional(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
+    """The check of a parameter that may be None."""
+    return lambda where, value: None if value is None else check(where, value)
+
+
+#: Types of parameters with their checks, see :mod:`sparse_compile.patterns.parameters`:
+#: whole numbers of at least 0 and 1, truth values, and corners in which the diagonal starts.
+Count = Annotated[int, whole_from(0)]
+Positive = Annotated[int, whole_from(1)]
+Flag = Annotated[bool, flag]
+Align = Annotated[str, one_of(UPPER_LEFT, LOWER_RIGHT)]
 
 
 def position(align: str) -> sympy.Expr:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from sparse_compile.patterns.checks import bad, store
+from sparse_compile.patterns.checks import bad, optional, store
 from sparse_compile.patterns.data import HoldsData, is_tensor
 from sparse_compile.patterns.scored import real
 from sparse_compile.patterns.scorers import OverlapPool, Scorer
@@ -42,15 +42,14 @@ class Compressed(HoldsData, Scorer):
     keys: Any
     window: int = 32
     stride: int = 16
-    scale: float | None = None
+    scale: Annotated[float | None, optional(real)] = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not is_tensor(self.keys) or not self.keys.is_floating_point() or self.keys.dim() != 4:
             raise bad("Compressed: keys is no floating tensor [B, Hc, Nc, D]", "Pass one.")
         windows = OverlapPool(self.window, self.stride)
         store(self, window=windows.window, stride=windows.stride)
-        if self.scale is not None:
-            store(self, scale=real("Compressed: scale", self.scale))
 
     def check_units(self, unit_q: int, block: int) -> None:
         """The stride must divide a block."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import sympy
@@ -24,18 +24,27 @@ def is_tensor(value: Any) -> bool:
     return torch is not None and isinstance(value, torch.Tensor)
 
 
-def frozen(where: str, value: Any) -> Any:
+def frozen(where: str, value: Any, dims: Iterable[int], instead: str, least: int = 0) -> Any:
     """A tensor as it is; anything else as nested tuples of ints.
 
-    >>> frozen("ids", [[0, 0], [0, 1]])
+    Args:
+        where: what it is, for errors.
+        value: a tensor of integers or bools, or nested sequences of them.
+        dims: how many axes it may have.
+        instead: what to write where it has others, or an axis of less than ``least`` entries.
+        least: see ``instead``.
+
+    >>> frozen("ids", [[0, 0], [0, 1]], (1, 2), "Write [tokens] or [batch, tokens].")
     ((0, 0), (0, 1))
     """
-    if is_tensor(value):
-        if value.is_floating_point() or value.is_complex():
-            raise bad(f"{where} is a tensor of {value.dtype}", "Pass integers or bools.")
-        return value
-    value = value.tolist() if hasattr(value, "tolist") else value
-    return _as_tuples(where, value)
+    if not is_tensor(value):
+        value = _as_tuples(where, value.tolist() if hasattr(value, "tolist") else value)
+    elif value.is_floating_point() or value.is_complex():
+        raise bad(f"{where} is a tensor of {value.dtype}", "Pass integers or bools.")
+    shape = shape_of(value, where)
+    if len(shape) not in dims or min(shape, default=least) < least:
+        raise bad(f"{where} has the sizes {list(shape)}", instead)
+    return value
 
 
 def _as_tuples(where: str, value: Any) -> Any:
@@ -63,17 +72,17 @@ def tensors_of(value: Any) -> list[Any] | None:
     return None if None in parts else [tensor for part in parts for tensor in part or ()]
 
 
-def shape_of(where: str, value: Any) -> tuple[int, ...]:
-    """Sizes of a tensor or of nested tuples.
+def shape_of(value: Any, where: str = "data") -> tuple[int, ...]:
+    """Sizes of a tensor or of nested tuples; ``where`` names it.
 
-    >>> shape_of("ids", ((0, 0, 1), (0, 1, 1)))
+    >>> shape_of(((0, 0, 1), (0, 1, 1)))
     (2, 3)
     """
     if is_tensor(value):
         return tuple(value.shape)
     if not isinstance(value, tuple):
         return ()
-    inner = {shape_of(where, item) for item in value}
+    inner = {shape_of(item, where) for item in value}
     if len(inner) > 1:
         raise bad(f"{where} has rows of different lengths", "Give every row the same length.")
     return (len(value), *(inner.pop() if inner else ()))

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import sympy
 
 from sparse_compile.expr.nodes import KV, B, Q
 from sparse_compile.patterns.base import Pattern, Tables
-from sparse_compile.patterns.checks import bad, store
+from sparse_compile.patterns.checks import bad, optional
 from sparse_compile.patterns.data import (
     HoldsData,
     along,
-    dtype_of,
     frozen,
     is_tensor,
     key_of,
@@ -23,7 +22,22 @@ from sparse_compile.patterns.data import (
     values_now,
 )
 
-_IDS, _Q_IDS, _CU = "Documents: ids", "Documents: q_ids", "Documents: cu_seqlens"
+
+def _checked_ids(where: str, ids: Any) -> Any:
+    return frozen(where, ids, (1, 2), "Write [tokens] or [batch, tokens].")
+
+
+def _checked_starts(where: str, starts: Any) -> Any:
+    starts = frozen(where, starts, (1,), "Write the starts and the end: (0, 3, 8).", least=2)
+    if not is_tensor(starts) and (starts[0] != 0 or list(starts) != sorted(starts)):
+        raise bad(
+            f"{where} is {starts}", "Start at 0 and write growing numbers, such as (0, 3, 8)."
+        )
+    return starts
+
+
+_Ids = Annotated[Any, optional(_checked_ids)]
+_Starts = Annotated[Any, optional(_checked_starts)]
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -42,9 +56,9 @@ class Documents(HoldsData, Pattern):
     [[[[1, 1, 0], [1, 1, 0], [0, 0, 1]]]]
     """
 
-    ids: Any = None
-    cu_seqlens: Any = None
-    q_ids: Any = None
+    ids: _Ids = None
+    cu_seqlens: _Starts = None
+    q_ids: _Ids = None
 
     def __post_init__(self) -> None:
         if (self.ids is None) == (self.cu_seqlens is None):
@@ -52,24 +66,19 @@ class Documents(HoldsData, Pattern):
                 "Documents needs ids or cu_seqlens, and not both",
                 "Write Documents(ids) or Documents(cu_seqlens=(0, 3, 8)).",
             )
-        if self.cu_seqlens is not None:
-            store(self, cu_seqlens=_checked_starts(self.cu_seqlens))
-        for name in ("ids", "q_ids"):
-            value = getattr(self, name)
-            if value is not None:
-                store(self, **{name: _checked_ids(f"Documents: {name}", value)})
+        super().__post_init__()
 
     def check(self, n_q: int, n_kv: int, batch: int, heads: int) -> None:
         """Every token must have a document."""
         if self.q_ids is not None:
-            _check_length(_Q_IDS, self.q_ids, n_q, "queries", batch)
+            _check_length("Documents: q_ids", self.q_ids, n_q, "queries", batch)
         elif n_q != n_kv:
             raise bad(
                 f"Documents: {n_q} queries and {n_kv} keys cannot have the same documents",
                 "Write q_ids= for the documents of the queries.",
             )
         if self.ids is not None:
-            _check_length(_IDS, self.ids, n_kv, "keys", batch)
+            _check_length("Documents: ids", self.ids, n_kv, "keys", batch)
             return
         starts = values_now(self.cu_seqlens)
         if starts is not None and starts[-1] != n_kv:
@@ -90,9 +99,8 @@ class Documents(HoldsData, Pattern):
 
 
 def _reading(tables: Tables, ids: Any) -> Callable[[sympy.Expr], sympy.Expr]:
-    dtype = dtype_of(ids)
-    lookup = tables.add(("ids", key_of(ids)), dtype, on_device(ids, dtype))
-    leading = [along(B, size) for size in shape_of(_IDS, ids)[:-1]]
+    lookup = tables.holding(ids)
+    leading = [along(B, size) for size in shape_of(ids)[:-1]]
     return lambda token: lookup(*leading, token)
 
 
@@ -109,27 +117,8 @@ def _ids_of(starts: Any) -> Callable[..., Any]:
     return make
 
 
-def _checked_ids(where: str, ids: Any) -> Any:
-    ids = frozen(where, ids)
-    shape = shape_of(where, ids)
-    if len(shape) not in (1, 2):
-        raise bad(f"{where} has the sizes {list(shape)}", "Write [tokens] or [batch, tokens].")
-    return ids
-
-
-def _checked_starts(starts: Any) -> Any:
-    starts = frozen(_CU, starts)
-    shape = shape_of(_CU, starts)
-    if len(shape) != 1 or shape[0] < 2:
-        raise bad(f"{_CU} has the sizes {list(shape)}", "Write the starts and the end: (0, 3, 8).")
-    known = None if is_tensor(starts) else starts
-    if known is not None and (known[0] != 0 or list(known) != sorted(known)):
-        raise bad(f"{_CU} is {known}", "Start at 0 and write growing numbers, such as (0, 3, 8).")
-    return starts
-
-
 def _check_length(where: str, ids: Any, tokens: int, name: str, batch: int) -> None:
-    *leading, length = shape_of(where, ids)
+    *leading, length = shape_of(ids)
     if length != tokens:
         raise bad(
             f"{where} names the documents of {length} tokens, but there are {tokens} {name}",

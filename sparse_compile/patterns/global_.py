@@ -10,15 +10,7 @@ import sympy
 
 from sparse_compile.expr.nodes import KV
 from sparse_compile.patterns.base import Pattern, Tables
-from sparse_compile.patterns.checks import (
-    UPPER_LEFT,
-    alignment,
-    bad,
-    flag,
-    position,
-    store,
-    whole,
-)
+from sparse_compile.patterns.checks import UPPER_LEFT, Align, Flag, bad, position, store, whole
 
 #: More runs of consecutive tokens than this are looked up in a table.
 _RUNS_SPELLED = 8
@@ -45,12 +37,11 @@ class Global(Pattern):
     """
 
     tokens: int | tuple[int, ...]
-    rows: bool = True
-    align: str = UPPER_LEFT
+    rows: Flag = True
+    align: Align = UPPER_LEFT
 
     def __post_init__(self) -> None:
-        flag("Global: rows", self.rows)
-        alignment("Global", self.align)
+        super().__post_init__()
         store(self, tokens=checked_tokens("Global", self.tokens))
 
     def check(self, n_q: int, n_kv: int, batch: int, heads: int) -> None:

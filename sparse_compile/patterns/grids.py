@@ -3,26 +3,59 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
 
 from sparse_compile.expr.nodes import FloorDiv, FloorMod
-from sparse_compile.patterns.checks import bad, whole
+from sparse_compile.patterns.base import Pattern
+from sparse_compile.patterns.checks import bad, store, whole
 
 
-def checked_shape(where: str, shape: Any, dims: tuple[int, ...]) -> tuple[int, ...]:
-    """The sizes of a grid; ``where`` names the pattern, ``dims`` how many axes it can have."""
-    if not isinstance(shape, Iterable):
-        shape = (shape,)
-    sizes = tuple(whole(f"{where}: a size of the grid", size, 1) for size in shape)
-    if len(sizes) not in dims:
-        raise bad(
-            f"{where}: a grid of {len(sizes)} axes, {sizes}",
-            f"Write {' or '.join(map(str, dims))} sizes, such as {(64,) * dims[0]}.",
-        )
-    return sizes
+@dataclass(frozen=True, repr=False)
+class OnGrid(Pattern):
+    """Base of the patterns of tokens that are the cells of a grid.
+
+    Attributes:
+        shape: the sizes of the grid, the last axis running fastest.
+        dims: how many axes it can have.
+    """
+
+    shape: tuple[int, ...]
+    # Not annotated: it is no field.
+    dims = tuple(range(1, 4))
+
+    def __post_init__(self) -> None:
+        name, shape = type(self).__name__, self.shape
+        sizes = shape if isinstance(shape, Iterable) else (shape,)
+        sizes = tuple(whole(f"{name}: a size of the grid", size, 1) for size in sizes)
+        if len(sizes) not in self.dims:
+            raise bad(
+                f"{name}: a grid of {len(sizes)} axes, {sizes}",
+                f"Write {' or '.join(map(str, self.dims))} sizes, such as {(64,) * self.dims[0]}.",
+            )
+        store(self, shape=sizes)
+        super().__post_init__()
+
+    def check(self, n_q: int, n_kv: int, batch: int, heads: int) -> None:
+        """The tokens must be the cells of the grid."""
+        cells = math.prod(self.shape)
+        if not n_q == n_kv == cells:
+            raise bad(
+                f"{type(self).__name__}: a grid of {' x '.join(map(str, self.shape))} has {cells} "
+                f"cells, but there are {n_q} queries and {n_kv} keys",
+                "Write a shape whose product is the number of tokens.",
+            )
+
+    def along(self, parameter: str, check: Callable[[str, Any], Any]) -> tuple[Any, ...]:
+        """A parameter for each axis, as ``check`` returns it; where all are equal it is one."""
+        where = f"{type(self).__name__}: {parameter}"
+        values = per_axis(where, getattr(self, parameter), len(self.shape))
+        values = tuple(check(where, value) for value in values)
+        store(self, **{parameter: values[0] if len(set(values)) == 1 else values})
+        return values
 
 
 def per_axis(where: str, value: Any, axes: int) -> tuple[Any, ...]:
@@ -38,23 +71,6 @@ def per_axis(where: str, value: Any, axes: int) -> tuple[Any, ...]:
             f"{where} has {len(value)} entries for {axes} axes", "Write one for all or one each."
         )
     return tuple(value)
-
-
-def short(values: tuple[Any, ...]) -> Any:
-    """One value when all are the same, as :func:`per_axis` takes it."""
-    return values[0] if len(set(values)) == 1 else values
-
-
-def check_cells(where: str, shape: tuple[int, ...], n_q: int, n_kv: int) -> None:
-    """Raise unless queries and keys are both the cells of the grid."""
-    cells = math.prod(shape)
-    if not n_q == n_kv == cells:
-        grid = " x ".join(map(str, shape))
-        raise bad(
-            f"{where}: a grid of {grid} has {cells} cells, but there are {n_q} queries and "
-            f"{n_kv} keys",
-            "Write a shape whose product is the number of tokens.",
-        )
 
 
 def coordinates(token: sympy.Expr, shape: tuple[int, ...]) -> list[sympy.Expr]:

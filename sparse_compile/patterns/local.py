@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import sympy
 
@@ -11,12 +11,15 @@ from sparse_compile.expr.nodes import KV, FloorMod
 from sparse_compile.patterns.base import Pattern, Tables
 from sparse_compile.patterns.checks import (
     UPPER_LEFT,
-    alignment,
+    Align,
+    Count,
+    Flag,
+    Positive,
     bad,
-    flag,
+    optional,
     position,
     store,
-    whole,
+    whole_from,
 )
 
 
@@ -44,10 +47,7 @@ class Causal(Pattern):
     [[[[1, 1, 0], [1, 1, 1]]]]
     """
 
-    align: str = UPPER_LEFT
-
-    def __post_init__(self) -> None:
-        alignment("Causal", self.align)
+    align: Align = UPPER_LEFT
 
     def predicate(self, tables: Tables) -> sympy.Basic:
         """``kv <= q``."""
@@ -69,20 +69,19 @@ class SlidingWindow(Pattern):
     [[[[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 1]]]]
     """
 
-    left: int
-    right: int | None = None
-    align: str = UPPER_LEFT
+    left: Count
+    right: Annotated[int | None, optional(whole_from(0))] = None
+    align: Align = UPPER_LEFT
 
     def __post_init__(self) -> None:
-        left = whole("SlidingWindow: left", self.left, 0)
-        right = left if self.right is None else whole("SlidingWindow: right", self.right, 0)
-        if left == right == 0:
+        super().__post_init__()
+        right = self.left if self.right is None else self.right
+        if self.left == right == 0:
             raise bad(
                 "SlidingWindow of zero tokens left and right",
                 "Count the other tokens that a query sees, as in SlidingWindow(127, 0).",
             )
-        alignment("SlidingWindow", self.align)
-        store(self, left=left, right=right)
+        store(self, right=right)
 
     def implied(self) -> dict[str, Any]:
         """The window is symmetric unless it says otherwise."""
@@ -110,17 +109,10 @@ class Dilated(Pattern):
     [[[[1, 0, 1, 0], [0, 1, 0, 1], [1, 0, 1, 0], [0, 1, 0, 1]]]]
     """
 
-    window: int
-    dilation: int
-    causal: bool = False
-    align: str = UPPER_LEFT
-
-    def __post_init__(self) -> None:
-        window = whole("Dilated: window", self.window, 1)
-        dilation = whole("Dilated: dilation", self.dilation, 1)
-        flag("Dilated: causal", self.causal)
-        alignment("Dilated", self.align)
-        store(self, window=window, dilation=dilation)
+    window: Positive
+    dilation: Positive
+    causal: Flag = False
+    align: Align = UPPER_LEFT
 
     def predicate(self, tables: Tables) -> sympy.Basic:
         """``(q - kv) % dilation == 0`` within ``window * dilation`` tokens."""

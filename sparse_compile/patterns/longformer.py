@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import sympy
 
 from sparse_compile.patterns.base import Pattern, Tables
-from sparse_compile.patterns.checks import UPPER_LEFT, alignment, position, store, whole
+from sparse_compile.patterns.checks import UPPER_LEFT, Align, position, store, whole_from
 from sparse_compile.patterns.global_ import Global, checked_tokens
 from sparse_compile.patterns.local import within
 
@@ -27,17 +28,13 @@ class Longformer(Pattern):
     [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 0, 1, 1, 1], [1, 0, 0, 1, 1]]
     """
 
-    window: int
+    window: Annotated[int, whole_from(2)]
     global_: int | tuple[int, ...] = 1
-    align: str = UPPER_LEFT
+    align: Align = UPPER_LEFT
 
     def __post_init__(self) -> None:
-        alignment("Longformer", self.align)
-        store(
-            self,
-            window=whole("Longformer: window", self.window, 2),
-            global_=checked_tokens("Longformer", self.global_),
-        )
+        super().__post_init__()
+        store(self, global_=checked_tokens("Longformer", self.global_))
 
     @property
     def global_part(self) -> Global:

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import sympy
 
 from sparse_compile.expr.nodes import KV, FloorDiv, Q
-from sparse_compile.patterns.base import Pattern, Tables
-from sparse_compile.patterns.checks import bad, flag, store, whole
+from sparse_compile.patterns.base import Tables
+from sparse_compile.patterns.checks import bad, flag, whole_from
 from sparse_compile.patterns.grids import (
-    check_cells,
-    checked_shape,
+    OnGrid,
     coordinates,
     per_axis,
     quotient,
     remainder,
     shifted_window,
-    short,
 )
 
 
 @dataclass(frozen=True, repr=False)
-class Neighborhood(Pattern):
+class Neighborhood(OnGrid):
     """Neighborhood attention on a 1-D, 2-D or 3-D grid of tokens, row by row.
 
     Along each axis a query attends to ``window`` cells around it. At the border the window is
@@ -47,38 +44,23 @@ class Neighborhood(Pattern):
     [[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
     """
 
-    shape: tuple[int, ...]
     window: int | tuple[int, ...]
     dilation: int | tuple[int, ...] = 1
     causal: bool | tuple[bool, ...] = False
 
     def __post_init__(self) -> None:
-        shape = checked_shape("Neighborhood", self.shape, (1, 2, 3))
-        windows = _whole_each("window", self.window, len(shape))
-        dilations = _whole_each("dilation", self.dilation, len(shape))
-        causals = per_axis("Neighborhood: causal", self.causal, len(shape))
-        for axis, (size, window, dilation) in enumerate(
-            zip(shape, windows, dilations, strict=True)
-        ):
+        super().__post_init__()
+        positive = whole_from(1)
+        windows, dilations = self.along("window", positive), self.along("dilation", positive)
+        self.along("causal", flag)
+        axes = zip(self.shape, windows, dilations, strict=True)
+        for axis, (size, window, dilation) in enumerate(axes):
             if window * dilation > size:
                 raise bad(
                     f"Neighborhood: a window of {window} with dilation {dilation} does not fit "
                     f"axis {axis} of {size} cells",
                     f"window * dilation can be {size} at most.",
                 )
-        for causal in causals:
-            flag("Neighborhood: causal", causal)
-        store(
-            self,
-            shape=shape,
-            window=short(windows),
-            dilation=short(dilations),
-            causal=short(causals),
-        )
-
-    def check(self, n_q: int, n_kv: int, batch: int, heads: int) -> None:
-        """The tokens must be the cells of the grid."""
-        check_cells("Neighborhood", self.shape, n_q, n_kv)
 
     def predicate(self, tables: Tables) -> sympy.Basic:
         """Near along every axis."""
@@ -108,8 +90,3 @@ def _near(
     if size % dilation == 0:
         cells = sympy.Integer(size // dilation)
     return sympy.And(together, shifted_window(i, j, window, cells))
-
-
-def _whole_each(name: str, value: Any, axes: int) -> tuple[int, ...]:
-    where = f"Neighborhood: {name}"
-    return tuple(whole(where, entry, 1) for entry in per_axis(where, value, axes))

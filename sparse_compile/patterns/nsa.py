@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from sparse_compile.patterns.base import constructor_call
-from sparse_compile.patterns.checks import UPPER_LEFT, alignment, store, whole
+from sparse_compile.patterns.checks import UPPER_LEFT, Align, store, whole_from
 from sparse_compile.patterns.compressed import whole_windows
 from sparse_compile.patterns.learned import NSASelection
 from sparse_compile.patterns.local import SlidingWindow
+from sparse_compile.patterns.parameters import Parameters
 from sparse_compile.patterns.rules import TopK
 from sparse_compile.patterns.scorers import OverlapPool
 
 
 @dataclass(frozen=True, repr=False)
-class NSA:
+class NSA(Parameters):
     """Native Sparse Attention: attention to compressed, to selected and to near keys.
 
     Yuan et al. 2025, https://arxiv.org/abs/2502.11089. What
@@ -41,19 +42,15 @@ class NSA:
     k: int = 16
     sink: int = 1
     local: int = 2
-    window: int = 512
-    align: str = UPPER_LEFT
+    window: Annotated[int, whole_from(2)] = 512
+    align: Align = UPPER_LEFT
 
     def __post_init__(self) -> None:
-        alignment("NSA", self.align)
-        store(self, window=whole("NSA: window", self.window, 2))
+        super().__post_init__()
         pool = OverlapPool(self.length, self.stride)
         store(self, length=pool.window, stride=pool.stride)
         chosen = self.selection
         store(self, block=chosen.block_kv, k=chosen.k, sink=chosen.sink, local=chosen.local)
-
-    def __repr__(self) -> str:
-        return constructor_call(self)
 
     @property
     def selection(self) -> TopK:

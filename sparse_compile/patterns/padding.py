@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import sympy
 
 from sparse_compile.expr.nodes import KV, N_KV, B
 from sparse_compile.patterns.base import Pattern, Tables
-from sparse_compile.patterns.checks import bad, choice, store
-from sparse_compile.patterns.data import (
-    HoldsData,
-    dtype_of,
-    frozen,
-    key_of,
-    on_device,
-    shape_of,
-    values_now,
-)
+from sparse_compile.patterns.checks import bad, one_of
+from sparse_compile.patterns.data import HoldsData, frozen, shape_of, values_now
+
+
+def _checked_lengths(where: str, lengths: Any) -> Any:
+    instead = "Write one length for each batch entry, as in Padding(mask.sum(-1))."
+    return frozen(where, lengths, (1,), instead)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -35,23 +32,12 @@ class Padding(HoldsData, Pattern):
     [[[[0, 0, 1, 1]]], [[[0, 1, 1, 1]]]]
     """
 
-    lengths: Any
-    side: str = "right"
-
-    def __post_init__(self) -> None:
-        choice("Padding: side", self.side, ("right", "left"))
-        lengths = frozen("Padding: lengths", self.lengths)
-        shape = shape_of("Padding: lengths", lengths)
-        if len(shape) != 1:
-            raise bad(
-                f"Padding: lengths has the sizes {list(shape)}",
-                "Write one length for each batch entry, as in Padding(mask.sum(-1)).",
-            )
-        store(self, lengths=lengths)
+    lengths: Annotated[Any, _checked_lengths]
+    side: Annotated[str, one_of("right", "left")] = "right"
 
     def check(self, n_q: int, n_kv: int, batch: int, heads: int) -> None:
         """There must be one length for each batch entry, between none and all keys."""
-        (count,) = shape_of("Padding: lengths", self.lengths)
+        (count,) = shape_of(self.lengths)
         if count != batch:
             raise bad(f"Padding: {count} lengths for a batch of {batch}", f"Write {batch} lengths.")
         for length in values_now(self.lengths) or ():
@@ -63,7 +49,5 @@ class Padding(HoldsData, Pattern):
 
     def predicate(self, tables: Tables) -> sympy.Basic:
         """``kv < lengths[b]``, or ``kv >= n_kv - lengths[b]`` with the padding on the left."""
-        dtype = dtype_of(self.lengths)
-        key = "each", key_of(self.lengths)
-        length = tables.add(key, dtype, on_device(self.lengths, dtype))(B)
+        length = tables.holding(self.lengths)(B)
         return sympy.Lt(KV, length) if self.side == "right" else sympy.Ge(KV, N_KV - length)

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import sympy
 
 from sparse_compile.expr.nodes import KV, B
 from sparse_compile.patterns.base import Pattern, Tables
-from sparse_compile.patterns.checks import UPPER_LEFT, alignment, bad, position, store, whole
-from sparse_compile.patterns.data import (
-    HoldsData,
-    dtype_of,
-    frozen,
-    is_tensor,
-    key_of,
-    on_device,
-    shape_of,
-)
+from sparse_compile.patterns.checks import UPPER_LEFT, Align, bad, position, whole
+from sparse_compile.patterns.data import HoldsData, frozen, shape_of
+
+
+def _checked_prefix(where: str, prefix: Any) -> Any:
+    if not hasattr(prefix, "__len__"):
+        return whole(where, prefix, 0)
+    return frozen(where, prefix, (1,), "Write an int, or one length for each batch entry.")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -35,27 +33,12 @@ class PrefixLM(HoldsData, Pattern):
     [[[[1, 1, 0], [1, 1, 0], [1, 1, 1]]]]
     """
 
-    prefix: Any
-    align: str = UPPER_LEFT
-
-    def __post_init__(self) -> None:
-        alignment("PrefixLM", self.align)
-        prefix = self.prefix
-        if is_tensor(prefix) or hasattr(prefix, "tolist") or isinstance(prefix, (tuple, list)):
-            prefix = frozen("PrefixLM: prefix", prefix)
-        else:
-            prefix = whole("PrefixLM: prefix", prefix, 0)
-        shape = shape_of("PrefixLM: prefix", prefix)
-        if len(shape) > 1 or (not shape and is_tensor(prefix)):
-            raise bad(
-                f"PrefixLM: prefix has the sizes {list(shape)}",
-                "Write an int, or one length for each batch entry.",
-            )
-        store(self, prefix=prefix)
+    prefix: Annotated[Any, _checked_prefix]
+    align: Align = UPPER_LEFT
 
     def check(self, n_q: int, n_kv: int, batch: int, heads: int) -> None:
         """There must be one length for each batch entry."""
-        shape = shape_of("PrefixLM: prefix", self.prefix)
+        shape = shape_of(self.prefix)
         if shape and shape != (batch,):
             raise bad(
                 f"PrefixLM: {shape[0]} prefix lengths for a batch of {batch}",
@@ -66,6 +49,5 @@ class PrefixLM(HoldsData, Pattern):
         """``kv < prefix`` or ``kv <= q``."""
         prefix = self.prefix
         if not isinstance(prefix, int):
-            dtype = dtype_of(prefix)
-            prefix = tables.add(("each", key_of(prefix)), dtype, on_device(prefix, dtype))(B)
+            prefix = tables.holding(prefix)(B)
         return sympy.Or(sympy.Lt(KV, prefix), sympy.Le(KV, position(self.align)))

@@ -12,7 +12,7 @@ import sympy
 
 from sparse_compile.expr.nodes import KV, FloorDiv, H, Q
 from sparse_compile.patterns.base import Pattern, Tables
-from sparse_compile.patterns.checks import bad, blocks, flag, store, whole
+from sparse_compile.patterns.checks import Count, Flag, Positive, bad, blocks
 
 
 @dataclass(frozen=True, repr=False)
@@ -32,19 +32,10 @@ class Random(Pattern):
     ([[[2, 2, 2, 2]]], True)
     """
 
-    block: int
-    random: int
-    seed: int
-    per_head: bool = False
-
-    def __post_init__(self) -> None:
-        store(
-            self,
-            block=whole("Random: block", self.block, 1),
-            random=whole("Random: random", self.random, 1),
-            seed=whole("Random: seed", self.seed, 0),
-            per_head=flag("Random: per_head", self.per_head),
-        )
+    block: Positive
+    random: Positive
+    seed: Count
+    per_head: Flag = False
 
     def check(self, n_q: int, n_kv: int, batch: int, heads: int) -> None:
         """There must be enough blocks of keys."""

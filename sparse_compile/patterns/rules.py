@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Annotated
 
-from sparse_compile.patterns.checks import choice, store, whole
-from sparse_compile.patterns.scored import ROOM, Scored, highest, per_head, real, share_of
+from sparse_compile.patterns.checks import one_of, whole_from
+from sparse_compile.patterns.scored import Scored, by_head, highest, real, share_of
 
 
 @dataclass(frozen=True, repr=False)
@@ -27,10 +28,9 @@ class TopK(Scored):
     TopK(16, sink=1, local=2)
     """
 
-    k: int | tuple[int, ...]
+    k: Annotated[int | tuple[int, ...], by_head(whole_from(1))]
 
     def __post_init__(self) -> None:
-        store(self, k=per_head("TopK: k", self.k, lambda where, value: whole(where, value, 1)))
         super().__post_init__()
         for k in self.k if isinstance(self.k, tuple) else (self.k,):
             self.check_room(f"TopK: k is {k}", k)
@@ -55,11 +55,7 @@ class TopRatio(Scored):
             :class:`Scored`.
     """
 
-    ratio: float | tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        store(self, ratio=per_head("TopRatio: ratio", self.ratio, share_of))
-        super().__post_init__()
+    ratio: Annotated[float | tuple[float, ...], by_head(share_of)]
 
     def wanted(self, blocks: int) -> int:
         """``ratio`` of all blocks."""
@@ -83,15 +79,7 @@ class TopP(Scored):
             :class:`Scored`.
     """
 
-    p: float | tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        store(self, p=per_head("TopP: p", self.p, share_of))
-        super().__post_init__()
-
-    def wanted(self, blocks: int) -> int:
-        """All blocks, up to 1024."""
-        return min(blocks, ROOM)
+    p: Annotated[float | tuple[float, ...], by_head(share_of)]
 
 
 @dataclass(frozen=True, repr=False)
@@ -106,17 +94,8 @@ class Threshold(Scored):
             :class:`Scored`.
     """
 
-    t: float | tuple[float, ...]
-    of: str = "scores"
-
-    def __post_init__(self) -> None:
-        choice("Threshold: of", self.of, ("scores", "softmax"))
-        store(self, t=per_head("Threshold: t", self.t, real))
-        super().__post_init__()
-
-    def wanted(self, blocks: int) -> int:
-        """All blocks, up to 1024."""
-        return min(blocks, ROOM)
+    t: Annotated[float | tuple[float, ...], by_head(real)]
+    of: Annotated[str, one_of("scores", "softmax")] = "scores"
 
 
 def exact(ratio: float) -> tuple[int, int]:

@@ -5,11 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from sparse_compile.patterns import doors
 from sparse_compile.patterns.base import Pattern
-from sparse_compile.patterns.checks import UPPER_LEFT, alignment, bad, choice, flag, store, whole
+from sparse_compile.patterns.checks import (
+    UPPER_LEFT,
+    Align,
+    Count,
+    Flag,
+    bad,
+    one_of,
+    optional,
+    whole_from,
+)
 from sparse_compile.patterns.scorers import Gate, MeanPool, Scorer
 from sparse_compile.patterns.selecting import Selecting
 
@@ -18,6 +27,20 @@ UNITS = (1, 16, 32, 64, 128)
 #: Blocks that a list whose length depends on the scores has room for, unless ``most`` says another
 #: number.
 ROOM = 1024
+
+
+def _as_scorer(where: str, scorer: Any) -> Scorer:
+    if scorer is None:
+        # Not by default: torch.compile does not know where an object that is one comes from.
+        return MeanPool()
+    if isinstance(scorer, Scorer):
+        return scorer
+    if isinstance(scorer, (type, Pattern)) or not callable(scorer):
+        raise bad(
+            f"{where} is {scorer!r}",
+            "Write a scorer, such as MeanPool(), or a function (q, k) -> scores.",
+        )
+    return Gate(scorer)
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -59,14 +82,14 @@ class Scored(Selecting):
 
     unit_kv: int = 64
     unit_q: int = 1
-    block: int | None = None
-    scorer: Scorer | Callable[[Any, Any], Any] | None = None
-    sink: int = 0
-    local: int = 0
-    diagonal: bool = False
-    share: str = "group"
-    most: int | None = None
-    align: str = UPPER_LEFT
+    block: Annotated[int | None, optional(whole_from(1))] = None
+    scorer: Annotated[Scorer | Callable[[Any, Any], Any] | None, _as_scorer] = None
+    sink: Count = 0
+    local: Count = 0
+    diagonal: Flag = False
+    share: Annotated[str, one_of("group", "all", "none")] = "group"
+    most: Annotated[int | None, optional(whole_from(1))] = None
+    align: Align = UPPER_LEFT
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -74,20 +97,12 @@ class Scored(Selecting):
             unit = getattr(self, field)
             if unit not in UNITS or isinstance(unit, bool):
                 raise bad(f"{name}: {field} is {unit!r}", f"Write one of {list(UNITS)}.")
-        store(
-            self,
-            sink=whole(f"{name}: sink", self.sink, 0),
-            local=whole(f"{name}: local", self.local, 0),
-            diagonal=flag(f"{name}: diagonal", self.diagonal),
-            share=choice(f"{name}: share", self.share, ("group", "all", "none")),
-            align=alignment(name, self.align),
-            # No object as default: torch.compile does not know where one comes from.
-            scorer=MeanPool() if self.scorer is None else _as_scorer(name, self.scorer),
-        )
-        if self.block is not None:
-            self._check_block(whole(f"{name}: block", self.block, 1))
-        if self.most is not None:
-            store(self, most=whole(f"{name}: most", self.most, 1))
+        super().__post_init__()
+        if self.block is not None and self.block % self.unit_kv:
+            raise bad(
+                f"{name}: a block of {self.block} keys is no multiple of unit_kv, {self.unit_kv}",
+                "Write a unit_kv that divides it.",
+            )
         assert isinstance(self.scorer, Scorer)
         self.scorer.check_units(self.unit_q, self.block_kv)
         self.check_room(f"{name}: most is {self.most}", self.most)
@@ -95,15 +110,6 @@ class Scored(Selecting):
     def implied(self) -> dict[str, Any]:
         """Blocks are scored by their means unless it says otherwise."""
         return {"scorer": MeanPool()}
-
-    def _check_block(self, block: int) -> None:
-        if block % self.unit_kv:
-            raise bad(
-                f"{type(self).__name__}: a block of {block} keys is no multiple of unit_kv, "
-                f"{self.unit_kv}",
-                "Write a unit_kv that divides it.",
-            )
-        store(self, block=block)
 
     def check_room(self, what: str, room: int | None) -> None:
         """Raise if ``room`` blocks are fewer than what is forced."""
@@ -132,8 +138,11 @@ class Scored(Selecting):
         return self.sink + self.reach + ends
 
     def wanted(self, blocks: int) -> int:
-        """The most blocks, of ``blocks``, that the rule can ask for."""
-        raise NotImplementedError
+        """The most blocks, of ``blocks``, that the rule can ask for.
+
+        All, up to 1024, unless the subclass knows better.
+        """
+        return min(blocks, ROOM)
 
     def capacity(self, blocks: int) -> int:
         """Blocks that each list has room for, of the ``blocks`` that the keys make.
@@ -155,24 +164,17 @@ class Scored(Selecting):
         return doors.selecting().select(self, q, k, mask, tables, sizes)
 
 
-def _as_scorer(name: str, scorer: Any) -> Scorer:
-    if isinstance(scorer, Scorer):
-        return scorer
-    if isinstance(scorer, (type, Pattern)) or not callable(scorer):
-        raise bad(
-            f"{name}: scorer is {scorer!r}",
-            "Write a scorer, such as MeanPool(), or a function (q, k) -> scores.",
-        )
-    return Gate(scorer)
+def by_head(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
+    """The check of a parameter, or of a tuple of one for each list of heads."""
 
+    def checked(where: str, value: Any) -> Any:
+        if not isinstance(value, (tuple, list)):
+            return check(where, value)
+        if not value:
+            raise bad(f"{where} is {value!r}", "Write one for each list of heads, or one for all.")
+        return tuple(check(where, item) for item in value)
 
-def per_head(where: str, value: Any, checked: Callable[[str, Any], Any]) -> Any:
-    """A parameter, or a tuple of one for each list of heads, each as ``checked`` returns it."""
-    if not isinstance(value, (tuple, list)):
-        return checked(where, value)
-    if not value:
-        raise bad(f"{where} is {value!r}", "Write one for each list of heads, or one for all.")
-    return tuple(checked(where, item) for item in value)
+    return checked
 
 
 def highest(value: Any) -> Any:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from sparse_compile.patterns.base import Pattern, constructor_call
-from sparse_compile.patterns.checks import bad, store, whole
+from sparse_compile.patterns.base import Pattern
+from sparse_compile.patterns.checks import Positive, bad, store, whole, whole_from
 from sparse_compile.patterns.data import HoldsData, is_tensor
+from sparse_compile.patterns.parameters import Parameters
 
 
-class Scorer:
+class Scorer(Parameters):
     """Base of the scorers of this library: values that print as what makes them.
 
     Attributes:
@@ -24,9 +25,6 @@ class Scorer:
     """
 
     tensors: ClassVar[tuple[str, ...]] = ()
-
-    def __repr__(self) -> str:
-        return constructor_call(self)
 
     def check_units(self, unit_q: int, block: int) -> None:
         """Raise if it cannot score blocks of ``block`` keys for ``unit_q`` queries."""
@@ -81,17 +79,18 @@ class OverlapPool(Scorer):
     """
 
     window: int = 32
-    stride: int = 16
+    stride: Positive = 16
 
     def __post_init__(self) -> None:
-        stride = whole("OverlapPool: stride", self.stride, 1)
+        super().__post_init__()
+        stride = self.stride
         window = whole("OverlapPool: window", self.window, stride)
         if window % stride:
             raise bad(
                 f"OverlapPool: a window of {window} keys is not a multiple of the stride {stride}",
                 f"Write window={window - window % stride}.",
             )
-        store(self, window=window, stride=stride)
+        store(self, window=window)
 
     def check_units(self, unit_q: int, block: int) -> None:
         """The stride must divide a block."""
@@ -117,10 +116,7 @@ class Antidiagonal(Scorer):
         stride: it divides ``unit_q`` and the block, so ``unit_q`` must be 16 or more.
     """
 
-    stride: int = 16
-
-    def __post_init__(self) -> None:
-        store(self, stride=whole("Antidiagonal: stride", self.stride, 2))
+    stride: Annotated[int, whole_from(2)] = 16
 
     def check_units(self, unit_q: int, block: int) -> None:
         """The stride must divide both units."""

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from sparse_compile.patterns import doors
-from sparse_compile.patterns.checks import bad, blocks, store, whole
-from sparse_compile.patterns.data import (
-    HoldsData,
-    dtype_of,
-    frozen,
-    is_tensor,
-    on_device,
-    shape_of,
-)
+from sparse_compile.patterns.checks import Positive, bad, blocks
+from sparse_compile.patterns.data import HoldsData, dtype_of, frozen, is_tensor, on_device, shape_of
 from sparse_compile.patterns.selecting import Selecting
+
+
+def _checked_index(where: str, index: Any) -> Any:
+    if isinstance(getattr(type(index), "pattern", None), property):
+        name = type(index).__name__
+        raise bad(f"{where} is a {name}", "Write its `pattern`, as in chosen.pattern.")
+    instead = "Write [batch, heads, units of queries, selected], heads 1 to share it among all."
+    index = frozen(where, index, (4,), instead)
+    if dtype_of(index) == "bool":
+        raise bad(f"{where} is a tensor of bools", "Write numbers of units of keys.")
+    return index
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -42,25 +46,13 @@ class Selected(HoldsData, Selecting):
     Selected(tensor([[[[0, 2], [1, -1]]]]), unit_kv=1)
     """
 
-    index: Any
-    unit_kv: int = 64
-    unit_q: int = 1
+    index: Annotated[Any, _checked_index]
+    unit_kv: Positive = 64
+    unit_q: Positive = 1
     count: Any = None
 
     def __post_init__(self) -> None:
-        if isinstance(getattr(type(self.index), "pattern", None), property):
-            name = type(self.index).__name__
-            raise bad(f"Selected: index is a {name}", "Write its `pattern`, as in chosen.pattern.")
-        index = frozen("Selected: index", self.index)
-        if dtype_of(index) == "bool":
-            raise bad("Selected: index is a tensor of bools", "Write numbers of units of keys.")
-        if len(shape_of("Selected: index", index)) != 4:
-            raise bad(
-                f"Selected: index has the sizes {list(shape_of('Selected: index', index))}",
-                "Write [batch, heads, units of queries, selected], heads 1 to share it among all.",
-            )
-        unit_kv = whole("Selected: unit_kv", self.unit_kv, 1)
-        store(self, index=index, unit_kv=unit_kv, unit_q=whole("Selected: unit_q", self.unit_q, 1))
+        super().__post_init__()
         if self.count is not None:
             self._check_count()
 
@@ -75,7 +67,7 @@ class Selected(HoldsData, Selecting):
 
     def check(self, n_q: int, n_kv: int, batch: int, heads: int) -> None:
         """There must be a row for each unit of queries, of each batch entry and list of heads."""
-        shape = shape_of("Selected: index", self.index)
+        shape = shape_of(self.index)
         rows = blocks(n_q, self.unit_q)
         if shape[0] != batch or shape[2] != rows or shape[1] < 1 or heads % shape[1]:
             raise bad(

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import sympy
 
 from sparse_compile.expr.nodes import KV, FloorDiv, Q
-from sparse_compile.patterns.base import Pattern, Tables
-from sparse_compile.patterns.checks import bad, choice, store, whole
-from sparse_compile.patterns.grids import (
-    check_cells,
-    checked_shape,
-    coordinates,
-    per_axis,
-    quotient,
-    shifted_window,
-    short,
-)
+from sparse_compile.patterns.base import Tables
+from sparse_compile.patterns.checks import bad, one_of, whole_from
+from sparse_compile.patterns.grids import OnGrid, coordinates, per_axis, quotient, shifted_window
 
 
 @dataclass(frozen=True, repr=False)
-class SlidingTile(Pattern):
+class SlidingTile(OnGrid):
     """Sliding tile attention: the grid is cut into tiles, and a tile attends to the tiles near it.
 
     At the border the window of tiles is shifted, not cut. Zhang et al. 2025,
@@ -42,28 +35,15 @@ class SlidingTile(Pattern):
 [0, 0, 1, 1, 1, 1, 1, 1]]
     """
 
-    shape: tuple[int, ...]
     tile: int | tuple[int, ...]
     window: int | tuple[int, ...]
-    order: str = "rows"
+    order: Annotated[str, one_of("rows", "tiles")] = "rows"
 
     def __post_init__(self) -> None:
-        shape = checked_shape("SlidingTile", self.shape, (1, 2, 3))
-        tiles, windows = (
-            tuple(
-                whole(f"SlidingTile: {name}", entry, 1)
-                for entry in per_axis(f"SlidingTile: {name}", value, len(shape))
-            )
-            for name, value in (("tile", self.tile), ("window", self.window))
-        )
-        for axis, sizes in enumerate(zip(shape, tiles, windows, strict=True)):
+        super().__post_init__()
+        tiles, windows = self.along("tile", whole_from(1)), self.along("window", whole_from(1))
+        for axis, sizes in enumerate(zip(self.shape, tiles, windows, strict=True)):
             _check_axis(axis, *sizes)
-        order = choice("SlidingTile: order", self.order, ("rows", "tiles"))
-        store(self, shape=shape, tile=short(tiles), window=short(windows), order=order)
-
-    def check(self, n_q: int, n_kv: int, batch: int, heads: int) -> None:
-        """The tokens must be the cells of the grid."""
-        check_cells("SlidingTile", self.shape, n_q, n_kv)
 
     def predicate(self, tables: Tables) -> sympy.Basic:
         """The tile of the key is in the window of that of the query, along every axis."""

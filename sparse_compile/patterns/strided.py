@@ -6,7 +6,7 @@ Child et al. 2019, https://arxiv.org/abs/1904.10509.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import sympy
 
@@ -14,12 +14,14 @@ from sparse_compile.expr.nodes import KV, FloorDiv, FloorMod
 from sparse_compile.patterns.base import Pattern, Tables
 from sparse_compile.patterns.checks import (
     UPPER_LEFT,
-    alignment,
+    Align,
+    Flag,
+    Positive,
     bad,
-    flag,
+    optional,
     position,
     store,
-    whole,
+    whole_from,
 )
 from sparse_compile.patterns.local import within
 
@@ -42,17 +44,14 @@ class Strided(Pattern):
     [1, 0, 0, 1, 0, 0, 1]
     """
 
-    stride: int
-    local: int | None = None
-    causal: bool = True
-    align: str = UPPER_LEFT
+    stride: Positive
+    local: Annotated[int | None, optional(whole_from(1))] = None
+    causal: Flag = True
+    align: Align = UPPER_LEFT
 
     def __post_init__(self) -> None:
-        stride = whole("Strided: stride", self.stride, 1)
-        local = stride if self.local is None else whole("Strided: local", self.local, 1)
-        flag("Strided: causal", self.causal)
-        alignment("Strided", self.align)
-        store(self, stride=stride, local=local)
+        super().__post_init__()
+        store(self, local=self.stride if self.local is None else self.local)
 
     def implied(self) -> dict[str, Any]:
         """The local part reaches as far as one stride."""
@@ -84,22 +83,18 @@ class Fixed(Pattern):
     [0, 0, 1, 0, 0, 1, 1]
     """
 
-    block: int
-    summary: int
-    causal: bool = True
-    align: str = UPPER_LEFT
+    block: Positive
+    summary: Positive
+    causal: Flag = True
+    align: Align = UPPER_LEFT
 
     def __post_init__(self) -> None:
-        block = whole("Fixed: block", self.block, 1)
-        summary = whole("Fixed: summary", self.summary, 1)
-        if summary > block:
+        super().__post_init__()
+        if self.summary > self.block:
             raise bad(
-                f"Fixed: summary is {summary} tokens of a block of {block}",
-                f"Write {block} or fewer.",
+                f"Fixed: summary is {self.summary} tokens of a block of {self.block}",
+                f"Write {self.block} or fewer.",
             )
-        flag("Fixed: causal", self.causal)
-        alignment("Fixed", self.align)
-        store(self, block=block, summary=summary)
 
     def predicate(self, tables: Tables) -> sympy.Basic:
         """``kv // block == q // block`` or ``kv % block >= block - summary``."""

@@ -18,7 +18,7 @@ from sparse_compile.errors import BadPattern
 from sparse_compile.expr.nodes import FloorMod
 from sparse_compile.patterns.base import Tables
 from sparse_compile.patterns.checks import bad
-from sparse_compile.patterns.data import dtype_of, is_tensor, key_of, on_device
+from sparse_compile.patterns.data import dtype_of, is_tensor
 from sparse_compile.patterns.symbolic_ops import OPERATIONS, is_truth
 
 _IN_PLACE = {"__setitem__", *(f"__i{name}__" for name in "add sub mul floordiv mod".split())}
@@ -45,9 +45,8 @@ class Reads:
                 "Compare it before, outside of the function, and read the bools.",
             )
         self.seen.append((tensor, index))
-        dtype = dtype_of(tensor)
-        entry = self.tables.add(("read", key_of(tensor)), dtype, on_device(tensor, dtype))(*index)
-        return Symbolic(sympy.Ne(entry, 0) if dtype == "bool" else entry, self)
+        entry = self.tables.holding(tensor)(*index)
+        return Symbolic(sympy.Ne(entry, 0) if dtype_of(tensor) == "bool" else entry, self)
 
     def expression(self, value: Any) -> Any:
         """An argument of an operation: an expression, or what cannot be one as it is."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -41,12 +42,13 @@ def _reverse(operation: Callable[..., Any]) -> Callable[..., Any]:
     return lambda a, b: operation(b, a)
 
 
-def _add(a: Any, b: Any) -> Any:
-    return sympy.Or(a, b) if is_truth(a) and is_truth(b) else integer(a) + integer(b)
+def _of_both(logic: Callable[..., Any], kind: Callable[..., Any]) -> Callable[..., Any]:
+    """``logic`` of two truth values, ``kind`` of anything else as integers."""
 
+    def operation(a: Any, b: Any) -> Any:
+        return logic(a, b) if is_truth(a) and is_truth(b) else kind(integer(a), integer(b))
 
-def _mul(a: Any, b: Any) -> Any:
-    return sympy.And(a, b) if is_truth(a) and is_truth(b) else integer(a) * integer(b)
+    return operation
 
 
 def _floordiv(a: Any, b: Any) -> Any:
@@ -69,16 +71,6 @@ def _div(a: Any, b: Any, rounding_mode: Any = None) -> Any:
     return _floordiv(a, b)
 
 
-def _equal(a: Any, b: Any) -> Any:
-    if is_truth(a) and is_truth(b):
-        return sympy.Not(sympy.Xor(a, b))
-    return sympy.Eq(integer(a), integer(b))
-
-
-def _unequal(a: Any, b: Any) -> Any:
-    return sympy.Xor(a, b) if is_truth(a) and is_truth(b) else sympy.Ne(integer(a), integer(b))
-
-
 def _and(a: Any, b: Any) -> Any:
     if is_truth(a) and is_truth(b):
         return sympy.And(a, b)
@@ -89,12 +81,12 @@ def _and(a: Any, b: Any) -> Any:
     return FloorMod(a, mask + 1)
 
 
-def _or(a: Any, b: Any) -> Any:
-    return sympy.Or(_bool_only(a), _bool_only(b))
+def _both_or_neither(a: Any, b: Any) -> Any:
+    return sympy.Not(sympy.Xor(a, b))
 
 
-def _xor(a: Any, b: Any) -> Any:
-    return sympy.Xor(_bool_only(a), _bool_only(b))
+def _of_truths(logic: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda a, b: logic(_bool_only(a), _bool_only(b))
 
 
 def _bool_only(a: Any) -> Any:
@@ -160,14 +152,14 @@ def _filled(value: Any, shape: Any, dtype: Any) -> Any:
 
 
 _BINARY: dict[str, Callable[..., Any]] = {
-    "add": _add,
-    "sub": _arithmetic(lambda a, b: a - b),
-    "mul": _mul,
+    "add": _of_both(sympy.Or, operator.add),
+    "sub": _arithmetic(operator.sub),
+    "mul": _of_both(sympy.And, operator.mul),
     "floordiv": _floordiv,
     "mod": _mod,
     "and": _and,
-    "or": _or,
-    "xor": _xor,
+    "or": _of_truths(sympy.Or),
+    "xor": _of_truths(sympy.Xor),
     "truediv": _div,
 }
 
@@ -179,8 +171,8 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "le": _arithmetic(sympy.Le),
     "gt": _arithmetic(sympy.Gt),
     "ge": _arithmetic(sympy.Ge),
-    "eq": _equal,
-    "ne": _unequal,
+    "eq": _of_both(_both_or_neither, sympy.Eq),
+    "ne": _of_both(sympy.Xor, sympy.Ne),
     "neg": lambda a: -integer(a),
     "pos": lambda a: a,
     "abs": lambda a: sympy.Abs(integer(a)),

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from sparse_compile.expr import KV, B, H, MaskExpr, Q
-from sparse_compile.layout.intervals import Bound, Span
-from sparse_compile.layout.superset import Digits, Problem
+from sparse_compile.layout.bounds import Bound
+from sparse_compile.layout.intervals import Span
+from sparse_compile.layout.superset import Digits, Problem, ProblemShape
 from sparse_compile.layout.table_bounds import BlockBounds
 
 #: The mask that hides nothing.
@@ -57,14 +58,8 @@ class Visible:
 
     @functools.cached_property
     def _bounds(self) -> tuple[Problem, BlockBounds]:
-        problem = Problem.of(
-            self.mask,
-            tuple(map(int, self.sizes)),
-            self.batch,
-            self.heads,
-            (self.n_q, self.n_kv),
-            (self.run_q, self.run_kv),
-        )
+        shape = ProblemShape(self.batch, self.heads, self.n_q, self.n_kv)
+        problem = Problem.of(self.mask, shape, (self.run_q, self.run_kv), self.sizes)
         return problem, BlockBounds(problem, self.tables)
 
     def verdict(self, first: int, end: int) -> tuple[Tensor, Tensor]:

@@ -69,31 +69,15 @@ class AttentionSpec:
     score: ScoreProgram | None = None
 
     @staticmethod
-    def of_units(
-        mask: MaskExpr,
-        unit_q: int = 1,
-        unit_kv: int = 64,
-        empty_rows: EmptyRows = EmptyRows.ZERO,
-        where: tuple[str, ...] = (),
-        score: ScoreProgram | None = None,
-    ) -> AttentionSpec:
+    def of_units(mask: MaskExpr, unit_q: int = 1, unit_kv: int = 64) -> AttentionSpec:
         """Attention to selected keys that the mask allows; arguments as in :class:`Units`."""
-        part = Units(mask.predicate, unit_q, unit_kv)
-        return AttentionSpec(mask, empty_rows, where=where, coverage=(part,), score=score)
+        return AttentionSpec(mask, coverage=(Units(mask.predicate, unit_q, unit_kv),))
 
     @staticmethod
-    def of_listed_blocks(
-        mask: MaskExpr,
-        block_q: int,
-        block_kv: int,
-        empty_rows: EmptyRows = EmptyRows.ZERO,
-        where: tuple[str, ...] = (),
-        score: ScoreProgram | None = None,
-    ) -> AttentionSpec:
+    def of_listed_blocks(mask: MaskExpr, block_q: int, block_kv: int) -> AttentionSpec:
         """:meth:`of_units` where both units are blocks that kernels of blocks take."""
-        blocks = natural(block_q), natural(block_kv)
-        part = View(mask.predicate, *blocks, listed=True)
-        return AttentionSpec(mask, empty_rows, block_q, block_kv, where, (part,), score)
+        part = View(mask.predicate, natural(block_q), natural(block_kv), listed=True)
+        return AttentionSpec(mask, block_q=block_q, block_kv=block_kv, coverage=(part,))
 
     def with_units(self, mask: MaskExpr, unit_q: int, unit_kv: int) -> AttentionSpec:
         """This, and selected keys that another mask allows, disjoint from this one.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import json
 from dataclasses import dataclass
 
 from sparse_compile.expr import MaskExpr
 from sparse_compile.spec.indexer import Step
+from sparse_compile.spec.json_text import from_json, to_json
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,7 @@ class BlockScoresSpec:
     @functools.cached_property
     def text(self) -> str:
         """A stable one-line JSON spelling; :meth:`parse` reads it back."""
-        fields = {
-            "size": self.size,
-            "before": self.before,
-            "mask": self.mask.text,
-            "fills": [repr(self.fill), repr(self.padding)],
-            "adds": self.adds,
-        }
-        return json.dumps(fields, separators=(",", ":"))
+        return to_json(self)
 
     @staticmethod
     @functools.lru_cache(maxsize=1024)
@@ -53,8 +46,4 @@ class BlockScoresSpec:
         >>> BlockScoresSpec.parse(spec.text) == spec
         True
         """
-        fields = json.loads(text)
-        before = tuple((name, float(number)) for name, number in fields["before"])
-        fill, padding = map(float, fields["fills"])
-        mask = MaskExpr.parse(fields["mask"])
-        return BlockScoresSpec(fields["size"], before, mask, fill, fields["adds"], padding)
+        return BlockScoresSpec(**from_json(text))

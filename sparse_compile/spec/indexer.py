@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sparse_compile.expr import MaskExpr
+from sparse_compile.spec.json_text import from_json, to_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,15 +68,7 @@ class IndexerSpec:
     @functools.cached_property
     def text(self) -> str:
         """A stable one-line JSON spelling; :meth:`parse` reads it back."""
-        fields = {
-            "before": self.before,
-            "after": self.after,
-            "product": self.product,
-            "mask": self.mask.text,
-            "fill": repr(self.fill),
-            "flags": [self.adds, self.largest, self.is_sorted, self.single],
-        }
-        return json.dumps(fields, separators=(",", ":"))
+        return to_json(self)
 
     @staticmethod
     @functools.lru_cache(maxsize=1024)
@@ -89,11 +81,4 @@ class IndexerSpec:
         >>> IndexerSpec.parse(spec.text) == spec
         True
         """
-        fields = json.loads(text)
-        before, after = (
-            tuple((name, float(number)) for name, number in fields[key])
-            for key in ("before", "after")
-        )
-        mask = MaskExpr.parse(fields["mask"])
-        fill = float(fields["fill"])
-        return IndexerSpec(before, after, fields["product"], mask, fill, *fields["flags"])
+        return IndexerSpec(**from_json(text))

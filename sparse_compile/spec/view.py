@@ -17,6 +17,7 @@ from typing import Any
 import sympy
 
 from sparse_compile.expr import from_text, to_text
+from sparse_compile.spec.json_text import tuples
 
 Extent = tuple[int, int]
 
@@ -118,8 +119,7 @@ class Order:
     @staticmethod
     def of_fields(fields: list[Any]) -> Order:
         """The order with these :attr:`fields`."""
-        box, radices, nesting, windows = fields
-        return Order(tuple(box), tuple(radices), tuple(nesting), tuple(map(tuple, windows)))
+        return Order(*tuples(fields))
 
     def __str__(self) -> str:
         if self.is_natural:

@@ -34,6 +34,7 @@ from sparse_compile.expr import (
 from sparse_compile.expr import size_symbol as size
 from sparse_compile.layout import build_views
 from sparse_compile.layout.from_dense import dense_layout
+from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.spec import AttentionSpec
 from sparse_compile.spec.view import Order, View, natural
 from tests.tolerance import assert_close_as_eager, relative_error
@@ -98,7 +99,7 @@ def bits(case: Case, device: torch.device) -> list[Tensor]:
     generator = torch.Generator().manual_seed(7)
     coarse = torch.rand(1, case.heads[0], 20, 20, generator=generator) < 0.4
     mask = coarse.repeat_interleave(20, 2).repeat_interleave(20, 3)
-    return [*dense_layout(mask[:, :, : case.n[0], : case.n[1]].to(device), 64, 64).tables]
+    return [dense_layout(mask[:, :, : case.n[0], : case.n[1]].to(device), 64, 64).table]
 
 
 CAUSAL = MaskExpr(KV <= Q)
@@ -289,14 +290,7 @@ def check(case: Case, device: torch.device, executor: Executor = triton_executor
         case.mask, block_q=block_q, block_kv=block_kv, coverage=case.views, score=case.score
     )
     layout = build_views(
-        spec,
-        batch=case.batch,
-        heads=case.heads[0],
-        n_q=case.n[0],
-        n_kv=case.n[1],
-        tables=tables,
-        sizes=case.sizes,
-        device=device,
+        spec, ProblemShape(case.batch, case.heads[0], *case.n), tables, case.sizes, device
     )
     mask = dense(case, tables, device)
     call = AttentionCall(q, k, v, tables, case.sizes, [], case.scale, spec, layout=layout)

@@ -31,6 +31,7 @@ from sparse_compile.expr import (
     table,
 )
 from sparse_compile.layout import BlockLayout, BlockLists, Layout, build_layout
+from sparse_compile.layout.superset import Problem, ProblemShape
 from sparse_compile.spec import AttentionSpec
 from sparse_compile.spec.view import natural
 from tests.tolerance import assert_close_as_eager, relative_error
@@ -69,15 +70,13 @@ class Case:
     @property
     def layout(self) -> BlockLayout:
         return build_layout(
-            self.mask,
-            batch=self.batch,
-            heads=self.kv_heads * self.group,
-            n_q=self.n_q,
-            n_kv=self.n_kv,
-            block_q=self.block,
-            block_kv=self.block,
-            tables=self.tables,
-            sizes=self.sizes,
+            Problem.of(
+                self.mask,
+                ProblemShape(self.batch, self.kv_heads * self.group, self.n_q, self.n_kv),
+                (self.block, self.block),
+                self.sizes,
+            ),
+            self.tables,
         )
 
     def dense_mask(self) -> Tensor:

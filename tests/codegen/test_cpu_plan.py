@@ -14,6 +14,7 @@ from sparse_compile.codegen.cpu.segments import segments_of
 from sparse_compile.codegen.cpu.shift import is_shift_invariant
 from sparse_compile.expr import KV, B, FloorDiv, FloorMod, H, MaskExpr, Q, evaluate, table
 from sparse_compile.layout import EMPTY, FULL, PARTIAL, BlockLayout, BlockLists, build_layout
+from sparse_compile.layout.superset import Problem, ProblemShape
 from sparse_compile.spec.view import natural
 
 
@@ -104,7 +105,7 @@ def test_every_block_is_visited_once(
 
 def plan_of(predicate: sympy.Basic, n: int, block: int) -> Plan:
     mask = MaskExpr(predicate)
-    layout = build_layout(mask, batch=1, heads=1, n_q=n, n_kv=n, block_q=block, block_kv=block)
+    layout = build_layout(Problem.of(mask, ProblemShape(1, 1, n, n), (block, block)))
     plan = make_plan(layout, 0)
     check(plan, layout.kinds()[0], n, n, block)
     return plan

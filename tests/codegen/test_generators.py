@@ -16,6 +16,7 @@ from sparse_compile.codegen.kernel import ShapeNeed
 from sparse_compile.codegen.runtime.launch import Refused
 from sparse_compile.errors import NoKernel
 from sparse_compile.expr import KV, MaskExpr, Q
+from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.layout.views.choose import choose_views
 from sparse_compile.spec import AttentionSpec, KernelSpec
 from sparse_compile.spec.block_shape import BlockShape
@@ -78,10 +79,10 @@ def test_generators_are_asked_for_block_shapes() -> None:
     assert known.block_shapes(ShapeNeed(Target("cuda", "sm_90"))) == wide
     assert known.block_shapes(ShapeNeed(Target("cuda", "sm_80")))[0] == BlockShape(64, 64)
     assert known.block_shapes(ShapeNeed(Target("cpu", "interpreter"))) == (BlockShape(32, 32),)
-    spec, _ = choose_views(MaskExpr(KV <= Q), n_q=4096, n_kv=4096, shapes=wide)
+    spec, _ = choose_views(MaskExpr(KV <= Q), ProblemShape(1, 1, 4096, 4096), shapes=wide)
     assert (spec.block_q, spec.block_kv) == (128, 128)
     on_cpu = block_shapes("cpu")
-    spec, _ = choose_views(MaskExpr(KV <= Q), n_q=4096, n_kv=4096, shapes=on_cpu)
+    spec, _ = choose_views(MaskExpr(KV <= Q), ProblemShape(1, 1, 4096, 4096), shapes=on_cpu)
     assert (spec.block_q, spec.block_kv) == (32, 32)
 
 
@@ -104,7 +105,7 @@ def test_an_executor_hands_over_where_a_kernel_does_not_fit(
     monkeypatch.setattr("sparse_compile.codegen.runtime.launch.Launcher.launched", refuse)
     q = torch.randn(1, 1, 64, 16)
     spec = AttentionSpec(MaskExpr(KV <= Q + 1), block_q=32, block_kv=32)
-    layout = build_views(spec, batch=1, heads=1, n_q=64, n_kv=64)
+    layout = build_views(spec, ProblemShape(1, 1, 64, 64))
     with pytest.raises(NoKernel, match="triton: forward: out of resource"):
         executor.forward(AttentionCall(q, q, q, [], [], [], 1.0, spec, layout=layout))
     calls.forget()

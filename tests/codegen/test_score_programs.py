@@ -71,8 +71,8 @@ def test_text_is_read_back(program: ScoreProgram) -> None:
     assert ScoreProgram.parse(program.text) == program
     for spec in (
         AttentionSpec(CAUSAL, score=program),
-        AttentionSpec.of_units(CAUSAL, score=program),
-        AttentionSpec.of_listed_blocks(CAUSAL, 64, 64, score=program),
+        replace(AttentionSpec.of_units(CAUSAL), score=program),
+        replace(AttentionSpec.of_listed_blocks(CAUSAL, 64, 64), score=program),
         AttentionSpec(CAUSAL, score=program).with_units(MaskExpr(KV > Q), 1, 16),
     ):
         assert AttentionSpec.parse(spec.text) == spec

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import sympy
 
@@ -28,7 +30,7 @@ def spec_of(
     arch: str = "sm_90",
     value_dim: int | None = None,
 ) -> SelectedKernelSpec:
-    selected = AttentionSpec.of_units(mask, unit_q, unit_kv, where=("model.py:12",))
+    selected = replace(AttentionSpec.of_units(mask, unit_q, unit_kv), where=("model.py:12",))
     shared = value_dim is not None
     value_dim = value_dim or dim
     return SelectedKernelSpec(selected, dim, value_dim, dtype, arch, members, shared)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparse_compile.codegen.triton.layout.build import DeviceProblem
 from sparse_compile.expr import KV, B, FloorDiv, FloorMod, MaskExpr, Q, table
-from sparse_compile.layout.superset import Problem
+from sparse_compile.layout.superset import Problem, ProblemShape
 from sparse_compile.spec.view import Order, natural
 from tests.layout.device_cases import CASES, DeviceCase, check, near, residues
 
@@ -85,7 +85,7 @@ def test_a_layout_of_a_million_tokens_takes_milliseconds(name: str) -> None:
     predicate, order = PATTERNS[name]
     for n, limit in ((65536, None), (1 << 20, 10e-3)):
         mask = MaskExpr(predicate, ("int64",))
-        given = Problem.of(mask, (), 1, 8, (n, n), (order, order))
+        given = Problem.of(mask, ProblemShape(1, 8, n, n), (order, order))
         tables = [unequal_documents(n, 1024)]
 
         def both(given: Problem = given, tables: list[Tensor] = tables) -> None:

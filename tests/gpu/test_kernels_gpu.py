@@ -11,6 +11,7 @@ from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.codegen.triton.blocks import executor
 from sparse_compile.layout import build_views, unpack
 from sparse_compile.layout.lists import lists_of
+from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.spec import AttentionSpec
 from tests.codegen.kernel_cases import (
     CASES,
@@ -77,10 +78,10 @@ def _run(case: Case) -> list[torch.Tensor]:
         for n in (case.n[0], case.n[1], case.n[1])
     )
     spec = AttentionSpec(case.mask)
-    shape = {"batch": 1, "heads": 2, "n_q": case.n[0], "n_kv": case.n[1], "sizes": case.sizes}
-    layout = build_views(spec, **shape, device=device)
+    shape = ProblemShape(1, 2, *case.n)
+    layout = build_views(spec, shape, sizes=case.sizes, device=device)
     # As the operators get it: views into what a graph holds.
-    layout = unpack(spec, lists_of(layout, 2, device), **shape)
+    layout = unpack(spec, lists_of(layout, 2, device), shape, sizes=case.sizes)
     call = AttentionCall(q, k, v, [], case.sizes, [], 0.1, spec, layout=layout)
     out, lse = executor.forward(call)
     grads = executor.backward(call, AttentionResult(out, lse, torch.ones_like(out)))

@@ -8,11 +8,12 @@ import torch
 
 from sparse_compile.expr import KV, B, FloorDiv, H, MaskExpr, Q, size_symbol, table
 from sparse_compile.layout import BlockLayout, build_layout, mask_pairs, picture
+from sparse_compile.layout.superset import Problem, ProblemShape
 from tests.gpu.waiting import no_waiting
 
 T0, T1 = table(0), table(1)
 BATCH, HEADS, TOKENS = 3, 4, 1000
-SHAPE = dict(batch=BATCH, heads=HEADS, n_q=TOKENS, n_kv=TOKENS, block_q=64, block_kv=32)
+SHAPE, BLOCKS = ProblemShape(BATCH, HEADS, TOKENS, TOKENS), (64, 32)
 DTYPES = ("int64", "int32")
 
 PREDICATES = {
@@ -45,13 +46,13 @@ def equal(left: BlockLayout, right: BlockLayout) -> bool:
 @pytest.mark.parametrize("name", PREDICATES)
 def test_the_gpu_builds_what_the_cpu_builds_without_synchronising(name: str) -> None:
     mask = MaskExpr(PREDICATES[name], DTYPES, 1)
-    arguments = dict(**SHAPE, sizes=[100])
-    expected = build_layout(mask, **arguments, tables=tables())
+    problem = Problem.of(mask, SHAPE, BLOCKS, [100])
+    expected = build_layout(problem, tables())
     on_device = [entry.cuda() for entry in tables()]
     # The first call moves the superset to the device, once.
-    build_layout(mask, **arguments, tables=on_device, device="cuda")
+    build_layout(problem, on_device, device="cuda")
     with no_waiting():
-        layout = build_layout(mask, **arguments, tables=on_device, device="cuda")
+        layout = build_layout(problem, on_device, device="cuda")
         packed = layout.pack()
     assert packed.is_cuda
     assert equal(layout, expected)
@@ -64,15 +65,16 @@ def test_a_captured_build_follows_its_tables() -> None:
     """In a CUDA graph: new documents in the same storage give a new layout on replay."""
     mask = MaskExpr(PREDICATES["documents"], ("int64",))
     documents = tables()[0].cuda()
+    problem = Problem.of(mask, SHAPE, BLOCKS)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        build_layout(mask, **SHAPE, tables=[documents], device="cuda")
+        build_layout(problem, [documents], device="cuda")
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        layout = build_layout(mask, **SHAPE, tables=[documents], device="cuda")
+        layout = build_layout(problem, [documents], device="cuda")
     changed = (torch.arange(TOKENS) // 90).expand(BATCH, TOKENS)
     documents.copy_(changed)
     graph.replay()
-    assert equal(layout, build_layout(mask, **SHAPE, tables=[changed]))
+    assert equal(layout, build_layout(problem, [changed]))

@@ -13,7 +13,7 @@ from sparse_compile.codegen.triton.layout.build import DeviceProblem
 from sparse_compile.expr import KV, B, FloorDiv, FloorMod, H, MaskExpr, Q, size_symbol, table
 from sparse_compile.layout.block_layout import BlockLists
 from sparse_compile.layout.build import build_layout
-from sparse_compile.layout.superset import Problem
+from sparse_compile.layout.superset import Problem, ProblemShape
 from sparse_compile.spec.view import Order, natural
 
 S0 = size_symbol(0)
@@ -62,11 +62,6 @@ class DeviceCase:
         pairs = numbers(2, -(-n // 16), -(-n // 16)).to(torch.int32)
         found = [documents, padding, windows, torch.tensor(11), pairs]
         return [entry.to(device) for entry in found]
-
-    def arguments(self, device: torch.device) -> dict[str, Any]:
-        names = ("batch", "heads", "n_q", "n_kv")
-        shape = {name: getattr(self, name) for name in names}
-        return {**shape, "tables": self.tables(device), "sizes": [self.size]}
 
 
 def residues(period: int, block: int) -> Order:
@@ -136,10 +131,9 @@ def entries(lists: BlockLists) -> list[Tensor]:
 
 def check(case: DeviceCase, device: torch.device) -> None:
     """The lists of the device are those of the CPU, and the host knows how long they are."""
-    arguments = case.arguments(torch.device("cpu"))
-    expected = build_layout(case.mask, **arguments, block_q=case.q, block_kv=case.kv)
-    shape = (case.size,), case.batch, case.heads, (case.n_q, case.n_kv), (case.q, case.kv)
-    given = Problem.of(case.mask, *shape)
+    shape = ProblemShape(case.batch, case.heads, case.n_q, case.n_kv)
+    given = Problem.of(case.mask, shape, (case.q, case.kv), [case.size])
+    expected = build_layout(given, case.tables(torch.device("cpu")))
     problem = DeviceProblem.of(given, case.tables(device), device, case.span)
     for lists, wanted in ((problem.rows(), expected.rows), (problem.cols(), expected.cols)):
         assert all(tensor.dtype == torch.int32 for tensor in lists.tensors())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparse_compile.codegen.triton.layout import compact_kernel, dense_kernel
-from sparse_compile.layout import from_dense
+from sparse_compile.layout.entries import VisitedBlocks
 from tests.layout.dense_cases import CASES, DenseCase, check_pass
 
 pytestmark = pytest.mark.usefixtures("interpreted_kernels")
@@ -28,8 +28,10 @@ def test_case(case: DenseCase) -> None:
     _, kinds, biased = found
     rows, cols, is_biased = compact_kernel.compacted(kinds, biased)
     assert is_biased == bool(biased)
-    for lists, expected in ((rows, kinds), (cols, kinds.mT)):
-        wanted = from_dense._lists(expected)
+    classes, q, kv = kinds.nonzero().unbind(1)
+    visited = VisitedBlocks(classes, q, kv, kinds[classes, q, kv])
+    expected = visited.lists(len(kinds), tuple(kinds.shape[1:]))
+    for lists, wanted in zip((rows, cols), expected, strict=True):
         assert lists.load is not None
         assert torch.equal(lists.start.long().diff(), lists.load.lines)
         for mine, its in zip(lists.tensors(), wanted.tensors(), strict=True):

@@ -10,7 +10,7 @@ from sparse_compile.codegen.triton.layout.build import DeviceProblem
 from sparse_compile.expr import KV, MaskExpr, Q
 from sparse_compile.layout import trusted
 from sparse_compile.layout.builders import BUILDERS
-from sparse_compile.layout.superset import Problem
+from sparse_compile.layout.superset import Problem, ProblemShape
 from tests.handed_in import serve_the_cpu
 from tests.layout.device_cases import CASES, DeviceCase, check
 
@@ -38,7 +38,7 @@ def test_no_room_is_taken_where_lines_are_many(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_nothing_to_attend_to() -> None:
-    given = Problem.of(MaskExpr(KV <= Q), (), 1, 1, (20, 0), (8, 8))
+    given = Problem.of(MaskExpr(KV <= Q), ProblemShape(1, 1, 20, 0), (8, 8))
     problem = DeviceProblem.of(given, [], CPU)
     rows, cols = problem.rows(), problem.cols()
     assert rows.counts.tolist() == [[[0, 0]] * 3]
@@ -52,14 +52,14 @@ CPU = torch.device("cpu")
 
 
 def window(n: int) -> Problem:
-    return Problem.of(WINDOW, (), 1, 1, (n, n), (8, 8))
+    return Problem.of(WINDOW, ProblemShape(1, 1, n, n), (8, 8))
 
 
 def test_kernels_are_tried_before_they_are_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trusted, "_TRUSTED", {})
     serve_the_cpu(BUILDERS, monkeypatch)
     problem = window(100)
-    layout = trusted.device_layout(problem, WINDOW, [], CPU)
+    layout = trusted.device_layout(problem, [], CPU)
     assert list(trusted._TRUSTED.values()) == [True]
     assert torch.equal(layout.kinds(), trusted._by_cpu(problem, []).kinds())
     assert layout.rows.load is not None
@@ -79,7 +79,7 @@ def test_kernels_that_are_wrong_are_not_used(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(DeviceProblem, "rows", wrong)
     problem = window(100)
     with pytest.warns(UserWarning, match="the CPU lists them"):
-        layout = trusted.device_layout(problem, WINDOW, [], CPU)
+        layout = trusted.device_layout(problem, [], CPU)
     assert torch.equal(layout.kinds(), trusted._by_cpu(problem, []).kinds())
     assert layout.rows.load is not None
     assert layout.cols.load is not None

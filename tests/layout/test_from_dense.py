@@ -14,23 +14,23 @@ from torch import Tensor
 from sparse_compile.errors import BadPattern
 from sparse_compile.expr import evaluate
 from sparse_compile.layout import from_dense, tensor_state
-from sparse_compile.layout.from_dense import DenseBlocks, DenseMask, dense_layout, remembered
+from sparse_compile.layout.from_dense import DenseBlocks, dense_layout, remembered
 from tests.layout.dense_cases import CASES, DenseCase, check_pass, expected_kinds
 from tests.layout.test_build import check_lists, check_transpose
 
 CPU = torch.device("cpu")
 
 
-def read(found: DenseMask) -> Tensor:
+def read(found: DenseBlocks) -> Tensor:
     """What the predicate and the tables of a mask say."""
-    *outer, n_q, n_kv = found.mask.shape
+    outer, (n_q, n_kv) = found.table.shape[:2], (found.layout.n_q, found.layout.n_kv)
     where = {"q": torch.arange(n_q)[:, None], "kv": torch.arange(n_kv)}
     where["b"], where["h"] = torch.meshgrid(*map(torch.arange, outer), indexing="ij")
     where["b"], where["h"] = where["b"][..., None, None], where["h"][..., None, None]
-    return evaluate(found.expr, where, n_q, n_kv, found.tables).expand(found.mask.shape)
+    return evaluate(found.expr, where, n_q, n_kv, [found.table]).expand(*outer, n_q, n_kv)
 
 
-def check_dense(mask: Tensor, block: tuple[int, int]) -> DenseMask:
+def check_dense(mask: Tensor, block: tuple[int, int]) -> DenseBlocks:
     found = dense_layout(mask, *block)
     four = mask[(None,) * (4 - mask.dim())]
     attends = four if mask.dtype == torch.bool else four != float("-inf")
@@ -68,9 +68,8 @@ def test_random_masks(
     mask = coarse.repeat_interleave(10, -1).repeat_interleave(10, -2)[..., :n_q, :n_kv]
     found = check_dense(mask, (block_q, block_kv))
     found.check()
-    packed = found.layout.pack()
     layout = found.layout
-    again = type(layout).unpack(packed, n_q, n_kv, block_q, block_kv, layout.batches, layout.heads)
+    again = layout.unpacked(layout.pack())
     assert torch.equal(again.kinds(), layout.kinds())
 
 
@@ -78,7 +77,7 @@ def test_bands_of_rows_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     case = DenseCase(90, 70, heads=2, dtype=torch.float32, bias=1.0)
     monkeypatch.setattr(from_dense, "_ENTRIES_AT_ONCE", 16 * 70 * 2 * 2)
     check_dense(case.mask(CPU), case.block)
-    assert dense_layout(case.mask(CPU), *case.block).blocks.biased
+    assert dense_layout(case.mask(CPU), *case.block).biased
 
 
 def test_expanded_dimensions_share_one_class() -> None:
@@ -124,7 +123,7 @@ def test_bytes_that_are_neither_0_nor_1() -> None:
 
 def kept(mask: Tensor, *block: int) -> DenseBlocks:
     """The blocks of a mask that is stable."""
-    return remembered(mask, block, lambda: dense_layout(mask, *block).blocks)
+    return remembered(mask, block, lambda: dense_layout(mask, *block))
 
 
 def test_the_cache_follows_the_tensor() -> None:

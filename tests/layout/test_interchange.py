@@ -25,6 +25,7 @@ from sparse_compile.layout.interop.interchange import (
     to_coo,
     to_torch_sparse,
 )
+from sparse_compile.layout.superset import Problem, ProblemShape
 from sparse_compile.spec.view import Order
 from tests.layout.test_build import check_lists, check_transpose
 
@@ -104,10 +105,7 @@ def test_a_list_of_blocks_and_back(case: RandomLayout) -> None:
     assert torch.equal(layout.kinds(), case.kinds())
     check_lists(layout)
     check_transpose(layout)
-    again = BlockLayout.unpack(
-        layout.pack(), case.n_q, case.n_kv, *case.block, case.batches, case.heads
-    )
-    assert equal(layout, again)
+    assert equal(layout, layout.unpacked(layout.pack()))
     visited = to_coo(layout)
     assert torch.equal(torch.stack(visited[:3], 1), case.kinds().nonzero())
     shape = {"batches": case.batches, "heads": case.heads, "classes": visited.classes}
@@ -179,9 +177,13 @@ def test_flex_attention_finds_the_same_blocks(name: str, lengths: tuple[int, int
     theirs = create_block_mask(mask_mod, batch, heads, *lengths, device="cpu", BLOCK_SIZE=16)
     dtypes = ("int64",) if name == "documents" else ()
     ours = build_layout(
-        MaskExpr(predicate, dtypes), batch=batch or 1, heads=heads or 1, n_q=lengths[0],
-        n_kv=lengths[1], block_q=16, block_kv=16, tables=[DOCUMENTS] * len(dtypes),
-    )  # fmt: skip
+        Problem.of(
+            MaskExpr(predicate, dtypes),
+            ProblemShape(batch or 1, heads or 1, lengths[0], lengths[1]),
+            (16, 16),
+        ),
+        [DOCUMENTS] * len(dtypes),
+    )
     found = from_block_mask(theirs)
     assert torch.equal(found.kinds(), ours.kinds())
     assert (found.batches, found.heads) == (ours.batches, ours.heads)

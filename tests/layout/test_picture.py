@@ -4,12 +4,11 @@ import sympy
 
 from sparse_compile.expr import KV, H, MaskExpr, Q
 from sparse_compile.layout import build_layout, picture
+from sparse_compile.layout.superset import Problem, ProblemShape
 
 
 def layout(mask: MaskExpr, tokens: int, block: int = 16):
-    return build_layout(
-        mask, batch=1, heads=2, n_q=tokens, n_kv=tokens, block_q=block, block_kv=block
-    )
+    return build_layout(Problem.of(mask, ProblemShape(1, 2, tokens, tokens), (block, block)))
 
 
 def test_a_large_grid_is_drawn_smaller() -> None:

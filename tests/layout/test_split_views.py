@@ -28,7 +28,8 @@ from sparse_compile.expr import (
     evaluate,
     table,
 )
-from sparse_compile.layout import Problem, build_layout, mask_pairs
+from sparse_compile.layout import build_layout, mask_pairs
+from sparse_compile.layout.superset import Problem, ProblemShape
 from sparse_compile.layout.views import split_views as module
 from sparse_compile.layout.views.split_views import Search, Split, split_views
 from sparse_compile.layout.views.terms import MOST_TERMS, periods, terms, window_of, without
@@ -93,9 +94,8 @@ def check_layout(view: View, own: Tensor) -> None:
     mask = masks(view.predicate)
     tables = [documents(n_q, n_kv)] if mask.tables else []
     layout = build_layout(
-        mask, batch=1, heads=HEADS, n_q=n_q, n_kv=n_kv, block_q=view.q, block_kv=view.kv,
-        tables=tables,
-    )  # fmt: skip
+        Problem.of(mask, ProblemShape(1, HEADS, n_q, n_kv), (view.q, view.kv)), tables
+    )
     assert mask_pairs(mask, layout, 1, HEADS, tables) == int(own.sum())
 
 
@@ -155,17 +155,16 @@ def test_every_split_is_the_mask(
     predicate: sympy.Basic, n_q: int, n_kv: int, random: Random
 ) -> None:
     """Whatever orders the terms take; which they are is a matter of cost."""
-    blocks = Blocks(8, 8, n_q, n_kv)
-    search = Search(masks(predicate), blocks, (), HEADS, 1)
+    search = Search(masks(predicate), ProblemShape(1, HEADS, n_q, n_kv), (8, 8))
     parts = terms(predicate)
-    assignment = tuple(random.choice(list(candidates(part, blocks))) for part in parts)
+    assignment = tuple(random.choice(list(candidates(part, search.blocks))) for part in parts)
     check_contract(predicate, search.views(parts, assignment), n_q, n_kv, 8)
 
 
 @settings(max_examples=40, deadline=None)
 @given(predicates(), LENGTHS, LENGTHS)
 def test_splits_that_do_not_pay_are_right(predicate: sympy.Basic, n_q: int, n_kv: int) -> None:
-    search = Search(masks(predicate), Blocks(8, 8, n_q, n_kv), (), HEADS, 1)
+    search = Search(masks(predicate), ProblemShape(1, HEADS, n_q, n_kv), (8, 8))
     for views in search.splits():
         check_contract(predicate, views, n_q, n_kv, 8)
 
@@ -176,7 +175,9 @@ def test_a_split_holds_for_other_lengths(
     predicate: sympy.Basic, n: int, n_q: int, n_kv: int
 ) -> None:
     with mock.patch.object(module, "MERGE_PAIRS", 0), mock.patch.object(module, "REORDERED", 0.5):
-        split = split_views.__wrapped__(masks(predicate), n_q=n, n_kv=n, block=(8, 8), heads=HEADS)
+        split = split_views.__wrapped__(
+            masks(predicate), ProblemShape(1, HEADS, n, n), block=(8, 8)
+        )
     check_contract(predicate, split.views, n_q, n_kv, 8)
 
 
@@ -208,11 +209,13 @@ def test_a_window_is_implied(predicate: sympy.Basic, side: sympy.Symbol, period:
 def test_small_problems_are_counted_exactly(predicate: sympy.Basic, n_q: int, n_kv: int) -> None:
     mask = masks(predicate)
     for orders in list(candidates(predicate, Blocks(8, 8, n_q, n_kv)))[:6]:
-        problem = Problem.of(MaskExpr(predicate, mask.tables), (), 1, HEADS, (n_q, n_kv), orders)
+        problem = Problem.of(
+            MaskExpr(predicate, mask.tables), ProblemShape(1, HEADS, n_q, n_kv), orders
+        )
         if mask.tables:
             continue
         layout = build_layout(
-            mask, batch=1, heads=HEADS, n_q=n_q, n_kv=n_kv, block_q=orders[0], block_kv=orders[1]
+            Problem.of(mask, ProblemShape(1, HEADS, n_q, n_kv), (orders[0], orders[1]))
         )
         found = visits(problem, accuracy=1000)
         assert found.pairs == pytest.approx(layout.nnz_blocks * 64 / layout.classes)
@@ -297,7 +300,7 @@ def allowed_per_query(predicate: sympy.Basic, n: int, heads: int) -> float:
 def test_masks_are_split_as_expected(name: str) -> None:
     predicate, expected = EXPECTED[name]
     begin = time.process_time()
-    split = split_views.__wrapped__(masks(predicate), n_q=N, n_kv=N, block=None, heads=16)
+    split = split_views.__wrapped__(masks(predicate), ProblemShape(1, 16, N, N), block=None)
     # Usually a fifth of it; the machine may be busy.
     assert time.process_time() - begin < 4
     assert [(view.q, view.kv) for view in split.views] == expected
@@ -320,13 +323,13 @@ TEXTS = {
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_views_in_words(name: str) -> None:
-    split = split_views(masks(EXPECTED[name][0]), n_q=N, n_kv=N, block=(64, 64))
+    split = split_views(masks(EXPECTED[name][0]), ProblemShape(1, 1, N, N), block=(64, 64))
     assert split.texts == TEXTS[name]
     assert f"{split.cost.visited:.0f} pairs" in split.cost.why
 
 
 def split_at(predicate: sympy.Basic, n_q: int, n_kv: int, block: int = 64) -> Split:
-    return split_views(masks(predicate), n_q=n_q, n_kv=n_kv, block=(block, block))
+    return split_views(masks(predicate), ProblemShape(1, 1, n_q, n_kv), block=(block, block))
 
 
 @pytest.mark.parametrize("lengths", [(1000, 1000), (999, 1777), (3001, 1000)])
@@ -364,13 +367,12 @@ def test_views_visit_no_empty_block(name: str) -> None:
     """And every full block is known to be."""
     predicate, n, count = SMALL[name]
     with mock.patch.object(module, "MERGE_PAIRS", 2):
-        split = split_views.__wrapped__(masks(predicate), n_q=n, n_kv=n, block=(16, 16))
+        split = split_views.__wrapped__(masks(predicate), ProblemShape(1, 1, n, n), block=(16, 16))
     assert len(split.views) == count
     for view in split.views:
         layout = build_layout(
-            masks(view.predicate), batch=1, heads=1, n_q=n, n_kv=n,
-            block_q=view.q, block_kv=view.kv,
-        )  # fmt: skip
+            Problem.of(masks(view.predicate), ProblemShape(1, 1, n, n), (view.q, view.kv))
+        )
         q, kv = torch.tensor(view.q.tokens(n)), torch.tensor(view.kv.tokens(n))
         padded = torch.zeros(int(q.max()) + 1, int(kv.max()) + 1, dtype=torch.bool)
         padded[:n, :n] = dense(view.predicate, n, n)[0]
@@ -394,11 +396,11 @@ def test_one_query_reads_few_keys() -> None:
 
 def test_block_shapes() -> None:
     band = masks(sympy.Abs(Q - KV) <= 2)
-    assert split_views(band, n_q=N, n_kv=N, block=None).views[0].q == natural(32)
-    assert split_views(band, n_q=N, n_kv=N, block=None, shapes=block_shapes("cpu")).views[
-        0
-    ].q == natural(32)
-    wide = split_views(masks(STRIDED), n_q=N, n_kv=N, block=(128, 64))
+    shape = ProblemShape(1, 1, N, N)
+    assert split_views(band, shape, block=None).views[0].q == natural(32)
+    found = split_views(band, shape, block=None, shapes=block_shapes("cpu"))
+    assert found.views[0].q == natural(32)
+    wide = split_views(masks(STRIDED), ProblemShape(1, 1, N, N), block=(128, 64))
     assert [(view.q.block, view.kv.block) for view in wide.views] == [(128, 64)] * 2
     assert wide.views[1].q == residues(128, 128)
 
@@ -415,9 +417,9 @@ def test_heads_of_many_strides() -> None:
         for h in range(12)
     ]
     begin = time.process_time()
-    split = split_views(masks(sympy.Or(*parts)), n_q=4096, n_kv=4096, block=(64, 64), heads=12)
+    split = split_views(masks(sympy.Or(*parts)), ProblemShape(1, 12, 4096, 4096), block=(64, 64))
     assert time.process_time() - begin < 8
-    search = Search(masks(sympy.Or(*parts[:HEADS])), Blocks(8, 8, 70, 70), (), HEADS, 1)
+    search = Search(masks(sympy.Or(*parts[:HEADS])), ProblemShape(1, HEADS, 70, 70), (8, 8))
     for views in search.splits():
         check_contract(search.mask.predicate, views, 70, 70, 8)
     assert split.cost.total <= split.cost.plain

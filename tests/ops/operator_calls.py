@@ -23,6 +23,7 @@ from sparse_compile import patterns as P
 from sparse_compile.codegen.generators import block_shapes
 from sparse_compile.expr import KV, B, FloorDiv, FloorMod, H, MaskExpr, Q, dense_bit, table
 from sparse_compile.layout.dense_tables import DenseRead
+from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.layout.views.choose import choose_views
 from sparse_compile.ops.selection import name_selecting
 
@@ -120,7 +121,7 @@ def problems() -> st.SearchStrategy[Problem]:
 
 @functools.lru_cache(maxsize=1024)
 def _spec(mask: MaskExpr, policy: EmptyRows) -> AttentionSpec:
-    spec, _ = choose_views(mask, n_q=200, n_kv=200, shapes=block_shapes("cpu"), block=(64, 64))
+    spec, _ = choose_views(mask, ProblemShape(1, 1, 200, 200), (64, 64), block_shapes("cpu"))
     return replace(spec, empty_rows=policy)
 
 
@@ -164,7 +165,8 @@ def selected_calls(problem: Problem) -> Iterator[Call]:
         given = torch.randint(-1, units + 1, (problem.batch, problem.kv_heads, rows, 3))
         yield OPS.canonical_selection, (given, units)
         index, count = canonical(given, units)
-        alone = AttentionSpec.of_units(MASKS[name], unit_q, unit_kv, problem.policy)
+        alone = AttentionSpec.of_units(MASKS[name], unit_q, unit_kv)
+        alone = replace(alone, empty_rows=problem.policy)
         beside = MaskExpr(sympy.Not(MASKS[name].predicate) & NEAR)
         both = _spec(beside, problem.policy).with_units(MASKS[name], unit_q, unit_kv)
         for spec in (alone, both):

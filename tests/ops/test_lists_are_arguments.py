@@ -13,6 +13,7 @@ from torch import Tensor
 from sparse_compile.expr import KV, B, FloorMod, MaskExpr, Q, table
 from sparse_compile.layout import Layout, Schedule, build_views, layout, lists, schedule
 from sparse_compile.layout.lists import listed_views, lists_of, unpack
+from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.layout.views.choose import choose_views
 from sparse_compile.ops import ATTENTION, LAYOUT
 from sparse_compile.ops.attention import attention_backward
@@ -20,7 +21,7 @@ from sparse_compile.spec import AttentionSpec
 
 CPU = torch.device("cpu")
 BATCH, HEADS, KV_HEADS, N = 2, 4, 2, 500
-SHAPE = {"batch": BATCH, "heads": HEADS, "n_q": N, "n_kv": N}
+SHAPE = ProblemShape(BATCH, HEADS, N, N)
 WORKERS = 64
 
 MASKS = {
@@ -33,7 +34,7 @@ MASKS = {
 
 
 def spec_of(mask: MaskExpr) -> AttentionSpec:
-    return choose_views(mask, n_q=2000, n_kv=2000, block=(16, 16))[0]
+    return choose_views(mask, ProblemShape(1, 1, 2000, 2000), (16, 16))[0]
 
 
 def tables_of(mask: MaskExpr) -> list[Tensor]:
@@ -41,7 +42,7 @@ def tables_of(mask: MaskExpr) -> list[Tensor]:
 
 
 def built(mask: MaskExpr) -> Layout:
-    return build_views(spec_of(mask), **SHAPE, tables=tables_of(mask))
+    return build_views(spec_of(mask), SHAPE, tables=tables_of(mask))
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def listed() -> Layout:
     spec = AttentionSpec.of_listed_blocks(MaskExpr(KV <= Q), 64, 64)
     index = torch.arange(3, dtype=torch.int32).expand(BATCH, KV_HEADS, 8, 3).contiguous()
     count = torch.full((BATCH, KV_HEADS, 8), 3, dtype=torch.int32)
-    return listed_views(spec, (BATCH, HEADS, N, N), [], [], [index, count])
+    return listed_views(spec, SHAPE, [], [], [index, count])
 
 
 LAYOUTS: dict[str, Callable[[], Layout]] = {
@@ -74,7 +75,7 @@ def same(a: Schedule, b: Schedule) -> bool:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_what_is_unpacked_is_what_was_built(name: str) -> None:
     made = LAYOUTS[name]()
-    again = unpack(made.spec, lists_of(made, KV_HEADS, CPU), **SHAPE)
+    again = unpack(made.spec, lists_of(made, KV_HEADS, CPU), SHAPE)
     for view, its in zip(again.views, made.views, strict=True):
         assert torch.equal(view.kinds(), its.kinds())
         for c in range(view.classes):
@@ -98,7 +99,7 @@ def test_rows_are_split_and_sections_several() -> None:
 def test_kernels_get_aligned_lists(name: str) -> None:
     """They are compiled once for all lengths, and read 16 bytes at a time."""
     made = LAYOUTS[name]()
-    again = unpack(made.spec, lists_of(made, KV_HEADS, CPU), **SHAPE)
+    again = unpack(made.spec, lists_of(made, KV_HEADS, CPU), SHAPE)
     found = [t for view in again.views for t in view.rows.tensors()]
     found += [t for view in again.views if not view.listed for t in view.cols.tensors()]
     works = [work for axis in ("q", "kv") for work in again.schedules(axis, 1, 1, CPU)]

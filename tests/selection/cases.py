@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -93,7 +93,9 @@ class Case:
 
     @property
     def spec(self) -> AttentionSpec:
-        return AttentionSpec.of_units(self.mask, self.unit_q, self.unit_kv, score=self.score)
+        return replace(
+            AttentionSpec.of_units(self.mask, self.unit_q, self.unit_kv), score=self.score
+        )
 
     def dense_mask(self) -> Tensor:
         """bool [B, Hq, n_q, n_kv]: selected, and allowed by the mask."""

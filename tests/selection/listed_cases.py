@@ -12,6 +12,7 @@ from torch import Tensor
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.expr import KV, B, H, MaskExpr, Q, table
 from sparse_compile.layout import unpack
+from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.ops import LAYOUT
 from sparse_compile.spec import AttentionSpec
 from tests.selection.cases import Case, eager
@@ -81,8 +82,8 @@ def check_listed(executor: Any, case: Listed, device: torch.device, dtype: torch
     operands = [t.to(device) for t in case.operands(dtype)]
     *inputs, grad = operands
     tables, packed = case.tables(device), case.packed(device)
-    shape = {"batch": case.batch, "heads": case.q_heads, "n_q": case.n_q, "n_kv": case.n_kv}
-    layout = unpack(case.blocks, packed, **shape, tables=tables)
+    shape = ProblemShape(case.batch, case.q_heads, case.n_q, case.n_kv)
+    layout = unpack(case.blocks, packed, shape, tables=tables)
     call = AttentionCall(*inputs, tables, [], [], case.factor, case.blocks, layout=layout)
     out, lse = executor.forward(call)
     found = [out, *executor.backward(call, AttentionResult(out, lse, grad))]

@@ -7,6 +7,7 @@ import torch
 
 from sparse_compile.codegen.cpu import views
 from sparse_compile.layout import FULL, unpack
+from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.ops import ATTENTION, LAYOUT
 from sparse_compile.spec import are_blocks
 from tests.selection.listed_cases import LISTED, Listed, check_listed
@@ -22,8 +23,8 @@ def test_equals_the_dense_definition(case: Listed, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("case", LISTED, ids=str)
 def test_lists_hold_what_is_selected_and_allowed(case: Listed) -> None:
-    shape = {"batch": case.batch, "heads": case.q_heads, "n_q": case.n_q, "n_kv": case.n_kv}
-    (view,) = unpack(case.blocks, case.packed(CPU), **shape, tables=case.tables(CPU)).views
+    shape = ProblemShape(case.batch, case.q_heads, case.n_q, case.n_kv)
+    (view,) = unpack(case.blocks, case.packed(CPU), shape, tables=case.tables(CPU)).views
     mask, kinds = case.dense_mask(), view.kinds()
     for c in range(view.classes):
         allowed = mask[c // case.q_heads, c % case.q_heads]
@@ -40,8 +41,8 @@ def test_lists_hold_what_is_selected_and_allowed(case: Listed) -> None:
 
 def test_causal_blocks_before_the_diagonal_are_full() -> None:
     case = LISTED[0]
-    shape = {"batch": case.batch, "heads": case.q_heads, "n_q": case.n_q, "n_kv": case.n_kv}
-    (view,) = unpack(case.blocks, case.packed(CPU), **shape).views
+    shape = ProblemShape(case.batch, case.q_heads, case.n_q, case.n_kv)
+    (view,) = unpack(case.blocks, case.packed(CPU), shape).views
     for line, block, kind in zip(*(t.tolist() for t in view.rows.entries(0)), strict=True):
         assert block <= line
         assert (kind == FULL) == (block < line and line < case.n_q // case.unit_q)

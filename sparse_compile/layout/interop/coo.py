@@ -3,38 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparse_compile.errors import BadPattern
-from sparse_compile.layout.block_layout import FULL, PARTIAL, BlockLayout, BlockLists, existing
-from sparse_compile.layout.superset import line_starts
+from sparse_compile.layout.block_layout import FULL, PARTIAL, BlockGrid, BlockLayout, existing
+from sparse_compile.layout.entries import VisitedBlocks
 from sparse_compile.spec.view import Order, natural
 
 #: Tokens per block, of queries and keys alike or of each; an Order says which tokens those are.
 Block = int | Order | tuple[int | Order, int | Order]
-
-
-class VisitedBlocks(NamedTuple):
-    """The visited blocks of a layout as coordinates; int64 [visited] each.
-
-    Attributes:
-        classes: the (batch, head) class, ``(b % batches) * heads + h % heads``.
-        q_blocks: the query block.
-        kv_blocks: the key block.
-        kinds: PARTIAL or FULL.
-    """
-
-    classes: Tensor
-    q_blocks: Tensor
-    kv_blocks: Tensor
-    kinds: Tensor
-
-    def select(self, chosen: Tensor) -> VisitedBlocks:
-        """Those where bool [visited] ``chosen`` holds, or at these positions."""
-        return VisitedBlocks(*(part[chosen] for part in self))
 
 
 def from_coo(
@@ -74,21 +53,13 @@ def from_coo(
     [[[1, 0], [2, 1]]]
     """
     q_order, kv_order = orders_of(block)
-    grid = q_order.blocks(n_q), kv_order.blocks(n_kv)
-    visited = _as_lists(q_blocks, kv_blocks, kinds, classes, batches * heads)
-    _check(visited, batches * heads, grid)
-    q, kv = visited.q_blocks, visited.kv_blocks
-    whole = _is_whole(q_order, n_q, q) & _is_whole(kv_order, n_kv, kv)
+    cut = BlockGrid(n_q, n_kv, q_order, kv_order, batches, heads)
+    visited = _as_lists(q_blocks, kv_blocks, kinds, classes, cut.classes)
+    _check(visited, cut.classes, cut.grid)
+    whole_q = _is_whole(q_order, n_q, visited.q_blocks)
+    whole = whole_q & _is_whole(kv_order, n_kv, visited.kv_blocks)
     visited = visited._replace(kinds=torch.where(whole, visited.kinds, PARTIAL))
-    # Every class gets room for the blocks of all of them, so that rows and columns need the same.
-    across = max(grid[1], 1)
-    union = torch.unique(q * across + kv)
-    row_start = line_starts(torch.bincount(union // across, minlength=grid[0]))
-    col_start = line_starts(torch.bincount(union % across, minlength=grid[1]))
-    transposed = visited._replace(q_blocks=kv, kv_blocks=q)
-    rows = _lists(visited, batches * heads, grid[0], row_start)
-    cols = _lists(transposed, batches * heads, grid[1], col_start)
-    return BlockLayout(n_q, n_kv, q_order, kv_order, batches, heads, rows, cols)
+    return cut.layout(*visited.lists(cut.classes, cut.grid))
 
 
 def to_coo(layout: BlockLayout) -> VisitedBlocks:
@@ -107,41 +78,16 @@ def to_coo(layout: BlockLayout) -> VisitedBlocks:
     return VisitedBlocks(classes, q, kv, kinds).select(order)
 
 
-def place_in_group(group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Sizes int64 [groups], and where each entry stands in its group; ``group`` is sorted."""
-    sizes = torch.bincount(group, minlength=groups)
-    first = sizes.cumsum(0) - sizes
-    return sizes, torch.arange(group.numel(), device=group.device) - first[group]
-
-
-def _lists(visited: VisitedBlocks, classes: int, lines: int, start: Tensor) -> BlockLists:
-    full = visited.kinds == FULL
-    line_of_all = visited.classes * lines + visited.q_blocks
-    # By class, line and kind, ascending: sorting by block first keeps that order within a kind.
-    order = visited.kv_blocks.argsort()
-    order = order[(line_of_all * 2 + full)[order].argsort(stable=True)]
-    counts = torch.bincount(line_of_all * 2 + full, minlength=classes * lines * 2)
-    _, place = place_in_group(line_of_all[order], classes * lines)
-    place += start.long()[visited.q_blocks[order]]
-    room = int(start[-1])
-    index = torch.zeros(classes, room, dtype=torch.int32, device=start.device)
-    index[visited.classes[order], place] = visited.kv_blocks[order].to(torch.int32)
-    return BlockLists(start, counts.view(classes, lines, 2).to(torch.int32), index)
-
-
 def orders_of(block: Block) -> tuple[Order, Order]:
     """The orders of queries and keys that a block stands for."""
     sides = block if isinstance(block, tuple) else (block, block)
-    orders = [natural(side) if isinstance(side, int) and side > 0 else side for side in sides]
-    if len(orders) != 2 or not all(isinstance(order, Order) for order in orders):
-        raise BadPattern(
-            f"sparse_compile: {block=} is no block shape. "
-            "Write positive tokens per block: 128, or (block_q, block_kv)."
-        )
-    q, kv = orders
-    assert isinstance(q, Order)
-    assert isinstance(kv, Order)
-    return q, kv
+    match [natural(side) if isinstance(side, int) and side > 0 else side for side in sides]:
+        case [Order() as q, Order() as kv]:
+            return q, kv
+    raise BadPattern(
+        f"sparse_compile: {block=} is no block shape. "
+        "Write positive tokens per block: 128, or (block_q, block_kv)."
+    )
 
 
 def _is_whole(order: Order, n: int, blocks: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sparse_compile.errors import BadPattern
 from sparse_compile.layout.block_layout import FULL, PARTIAL, BlockLayout
-from sparse_compile.layout.interop.coo import VisitedBlocks, from_coo, place_in_group, to_coo
+from sparse_compile.layout.entries import VisitedBlocks, place_in_group
+from sparse_compile.layout.interop.coo import from_coo, to_coo
 from sparse_compile.layout.interop.torch_sparse import (
     from_torch_sparse,
     natural_block,
@@ -87,18 +88,9 @@ def from_block_mask(block_mask: Any) -> BlockLayout:
     parts = [_listed(counts, block_mask.kv_indices, PARTIAL)]
     if block_mask.full_kv_num_blocks is not None:
         parts.append(_listed(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, FULL))
-    visited = VisitedBlocks(*(torch.cat(part) for part in zip(*parts, strict=True)))
-    return from_coo(
-        visited.q_blocks,
-        visited.kv_blocks,
-        visited.kinds,
-        n_q,
-        n_kv,
-        (block_q, block_kv),
-        batches=batches,
-        heads=heads,
-        classes=visited.classes,
-    )
+    classes, q, kv, kinds = (torch.cat(part) for part in zip(*parts, strict=True))
+    block = block_q, block_kv
+    return from_coo(q, kv, kinds, n_q, n_kv, block, batches=batches, heads=heads, classes=classes)
 
 
 def from_deepspeed(layout: Tensor, block: int) -> BlockLayout:

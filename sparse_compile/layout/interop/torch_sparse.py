@@ -11,7 +11,8 @@ from torch import Tensor
 
 from sparse_compile.errors import BadPattern
 from sparse_compile.layout.block_layout import FULL, PARTIAL, BlockLayout
-from sparse_compile.layout.interop.coo import Block, VisitedBlocks, from_coo, orders_of, to_coo
+from sparse_compile.layout.entries import VisitedBlocks
+from sparse_compile.layout.interop.coo import Block, from_coo, orders_of, to_coo
 
 _FORMATS = ("coo", "csr", "bsr")
 
@@ -41,12 +42,10 @@ def to_torch_sparse(layout: BlockLayout, format: str = "coo", index: int | None 
             where, values, (rows, cols), is_coalesced=True, check_invariants=True
         )
     counts = torch.bincount(visited.q_blocks, minlength=rows)
-    start = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    places = torch.nn.functional.pad(counts.cumsum(0), (1, 0)), visited.kv_blocks
     if format == "csr":
         with _no_beta_warning():
-            return torch.sparse_csr_tensor(
-                start, visited.kv_blocks, values, (rows, cols), check_invariants=True
-            )
+            return torch.sparse_csr_tensor(*places, values, (rows, cols), check_invariants=True)
     block_q, block_kv = natural_block(layout, "a BSR tensor")
     if layout.n_q % block_q or layout.n_kv % block_kv:
         raise BadPattern(
@@ -55,10 +54,8 @@ def to_torch_sparse(layout: BlockLayout, format: str = "coo", index: int | None 
         )
     blocks = values[:, None, None].expand(-1, block_q, block_kv).contiguous()
     with _no_beta_warning():
-        size = (layout.n_q, layout.n_kv)
-        return torch.sparse_bsr_tensor(
-            start, visited.kv_blocks, blocks, size, check_invariants=True
-        )
+        size = layout.n_q, layout.n_kv
+        return torch.sparse_bsr_tensor(*places, blocks, size, check_invariants=True)
 
 
 def from_torch_sparse(

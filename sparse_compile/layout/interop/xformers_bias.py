@@ -50,21 +50,14 @@ def from_xformers(bias: Any, shape: tuple[int, int] | None = None) -> Pattern | 
     return _materialized(bias, shape)
 
 
-def _causal(align: str) -> Callable[[Any], Pattern | None]:
-    return lambda bias: Causal(align)
-
-
 def _local(bias: Any) -> Pattern | None:
     left, right = int(bias.window_left), int(bias.window_right)
     return SlidingWindow(left, right, _LOWER_RIGHT) if left or right else None
 
 
-def _causal_local(bias: Any) -> Pattern | None:
-    return _window(int(bias._window_size), _LOWER_RIGHT)
-
-
-def _window(size: int, align: str = "upper_left") -> Pattern | None:
-    """A causal window of ``size`` keys, the query's own among them."""
+def _window(bias: Any, align: str = "upper_left") -> Pattern | None:
+    """A causal window, the query's own key among those that are counted."""
+    size = int(bias._window_size)
     return SlidingWindow(size - 1, 0, align) if size > 1 else None
 
 
@@ -77,12 +70,8 @@ def _documents(bias: Any) -> Documents | None:
     return Documents(_ids(key_starts), q_ids=_ids(starts))
 
 
-def _causal_documents(bias: Any) -> Pattern | None:
-    return _with(_documents(bias), Causal())
-
-
 def _windowed_documents(bias: Any) -> Pattern | None:
-    return _with(_documents(bias), _window(int(bias._window_size)))
+    return _with(_documents(bias), _window(bias))
 
 
 def _with(documents: Documents | None, distance: Pattern | None) -> Pattern | None:
@@ -109,13 +98,13 @@ def _ids(starts: Sequence[int]) -> Tensor:
 
 #: How to read each class; None from one of these means: not a pattern, as it stands.
 _PATTERNS: dict[str, Callable[[Any], Pattern | None]] = {
-    "LowerTriangularMask": _causal("upper_left"),
-    "LowerTriangularFromBottomRightMask": _causal(_LOWER_RIGHT),
-    "LowerTriangularFromBottomRightLocalAttentionMask": _causal_local,
+    "LowerTriangularMask": lambda bias: Causal(),
+    "LowerTriangularFromBottomRightMask": lambda bias: Causal(_LOWER_RIGHT),
+    "LowerTriangularFromBottomRightLocalAttentionMask": lambda bias: _window(bias, _LOWER_RIGHT),
     "LocalAttentionFromBottomRightMask": _local,
     "BlockDiagonalMask": _documents,
-    "BlockDiagonalCausalMask": _causal_documents,
-    "BlockDiagonalCausalFromBottomRightMask": _causal_documents,
+    "BlockDiagonalCausalMask": lambda bias: _with(_documents(bias), Causal()),
+    "BlockDiagonalCausalFromBottomRightMask": lambda bias: _with(_documents(bias), Causal()),
     "BlockDiagonalCausalLocalAttentionMask": _windowed_documents,
     "BlockDiagonalCausalLocalAttentionFromBottomRightMask": _windowed_documents,
 }

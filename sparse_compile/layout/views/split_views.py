@@ -9,12 +9,12 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import sympy
 
 from sparse_compile.expr import MaskExpr
-from sparse_compile.layout.superset import Problem
+from sparse_compile.layout.superset import Problem, ProblemShape
 from sparse_compile.layout.views.terms import periods, terms, without
 from sparse_compile.layout.views.view_candidates import Blocks, Orders, candidates, neighbours
 from sparse_compile.layout.views.view_text import view_text
@@ -87,13 +87,10 @@ class Split:
 @functools.lru_cache(maxsize=256)
 def split_views(
     mask: MaskExpr,
+    shape: ProblemShape,
     *,
-    n_q: int,
-    n_kv: int,
     block: tuple[int, int] | None,
     sizes: tuple[int, ...] = (),
-    heads: int = 1,
-    batch: int = 1,
     shapes: tuple[BlockShape, ...] = GPU_SHAPES,
 ) -> Split:
     """The cheapest views of ``mask``.
@@ -102,27 +99,27 @@ def split_views(
 
     Args:
         mask: the predicate.
-        n_q, n_kv: lengths.
+        shape: of the problem.
         block: queries and keys per block; None to choose.
         sizes: the integers that the mask reads.
-        heads, batch: of the problem; heads counts query heads.
         shapes: the block shapes to choose from, the default first; larger ones never visit fewer
             pairs.
 
     >>> from sparse_compile.expr import KV, FloorMod, Q
     >>> strided = (KV <= Q) & ((Q - KV < 128) | sympy.Eq(FloorMod(Q - KV, 128), 0))
-    >>> split = split_views(MaskExpr(strided), n_q=16384, n_kv=16384, block=(64, 64))
+    >>> shape = ProblemShape(1, 1, 16384, 16384)
+    >>> split = split_views(MaskExpr(strided), shape, block=(64, 64))
     >>> split.texts
     ('plain', 'q and kv by residue mod 128')
     >>> split.views[1].predicate
     (kv <= q) & (-kv + q >= 128) & Eq(FloorMod(-kv + q, 128), 0)
     """
     best: Split | None = None
-    for shape in [given_shape(block, shapes)] if block else shapes:
-        search = Search(mask, Blocks(shape.q, shape.kv, n_q, n_kv), sizes, heads, batch, shape.cost)
+    for tile in [given_shape(block, shapes)] if block else shapes:
+        search = Search(mask, shape, (tile.q, tile.kv), sizes, tile.cost)
         if best is None:
             best, full = search.best()
-        elif shape.cost * full + best.cost.merge < WORTHWHILE * best.cost.total:
+        elif tile.cost * full + best.cost.merge < WORTHWHILE * best.cost.total:
             # Smaller blocks visit at least what is FULL now.
             other, _ = search.best()
             if other.cost.total < WORTHWHILE * best.cost.total:
@@ -131,34 +128,34 @@ def split_views(
     return best
 
 
-def _penalty(orders: Orders) -> float:
-    return 1 if all(order.is_natural for order in orders) else REORDERED
-
-
 @dataclass(frozen=True)
 class Search:
     """The search with one block shape.
 
     Attributes:
-        mask, sizes, heads, batch: as for :func:`split_views`.
-        blocks: the block shape and the lengths.
+        mask, shape, sizes: as for :func:`split_views`.
+        block: queries and keys per block.
         pair_cost: what a pair costs in such blocks.
     """
 
     mask: MaskExpr
-    blocks: Blocks
-    sizes: tuple[int, ...]
-    heads: int
-    batch: int
+    shape: ProblemShape
+    block: tuple[int, int]
+    sizes: tuple[int, ...] = ()
     pair_cost: float = 1
     _priced: dict[tuple[sympy.Basic, Orders, int], Visits] = field(default_factory=dict)
+
+    @property
+    def blocks(self) -> Blocks:
+        """What blocks are made of."""
+        return Blocks(*self.block, self.shape.n_q, self.shape.n_kv)
 
     def best(self) -> tuple[Split, float]:
         """The cheapest split, and how many pairs per row are FULL in it."""
         whole = self.mask.predicate
         plain = View(whole, *self.blocks.plain)
         options: list[tuple[View, ...]] = [(plain,)]
-        if periods(whole) and self.blocks.n_q and self.blocks.n_kv:
+        if periods(whole) and self.shape.n_q and self.shape.n_kv:
             options += self.splits()
         priced = [self._cost(views) for views in options]
         best = 0
@@ -174,24 +171,21 @@ class Search:
         key = predicate, orders, accuracy
         if key not in self._priced:
             part = MaskExpr(predicate, self.mask.tables, self.mask.n_sizes)
-            lengths = self.blocks.n_q, self.blocks.n_kv
-            problem = Problem.of(part, self.sizes, self.batch, self.heads, lengths, orders)
+            problem = Problem.of(part, self.shape, orders, self.sizes)
             # A block of fewer queries costs as much as a whole one.
-            rows = max(-(-self.blocks.n_q // self.blocks.q) * self.blocks.q, 1)
+            rows = max(-(-self.shape.n_q // self.block[0]) * self.block[0], 1)
             self._priced[key] = visits(problem, accuracy) * (1 / rows)
         return self._priced[key]
 
-    def weighed(self, predicate: sympy.Basic, orders: Orders) -> float:
+    def weighed(self, predicate: sympy.Basic, orders: Orders, accuracy: int = 1) -> float:
         """The cost per query row of a part in these orders."""
-        return self.visits(predicate, orders).pairs * _penalty(orders) * self.pair_cost
+        penalty = 1 if all(order.is_natural for order in orders) else REORDERED
+        return self.visits(predicate, orders, accuracy).pairs * penalty * self.pair_cost
 
     def _cost(self, views: Sequence[View]) -> tuple[ViewCost, float]:
-        found = [self.visits(view.predicate, (view.q, view.kv), accuracy=4) for view in views]
-        weighed = sum(
-            visit.pairs * _penalty((view.q, view.kv)) * self.pair_cost
-            for visit, view in zip(found, views, strict=True)
-        )
-        total = sum(found, Visits(0, 0))
+        parts = [(view.predicate, (view.q, view.kv)) for view in views]
+        total = sum((self.visits(*part, accuracy=4) for part in parts), Visits(0, 0))
+        weighed = sum(self.weighed(*part, accuracy=4) for part in parts)
         merge = _merge({view.q for view in views})
         return ViewCost(total.pairs, len(views), weighed, merge, 0), total.full
 
@@ -298,4 +292,4 @@ def _explained(cost: ViewCost, plain: float) -> ViewCost:
             f"{views}: {cost.visited:.0f} pairs per query, which cost as much as "
             f"{cost.total:.0f} in plain order, instead of {plain:.0f}"
         )
-    return ViewCost(cost.visited, cost.views, cost.weighed, cost.merge, plain, why)
+    return replace(cost, plain=plain, why=why)

@@ -7,6 +7,7 @@ everything else is kept together as one term, so there are few.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import sympy
@@ -56,10 +57,7 @@ def _disjuncts(predicate: sympy.Basic) -> list[sympy.Basic]:
 
 def _distributed(conjunction: sympy.And) -> list[sympy.Basic]:
     factors = [_joined(_disjuncts(arg)) for arg in conjunction.args]
-    count = 1
-    for factor in factors:
-        count *= len(factor)
-    if count > 4 * MOST_TERMS:
+    if math.prod(map(len, factors)) > 4 * MOST_TERMS:
         return [conjunction]
     products = (sympy.And(*choice) for choice in itertools.product(*factors))
     return [product for product in products if product != sympy.false]

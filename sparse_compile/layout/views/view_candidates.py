@@ -126,15 +126,11 @@ def box_along(long: tuple[int, ...], block: int, radices: tuple[int, ...], n: in
     """
     extents = [1] * (len(radices) + 1)
     others = [axis for axis in reversed(range(len(extents))) if axis not in long]
-    for factor in sorted(_prime_factors(block), reverse=True):
+    for factor in sorted(sympy.factorint(block, multiple=True), reverse=True):
         by_extent = sorted(long, key=lambda axis: extents[axis])
         room = (axis for axis in (*by_extent, *others) if _fits(extents, axis, factor, radices, n))
         extents[next(room, 0)] *= factor
     return Order(tuple(extents), radices, (*reversed(others), *long))
-
-
-def _prime_factors(number: int) -> list[int]:
-    return [p for p, power in sympy.factorint(number).items() for _ in range(power)]
 
 
 def _fits(extents: list[int], axis: int, factor: int, radices: tuple[int, ...], n: int) -> bool:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_compile.layout.intervals import Bound, Span, dtype_span
-from sparse_compile.layout.superset import Problem
+from sparse_compile.layout.intervals import point
+from sparse_compile.layout.superset import Problem, children, partial_and_full
 
 #: PARTIAL rectangles that are subdivided at each step.
 _FOLLOWED = 1024
@@ -47,7 +47,9 @@ def visits(problem: Problem, accuracy: int = 1) -> Visits:
         accuracy: how many times more rectangles than usual are followed.
 
     >>> from sparse_compile.expr import KV, MaskExpr, Q
-    >>> visits(Problem.of(MaskExpr(KV <= Q), (), 1, 1, (64, 64), (16, 16))).pairs == 10 * 16 * 16
+    >>> from sparse_compile.layout.superset import ProblemShape
+    >>> shape = ProblemShape(1, 1, 64, 64)
+    >>> visits(Problem.of(MaskExpr(KV <= Q), shape, (16, 16))).pairs == 10 * 16 * 16
     True
     """
     random = torch.Generator().manual_seed(0)
@@ -60,7 +62,7 @@ def visits(problem: Problem, accuracy: int = 1) -> Visits:
     at = torch.cartesian_prod(*corners)
     total, weight = Visits(0, 0), problem.q.block * problem.kv.block / max(heads.numel(), 1)
     while True:
-        full, partial = _classified(problem, at, size)
+        partial, full = _classified(problem, at, size)
         area = float(_existing(problem, at[full], size).sum()) * weight
         total += Visits(area, area)
         at = at[partial]
@@ -70,25 +72,14 @@ def visits(problem: Problem, accuracy: int = 1) -> Visits:
         at = _sample(at, _FOLLOWED * accuracy, random)
         weight *= count / at.shape[0]
         size //= 2
-        at = _children(problem, at, size)
+        at = torch.stack(children(problem, size, *at.unbind(1)), 1)
 
 
 def _classified(problem: Problem, at: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Which squares are FULL, though they may stick out, and which are PARTIAL."""
+    """Which squares are PARTIAL, and which FULL, though they may stick out."""
     r, c, h = at.unbind(1)
-    dtypes = problem.mask.tables
-    must, may = problem.verdict(
-        problem.digits(r, c, size),
-        Span(0, problem.batches - 1, 1, problem.batches),
-        Span(h, h, 0, problem.heads),
-        lambda index, *_: dtype_span(dtypes[index]),
-    )
-    full = _spread(must, r)
-    return full, _spread(may, r) & ~full
-
-
-def _spread(truth: Bound, like: Tensor) -> Tensor:
-    return torch.ones_like(like, dtype=torch.bool) & truth
+    verdict = problem.verdict(problem.digits(r, c, size), h=point(h, problem.heads))
+    return partial_and_full(torch.ones_like(r, dtype=torch.bool), *verdict)
 
 
 def _existing(problem: Problem, at: Tensor, size: int) -> Tensor:
@@ -104,10 +95,3 @@ def _sample(at: Tensor, most: int, random: torch.Generator) -> Tensor:
         return at
     places = torch.arange(most) + torch.rand(most, generator=random, dtype=torch.float64)
     return at[(places * (count / most)).long().clamp(max=count - 1)]
-
-
-def _children(problem: Problem, at: Tensor, size: int) -> Tensor:
-    rows, cols = problem.grid
-    steps = torch.tensor([[0, 0, 0], [0, 1, 0], [1, 0, 0], [1, 1, 0]]) * size
-    at = (at[:, None] + steps).flatten(0, 1)
-    return at[(at[:, 0] < rows) & (at[:, 1] < cols)]
