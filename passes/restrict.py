@@ -42,12 +42,7 @@ def check_fit(site: AttentionSite) -> None:
     Raises:
         BadPattern: it does not.
     """
-    sizes = [
-        dimension(site.q, "n"),
-        dimension(site.k, "n"),
-        dimension(site.q, "b"),
-        dimension(site.q, "h"),
-    ]
+    sizes = dimension(site.q, "n"), dimension(site.k, "n"), *(dimension(site.q, a) for a in "bh")
     known = [size for size in sizes if isinstance(size, int)]
     if site.annotation is not None and len(known) == len(sizes):
         site.annotation.pattern.check(*known)
@@ -68,8 +63,7 @@ def promised_mask(site: AttentionSite) -> LiftedMask | None:
 
 def restrict(trace: Trace) -> Trace:
     """Each reading of a lifted mask with what the user's annotation says of it."""
-    site, lifted = trace.found, trace.lifted
-    assert isinstance(site, AttentionSite)
+    site, lifted = trace.site, trace.lifted
     assert isinstance(lifted, LiftedMask)
     if site.called is not None:
         return replace(trace, readings=(_called(site.annotation, site.called, lifted),))

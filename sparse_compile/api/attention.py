@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparse_compile import ops
 from sparse_compile.api.data import data_of, tables_of
-from sparse_compile.api.plan import Direct, Sizes, capped, name_of, planned, spec_text
+from sparse_compile.api.plan import Direct, capped, name_of, planned, spec_text
 from sparse_compile.api.selected import lists_of, selected_of
 from sparse_compile.errors import BadShape, PatternMisuse
 from sparse_compile.expr import COORDINATES, MaskExpr
@@ -22,6 +22,7 @@ from sparse_compile.layout.dense_tables import NO_READS, DenseRead
 from sparse_compile.ops.masked import MASKED_ATTENTION, composed_of
 from sparse_compile.ops.operands import WIDEST, WIDEST_UNITS, check_operands
 from sparse_compile.ops.untraced import untraced
+from sparse_compile.passes.decide.price import Sizes
 from sparse_compile.patterns.base import Pattern
 from sparse_compile.patterns.nsa import NSA
 from sparse_compile.selection.split import without_selection

@@ -14,13 +14,12 @@ import sympy
 import torch
 from torch import Tensor
 
-from sparse_compile.codegen.generators import block_shapes
 from sparse_compile.errors import PatternMisuse
 from sparse_compile.expr import KV, MaskExpr, Q, ScoreProgram
 from sparse_compile.expr import score as score_programs
-from sparse_compile.layout.views.choose import choose_views
 from sparse_compile.ops.selection import name_selecting
 from sparse_compile.ops.untraced import untraced
+from sparse_compile.passes.decide.price import Sizes, views_for
 from sparse_compile.patterns.base import And, BoundMask, Not, Or, Pattern
 from sparse_compile.patterns.scored import Scored
 from sparse_compile.patterns.scorers import Scorer
@@ -30,9 +29,6 @@ from sparse_compile.selection.split import selects, split, without_selection
 from sparse_compile.sites.annotation import name_mask
 from sparse_compile.sites.named import INDEX, LISTS, NamedMask, NamedPart
 from sparse_compile.spec import AttentionSpec, are_blocks
-
-#: n_q, n_kv, batch and heads.
-Sizes = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -65,10 +61,7 @@ def name_of(pattern: Pattern, given: list[Tensor]) -> str:
     # torch.compile runs this: it sees the parameters even of a pattern that the compiled code makes
     # itself, and guards on them. Of a tensor it would bake the values in, unless it selects by it;
     # it guards on the identity of a pattern that holds one.
-    if _is_opened(pattern) or _is_plain(pattern):
-        text: str = _name_of_spelled(_spelled(pattern, given))
-    else:
-        text = _name_of_object(id(pattern))
+    text: str = _name_of_spelled(_spelled(pattern, given))
     return text
 
 
@@ -111,15 +104,7 @@ def capped(text: str, softcap: float) -> str:
 
 def spec_text(expr: MaskExpr, device: str, sizes: Sizes) -> str:
     """The text of the spec of a mask on a type of device, at about these sizes."""
-    return choose_views(
-        expr,
-        n_q=sizes[0],
-        n_kv=sizes[1],
-        batch=sizes[2],
-        heads=sizes[3],
-        sizes=(0,) * expr.n_sizes,
-        shapes=block_shapes(device),
-    )[0].text
+    return views_for(expr, device, sizes)[0].text
 
 
 def _is_plain(value: object) -> bool:
@@ -165,7 +150,7 @@ def _unspelled(spelled: Any) -> Any:
         return spelled
     kind, values = spelled
     if kind is Pattern:
-        return _NUMBERED[values[0]]()
+        return _NUMBERED[values[0]]
     values = tuple(map(_unspelled, values))
     if kind is tuple:
         return values
@@ -179,7 +164,7 @@ def _unspelled(spelled: Any) -> Any:
 def _name_of_spelled(spelled: Any) -> str:
     if spelled not in _NAMES:
         pattern = _unspelled(spelled)
-        owners = _numbered_in(pattern, spelled)
+        owners = _numbered_in(spelled)
         if not owners:
             _KEPT.append(pattern)  # graphs may name its tables from now on
         _NAMES[spelled] = _named(pattern, *owners[:1]).text
@@ -197,40 +182,29 @@ def _number_of(address: int) -> int:
     pattern = _at(address)
     if id(pattern) not in _NUMBERS:
         number = _NUMBERS[id(pattern)] = next(_COUNT)
-        _NUMBERED[number] = weakref.ref(pattern)
+        _NUMBERED[number] = pattern
         weakref.finalize(pattern, _NUMBERS.pop, id(pattern), None)
-        weakref.finalize(pattern, _NUMBERED.pop, number, None)
     return _NUMBERS[id(pattern)]
 
 
 _COUNT = itertools.count()
 _NUMBERS: dict[int, int] = {}
-_NUMBERED: dict[int, weakref.ref[Pattern]] = {}
+_NUMBERED: weakref.WeakValueDictionary[int, Pattern] = weakref.WeakValueDictionary()
 
 
-def _numbered_in(pattern: Any, spelled: Any) -> list[Pattern]:
+def _numbered_in(spelled: Any) -> list[Pattern]:
     """The parts of a pattern that are spelled by their numbers."""
+    if not isinstance(spelled, tuple):
+        return []
     kind, values = spelled
     if kind is Pattern:
-        return [pattern]
-    if isinstance(pattern, (And, Or)):
-        pairs = zip(pattern.parts, values[0][1], strict=True)
-        return [owner for part, text in pairs for owner in _numbered_in(part, text)]
-    return _numbered_in(pattern.part, values[0]) if isinstance(pattern, Not) else []
+        return [_unspelled(spelled)]
+    return [owner for value in values for owner in _numbered_in(value)]
 
 
-#: By the spelling of a pattern, and of one with tensors by its identity: equal tensors may come to
+#: By the spelling of a pattern, in which one with tensors has a number: equal tensors may come to
 #: differ.
 _NAMES: dict[Any, str] = {}
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _name_of_object(address: int) -> str:
-    if address not in _NAMES:
-        pattern = _at(address)
-        _NAMES[address] = _named(pattern).text
-        weakref.finalize(pattern, _NAMES.pop, address, None)
-    return _NAMES[address]
 
 
 def _at(address: int) -> Pattern:
