@@ -15,7 +15,7 @@ from sparse_compile.passes.find import values
 from sparse_compile.passes.find.canonical import canonical, is_reshape, op_name, source
 from sparse_compile.passes.find.chain import UNMASKED, Chain
 from sparse_compile.passes.find.contraction import contraction
-from sparse_compile.passes.find.dataflow import reached
+from sparse_compile.passes.find.dataflow import breadth_first
 from sparse_compile.passes.find.refusal import Refusal
 from sparse_compile.passes.mutation import written_inputs
 from sparse_compile.sites.site import BlockScoresSite, Operand, Scope
@@ -69,7 +69,7 @@ def _behind(last: Node) -> list[Node]:
         ends = node is not last and (_maximum(node) or contraction(node))
         return [] if ends else [n for n in node.all_input_nodes if values.is_float(n)]
 
-    return list(reached(last, following, _FAR))[1:]
+    return list(breadth_first(last, following, _FAR))[1:]
 
 
 class _Match(Chain):
@@ -148,7 +148,7 @@ def _check_gradient(pool: Node) -> None:
     value = values.tensor(pool)
     if value is not None and not value.requires_grad:
         return
-    seen = list(reached(pool, lambda node: filter(_may_have_gradient, node.users)))
+    seen = list(breadth_first(pool, lambda node: filter(_may_have_gradient, node.users)))
     for user in (user for node in seen for user in node.users):
         others = [target for target in written_inputs(user) if target not in seen]
         if others or user.op == "output" or _is_opaque(user):

@@ -45,7 +45,7 @@ class Dataflow:
         return tuple(sorted(set(nodes), key=self.position.__getitem__))
 
 
-def reached(
+def breadth_first(
     start: Node, following: Callable[[Node], Iterable[Node]], hops: int | None = None
 ) -> Iterator[Node]:
     """A node and those that are found from it, nearest first, each once.

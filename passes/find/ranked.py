@@ -10,7 +10,7 @@ from torch.fx import Node
 from sparse_compile.passes.find import values
 from sparse_compile.passes.find.canonical import canonical, op_name
 from sparse_compile.passes.find.chain import READS_NO_VALUES, UNMASKED, Chain
-from sparse_compile.passes.find.dataflow import Dataflow, reached
+from sparse_compile.passes.find.dataflow import Dataflow, breadth_first
 from sparse_compile.passes.find.refusal import Refusal
 from sparse_compile.sites.site import IndexerSite, Operand, Reached, Scope
 from sparse_compile.spec.indexer import IndexerSpec
@@ -106,7 +106,7 @@ def _only_comparison(ranked: Node, flow: Dataflow) -> Node:
         Refusal: there are several, or something else reads the values, or overwrites them.
     """
     found: list[Node] = []
-    for node in reached(ranked, _readers):
+    for node in breadth_first(ranked, _readers):
         example = node.meta.get("example_value")
         if values.dtype(node) is torch.bool:
             found.append(node)

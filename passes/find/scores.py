@@ -19,7 +19,7 @@ from sparse_compile.passes.find.canonical import (
 )
 from sparse_compile.passes.find.constants import constant
 from sparse_compile.passes.find.contraction import Contraction, contraction
-from sparse_compile.passes.find.dataflow import Dataflow, reached
+from sparse_compile.passes.find.dataflow import Dataflow, breadth_first
 from sparse_compile.passes.find.refusal import Refusal
 from sparse_compile.passes.find.sinks import Sunk, own_maximum, unexpanded
 from sparse_compile.passes.find.steps import Factor, Masked, Narrowed, Step, Tanh
@@ -165,25 +165,28 @@ class ScoreWalk:
             raise Refusal("a number is added to the scores", "leave it out: softmax ignores it")
         if values.number(call.args["alpha"]) != 1.0:
             raise Refusal("torch.add with alpha is used on the scores", "multiply the mask first")
-        path, other = self._either(left, right, node, "the sum of")
+        path, other = self._either(left, right, node)
         if call.in_place and other is left:
             raise Refusal("the scores are added to the mask in place", "add the mask to the scores")
         return path.then(node, _added(node, other))
 
-    def _either(self, left: Node, right: Node, node: Node, both: str) -> tuple[ScorePath, Node]:
+    def _either(
+        self, left: Node, right: Node, node: Node, first: bool = False
+    ) -> tuple[ScorePath, Node]:
+        """The path to one of two tensors, and the other; with ``first``, left where it is both."""
         paths, refusals = [], []
         for side, other in ((left, right), (right, left)):
             try:
                 paths.append((self.back(side, node), other))
             except Refusal as refusal:
                 refusals.append((side, refusal))
-        if len(paths) == 1:
-            return paths[0]
-        if len(paths) == 2:
+        if len(paths) == 2 and not first:
             raise Refusal(
-                f"the scores are {both} two products",
+                "the scores are the sum of two products",
                 "concatenate the features of both products instead",
             )
+        if paths:
+            return paths[0]
         raise next((refusal for side, refusal in refusals if product_above(side)), refusals[0][1])
 
     def _sub(self, node: Node, call: Call) -> ScorePath:
@@ -203,7 +206,7 @@ class ScoreWalk:
             raise Refusal(
                 "the scores are put together from several tensors", "compute them at once"
             )
-        path, beside = self._either(parts[0], parts[1], node, "columns of")
+        path, beside = self._either(parts[0], parts[1], node, first=True)
         if not isinstance(values.shape(beside)[-1], int):
             raise Refusal("the number of columns beside the scores is known only at run time")
         sinks = unexpanded(self.flow.current(beside, node), self.flow)
@@ -332,7 +335,7 @@ def _unknown(node: Node) -> Refusal:
 
 def product_above(node: Node, hops: int = 10) -> bool:
     """Whether a product of two tensors stands a few nodes above, whatever is in between."""
-    above = reached(node, lambda n: filter(_may_be_scores, n.all_input_nodes), hops)
+    above = breadth_first(node, lambda n: filter(_may_be_scores, n.all_input_nodes), hops)
     return any(contraction(n) is not None for n in above)
 
 

@@ -10,7 +10,7 @@ from torch.fx import Node
 from sparse_compile.passes.find import values
 from sparse_compile.passes.find.canonical import canonical, is_reshape, op_name
 from sparse_compile.passes.find.contraction import Contraction, Letters, contraction
-from sparse_compile.passes.find.dataflow import reached
+from sparse_compile.passes.find.dataflow import breadth_first
 from sparse_compile.passes.find.provenance import where
 from sparse_compile.passes.find.refusal import Refusal
 from sparse_compile.passes.find.scores import check_no_dropout
@@ -163,7 +163,7 @@ def _check(weights: Letters, v: Letters, product: Contraction) -> None:
 
 def product_below(node: Node, hops: int = 8) -> bool:
     """Whether a tensor derived from ``node`` is multiplied with another one a few nodes below."""
-    below = reached(node, lambda n: filter(_is_matrix, n.users), hops)
+    below = breadth_first(node, lambda n: filter(_is_matrix, n.users), hops)
     return any(contraction(reader) is not None for reader in below)
 
 

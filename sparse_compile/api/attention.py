@@ -14,20 +14,19 @@ from torch import Tensor
 
 from sparse_compile import ops
 from sparse_compile.api.data import data_of, tables_of
-from sparse_compile.api.plan import Direct, capped, name_of, planned, spec_text
-from sparse_compile.api.selected import lists_of, selected_of
+from sparse_compile.api.plan import Direct, capped, name_of, planned
+from sparse_compile.api.select import lists_of, selected_of
 from sparse_compile.errors import BadShape, PatternMisuse
 from sparse_compile.expr import COORDINATES, MaskExpr
 from sparse_compile.layout.dense_tables import NO_READS, DenseRead
 from sparse_compile.ops.masked import MASKED_ATTENTION, composed_of
 from sparse_compile.ops.operands import WIDEST, WIDEST_UNITS, check_operands
 from sparse_compile.ops.untraced import untraced
-from sparse_compile.passes.decide.price import Sizes
+from sparse_compile.passes.decide.price import Sizes, views_for
 from sparse_compile.patterns.base import Pattern
 from sparse_compile.patterns.nsa import NSA
 from sparse_compile.selection.split import without_selection
 from sparse_compile.sites.named import BY_TENSOR, EVERYONE, TENSOR, NamedMask
-from sparse_compile.spec import AttentionSpec
 
 #: Stands for lengths and head counts that torch.compile knows by name only.
 _UNKNOWN = 4096
@@ -246,7 +245,7 @@ def _plan_of_tensor(shared: tuple[bool, ...], device: str, text: str) -> tuple[s
     axes = tuple("" if one else name for one, name in zip(shared, names, strict=True))
     read = DenseRead(0, axes)
     expr = MaskExpr(sympy.Ne(read.bit, 0), ("int32",))
-    spec = AttentionSpec.parse(spec_text(expr, device, (_UNKNOWN, _UNKNOWN, 1, 1)))
+    spec, _ = views_for(expr, device, (_UNKNOWN, _UNKNOWN, 1, 1))
     return replace(spec, score=NamedMask.parse(text).score).text, DenseRead.text([read])
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.errors import PatternMisuse
-from sparse_compile.expr import KV, MaskExpr, Q, ScoreProgram
+from sparse_compile.expr import KV, Q, ScoreProgram
 from sparse_compile.expr import score as score_programs
 from sparse_compile.ops.selection import name_selecting
 from sparse_compile.ops.untraced import untraced
@@ -73,23 +73,21 @@ def planned(text: str, device: str, sizes: Sizes, sunk: bool = False) -> Direct:
     SDPA knows no score programs, and does not return what sinks (``sunk``) need.
     """
     named = NamedMask.parse(text)
-    static = "" if named.static is None else spec_text(named.static.mask, device, sizes)
+    static = None if named.static is None else views_for(named.static.mask, device, sizes)[0]
     if named.selected is None:
-        assert named.static is not None
-        predicate = named.static.mask.predicate
-        causal = bool(predicate == sympy.Le(KV, Q))
+        assert static is not None
+        causal = bool(static.mask.predicate == sympy.Le(KV, Q))
         plain = named.score is None and not sunk
-        if plain and (causal or predicate == sympy.true):
-            return Direct(static, "", causal=causal)
-        return Direct(static, _scored(AttentionSpec.parse(static), named.score))
-    expr, units, blocks = named.selected.mask, named.units, ""
-    if static:
-        spec = AttentionSpec.parse(static).with_units(expr, *units)
-    else:
-        spec = AttentionSpec.of_units(expr, *units)
-        if are_blocks(*units, device):
-            blocks = _scored(AttentionSpec.of_listed_blocks(expr, *units), named.score)
-    return Direct(static, _scored(spec, named.score), blocks)
+        if plain and (causal or static.mask.predicate == sympy.true):
+            return Direct(static.text, "", causal=causal)
+        return Direct(static.text, _scored(static, named.score))
+    expr, units = named.selected.mask, named.units
+    if static is not None:
+        return Direct(static.text, _scored(static.with_units(expr, *units), named.score))
+    spec, blocks = _scored(AttentionSpec.of_units(expr, *units), named.score), ""
+    if are_blocks(*units, device):
+        blocks = _scored(AttentionSpec.of_listed_blocks(expr, *units), named.score)
+    return Direct("", spec, blocks)
 
 
 def _scored(spec: AttentionSpec, score: ScoreProgram | None) -> str:
@@ -100,11 +98,6 @@ def _scored(spec: AttentionSpec, score: ScoreProgram | None) -> str:
 def capped(text: str, softcap: float) -> str:
     """The text of a :class:`NamedMask`, of scores with a softcap."""
     return replace(NamedMask.parse(text), score=score_programs.softcap(softcap)).text
-
-
-def spec_text(expr: MaskExpr, device: str, sizes: Sizes) -> str:
-    """The text of the spec of a mask on a type of device, at about these sizes."""
-    return views_for(expr, device, sizes)[0].text
 
 
 def _is_plain(value: object) -> bool:
@@ -179,12 +172,11 @@ _KEPT: list[Pattern] = []
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _number_of(address: int) -> int:
     """A number for a pattern that holds tensors, given to no other."""
-    pattern = _at(address)
-    if id(pattern) not in _NUMBERS:
-        number = _NUMBERS[id(pattern)] = next(_COUNT)
-        _NUMBERED[number] = pattern
-        weakref.finalize(pattern, _NUMBERS.pop, id(pattern), None)
-    return _NUMBERS[id(pattern)]
+    if address not in _NUMBERS:
+        pattern, number = _at(address), next(_COUNT)
+        _NUMBERS[address], _NUMBERED[number] = number, pattern
+        weakref.finalize(pattern, _NUMBERS.pop, address, None)
+    return _NUMBERS[address]
 
 
 _COUNT = itertools.count()
