@@ -70,16 +70,16 @@ def plan(
     """
     guards, cache = not declares_range(example_inputs), LiftCache()
     traces = find(gm)
-    traces = _each(
-        "lift", partial(lift, inputs=example_inputs, options=options, cache=cache), traces
-    )
+    lifting = partial(lift, inputs=example_inputs, options=options, cache=cache)
+    traces = _each("lift", lifting, traces)
     traces = _each("restrict", restrict, traces)
     sharing = Counter(_masks(trace) for trace in traces if trace.decision is None)
-    traces = _each(
-        "propose",
-        lambda trace: propose(trace, options, target or _target(trace), sharing[_masks(trace)]),
-        traces,
-    )
+
+    def proposed(trace: Trace) -> Trace:
+        on = target or Target.of(device_of(trace.site.q.node))
+        return propose(trace, options, on, sharing[_masks(trace)])
+
+    traces = _each("propose", proposed, traces)
     return _each("decide", lambda trace: decide(trace, sharing[_masks(trace)], guards), traces)
 
 
@@ -93,8 +93,7 @@ def find(gm: GraphModule) -> tuple[Trace, ...]:
 
 def lift(trace: Trace, inputs: Sequence[Any], options: Options, cache: LiftCache) -> Trace:
     """What the masks of a site mean, and what scores the keys that they select."""
-    site = trace.found
-    assert isinstance(site, AttentionSite)
+    site = trace.site
     check_fit(site)
     if site.called is not None:
         return replace(trace, lifted=called_mask(site.called))
@@ -102,10 +101,15 @@ def lift(trace: Trace, inputs: Sequence[Any], options: Options, cache: LiftCache
     if isinstance(lifted, Rejection):
         rejected = trace.rejected(lifted.reason, lifted.hint)
         return replace(trace, lifted=lifted, decision=rejected)
-    scores = find_indexer(site, lifted)
-    if scores is not None:
-        lifted = _with_ranking(lifted, scores, inputs, options, cache)
-    return replace(trace, lifted=lifted)
+    scores, selection = find_indexer(site, lifted), lifted.selection
+    if scores is not None and selection is not None:
+        above: LiftedMask | Rejection = (
+            scores
+            if isinstance(scores, Rejection)
+            else lift_mask(scores.scores, inputs, options, cache)
+        )
+        selection = replace(selection, ranking=Ranking(scores, above))
+    return replace(trace, lifted=replace(lifted, selection=selection))
 
 
 def rewrite(gm: GraphModule, traces: Sequence[Trace], options: Options) -> None:
@@ -120,11 +124,17 @@ def rewrite(gm: GraphModule, traces: Sequence[Trace], options: Options) -> None:
             rewriter.apply(trace.decided)
         elif trace.decided.unmet:
             raise _restriction_failed(trace.decided)
+    if not any(isinstance(trace.decided, Plan) for trace in traces):
+        return
     rewriter.finish()
     share_lists(gm)
     hold_layouts(gm)
     if options.masks == "stable":
         remember_given(gm)
+    for module in gm.modules():
+        if isinstance(module, GraphModule):
+            module.graph.lint()
+            module.recompile()
 
 
 def _each(name: str, step: Callable[[Trace], Trace], traces: Sequence[Trace]) -> tuple[Trace, ...]:
@@ -143,32 +153,8 @@ def _found(found: AttentionSite | Rejection) -> Trace:
     return Trace(found, decision=found if isinstance(found, Rejection) else None)
 
 
-def _with_ranking(
-    lifted: LiftedMask,
-    scores: Any,
-    inputs: Sequence[Any],
-    options: Options,
-    cache: LiftCache,
-) -> LiftedMask:
-    """A mask that selects, with the mask on the scores by which it does."""
-    assert lifted.selection is not None
-    above = (
-        scores
-        if isinstance(scores, Rejection)
-        else lift_mask(scores.scores, inputs, options, cache)
-    )
-    selection = replace(lifted.selection, ranking=Ranking(scores, above))
-    return replace(lifted, selection=selection)
-
-
 def _masks(trace: Trace) -> Any:
-    found = trace.found
-    return (found.masks, found.called) if isinstance(found, AttentionSite) else ()
-
-
-def _target(trace: Trace) -> Target:
-    assert isinstance(trace.found, AttentionSite)
-    return Target.of(device_of(trace.found.q.node))
+    return trace.site.masks, trace.site.called
 
 
 def _restriction_failed(rejected: Rejection) -> RestrictionFailed:

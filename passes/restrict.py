@@ -11,14 +11,13 @@ from torch.fx import Node
 
 from sparse_compile.expr import KV, MaskExpr, Q, renumbered, table_index
 from sparse_compile.passes.graph_edit import dimension
-from sparse_compile.patterns.base import BoundMask
 from sparse_compile.sites.annotation import META_KEY, Annotation, annotation_named
 from sparse_compile.sites.plan import SelectedPlan
 from sparse_compile.sites.site import AttentionSite, Called, LiftedMask, PatternTable, Rejection
 from sparse_compile.sites.trace import Reading, Trace
 from sparse_compile.spec import EmptyRows
 
-_NOTHING = BoundMask(MaskExpr(sympy.false))
+_NOTHING = MaskExpr(sympy.false)
 _EVERYTHING = LiftedMask(MaskExpr(sympy.true))
 
 
@@ -42,12 +41,7 @@ def check_fit(site: AttentionSite) -> None:
     Raises:
         BadPattern: it does not.
     """
-    sizes = [
-        dimension(site.q, "n"),
-        dimension(site.k, "n"),
-        dimension(site.q, "b"),
-        dimension(site.q, "h"),
-    ]
+    sizes = dimension(site.q, "n"), dimension(site.k, "n"), *(dimension(site.q, a) for a in "bh")
     known = [size for size in sizes if isinstance(size, int)]
     if site.annotation is not None and len(known) == len(sizes):
         site.annotation.pattern.check(*known)
@@ -63,13 +57,13 @@ def promised_mask(site: AttentionSite) -> LiftedMask | None:
     if note is None or not note.promise or not site.masks:
         return None
     own = LiftedMask(MaskExpr(sympy.Le(KV, Q) if site.causal else sympy.true))
-    return replace(_joined(own, note.bound, note.key), empty_rows=_promised_empty_rows(site, note))
+    joined = _joined(own, note.bound.expr, note.key)
+    return replace(joined, empty_rows=_promised_empty_rows(site, note))
 
 
 def restrict(trace: Trace) -> Trace:
     """Each reading of a lifted mask with what the user's annotation says of it."""
-    site, lifted = trace.found, trace.lifted
-    assert isinstance(site, AttentionSite)
+    site, lifted = trace.site, trace.lifted
     assert isinstance(lifted, LiftedMask)
     if site.called is not None:
         return replace(trace, readings=(_called(site.annotation, site.called, lifted),))
@@ -80,10 +74,7 @@ def restrict(trace: Trace) -> Trace:
 def called_mask(called: Called) -> LiftedMask:
     """What a call attends to whatever is selected."""
     static = called.mask.static
-    if static is None:
-        return LiftedMask(_NOTHING.expr)
-    lifted = _joined(_EVERYTHING, BoundMask(static.mask), static.key)
-    return replace(lifted, mask=replace(lifted.mask, n_sizes=static.mask.n_sizes))
+    return LiftedMask(_NOTHING) if static is None else _joined(_EVERYTHING, static.mask, static.key)
 
 
 def _called(note: Annotation | None, called: Called, lifted: LiftedMask) -> Reading:
@@ -92,7 +83,7 @@ def _called(note: Annotation | None, called: Called, lifted: LiftedMask) -> Read
     reading = _reading(note, lifted)
     if named.selected is None:
         return reading
-    among = _joined(_EVERYTHING, BoundMask(named.selected.mask), named.selected.key)
+    among = _joined(_EVERYTHING, named.selected.mask, named.selected.key)
     if reading.selected is not None:
         return reading
     other = _reading(note, among)
@@ -111,12 +102,12 @@ def _reading(note: Annotation | None, mask: LiftedMask) -> Reading:
     if note is None or note.promise:
         return Reading(mask)
     if note.parts is None:
-        joined = _joined(mask, note.bound, note.key)
+        joined = _joined(mask, note.bound.expr, note.key)
         return Reading(mask) if joined.mask == mask.mask else Reading(joined, changed=True)
-    static = _joined(mask, note.parts.static or _NOTHING, f"{note.key}.static")
-    if note.parts.selected is None:
-        return Reading(static, changed=True)
-    selected = _joined(mask, note.parts.selected, f"{note.key}.selected")
+    static, selected = (
+        _joined(mask, _NOTHING if bound is None else bound.expr, f"{note.key}.{part}")
+        for part, bound in (("static", note.parts.static), ("selected", note.parts.selected))
+    )
     if selected.mask.predicate == sympy.false:
         return Reading(static, changed=True)
     leaf, alone = note.parts.leaf, static.mask.predicate == sympy.false
@@ -124,8 +115,7 @@ def _reading(note: Annotation | None, mask: LiftedMask) -> Reading:
     return Reading(selected if alone else static, chosen, changed=True)
 
 
-def _joined(lifted: LiftedMask, bound: BoundMask, key: str) -> LiftedMask:
-    expr = bound.expr
+def _joined(lifted: LiftedMask, expr: MaskExpr, key: str) -> LiftedMask:
     rank = {table_index(lookup): len(lookup.args) for lookup in expr.lookups}
     used = sorted(rank)
     first = len(lifted.mask.tables)
@@ -135,7 +125,7 @@ def _joined(lifted: LiftedMask, bound: BoundMask, key: str) -> LiftedMask:
     mask = MaskExpr(
         sympy.And(lifted.mask.predicate, pattern),
         (*lifted.mask.tables, *(made.dtype for made in extra)),
-        lifted.mask.n_sizes,
+        max(lifted.mask.n_sizes, expr.n_sizes),
     )
     return replace(lifted, mask=mask, extra=(*lifted.extra, *extra))
 

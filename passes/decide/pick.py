@@ -40,7 +40,8 @@ def decide(trace: Trace, sharing: int, guards: bool) -> Trace:
     assert isinstance(plan, Plan)
     if as_it_is.cost.refusal or plan.executor == "sdpa":
         return replace(trace, decision=plan)
-    return replace(trace, decision=_weighed(trace, plan, Price(_target(trace), sharing), guards))
+    assert trace.target is not None
+    return replace(trace, decision=_weighed(trace, plan, Price(trace.target, sharing), guards))
 
 
 def declares_range(example_inputs: Sequence[Any]) -> bool:
@@ -66,11 +67,6 @@ def _weighed(trace: Trace, plan: Plan, price: Price, guards: bool) -> Decision:
     compared = " and ".join(cost.shown for cost in sorted(able, key=lambda c: c.name != "dense"))
     reason = f"as it is it is predicted to be faster on {price.target.kind}: {compared}"
     return replace(trace.rejected(reason, hint), unmet=False)
-
-
-def _target(trace: Trace) -> Any:
-    assert trace.target is not None
-    return trace.target
 
 
 def _limit(plan: Plan, price: Price) -> int | None:

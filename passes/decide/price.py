@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from sparse_compile.codegen.generators import block_shapes
-from sparse_compile.expr import B, H
+from sparse_compile.expr import B, H, MaskExpr
 from sparse_compile.layout.cost import Candidate, Coverage, Workload, blocks, lists
 from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.layout.views.choose import choose_views
+from sparse_compile.layout.views.split_views import Split
 from sparse_compile.passes.graph_edit import dimension, example_value, expected
 from sparse_compile.sites.plan import Plan
 from sparse_compile.sites.site import AttentionSite, LiftedMask
+from sparse_compile.spec import AttentionSpec
 from sparse_compile.spec.target import Target
 
 #: Keys of which one is visited, where what a mask reads has no values yet.
@@ -66,17 +69,29 @@ class Price:
             seen = _VISITED * possible if lifted.visited is None else lifted.visited
             pairs = seen * pairs / possible if possible else seen
         read = sum(_elements(axes.axes, work) for axes in lifted.dense)
-        made = 1 / self.sharing if _changes(lifted) or grows(plan.site) else 0.0
+        changes = lifted.mask.tables or lifted.mask.n_sizes or grows(plan.site)
+        made = 1 / self.sharing if changes else 0.0
         return Coverage(pairs, _classes(lifted, work), made, read)
 
     def _pairs(self, plan: Plan, work: Workload) -> float:
         """Pairs in blocks that the predicate leaves possible, for each query."""
         if plan.split is not None and rounded(work.n_kv) == rounded(expected(plan.site.k, "n")):
             return plan.split.cost.total  # the choice of views has asked already
-        shape = ProblemShape(work.batch, work.heads, work.n_q, work.n_kv)
-        block, shapes = (plan.spec.block_q, plan.spec.block_kv), block_shapes(self.target.kind)
-        _, split = choose_views(plan.lifted.mask, shape, block, shapes)
+        block = plan.spec.block_q, plan.spec.block_kv
+        _, split = views_for(plan.lifted.mask, self.target.kind, shape_of(work), block)
         return split.cost.total
+
+
+def shape_of(work: Workload) -> ProblemShape:
+    """What to choose views for."""
+    return ProblemShape(work.batch, work.heads, work.n_q, work.n_kv)
+
+
+def views_for(
+    mask: MaskExpr, kind: str, shape: ProblemShape, block: tuple[int, int] | None = None
+) -> tuple[AttentionSpec, Split]:
+    """:func:`choose_views` among the block shapes for a kind of device."""
+    return choose_views(mask, shape, block, block_shapes(kind))
 
 
 def grows(site: AttentionSite) -> bool:
@@ -89,10 +104,6 @@ def rounded(n: int) -> int:
     return 1 << (n - 1).bit_length() if n > 0 else 0
 
 
-def _changes(lifted: LiftedMask) -> bool:
-    return bool(lifted.mask.tables) or lifted.mask.n_sizes > 0
-
-
 def _classes(lifted: LiftedMask, work: Workload) -> int:
     """Batch entries and heads that have lists of their own."""
     free, classes = lifted.mask.predicate.free_symbols, 1
@@ -103,7 +114,4 @@ def _classes(lifted: LiftedMask, work: Workload) -> int:
 
 def _elements(axes: tuple[str, ...], work: Workload) -> int:
     sizes = {"b": work.batch, "h": work.heads, "q": work.n_q, "kv": work.n_kv, "": 1}
-    count = 1
-    for axis in axes:
-        count *= sizes[axis]
-    return count
+    return math.prod(sizes[axis] for axis in axes)

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import sympy
 import torch
 
-from sparse_compile.codegen.generators import block_shapes
 from sparse_compile.expr import KV, Q
 from sparse_compile.layout.cost import Candidate, Listed, dense, sdpa, why_not_listed
-from sparse_compile.layout.superset import ProblemShape
-from sparse_compile.layout.views.choose import choose_views
 from sparse_compile.layout.views.split_views import Split
 from sparse_compile.ops.operands import WIDEST, WIDEST_UNITS
 from sparse_compile.options import Options
-from sparse_compile.passes.decide.price import Price
+from sparse_compile.passes.decide.price import Price, shape_of, views_for
 from sparse_compile.passes.dense_tables import dense_reason
 from sparse_compile.passes.graph_edit import dimension, expected
-from sparse_compile.sites.plan import Indexer, Plan
+from sparse_compile.sites.plan import Indexer, Plan, SelectedPlan
 from sparse_compile.sites.site import (
     AttentionSite,
-    BlockScoresSite,
     LiftedMask,
     Ranking,
     Rejection,
@@ -30,8 +26,6 @@ from sparse_compile.sites.site import (
 )
 from sparse_compile.sites.trace import Proposal, Reading, Trace
 from sparse_compile.spec import AttentionSpec, EmptyRows, are_blocks
-from sparse_compile.spec.block_scores import BlockScoresSpec
-from sparse_compile.spec.indexer import IndexerSpec
 from sparse_compile.spec.target import Target
 
 _EXECUTORS = {"cuda": "triton", "cpu": "cpu"}
@@ -49,17 +43,16 @@ def propose(trace: Trace, options: Options, target: Target, sharing: int) -> Tra
         target: what it would run on.
         sharing: attentions of the graph with this mask, which share its layout.
     """
-    site = trace.found
-    assert isinstance(site, AttentionSite)
     trace = replace(trace, target=target)
-    impossible = _impossible(site, trace.readings, target)
+    impossible = _impossible(trace.site, trace.readings, target)
     if impossible is not None:
         refused = Proposal(Candidate("sparse", (), impossible[0]), trace.rejected(*impossible))
         return replace(trace, proposals=(refused,))
+    proposer = _Proposer(trace, options, Price(target, sharing))
     ways: list[Proposal] = []
     for reading in trace.readings:
-        ways += _ways(trace, reading, options, Price(target, sharing), ways)
-    return replace(trace, proposals=(*ways, _as_it_is(trace, ways, options, target)))
+        ways.append(proposer.way(reading, ways))
+    return replace(trace, proposals=(*ways, proposer.as_it_is()))
 
 
 def _impossible(
@@ -73,80 +66,130 @@ def _impossible(
     return None if ranks else site.ranked
 
 
-def _ways(
-    trace: Trace, reading: Reading, options: Options, price: Price, before: list[Proposal]
-) -> list[Proposal]:
-    """The ways to run one reading of a mask; ``before`` are those to run the others."""
-    site, target = trace.found, price.target
-    assert isinstance(site, AttentionSite)
-    mask = reading.mask
-    if reading.selected is not None:
-        return [_besides(trace, reading, options, price)]
-    if mask.selection is not None:
-        return [_listed(trace, mask, mask.selection, price)]
-    spec, split = _spec(site, mask, target, options)
-    causal = mask.mask.predicate == sympy.Le(KV, Q)
-    hides_nothing = mask.mask.predicate == sympy.true
-    # SDPA knows no score programs, and does not return what sinks need.
-    plain = site.score is None and site.sinks is None and options.dense == "sdpa"
-    if (causal or hides_nothing) and plain and _is_zero(mask):
-        return [_without_mask(trace, Plan(site, mask, spec, "sdpa", causal), price)]
-    reason = dense_reason(mask) or "only the blocks that its mask allows are visited"
-    why = [mask.unselected, *(way.cost.refusal for way in before)]
-    reason += "".join(f"; not attention over selected keys: {text}" for text in why if text)
-    plan = Plan(site, mask, spec, _EXECUTORS[target.kind], reason=reason, split=split)
-    return [_proposal(trace, plan, price, _too_large(site))]
+@dataclass(frozen=True)
+class _Proposer:
+    """What is asked: a trace with its readings, options, and what ways to run it cost."""
 
+    trace: Trace
+    options: Options
+    price: Price
 
-def _proposal(trace: Trace, plan: Plan, price: Price, refusal: str, hint: str = "") -> Proposal:
-    cost = replace(price.of(plan), refusal=refusal)
-    return Proposal(cost, trace.rejected(refusal, hint) if refusal else plan)
+    def way(self, reading: Reading, before: Sequence[Proposal]) -> Proposal:
+        """The way to run one reading of a mask; ``before`` are those to run the others."""
+        site, mask = self.trace.site, reading.mask
+        if reading.selected is not None:
+            return self._besides(mask, reading.selected)
+        if mask.selection is not None:
+            return self._listed(mask, mask.selection)
+        spec, split = self._spec(mask)
+        causal = mask.mask.predicate == sympy.Le(KV, Q)
+        hides_nothing = mask.mask.predicate == sympy.true
+        # SDPA knows no score programs, and does not return what sinks need.
+        plain = site.score is None and site.sinks is None and self.options.dense == "sdpa"
+        if (causal or hides_nothing) and plain and mask.empty_rows is EmptyRows.ZERO:
+            return self._without_mask(Plan(site, mask, spec, "sdpa", causal))
+        reason = dense_reason(mask) or "only the blocks that its mask allows are visited"
+        why = [mask.unselected, *(way.cost.refusal for way in before)]
+        reason += "".join(f"; not attention over selected keys: {text}" for text in why if text)
+        plan = Plan(site, mask, spec, self._executor, reason=reason, split=split)
+        return self._proposal(plan, _too_large(site))
 
+    def as_it_is(self) -> Proposal:
+        """The program as it is, unless the user says that it may not be."""
+        note, site = self.trace.annotation, self.trace.site
+        refusal = _FORCED if self.options.decide == "sparse" else ""
+        if note is not None and not note.promise:
+            refusal = "its annotation restricts what it attends to"
+        if site.kind == "call":
+            refusal = "as it is it is a call of this library's attention, which is sparse itself"
+        cost = replace(dense(self.price.target, Price.work_of(site)), refusal=refusal)
+        return Proposal(cost, self.trace.rejected(refusal))
 
-def _as_it_is(trace: Trace, ways: list[Proposal], options: Options, target: Target) -> Proposal:
-    """The program as it is, unless the user says that it may not be."""
-    note = trace.annotation
-    site = trace.found
-    assert isinstance(site, AttentionSite)
-    refusal = _FORCED if options.decide == "sparse" else ""
-    if note is not None and not note.promise:
-        refusal = "its annotation restricts what it attends to"
-    if site.kind == "call":
-        refusal = "as it is it is a call of this library's attention, which is sparse itself"
-    cost = replace(dense(target, Price.work_of(site)), refusal=refusal)
-    return Proposal(cost, trace.rejected(refusal))
+    @property
+    def _executor(self) -> str:
+        return _EXECUTORS[self.price.target.kind]
 
+    def _proposal(self, plan: Plan, refusal: str, hint: str = "") -> Proposal:
+        cost = replace(self.price.of(plan), refusal=refusal)
+        return Proposal(cost, self.trace.rejected(refusal, hint) if refusal else plan)
 
-# What there is in a mask alone --------------------------------------------------------------------
+    # What there is in a mask alone ----------------------------------------------------------------
 
+    def _without_mask(self, plan: Plan) -> Proposal:
+        """SDPA's dense kernel, where the mask hides nothing that it does not skip itself."""
+        site = plan.site
+        what = "is causal" if plan.causal else "lets every query see every key"
+        cost = sdpa(self.price.target, Price.work_of(site))
+        # Unless a restriction made it so, in which case the call still has to be told.
+        if site.kind == "sdpa" and not site.masks and site.causal == plan.causal:
+            reason = f"its mask {what}, and PyTorch's own kernel already skips what that allows"
+            hint = 'options={"dense": "rewrite"} uses block-sparse kernels all the same'
+            return Proposal(replace(cost, refusal=reason), self.trace.rejected(reason, hint))
+        reason = f"its mask {what}: SDPA's dense kernel is fastest, without the mask tensor"
+        return Proposal(cost, replace(plan, reason=reason))
 
-def _without_mask(trace: Trace, plan: Plan, price: Price) -> Proposal:
-    """SDPA's dense kernel, where the mask hides nothing that it does not skip itself."""
-    site = plan.site
-    what = "is causal" if plan.causal else "lets every query see every key"
-    cost = sdpa(price.target, Price.work_of(site))
-    # Unless a restriction made it so, in which case the call still has to be told.
-    if site.kind == "sdpa" and not site.masks and site.causal == plan.causal:
-        reason = f"its mask {what}, and PyTorch's own kernel already skips what that allows"
-        hint = 'options={"dense": "rewrite"} uses block-sparse kernels all the same'
-        return Proposal(replace(cost, refusal=reason), trace.rejected(reason, hint))
-    reason = f"its mask {what}: SDPA's dense kernel is fastest, without the mask tensor"
-    return Proposal(cost, replace(plan, reason=reason))
+    def _spec(self, mask: LiftedMask) -> tuple[AttentionSpec, Split]:
+        """What to compute, in the views that cost least at the lengths of the example."""
+        shape = shape_of(Price.work_of(self.trace.site))
+        spec, split = views_for(mask.mask, self.price.target.kind, shape, self.options.block)
+        return self._meant(spec, mask), split
 
+    # What a pattern selects -----------------------------------------------------------------------
 
-def _is_zero(mask: LiftedMask) -> bool:
-    return mask.empty_rows is EmptyRows.ZERO
+    def _besides(self, mask: LiftedMask, chosen: SelectedPlan) -> Proposal:
+        """Attention to what the user's pattern selects, and to the static part of the mask."""
+        site, split = self.trace.site, None
+        note, called = site.annotation, site.called
+        by_call = called is not None and called.mask.selected is not None
+        reason = "as its annotation asks, it is approximated by"
+        reason = "as it is called, it attends to" if by_call else reason
+        reason += f" the keys that {chosen.shown} selects"
+        if chosen.alone:
+            spec = self._of_units(chosen.lifted, chosen.units)
+        else:
+            own, split = self._spec(mask)
+            spec = own.with_units(chosen.lifted.mask, *chosen.units)
+            reason += ", and those of the static part of the mask"
+        plan = Plan(site, mask, spec, self._executor, reason=reason, split=split, selected=chosen)
+        refusal, hint = _too_large(site, chosen.alone and called is not None), ""
+        if by_call and note is not None and note.parts is not None:
+            refusal = "the pattern that it is called with selects keys, and its annotation others"
+            hint = "remove the annotation"
+        if mask.selection is not None:
+            refusal = "its own mask selects keys by index, and its annotation selects others"
+            hint = "remove the annotation, or pass both as one mask"
+        return self._proposal(plan, refusal, hint)
 
+    def _of_units(self, mask: LiftedMask, units: tuple[int, int]) -> AttentionSpec:
+        """Attention to selected keys alone; ``units`` are unit_q and unit_kv."""
+        by_blocks = are_blocks(*units, self.price.target.kind) and not mask.dense
+        make = AttentionSpec.of_listed_blocks if by_blocks else AttentionSpec.of_units
+        return self._meant(make(mask.mask, *units), mask)
 
-def _spec(
-    site: AttentionSite, mask: LiftedMask, target: Target, options: Options
-) -> tuple[AttentionSpec, Split]:
-    """What to compute, in the views that cost least at the lengths of the example."""
-    batch, heads, n_q = (expected(site.q, axis) for axis in "bhn")
-    shape = ProblemShape(batch, heads, n_q, expected(site.k, "n"))
-    spec, split = choose_views(mask.mask, shape, options.block, block_shapes(target.kind))
-    meant = replace(spec, empty_rows=mask.empty_rows, where=site.where, score=site.score)
-    return meant, split
+    def _meant(self, spec: AttentionSpec, mask: LiftedMask) -> AttentionSpec:
+        site = self.trace.site
+        return replace(spec, empty_rows=mask.empty_rows, where=site.where, score=site.score)
+
+    # What the program's own mask selects ----------------------------------------------------------
+
+    def _listed(self, mask: LiftedMask, selection: SelectedKeys) -> Proposal:
+        """Attention over the keys that an index names, or that reach a threshold."""
+        site = self.trace.site
+        spec = self._of_units(mask, (selection.unit_q, selection.unit_kv))
+        plan = Plan(site, mask, spec, "selected", reason=selection.shown)
+        refusal, hint = _too_large(site), ""
+        made = None if selection.ranking is None else _indexer(selection.ranking)
+        if isinstance(made, Indexer):
+            whose = "the scores of its indexer" if site.ranked is None else "its scores"
+            reason = f"{plan.reason}; {whose} are computed some queries at a time"
+            plan = replace(plan, reason=reason, indexer=made)
+        elif site.ranked is not None:
+            refusal, hint = site.ranked
+            refusal += f"; they cannot be ranked apart: {made}" if made else ""
+        elif made is not None:
+            plan = replace(plan, reason=f"{plan.reason}; its top-k is left as it is: {made}")
+        refusal = refusal or _too_many(plan, selection, self.price.target)
+        return self._proposal(plan, refusal, hint)
 
 
 def _too_large(site: AttentionSite, units: bool = False) -> str:
@@ -162,74 +205,6 @@ def _too_large(site: AttentionSite, units: bool = False) -> str:
             if not isinstance(size, torch.SymInt) and size > limit:
                 return f"its {name} of {size} is beyond the {limit} that the kernels handle"
     return ""
-
-
-# What a pattern selects --------------------------------------------------------------------------
-
-
-def _besides(trace: Trace, reading: Reading, options: Options, price: Price) -> Proposal:
-    """Attention to what the user's pattern selects, and to the static part of the mask."""
-    site, chosen, mask = trace.found, reading.selected, reading.mask
-    assert isinstance(site, AttentionSite)
-    assert chosen is not None
-    executor = _EXECUTORS[price.target.kind]
-    reason = f"as its annotation asks, it is approximated by the keys that {chosen.shown} selects"
-    if site.called is not None and site.called.mask.selected is not None:
-        reason = f"as it is called, it attends to the keys that {chosen.shown} selects"
-    split = None
-    if chosen.alone:
-        spec = _of_units(site, chosen.lifted, chosen.units, price.target)
-    else:
-        own, split = _spec(site, mask, price.target, options)
-        spec = own.with_units(chosen.lifted.mask, *chosen.units)
-        reason += ", and those of the static part of the mask"
-    plan = Plan(site, mask, spec, executor, reason=reason, split=split, selected=chosen)
-    refusal, hint = _too_large(site, chosen.alone and site.called is not None), ""
-    note, called = site.annotation, site.called
-    if called is not None and called.mask.selected is not None and note and note.parts:
-        refusal = "the pattern that it is called with selects keys, and its annotation others"
-        hint = "remove the annotation"
-    if mask.selection is not None:
-        refusal = "its own mask selects keys by index, and its annotation selects others"
-        hint = "remove the annotation, or pass both as one mask"
-    return _proposal(trace, plan, price, refusal, hint)
-
-
-def _of_units(
-    site: AttentionSite, mask: LiftedMask, units: tuple[int, int], target: Target
-) -> AttentionSpec:
-    """Attention to selected keys alone; ``units`` are unit_q and unit_kv."""
-    by_blocks = are_blocks(*units, target.kind) and not mask.dense
-    make = AttentionSpec.of_listed_blocks if by_blocks else AttentionSpec.of_units
-    made = make(mask.mask, *units)
-    return replace(made, empty_rows=mask.empty_rows, where=site.where, score=site.score)
-
-
-# What the program's own mask selects -------------------------------------------------------------
-
-
-def _listed(trace: Trace, mask: LiftedMask, selection: SelectedKeys, price: Price) -> Proposal:
-    """Attention over the keys that an index names, or that reach a threshold."""
-    site = trace.found
-    assert isinstance(site, AttentionSite)
-    spec = _of_units(site, mask, (selection.unit_q, selection.unit_kv), price.target)
-    plan = Plan(site, mask, spec, "selected", reason=selection.shown)
-    refusal, hint = _too_large(site), ""
-    if selection.ranking is not None:
-        made = _indexer(selection.ranking)
-        if isinstance(made, Indexer):
-            whose = "the scores of its indexer" if site.ranked is None else "its scores"
-            reason = f"{plan.reason}; {whose} are computed some queries at a time"
-            plan = replace(plan, reason=reason, indexer=made)
-        elif site.ranked is not None:
-            refusal, hint = site.ranked
-            refusal = f"{refusal}; they cannot be ranked apart: {made}"
-        else:
-            plan = replace(plan, reason=f"{plan.reason}; its top-k is left as it is: {made}")
-    elif site.ranked is not None:
-        refusal, hint = site.ranked
-    refusal = refusal or _too_many(plan, selection, price.target)
-    return _proposal(trace, plan, price, refusal, hint)
 
 
 def _too_many(plan: Plan, selection: SelectedKeys, target: Target) -> str:
@@ -261,10 +236,5 @@ def _indexer(ranking: Ranking) -> Indexer | str:
     if masks and len(lifted.fills) != 1:
         return "its mask changes scores in several ways"
     fill = lifted.fills[0] if masks else float("-inf")
-    masked = lifted.mask, fill, bool(masks) and masks[0].role == "add"
-    if isinstance(found, BlockScoresSite):
-        blocks = BlockScoresSpec(found.size, found.before, *masked, found.padding)
-        return Indexer(found, lifted, blocks)
-    flags = found.largest, found.is_sorted, found.single
-    spec = IndexerSpec(found.before, found.after, found.product, *masked, *flags)
-    return Indexer(found, lifted, spec)
+    adds = bool(masks) and masks[0].role == "add"
+    return Indexer(found, lifted, replace(found.spec, mask=lifted.mask, fill=fill, adds=adds))

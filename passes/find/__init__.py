@@ -7,12 +7,13 @@ from collections.abc import Iterator
 
 from torch.fx import GraphModule, Node
 
+from sparse_compile.ops.masked import MASKED_ATTENTION
 from sparse_compile.passes.find.called import match_called
 from sparse_compile.passes.find.canonical import canonical, op_name
 from sparse_compile.passes.find.dataflow import Dataflow
 from sparse_compile.passes.find.eager import match_eager
 from sparse_compile.passes.find.indexer import find_indexer
-from sparse_compile.passes.find.provenance import where
+from sparse_compile.passes.find.refusal import Refusal
 from sparse_compile.passes.find.sdpa import match_sdpa
 from sparse_compile.passes.mutation import bodies, memory_of, scope_of_body
 from sparse_compile.sites.site import AttentionSite, Rejection, Scope
@@ -69,16 +70,17 @@ def _in_scope(scope: Scope, flow: Dataflow) -> Iterator[AttentionSite | Rejectio
     transforms = 0
     for node in scope.gm.graph.nodes:
         transforms += _NESTING.get(op_name(node), 0)
-        found = _match(node, flow, scope)
-        if transforms and isinstance(found, AttentionSite):
-            found = Rejection(
-                "this attention is inside a torch.func transform such as vmap",
-                "give q, k and v the batch axis themselves",
-                found.where,
-                found.output.node,
-            )
-        if found is not None:
-            yield found
+        try:
+            found = _match(node, flow, scope)
+            if found is not None and transforms:
+                raise Refusal(
+                    "this attention is inside a torch.func transform such as vmap",
+                    "give q, k and v the batch axis themselves",
+                )
+        except Refusal as refusal:
+            yield refusal.of(node)
+        else:
+            yield from () if found is None else (found,)
         for body, inputs in _called(node):
             yield from _in_body(node, body, inputs, scope, flow, shared=calls[id(body)] > 1)
 
@@ -90,19 +92,17 @@ def _called(node: Node) -> list[tuple[GraphModule, tuple[object, ...]]]:
     return bodies(node)
 
 
-def _match(node: Node, flow: Dataflow, scope: Scope) -> AttentionSite | Rejection | None:
+def _match(node: Node, flow: Dataflow, scope: Scope) -> AttentionSite | None:
     if node.op not in ("call_function", "call_method"):
         return None
-    if op_name(node) in _OPAQUE:
-        return Rejection(*_OPAQUE[op_name(node)], where(node), node)
-    if (called := match_called(node, scope)) is not None:
-        return called
-    call = canonical(node)
-    if op_name(node) == "scaled_dot_product_attention":
+    name, call = op_name(node), canonical(node)
+    if name in _OPAQUE:
+        raise Refusal(*_OPAQUE[name])
+    if node.target is MASKED_ATTENTION:
+        return match_called(node, scope)
+    if name == "scaled_dot_product_attention":
         return match_sdpa(node, flow, scope)
-    if call is not None and call.op == "softmax":
-        return match_eager(node, flow, scope)
-    return None
+    return match_eager(node, flow, scope) if call is not None and call.op == "softmax" else None
 
 
 def _in_body(

@@ -12,15 +12,17 @@ from collections.abc import Sequence
 from torch.fx import Node
 
 from sparse_compile.passes.find import values
-from sparse_compile.passes.find.canonical import is_reshape, op_name, source
-from sparse_compile.passes.find.chain import Chain
+from sparse_compile.passes.find.canonical import canonical, is_reshape, op_name, source
+from sparse_compile.passes.find.chain import UNMASKED, Chain
 from sparse_compile.passes.find.contraction import contraction
+from sparse_compile.passes.find.dataflow import breadth_first
 from sparse_compile.passes.find.refusal import Refusal
 from sparse_compile.passes.mutation import written_inputs
 from sparse_compile.sites.site import BlockScoresSite, Operand, Scope
+from sparse_compile.spec.block_scores import BlockScoresSpec
 
-#: Steps from a top-k back to the products that it is made of, at most.
-_FAR = 16
+#: A top-k and the products that it is made of are fewer steps apart.
+_FAR = 17
 
 
 def find_block_scores(best: Sequence[Node], scope: Scope) -> BlockScoresSite | None:
@@ -62,14 +64,12 @@ def _maximum(node: Node) -> Node | None:
 
 def _behind(last: Node) -> list[Node]:
     """The floating tensors that a node is made of, up to products and maxima, nearest first."""
-    found: dict[Node, None] = {}
-    front = [last]
-    for _ in range(_FAR):
-        front = [n for node in front for n in node.all_input_nodes if values.is_float(n)]
-        front = [node for node in dict.fromkeys(front) if node not in found]
-        found |= dict.fromkeys(front)
-        front = [n for n in front if _maximum(n) is None and contraction(n) is None]
-    return list(found)
+
+    def following(node: Node) -> list[Node]:
+        ends = node is not last and (_maximum(node) or contraction(node))
+        return [] if ends else [n for n in node.all_input_nodes if values.is_float(n)]
+
+    return list(breadth_first(last, following, _FAR))[1:]
 
 
 class _Match(Chain):
@@ -92,25 +92,26 @@ class _Match(Chain):
         """
         super().__init__(scope)
         self.pool, self.padding = pool, float("-inf")
-        scores = self._masked(self._padded(self._blocks(pool)))
-        self.before, product = self._steps(scores)
-        self.q, self.k = self._by_head(product)
-        self._check_operands((self.q, self.k), pool)
+        scores = self.masked(self._padded(self._blocks(pool)))
+        self.before, product = self.steps(scores)
+        self.q, self.k = self.by_head(product)
+        self.check_operands((self.q, self.k), pool)
         _check_gradient(pool)
 
     def _blocks(self, pool: Node) -> Node:
         """The scores by key, of which ``pool`` holds the highest of each block."""
-        call = _maximum(pool)
-        assert call is not None
-        names = ("input", "dim", "keepdim")
-        given = {**dict(zip(names, call.args, strict=False)), **call.kwargs}
-        dim = given.get("dim")
+        maximum = _maximum(pool)
+        assert maximum is not None
+        call = canonical(maximum)
+        if call is None:
+            raise _other("not as the maximum over one axis")
+        dim = call.args["dim"]
         dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
-        view = self._taken(given["input"], call)
-        if dim not in (-1, 4) or given.get("keepdim", False) or not is_reshape(view):
+        view = self.taken(call.args["input"], maximum)
+        if dim not in (-1, 4) or call.args["keepdim"] or not is_reshape(view):
             raise _other("they are not pooled over blocks of the last axis")
         *rows, _, size = values.shape(view)
-        scores = self._taken(source(view), view)
+        scores = self.taken(source(view), view)
         if len(rows) != 3 or not values.same_shape(tuple(rows), values.shape(scores)[:-1]):
             raise _other("they are not [B, H, Nq, Nkv]")
         known = values.number(size)
@@ -121,23 +122,21 @@ class _Match(Chain):
 
     def _padded(self, node: Node) -> Node:
         """The scores before keys were added to make the last block whole."""
-        if op_name(node) != "pad":
+        call = canonical(node)
+        if call is None or call.op != "pad":
             return node
-        names = ("input", "pad", "mode", "value")
-        given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-        amounts = given["pad"]
+        amounts, value = call.args["pad"], values.number(call.args["value"] or 0.0)
         first = isinstance(amounts, (tuple, list)) and len(amounts) == 2 and amounts[0] == 0
-        value = values.number(given.get("value") or 0.0)
-        if not first or given.get("mode", "constant") != "constant" or value is None:
+        if not first or call.args["mode"] != "constant" or value is None:
             raise _other("they are padded in several places")
         self.padding = value
-        return self._taken(given["input"], node)
+        return self.taken(call.args["input"], node)
 
     def found(self) -> BlockScoresSite:
         """What was matched."""
-        scores = self._as_attention(Operand(self.pool), self.q, self.k, ("b", "h", "q", "kv"))
-        operands = self.q, self.k, self.view
-        return BlockScoresSite(scores, *operands, self.size, self.before, self.padding)
+        scores = self.as_attention(Operand(self.pool), self.q, self.k, ("b", "h", "q", "kv"))
+        spec = BlockScoresSpec(self.size, self.before, *UNMASKED, self.padding)
+        return BlockScoresSite(scores, self.view, spec)
 
 
 def _check_gradient(pool: Node) -> None:
@@ -149,16 +148,11 @@ def _check_gradient(pool: Node) -> None:
     value = values.tensor(pool)
     if value is not None and not value.requires_grad:
         return
-    front, seen = [pool], {pool}
-    while front:
-        node = front.pop()
-        for user in node.users:
-            others = [target for target in written_inputs(user) if target not in seen]
-            if others or user.op == "output" or _is_opaque(user):
-                raise _other(f"`{op_name(user)}` reads their values")
-            if user not in seen and _may_have_gradient(user):
-                seen.add(user)
-                front.append(user)
+    seen = list(breadth_first(pool, lambda node: filter(_may_have_gradient, node.users)))
+    for user in (user for node in seen for user in node.users):
+        others = [target for target in written_inputs(user) if target not in seen]
+        if others or user.op == "output" or _is_opaque(user):
+            raise _other(f"`{op_name(user)}` reads their values")
 
 
 def _is_opaque(user: Node) -> bool:
@@ -167,10 +161,7 @@ def _is_opaque(user: Node) -> bool:
 
 def _may_have_gradient(node: Node) -> bool:
     """Whether a node is a floating tensor, or several of which one is."""
-    value = node.meta.get("example_value")
-    if isinstance(value, (tuple, list)):
-        return True
-    return values.is_float(node)
+    return values.is_float(node) or isinstance(node.meta.get("example_value"), (tuple, list))
 
 
 def _other(why: str) -> Refusal:

@@ -7,25 +7,27 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from sparse_compile.ops.masked import MASKED_ATTENTION
 from sparse_compile.passes.find import values
 from sparse_compile.passes.find.provenance import where
+from sparse_compile.passes.find.refusal import Refusal
 from sparse_compile.sites.named import TENSOR, NamedMask
-from sparse_compile.sites.site import AttentionSite, Called, MaskOperand, Operand, Rejection, Scope
+from sparse_compile.sites.site import AttentionSite, Called, MaskOperand, Operand, Scope
 
 
-def match_called(node: Node, scope: Scope) -> AttentionSite | Rejection | None:
-    """The attention that a node calls; None if it calls none."""
-    if node.target is not MASKED_ATTENTION:
-        return None
+def match_called(node: Node, scope: Scope) -> AttentionSite:
+    """The attention that a call of ``MASKED_ATTENTION`` computes.
+
+    Raises:
+        Refusal: it cannot be planned.
+    """
     args: Any = node.args
     q, k, v, given, sinks, sizes, text, scale = args
     named = NamedMask.parse(text)
     by_tensor = named.selects == TENSOR
-    if by_tensor and not _is_bool(given[0]):
+    if by_tensor and values.dtype(given[0]) is not torch.bool:
         reason = "its mask is a tensor that is added to the scores"
         hint = "pass a bool tensor, True to attend, to have it planned for these sizes"
-        return Rejection(reason, hint, where(node), node)
+        raise Refusal(reason, hint)
     return AttentionSite(
         scope,
         Operand(node),
@@ -41,8 +43,3 @@ def match_called(node: Node, scope: Scope) -> AttentionSite | Rejection | None:
         sinks=sinks,
         called=None if by_tensor else Called(named, tuple(given), tuple(sizes)),
     )
-
-
-def _is_bool(mask: Node) -> bool:
-    example = values.tensor(mask)
-    return example is not None and example.dtype is torch.bool

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import builtins
+import inspect
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,8 +25,7 @@ class Call:
 
     Attributes:
         op: the meaning: ``matmul``, ``einsum``, ``baddbmm``, ``softmax``, ``mul``, ``div``,
-            ``add``, ``sub``, ``tanh``, ``masked_fill``, ``where``, ``cat``, ``amax``, ``cast``,
-            ``copy``, ``dropout``, ``sdpa``.
+            ``add``, ``sub``, ``tanh``, ``masked_fill`` and so on.
         args: the arguments by name, defaults filled in.
         in_place: whether it overwrites ``args["input"]``.
     """
@@ -34,82 +35,90 @@ class Call:
     in_place: bool = False
 
 
-@dataclass(frozen=True)
+_ALIASES = {
+    "self": "input",
+    "axis": "dim",
+    "mat2": "other",
+    "tensor2": "other",
+    "train": "training",
+}
+"""Other keywords for the same parameters."""
+
+_OVERWRITING = (operator.imul, operator.itruediv, operator.iadd)
+
+
 class _Spelling:
-    """Some ways to write one op that share a parameter list.
+    """Some ways to write one op that share a parameter list, such as ``input dim=None **rest``."""
 
-    ``parameters`` are space separated; ``a|b`` are two keywords of one parameter, ``a=1`` a
-    default, ``*a`` takes the remaining positional arguments, and ``**`` ignores what is left.
-    """
+    def __init__(
+        self, op: str, parameters: str, functions: tuple[Any, ...], methods: str = ""
+    ) -> None:
+        self.op, self.targets = op, (*functions, *methods.split())
+        self.signature = inspect.Signature([_parameter(word) for word in parameters.split()])
 
-    op: str
-    parameters: str
-    functions: tuple[Any, ...] = ()
-    methods: tuple[str, ...] = ()
-    in_place: bool = False
+
+def _parameter(word: str) -> inspect.Parameter:
+    name, _, default = word.partition("=")
+    kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.VAR_POSITIONAL
+    kind = (*kinds, inspect.Parameter.VAR_KEYWORD)[name.count("*")]
+    value = ast.literal_eval(default) if default else inspect.Parameter.empty
+    return inspect.Parameter(name.lstrip("*"), kind, default=value)
 
 
 _SPELLINGS = (
     _Spelling(
         "matmul",
-        "input|self other|mat2|tensor2",
+        "input other",
         (torch.matmul, torch.bmm, torch.mm, torch.linalg.matmul, operator.matmul),
-        ("matmul", "bmm", "mm", "__matmul__"),
+        "matmul bmm mm __matmul__",
     ),
     _Spelling("einsum", "equation *operands", (torch.einsum,)),
-    _Spelling("baddbmm", "input batch1 batch2 beta=1 alpha=1", (torch.baddbmm,), ("baddbmm",)),
-    _Spelling("softmax", "input dim|axis=None _stacklevel=3 dtype=None", (F.softmax,)),
+    _Spelling("baddbmm", "input batch1 batch2 beta=1 alpha=1", (torch.baddbmm,), "baddbmm"),
+    _Spelling("softmax", "input dim=None _stacklevel=3 dtype=None", (F.softmax,)),
     _Spelling(
-        "softmax",
-        "input dim|axis=None dtype=None",
-        (torch.softmax, torch.special.softmax),
-        ("softmax",),
+        "softmax", "input dim=None dtype=None", (torch.softmax, torch.special.softmax), "softmax"
     ),
     _Spelling(
         "mul",
         "input other",
-        (operator.mul, torch.mul, torch.multiply),
-        ("mul", "multiply", "__mul__", "__rmul__"),
-    ),
-    _Spelling("mul", "input other", (operator.imul,), ("mul_", "multiply_"), in_place=True),
-    _Spelling(
-        "div",
-        "input other rounding_mode=None",
-        (operator.truediv, torch.div, torch.divide, torch.true_divide),
-        ("div", "divide", "true_divide", "__truediv__"),
+        (operator.mul, operator.imul, torch.mul, torch.multiply),
+        "mul mul_ multiply multiply_ __mul__ __rmul__",
     ),
     _Spelling(
         "div",
         "input other rounding_mode=None",
-        (operator.itruediv,),
-        ("div_", "divide_", "true_divide_"),
-        in_place=True,
+        (operator.truediv, operator.itruediv, torch.div, torch.divide, torch.true_divide),
+        "div div_ divide divide_ true_divide true_divide_ __truediv__",
     ),
     _Spelling(
         "add",
         "input other alpha=1",
-        (operator.add, torch.add),
-        ("add", "__add__", "__radd__"),
+        (operator.add, operator.iadd, torch.add),
+        "add add_ __add__ __radd__",
     ),
-    _Spelling("add", "input other alpha=1", (operator.iadd,), ("add_",), in_place=True),
-    _Spelling("sub", "input other alpha=1", (operator.sub, torch.sub), ("sub", "__sub__")),
-    _Spelling("tanh", "input", (torch.tanh, F.tanh), ("tanh",)),
-    _Spelling("tanh", "input", (torch.tanh_,), ("tanh_",), in_place=True),
-    _Spelling("cat", "tensors dim|axis=0", (torch.cat, torch.concat, torch.concatenate)),
-    _Spelling("amax", "input dim|axis keepdim=False", (torch.amax,), ("amax",)),
-    _Spelling("masked_fill", "input mask value", (torch.masked_fill,), ("masked_fill",)),
-    _Spelling("masked_fill", "input mask value", (), ("masked_fill_",), in_place=True),
-    _Spelling("where", "condition input|self other", (torch.where,)),
-    _Spelling("where", "input condition other", (), ("where",)),
+    _Spelling("sub", "input other alpha=1", (operator.sub, torch.sub), "sub __sub__"),
+    _Spelling("tanh", "input", (torch.tanh, torch.tanh_, F.tanh), "tanh tanh_"),
+    _Spelling("relu", "input inplace=False", (torch.relu, F.relu), "relu"),
+    _Spelling("sum", "input dim=None keepdim=False dtype=None", (torch.sum,), "sum"),
+    _Spelling("cat", "tensors dim=0", (torch.cat, torch.concat, torch.concatenate)),
+    _Spelling("max", "input dim keepdim=False", (torch.max,), "max"),
+    _Spelling("amax", "input dim keepdim=False", (torch.amax,), "amax"),
+    _Spelling("topk", "input k dim=-1 largest=True sorted=True", (torch.topk,), "topk"),
+    _Spelling("pad", "input pad mode='constant' value=None", (F.pad, torch._C._nn.pad)),
+    _Spelling("unsqueeze", "input dim", (torch.unsqueeze,), "unsqueeze"),
     _Spelling(
-        "cast",
-        "input **",
-        (),
-        ("to", "type", "type_as", "float", "half", "bfloat16", "double"),
+        "repeat_interleave",
+        "input repeats dim=None output_size=None",
+        (torch.repeat_interleave,),
+        "repeat_interleave",
     ),
-    _Spelling("copy", "input memory_format=None", (torch.clone,), ("contiguous", "clone")),
+    _Spelling("masked_fill", "input mask value", (torch.masked_fill,), "masked_fill masked_fill_"),
+    _Spelling("where", "condition input other", (torch.where,)),
+    _Spelling("where", "input condition other", (), "where"),
+    _Spelling("cast", "input *args **kwargs", (), "to type type_as float half bfloat16 double"),
+    _Spelling("copy", "input memory_format=None", (torch.clone,), "contiguous clone"),
     _Spelling("dropout", "input p=0.5 training=True inplace=False", (F.dropout,)),
-    _Spelling("dropout", "input p training|train", (torch.dropout,)),
+    _Spelling("dropout", "input p training", (torch.dropout,)),
     _Spelling(
         "sdpa",
         "query key value attn_mask=None dropout_p=0.0 is_causal=False scale=None enable_gqa=False",
@@ -117,8 +126,7 @@ _SPELLINGS = (
     ),
 )
 
-_BY_FUNCTION = {function: row for row in _SPELLINGS for function in row.functions}
-_BY_METHOD = {method: row for row in _SPELLINGS for method in row.methods}
+_BY_TARGET: dict[Any, _Spelling] = {target: row for row in _SPELLINGS for target in row.targets}
 
 _RESHAPES = frozenset("view reshape flatten unflatten unsqueeze squeeze view_as reshape_as".split())
 _EXPANDS = frozenset("expand expand_as broadcast_to repeat tile".split())
@@ -127,46 +135,20 @@ _PERMUTES = frozenset("transpose swapaxes swapdims permute movedim moveaxis t mT
 
 def canonical(node: object) -> Call | None:
     """The meaning of a node; None for an op, or a way to call one, that is not in the table."""
-    if not isinstance(node, Node):
+    if not isinstance(node, Node) or not _is_call(node):
         return None
-    row = None
-    if node.op == "call_function":
-        row = _BY_FUNCTION.get(node.target)
-    elif node.op == "call_method":
-        row = _BY_METHOD.get(str(node.target))
+    row = _BY_TARGET.get(node.target)
     if row is None:
         return None
-    bound = _bind(row.parameters, node.args, node.kwargs)
-    return None if bound is None else Call(row.op, bound, row.in_place)
-
-
-def _bind(parameters: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    positional, keywords = list(args), dict(kwargs)
-    bound: dict[str, Any] = {}
-    for parameter in parameters.split():
-        if parameter == "**":
-            return bound
-        if parameter.startswith("*"):
-            bound[parameter[1:]] = tuple(positional)
-            positional = []
-            continue
-        names, _, default = parameter.partition("=")
-        given = [name for name in names.split("|") if name in keywords]
-        key = names.split("|")[0]
-        if positional:
-            bound[key] = positional.pop(0)
-        elif given:
-            bound[key] = keywords.pop(given[0])
-        elif default:
-            bound[key] = _DEFAULTS[default]
-        else:
-            return None
-    return None if positional or keywords else bound
-
-
-_DEFAULTS = {
-    "None": None, "0": 0, "0.0": 0.0, "0.5": 0.5, "1": 1, "3": 3, "True": True, "False": False,
-}  # fmt: skip
+    named = {_ALIASES.get(name, name): value for name, value in node.kwargs.items()}
+    try:
+        bound = row.signature.bind(*node.args, **named)
+    except TypeError:
+        return None
+    bound.apply_defaults()
+    name = op_name(node)
+    in_place = node.target in _OVERWRITING or (name.endswith("_") and not name.endswith("__"))
+    return Call(row.op, bound.arguments, in_place)
 
 
 def op_name(node: Node) -> str:

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import sympy
 from torch.fx import Node
 
+from sparse_compile.expr import MaskExpr
 from sparse_compile.passes.find import values
 from sparse_compile.passes.find.canonical import Call, canonical, is_reshape, op_name
 from sparse_compile.passes.find.constants import constant
 from sparse_compile.passes.find.contraction import Contraction, contraction
-from sparse_compile.passes.find.dataflow import dataflow_of
+from sparse_compile.passes.find.dataflow import Dataflow
 from sparse_compile.passes.find.provenance import where
 from sparse_compile.passes.find.refusal import Refusal
+from sparse_compile.passes.find.scores import product_above
+from sparse_compile.passes.mutation import memory_of
 from sparse_compile.sites.site import AttentionSite, MaskOperand, Operand, Scope
 from sparse_compile.spec.indexer import Step
 
@@ -22,6 +26,10 @@ READS_NO_VALUES = frozenset(
     "size dim shape zeros_like ones_like full_like empty_like new_zeros new_ones new_full "
     "new_empty".split()
 )
+
+
+#: Of a spec, until the mask on the scores is lifted: mask, fill, and whether that is added.
+UNMASKED = MaskExpr(sympy.true), float("-inf"), False
 
 
 class Chain:
@@ -35,12 +43,12 @@ class Chain:
     """
 
     def __init__(self, scope: Scope, others: Collection[Node] = ()) -> None:
-        self.scope, self.flow = scope, dataflow_of(scope)
+        self.scope, self.flow = scope, Dataflow(memory_of(scope))
         self.mask: MaskOperand | None = None
         self.nodes: list[Node] = []
         self.others = set(others)
 
-    def _taken(self, node: Any, reader: Node) -> Node:
+    def taken(self, node: Any, reader: Node) -> Node:
         """A step of the chain, which only ``reader`` reads: a tensor, or its last overwriting."""
         if not isinstance(node, Node) or not values.is_float(node):
             raise not_an_indexer()
@@ -55,7 +63,7 @@ class Chain:
         self.nodes.append(reader)
         return step
 
-    def _masked(self, node: Node) -> Node:
+    def masked(self, node: Node) -> Node:
         """What a mask is on, or the node itself."""
         call = canonical(node)
         if call is None:
@@ -69,15 +77,15 @@ class Chain:
             if number is None:
                 raise Refusal("the score of masked keys is known only at run time")
             self.mask = MaskOperand(mask, role, number)
-            return self._taken(args["input"], node)
+            return self.taken(args["input"], node)
         if call.op == "add" and values.number(args["alpha"]) == 1.0:
             for score, mask in ((args["input"], args["other"]), (args["other"], args["input"])):
-                if isinstance(mask, Node) and _is_product(score):
+                if isinstance(mask, Node) and isinstance(score, Node) and product_above(score):
                     self.mask = MaskOperand(mask, "add")
-                    return self._taken(score, node)
+                    return self.taken(score, node)
         return node
 
-    def _steps(self, node: Node) -> tuple[tuple[Step, ...], Node]:
+    def steps(self, node: Node) -> tuple[tuple[Step, ...], Node]:
         """The numbers that scores are multiplied with or divided by, in order, and what they are.
 
         Reshapes that only drop or add an axis of size one are passed.
@@ -88,45 +96,47 @@ class Chain:
             if is_reshape(node):
                 if not _same_axes(node, node.args[0]):
                     raise Refusal("its scores are reshaped")
-                node = self._taken(node.args[0], node)
+                node = self.taken(node.args[0], node)
                 continue
             step = None if call is None else _step(call)
             if step is None:
                 return tuple(steps[::-1]), node
             steps.append(step[0])
-            node = self._taken(step[1], node)
+            node = self.taken(step[1], node)
 
-    def _contraction(self, node: Node) -> Contraction:
+    def factors(
+        self, node: Node, axes: Sequence[str], shown: str
+    ) -> tuple[Operand, Operand, dict[str, str]]:
+        """q and k of scores with these axes, by letters, and what the letters mean."""
+        product = self.contraction(node)
+        if len(product.out) != 4 or len(product.summed) != 1:
+            raise Refusal(f"its scores are not products of {shown}")
+        meaning = dict(zip(product.out, axes, strict=True))
+        meaning |= dict.fromkeys(product.summed, "d")
+        self.nodes.append(node)
+        if "t" in product.left.renamed(meaning).axes:
+            return product.right, product.left, meaning
+        return product.left, product.right, meaning
+
+    def contraction(self, node: Node) -> Contraction:
+        """A product of two tensors, in their own dtype."""
         product = contraction(node)
         call = canonical(node)
         if product is None or call is None or call.op == "baddbmm":
             raise Refusal("its scores are not products of q and k")
-        tensors = [values.tensor(n) for n in (node, product.left, product.right)]
-        if len({tensor.dtype for tensor in tensors if tensor is not None}) != 1:
+        if len({values.dtype(n) for n in (node, product.left.node, product.right.node)}) != 1:
             raise Refusal("autocast computes its scores in another dtype")
         return product
 
-    def _by_head(self, node: Node) -> tuple[Operand, Operand]:
+    def by_head(self, node: Node) -> tuple[Operand, Operand]:
         """q and k, whose products [B, H, Nq, Nkv] are; one key head for all serves, too."""
-        product = self._contraction(node)
-        if len(product.out_letters) != 4 or len(product.summed) != 1:
-            raise Refusal("its scores are not products of q [B, H, Nq, D] and k [B, H, Nkv, D]")
-        meaning = dict(zip(product.out_letters, "bhnt", strict=True))
-        (feature,) = product.summed
-        meaning[feature] = "d"
-        sides = [(product.left, product.left_letters), (product.right, product.right_letters)]
-        if "t" in {meaning[letter] for letter in product.left_letters}:
-            sides.reverse()
-        (q, q_letters), (k, k_letters) = sides
-        shape = dict(zip((meaning[letter] for letter in k_letters), values.shape(k), strict=True))
-        shared = values.same(shape.get("h", 1), 1)
-        self.nodes.append(node)
-        return (
-            operand_of(q, q_letters, meaning, "bhnd"),
-            operand_of(k, k_letters, meaning, "bdt" if shared else "bhdt"),
-        )
+        shown = "q [B, H, Nq, D] and k [B, H, Nkv, D]"
+        q, k, meaning = self.factors(node, "bhnt", shown)
+        heads = dict(zip(k.renamed(meaning).axes, values.shape(k.node), strict=True)).get("h", 1)
+        wanted = "bdt" if values.same(heads, 1) else "bhdt"
+        return operand_of(q, meaning, "bhnd"), operand_of(k, meaning, wanted)
 
-    def _as_attention(
+    def as_attention(
         self, output: Operand, q: Operand, k: Operand, axes: tuple[str, ...]
     ) -> AttentionSite:
         """The scores as those of an attention, so that their masks are lifted."""
@@ -145,7 +155,7 @@ class Chain:
             region=tuple(self.nodes),
         )
 
-    def _check_operands(self, operands: Sequence[Operand], last: Node) -> None:
+    def check_operands(self, operands: Sequence[Operand], last: Node) -> None:
         """Sizes agree, and nothing overwrites an operand between the products and ``last``."""
         sizes: dict[str, Any] = {}
         for operand in operands:
@@ -168,38 +178,22 @@ def _step(call: Call) -> tuple[Step, Any] | None:
     return None
 
 
-def _is_product(node: Any) -> bool:
-    """Whether a tensor is made of a product or a sum, by steps."""
-    while isinstance(node, Node):
-        if contraction(node) is not None or op_name(node) == "sum":
-            return True
-        call = canonical(node)
-        step = None if call is None else _step(call)
-        if step is None and not is_reshape(node):
-            return False
-        node = node.args[0] if step is None else step[1]
-    return False
-
-
 def _same_axes(a: Node, b: Any) -> bool:
     """Whether two shapes differ in axes of size one at most."""
     left, right = ([n for n in values.shape(x) if not values.same(n, 1)] for x in (a, b))
     return values.same_shape(tuple(left), tuple(right))
 
 
-def operand_of(
-    node: Node, letters: Sequence[str], meaning: Mapping[str, str], wanted: str
-) -> Operand:
+def operand_of(factor: Operand, meaning: Mapping[str, str], wanted: str) -> Operand:
     """A factor with the meaning of its axes; those of size one that are not wanted are ``1``."""
-    axes = tuple(
-        meaning[letter] if meaning.get(letter, "") in tuple(wanted) else "1" for letter in letters
-    )
-    sizes = zip(axes, values.shape(node), strict=True)
+    names = {axis: meaning.get(axis, "1") for axis in factor.axes}
+    operand = factor.renamed({axis: n if n in wanted else "1" for axis, n in names.items()})
+    sizes = zip(operand.axes, values.shape(operand.node), strict=True)
     if any(axis == "1" and not values.same(size, 1) for axis, size in sizes):
         raise not_an_indexer()
-    if sorted(axis for axis in axes if axis != "1") != sorted(wanted):
+    if sorted(axis for axis in operand.axes if axis != "1") != sorted(wanted):
         raise not_an_indexer()
-    return Operand(node, axes)
+    return operand
 
 
 def not_an_indexer() -> Refusal:

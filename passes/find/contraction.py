@@ -9,33 +9,32 @@ from torch.fx import Node
 
 from sparse_compile.passes.find import values
 from sparse_compile.passes.find.canonical import Call, canonical
+from sparse_compile.sites.site import Operand
 
 Letters = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Contraction:
-    """``out[out_letters] = sum over the other letters of left[...] * right[...]``.
+    """``node[out] = sum over the other letters of left[...] * right[...]``.
 
     An axis of size one broadcasts, as in matmul. For ``baddbmm`` it is the product alone.
 
     Attributes:
         node: the product.
-        left, right: the factors.
-        left_letters, right_letters, out_letters: one letter per axis.
+        left, right: the factors, one letter per axis.
+        out: the letters of the product.
     """
 
     node: Node
-    left: Node
-    right: Node
-    left_letters: Letters
-    right_letters: Letters
-    out_letters: Letters
+    left: Operand
+    right: Operand
+    out: Letters
 
     @property
     def summed(self) -> frozenset[str]:
         """The letters that are contracted."""
-        return frozenset(self.left_letters + self.right_letters) - frozenset(self.out_letters)
+        return frozenset(self.left.axes + self.right.axes) - frozenset(self.out)
 
 
 def contraction(node: Node) -> Contraction | None:
@@ -58,9 +57,8 @@ def _product(node: Node, left: Any, right: Any) -> Contraction | None:
         return None
     batch = tuple(f"batch{i}" for i in range(max(ranks) - 2))
     lead = [batch[len(batch) - (rank - 2) :] for rank in ranks]
-    return Contraction(
-        node, left, right, (*lead[0], "i", "j"), (*lead[1], "j", "k"), (*batch, "i", "k")
-    )
+    factors = Operand(left, (*lead[0], "i", "j")), Operand(right, (*lead[1], "j", "k"))
+    return Contraction(node, *factors, (*batch, "i", "k"))
 
 
 def _einsum(node: Node, call: Call) -> Contraction | None:
@@ -71,7 +69,10 @@ def _einsum(node: Node, call: Call) -> Contraction | None:
         return None
     ranks = [len(values.shape(operand)) for operand in operands]
     parsed = parse_einsum(call.args["equation"], ranks)
-    return None if parsed is None else Contraction(node, operands[0], operands[1], *parsed)
+    if parsed is None:
+        return None
+    left, right, out = parsed
+    return Contraction(node, Operand(operands[0], left), Operand(operands[1], right), out)
 
 
 def parse_einsum(equation: object, ranks: list[int]) -> tuple[Letters, Letters, Letters] | None:

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from torch.fx import Node
 
 from sparse_compile.passes.find import values
 from sparse_compile.passes.find.canonical import canonical, op_name
 from sparse_compile.passes.find.refusal import Refusal
-from sparse_compile.passes.mutation import Memory, memory_of
-from sparse_compile.sites.site import Scope
-
-
-def dataflow_of(scope: Scope) -> Dataflow:
-    """The data flow of a scope's graph, knowing which of its inputs share memory outside."""
-    return Dataflow(memory_of(scope))
+from sparse_compile.passes.mutation import Memory
 
 
 class Dataflow:
@@ -50,12 +44,24 @@ class Dataflow:
         """The distinct nodes, in graph order."""
         return tuple(sorted(set(nodes), key=self.position.__getitem__))
 
-    def between(self, first: Node, last: Node) -> Iterator[Node]:
-        """The nodes strictly between two nodes."""
-        node = first.next
-        while node is not last:
-            yield node
-            node = node.next
+
+def breadth_first(
+    start: Node, following: Callable[[Node], Iterable[Node]], hops: int | None = None
+) -> Iterator[Node]:
+    """A node and those that are found from it, nearest first, each once.
+
+    Args:
+        start: the node.
+        following: those that are found from a node at once.
+        hops: how far away they are less than, if that matters.
+    """
+    level = dict.fromkeys([start])
+    seen = set(level)
+    while level and hops != 0:
+        yield from level
+        level = {n: None for node in level for n in following(node) if n not in seen}
+        seen.update(level)
+        hops = None if hops is None else hops - 1
 
 
 def _same_memory(a: Node, b: Node) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from sparse_compile.passes.find import values
+from sparse_compile.passes.find import shapes, values
 from sparse_compile.passes.find.canonical import canonical, is_reshape, op_name
 from sparse_compile.passes.find.chain import READS_NO_VALUES
 from sparse_compile.passes.find.contraction import Letters
@@ -26,15 +26,7 @@ from sparse_compile.passes.find.scores import (
     ScoreWalk,
     product_above,
 )
-from sparse_compile.passes.find.shapes import (
-    check_masks,
-    check_operands,
-    check_output_dtype,
-    check_query,
-    head_dim,
-    heads_agree,
-)
-from sparse_compile.passes.find.sinks import Sunk, find_sinks
+from sparse_compile.passes.find.sinks import Sunk
 from sparse_compile.passes.find.steps import Masked, fold
 from sparse_compile.passes.find.weights import (
     WeightsPath,
@@ -42,42 +34,47 @@ from sparse_compile.passes.find.weights import (
     product_below,
     read_elsewhere,
 )
-from sparse_compile.sites.site import AttentionSite, Operand, Rejection, Scope
+from sparse_compile.sites.site import AttentionSite, Operand, Scope
 
+_GRAD_MODES = ("_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode")
 #: What keeps the best of the scores, by index or by a threshold.
 _RANKS = frozenset("topk ge gt le lt greater_equal greater less_equal less".split())
 _SCORE_AXES = {4: ("b", "h", "q", "kv"), 3: ("b", "q", "kv"), 2: ("q", "kv")}
 
 
-def match_eager(softmax: Node, flow: Dataflow, scope: Scope) -> AttentionSite | Rejection | None:
-    """The attention around a softmax, why it cannot be taken, or None if it is no attention."""
+def match_eager(softmax: Node, flow: Dataflow, scope: Scope) -> AttentionSite | None:
+    """The attention around a softmax, or None if it is no attention.
+
+    Raises:
+        Refusal: it cannot be taken.
+    """
     try:
         return _match(softmax, flow, scope)
-    except Refusal as refusal:
-        if not product_above(softmax.all_input_nodes[0]) or not product_below(softmax):
-            return None  # A router, a pooling or a classifier.
-        return Rejection(refusal.reason, refusal.hint, where(softmax), softmax)
+    except Refusal:
+        if product_above(softmax.all_input_nodes[0]) and product_below(softmax):
+            raise
+        return None  # A router, a pooling or a classifier.
 
 
 def _match(softmax: Node, flow: Dataflow, scope: Scope) -> AttentionSite:
     call = canonical(softmax)
     assert call is not None
-    sunk = find_sinks(softmax, flow)
-    scores = sunk.scores if sunk else ScoreWalk(flow).back(call.args["input"], softmax)
+    scores = ScoreWalk(flow).back(call.args["input"], softmax)
+    sunk = scores.sunk
     _check_axis(softmax, call.args["dim"])
     weights = forward(softmax, sunk)
     sides = _Sides(scores, weights)
     output, tail = sides.output()
-    region = {*scores.nodes, *(sunk.nodes if sunk else ()), *weights.nodes, *tail}
+    region = {*scores.nodes, *weights.nodes, *tail}
     ranked = _check_closed(region, output.node, flow)
     _check_grad_mode(region, output.node, flow)
     q, k, v = _operands(sides, output.node, flow)
-    check_query(q.operand, sides.score_shape, sides.score_axes)
-    check_operands(q.operand, k.operand, v.operand)
-    check_output_dtype(output)
-    head_dim(q.operand)  # Before the scale, which is often its root.
+    shapes.check_query(q.operand, sides.score_shape, sides.score_axes)
+    shapes.check_operands(q.operand, k.operand, v.operand)
+    shapes.check_output_dtype(output)
+    shapes.head_dim(q.operand)  # Before the scale, which is often its root.
     folded = fold(scores.steps, flow)
-    check_masks(folded.masks, sides.score_shape)
+    shapes.check_masks(folded.masks, sides.score_shape)
     if ranked and (sunk or folded.score):
         raise Refusal(*ranked)
     if sunk:
@@ -118,14 +115,14 @@ class _Sides:
     def __init__(self, scores: ScorePath, weights: WeightsPath) -> None:
         self.scores, self.weights = scores, weights
         masked = [step.shape for step in scores.steps if isinstance(step, Masked)]
-        shapes = (*scores.shapes, *weights.shapes)
+        taken = (*scores.shapes, *weights.shapes)
         fixed = [scores.shapes[0], *masked, weights.shapes[-1]]
         ranks = {len(shape) for shape in fixed}
         if max(ranks) > 4:
             raise Refusal(
                 f"the scores have {max(ranks)} axes", "give q, k and v the shape [B, H, N, D]"
             )
-        four = [shape for shape in shapes if len(shape) == 4]
+        four = [shape for shape in taken if len(shape) == 4]
         if len(ranks) > 1 and (ranks != {3, 4} or any(len(shape) == 3 for shape in masked)):
             raise Refusal(
                 "masks are added to scores of merged batches and heads as well as to "
@@ -146,21 +143,19 @@ class _Sides:
 
     def q_and_k(self) -> tuple[Operand, Operand]:
         product = self.scores.product
-        *_, query, key = product.out_letters
+        *_, query, key = product.out
         (summed,) = product.summed
-        axes = {**self._lead(product.out_letters), query: "n", key: "n", summed: "d"}
-        left = Operand(product.left, tuple(axes[letter] for letter in product.left_letters))
-        right = Operand(product.right, tuple(axes[letter] for letter in product.right_letters))
-        return (left, right) if query in product.left_letters else (right, left)
+        axes = {**self._lead(product.out), query: "n", key: "n", summed: "d"}
+        left, right = product.left.renamed(axes), product.right.renamed(axes)
+        return (left, right) if query in product.left.axes else (right, left)
 
     def v(self) -> Operand:
-        axes = self._value_axes()
-        return Operand(self.weights.v, tuple(axes[letter] for letter in self.weights.v_letters))
+        return self.weights.v.renamed(self._value_axes())
 
     def output(self) -> tuple[Operand, tuple[Node, ...]]:
         """The output, and the nodes it adds to the region."""
         axes, product = self._value_axes(), self.weights.product
-        letters = tuple(axes[letter] for letter in product.out_letters)
+        letters = tuple(axes[letter] for letter in product.out)
         if MERGED not in letters:
             return Operand(product.node, letters), ()
         at = letters.index(MERGED)
@@ -180,19 +175,20 @@ class _Sides:
     def _value_axes(self) -> dict[str, str]:
         *_, query, key = self.weights.weights
         axes = {**self._lead(self.weights.weights), query: "n", key: "n"}
-        return {**{letter: "d" for letter in self.weights.v_letters if letter not in axes}, **axes}
+        return {**dict.fromkeys(self.weights.v.axes, "d"), **axes}
 
 
 def _operands(sides: _Sides, output: Node, flow: Dataflow) -> tuple[Peeled, Peeled, Peeled]:
     q, k = sides.q_and_k()
     scores, weighted = sides.scores.product.node, sides.weights.product.node
-    dtype = _narrower_output(scores, output)
+    # What casts are undone to, if the scores were computed in a dtype that the output cannot hold.
+    dtype = None if values.widens(scores, output) else values.dtype(output)
     found = []
     for heads in (True, False):
         at_scores = Reading(flow, scores, output, sides.split, dtype, heads)
         at_output = Reading(flow, weighted, output, sides.split, None, heads)
         found = [peel(k, at_scores), peel(sides.v(), at_output)]
-        if heads_agree(found[0].operand, found[1].operand):
+        if shapes.heads_agree(found[0].operand, found[1].operand):
             break
     query = peel(q, Reading(flow, scores, output, sides.split, dtype, heads=False))
     for peeled in (query, found[0]):
@@ -200,18 +196,10 @@ def _operands(sides: _Sides, output: Node, flow: Dataflow) -> tuple[Peeled, Peel
     return query, found[0], found[1]
 
 
-def _narrower_output(scores: Node, output: Node) -> torch.dtype | None:
-    """The dtype of the output, if the scores were computed in one that it cannot hold."""
-    before, after = values.tensor(scores), values.tensor(output)
-    if before is None or after is None:
-        return None
-    return None if torch.promote_types(before.dtype, after.dtype) == after.dtype else after.dtype
-
-
 def _check_precision(operand: Operand, dtype: torch.dtype | None) -> None:
-    example = values.tensor(operand.node)
-    if dtype is not None and example is not None and example.dtype != dtype:
-        have, want = values.short_dtype(example.dtype), values.short_dtype(dtype)
+    own = values.dtype(operand.node)
+    if dtype is not None and own is not None and own != dtype:
+        have, want = values.short_dtype(own), values.short_dtype(dtype)
         raise Refusal(
             f"the scores are computed from {have} operands but the output is {want}",
             f"cast q and k to {want} before the attention",
@@ -247,12 +235,8 @@ def _check_closed(region: set[Node], output: Node, flow: Dataflow) -> tuple[str,
 
 def _check_grad_mode(region: set[Node], output: Node, flow: Dataflow) -> None:
     first = flow.in_order(region)[0]
-    for node in flow.between(first, output):
-        if node.op == "call_function" and op_name(node) in (
-            "_set_grad_enabled",
-            "_enter_inference_mode",
-            "_exit_inference_mode",
-        ):
+    for node in flow.position:
+        if first < node < output and op_name(node) in _GRAD_MODES:
             raise Refusal(
                 "gradients are switched on or off between the scores and the output",
                 "put the whole attention inside or outside of torch.no_grad()",

@@ -13,11 +13,9 @@ from torch.fx import Node
 
 from sparse_compile.passes.find import values
 from sparse_compile.passes.find.block_scores import find_block_scores
-from sparse_compile.passes.find.canonical import canonical, op_name
-from sparse_compile.passes.find.chain import not_an_indexer, operand_of
-from sparse_compile.passes.find.own_scores import find_own_scores
-from sparse_compile.passes.find.provenance import where
-from sparse_compile.passes.find.ranked import RankedChain
+from sparse_compile.passes.find.canonical import Call, canonical, op_name
+from sparse_compile.passes.find.chain import UNMASKED, not_an_indexer, operand_of
+from sparse_compile.passes.find.ranked import RankedChain, find_own_scores
 from sparse_compile.passes.find.refusal import Refusal
 from sparse_compile.sites.site import (
     AttentionSite,
@@ -29,6 +27,7 @@ from sparse_compile.sites.site import (
     Scope,
     ScoringSite,
 )
+from sparse_compile.spec.indexer import IndexerSpec
 
 
 def find_indexer(site: AttentionSite, lifted: LiftedMask) -> ScoringSite | Rejection | None:
@@ -56,7 +55,7 @@ def find_indexer(site: AttentionSite, lifted: LiftedMask) -> ScoringSite | Rejec
             return pooled
         return _Match(ranked, lifted.scope, reached).found()
     except Refusal as refusal:
-        return Rejection(refusal.reason, refusal.hint, where(best[0]), best[0])
+        return refusal.of(best[0])
 
 
 class _Match(RankedChain):
@@ -65,7 +64,7 @@ class _Match(RankedChain):
     Attributes:
         q, k, w: the operands; ``axes`` are among ``b``, ``n`` (queries), ``t`` (keys), ``h``, ``d``
             and, for axes of size one that say nothing, ``1``.
-        before, after, product: as in :class:`IndexerSpec`.
+        before, after, product, single: as in :class:`IndexerSpec`.
     """
 
     def __init__(self, index: Node, scope: Scope, reached: Reached | None = None) -> None:
@@ -75,63 +74,59 @@ class _Match(RankedChain):
             Refusal: it is not an indexer, or one that something else reads.
         """
         super().__init__(index, scope, reached)
-        self.product = True
-        scores = self._masked(self._ranked())
-        self.after, scores = self._steps(scores)
-        each = self._summed(scores) if op_name(scores) == "sum" else self._weighted(scores)
-        self.before, product = self._steps(self._relu(each))
+        self.after, scores = self.steps(self.masked(self.ranked()))
+        call = canonical(scores)
+        if call is not None and call.op == "sum":
+            each, self.product = self._summed(scores, call), False
+        else:
+            each, self.product = self._weighted(scores), True
+        self.before, product = self.steps(self._relu(each))
         self._scored(product)
-        self._check_operands((self.q, self.k, self.w), self.topk)
+        self.check_operands((self.q, self.k, self.w), self.topk)
 
     def _relu(self, node: Node) -> Node:
-        if op_name(node) != "relu" or node.kwargs.get("inplace") or len(node.args) > 1:
+        call = canonical(node)
+        if call is None or call.op != "relu" or call.args["inplace"]:
             raise not_an_indexer()
-        return self._taken(node.all_input_nodes[0], node)
+        return self.taken(call.args["input"], node)
 
     # The two products --------------------------------------------------------------------------
 
     def _weighted(self, node: Node) -> Node:
         """The sum over heads, as a product with the weights; hands on the factor of a relu."""
-        product = self._contraction(node)
-        sides = [(product.left, product.right), (product.right, product.left)]
-        letters = [product.left_letters, product.right_letters]
-        for number, (weights, each) in enumerate(sides):
-            if op_name(each) != "relu":
+        product = self.contraction(node)
+        sides, out = (product.left, product.right), product.out
+        for each, weights in (sides, sides[::-1]):
+            if op_name(each.node) != "relu":
                 continue
-            each_letters, weight_letters = letters[1 - number], letters[number]
             (head,) = product.summed
-            tokens = [letter for letter in each_letters if letter != head]
-            if len(tokens) != 3 or product.out_letters[0] != tokens[0]:
+            tokens = [letter for letter in each.axes if letter != head]
+            if len(tokens) != 3 or (out[0], out[-1]) != (tokens[0], tokens[-1]):
                 break
-            if product.out_letters[-1] != tokens[-1]:
-                break
-            self._name(each_letters, head, tokens)
-            self.w = operand_of(weights, weight_letters, self._meaning, "bnh")
-            return self._taken(each, node)
+            self._name(each.axes, head, tokens)
+            self.w = operand_of(weights, self._meaning, "bnh")
+            return self.taken(each.node, node)
         raise not_an_indexer()
 
-    def _summed(self, node: Node) -> Node:
+    def _summed(self, node: Node, call: Call) -> Node:
         """The sum over heads, as a sum of products with the weights; hands on the relu."""
-        self.product = False
-        given = {**dict(zip(("input", "dim"), node.args, strict=False)), **node.kwargs}
-        dims = given.pop("dim", None)
+        dims, rest = call.args["dim"], (call.args["keepdim"], call.args["dtype"])
         dim = dims[0] if isinstance(dims, (list, tuple)) and len(dims) == 1 else dims
-        call = canonical(given.pop("input"))
-        if given or call is None or call.op != "mul" or call.in_place or not isinstance(dim, int):
+        product = canonical(call.args["input"])
+        if product is None or product.op != "mul" or product.in_place:
             raise not_an_indexer()
-        factors = call.args["input"], call.args["other"]
+        factors = product.args["input"], product.args["other"]
+        ranks = {len(values.shape(n)) if isinstance(n, Node) else 0 for n in factors}
+        if rest != (False, None) or not isinstance(dim, int) or ranks != {4}:
+            raise not_an_indexer()
         for each, weights in (factors, factors[::-1]):
-            ranks = {len(values.shape(n)) if isinstance(n, Node) else 0 for n in factors}
-            if ranks != {4} or op_name(each) != "relu":
-                continue
-            letters = ("x0", "x1", "x2", "x3")
-            head = letters[dim % 4]
-            tokens = [letter for letter in letters if letter != head]
-            self._name(letters, head, tokens)
-            self.w = operand_of(weights, letters, self._meaning, "bnh")
-            product = node.all_input_nodes[0]
-            self._taken(product, node)
-            return self._taken(each, product)
+            if op_name(each) == "relu":
+                letters = ("x0", "x1", "x2", "x3")
+                head = letters[dim % 4]
+                self._name(letters, head, [letter for letter in letters if letter != head])
+                self.w = operand_of(Operand(weights, letters), self._meaning, "bnh")
+                self.taken(call.args["input"], node)
+                return self.taken(each, call.args["input"])
         raise not_an_indexer()
 
     def _name(self, each: Sequence[str], head: str, tokens: Sequence[str]) -> None:
@@ -140,49 +135,33 @@ class _Match(RankedChain):
         self._each = tuple(self._meaning[letter] for letter in each)
 
     def _scored(self, node: Node) -> None:
-        product = self._contraction(node)
-        if len(product.out_letters) != 4 or len(product.summed) != 1:
-            raise Refusal("its scores are not products of q [B, Nq, H, D] and k [B, Nkv, D]")
-        meaning = dict(zip(product.out_letters, self._each, strict=True))
-        (feature,) = product.summed
-        meaning[feature] = "d"
-        sides = [(product.left, product.left_letters), (product.right, product.right_letters)]
-        if "t" in {meaning[letter] for letter in product.left_letters}:
-            sides.reverse()
-        self.q, self.k = (
-            operand_of(factor, letters, meaning, wanted)
-            for (factor, letters), wanted in zip(sides, ("bnhd", "bdt"), strict=True)
-        )
-        narrowed = _narrowed(self.q), _narrowed(self.k)
-        self.single = all(operand is not None for operand in narrowed)
-        self.q, self.k = (
-            before or operand if self.single else operand
-            for before, operand in zip(narrowed, (self.q, self.k), strict=True)
-        )
-        self.nodes.append(node)
+        q, k, meaning = self.factors(node, self._each, "q [B, Nq, H, D] and k [B, Nkv, D]")
+        self.q, self.k = operand_of(q, meaning, "bnhd"), operand_of(k, meaning, "bdt")
+        before_q, before_k = _narrowed(self.q), _narrowed(self.k)
+        self.single = before_q is not None and before_k is not None
+        if before_q is not None and before_k is not None:
+            self.q, self.k = before_q, before_k
 
     def found(self) -> IndexerSite:
         """What was matched."""
         output = Operand(self.index, ("b", "n", "d"))
-        scores = self._as_attention(output, self.q, self.k, ("b", "q", "kv"))
-        flags = self.product, self.largest, self.is_sorted, self.single
-        operands, steps = (self.q, self.k, self.w), (self.before, self.after)
-        return IndexerSite(scores, *operands, self.most, *steps, *flags, self.reached)
+        scores = self.as_attention(output, self.q, self.k, ("b", "q", "kv"))
+        flags = self.largest, self.is_sorted, self.single
+        spec = IndexerSpec(self.before, self.after, self.product, *UNMASKED, *flags)
+        return IndexerSite(scores, self.w, self.most, spec, self.reached)
 
 
 def _narrowed(operand: Operand) -> Operand | None:
     """What an operand was before it was made fp32 from half precision; None if it was not."""
     node, axes = operand.node, operand.axes
-    while op_name(node) == "unsqueeze":
-        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    while (call := canonical(node)) is not None and call.op == "unsqueeze":
+        dim = call.args["dim"]
         if not isinstance(dim, int) or axes[dim] != "1":
             return None
         dim %= len(axes)
-        node, axes = node.all_input_nodes[0], axes[:dim] + axes[dim + 1 :]
-    call, made = canonical(node), values.tensor(node)
-    if call is None or call.op != "cast" or made is None or made.dtype != torch.float32:
+        node, axes = call.args["input"], axes[:dim] + axes[dim + 1 :]
+    if call is None or call.op != "cast" or values.dtype(node) is not torch.float32:
         return None
-    before = node.all_input_nodes[0]
-    example = values.tensor(before)
-    is_half = example is not None and example.dtype in (torch.float16, torch.bfloat16)
+    before = call.args["input"]
+    is_half = values.dtype(before) in (torch.float16, torch.bfloat16)
     return Operand(before, axes) if is_half else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +13,6 @@ from sparse_compile.passes.find.canonical import (
     canonical,
     is_expand,
     is_reshape,
-    op_name,
     permutation,
     source,
 )
@@ -71,12 +69,12 @@ def peel(operand: Operand, reading: Reading) -> Peeled:
         )
     best = Peeled(operand)
     nodes: tuple[Node, ...] = ()
-    for step in _steps(operand, reading):
+    step, gains = _step(operand.node, operand.axes, reading)
+    while step is not None and _unchanged(step, reading):
         nodes = (*nodes, *step.nodes)
-        if not _unchanged(step, reading):
-            break
-        if step.gain:
+        if gains:
             best = Peeled(step.operand, nodes)
+        step, gains = _step(step.operand.node, step.operand.axes, reading)
     if MERGED in best.operand.axes:
         raise Refusal(
             "the mask is applied to [B, H, N, N] scores but the product is made of merged "
@@ -91,51 +89,32 @@ def _order(axes: tuple[str, ...]) -> int:
     return (axes[-1] == "d") + (axes == tuple(a for a in ("b", "h", "n", "d") if a in axes))
 
 
-@dataclass(frozen=True)
-class _Step:
-    operand: Operand
-    nodes: tuple[Node, ...]
-    gain: bool
-
-
-def _unchanged(step: _Step, reading: Reading) -> bool:
+def _unchanged(step: Peeled, reading: Reading) -> bool:
     """Whether the nodes of a step hold what it made them, and its source is not overwritten."""
     made = all(reading.flow.stays(node, node, reading.at) for node in step.nodes)
     return made and reading.flow.stays(step.operand.node, step.nodes[-1], reading.output)
 
 
-def _steps(operand: Operand, reading: Reading) -> Iterator[_Step]:
-    while True:
-        step = _step(operand.node, operand.axes, reading)
-        if step is None:
-            return
-        yield step
-        operand = step.operand
-
-
-def _step(node: Node, axes: tuple[str, ...], reading: Reading) -> _Step | None:
-    order = permutation(node)
-    start = source(node)
+def _step(node: Node, axes: tuple[str, ...], reading: Reading) -> tuple[Peeled | None, bool]:
+    """A tensor read one step further up, if it can be, and whether that undoes something."""
+    order, start, call = permutation(node), source(node), canonical(node)
     if start is None:
-        return None
+        return None, False
     if order is not None:
         before = tuple(axes[order.index(i)] for i in range(len(order)))
-        return _Step(Operand(start, before), (node,), _order(before) > _order(axes))
+        return Peeled(Operand(start, before), (node,)), _order(before) > _order(axes)
     if MERGED in axes and reading.split is not None and is_reshape(node):
         apart = _split(axes, values.shape(node), values.shape(start), reading.split)
-        return None if apart is None else _Step(Operand(start, apart), (node,), True)
-    if reading.heads and "h" in axes:
-        nodes = _repeat(node, axes.index("h"))
-        if nodes:
-            base = source(nodes[-1])
-            assert base is not None
-            return _Step(Operand(base, axes), nodes, True)
-    call = canonical(node)
-    if call is not None and call.op == "copy":
-        return _Step(Operand(start, axes), (node,), False)
-    if call is not None and call.op == "cast" and _widens(start, node):
-        return _Step(Operand(start, axes), (node,), _dtype(start) == reading.dtype)
-    return None
+        return (None if apart is None else Peeled(Operand(start, apart), (node,))), True
+    nodes = _repeat(node, axes.index("h")) if reading.heads and "h" in axes else ()
+    base = source(nodes[-1]) if nodes else None
+    if base is not None:
+        return Peeled(Operand(base, axes), nodes), True
+    copies = call is not None and call.op == "copy"
+    floats = values.is_float(start) and values.is_float(node)
+    casts = call is not None and call.op == "cast" and floats and values.widens(start, node)
+    further = Peeled(Operand(start, axes), (node,)) if copies or casts else None
+    return further, casts and values.dtype(start) == reading.dtype
 
 
 def _split(
@@ -158,9 +137,8 @@ def _repeat(node: Node, h: int) -> tuple[Node, ...]:
         return ()
     if is_expand(node):
         return (node,) if _expands_only(node, start, h) else ()
-    expanded = start
-    if _is_copy(expanded) and source(expanded) is not None:
-        expanded = source(expanded)  # type: ignore[assignment]
+    copied = canonical(start)
+    expanded = copied.args["input"] if copied is not None and copied.op == "copy" else start
     inserted = source(expanded) if is_reshape(node) and is_expand(expanded) else None
     if inserted is None or not _merges(node, expanded, h):
         return ()
@@ -173,20 +151,13 @@ def _repeat(node: Node, h: int) -> tuple[Node, ...]:
     return (node, expanded, inserted) if expanded is start else (node, start, expanded, inserted)
 
 
-def _is_copy(node: Node) -> bool:
-    """Whether the node only copies."""
-    call = canonical(node)
-    return call is not None and call.op == "copy"
-
-
 def _is_interleave(node: Node, h: int) -> bool:
-    if op_name(node) != "repeat_interleave" or source(node) is None:
+    call = canonical(node)
+    if call is None or call.op != "repeat_interleave":
         return False
-    repeats = node.args[1] if len(node.args) > 1 else node.kwargs.get("repeats")
-    dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
-    if not isinstance(repeats, int) or not isinstance(dim, int):
-        return False
-    return dim % len(values.shape(node)) == h
+    dim = call.args["dim"]
+    known = isinstance(call.args["repeats"], int) and isinstance(dim, int)
+    return known and dim % len(values.shape(node)) == h
 
 
 def _expands_only(node: Node, start: Node, axis: int) -> bool:
@@ -206,23 +177,6 @@ def _merges(node: Node, start: Node, axis: int) -> bool:
         return False
     merged = (*before[:axis], before[axis] * before[axis + 1], *before[axis + 2 :])
     return values.same_shape(after, merged)
-
-
-def _dtype(node: Node) -> torch.dtype | None:
-    example = values.tensor(node)
-    return None if example is None else example.dtype
-
-
-def _widens(start: Node, node: Node) -> bool:
-    """Whether a cast keeps every value."""
-    before, after = _dtype(start), _dtype(node)
-    if (
-        before is None
-        or after is None
-        or not (before.is_floating_point and after.is_floating_point)
-    ):
-        return False
-    return torch.promote_types(before, after) == after
 
 
 def dead_nodes(region: set[Node], operands: tuple[Peeled, ...], flow: Dataflow) -> tuple[Node, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,9 +19,11 @@ from sparse_compile.passes.find.canonical import (
 )
 from sparse_compile.passes.find.constants import constant
 from sparse_compile.passes.find.contraction import Contraction, contraction
-from sparse_compile.passes.find.dataflow import Dataflow
+from sparse_compile.passes.find.dataflow import Dataflow, breadth_first
 from sparse_compile.passes.find.refusal import Refusal
+from sparse_compile.passes.find.sinks import Sunk, own_maximum, unexpanded
 from sparse_compile.passes.find.steps import Factor, Masked, Narrowed, Step, Tanh
+from sparse_compile.sites.site import MaskOperand
 
 _LONGEST_SEARCH = 200
 """Nodes visited per softmax: sums are searched on both sides."""
@@ -37,20 +38,24 @@ class ScorePath:
         steps: in the order in which the program applies them.
         nodes: the product and all nodes on the way, in-place updates included.
         shapes: the shapes that the scores take, the product's first.
+        sunk: the columns that are beside them in the end, if there are any.
     """
 
     product: Contraction
     steps: tuple[Step, ...]
     nodes: tuple[Node, ...]
     shapes: tuple[tuple[Any, ...], ...]
+    sunk: Sunk | None = None
 
     def then(self, node: Node, *steps: Step) -> ScorePath:
         """The path one node further on."""
+        if self.sunk is not None and steps:
+            raise _unknown(self.sunk.join)
         return replace(
             self,
             steps=(*self.steps, *steps),
             nodes=(*self.nodes, node),
-            shapes=(*self.shapes, values.shape(node)),
+            shapes=self.shapes if self.sunk else (*self.shapes, values.shape(node)),
         )
 
 
@@ -84,7 +89,7 @@ class ScoreWalk:
         if call is None or handler is None:
             raise _unknown(node)
         path = handler(self, node, call)
-        if not values.same_shape(path.shapes[-1], path.shapes[-2]):
+        if not path.sunk and not values.same_shape(path.shapes[-1], path.shapes[-2]):
             raise Refusal(
                 f"`{op_name(node)}` broadcasts the scores to a larger shape",
                 "give q the batch size and heads of the mask",
@@ -116,29 +121,25 @@ class ScoreWalk:
         return self.back(start, node).then(node)
 
     def _cast(self, node: Node, call: Call) -> ScorePath:
-        start = call.args["input"]
-        before, after = values.tensor(start), values.tensor(node)
-        if before is None or after is None or before.device != after.device:
+        start, dtype = call.args["input"], values.dtype(node)
+        if dtype is None or not values.same_device(start, node):
             raise _unknown(node)
-        path = self.back(start, node)
-        if torch.promote_types(before.dtype, after.dtype) != after.dtype:
-            return path.then(node, Narrowed(after.dtype))
-        return path.then(node)
+        return self._pass(node, call, *([] if values.widens(start, node) else [Narrowed(dtype)]))
 
-    def _pass(self, node: Node, call: Call) -> ScorePath:
-        return self.back(call.args["input"], node).then(node)
+    def _pass(self, node: Node, call: Call, *steps: Step) -> ScorePath:
+        return self.back(call.args["input"], node).then(node, *steps)
 
     def _dropout(self, node: Node, call: Call) -> ScorePath:
         check_no_dropout(call)
         return self._pass(node, call)
 
     def _tanh(self, node: Node, call: Call) -> ScorePath:
-        return self.back(call.args["input"], node).then(node, Tanh())
+        return self._pass(node, call, Tanh())
 
     def _mul(self, node: Node, call: Call) -> ScorePath:
         left, right = call.args["input"], call.args["other"]
         if values.is_scalar(right):
-            return self.back(left, node).then(node, Factor(right))
+            return self._pass(node, call, Factor(right))
         if values.is_scalar(left) and not call.in_place:
             return self.back(right, node).then(node, Factor(left))
         raise Refusal(
@@ -152,12 +153,12 @@ class ScoreWalk:
                 "the scores are divided by something that is not a number",
                 "divide q by it instead",
             )
-        return self.back(call.args["input"], node).then(node, Factor(call.args["other"], True))
+        return self._pass(node, call, Factor(call.args["other"], inverse=True))
 
     def _add(self, node: Node, call: Call) -> ScorePath:
         left, right = call.args["input"], call.args["other"]
         if values.number(right) == 0.0:
-            return self.back(left, node).then(node)
+            return self._pass(node, call)
         if values.number(left) == 0.0 and not call.in_place:
             return self.back(right, node).then(node)
         if values.tensor(left) is None or values.tensor(right) is None:
@@ -169,26 +170,48 @@ class ScoreWalk:
             raise Refusal("the scores are added to the mask in place", "add the mask to the scores")
         return path.then(node, _added(node, other))
 
-    def _either(self, left: Node, right: Node, node: Node) -> tuple[ScorePath, Node]:
+    def _either(
+        self, left: Node, right: Node, node: Node, first: bool = False
+    ) -> tuple[ScorePath, Node]:
+        """The path to one of two tensors, and the other; with ``first``, left where it is both."""
         paths, refusals = [], []
         for side, other in ((left, right), (right, left)):
             try:
                 paths.append((self.back(side, node), other))
             except Refusal as refusal:
                 refusals.append((side, refusal))
-        if len(paths) == 1:
-            return paths[0]
-        if len(paths) == 2:
+        if len(paths) == 2 and not first:
             raise Refusal(
                 "the scores are the sum of two products",
                 "concatenate the features of both products instead",
             )
+        if paths:
+            return paths[0]
         raise next((refusal for side, refusal in refusals if product_above(side)), refusals[0][1])
 
     def _sub(self, node: Node, call: Call) -> ScorePath:
-        if isinstance(call.args["input"], Node):
-            self.back(call.args["input"], node)  # An earlier reason says more.
-        raise _unknown(node)
+        start = call.args["input"]
+        path = self.back(start, node) if isinstance(start, Node) else None
+        shift = own_maximum(call)
+        if path is None or path.sunk is None:
+            raise _unknown(node)  # Unless an earlier reason says more.
+        if not shift:
+            raise _unknown(path.sunk.join)
+        return replace(path.then(node), nodes=(*path.nodes, node, *shift))
+
+    def _cat(self, node: Node, call: Call) -> ScorePath:
+        """Scores with attention sinks beside them."""
+        parts, rank = call.args["tensors"], len(values.shape(node))
+        if call.args["dim"] not in (-1, rank - 1) or len(parts) != 2:
+            raise Refusal(
+                "the scores are put together from several tensors", "compute them at once"
+            )
+        path, beside = self._either(parts[0], parts[1], node, first=True)
+        if not isinstance(values.shape(beside)[-1], int):
+            raise Refusal("the number of columns beside the scores is known only at run time")
+        sinks = unexpanded(self.flow.current(beside, node), self.flow)
+        sunk = Sunk(sinks, node, beside is parts[0], path.shapes[-1][-1])
+        return replace(path, nodes=(*path.nodes, node), sunk=sunk)
 
     def _masked_fill(self, node: Node, call: Call) -> ScorePath:
         path = self.back(call.args["input"], node)
@@ -197,7 +220,8 @@ class ScoreWalk:
     def _where(self, node: Node, call: Call) -> ScorePath:
         for name, other, role in (("input", "other", "keep"), ("other", "input", "drop")):
             scores, fill = call.args[name], call.args[other]
-            if isinstance(scores, Node) and not values.is_scalar(scores) and self._is_fill(fill):
+            is_fill = values.is_scalar(fill) or constant(fill, self.flow) is not None
+            if isinstance(scores, Node) and not values.is_scalar(scores) and is_fill:
                 path = self.back(scores, node)
                 return self._masked(path, node, call.args["condition"], role, fill)
         raise Refusal(
@@ -205,28 +229,20 @@ class ScoreWalk:
             "write the masked value as a number",
         )
 
-    def _is_fill(self, fill: object) -> bool:
-        return values.is_scalar(fill) or constant(fill, self.flow) is not None
-
-    def _masked(
-        self, path: ScorePath, node: Node, mask: object, role: str, fill: object
-    ) -> ScorePath:
-        example = values.tensor(mask)
-        if not isinstance(mask, Node) or example is None or example.dtype is not torch.bool:
+    def _masked(self, path: ScorePath, node: Node, mask: Any, role: str, fill: Any) -> ScorePath:
+        if values.dtype(mask) is not torch.bool:
             raise Refusal("the mask is not a bool tensor", "compare it first: mask != 0")
-        step = Masked(mask, role, self._fill(fill), values.shape(node))
+        known = constant(fill, self.flow)
+        operand = MaskOperand(mask, role, fill if known is None else known)
         if isinstance(fill, Node) and not values.is_scalar(fill):
             # full_like(scores, ...) reads the scores, though only their shape.
             path = replace(path, nodes=(*path.nodes, fill))
-        return path.then(node, step)
-
-    def _fill(self, fill: object) -> Any:
-        known = constant(fill, self.flow)
-        return fill if known is None else known
+        return path.then(node, Masked(operand, values.shape(node)))
 
 
 _HANDLERS: dict[str, Callable[[ScoreWalk, Node, Call], ScorePath]] = {
     "cast": ScoreWalk._cast,
+    "cat": ScoreWalk._cat,
     "copy": ScoreWalk._pass,
     "dropout": ScoreWalk._dropout,
     "mul": ScoreWalk._mul,
@@ -245,7 +261,7 @@ def check_product(product: Contraction) -> None:
     Raises:
         Refusal: it is not.
     """
-    out, left, right = product.out_letters, product.left_letters, product.right_letters
+    out, left, right = product.out, product.left.axes, product.right.axes
     if not 2 <= len(out) <= 4:
         raise Refusal(f"the scores have {len(out)} axes", "give q, k and v the shape [B, H, N, D]")
     query, key = out[-2:]
@@ -266,30 +282,38 @@ def check_no_dropout(call: Call) -> None:
     Raises:
         Refusal: it is active, or may be.
     """
-    probability = values.number(call.args["p"])
-    if call.args["training"] is not False and probability != 0.0:
-        shown = "a run-time probability" if probability is None else f"p={probability:g}"
-        raise Refusal(
-            f"dropout on the attention weights is active ({shown})",
-            "set the attention dropout to 0, or call model.eval()",
-        )
+    if call.args["training"] is not False:
+        hint = "set the attention dropout to 0, or call model.eval()"
+        check_no_probability(call.args["p"], "p", hint)
 
 
-def _added(node: Node, mask: object) -> Masked:
-    example = values.tensor(mask)
-    if not isinstance(mask, Node) or example is None:
+def check_no_probability(given: object, name: str, hint: str) -> None:
+    """That a dropout's probability is 0.
+
+    Raises:
+        Refusal: it is not, or known only at run time.
+    """
+    known = values.number(given)
+    if known != 0.0:
+        shown = "a run-time probability" if known is None else f"{name}={known:g}"
+        raise Refusal(f"dropout on the attention weights is active ({shown})", hint)
+
+
+def _added(node: Node, mask: Any) -> Masked:
+    dtype = values.dtype(mask)
+    if dtype is None:
         raise Refusal("something that is not a tensor is added to the scores")
-    if example.dtype is torch.bool:
+    if dtype is torch.bool:
         raise Refusal(
             "a bool mask is added to the scores: that adds 0 or 1 and masks nothing",
             "use masked_fill(~mask, -inf), or SDPA's attn_mask",
         )
-    if not example.dtype.is_floating_point:
+    if not dtype.is_floating_point:
         raise Refusal(
-            f"a tensor of {values.short_dtype(example.dtype)} is added to the scores",
+            f"a tensor of {values.short_dtype(dtype)} is added to the scores",
             "use a bool mask with masked_fill",
         )
-    return Masked(mask, "add", -math.inf, values.shape(node))
+    return Masked(MaskOperand(mask, "add"), values.shape(node))
 
 
 _UNKNOWN = {
@@ -309,16 +333,10 @@ def _unknown(node: Node) -> Refusal:
     return Refusal(reason, _HINTS.get(name, ""))
 
 
-def product_above(node: object, hops: int = 10) -> bool:
+def product_above(node: Node, hops: int = 10) -> bool:
     """Whether a product of two tensors stands a few nodes above, whatever is in between."""
-    seen, level = set[Node](), [node]
-    for _ in range(hops):
-        above = [n for n in level if isinstance(n, Node) and n not in seen and _may_be_scores(n)]
-        if any(contraction(n) is not None for n in above):
-            return True
-        seen.update(above)
-        level = [argument for n in above for argument in n.all_input_nodes]
-    return False
+    above = breadth_first(node, lambda n: filter(_may_be_scores, n.all_input_nodes), hops)
+    return any(contraction(n) is not None for n in above)
 
 
 def _may_be_scores(node: Node) -> bool:

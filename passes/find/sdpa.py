@@ -8,51 +8,42 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from sparse_compile.passes.find import values
+from sparse_compile.passes.find import shapes, values
 from sparse_compile.passes.find.canonical import canonical
 from sparse_compile.passes.find.constants import constant
 from sparse_compile.passes.find.dataflow import Dataflow
 from sparse_compile.passes.find.operands import Peeled, Reading, dead_nodes, peel
 from sparse_compile.passes.find.provenance import where
 from sparse_compile.passes.find.refusal import Refusal
-from sparse_compile.passes.find.shapes import (
-    check_masks,
-    check_operands,
-    check_output_dtype,
-    head_dim,
-    heads_agree,
-    sizes,
-)
-from sparse_compile.sites.site import AttentionSite, MaskOperand, Operand, Rejection, Scope
+from sparse_compile.passes.find.scores import check_no_probability
+from sparse_compile.sites.site import AttentionSite, MaskOperand, Operand, Scope
 
 _AXES = {4: ("b", "h", "n", "d"), 3: ("b", "n", "d"), 2: ("n", "d")}
 
 
-def match_sdpa(node: Node, flow: Dataflow, scope: Scope) -> AttentionSite | Rejection:
-    """The attention that an SDPA node computes, or why it cannot be taken."""
-    try:
-        return _match(node, flow, scope)
-    except Refusal as refusal:
-        return Rejection(refusal.reason, refusal.hint, where(node), node)
+def match_sdpa(node: Node, flow: Dataflow, scope: Scope) -> AttentionSite:
+    """The attention that an SDPA node computes.
 
-
-def _match(node: Node, flow: Dataflow, scope: Scope) -> AttentionSite:
+    Raises:
+        Refusal: it cannot be taken.
+    """
     call = canonical(node)
     if call is None:
         raise Refusal("scaled_dot_product_attention is called in an unknown way")
     args = call.args
-    _check_dropout(args["dropout_p"])
+    hint = "set the attention dropout to 0, or pass dropout_p=0.0 when not training"
+    check_no_probability(args["dropout_p"], "dropout_p", hint)
     given = tuple(_operand(args[name], name) for name in ("query", "key", "value"))
     q, k, v = _undo_repeats(given, node, flow)
     operands = q.operand, k.operand, v.operand
-    check_operands(*operands)
+    shapes.check_operands(*operands)
     _check_heads(given, args["enable_gqa"])
     output = Operand(node, operands[0].axes)
-    check_output_dtype(output)
-    score_shape = (*values.shape(given[0].node)[:-1], sizes(given[1])["n"])
+    shapes.check_output_dtype(output)
+    score_shape = (*values.shape(given[0].node)[:-1], shapes.sizes(given[1])["n"])
     score_axes = (*operands[0].axes[:-2], "q", "kv")
     masks = _masks(args["attn_mask"])
-    check_masks(masks, score_shape)
+    shapes.check_masks(masks, score_shape)
     causal = args["is_causal"]
     if not isinstance(causal, bool):
         raise Refusal("is_causal is known only at run time", "pass True or False")
@@ -87,44 +78,34 @@ def _undo_repeats(
         )
     reading = Reading(flow, node, node)
     keys, vals = peel(k, reading), peel(v, reading)
-    if not heads_agree(keys.operand, vals.operand):
+    if not shapes.heads_agree(keys.operand, vals.operand):
         return Peeled(q), Peeled(k), Peeled(v)
     return Peeled(q), keys, vals
 
 
 def _check_heads(given: tuple[Operand, ...], grouped: object) -> None:
-    q, k, _ = (sizes(operand)["h"] for operand in given)
+    q, k, _ = (shapes.sizes(operand)["h"] for operand in given)
     if grouped is not True and values.differ(q, k) and values.differ(k, 1):
         raise Refusal(f"q has {q} heads and k has {k}, without enable_gqa", "pass enable_gqa=True")
 
 
-def _check_dropout(probability: object) -> None:
-    known = values.number(probability)
-    if known != 0.0:
-        shown = "a run-time probability" if known is None else f"dropout_p={known:g}"
-        raise Refusal(
-            f"dropout on the attention weights is active ({shown})",
-            "set the attention dropout to 0, or pass dropout_p=0.0 when not training",
-        )
-
-
-def _masks(mask: object) -> tuple[MaskOperand, ...]:
+def _masks(mask: Any) -> tuple[MaskOperand, ...]:
     if mask is None:
         return ()
-    example = values.tensor(mask)
-    if not isinstance(mask, Node) or example is None:
+    dtype = values.dtype(mask)
+    if dtype is None:
         raise Refusal("attn_mask is not a tensor")
-    if example.dtype is torch.bool:
+    if dtype is torch.bool:
         return (MaskOperand(mask, "keep", -math.inf),)
-    if not example.dtype.is_floating_point:
+    if not dtype.is_floating_point:
         raise Refusal(
-            f"attn_mask is {values.short_dtype(example.dtype)}", "pass a bool mask, True to attend"
+            f"attn_mask is {values.short_dtype(dtype)}", "pass a bool mask, True to attend"
         )
     return (MaskOperand(mask, "add"),)
 
 
 def _scale(scale: Any, q: Operand, flow: Dataflow) -> float | Node:
-    features = head_dim(q)
+    features = shapes.head_dim(q)
     if scale is None:
         return 1.0 / math.sqrt(features)
     known = constant(scale, flow)

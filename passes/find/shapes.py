@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sparse_compile.passes.find import values
@@ -12,15 +13,12 @@ from sparse_compile.passes.find.refusal import Refusal
 from sparse_compile.sites.site import MaskOperand, Operand
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_CAST = "cast q, k and v to float32, float16 or bfloat16"
 
 
 def sizes(operand: Operand) -> dict[str, Any]:
     """The size of each axis of an operand; absent axes have size one."""
-    return {
-        "b": 1,
-        "h": 1,
-        **dict(zip(operand.axes, values.shape(operand.node), strict=True)),
-    }
+    return {"b": 1, "h": 1, **dict(zip(operand.axes, values.shape(operand.node), strict=True))}
 
 
 def check_operands(q: Operand, k: Operand, v: Operand) -> None:
@@ -92,25 +90,21 @@ def check_output_dtype(output: Operand) -> None:
     Raises:
         Refusal: they do not.
     """
-    example = values.tensor(output.node)
-    if example is None or example.dtype not in _DTYPES:
-        shown = "an unknown dtype" if example is None else values.short_dtype(example.dtype)
-        raise Refusal(
-            f"attention in {shown} is not supported",
-            "cast q, k and v to float32, float16 or bfloat16",
-        )
+    dtype = values.dtype(output.node)
+    if dtype not in _DTYPES:
+        raise Refusal(f"attention in {values.short_dtype(dtype)} is not supported", _CAST)
 
 
 def head_dim(q: Operand) -> int:
-    """The number of features of q and k.
+    """The number of features of q and k; a symbol gets a guard: kernels are generated for each.
 
     Raises:
         Refusal: it depends on data.
     """
-    known = values.specialize(sizes(q)["d"])
-    if known is None:
+    size = sizes(q)["d"]
+    if free_unbacked_symbols(size):
         raise Refusal("the head dimension depends on data", "make it a constant")
-    return known
+    return int(size)
 
 
 def _check_dtype(operand: Operand) -> None:
@@ -120,12 +114,9 @@ def _check_dtype(operand: Operand) -> None:
             f"`{operand.node.name}` is a {type(example).__name__}, not a plain tensor",
             "pass plain tensors",
         )
-    if example is None or example.dtype not in _DTYPES:
-        shown = "something else" if example is None else values.short_dtype(example.dtype)
-        raise Refusal(
-            f"`{operand.node.name}` is {shown}",
-            "cast q, k and v to float32, float16 or bfloat16",
-        )
+    dtype = values.dtype(operand.node)
+    if dtype not in _DTYPES:
+        raise Refusal(f"`{operand.node.name}` is {values.short_dtype(dtype)}", _CAST)
 
 
 def _is_plain(example: torch.Tensor) -> bool:

@@ -14,29 +14,25 @@ import torch
 from torch.fx import Node
 
 from sparse_compile.passes.find import values
-from sparse_compile.passes.find.canonical import Call, canonical, is_expand, source
+from sparse_compile.passes.find.canonical import Call, canonical, is_expand, op_name, source
 from sparse_compile.passes.find.dataflow import Dataflow
-from sparse_compile.passes.find.refusal import Refusal
-from sparse_compile.passes.find.scores import ScorePath, ScoreWalk, product_above
 
 
 @dataclass(frozen=True)
 class Sunk:
-    """Scores with columns beside them, as the softmax reads them.
+    """Columns beside scores, as the softmax reads them.
 
     Attributes:
-        scores: the path to the scores alone.
         sinks: the columns: axes of the scores, any of size one but the last.
         join: the node that puts the columns beside the scores.
         first: whether the columns come before the scores.
-        nodes: from ``join`` to the softmax, which is not among them.
+        keys: how many columns the scores have.
     """
 
-    scores: ScorePath
     sinks: Node
     join: Node
     first: bool
-    nodes: tuple[Node, ...]
+    keys: Any
 
     @property
     def columns(self) -> int:
@@ -49,7 +45,7 @@ class Sunk:
         if not index:
             return False
         *others, last = index
-        keys, columns = values.shape(self.scores.nodes[-1])[-1], self.columns
+        keys, columns = self.keys, self.columns
         if any(other is not Ellipsis and other != slice(None) for other in others):
             return False
         if not isinstance(last, slice) or last.step not in (None, 1):
@@ -76,84 +72,27 @@ def _index_of(reader: Node, node: Node) -> tuple[Any, ...]:
     return index if isinstance(index, tuple) and len(index) > 1 else ()
 
 
-def find_sinks(softmax: Node, flow: Dataflow) -> Sunk | None:
-    """The columns beside the scores that a softmax reads; None where there are none.
-
-    Raises:
-        Refusal: there are, and what they are beside is not understood.
-    """
-    node, reader, nodes = softmax.all_input_nodes[0], softmax, list[Node]()
-    while True:
-        node = flow.current(node, reader)
-        call = canonical(node)
-        if call is None or call.in_place:
-            return None
-        nodes.append(node)
-        if call.op == "cat":
-            return _joined(node, call, tuple(nodes), flow)
-        if call.op == "sub":
-            nodes += (shift := _own_maximum(call))
-            if not shift:
-                return None
-        elif not (call.op == "copy" or (call.op == "cast" and _widens(node, call))):
-            return None
-        node, reader = call.args["input"], node
-        if not isinstance(node, Node):
-            return None
-
-
-def _widens(node: Node, call: Call) -> bool:
-    before, after = values.tensor(call.args["input"]), values.tensor(node)
-    if before is None or after is None or before.device != after.device:
-        return False
-    return torch.promote_types(before.dtype, after.dtype) == after.dtype
-
-
-def _own_maximum(call: Call) -> list[Node]:
+def own_maximum(call: Call) -> list[Node]:
     """The nodes that compute what is subtracted, if it is the maximum over the last axis.
 
     Softmax is the same without it, and so are gradients: those of each row add up to 0.
     """
     scores, other = call.args["input"], call.args["other"]
     nodes: list[Node] = []
-    while isinstance(other, Node) and getattr(other.target, "__name__", other.target) in (
-        "getattr",
-        "getitem",
-        "detach",
-    ):
-        nodes.append(other)
-        if other.op == "call_function" and other.args[1] not in ("values", 0):
+    while isinstance(other, Node) and op_name(other) in ("values", "getitem", "detach"):
+        if op_name(other) == "getitem" and other.args[1] != 0:
             return []
+        nodes.append(other)
         other = other.args[0]
-    if not isinstance(other, Node) or values.number(call.args.get("alpha", 1)) != 1.0:
+    maximum = canonical(other)
+    if maximum is None or maximum.op not in ("max", "amax") or maximum.args["input"] is not scores:
         return []
-    name = getattr(other.target, "__name__", other.target)
-    given = dict(zip(("input", "dim", "keepdim"), other.args, strict=False)) | other.kwargs
-    rank = len(values.shape(scores))
-    is_last = given.get("dim") in (-1, rank - 1) and given.get("keepdim") is True
-    is_own = name in ("max", "amax") and given.get("input") is scores
-    return [*nodes, other] if is_last and is_own else []
+    is_last = maximum.args["dim"] in (-1, len(values.shape(scores)) - 1)
+    once = values.number(call.args["alpha"]) == 1.0
+    return [*nodes, other] if is_last and once and maximum.args["keepdim"] is True else []
 
 
-def _joined(node: Node, call: Call, nodes: tuple[Node, ...], flow: Dataflow) -> Sunk:
-    parts, rank = call.args["tensors"], len(values.shape(node))
-    if call.args["dim"] not in (-1, rank - 1) or len(parts) != 2:
-        raise Refusal("the scores are put together from several tensors", "compute them at once")
-    walk, refusals = ScoreWalk(flow), list[tuple[Node, Refusal]]()
-    for first, (sinks, scores) in ((False, parts[::-1]), (True, parts)):
-        try:
-            path = walk.back(scores, node)
-        except Refusal as refusal:
-            refusals.append((scores, refusal))
-            continue
-        if not isinstance(values.shape(sinks)[-1], int):
-            raise Refusal("the number of columns beside the scores is known only at run time")
-        sinks = _unexpanded(flow.current(sinks, node), flow)
-        return Sunk(path, sinks, node, first, nodes)
-    raise next((refusal for side, refusal in refusals if product_above(side)), refusals[0][1])
-
-
-def _unexpanded(sinks: Node, flow: Dataflow) -> Node:
+def unexpanded(sinks: Node, flow: Dataflow) -> Node:
     """What the columns are expanded from, so that their gradients add up in full precision."""
     start = source(sinks) if is_expand(sinks) else None
     if start is None or flow.is_mutated(start):
@@ -161,4 +100,4 @@ def _unexpanded(sinks: Node, flow: Dataflow) -> Node:
     before, after = values.shape(start), values.shape(sinks)
     same = len(before) == len(after) and values.same(before[-1], after[-1])
     once = all(values.same(a, b) or values.same(a, 1) for a, b in zip(before, after, strict=False))
-    return _unexpanded(start, flow) if same and once else sinks
+    return unexpanded(start, flow) if same and once else sinks

@@ -30,11 +30,9 @@ class Factor:
 
 @dataclass(frozen=True)
 class Masked:
-    """A mask was applied to scores of this shape. ``fill`` is still the program's argument."""
+    """A mask was applied to scores of this shape."""
 
-    node: Node
-    role: str
-    fill: Any
+    mask: MaskOperand
     shape: tuple[Any, ...]
 
 
@@ -109,7 +107,7 @@ def _linear(
     factor, runtime, masks = 1.0, None, list[MaskOperand]()
     for step in steps:
         if isinstance(step, Masked):
-            masks.append(MaskOperand(step.node, step.role, _filled(step.fill)))
+            masks.append(step.mask)
         elif isinstance(step, Narrowed):
             _check_survives(masks, step.dtype)
         elif isinstance(step, Factor):
@@ -138,10 +136,6 @@ def _runtime(value: Node) -> Node:
     if example is not None and example.requires_grad:
         raise Refusal("the scale of the scores is a trained parameter", "multiply q by it instead")
     return value
-
-
-def _filled(fill: object) -> float | Node:
-    return fill if isinstance(fill, Node) else float(fill)  # type: ignore[arg-type]
 
 
 def _invert(value: float) -> float:

@@ -6,11 +6,7 @@ from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import (
-    free_symbols,
-    free_unbacked_symbols,
-    statically_known_true,
-)
+from torch.fx.experimental.symbolic_shapes import free_symbols, statically_known_true
 
 
 def tensor(value: object) -> torch.Tensor | None:
@@ -23,6 +19,24 @@ def shape(node: Node) -> tuple[Any, ...]:
     """The sizes of a tensor node, ints or SymInts; () for anything else."""
     example = tensor(node)
     return () if example is None else tuple(example.shape)
+
+
+def dtype(value: object) -> torch.dtype | None:
+    """The dtype of a tensor node, None for anything else."""
+    example = tensor(value)
+    return None if example is None else example.dtype
+
+
+def same_device(a: object, b: object) -> bool:
+    """Whether two nodes hold tensors of one device."""
+    first, second = tensor(a), tensor(b)
+    return first is not None and second is not None and first.device == second.device
+
+
+def widens(before: object, after: object) -> bool:
+    """Whether the dtype of a tensor node holds every value of that of another."""
+    have, want = dtype(before), dtype(after)
+    return have is not None and want is not None and torch.promote_types(have, want) == want
 
 
 def same(a: Any, b: Any) -> bool:
@@ -67,14 +81,6 @@ def number(value: object) -> float | None:
     return float(value)
 
 
-def specialize(size: Any) -> int | None:
-    """A size as an int, None if only the data decide it.
-
-    On a symbol this adds a guard: kernels are generated per head dimension.
-    """
-    return None if free_unbacked_symbols(size) else int(size)
-
-
-def short_dtype(dtype: torch.dtype) -> str:
-    """The dtype's name without ``torch.``."""
-    return str(dtype).removeprefix("torch.")
+def short_dtype(dtype: torch.dtype | None) -> str:
+    """The dtype's name without ``torch.``; in words where there is none."""
+    return "an unknown dtype" if dtype is None else str(dtype).removeprefix("torch.")

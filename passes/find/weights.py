@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.fx import Node
 
 from sparse_compile.passes.find import values
 from sparse_compile.passes.find.canonical import canonical, is_reshape, op_name
 from sparse_compile.passes.find.contraction import Contraction, Letters, contraction
+from sparse_compile.passes.find.dataflow import breadth_first
 from sparse_compile.passes.find.provenance import where
 from sparse_compile.passes.find.refusal import Refusal
 from sparse_compile.passes.find.scores import check_no_dropout
 from sparse_compile.passes.find.sinks import Sunk
 from sparse_compile.passes.mutation import written_inputs
+from sparse_compile.sites.site import Operand
 
 
 @dataclass(frozen=True)
@@ -25,15 +26,14 @@ class WeightsPath:
     Attributes:
         product: weights times v.
         weights: the letters of the weights in it: ..., q, kv.
-        v: the other factor, and its letters.
+        v: the other factor, by letters.
         nodes: the softmax, the nodes on the way, the product.
         shapes: the shapes that the weights take.
     """
 
     product: Contraction
     weights: Letters
-    v: Node
-    v_letters: Letters
+    v: Operand
     nodes: tuple[Node, ...]
     shapes: tuple[tuple[Any, ...], ...]
 
@@ -128,13 +128,7 @@ def _passes(reader: Node, node: Node) -> bool:
         check_no_dropout(call)
         return True
     if call.op == "cast":
-        before_cast, after_cast = values.tensor(node), values.tensor(reader)
-        return (
-            before_cast is not None
-            and after_cast is not None
-            and after_cast.dtype.is_floating_point
-            and before_cast.device == after_cast.device
-        )
+        return values.is_float(reader) and values.same_device(node, reader)
     return call.op == "copy"
 
 
@@ -144,15 +138,13 @@ def _with_v(
     call = canonical(product.node)
     if call is not None and call.op == "baddbmm":
         raise Refusal("the output is accumulated onto another tensor by baddbmm", "use bmm")
-    if product.left is product.right or node not in (product.left, product.right):
+    weights, v = product.left, product.right
+    if weights.node is v.node or node not in (weights.node, v.node):
         raise Refusal("the attention weights are not multiplied with v")
-    on_left = product.left is node
-    weights, letters = product.left_letters, product.right_letters
-    v = product.right
-    if not on_left:
-        weights, letters, v = letters, weights, product.left
-    _check(weights, letters, product)
-    return WeightsPath(product, weights, v, letters, nodes, shapes)
+    if v.node is node:
+        weights, v = v, weights
+    _check(weights.axes, v.axes, product)
+    return WeightsPath(product, weights.axes, v, nodes, shapes)
 
 
 def _check(weights: Letters, v: Letters, product: Contraction) -> None:
@@ -165,26 +157,15 @@ def _check(weights: Letters, v: Letters, product: Contraction) -> None:
     features = [letter for letter in v if letter not in weights]
     if query in v or len(features) != 1 or len(weights) > 4:
         raise Refusal("v has axes that are neither batch, heads, keys nor features")
-    if set(product.out_letters) != {*batch, query, features[0]}:
+    if set(product.out) != {*batch, query, features[0]}:
         raise Refusal("the output lacks an axis of the weights")
 
 
-def product_below(node: Node, hops: int = 7) -> bool:
+def product_below(node: Node, hops: int = 8) -> bool:
     """Whether a tensor derived from ``node`` is multiplied with another one a few nodes below."""
-    seen, level = set[Node](), [node]
-    for _ in range(hops):
-        following = list[Node]()
-        for derived in level:
-            seen.add(derived)
-            for reader in derived.users:
-                if contraction(reader) is not None:
-                    return True
-                if reader not in seen and _at_least_matrix(reader):
-                    following.append(reader)
-        level = following
-    return False
+    below = breadth_first(node, lambda n: filter(_is_matrix, n.users), hops)
+    return any(contraction(reader) is not None for reader in below)
 
 
-def _at_least_matrix(node: Node) -> bool:
-    example = values.tensor(node)
-    return isinstance(example, torch.Tensor) and example.ndim >= 2
+def _is_matrix(node: Node) -> bool:
+    return len(values.shape(node)) >= 2 or contraction(node) is not None

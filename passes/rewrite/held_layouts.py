@@ -32,7 +32,6 @@ def hold_layouts(gm: GraphModule) -> None:
     """
     outermost, cache = Scope(gm), RealisedTables()
     held: dict[Any, list[Node]] = {}
-    changed: dict[GraphModule, None] = {}
     for scope in list(_scopes(outermost)):
         for call in _of_numbers(scope.gm):
             key = repr(call.args)
@@ -40,14 +39,10 @@ def hold_layouts(gm: GraphModule) -> None:
                 held[key] = [_buffer(gm, value) for value in _lists(call)]
             for item in list(call.users):
                 made: Any = held[key]
-                node = hand_down(made[item.args[1]], outermost, scope, cache)
+                node = hand_down(made[item.args[1]], scope, cache)
                 item.replace_all_uses_with(node)
                 scope.gm.graph.erase_node(item)
             scope.gm.graph.erase_node(call)
-            changed.update(dict.fromkeys(_with_parents(scope)))
-    for module in changed:
-        module.graph.lint()
-        module.recompile()
 
 
 def _scopes(scope: Scope) -> Iterator[Scope]:
@@ -90,9 +85,3 @@ def _buffer(gm: GraphModule, value: Tensor) -> Node:
         node = gm.graph.get_attr(name)
     node.meta["example_value"] = fake_mode_of(gm.graph).from_tensor(value, static_shapes=True)
     return node
-
-
-def _with_parents(scope: Scope | None) -> Iterator[GraphModule]:
-    while scope is not None:
-        yield scope.gm
-        scope = scope.parent

@@ -11,9 +11,10 @@ from sparse_compile.ops.block_scores import BLOCK_SCORES
 from sparse_compile.ops.indexer import INDEXED_TOPK
 from sparse_compile.ops.kept import INDEXED_KEPT
 from sparse_compile.passes.graph_edit import Inserter
+from sparse_compile.passes.rewrite.axes import arranged
 from sparse_compile.passes.rewrite.tables import RealisedTables, realise
 from sparse_compile.sites.plan import Indexer
-from sparse_compile.sites.site import BlockScoresSite, IndexerSite, Operand
+from sparse_compile.sites.site import AttentionSite, BlockScoresSite, IndexerSite, Operand
 
 
 def replace_indexer(indexer: Indexer, realised: RealisedTables) -> None:
@@ -23,7 +24,8 @@ def replace_indexer(indexer: Indexer, realised: RealisedTables) -> None:
     insert = Inserter(gm, old)
     tables, sizes = realise(indexer.lifted, site.scores.scope, realised)
     if isinstance(site, BlockScoresSite):
-        new = _block_scores(insert, site, tables, sizes, indexer.spec.text)
+        blocks, operands = insert.size(site.view, 3), _by_head(insert, site.scores)
+        new = insert.call(BLOCK_SCORES, *operands, tables, sizes, blocks, indexer.spec.text)
     else:
         ranking = _ranking(insert, site, tables, sizes, indexer.spec.text)
         new = insert.call(INDEXED_TOPK, *ranking)
@@ -58,40 +60,22 @@ def replace_lists(lists: tuple[Node, ...], indexer: Indexer, realised: RealisedT
 
 
 def _ranking(
-    insert: Inserter,
-    site: IndexerSite,
-    tables: list[Node],
-    sizes: list[int | Node],
-    spec: str,
+    insert: Inserter, site: IndexerSite, tables: list[Node], sizes: list[int | Node], spec: str
 ) -> tuple[Any, ...]:
     """What an operator that ranks scores takes."""
     if site.w is None:
-        return (*_by_head(insert, site), None, tables, sizes, site.most, spec)
-    axes = ((site.q, "bnhd"), (site.k, "bdt"), (site.w, "bnh"))
-    operands = [_arranged(insert, operand, order) for operand, order in axes]
+        operands: tuple[Node | None, ...] = (*_by_head(insert, site.scores), None)
+    else:
+        axes = ((site.scores.q, "bnhd"), (site.scores.k, "bdn"), (site.w, "bnh"))
+        operands = tuple(_arranged(insert, operand, order) for operand, order in axes)
     return (*operands, tables, sizes, site.most, spec)
 
 
-def _block_scores(
-    insert: Inserter, site: BlockScoresSite, tables: list[Node], sizes: list[int | Node], spec: str
-) -> Node:
-    blocks = insert.size(site.view, 3)
-    return insert.call(BLOCK_SCORES, *_by_head(insert, site), tables, sizes, blocks, spec)
-
-
-def _by_head(insert: Inserter, site: BlockScoresSite | IndexerSite) -> tuple[Node, Node]:
+def _by_head(insert: Inserter, scores: AttentionSite) -> tuple[Node, Node]:
     """q and k as [B, H, Nq, D] and [B, H or 1, D, Nkv]."""
-    shared = "h" not in site.k.axes
-    k = _arranged(insert, site.k, "bdt" if shared else "bhdt")
-    k = insert.method("unsqueeze", k, 1) if shared else k
-    return _arranged(insert, site.q, "bhnd"), k
+    return _arranged(insert, scores.q, "bhnd"), _arranged(insert, scores.k, "bhdn")
 
 
 def _arranged(insert: Inserter, operand: Operand, axes: str) -> Node:
     """An operand of an indexer with its axes in order, without a gradient."""
-    node = insert.method("detach", operand.node)
-    for dim in reversed([d for d, axis in enumerate(operand.axes) if axis == "1"]):
-        node = insert.method("squeeze", node, dim)
-    kept = [axis for axis in operand.axes if axis != "1"]
-    order = [kept.index(axis) for axis in axes]
-    return node if order == sorted(order) else insert.method("permute", node, *order)
+    return arranged(insert.method, insert.method("detach", operand.node), operand.axes, axes)

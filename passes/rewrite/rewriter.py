@@ -9,29 +9,39 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from sparse_compile import ops
 from sparse_compile.layout.dense_tables import DenseRead
 from sparse_compile.ops import pattern as pattern_ops
 from sparse_compile.ops.selection import CANONICAL_SELECTION, SELECT
 from sparse_compile.passes.dense_tables import dense_reads
-from sparse_compile.passes.graph_edit import Inserter, device_of, example_value, first_reader
+from sparse_compile.passes.graph_edit import (
+    Inserter,
+    device_of,
+    dimension,
+    example_value,
+    first_reader,
+)
+from sparse_compile.passes.rewrite.axes import arranged
 from sparse_compile.passes.rewrite.indexer import replace_indexer, replace_lists
 from sparse_compile.passes.rewrite.tables import RealisedTables, realise
 from sparse_compile.sites.named import INDEX, LISTS
-from sparse_compile.sites.plan import Indexer, Plan, SelectedPlan
+from sparse_compile.sites.plan import Indexer, Plan
 from sparse_compile.sites.site import (
     AttentionSite,
     BlockScoresSite,
     LiftedMask,
     Operand,
     PatternTable,
-    Scope,
 )
 from sparse_compile.spec import EmptyRows
 
-_CANONICAL = ("b", "h", "n", "d")
+_CANONICAL = "bhnd"
+
+
+#: Tables and sizes of a mask.
+_Data = tuple[list[Node], list[int | Node]]
 
 
 class Rewriter:
@@ -46,7 +56,6 @@ class Rewriter:
         self._tables = RealisedTables()
         self._made: dict[tuple[Any, ...], Node] = {}
         self._layouts: dict[tuple[Any, ...], list[Node]] = {}
-        self._changed: dict[GraphModule, None] = {}
         self._replaced: dict[Node, Node] = {}
         self._indexers: dict[Node, Indexer] = {}
         self._lists: dict[tuple[Node, ...], Indexer] = {}
@@ -55,7 +64,6 @@ class Rewriter:
         """Replace one site."""
         site = self._current(plan.site)
         plan = replace(plan, site=site)
-        self._note_change(site.scope)
         insert = Inserter(site.scope.gm, site.output.node)
         q, k, v = (self._operand(insert, site, operand) for operand in (site.q, site.k, site.v))
         q, scale = _scale(insert, site, q)
@@ -86,11 +94,6 @@ class Rewriter:
         )
         return replace(site, q=q, k=k, v=v)
 
-    def _note_change(self, scope: Scope | None) -> None:
-        while scope is not None:
-            self._changed[scope.gm] = None
-            scope = scope.parent
-
     def _note_indexer(self, indexer: Indexer, lifted: LiftedMask) -> None:
         if not isinstance(indexer.site, BlockScoresSite) and indexer.site.reached is not None:
             assert lifted.program is not None
@@ -99,14 +102,11 @@ class Rewriter:
             self._indexers.setdefault(indexer.site.scores.output.node, indexer)
 
     def finish(self) -> None:
-        """Replace the indexers, now that all lists are made; recompile what was changed."""
+        """Replace the indexers, now that all lists are made."""
         for indexer in self._indexers.values():
             replace_indexer(indexer, self._tables)
         for lists, indexer in self._lists.items():
             replace_lists(lists, indexer, self._tables)
-        for gm in self._changed:
-            gm.graph.lint()
-            gm.recompile()
 
     def _operand(self, insert: Inserter, site: AttentionSite, operand: Operand) -> Node:
         node = operand.node
@@ -114,13 +114,7 @@ class Rewriter:
         if example_value(node).dtype != dtype:
             # Autocast, or an upcast inside the attention: the program computes in this dtype.
             node = insert.method("to", node, dtype)
-        order = [operand.axes.index(axis) for axis in _CANONICAL if axis in operand.axes]
-        if order != sorted(order):
-            node = insert.method("permute", node, *order)
-        for position, axis in enumerate(_CANONICAL):
-            if axis not in operand.axes:
-                node = insert.method("unsqueeze", node, position)
-        return node
+        return arranged(insert.method, node, operand.axes, _CANONICAL)
 
     def _mask_data(
         self, insert: Inserter, plan: Plan, q: Node, k: Node
@@ -138,32 +132,27 @@ class Rewriter:
         lists: list[Node] = []
         of_blocks = any(not part.listed for part in plan.spec.parts)
         if reads or of_blocks:
-            made = self._layout(early, plan, reads, tables, sizes)
+            made = self._layout(early, plan, (tables, sizes), reads)
             for read, words in zip(reads, made, strict=False):
                 tables[read.table] = words
             lists = made[len(reads) :]
         if plan.selected is not None:
-            others, *named = self._select(insert, plan, plan.selected, (q, k), (tables, sizes))
+            others, *named = self._select(insert, plan, (q, k), (tables, sizes))
             tables = others if plan.selected.alone else tables + others
         if any(part.listed for part in plan.spec.parts):
-            named = self._layout(insert, plan, (), tables, sizes, named)
+            named = self._layout(insert, plan, (tables, sizes), named=named)
         return tables, sizes, lists + named
 
     def _select(
-        self,
-        insert: Inserter,
-        plan: Plan,
-        chosen: SelectedPlan,
-        content: tuple[Node, Node],
-        data: tuple[list[Node], list[int | Node]],
+        self, insert: Inserter, plan: Plan, content: tuple[Node, Node], data: _Data
     ) -> tuple[list[Node], Node, Node]:
         """The tables of the mask of selected keys; index and count of what is selected."""
-        tables, sizes = data
-        others = tables
+        chosen, (others, sizes) = plan.selected, data
+        assert chosen is not None
         if not chosen.alone:
             # Both masks read the same tables of the program; those of the annotation follow.
             extra = chosen.lifted.extra
-            others = tables[: chosen.lifted.n_lifted_tables]
+            others = others[: chosen.lifted.n_lifted_tables]
             others += [self._pattern_table(insert, made, plan.site) for made in extra]
         given = [insert.method("detach", tensor) for tensor in chosen.given]
         if chosen.key == LISTS:
@@ -172,7 +161,8 @@ class Rewriter:
         if chosen.key == INDEX:
             (index,) = given
             index = insert.method("to", index, device_of(content[0]))
-            pair = insert.call(CANONICAL_SELECTION, index, self._units(insert, plan, chosen))
+            units = self._units(insert, plan.site.k.node, chosen.units[1])
+            pair = insert.call(CANONICAL_SELECTION, index, units)
         else:
             q, k = (insert.method("detach", operand) for operand in content)
             rest = given, others, sizes, chosen.lifted.mask.text, chosen.key
@@ -180,9 +170,9 @@ class Rewriter:
         index, count = (insert.call(operator.getitem, pair, part) for part in (0, 1))
         return others, index, count
 
-    def _units(self, insert: Inserter, plan: Plan, chosen: SelectedPlan) -> int | Node:
+    def _units(self, insert: Inserter, k: Node, unit: int) -> int | Node:
         """How many units of keys there are."""
-        n_kv, unit = insert.size(plan.site.k.node, 2), chosen.units[1]
+        n_kv = insert.size(k, 2)
         if isinstance(n_kv, int):
             return -(-n_kv // unit)
         return insert.call(operator.floordiv, insert.call(operator.add, n_kv, unit - 1), unit)
@@ -192,43 +182,28 @@ class Rewriter:
         device = device_of(site.q.node)
         key = (insert.gm, made, _shape(site), device)
         if key not in self._made or not self._made[key] < insert.anchor:
-            self._made[key] = insert.call(
-                pattern_ops.PATTERN_TABLE,
-                made.key,
-                made.index,
-                made.rank,
-                getattr(torch, made.dtype),
-                *_lengths(insert, site)[:4],
-                device,
-            )
+            table = made.key, made.index, made.rank, getattr(torch, made.dtype)
+            sizes = _lengths(insert, site)[:4]
+            self._made[key] = insert.call(pattern_ops.PATTERN_TABLE, *table, *sizes, device)
         return self._made[key]
 
     def _layout(
         self,
         insert: Inserter,
         plan: Plan,
-        reads: tuple[DenseRead, ...],
-        tables: list[Node],
-        sizes: list[int | Node],
+        data: _Data,
+        reads: tuple[DenseRead, ...] = (),
         named: Sequence[Node] = (),
     ) -> list[Node]:
         """The tables of bits, if the mask reads mask tensors, and the lists of the blocks.
 
         Where a selection names the blocks, ``named`` are its index and count.
         """
-        site, device = plan.site, device_of(plan.site.q.node)
+        site, device, (tables, sizes) = plan.site, device_of(plan.site.q.node), data
         # The layout depends neither on where the attention stands nor on scores: layers share it.
         spec = replace(plan.spec.blocks, where=(), empty_rows=EmptyRows.ZERO, score=None)
-        key = (
-            insert.gm,
-            spec.text,
-            _shape(site),
-            device,
-            reads,
-            tuple(tables),
-            tuple(sizes),
-            tuple(named),
-        )
+        given = tuple(tables), tuple(sizes), tuple(named)
+        key = insert.gm, spec.text, _shape(site), device, reads, given
         if key not in self._layouts:
             rest = sizes, *_lengths(insert, site), spec.text, device, list(named)
             call = insert.call(ops.LAYOUT, tables, DenseRead.text(reads), *rest)
@@ -264,10 +239,7 @@ def _lengths(insert: Inserter, site: AttentionSite) -> list[int | Node]:
 
 def _shape(site: AttentionSite) -> tuple[str, ...]:
     """The same as they were captured."""
-    return tuple(
-        str(example_value(x.node).shape[x.axes.index(axis)]) if axis in x.axes else "1"
-        for x, axis in _dims(site)
-    )
+    return tuple(str(dimension(x, axis)) for x, axis in _dims(site))
 
 
 def _checked(insert: Inserter, site: AttentionSite, q: Node, k: Node) -> Node:
@@ -319,28 +291,15 @@ def _with_sinks(insert: Inserter, site: AttentionSite, out: Node, lse: Node, sin
 def _call_sdpa(
     insert: Inserter, plan: Plan, q: Node, k: Node, v: Node, scale: float | Node
 ) -> Node:
-    grouped = example_value(q).shape[1] != example_value(k).shape[1]
-    return insert.call(
-        F.scaled_dot_product_attention,
-        q,
-        k,
-        v,
-        is_causal=plan.causal,
-        scale=scale,
-        **({"enable_gqa": True} if grouped else {}),
-    )
+    given: dict[str, Any] = {"is_causal": plan.causal, "scale": scale}
+    if example_value(q).shape[1] != example_value(k).shape[1]:
+        given["enable_gqa"] = True
+    return insert.call(F.scaled_dot_product_attention, q, k, v, **given)
 
 
 def _restore_axes(insert: Inserter, site: AttentionSite, out: Node) -> Node:
     """Back to the axes, and where a later view relies on it the memory order, of the old output."""
-    axes = site.output.axes
-    absent = [axis for axis in _CANONICAL if axis not in axes]
-    for axis in reversed(absent):
-        out = insert.method("squeeze", out, _CANONICAL.index(axis))
-    kept = [axis for axis in _CANONICAL if axis in axes]
-    order = [kept.index(axis) for axis in axes]
-    if order != sorted(order):
-        out = insert.method("permute", out, *order)
+    out = arranged(insert.method, out, _CANONICAL, site.output.axes)
     if _relies_on_order(site.output.node, example_value(out)):
         out = insert.method("contiguous", out)
     return out

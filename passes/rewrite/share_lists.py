@@ -23,15 +23,14 @@ def share_lists(gm: GraphModule) -> None:
     AOTAutograd would find them, too, but only where it partitions a graph for a backward.
     """
     for module in gm.modules():
-        if isinstance(module, GraphModule) and _share(module):
-            module.graph.lint()
-            module.recompile()
+        if isinstance(module, GraphModule):
+            _share(module)
 
 
-def _share(gm: GraphModule) -> bool:
+def _share(gm: GraphModule) -> None:
     calls = [node for node in gm.graph.nodes if node.target in _LISTING]
     if len(calls) < 2:
-        return False
+        return
     memory = Memory(gm.graph)
     made: dict[Hashable, Node] = {}
     for call in calls:
@@ -42,7 +41,6 @@ def _share(gm: GraphModule) -> bool:
         if first is not call:
             call.replace_all_uses_with(first)
             gm.graph.erase_node(call)
-    return True
 
 
 def _is_tensor(node: Node) -> bool:

@@ -46,12 +46,9 @@ def realise(
         return [], []
     assert lifted.scope is not None
     if lifted.program not in cache.outputs:
-        leaves = tuple(
-            hand_down(leaf, _scope_of(leaf, lifted.scope), lifted.scope, cache)
-            for leaf in lifted.leaves
-        )
+        leaves = tuple(hand_down(leaf, lifted.scope, cache) for leaf in lifted.leaves)
         cache.outputs[lifted.program] = _inline(lifted.program, leaves, lifted.scope.gm, cache)
-    nodes = [hand_down(node, lifted.scope, scope, cache) for node in cache.outputs[lifted.program]]
+    nodes = [hand_down(node, scope, cache) for node in cache.outputs[lifted.program]]
     count = lifted.n_lifted_tables
     return nodes[:count], list(nodes[count:])
 
@@ -59,7 +56,7 @@ def realise(
 def _inline(
     program: GraphModule, leaves: tuple[Node, ...], gm: GraphModule, cache: RealisedTables
 ) -> tuple[Node, ...]:
-    copies = dict(zip(_placeholders(program.graph), leaves, strict=True))
+    copies = dict(zip(program.graph.find_nodes(op="placeholder"), leaves, strict=True))
     fake_mode = fake_mode_of(gm.graph)
     place = place_for(gm.graph, leaves)
     while place in cache.inserted:  # Programs that stand here already may be of use.
@@ -71,7 +68,7 @@ def _inline(
                 copies[node].meta["example_value"] = _value(copies[node])
             elif node.op == "call_function":
                 copies[node] = _called(node, copies, gm, place, cache)
-    (output,) = (node for node in program.graph.nodes if node.op == "output")
+    (output,) = program.graph.find_nodes(op="output")
     return tuple(copies[node] for node in output.args[0])
 
 
@@ -125,10 +122,6 @@ def place_for(graph: Graph, leaves: tuple[Node, ...]) -> Node:
     raise AssertionError("a leaf stands after the graph's output")
 
 
-def _placeholders(graph: Graph) -> list[Node]:
-    return [node for node in graph.nodes if node.op == "placeholder"]
-
-
 def fake_mode_of(graph: Graph) -> Any:
     """The fake mode of the values of a graph."""
     for node in graph.nodes:
@@ -138,21 +131,12 @@ def fake_mode_of(graph: Graph) -> Any:
     raise AssertionError("a graph with attention has tensors")
 
 
-def _scope_of(node: Node, scope: Scope) -> Scope:
-    """The scope that a node lives in: this one, or a parent."""
-    while scope.gm.graph is not node.graph:
-        assert scope.parent is not None
-        scope = scope.parent
-    return scope
-
-
-def hand_down(node: Node, source: Scope, scope: Scope, cache: RealisedTables) -> Node:
-    """The node of ``scope`` that holds ``node`` of an outer scope, passed in at each call."""
-    if scope.gm is source.gm:
+def hand_down(node: Node, scope: Scope, cache: RealisedTables) -> Node:
+    """The node of ``scope`` that holds ``node`` of it or an outer one, passed in at each call."""
+    if scope.gm.graph is node.graph:
         return node
     assert scope.parent is not None
-    assert scope.call is not None
-    outer = hand_down(node, source, scope.parent, cache)
+    outer = hand_down(node, scope.parent, cache)
     key = (outer, scope.gm)
     if key not in cache.inputs:
         cache.inputs[key] = _given(outer, scope) or _passed_in(outer, scope)
@@ -161,7 +145,7 @@ def hand_down(node: Node, source: Scope, scope: Scope, cache: RealisedTables) ->
 
 def _given(outer: Node, scope: Scope) -> Node | None:
     """The placeholder that stands for an outer node already."""
-    holders = _placeholders(scope.gm.graph)
+    holders = scope.gm.graph.find_nodes(op="placeholder")
     return next(
         (n for n, given in zip(holders, scope.inputs, strict=False) if given is outer), None
     )

@@ -14,19 +14,20 @@ from torch import Tensor
 
 from sparse_compile import ops
 from sparse_compile.api.data import data_of, tables_of
-from sparse_compile.api.plan import Direct, Sizes, capped, name_of, planned, spec_text
-from sparse_compile.api.selected import lists_of, selected_of
+from sparse_compile.api.plan import Direct, capped, name_of, planned
+from sparse_compile.api.select import lists_of, selected_of
 from sparse_compile.errors import BadShape, PatternMisuse
 from sparse_compile.expr import COORDINATES, MaskExpr
 from sparse_compile.layout.dense_tables import NO_READS, DenseRead
+from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.ops.masked import MASKED_ATTENTION, composed_of
 from sparse_compile.ops.operands import WIDEST, WIDEST_UNITS, check_operands
 from sparse_compile.ops.untraced import untraced
+from sparse_compile.passes.decide.price import views_for
 from sparse_compile.patterns.base import Pattern
 from sparse_compile.patterns.nsa import NSA
 from sparse_compile.selection.split import without_selection
 from sparse_compile.sites.named import BY_TENSOR, EVERYONE, TENSOR, NamedMask
-from sparse_compile.spec import AttentionSpec
 
 #: Stands for lengths and head counts that torch.compile knows by name only.
 _UNKNOWN = 4096
@@ -159,7 +160,7 @@ def _direct(
     if NamedMask.parse(text).selects == TENSOR:
         spec, tables, lists = _tensor_data(q, k, given[0], text)
     else:
-        plan = planned(text, q.device.type, _views_sizes(q, k), sinks is not None)
+        plan = planned(text, q.device.type, _usual(q, k), sinks is not None)
         if not plan.spec:
             return _by_sdpa(q, k, v, plan.causal, scale)
         spec, tables, lists = _pattern_data(operands, given, sizes, text, plan, owner)
@@ -219,16 +220,15 @@ def _by_sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Ten
     )
 
 
-def _views_sizes(q: Tensor, k: Tensor) -> Sizes:
-    """What views are chosen for: n_q, n_kv, batch and heads.
+def _usual(q: Tensor, k: Tensor) -> ProblemShape:
+    """The problem that views are chosen for, which is only a matter of their cost.
 
-    Only their cost depends on it: lengths are rounded, and those that are known by name only get
-    views for usual ones.
+    Lengths are rounded, and those that are known by name only get views for usual ones.
     """
-    shape = q.shape[2], k.shape[2], q.shape[0], q.shape[1]
-    n_q, n_kv, batch, heads = (size if isinstance(size, int) else None for size in shape)
+    shape = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+    batch, heads, n_q, n_kv = (size if isinstance(size, int) else None for size in shape)
     rounded = [_UNKNOWN if n is None else 1 << max(n - 1, 0).bit_length() for n in (n_q, n_kv)]
-    return rounded[0], rounded[1], batch or 1, heads or 1
+    return ProblemShape(batch or 1, heads or 1, *rounded)
 
 
 @functools.lru_cache(maxsize=64)
@@ -245,7 +245,7 @@ def _plan_of_tensor(shared: tuple[bool, ...], device: str, text: str) -> tuple[s
     axes = tuple("" if one else name for one, name in zip(shared, names, strict=True))
     read = DenseRead(0, axes)
     expr = MaskExpr(sympy.Ne(read.bit, 0), ("int32",))
-    spec = AttentionSpec.parse(spec_text(expr, device, (_UNKNOWN, _UNKNOWN, 1, 1)))
+    spec, _ = views_for(expr, device, ProblemShape(1, 1, _UNKNOWN, _UNKNOWN))
     return replace(spec, score=NamedMask.parse(text).score).text, DenseRead.text([read])
 
 

@@ -42,11 +42,6 @@ def tables_of(expr: MaskExpr) -> Tables:
     return tuple((index, rank[index], getattr(torch, dtype)) for index, dtype in dtypes)
 
 
-def data_of(pattern: Pattern | None, call: Call) -> Data:
-    """The tables of a mask, and the lists of its blocks: made, or kept while a pattern is as is."""
-    return make_data(call) if pattern is None else kept_data(pattern, call)
-
-
 def make_data(call: Call) -> Data:
     """The tables of a mask, and the lists of its blocks; none without the text of a spec."""
     key, tables, lengths, kv_heads, sizes, text, device = call
@@ -56,17 +51,17 @@ def make_data(call: Call) -> Data:
     return made, ops.LAYOUT(made, NO_READS, list(sizes), *lengths, kv_heads, text, device, [])
 
 
-def kept_data(pattern: Pattern, call: Call) -> Data:
+def data_of(pattern: Pattern | None, call: Call) -> Data:
     """:func:`make_data`, made again only after the tensors of ``pattern`` were written to.
 
     A pattern is a promise where a mask tensor is none: writes that PyTorch does not count (through
     ``.data``, numpy or another process) do not reach it. Make a new pattern after them.
 
     Args:
-        pattern: what the key of ``call`` names.
+        pattern: what the key of ``call`` names; None to keep nothing.
         call: as for :func:`make_data`.
     """
-    state = _state(pattern)
+    state = None if pattern is None else _state(pattern)
     if state is None or _is_recorded(call[-1]):
         return make_data(call)
     # Keys are given once, so this one means this pattern even when the pattern is gone. And what is

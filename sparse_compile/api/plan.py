@@ -14,14 +14,13 @@ import sympy
 import torch
 from torch import Tensor
 
-from sparse_compile.codegen.generators import block_shapes
 from sparse_compile.errors import PatternMisuse
-from sparse_compile.expr import KV, MaskExpr, Q, ScoreProgram
+from sparse_compile.expr import KV, Q, ScoreProgram
 from sparse_compile.expr import score as score_programs
 from sparse_compile.layout.superset import ProblemShape
-from sparse_compile.layout.views.choose import choose_views
 from sparse_compile.ops.selection import name_selecting
 from sparse_compile.ops.untraced import untraced
+from sparse_compile.passes.decide.price import views_for
 from sparse_compile.patterns.base import And, BoundMask, Not, Or, Pattern
 from sparse_compile.patterns.scored import Scored
 from sparse_compile.patterns.scorers import Scorer
@@ -31,9 +30,6 @@ from sparse_compile.selection.split import selects, split, without_selection
 from sparse_compile.sites.annotation import name_mask
 from sparse_compile.sites.named import INDEX, LISTS, NamedMask, NamedPart
 from sparse_compile.spec import AttentionSpec, are_blocks
-
-#: n_q, n_kv, batch and heads.
-Sizes = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -66,38 +62,33 @@ def name_of(pattern: Pattern, given: list[Tensor]) -> str:
     # torch.compile runs this: it sees the parameters even of a pattern that the compiled code makes
     # itself, and guards on them. Of a tensor it would bake the values in, unless it selects by it;
     # it guards on the identity of a pattern that holds one.
-    if _is_opened(pattern) or _is_plain(pattern):
-        text: str = _name_of_spelled(_spelled(pattern, given))
-    else:
-        text = _name_of_object(id(pattern))
+    text: str = _name_of_spelled(_spelled(pattern, given))
     return text
 
 
 @functools.lru_cache(maxsize=1024)
 @untraced
-def planned(text: str, device: str, sizes: Sizes, sunk: bool = False) -> Direct:
+def planned(text: str, device: str, shape: ProblemShape, sunk: bool = False) -> Direct:
     """What runs for a named mask on a type of device, at about these sizes.
 
     SDPA knows no score programs, and does not return what sinks (``sunk``) need.
     """
     named = NamedMask.parse(text)
-    static = "" if named.static is None else spec_text(named.static.mask, device, sizes)
+    static = None if named.static is None else views_for(named.static.mask, device, shape)[0]
     if named.selected is None:
-        assert named.static is not None
-        predicate = named.static.mask.predicate
-        causal = bool(predicate == sympy.Le(KV, Q))
+        assert static is not None
+        causal = bool(static.mask.predicate == sympy.Le(KV, Q))
         plain = named.score is None and not sunk
-        if plain and (causal or predicate == sympy.true):
-            return Direct(static, "", causal=causal)
-        return Direct(static, _scored(AttentionSpec.parse(static), named.score))
-    expr, units, blocks = named.selected.mask, named.units, ""
-    if static:
-        spec = AttentionSpec.parse(static).with_units(expr, *units)
-    else:
-        spec = AttentionSpec.of_units(expr, *units)
-        if are_blocks(*units, device):
-            blocks = _scored(AttentionSpec.of_listed_blocks(expr, *units), named.score)
-    return Direct(static, _scored(spec, named.score), blocks)
+        if plain and (causal or static.mask.predicate == sympy.true):
+            return Direct(static.text, "", causal=causal)
+        return Direct(static.text, _scored(static, named.score))
+    expr, units = named.selected.mask, named.units
+    if static is not None:
+        return Direct(static.text, _scored(static.with_units(expr, *units), named.score))
+    spec, blocks = _scored(AttentionSpec.of_units(expr, *units), named.score), ""
+    if are_blocks(*units, device):
+        blocks = _scored(AttentionSpec.of_listed_blocks(expr, *units), named.score)
+    return Direct("", spec, blocks)
 
 
 def _scored(spec: AttentionSpec, score: ScoreProgram | None) -> str:
@@ -108,13 +99,6 @@ def _scored(spec: AttentionSpec, score: ScoreProgram | None) -> str:
 def capped(text: str, softcap: float) -> str:
     """The text of a :class:`NamedMask`, of scores with a softcap."""
     return replace(NamedMask.parse(text), score=score_programs.softcap(softcap)).text
-
-
-def spec_text(expr: MaskExpr, device: str, sizes: Sizes) -> str:
-    """The text of the spec of a mask on a type of device, at about these sizes."""
-    n_q, n_kv, batch, heads = sizes
-    shape = ProblemShape(batch, heads, n_q, n_kv)
-    return choose_views(expr, shape, shapes=block_shapes(device))[0].text
 
 
 def _is_plain(value: object) -> bool:
@@ -160,7 +144,7 @@ def _unspelled(spelled: Any) -> Any:
         return spelled
     kind, values = spelled
     if kind is Pattern:
-        return _NUMBERED[values[0]]()
+        return _NUMBERED[values[0]]
     values = tuple(map(_unspelled, values))
     if kind is tuple:
         return values
@@ -174,7 +158,7 @@ def _unspelled(spelled: Any) -> Any:
 def _name_of_spelled(spelled: Any) -> str:
     if spelled not in _NAMES:
         pattern = _unspelled(spelled)
-        owners = _numbered_in(pattern, spelled)
+        owners = _numbered_in(spelled)
         if not owners:
             _KEPT.append(pattern)  # graphs may name its tables from now on
         _NAMES[spelled] = _named(pattern, *owners[:1]).text
@@ -189,43 +173,31 @@ _KEPT: list[Pattern] = []
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _number_of(address: int) -> int:
     """A number for a pattern that holds tensors, given to no other."""
-    pattern = _at(address)
-    if id(pattern) not in _NUMBERS:
-        number = _NUMBERS[id(pattern)] = next(_COUNT)
-        _NUMBERED[number] = weakref.ref(pattern)
-        weakref.finalize(pattern, _NUMBERS.pop, id(pattern), None)
-        weakref.finalize(pattern, _NUMBERED.pop, number, None)
-    return _NUMBERS[id(pattern)]
+    if address not in _NUMBERS:
+        pattern, number = _at(address), next(_COUNT)
+        _NUMBERS[address], _NUMBERED[number] = number, pattern
+        weakref.finalize(pattern, _NUMBERS.pop, address, None)
+    return _NUMBERS[address]
 
 
 _COUNT = itertools.count()
 _NUMBERS: dict[int, int] = {}
-_NUMBERED: dict[int, weakref.ref[Pattern]] = {}
+_NUMBERED: weakref.WeakValueDictionary[int, Pattern] = weakref.WeakValueDictionary()
 
 
-def _numbered_in(pattern: Any, spelled: Any) -> list[Pattern]:
+def _numbered_in(spelled: Any) -> list[Pattern]:
     """The parts of a pattern that are spelled by their numbers."""
+    if not isinstance(spelled, tuple):
+        return []
     kind, values = spelled
     if kind is Pattern:
-        return [pattern]
-    if isinstance(pattern, (And, Or)):
-        pairs = zip(pattern.parts, values[0][1], strict=True)
-        return [owner for part, text in pairs for owner in _numbered_in(part, text)]
-    return _numbered_in(pattern.part, values[0]) if isinstance(pattern, Not) else []
+        return [_unspelled(spelled)]
+    return [owner for value in values for owner in _numbered_in(value)]
 
 
-#: By the spelling of a pattern, and of one with tensors by its identity: equal tensors may come to
+#: By the spelling of a pattern, in which one with tensors has a number: equal tensors may come to
 #: differ.
 _NAMES: dict[Any, str] = {}
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _name_of_object(address: int) -> str:
-    if address not in _NAMES:
-        pattern = _at(address)
-        _NAMES[address] = _named(pattern).text
-        weakref.finalize(pattern, _NAMES.pop, address, None)
-    return _NAMES[address]
 
 
 def _at(address: int) -> Pattern:

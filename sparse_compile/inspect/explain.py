@@ -30,11 +30,11 @@ from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.options import Options
 from sparse_compile.passes import pipeline
 from sparse_compile.passes.dense_tables import mask_data, selection_data, shown_predicate
-from sparse_compile.passes.graph_edit import device_of, example_value
+from sparse_compile.passes.graph_edit import device_of, example_value, expected
 from sparse_compile.selection import Selection, SelectionReport
 from sparse_compile.sites.plan import Plan
 from sparse_compile.sites.site import AttentionSite, LiftedMask, Operand, Rejection
-from sparse_compile.sites.trace import Reading, Trace
+from sparse_compile.sites.trace import Trace
 from sparse_compile.spec import AttentionSpec, KernelSpec
 from sparse_compile.spec.target import Target
 
@@ -80,7 +80,7 @@ class Examined:
 
     Attributes:
         trace: what the pipeline found out about it.
-        shape: sizes ``b, h, h_kv, q, kv`` of the call; None if they are not known.
+        shape: sizes ``b, h, q, kv`` of the call; None if they are not known.
         tables: the tensors of the mask in this call; None if they are not known.
         sizes: the integers of the mask in this call.
         chosen: what is selected in this call; None where nothing is, or if it is not known.
@@ -101,35 +101,29 @@ class Examined:
 
     def report(self) -> SiteReport:
         """The site as users see it."""
-        trace, plan = self.trace, self.plan
+        trace, plan = self.trace, self.trace.decided
         where, said = place(trace.node, trace.where), said_of(trace.annotation, trace.node)
-        if plan is None:
-            rejected = trace.decided
-            assert isinstance(rejected, Rejection)
-            mask, ways = _mask_of(trace), _ways(trace)
-            return SiteReport(
-                where, False, rejected.reason, rejected.hint, mask, annotation=said, ways=ways
-            )
+        costs = [way.cost for way in trace.proposals]
+        ways = tuple(f"{c.name}: {c.refusal}" if c.refusal else c.shown for c in costs)
+        is_left, mask = isinstance(plan, Rejection), _mask_of(trace)
+        made = SiteReport(where, not is_left, plan.reason, mask=mask, annotation=said, ways=ways)
+        if isinstance(plan, Rejection):
+            return replace(made, hint=plan.hint)
         layout = self.layout()
         blocks, (views, cost) = _block_density(plan, layout), _views(plan)
-        return SiteReport(
-            where=where,
-            rewritten=True,
-            reason=plan.reason,
+        return replace(
+            made,
             hint=_NOTHING_SKIPPED if blocks == 1.0 else "",
-            mask=_mask_of(trace),
             density=None if layout is None or plan.selected else layout.density,
             block_density=blocks,
             executor=plan.executor,
             kernel=_kernel_name(plan, trace.target),
-            annotation=said,
             views=views,
             cost=cost,
             utilisation=_utilisation(plan, layout),
             selection=None if plan.selected is None else plan.selected.shown,
             lists=self._lists(),
             score=plan.site.shown_score or None,
-            ways=_ways(trace),
         )
 
     def _lists(self) -> SelectionReport | None:
@@ -162,23 +156,14 @@ def _mask_of(trace: Trace) -> str | None:
     if not trace.readings:
         return None
     plan = trace.decision
-    readings = [r for r in trace.readings if isinstance(plan, Plan) and r.mask == plan.lifted]
-    return _mask_text(*(readings or trace.readings)[:1])
-
-
-def _mask_text(reading: Reading) -> str:
+    read = [r for r in trace.readings if isinstance(plan, Plan) and r.mask == plan.lifted]
+    (reading, *_) = read or trace.readings
     static, chosen = readable(shown_predicate(reading.mask)), reading.selected
     if chosen is None:
         return static
     among = readable(shown_predicate(chosen.lifted))
     selected = "selected" if among == "true" else f"selected and {_in_parentheses(among)}"
     return selected if chosen.alone else f"{_in_parentheses(static)} or ({selected})"
-
-
-def _ways(trace: Trace) -> tuple[str, ...]:
-    """Every way to run it, with what it is predicted to cost, or why it cannot be."""
-    costs = [way.cost for way in trace.proposals]
-    return tuple(f"{c.name}: {c.refusal}" if c.refusal else c.shown for c in costs)
 
 
 def _in_parentheses(text: str) -> str:
@@ -218,13 +203,13 @@ def _utilisation(plan: Plan, layout: Layout | None) -> float | None:
 def kernel_spec(plan: Plan, arch: str, piece: AttentionSpec | None = None) -> KernelSpec:
     """What determines the kernel of a piece of a plan, or its first, on ``"sm_90"`` and so on."""
     site = plan.site
-    sizes = [
-        example_value(operand.node).shape[operand.axes.index("d")] for operand in (site.q, site.v)
-    ]
     dtype = str(example_value(site.output.node).dtype).removeprefix("torch.")
-    return KernelSpec(piece or plan.spec.pieces[0][0], int(sizes[0]), int(sizes[1]), dtype, arch)
+    dims = expected(site.q, "d"), expected(site.v, "d")
+    return KernelSpec(piece or plan.spec.pieces[0][0], *dims, dtype, arch)
 
 
+#: A graph, and what became of its attentions.
+_Run = tuple[GraphModule, tuple[Examined, ...]]
 #: Where the graphs that run during one :func:`examine` report their values. Dynamo keeps a captured
 #: graph for later calls with the same guards, so a graph must find the call it runs in by itself.
 _RUNNING: ContextVar[list[_Run] | None] = ContextVar("_RUNNING", default=None)
@@ -261,9 +246,10 @@ def examine(
         raise clearer from error
     finally:
         _RUNNING.reset(token)
-    first = {run.graph: run for run in reversed(runs)}
-    ordered = [run for run in runs if first[run.graph] is run]
-    return tuple(site for run in ordered for site in run.sites), len(ordered)
+    first: dict[GraphModule, tuple[Examined, ...]] = {}
+    for graph, sites in runs:
+        first.setdefault(graph, sites)
+    return tuple(site for sites in first.values() for site in sites), len(first)
 
 
 def _uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:
@@ -284,32 +270,21 @@ def _capturing(target: Target | None) -> Callable[..., Any]:
     def capture(
         gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
     ) -> Callable[..., Any]:
-        return _Graph(gm, pipeline.plan(gm, example_inputs, Options.parse(options), target))
+        traces = pipeline.plan(gm, example_inputs, Options.parse(options), target)
+
+        def run(*inputs: Any) -> Any:
+            """Run the graph as it is, and note what its decisions read."""
+            runs = _RUNNING.get()
+            if runs is None:
+                return gm(*inputs)
+            values = _Values(gm, traces)
+            result = values.run(*inputs)
+            runs.append((gm, tuple(values.examined(trace) for trace in traces)))
+            return result
+
+        return run
 
     return capture
-
-
-class _Graph:
-    """A captured graph that runs eagerly and notes what its decisions read."""
-
-    def __init__(self, gm: GraphModule, traces: tuple[Trace, ...]) -> None:
-        self.gm, self.traces = gm, traces
-
-    def __call__(self, *inputs: Any) -> Any:
-        runs = _RUNNING.get()
-        if runs is None:
-            return self.gm(*inputs)
-        values = _Values(self.gm, self.traces)
-        result = values.run(*inputs)
-        sites = tuple(values.examined(trace) for trace in self.traces)
-        runs.append(_Run(self, sites))
-        return result
-
-
-@dataclass(frozen=True)
-class _Run:
-    graph: _Graph
-    sites: tuple[Examined, ...]
 
 
 class _Values(Interpreter):
@@ -318,22 +293,22 @@ class _Values(Interpreter):
     def __init__(self, gm: GraphModule, traces: Sequence[Trace]) -> None:
         super().__init__(gm)
         plans = [trace.decision for trace in traces if isinstance(trace.decision, Plan)]
-        self._leaves = {leaf for plan in plans for leaf in plan.lifted.leaves}
-        self._operands = {x.node for plan in plans for x in (plan.site.q, plan.site.k)}
-        choosing = [plan.site for plan in plans if plan.selected is not None]
-        self._content = {x.node for site in choosing for x in (site.q, site.k)}
-        self._content |= {n for plan in plans if plan.selected for n in plan.selected.given}
-        called = [plan.site.called for plan in plans if plan.site.called is not None]
-        self._content |= {n for one in called for n in one.sizes if isinstance(n, Node)}
+        self._read: set[Node] = set()
+        for plan in plans:
+            self._read.update(plan.lifted.leaves)
+            if plan.selected is not None:
+                self._read.update((plan.site.q.node, plan.site.k.node, *plan.selected.given))
+            if plan.site.called is not None:
+                self._read.update(n for n in plan.site.called.sizes if isinstance(n, Node))
         self._kept: dict[Node, Any] = {}
         self._shapes: dict[Node, tuple[int, ...]] = {}
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
-        if n in self._leaves | self._content:
+        if n in self._read:
             # The program may change it in place later on.
             self._kept[n] = value.detach().clone() if isinstance(value, Tensor) else value
-        if n in self._operands and isinstance(value, Tensor):
+        if isinstance(value, Tensor):
             self._shapes[n] = tuple(value.shape)
         return value
 
@@ -369,9 +344,8 @@ class _Values(Interpreter):
         return tuple(tables), tuple(sizes), selection_data(lifted, data)
 
     def _shape(self, site: AttentionSite) -> Shape | None:
-        q, k = self._sizes(site.q), self._sizes(site.k)
-        batch, heads = q.get("b", 1), q.get("h", 1)
-        shape = {"b": batch, "h": heads, "h_kv": k.get("h", 1), "q": q["n"], "kv": k["n"]}
+        q, kv = self._sizes(site.q), self._sizes(site.k)["n"]
+        shape = {"b": q.get("b", 1), "h": q.get("h", 1), "q": q["n"], "kv": kv}
         known = all(isinstance(size, int) for size in shape.values())
         return shape if known else None
 

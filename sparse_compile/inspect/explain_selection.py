@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from sparse_compile.expr import MaskExpr
 from sparse_compile.ops.selection import filled, selecting_named
+from sparse_compile.passes.rewrite.axes import arranged
 from sparse_compile.selection import Selection, canonical
 from sparse_compile.sites.annotation import bound_mask_named
 from sparse_compile.sites.named import INDEX, LISTS
@@ -95,10 +96,4 @@ def _given(chosen: SelectedPlan, tensors: Sequence[Tensor], n_kv: int) -> Select
 
 def _arranged(value: Tensor, operand: Operand) -> Tensor:
     """An operand as [B, H, N, D]."""
-    wanted = ("b", "h", "n", "d")
-    order = [operand.axes.index(axis) for axis in wanted if axis in operand.axes]
-    value = value.permute(order)
-    for place, axis in enumerate(wanted):
-        if axis not in operand.axes:
-            value = value.unsqueeze(place)
-    return value
+    return arranged(lambda name, t, *args: getattr(t, name)(*args), value, operand.axes, "bhnd")

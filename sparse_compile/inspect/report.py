@@ -131,47 +131,45 @@ def _count(number: int, noun: str) -> str:
 
 
 def _site_lines(numbers: list[int], sites: list[SiteReport]) -> Iterator[str]:
-    site = sites[0]
     places = [f"[{number}] {s.where}" for number, s in zip(numbers, sites, strict=True)]
     yield from places[:_SHOWN]
     if len(places) > _SHOWN:
         yield f"    and {len(places) - _SHOWN} more like these: {_ranges(numbers[_SHOWN:])}"
-    yield from _field("rewritten", f"{'yes' if site.rewritten else 'no'}: {site.reason}")
-    if site.hint:
-        yield from _field("hint", site.hint)
-    yield from _meaning(site)
-    yield from _selected(numbers, sites)
-    if site.density is not None:
-        yield from _field("density", f"{_percent(site.density)} of the pairs may attend")
-    if site.block_density is not None:
-        yield from _field("blocks", f"{_percent(site.block_density)} of the blocks are visited")
-    for number, view in enumerate(site.views):
-        yield from _field("views" if number == 0 else "", view)
-    if site.cost:
-        yield from _field("cost", site.cost)
-    if site.utilisation is not None:
-        share = f"{_percent(site.utilisation)} of the multiprocessors' time is busy, by the model"
-        yield from _field("schedule", share)
-    yield from _field("executor", site.executor)
-    if site.kernel is not None:
-        yield from _field("kernel", site.kernel)
-
-
-def _meaning(site: SiteReport) -> Iterator[str]:
-    """What is computed."""
-    chosen = site.selection and f"{site.selection}, an approximation"
-    said = (("annotated", site.annotation), ("score", site.score), ("mask", site.mask))
-    for label, text in (*said, ("selects", chosen)):
-        if text is not None:
+    for label, text in _rows(numbers, sites):
+        if text:
             yield from _field(label, text)
 
 
-def _selected(numbers: list[int], sites: list[SiteReport]) -> Iterator[str]:
+def _rows(numbers: list[int], sites: list[SiteReport]) -> Iterator[tuple[str, str | None]]:
+    """What there is to say of sites that are alike, each with its label."""
+    site = sites[0]
+    yield "rewritten", f"{'yes' if site.rewritten else 'no'}: {site.reason}"
+    yield "hint", site.hint
+    yield "annotated", site.annotation
+    yield "score", site.score
+    yield "mask", site.mask
+    yield "selects", site.selection and f"{site.selection}, an approximation"
+    yield from _selected(numbers, sites)
+    yield "density", _share(site.density, "the pairs may attend")
+    yield "blocks", _share(site.block_density, "the blocks are visited")
+    yield from zip(("views", *("" for _ in site.views)), site.views, strict=False)
+    yield "cost", site.cost
+    busy = "the multiprocessors' time is busy, by the model"
+    yield "schedule", _share(site.utilisation, busy)
+    yield "executor", site.executor
+    yield "kernel", site.kernel
+
+
+def _selected(numbers: list[int], sites: list[SiteReport]) -> Iterator[tuple[str, str]]:
     """How much each of the sites that are shown selects."""
     shown = [(n, str(s.lists)) for n, s in zip(numbers, sites, strict=True) if s.lists][:_SHOWN]
     one = len({text for _, text in shown}) == 1
     for place, (number, text) in enumerate(shown[:1] if one else shown):
-        yield from _field("" if place else "selected", text if one else f"[{number}] {text}")
+        yield "" if place else "selected", text if one else f"[{number}] {text}"
+
+
+def _share(share: float | None, what: str) -> str | None:
+    return None if share is None else f"{_percent(share)} of {what}"
 
 
 def _field(label: str, text: str) -> list[str]:

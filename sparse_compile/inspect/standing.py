@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from torch.fx import Node
 
@@ -12,8 +13,7 @@ from sparse_compile.sites.annotation import Annotation
 
 def place(node: Node | None, where: Sequence[str]) -> str:
     """Where a node stands: its module, then its source line."""
-    stack = {} if node is None else node.meta.get("nn_module_stack") or {}
-    paths = [path for path, _ in stack.values()]
+    paths = [path for path, _ in _modules(node).values()]
     module = _readable_path(paths[-1]) if paths else ""
     return ", ".join(part for part in (module, where[-1] if where else "") if part) or "unknown"
 
@@ -25,10 +25,15 @@ def _readable_path(path: str) -> str:
     return re.sub(r"^[LG]\['(?:(?:self|fn)'\]\.?|(\w+)'\])", r"\1", path)
 
 
+def _modules(node: Node | None) -> dict[str, Any]:
+    """The modules around a node, outermost first."""
+    return ({} if node is None else node.meta.get("nn_module_stack")) or {}
+
+
 def said_of(annotation: Annotation | None, node: Node | None) -> str | None:
     """What the user's annotation says of a node, and on what it is; None without one."""
     if annotation is None:
         return None
-    stack = {} if node is None else node.meta.get("nn_module_stack") or {}
+    stack = _modules(node)
     keys = [key for key in stack if key.split("@")[0] == str(annotation.module)]
     return annotation.shown(_readable_path(stack[keys[-1]][0]) if keys else "")

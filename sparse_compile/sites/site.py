@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -11,7 +12,8 @@ from sparse_compile.expr import MaskExpr, ScoreProgram
 from sparse_compile.sites.annotation import Annotation
 from sparse_compile.sites.named import NamedMask
 from sparse_compile.spec import EmptyRows
-from sparse_compile.spec.indexer import Step
+from sparse_compile.spec.block_scores import BlockScoresSpec
+from sparse_compile.spec.indexer import IndexerSpec
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,10 @@ class Operand:
 
     node: Node
     axes: tuple[str, ...] = ("b", "h", "n", "d")
+
+    def renamed(self, names: Mapping[str, str]) -> Operand:
+        """The same tensor, its axes called otherwise."""
+        return Operand(self.node, tuple(names[axis] for axis in self.axes))
 
 
 @dataclass(frozen=True)
@@ -137,28 +143,20 @@ class IndexerSite:
     Or an attention's own scores, of which it keeps the best; these have no weights.
 
     Attributes:
-        scores: its scores as those of an attention: where it stands, its mask, and as the output
-            the node of its indices, or with ``reached`` of its values.
-        q, k, w: the operands; ``axes`` are among ``b``, ``n`` (queries), ``t`` (keys), ``h``, ``d``
-            and, for axes of size one that say nothing, ``1``. Without weights k may have heads.
+        scores: its scores as those of an attention: where it stands, q and k, its mask, and as the
+            output the node of its indices, or with ``reached`` of its values. ``axes`` of operands
+            are among ``b``, ``n``, ``h``, ``d`` and, for axes of size one that say nothing, ``1``.
+        w: the weights of the heads; without, k may have heads.
         most: how many keys a query keeps.
-        before, after, product, largest, is_sorted, single: as in
-            :class:`sparse_compile.spec.indexer.IndexerSpec`; with ``single``, q and k are those
-            before they were made fp32.
+        spec: what it computes, but for the mask, which is still to be lifted. With ``single``, q
+            and k are those before they were made fp32.
         reached: what the scores reach that are kept; None if these are the best ``most``.
     """
 
     scores: AttentionSite
-    q: Operand
-    k: Operand
     w: Operand | None
     most: int | Node
-    before: tuple[Step, ...]
-    after: tuple[Step, ...]
-    product: bool
-    largest: bool
-    is_sorted: bool
-    single: bool = False
+    spec: IndexerSpec
     reached: Reached | None = None
 
 
@@ -167,22 +165,15 @@ class BlockScoresSite:
     """The highest score of each block of keys, proven closed: nothing else reads the scores.
 
     Attributes:
-        scores: the scores as those of an attention: where they stand, their mask, and as the output
-            the node of the highest ones.
-        q, k: the operands; ``axes`` are ``b``, ``h``, ``n`` (queries) or ``t`` (keys), and ``d``;
-            those of size one that say nothing are ``1``, and k without ``h`` has one head.
+        scores: the scores as those of an attention, as in :class:`IndexerSite`; the output is the
+            node of the highest ones. k without ``h`` has one head.
         view: the node of the scores as [B, H, Nq, blocks, size].
-        size, before, padding: as in
-            :class:`sparse_compile.spec.block_scores.BlockScoresSpec`.
+        spec: what it computes, but for the mask, which is still to be lifted.
     """
 
     scores: AttentionSite
-    q: Operand
-    k: Operand
     view: Node
-    size: int
-    before: tuple[Step, ...]
-    padding: float
+    spec: BlockScoresSpec
 
 
 #: What scores keys, of which an attention keeps the best.

@@ -73,6 +73,12 @@ class Trace:
         return self.decision
 
     @property
+    def site(self) -> AttentionSite:
+        """The attention, where one was found."""
+        assert isinstance(self.found, AttentionSite)
+        return self.found
+
+    @property
     def where(self) -> tuple[str, ...]:
         """As in :class:`AttentionSite`."""
         return self.found.where

@@ -17,7 +17,7 @@ from sparse_compile import ops
 from sparse_compile import patterns as P
 from sparse_compile.api import data as direct_data
 from sparse_compile.api import plan as direct_plan
-from sparse_compile.api import selected as direct_selected
+from sparse_compile.api import select as direct_select
 from sparse_compile.ops import ATTENTION
 from sparse_compile.ops import selection as selection_ops
 from sparse_compile.ops.selection import CANONICAL_SELECTION, SELECT
@@ -252,7 +252,7 @@ def test_dynamic_lengths() -> None:
 def test_operators_fit_torch(mask: P.Pattern, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Callable[..., object], tuple[object, ...]]] = []
     for home, name in (
-        (direct_selected, "SELECT"),
+        (direct_select, "SELECT"),
         (direct_data, "CANONICAL_SELECTION"),
         (ops, "ATTENTION"),
     ):

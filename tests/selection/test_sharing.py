@@ -13,7 +13,7 @@ import sparse_compile
 from sparse_compile import Selection
 from sparse_compile import patterns as P
 from sparse_compile.api import data as direct_data
-from sparse_compile.api import selected as direct_selected
+from sparse_compile.api import select as direct_select
 from sparse_compile.errors import BadPattern, BadShape, PatternMisuse
 from sparse_compile.selection import canonical
 from tests.passes.rewritten import Rewritten
@@ -27,7 +27,7 @@ LAYERS = 3
 def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How often each operator that makes lists was called."""
     counts = {"SELECT": 0, "CANONICAL_SELECTION": 0}
-    for home, name in ((direct_selected, "SELECT"), (direct_data, "CANONICAL_SELECTION")):
+    for home, name in ((direct_select, "SELECT"), (direct_data, "CANONICAL_SELECTION")):
         original = getattr(home, name)
 
         def called(*args: Any, of: Callable[..., Any] = original, name: str = name) -> Any:
