@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparse_compile import ops
 from sparse_compile.api.data import data_of, tables_of
-from sparse_compile.api.plan import Direct, capped, name_of, planned
+from sparse_compile.api.plan import Direct, capped, name_at_once, name_of, planned
 from sparse_compile.api.select import lists_of, selected_of
 from sparse_compile.errors import BadShape, PatternMisuse
 from sparse_compile.expr import COORDINATES, MaskExpr
@@ -89,7 +89,8 @@ def attention(
     factor = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     given: list[Tensor] = []
     owner = mask if isinstance(mask, Pattern) else None
-    text = _EVERYONE if owner is None else name_of(owner, given)
+    name = name_of if torch.compiler.is_compiling() else name_at_once
+    text = _EVERYONE if owner is None else name(owner, given)
     if isinstance(mask, Tensor):
         text, given = _BY_TENSOR, [mask]
     text = capped(text, softcap) if softcap else text

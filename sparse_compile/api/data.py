@@ -5,6 +5,7 @@ Compiled code makes them in its graph at every call; there, Inductor decides wha
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Any
@@ -33,6 +34,8 @@ Call = tuple[str, Tables, tuple[int, int, int, int], int, tuple[int, ...], str, 
 #: The tables, and the lists of the blocks.
 Data = tuple[list[Tensor], list[Tensor]]
 _KEPT: OrderedDict[tuple[Any, ...], tuple[Hashable, Data]] = OrderedDict()
+#: Living patterns that hold no tensors, by their identity.
+_CONSTANT: set[int] = set()
 
 
 def tables_of(expr: MaskExpr) -> Tables:
@@ -103,7 +106,12 @@ def _canonical(index: Tensor, units: int, device: torch.device) -> tuple[Tensor,
 
 def _state(pattern: Pattern) -> tuple[Hashable, ...] | None:
     """What the tables follow from, besides the lengths; None where that cannot be told."""
+    if id(pattern) in _CONSTANT:
+        return ()
     tensors = tensors_of(pattern)
+    if tensors == []:
+        _CONSTANT.add(id(pattern))
+        weakref.finalize(pattern, _CONSTANT.discard, id(pattern))
     states = None if tensors is None else [state_of(tensor) for tensor in tensors]
     return None if states is None or None in states else tuple(states)
 

@@ -66,6 +66,21 @@ def name_of(pattern: Pattern, given: list[Tensor]) -> str:
     return text
 
 
+#: The texts of living patterns by their identity, where they select by no tensors.
+_TEXTS: dict[int, str] = {}
+
+
+def name_at_once(pattern: Pattern, given: list[Tensor]) -> str:
+    """:func:`name_of` outside of compiled code: asked for once, since patterns do not change."""
+    text = _TEXTS.get(id(pattern))
+    if text is None:
+        text = name_of(pattern, given)
+        if not given:
+            _TEXTS[id(pattern)] = text
+            weakref.finalize(pattern, _TEXTS.pop, id(pattern), None)
+    return text
+
+
 @functools.lru_cache(maxsize=1024)
 @untraced
 def planned(text: str, device: str, shape: ProblemShape, sunk: bool = False) -> Direct:

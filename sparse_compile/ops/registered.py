@@ -67,28 +67,34 @@ def fake_lists(like: Tensor, rows: Sequence[Any], room: Any) -> tuple[Tensor, Te
     return index, like.new_empty([*rows], dtype=torch.int32)
 
 
+#: Axes of [B, H, N, D] from the outermost in memory, where tokens are stored one after another.
+_BY_TOKEN = (0, 2, 1, 3)
+
+
 def _stored(results: Any, by_token: bool) -> Any:
     if isinstance(results, Tensor):
-        return _contiguous(results)
+        return _in_order(results)
     first, *rest = results
-    first = _contiguous(first.transpose(1, 2)).transpose(1, 2) if by_token else _contiguous(first)
-    return type(results)([first, *map(_contiguous, rest)])
+    first = _in_order(first, _BY_TOKEN if by_token else ())
+    return type(results)([first, *map(_in_order, rest)])
 
 
-def _contiguous(t: Tensor) -> Tensor:
-    """The tensor with just the strides of a new one of its shape.
+def _in_order(t: Tensor, axes: Sequence[int] = ()) -> Tensor:
+    """The tensor with just the strides of a new one, with its axes in this order in memory.
 
     Tensor.contiguous() keeps any strides where they do not matter: of axes of size one, and of
     tensors without entries.
 
     >>> empty = torch.empty(2, 0, 3)[..., :2]
-    >>> empty.contiguous().stride(), _contiguous(empty).stride()
+    >>> empty.contiguous().stride(), _in_order(empty).stride()
     ((3, 3, 1), (2, 2, 1))
     """
-    strides, step = [1] * t.dim(), 1
-    for dim in reversed(range(t.dim())):
-        strides[dim] = step
-        step *= max(t.shape[dim], 1)
+    shape, step = t.shape, 1
+    axes = axes or range(len(shape))
+    strides = [1] * len(shape)
+    for axis in reversed(axes):
+        strides[axis] = step
+        step *= max(shape[axis], 1)
     if t.stride() == tuple(strides):
         return t
-    return t.contiguous().as_strided(t.shape, strides)
+    return t.permute(*axes).contiguous().as_strided(shape, strides)
