@@ -165,9 +165,11 @@ def _in_order(blocks: _Blocks, statistics: Tensor, n_q: int) -> dict[str, Tensor
 
 
 def _check_layout(call: AttentionCall) -> None:
-    lengths, found = call.shape[2:], (call.blocks.n_q, call.blocks.n_kv)
-    if lengths != found:
-        raise BadShape(f"sparse_compile: a layout of {found} for lengths {lengths}.")
+    """Raise if the layout that was given is of other lengths; lists are unpacked for the call's."""
+    given = call.layout
+    if given is not None and (given.n_q, given.n_kv) != call.shape[2:]:
+        found = given.n_q, given.n_kv
+        raise BadShape(f"sparse_compile: a layout of {found} for lengths {call.shape[2:]}.")
 
 
 def _check(call: AttentionCall) -> None:
