@@ -9,7 +9,7 @@ from sparse_compile.errors import BadPattern
 from sparse_compile.expr import COORDINATES, evaluate
 from sparse_compile.layout.layout import Layout, build_views
 from sparse_compile.layout.superset import ProblemShape
-from sparse_compile.layout.views.choose import choose_views
+from sparse_compile.layout.views.split_views import choose_views
 from sparse_compile.patterns.base import Pattern
 
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from sparse_compile.layout.block_layout import BlockLayout, BlockLists, Load
+from sparse_compile.layout.build import counted_layout
 from sparse_compile.layout.builders import BUILDERS
-from sparse_compile.layout.counted import counted_layout
 from sparse_compile.layout.superset import Problem, static_layout
 from sparse_compile.spec.view import Order
 

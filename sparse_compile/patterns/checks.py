@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
@@ -46,6 +47,13 @@ def whole(where: str, value: Any, least: int) -> int:
 def whole_from(least: int) -> Callable[[str, Any], int]:
     """The check of a whole number of at least ``least``."""
     return functools.partial(whole, least=least)
+
+
+def real(where: str, value: Any) -> float:
+    """``value`` as a float that is a number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+        raise bad(f"{where} is {value!r}", "Write a number.")
+    return float(value)
 
 
 def flag(where: str, value: Any) -> bool:

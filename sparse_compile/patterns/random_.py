@@ -1,4 +1,4 @@
-"""Random: a few random blocks for each block of queries."""
+"""Random and BigBird: a few random blocks for each block of queries."""
 
 from __future__ import annotations
 
@@ -82,3 +82,106 @@ def chosen(lookup: Callable[[sympy.Integer], sympy.Expr], pattern: Any) -> sympy
     column = FloorDiv(KV, pattern.block)
     slots = map(sympy.Integer, range(pattern.random))
     return sympy.Or(*(sympy.Eq(column, lookup(slot)) for slot in slots))
+
+
+@dataclass(frozen=True, repr=False)
+class BigBird(Pattern):
+    """The pattern of BigBird: window, global and random attention, all in blocks.
+
+    Zaheer et al. 2020, https://arxiv.org/abs/2007.14062 (the internal transformer construction).
+    The global blocks are the first ones. The random blocks of a block of queries are outside its
+    window and not global, so that each adds something; they depend on the seed and the lengths.
+
+    Args:
+        block: tokens per block, of queries and of keys.
+        random: random blocks of keys for each block of queries.
+        global_: how many blocks at the start see, and are seen by, all.
+        window: the width of the window in blocks, the query's own among them; odd.
+        seed: of the random choice.
+
+    >>> BigBird(block=2, random=1, global_=1, window=3).dense(16, 16).sum(-1)[0, 0].tolist()
+    [16, 16, 8, 8, 10, 10, 10, 10, 10, 10, 10, 10, 10, 10, 8, 8]
+    """
+
+    block: Positive
+    random: Count
+    global_: Count
+    window: Positive
+    seed: Count = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window % 2 == 0:
+            raise bad(
+                f"BigBird: window is {self.window} blocks, but the query's own is in the middle",
+                f"Write an odd number, such as {self.window + 1}.",
+            )
+
+    def check(self, n_q: int, n_kv: int, batch: int, heads: int) -> None:
+        """There must be room for the random blocks outside window and global blocks."""
+        columns = blocks(n_kv, self.block)
+        if self.global_ > columns:
+            raise bad(
+                f"BigBird: {self.global_} global blocks of the {columns} that {n_kv} keys make",
+                f"Write global_={columns} or fewer, or smaller blocks.",
+            )
+        row, free = _first_without_room(self, n_q, n_kv)
+        if free < self.random:
+            raise bad(
+                f"BigBird: {self.random} random blocks, but of the {columns} blocks that {n_kv} "
+                f"keys make only {free} are neither global nor in the window of block {row}",
+                f"Write random={free} or fewer, or smaller blocks.",
+            )
+
+    def predicate(self, tables: Tables) -> sympy.Basic:
+        """In the window, or global, or chosen."""
+        row, column = FloorDiv(Q, self.block), FloorDiv(KV, self.block)
+        half, tokens = self.window // 2, self.global_ * self.block
+        near = sympy.Eq(column, row)
+        if half:
+            near = sympy.And(sympy.Le(row - column, half), sympy.Le(column - row, half))
+        terms = [near]
+        if tokens:
+            terms += [sympy.Lt(Q, tokens), sympy.Lt(KV, tokens)]
+        if self.random:
+            lookup = tables.add(self, "int32", self._table)
+            terms.append(chosen(lambda slot: lookup(row, slot), self))
+        return sympy.Or(*terms)
+
+    def _local_rows(self, n_q: int) -> range:
+        """Blocks of queries that are not global."""
+        return range(self.global_, blocks(n_q, self.block))
+
+    def _free(self, row: int, columns: int) -> list[int]:
+        """Blocks of keys that ``row`` does not see anyway."""
+        half = self.window // 2
+        before = range(self.global_, min(row - half, columns))
+        after = range(max(row + half + 1, self.global_), columns)
+        return [*before, *after]
+
+    def _table(self, device: Any, n_q: int, n_kv: int, batch: int, heads: int) -> Any:
+        return drawn(self, str(device), n_q, n_kv, 1)[0]
+
+    def draws(self, n_q: int, n_kv: int, heads: int) -> list[Any]:
+        """For each head and row of blocks, the blocks of keys."""
+        rng, columns = random.Random(self.seed), blocks(n_kv, self.block)
+        # Global rows see everything, so what they choose is of no matter.
+        choice = [[0] * self.random for _ in range(min(self.global_, blocks(n_q, self.block)))]
+        choice += [
+            draw(rng, self._free(row, columns), self.random) for row in self._local_rows(n_q)
+        ]
+        return [choice] * heads
+
+
+@functools.lru_cache(maxsize=256)
+def _first_without_room(pattern: BigBird, n_q: int, n_kv: int) -> tuple[int, int]:
+    """The first row of blocks with too few blocks to choose from, and how many it has.
+
+    The last row if all have enough. Every call checks, so it is looked up.
+    """
+    columns, row, free = blocks(n_kv, pattern.block), 0, pattern.random
+    for row in pattern._local_rows(n_q):
+        free = len(pattern._free(row, columns))
+        if free < pattern.random:
+            break
+    return row, free

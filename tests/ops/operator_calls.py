@@ -22,9 +22,9 @@ from sparse_compile import patterns as P
 # These two register all operators.
 from sparse_compile.codegen.generators import block_shapes
 from sparse_compile.expr import KV, B, FloorDiv, FloorMod, H, MaskExpr, Q, dense_bit, table
-from sparse_compile.layout.dense_tables import DenseRead
+from sparse_compile.layout.from_dense import DenseRead
 from sparse_compile.layout.superset import ProblemShape
-from sparse_compile.layout.views.choose import choose_views
+from sparse_compile.layout.views.split_views import choose_views
 from sparse_compile.ops.selection import name_selecting
 
 # These two register all operators.
