@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.expr import KV, Q
-from sparse_compile.layout.block_layout import BlockLayout, BlockLists, Load
+from sparse_compile.layout.block_layout import BlockLayout, BlockLists, Load, line_starts
 from sparse_compile.layout.intervals import point
 from sparse_compile.layout.superset import (
     Digits,
@@ -24,12 +24,10 @@ from sparse_compile.layout.superset import (
     Rectangles,
     is_narrow,
     layout_of_rectangles,
-    line_starts,
     partial_and_full,
     rectangles,
     runs,
     static_layout,
-    subdivided,
 )
 from sparse_compile.layout.table_bounds import BlockBounds
 
@@ -208,6 +206,4 @@ def _rectangles(problem: Problem, bounds: BlockBounds, number: int) -> Rectangle
         lookup = functools.partial(bounds.of_squares(size).lookup, {Q: r // size, KV: c // size})
         return problem.classified(r, c, b, h, lookup, size)
 
-    found = subdivided(problem, classify)
-    assert found is not None
-    return found
+    return rectangles(problem, classify)

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from sparse_compile.errors import BadPattern
 from sparse_compile.expr import WORD, MaskExpr, dense_bit
-from sparse_compile.layout.block_layout import BlockGrid, BlockLayout, BlockLists
+from sparse_compile.layout.block_layout import BlockGrid, BlockLayout, BlockLists, VisitedBlocks
 from sparse_compile.layout.builders import BUILDERS
-from sparse_compile.layout.entries import VisitedBlocks
 from sparse_compile.layout.layout import Layout, build_views
 from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.layout.tensor_state import memory_of
@@ -150,7 +149,9 @@ def read_dense_in_torch(mask: Tensor, block_q: int, block_kv: int) -> tuple[Tens
     words, kinds = [], []
     biased = torch.zeros(1, dtype=torch.int32, device=mask.device)
     for part in torch.split(mask, band, dim=2) if mask.numel() else ():
-        attends = _attends(part).flatten(0, 1)
+        # What a bias holds attends.
+        attends = part if part.dtype == torch.bool else part != float("-inf")
+        attends = attends.flatten(0, 1)
         words.append(_packed(attends))
         if block_kv % WORD:
             kinds.append(_kinds(attends, attends, block_q, block_kv))
@@ -165,11 +166,6 @@ def read_dense_in_torch(mask: Tensor, block_q: int, block_kv: int) -> tuple[Tens
         words = [torch.zeros(classes, n_q, -(-n_kv // WORD), dtype=torch.int32, device=mask.device)]
         kinds = [torch.zeros(classes, rows, cols, dtype=torch.int8, device=mask.device)]
     return torch.cat(words, 1), torch.cat(kinds, 1), biased
-
-
-def _attends(mask: Tensor) -> Tensor:
-    """The mask as bools; what a bias holds attends."""
-    return mask if mask.dtype == torch.bool else mask != float("-inf")
 
 
 def _packed(attends: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ with ``&``, ``|`` and ``~``. Making one needs neither torch nor triton.
 
 from sparse_compile.patterns import presets
 from sparse_compile.patterns.base import All, And, BoundMask, Not, Or, Pattern, Tables
-from sparse_compile.patterns.blocks import BlockLocal, BlockSparse
+from sparse_compile.patterns.blocks import BigBird, BlockLocal, BlockSparse, Random
 from sparse_compile.patterns.documents import Documents, Padding, PrefixLM
 from sparse_compile.patterns.global_ import Global, Longformer
 from sparse_compile.patterns.grids import Axial, Neighborhood, SlidingTile
@@ -26,7 +26,6 @@ from sparse_compile.patterns.learned import (
 from sparse_compile.patterns.local import Causal, Dilated, Fixed, SlidingWindow, Strided
 from sparse_compile.patterns.per_head import Heads, heads
 from sparse_compile.patterns.predicate import Predicate
-from sparse_compile.patterns.random_ import BigBird, Random
 from sparse_compile.patterns.scored import Scored, Threshold, TopK, TopP, TopRatio
 from sparse_compile.patterns.scorers import (
     Antidiagonal,

@@ -41,9 +41,8 @@ def MoBA(block: int = 512, k: int = 3) -> TopK:
     >>> MoBA()
     TopK(3, unit_kv=128, block=512, diagonal=True, share='none')
     """
-    unit, block_kv = _parted("MoBA", block)
-    scorer = MeanPool()
-    return TopK(k, unit_kv=unit, block=block_kv, scorer=scorer, diagonal=True, share="none")
+    blocks = _parted("MoBA", block)
+    return TopK(k, scorer=MeanPool(), diagonal=True, share="none", **blocks)
 
 
 def Quest(k: int, page: int = 16) -> TopK:
@@ -56,16 +55,8 @@ def Quest(k: int, page: int = 16) -> TopK:
         k: how many pages: the budget of tokens divided by ``page``.
         page: keys of a page.
     """
-    unit, block = _parted("Quest", page)
-    return TopK(
-        k,
-        unit_kv=unit,
-        block=block,
-        scorer=MinMax(),
-        local=1,
-        share="none",
-        align=LOWER_RIGHT,
-    )
+    pages = _parted("Quest", page)
+    return TopK(k, scorer=MinMax(), local=1, share="none", align=LOWER_RIGHT, **pages)
 
 
 def XAttention(stride: int = 16, threshold: float = 0.9, block: int = 128) -> TopP:
@@ -157,23 +148,15 @@ def NSASelection(
     >>> NSASelection()
     TopK(16, scorer=OverlapPool(), sink=1, local=2)
     """
-    unit, block_kv = _parted("NSASelection", block)
-    return TopK(
-        k,
-        unit_kv=unit,
-        block=block_kv,
-        scorer=OverlapPool(window, stride),
-        sink=sink,
-        local=local,
-        align=align,
-    )
+    blocks, scorer = _parted("NSASelection", block), OverlapPool(window, stride)
+    return TopK(k, scorer=scorer, sink=sink, local=local, align=align, **blocks)
 
 
-def _parted(name: str, block: int) -> tuple[int, int | None]:
-    """The largest unit that divides a block, and the block if it is not that unit."""
+def _parted(name: str, block: int) -> dict[str, Any]:
+    """``unit_kv`` and ``block`` of blocks: the largest unit that divides them, as kernels read."""
     block = whole(f"{name}: block", block, 1)
     unit = next(unit for unit in reversed(UNITS) if block % unit == 0)
-    return unit, block if block != unit else None
+    return {"unit_kv": unit, "block": block if block != unit else None}
 
 
 @dataclass(frozen=True, repr=False)

@@ -65,18 +65,14 @@ class Heads(Pattern):
         places: dict[Pattern, list[int]] = {}
         for place, pattern in enumerate(self.patterns):
             places.setdefault(pattern, []).append(place)
-        return sympy.Or(
-            *(
-                sympy.And(self._is_head(mine), pattern.predicate(tables))
-                for pattern, mine in places.items()
-            )
-        )
-
-    def _is_head(self, places: list[int]) -> sympy.Basic:
-        """Whether ``h`` belongs to one of these places of the list."""
-        return sympy.Or(*(self._in_run(first, last) for first, last in runs(places)))
+        terms = []
+        for pattern, mine in places.items():
+            of_mine = sympy.Or(*(self._in_run(first, last) for first, last in runs(mine)))
+            terms.append(sympy.And(of_mine, pattern.predicate(tables)))
+        return sympy.Or(*terms)
 
     def _in_run(self, first: int, last: int) -> sympy.Basic:
+        """Whether ``h`` belongs to a run of places of the list."""
         start, stop = first * self.per, (last + 1) * self.per
         # Heads below 0 or beyond the list do not exist.
         after = sympy.Ge(H, start) if first else sympy.true

@@ -68,7 +68,9 @@ class Predicate(Pattern):
                 f"{self!r} says {first} and, called again, {second}",
                 "A mask function must depend on its arguments only.",
             )
-        if not _same_data(reads, again):
+        # Tensors that the function makes itself are others each time, but must hold the same.
+        pairs = zip(reads.seen, again.seen, strict=True)
+        if not all(same(one, other) for (one, _), (other, _) in pairs):
             raise bad(
                 f"{self!r} makes a tensor that differs from call to call",
                 "Make it outside, and let the function only read it.",
@@ -82,9 +84,3 @@ class Predicate(Pattern):
 
     def _traced(self, tables: Tables) -> tuple[Any, Reads]:
         return symbolic_call(self.fn, COORDINATES, tables)
-
-
-def _same_data(first: Reads, second: Reads) -> bool:
-    # Tensors that the function makes itself are others each time, but must hold the same.
-    pairs = zip(first.seen, second.seen, strict=True)
-    return all(same(one, other) for (one, _), (other, _) in pairs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import sympy
@@ -219,14 +219,10 @@ def _mentions_symbolic(values: Any) -> bool:
     )
 
 
-@contextlib.contextmanager
-def _torch_watched() -> Iterator[None]:
+def _torch_watched() -> contextlib.AbstractContextManager[Any]:
     """Sees every call of a torch function, such as ``tensor[q]``; nothing without torch."""
-    if "torch" not in sys.modules:
-        yield
-        return
-    with _watch_mode()():
-        yield
+    mode: type[Any] = _watch_mode() if "torch" in sys.modules else contextlib.nullcontext
+    return mode()
 
 
 @functools.cache

@@ -32,8 +32,7 @@ from sparse_compile.passes import pipeline  # noqa: F401
 from sparse_compile.selection import canonical
 from sparse_compile.sites.annotation import name_mask
 from sparse_compile.spec import AttentionSpec, EmptyRows
-from sparse_compile.spec.block_scores import BlockScoresSpec
-from sparse_compile.spec.indexer import IndexerSpec
+from sparse_compile.spec.indexer import BlockScoresSpec, IndexerSpec
 
 OPS = torch.ops.sparse_compile
 AXES = ("b", "h", "q", "kv")

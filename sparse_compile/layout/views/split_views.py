@@ -17,11 +17,10 @@ from sparse_compile.expr import MaskExpr
 from sparse_compile.layout.superset import Problem, ProblemShape
 from sparse_compile.layout.views.terms import periods, terms, without
 from sparse_compile.layout.views.view_candidates import Blocks, Orders, candidates, neighbours
-from sparse_compile.layout.views.view_text import view_text
 from sparse_compile.layout.views.visits import Visits, visits
 from sparse_compile.spec import AttentionSpec
 from sparse_compile.spec.block_shape import GPU_SHAPES, BlockShape, given_shape
-from sparse_compile.spec.view import View
+from sparse_compile.spec.view import Order, View
 
 #: Writing, reading and merging the partial result of a row, in pairs.
 MERGE_PAIRS = 256
@@ -335,3 +334,41 @@ def _rounded(n: int) -> int:
     (1024, 1024, 0)
     """
     return 1 << (n - 1).bit_length() if n > 0 else 0
+
+
+def view_text(view: View) -> str:
+    """The orders of a view, for people.
+
+    >>> from sparse_compile.expr import KV, Q
+    >>> from sparse_compile.spec.view import natural
+    >>> view_text(View(KV <= Q, natural(64), Order((8, 8), (128,), (0, 1), ((120, 128),))))
+    'keys 120..127 of every 128'
+    >>> view_text(View(KV <= Q, *[Order((8, 8), (256,), (0, 1))] * 2))
+    'tiles of 8 x 8 on a grid of width 256'
+    """
+    q, kv = _words(view.q), _words(view.kv)
+    if q == kv:
+        together = q if q.startswith("tiles ") else f"q and kv {q}"
+        return together if q else "plain"
+    return " and ".join(side for side in (_side("queries", q), _side("keys", kv)) if side)
+
+
+def _side(name: str, words: str) -> str:
+    if not words:
+        return ""
+    return f"{name} in {words}" if words.startswith("tiles ") else f"{name} {words}"
+
+
+def _words(order: Order) -> str:
+    """How one side is put into blocks; empty for the plain order."""
+    if order.is_natural:
+        return ""
+    box = " x ".join(map(str, order.box))
+    if len(order.radices) > 1:
+        return f"tiles of {box} on a grid of planes of {' x '.join(map(str, order.radices))}"
+    (radix,), ((lo, hi),) = order.radices, order.windows
+    if not order.is_complete:
+        return f"{lo}..{hi - 1} of every {radix}"
+    if order.box[1] == 1:
+        return f"by residue mod {radix}"
+    return f"tiles of {box} on a grid of width {radix}"
