@@ -9,7 +9,7 @@ with ``&``, ``|`` and ``~``. Making one needs neither torch nor triton.
 """
 
 from sparse_compile.patterns import presets
-from sparse_compile.patterns.base import All, And, BoundMask, Not, Or, Pattern, Tables
+from sparse_compile.patterns.base import All, And, BoundMask, Heads, Not, Or, Pattern, Tables, heads
 from sparse_compile.patterns.blocks import BigBird, BlockLocal, BlockSparse, Random
 from sparse_compile.patterns.documents import Documents, Padding, PrefixLM
 from sparse_compile.patterns.global_ import Global, Longformer
@@ -24,7 +24,6 @@ from sparse_compile.patterns.learned import (
     XAttention,
 )
 from sparse_compile.patterns.local import Causal, Dilated, Fixed, SlidingWindow, Strided
-from sparse_compile.patterns.per_head import Heads, heads
 from sparse_compile.patterns.predicate import Predicate
 from sparse_compile.patterns.scored import Scored, Threshold, TopK, TopP, TopRatio
 from sparse_compile.patterns.scorers import (

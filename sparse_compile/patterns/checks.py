@@ -104,3 +104,18 @@ def blocks(length: int, block: int) -> int:
     (2, 2)
     """
     return -(-length // block)
+
+
+def runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """First and last of each run of consecutive numbers, which are sorted.
+
+    >>> runs((0, 1, 2, 7, 9, 10))
+    [(0, 2), (7, 7), (9, 10)]
+    """
+    found: list[tuple[int, int]] = []
+    for number in numbers:
+        if found and number == found[-1][1] + 1:
+            found[-1] = found[-1][0], number
+        else:
+            found.append((number, number))
+    return found

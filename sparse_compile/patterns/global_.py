@@ -16,6 +16,7 @@ from sparse_compile.patterns.checks import (
     Flag,
     bad,
     position,
+    runs,
     store,
     whole,
     whole_from,
@@ -97,21 +98,6 @@ def checked_tokens(where: str, tokens: Any) -> int | tuple[int, ...]:
     if not indices:
         raise bad(f"{where} of no tokens", "Name one token or more.")
     return tuple(indices)
-
-
-def runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
-    """First and last of each run of consecutive numbers, which are sorted.
-
-    >>> runs((0, 1, 2, 7, 9, 10))
-    [(0, 2), (7, 7), (9, 10)]
-    """
-    found: list[tuple[int, int]] = []
-    for number in numbers:
-        if found and number == found[-1][1] + 1:
-            found[-1] = found[-1][0], number
-        else:
-            found.append((number, number))
-    return found
 
 
 def _between(place: sympy.Expr, first: int, last: int) -> sympy.Basic:
