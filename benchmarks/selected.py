@@ -20,7 +20,7 @@ from benchmarks.environment import write_json
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.codegen.triton.selected import executor
 from sparse_compile.expr import KV, MaskExpr, Q
-from sparse_compile.layout.places import places
+from sparse_compile.layout.listed import places
 from sparse_compile.selection import canonical
 from sparse_compile.spec import AttentionSpec
 

@@ -38,7 +38,7 @@ from benchmarks.side_by_side import (
 )
 from sparse_compile import patterns as P
 from sparse_compile.expr import KV, MaskExpr, Q
-from sparse_compile.layout.places import places
+from sparse_compile.layout.listed import places
 from sparse_compile.ops import ATTENTION
 from sparse_compile.selection import Selection, canonical
 from sparse_compile.selection.select import select

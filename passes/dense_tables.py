@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from sparse_compile import ops
 from sparse_compile.expr import Bit, table_index
-from sparse_compile.layout.dense_tables import DenseRead, words_of
+from sparse_compile.layout.from_dense import DenseRead, words_of
 from sparse_compile.passes.mutation import Memory
 from sparse_compile.selection import Selection
 from sparse_compile.sites.site import LiftedMask

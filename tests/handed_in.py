@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import sparse_compile.ops  # noqa: F401  which hands in the kernels
-from sparse_compile.layout.by_device import ByDevice
+from sparse_compile.layout.builders import ByDevice
 
 
 def serve_the_cpu(builders: ByDevice[Any], monkeypatch: pytest.MonkeyPatch) -> None:

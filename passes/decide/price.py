@@ -11,8 +11,7 @@ from sparse_compile.codegen.generators import block_shapes
 from sparse_compile.expr import B, H, MaskExpr
 from sparse_compile.layout.cost import Candidate, Coverage, Workload, blocks, lists
 from sparse_compile.layout.superset import ProblemShape
-from sparse_compile.layout.views.choose import choose_views
-from sparse_compile.layout.views.split_views import Split
+from sparse_compile.layout.views.split_views import Split, choose_views
 from sparse_compile.passes.graph_edit import dimension, example_value, expected
 from sparse_compile.sites.plan import Plan
 from sparse_compile.sites.site import AttentionSite, LiftedMask

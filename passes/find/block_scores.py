@@ -19,7 +19,7 @@ from sparse_compile.passes.find.dataflow import breadth_first
 from sparse_compile.passes.find.refusal import Refusal
 from sparse_compile.passes.mutation import written_inputs
 from sparse_compile.sites.site import BlockScoresSite, Operand, Scope
-from sparse_compile.spec.block_scores import BlockScoresSpec
+from sparse_compile.spec.indexer import BlockScoresSpec
 
 #: A top-k and the products that it is made of are fewer steps apart.
 _FAR = 17

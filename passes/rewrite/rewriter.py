@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.fx import Node
 
 from sparse_compile import ops
-from sparse_compile.layout.dense_tables import DenseRead
+from sparse_compile.layout.from_dense import DenseRead
 from sparse_compile.ops import pattern as pattern_ops
 from sparse_compile.ops.selection import CANONICAL_SELECTION, SELECT
 from sparse_compile.passes.dense_tables import dense_reads

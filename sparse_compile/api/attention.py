@@ -18,14 +18,14 @@ from sparse_compile.api.plan import Direct, capped, name_at_once, name_of, plann
 from sparse_compile.api.select import lists_of, selected_of
 from sparse_compile.errors import BadShape, PatternMisuse
 from sparse_compile.expr import COORDINATES, MaskExpr
-from sparse_compile.layout.dense_tables import NO_READS, DenseRead
+from sparse_compile.layout.from_dense import NO_READS, DenseRead
 from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.ops.masked import MASKED_ATTENTION, composed_of
 from sparse_compile.ops.operands import WIDEST, WIDEST_UNITS, check_operands
 from sparse_compile.ops.untraced import untraced
 from sparse_compile.passes.decide.price import views_for
 from sparse_compile.patterns.base import Pattern
-from sparse_compile.patterns.nsa import NSA
+from sparse_compile.patterns.learned import NSA
 from sparse_compile.selection.split import without_selection
 from sparse_compile.sites.named import BY_TENSOR, EVERYONE, TENSOR, NamedMask
 

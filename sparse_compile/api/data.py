@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparse_compile import ops
 from sparse_compile.expr import MaskExpr, table_index
-from sparse_compile.layout.dense_tables import NO_READS
+from sparse_compile.layout.from_dense import NO_READS
 from sparse_compile.layout.tensor_state import memory_of, state_of
 from sparse_compile.ops.pattern import PATTERN_TABLE
 from sparse_compile.ops.selection import CANONICAL_SELECTION

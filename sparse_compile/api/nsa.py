@@ -16,8 +16,8 @@ from sparse_compile.expr.nodes import size_symbol
 from sparse_compile.ops.nsa import NSA_SELECT
 from sparse_compile.ops.operands import check_operands
 from sparse_compile.patterns.checks import LOWER_RIGHT
+from sparse_compile.patterns.learned import NSA
 from sparse_compile.patterns.local import Causal
-from sparse_compile.patterns.nsa import NSA
 from sparse_compile.selection import Selection
 from sparse_compile.sites.named import LISTS, NamedMask, NamedPart
 

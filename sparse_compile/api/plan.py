@@ -24,8 +24,7 @@ from sparse_compile.passes.decide.price import views_for
 from sparse_compile.patterns.base import And, BoundMask, Not, Or, Pattern
 from sparse_compile.patterns.scored import Scored
 from sparse_compile.patterns.scorers import Scorer
-from sparse_compile.patterns.selected import Selected
-from sparse_compile.patterns.selecting import Selecting
+from sparse_compile.patterns.selecting import Selected, Selecting
 from sparse_compile.selection.split import selects, split, without_selection
 from sparse_compile.sites.annotation import name_mask
 from sparse_compile.sites.named import INDEX, LISTS, NamedMask, NamedPart

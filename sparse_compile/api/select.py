@@ -13,7 +13,7 @@ from sparse_compile.errors import PatternMisuse
 from sparse_compile.ops.operands import WIDEST_UNITS, check_operands
 from sparse_compile.ops.selection import SELECT
 from sparse_compile.patterns.base import Pattern
-from sparse_compile.patterns.nsa import NSA
+from sparse_compile.patterns.learned import NSA
 from sparse_compile.selection import Selection
 from sparse_compile.selection.split import without_selection
 from sparse_compile.sites.named import INDEX, LISTS, NamedMask

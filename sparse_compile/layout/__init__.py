@@ -2,8 +2,7 @@
 
 from sparse_compile.layout.block_layout import EMPTY, FULL, PARTIAL, BlockLayout, BlockLists
 from sparse_compile.layout.build import build_layout
-from sparse_compile.layout.density import mask_pairs
-from sparse_compile.layout.layout import Layout, build_views
+from sparse_compile.layout.layout import Layout, build_views, mask_pairs
 from sparse_compile.layout.lists import unpack
 from sparse_compile.layout.picture import picture
 from sparse_compile.layout.schedule import Schedule, make_schedule

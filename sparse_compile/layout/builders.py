@@ -3,15 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from sparse_compile.errors import SparseCompileError
 from sparse_compile.expr import MaskExpr
 from sparse_compile.layout.block_layout import BlockLayout, BlockLists
-from sparse_compile.layout.by_device import ByDevice
 from sparse_compile.layout.superset import Problem
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ByDevice(Generic[T]):
+    """A value for each type of device; :mod:`sparse_compile.ops` fills it when it is imported.
+
+    Attributes:
+        purpose: what the values are for, in errors.
+    """
+
+    purpose: str
+    _given: dict[str, T] = field(default_factory=dict)
+
+    def give(self, device_type: str, value: T) -> None:
+        """Use ``value`` on devices of a type."""
+        self._given[device_type] = value
+
+    def get(self, device: torch.device) -> T | None:
+        """The value for a device; None where torch's own operations serve, as on the CPU.
+
+        Raises:
+            SparseCompileError: a GPU, and nothing was given.
+        """
+        if device.type == "cuda" and device.type not in self._given:
+            raise SparseCompileError(
+                f"sparse_compile: nothing {self.purpose} on {device} yet, because the operators "
+                "were not imported. Write import sparse_compile.ops first."
+            )
+        return self._given.get(device.type)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from sparse_compile.layout.bounds import Bound, greatest, least, where
 from sparse_compile.spec.view import Order
@@ -14,7 +13,7 @@ Side = tuple[tuple[Bound, Bound], ...]
 
 def digits(order: Order, n: Bound, first: Bound, size: Bound = 1) -> Side:
     """Bounds of the digits in blocks ``first, ..., first + size - 1``, existing or not."""
-    counts = _counts(order, n)
+    counts = order.counts(n)
     low, high = first, first + (size - 1)
     ends: dict[int, tuple[Bound, Bound]] = {}
     for position in reversed(range(1, len(order.nesting))):
@@ -49,10 +48,5 @@ def whole(order: Order, n: Bound, first: Bound, size: Bound = 1) -> Bound:
 
 def blocks(order: Order, n: Bound) -> Bound:
     """Number of blocks of a sequence of ``n`` tokens."""
-    number: Bound = math.prod(_counts(order, n))
+    number: Bound = math.prod(order.counts(n))
     return number
-
-
-def _counts(order: Order, n: Bound) -> list[Any]:
-    counted: Any = order.counts  # the same operators serve code as well as ints
-    return list(counted(n))

@@ -124,7 +124,8 @@ class _Intervals:
             return _compared(name, *args)
         if name in ("and", "or"):
             both = operator.and_ if name == "and" else operator.or_
-            return _truth(*(functools.reduce(both, side) for side in _sides(args)))
+            must, may = [arg.lo for arg in args], [arg.hi for arg in args]
+            return _truth(functools.reduce(both, must), functools.reduce(both, may))
         return joined(_OPERATIONS[name], name, args)
 
 
@@ -133,10 +134,6 @@ class _Intervals:
 
 def _truth(must: Bound, may: Bound) -> Span:
     return Span(must, may, 1, 1)
-
-
-def _sides(args: Sequence[Span]) -> tuple[list[Bound], list[Bound]]:
-    return [arg.lo for arg in args], [arg.hi for arg in args]
 
 
 def _congruent(a: Span, b: Span) -> Bound:

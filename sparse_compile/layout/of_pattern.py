@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from sparse_compile.errors import BadPattern
-from sparse_compile.expr import COORDINATES, evaluate
+from sparse_compile.expr import B, H, evaluate, grid
 from sparse_compile.layout.layout import Layout, build_views
 from sparse_compile.layout.superset import ProblemShape
-from sparse_compile.layout.views.choose import choose_views
+from sparse_compile.layout.views.split_views import choose_views
 from sparse_compile.patterns.base import Pattern
 
 
@@ -45,15 +45,11 @@ def dense(
     pattern.check(n_q, n_kv, batch, heads)
     bound = pattern.bound()
     tables = bound.tables(device, n_q, n_kv, batch, heads)
-    extents = [n_q, n_kv]
-    for size, coordinate in ((heads, COORDINATES[1]), (batch, COORDINATES[0])):
-        extents.insert(0, size if bound.expr.depends_on(coordinate) else 1)
-    where = {
-        coordinate.name: torch.arange(extent, device=device).view([-1] + [1] * (3 - dim))
-        for dim, (coordinate, extent) in enumerate(zip(COORDINATES, extents, strict=True))
-    }
-    mask = evaluate(bound.expr, where, n_q, n_kv, tables)
-    return mask.expand(extents).contiguous()
+    batches = batch if bound.expr.depends_on(B) else 1
+    of_heads = heads if bound.expr.depends_on(H) else 1
+    axes = {"b": range(batches), "h": range(of_heads), "q": range(n_q), "kv": range(n_kv)}
+    mask = evaluate(bound.expr, grid(torch.device(device), **axes), n_q, n_kv, tables)
+    return mask.expand(batches, of_heads, n_q, n_kv).contiguous()
 
 
 def layout(

@@ -102,11 +102,6 @@ def workers_of(device: torch.device) -> int:
     return 2 * int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _moved(schedule: Schedule, device: torch.device) -> Schedule:
-    items, merges = schedule.items.to(device), schedule.merges.to(device)
-    return replace(schedule, items=items, merges=merges)
-
-
 def make_schedule(
     load: Load | Tensor, members: int, workers: int, device: torch.device | None = None
 ) -> Schedule:
@@ -125,12 +120,15 @@ def make_schedule(
     """
     if isinstance(load, Tensor):
         load = Load.of(load)
-    if _is_even(load, members, workers):
-        return _whole_lines(load, device or _CPU)
+    device, cost = device or _CPU, load.total + TILE_COST * load.n
+    largest = max(SMALLEST_PART, int(cost * members / workers * LARGEST_SHARE))
+    if load.most <= largest and load.most * load.n <= EVEN * cost:
+        # No line needs to be split, or to be started before others.
+        return _whole_lines(load, device)
     if not isinstance(load.made, Tensor):
         return make_schedule(load.lines, members, workers, device)
-    found = _sorted_schedule(load, _largest(load, members, workers))
-    return found if device is None else _moved(found, device)
+    found = _sorted_schedule(load, largest)
+    return replace(found, items=found.items.to(device), merges=found.merges.to(device))
 
 
 def _whole_lines(load: Load, device: torch.device) -> Schedule:
@@ -138,21 +136,6 @@ def _whole_lines(load: Load, device: torch.device) -> Schedule:
     capacity = max(_LINES, 1 << (load.n - 1).bit_length())
     items, nothing = _all_lines(capacity, device)
     return Schedule(items[capacity - load.n :], 0, nothing, 0, load)
-
-
-def _is_even(load: Load, members: int, workers: int) -> bool:
-    """Whether no line needs to be split, or to be started before others."""
-    in_order = load.most * load.n <= EVEN * _cost(load)
-    return in_order and load.most <= _largest(load, members, workers)
-
-
-def _largest(load: Load, members: int, workers: int) -> int:
-    """A line that visits more blocks is split."""
-    return max(SMALLEST_PART, int(_cost(load) * members / workers * LARGEST_SHARE))
-
-
-def _cost(load: Load) -> int:
-    return load.total + TILE_COST * load.n
 
 
 @functools.lru_cache(maxsize=16)

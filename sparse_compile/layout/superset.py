@@ -18,7 +18,7 @@ from torch import Tensor
 from sparse_compile.expr import B, H, MaskExpr
 from sparse_compile.expr.digits import digit_names
 from sparse_compile.layout import extents
-from sparse_compile.layout.block_layout import BlockGrid, BlockLayout, BlockLists
+from sparse_compile.layout.block_layout import BlockGrid, BlockLayout, BlockLists, line_starts
 from sparse_compile.layout.bounds import Bound
 from sparse_compile.layout.canonical import canonical_in
 from sparse_compile.layout.extents import Side
@@ -215,9 +215,9 @@ def partial_and_full(whole: Tensor, must: Bound, may: Bound) -> tuple[Tensor, Te
 Classify = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
-def rectangles(problem: Problem) -> Rectangles:
-    """The superset of non-empty blocks, with ``b``, ``h`` and the tables abstract; on the CPU."""
-    found = subdivided(problem)
+def rectangles(problem: Problem, classify: Classify | None = None) -> Rectangles:
+    """The non-empty blocks of a grid; arguments and result as of :func:`subdivided`."""
+    found = subdivided(problem, classify)
     assert found is not None
     return found
 
@@ -310,11 +310,6 @@ def runs(rects: Rectangles, n_across: int, partial_first: bool) -> Runs:
     order = (key * n_across + first).argsort()
     length = (rects.c1 - rects.c0)[of]
     return Runs(line[order], first[order], length[order], full[order])
-
-
-def line_starts(counts: Tensor) -> Tensor:
-    """int32 [lines + 1]: the running total of int64 [lines]."""
-    return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
 
 
 def layout_of_rectangles(problem: Problem, found: Sequence[Rectangles]) -> BlockLayout:

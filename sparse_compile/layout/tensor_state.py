@@ -34,18 +34,13 @@ def _version_of(tensor: Tensor) -> int | None:
     it. Where such changes are usual there is no version: inference tensors count no modifications,
     and the results of a CUDA graph are overwritten by its next run.
     """
-    if tensor.is_inference() or (tensor.is_cuda and not _is_of_the_allocator(tensor)):
+    # Inductor's CUDA graphs hand out the same tensors again and again, made of a bare address that
+    # PyTorch did not allocate for them, and count no modification when they write to them.
+    if tensor.is_inference() or (
+        tensor.is_cuda and not torch._C._has_Standard_Deleter(tensor.untyped_storage()._cdata)
+    ):
         return None
     return tensor._version
-
-
-def _is_of_the_allocator(tensor: Tensor) -> bool:
-    """Whether PyTorch allocated the memory of a CUDA tensor for it alone.
-
-    Inductor's CUDA graphs hand out the same tensors again and again, made of a bare address, and
-    count no modification when they write to them.
-    """
-    return bool(torch._C._has_Standard_Deleter(tensor.untyped_storage()._cdata))
 
 
 @dataclass(frozen=True)

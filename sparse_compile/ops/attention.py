@@ -20,7 +20,7 @@ from sparse_compile.codegen import attend, empty_rows
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.expr import WORD
 from sparse_compile.layout import Layout, build_views
-from sparse_compile.layout.dense_tables import DenseCall, DenseRead
+from sparse_compile.layout.from_dense import DenseCall, DenseRead
 from sparse_compile.layout.lists import count_worklists, listed_views, lists_of, static_lists
 from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.ops.fresh_size import fresh_size
@@ -68,7 +68,7 @@ def layout(
 
     Args:
         tables: the tensors ``t0, t1, ...`` of the mask; those of ``reads`` are mask tensors.
-        reads: the text of some :class:`sparse_compile.layout.dense_tables.DenseRead`.
+        reads: the text of some :class:`sparse_compile.layout.from_dense.DenseRead`.
         sizes: the integers ``s0, s1, ...`` of the mask.
         batch: batch size B.
         heads: number of query heads Hq.

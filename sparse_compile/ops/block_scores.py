@@ -14,8 +14,7 @@ from sparse_compile.errors import BadShape
 from sparse_compile.expr import evaluate, grid
 from sparse_compile.ops.registered import operator
 from sparse_compile.selection.chunks import chunks
-from sparse_compile.spec.block_scores import BlockScoresSpec
-from sparse_compile.spec.indexer import IndexerSpec, stepped
+from sparse_compile.spec.indexer import BlockScoresSpec, IndexerSpec, stepped
 
 #: Numbers that the scores of some queries have at most, all heads together.
 _MOST = 1 << 25

@@ -8,9 +8,9 @@ from torch import Tensor
 from sparse_compile.codegen.precision import full_precision
 from sparse_compile.ops.registered import fake_lists, operator
 from sparse_compile.patterns.checks import blocks
-from sparse_compile.patterns.compressed import Compressed
 from sparse_compile.patterns.local import Causal
-from sparse_compile.patterns.rules import TopK
+from sparse_compile.patterns.scored import TopK
+from sparse_compile.patterns.scorers import Compressed
 from sparse_compile.selection.select import select
 
 

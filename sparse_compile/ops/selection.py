@@ -23,8 +23,7 @@ from sparse_compile.ops.fresh_size import fresh_size
 from sparse_compile.ops.registered import fake_lists, operator
 from sparse_compile.patterns.scored import Scored
 from sparse_compile.patterns.scorers import Scorer
-from sparse_compile.patterns.selected import Selected
-from sparse_compile.patterns.selecting import Selecting
+from sparse_compile.patterns.selecting import Selected, Selecting
 from sparse_compile.selection import canonical
 from sparse_compile.selection.union import Union
 from sparse_compile.sites.annotation import annotation_named

@@ -9,34 +9,26 @@ with ``&``, ``|`` and ``~``. Making one needs neither torch nor triton.
 """
 
 from sparse_compile.patterns import presets
-from sparse_compile.patterns.axial import Axial
-from sparse_compile.patterns.base import All, And, BoundMask, Not, Or, Pattern, Tables
-from sparse_compile.patterns.bigbird import BigBird
-from sparse_compile.patterns.blocks import BlockLocal, BlockSparse
-from sparse_compile.patterns.compressed import Compressed
-from sparse_compile.patterns.documents import Documents
-from sparse_compile.patterns.global_ import Global
+from sparse_compile.patterns.base import All, And, BoundMask, Heads, Not, Or, Pattern, Tables, heads
+from sparse_compile.patterns.blocks import BigBird, BlockLocal, BlockSparse, Random
+from sparse_compile.patterns.documents import Documents, Padding, PrefixLM
+from sparse_compile.patterns.global_ import Global, Longformer
+from sparse_compile.patterns.grids import Axial, Neighborhood, SlidingTile
 from sparse_compile.patterns.learned import (
     DSA,
+    NSA,
     MoBA,
     NSASelection,
     Quest,
     SeerAttention,
     XAttention,
 )
-from sparse_compile.patterns.local import Causal, Dilated, SlidingWindow
-from sparse_compile.patterns.longformer import Longformer
-from sparse_compile.patterns.neighborhood import Neighborhood
-from sparse_compile.patterns.nsa import NSA
-from sparse_compile.patterns.padding import Padding
-from sparse_compile.patterns.per_head import Heads, heads
+from sparse_compile.patterns.local import Causal, Dilated, Fixed, SlidingWindow, Strided
 from sparse_compile.patterns.predicate import Predicate
-from sparse_compile.patterns.prefix import PrefixLM
-from sparse_compile.patterns.random_ import Random
-from sparse_compile.patterns.rules import Threshold, TopK, TopP, TopRatio
-from sparse_compile.patterns.scored import Scored
+from sparse_compile.patterns.scored import Scored, Threshold, TopK, TopP, TopRatio
 from sparse_compile.patterns.scorers import (
     Antidiagonal,
+    Compressed,
     Gate,
     Indexer,
     MeanPool,
@@ -44,10 +36,7 @@ from sparse_compile.patterns.scorers import (
     OverlapPool,
     Scorer,
 )
-from sparse_compile.patterns.selected import Selected
-from sparse_compile.patterns.selecting import Selecting
-from sparse_compile.patterns.sliding_tile import SlidingTile
-from sparse_compile.patterns.strided import Fixed, Strided
+from sparse_compile.patterns.selecting import Selected, Selecting
 
 __all__ = [
     "DSA",

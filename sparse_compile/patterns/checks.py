@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
@@ -46,6 +47,13 @@ def whole(where: str, value: Any, least: int) -> int:
 def whole_from(least: int) -> Callable[[str, Any], int]:
     """The check of a whole number of at least ``least``."""
     return functools.partial(whole, least=least)
+
+
+def real(where: str, value: Any) -> float:
+    """``value`` as a float that is a number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+        raise bad(f"{where} is {value!r}", "Write a number.")
+    return float(value)
 
 
 def flag(where: str, value: Any) -> bool:
@@ -96,3 +104,18 @@ def blocks(length: int, block: int) -> int:
     (2, 2)
     """
     return -(-length // block)
+
+
+def runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """First and last of each run of consecutive numbers, which are sorted.
+
+    >>> runs((0, 1, 2, 7, 9, 10))
+    [(0, 2), (7, 7), (9, 10)]
+    """
+    found: list[tuple[int, int]] = []
+    for number in numbers:
+        if found and number == found[-1][1] + 1:
+            found[-1] = found[-1][0], number
+        else:
+            found.append((number, number))
+    return found

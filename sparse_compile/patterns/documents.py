@@ -1,4 +1,4 @@
-"""Documents: packed sequences that do not see each other."""
+"""What each batch entry holds: Documents, Padding, PrefixLM."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import sympy
 
-from sparse_compile.expr.nodes import KV, B, Q
+from sparse_compile.expr.nodes import KV, N_KV, B, Q
 from sparse_compile.patterns.base import Pattern, Tables
-from sparse_compile.patterns.checks import bad, optional
+from sparse_compile.patterns.checks import UPPER_LEFT, Align, bad, one_of, optional, position, whole
 from sparse_compile.patterns.data import (
     HoldsData,
     along,
@@ -128,3 +128,83 @@ def _check_length(where: str, ids: Any, tokens: int, name: str, batch: int) -> N
         raise bad(
             f"{where} has {leading[0]} rows for a batch of {batch}", f"Write {batch} rows, or one."
         )
+
+
+def _checked_lengths(where: str, lengths: Any) -> Any:
+    instead = "Write one length for each batch entry, as in Padding(mask.sum(-1))."
+    return frozen(where, lengths, (1,), instead)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Padding(HoldsData, Pattern):
+    """Keys that are padding are not attended to.
+
+    Args:
+        lengths: how many keys of each batch entry are real; a tensor or tuple.
+        side: where the padding is, ``"right"`` or ``"left"`` of them.
+
+    >>> Padding((2, 3)).dense(1, 4, batch=2).int().tolist()
+    [[[[1, 1, 0, 0]]], [[[1, 1, 1, 0]]]]
+    >>> Padding((2, 3), side="left").dense(1, 4, batch=2).int().tolist()
+    [[[[0, 0, 1, 1]]], [[[0, 1, 1, 1]]]]
+    """
+
+    lengths: Annotated[Any, _checked_lengths]
+    side: Annotated[str, one_of("right", "left")] = "right"
+
+    def check(self, n_q: int, n_kv: int, batch: int, heads: int) -> None:
+        """There must be one length for each batch entry, between none and all keys."""
+        (count,) = shape_of(self.lengths)
+        if count != batch:
+            raise bad(f"Padding: {count} lengths for a batch of {batch}", f"Write {batch} lengths.")
+        for length in values_now(self.lengths) or ():
+            if not 0 <= length <= n_kv:
+                raise bad(
+                    f"Padding: a length of {length}, but there are {n_kv} keys",
+                    f"Write lengths from 0 to {n_kv}.",
+                )
+
+    def predicate(self, tables: Tables) -> sympy.Basic:
+        """``kv < lengths[b]``, or ``kv >= n_kv - lengths[b]`` with the padding on the left."""
+        length = tables.holding(self.lengths)(B)
+        return sympy.Lt(KV, length) if self.side == "right" else sympy.Ge(KV, N_KV - length)
+
+
+def _checked_prefix(where: str, prefix: Any) -> Any:
+    if not hasattr(prefix, "__len__"):
+        return whole(where, prefix, 0)
+    return frozen(where, prefix, (1,), "Write an int, or one length for each batch entry.")
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class PrefixLM(HoldsData, Pattern):
+    """All tokens attend to the prefix; the rest is causal.
+
+    Raffel et al. 2020, https://arxiv.org/abs/1910.10683.
+
+    Args:
+        prefix: its length: an int, or one for each batch entry as a tensor or tuple.
+        align: the corner in which the diagonal starts, see :class:`Causal`.
+
+    >>> PrefixLM(2).dense(3, 3).int().tolist()
+    [[[[1, 1, 0], [1, 1, 0], [1, 1, 1]]]]
+    """
+
+    prefix: Annotated[Any, _checked_prefix]
+    align: Align = UPPER_LEFT
+
+    def check(self, n_q: int, n_kv: int, batch: int, heads: int) -> None:
+        """There must be one length for each batch entry."""
+        shape = shape_of(self.prefix)
+        if shape and shape != (batch,):
+            raise bad(
+                f"PrefixLM: {shape[0]} prefix lengths for a batch of {batch}",
+                f"Write {batch} lengths, or an int for all.",
+            )
+
+    def predicate(self, tables: Tables) -> sympy.Basic:
+        """``kv < prefix`` or ``kv <= q``."""
+        prefix = self.prefix
+        if not isinstance(prefix, int):
+            prefix = tables.holding(prefix)(B)
+        return sympy.Or(sympy.Lt(KV, prefix), sympy.Le(KV, position(self.align)))

@@ -1,16 +1,27 @@
-"""Global: a few tokens that see, and are seen by, all."""
+"""Global and Longformer: a few tokens that see, and are seen by, all."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import sympy
 
 from sparse_compile.expr.nodes import KV
 from sparse_compile.patterns.base import Pattern, Tables
-from sparse_compile.patterns.checks import UPPER_LEFT, Align, Flag, bad, position, store, whole
+from sparse_compile.patterns.checks import (
+    UPPER_LEFT,
+    Align,
+    Flag,
+    bad,
+    position,
+    runs,
+    store,
+    whole,
+    whole_from,
+)
+from sparse_compile.patterns.local import within
 
 #: More runs of consecutive tokens than this are looked up in a table.
 _RUNS_SPELLED = 8
@@ -89,22 +100,46 @@ def checked_tokens(where: str, tokens: Any) -> int | tuple[int, ...]:
     return tuple(indices)
 
 
-def runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
-    """First and last of each run of consecutive numbers, which are sorted.
-
-    >>> runs((0, 1, 2, 7, 9, 10))
-    [(0, 2), (7, 7), (9, 10)]
-    """
-    found: list[tuple[int, int]] = []
-    for number in numbers:
-        if found and number == found[-1][1] + 1:
-            found[-1] = found[-1][0], number
-        else:
-            found.append((number, number))
-    return found
-
-
 def _between(place: sympy.Expr, first: int, last: int) -> sympy.Basic:
     if first == last:
         return sympy.Eq(place, first)
     return sympy.And(sympy.Ge(place, first), sympy.Le(place, last))
+
+
+@dataclass(frozen=True, repr=False)
+class Longformer(Pattern):
+    """The pattern of Longformer: near keys, and a few tokens that see and are seen by all.
+
+    Beltagy et al. 2020, https://arxiv.org/abs/2004.05150.
+
+    Args:
+        window: the whole width, as in the paper: half of it to either side of the query.
+        global_: how many tokens from the start are global, or which ones.
+        align: the corner in which the diagonal starts, see :class:`Causal`.
+
+    >>> Longformer(2).dense(5, 5)[0, 0].int().tolist()
+    [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 0, 1, 1, 1], [1, 0, 0, 1, 1]]
+    """
+
+    window: Annotated[int, whole_from(2)]
+    global_: int | tuple[int, ...] = 1
+    align: Align = UPPER_LEFT
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        store(self, global_=checked_tokens("Longformer", self.global_))
+
+    @property
+    def global_part(self) -> Global:
+        """The global tokens alone."""
+        return Global(self.global_, align=self.align)
+
+    def check(self, n_q: int, n_kv: int, batch: int, heads: int) -> None:
+        """Global tokens must exist."""
+        self.global_part.check(n_q, n_kv, batch, heads)
+
+    def predicate(self, tables: Tables) -> sympy.Basic:
+        """``abs(q - kv) <= window // 2``, or one of them is global."""
+        half = self.window // 2
+        near = within(position(self.align), half, half)
+        return sympy.Or(near, self.global_part.predicate(tables))

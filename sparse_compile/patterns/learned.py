@@ -1,19 +1,23 @@
-"""Published selections by name, with their published settings.
-
-Each is a function that returns a :class:`TopK`, :class:`TopP` or :class:`Threshold`; combine it
-with the mask that the model has, as in ``P.Causal() & P.MoBA()``. The forced blocks of XAttention
-are those of its code; the other settings are given from memory of the papers, and were not checked
-against them.
-"""
+"""Published selections by name, with their published settings, and the settings of NSA."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
-from sparse_compile.patterns.checks import LOWER_RIGHT, UPPER_LEFT, bad, whole
-from sparse_compile.patterns.rules import Threshold, TopK, TopP
-from sparse_compile.patterns.scored import UNITS
+from sparse_compile.patterns.checks import (
+    LOWER_RIGHT,
+    UPPER_LEFT,
+    Align,
+    bad,
+    store,
+    whole,
+    whole_from,
+)
+from sparse_compile.patterns.local import SlidingWindow
+from sparse_compile.patterns.parameters import Parameters
+from sparse_compile.patterns.scored import UNITS, Threshold, TopK, TopP
 from sparse_compile.patterns.scorers import (
     Antidiagonal,
     Gate,
@@ -21,6 +25,7 @@ from sparse_compile.patterns.scorers import (
     MeanPool,
     MinMax,
     OverlapPool,
+    whole_windows,
 )
 
 
@@ -36,9 +41,8 @@ def MoBA(block: int = 512, k: int = 3) -> TopK:
     >>> MoBA()
     TopK(3, unit_kv=128, block=512, diagonal=True, share='none')
     """
-    unit, block_kv = _parted("MoBA", block)
-    scorer = MeanPool()
-    return TopK(k, unit_kv=unit, block=block_kv, scorer=scorer, diagonal=True, share="none")
+    blocks = _parted("MoBA", block)
+    return TopK(k, scorer=MeanPool(), diagonal=True, share="none", **blocks)
 
 
 def Quest(k: int, page: int = 16) -> TopK:
@@ -51,16 +55,8 @@ def Quest(k: int, page: int = 16) -> TopK:
         k: how many pages: the budget of tokens divided by ``page``.
         page: keys of a page.
     """
-    unit, block = _parted("Quest", page)
-    return TopK(
-        k,
-        unit_kv=unit,
-        block=block,
-        scorer=MinMax(),
-        local=1,
-        share="none",
-        align=LOWER_RIGHT,
-    )
+    pages = _parted("Quest", page)
+    return TopK(k, scorer=MinMax(), local=1, share="none", align=LOWER_RIGHT, **pages)
 
 
 def XAttention(stride: int = 16, threshold: float = 0.9, block: int = 128) -> TopP:
@@ -152,20 +148,70 @@ def NSASelection(
     >>> NSASelection()
     TopK(16, scorer=OverlapPool(), sink=1, local=2)
     """
-    unit, block_kv = _parted("NSASelection", block)
-    return TopK(
-        k,
-        unit_kv=unit,
-        block=block_kv,
-        scorer=OverlapPool(window, stride),
-        sink=sink,
-        local=local,
-        align=align,
-    )
+    blocks, scorer = _parted("NSASelection", block), OverlapPool(window, stride)
+    return TopK(k, scorer=scorer, sink=sink, local=local, align=align, **blocks)
 
 
-def _parted(name: str, block: int) -> tuple[int, int | None]:
-    """The largest unit that divides a block, and the block if it is not that unit."""
+def _parted(name: str, block: int) -> dict[str, Any]:
+    """``unit_kv`` and ``block`` of blocks: the largest unit that divides them, as kernels read."""
     block = whole(f"{name}: block", block, 1)
     unit = next(unit for unit in reversed(UNITS) if block % unit == 0)
-    return unit, block if block != unit else None
+    return {"unit_kv": unit, "block": block if block != unit else None}
+
+
+@dataclass(frozen=True, repr=False)
+class NSA(Parameters):
+    """Native Sparse Attention: attention to compressed, to selected and to near keys.
+
+    Yuan et al. 2025, https://arxiv.org/abs/2502.11089. What
+    :func:`sparse_compile.native_sparse_attention` computes; the defaults are those of the paper. It
+    is no mask, but the sum of three attentions: :func:`NSASelection` is the mask of the second
+    alone.
+
+    Args:
+        length, stride: keys of a compressed key, and from the start of one to that of the next.
+        block: keys of a block that is selected; the stride divides it.
+        k: how many blocks, forced ones among them.
+        sink, local: forced blocks at the start, and up to the query's own.
+        window: how many tokens the sliding window has, the query's own among them; 2 or more.
+        align: the corner in which the diagonal starts, see :class:`Causal`; "lower_right" for the
+            last queries of a longer sequence, as in decoding.
+
+    >>> NSA(), NSA(k=32, window=256)
+    (NSA(), NSA(k=32, window=256))
+    """
+
+    length: int = 32
+    stride: int = 16
+    block: int = 64
+    k: int = 16
+    sink: int = 1
+    local: int = 2
+    window: Annotated[int, whole_from(2)] = 512
+    align: Align = UPPER_LEFT
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        pool = OverlapPool(self.length, self.stride)
+        store(self, length=pool.window, stride=pool.stride)
+        chosen = self.selection
+        store(self, block=chosen.block_kv, k=chosen.k, sink=chosen.sink, local=chosen.local)
+
+    @property
+    def selection(self) -> TopK:
+        """The pattern of the selected branch, with means as compressed keys."""
+        counts = self.block, self.k, self.length, self.stride, self.sink, self.local
+        return NSASelection(*counts, align=self.align)
+
+    @property
+    def near(self) -> SlidingWindow:
+        """The mask of the sliding window."""
+        return SlidingWindow(self.window - 1, 0, self.align)
+
+    def compressed(self, n_kv: int) -> int:
+        """How many compressed keys ``n_kv`` keys make.
+
+        >>> NSA().compressed(64)
+        3
+        """
+        return whole_windows(n_kv, self.length, self.stride)

@@ -10,14 +10,12 @@ Longformer(512)
 
 from __future__ import annotations
 
-from sparse_compile.patterns.axial import Axial
-from sparse_compile.patterns.base import Pattern
-from sparse_compile.patterns.bigbird import BigBird
-from sparse_compile.patterns.blocks import BlockLocal
+from sparse_compile.patterns.base import Pattern, heads
+from sparse_compile.patterns.blocks import BigBird, BlockLocal
 from sparse_compile.patterns.checks import bad, whole
-from sparse_compile.patterns.longformer import Longformer
-from sparse_compile.patterns.per_head import heads
-from sparse_compile.patterns.strided import Fixed, Strided
+from sparse_compile.patterns.global_ import Longformer
+from sparse_compile.patterns.grids import Axial
+from sparse_compile.patterns.local import Fixed, Strided
 
 #: Heads of BlockBERT that use each of the permutations, by the number of blocks.
 _BLOCKBERT_HEADS = {2: (10, 2), 3: (8, 2, 2)}

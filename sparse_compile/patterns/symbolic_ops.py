@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import sympy
-from sympy.logic.boolalg import Boolean
+from sympy.logic.boolalg import Boolean, Xnor
 
 from sparse_compile.expr.nodes import FloorDiv, FloorMod
 from sparse_compile.patterns.checks import bad
@@ -79,10 +79,6 @@ def _and(a: Any, b: Any) -> Any:
     if is_truth(a) or not mask.is_Integer or mask < 0 or int(mask) & (int(mask) + 1):
         raise bad("the mask function works on the bits of integers", "Write // and % instead.")
     return FloorMod(a, mask + 1)
-
-
-def _both_or_neither(a: Any, b: Any) -> Any:
-    return sympy.Not(sympy.Xor(a, b))
 
 
 def _of_truths(logic: Callable[..., Any]) -> Callable[..., Any]:
@@ -171,7 +167,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "le": _arithmetic(sympy.Le),
     "gt": _arithmetic(sympy.Gt),
     "ge": _arithmetic(sympy.Ge),
-    "eq": _of_both(_both_or_neither, sympy.Eq),
+    "eq": _of_both(Xnor, sympy.Eq),
     "ne": _of_both(sympy.Xor, sympy.Ne),
     "neg": lambda a: -integer(a),
     "pos": lambda a: a,

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from sparse_compile.layout.by_device import ByDevice
+from sparse_compile.layout.builders import ByDevice
 from sparse_compile.selection.indexing import Indexing
 from sparse_compile.selection.prepared import Prepared
 from sparse_compile.selection.windows import Windows

@@ -11,8 +11,7 @@ from torch import Tensor
 from sparse_compile.expr import MaskExpr
 from sparse_compile.patterns.checks import bad, blocks
 from sparse_compile.patterns.scored import Scored
-from sparse_compile.patterns.selected import Selected
-from sparse_compile.patterns.selecting import Selecting
+from sparse_compile.patterns.selecting import Selected, Selecting
 from sparse_compile.selection.checked_lists import check_lists
 from sparse_compile.selection.rules import Best, Candidates, kept
 from sparse_compile.selection.select import select

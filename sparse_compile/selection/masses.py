@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sparse_compile.patterns.compressed import Compressed
-from sparse_compile.patterns.scorers import Antidiagonal, OverlapPool
+from sparse_compile.patterns.scorers import Antidiagonal, Compressed, OverlapPool
 from sparse_compile.selection.builders import BUILDERS, WindowScores
 from sparse_compile.selection.scores import in_units, parted, sizes_of_units, summed, unit_sums
 from sparse_compile.selection.task import Scoring, Task

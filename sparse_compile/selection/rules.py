@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_compile.patterns.rules import Threshold, TopK, TopP, TopRatio, exact
+from sparse_compile.patterns.scored import Threshold, TopK, TopP, TopRatio, exact
 
 #: Below the key of every block that can be selected.
 _NEVER = -(1 << 63)

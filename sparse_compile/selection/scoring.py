@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sparse_compile.patterns.compressed import Compressed
 from sparse_compile.patterns.scorers import (
     Antidiagonal,
+    Compressed,
     Gate,
     Indexer,
     MeanPool,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_compile.patterns.selected import Selected
+from sparse_compile.patterns.selecting import Selected
 from sparse_compile.selection.selection_report import SelectionReport, report_of
 
 

@@ -9,8 +9,7 @@ from torch.fx import Node
 from sparse_compile.layout.views.split_views import Split
 from sparse_compile.sites.site import AttentionSite, LiftedMask, ScoringSite
 from sparse_compile.spec import AttentionSpec
-from sparse_compile.spec.block_scores import BlockScoresSpec
-from sparse_compile.spec.indexer import IndexerSpec
+from sparse_compile.spec.indexer import BlockScoresSpec, IndexerSpec
 
 
 @dataclass(frozen=True)

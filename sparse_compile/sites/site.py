@@ -12,8 +12,7 @@ from sparse_compile.expr import MaskExpr, ScoreProgram
 from sparse_compile.sites.annotation import Annotation
 from sparse_compile.sites.named import NamedMask
 from sparse_compile.spec import EmptyRows
-from sparse_compile.spec.block_scores import BlockScoresSpec
-from sparse_compile.spec.indexer import IndexerSpec
+from sparse_compile.spec.indexer import BlockScoresSpec, IndexerSpec
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,15 @@
-"""IndexerSpec: what an indexer computes, the scores of which only the best are kept."""
+"""IndexerSpec and BlockScoresSpec: what is computed where only the best scores are kept."""
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from sparse_compile.expr import MaskExpr
-from sparse_compile.spec.json_text import from_json, to_json
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from sparse_compile.spec.json_text import SpelledInJson
 
 #: A scores' step: ``("mul", 0.25)`` or ``("div", 8.0)``.
 Step = tuple[str, float]
@@ -26,7 +23,7 @@ def stepped(score: Tensor, steps: Sequence[Step]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class IndexerSpec:
+class IndexerSpec(SpelledInJson):
     """The steps of an indexer, as the program writes them, so that its arithmetic is the program's.
 
     Attributes:
@@ -38,6 +35,12 @@ class IndexerSpec:
         adds: whether the fill is added to their scores, else it takes their place.
         largest, is_sorted: of the top-k.
         single: whether q and k, in half precision, count as fp32.
+
+    >>> from sparse_compile.expr import KV, Q
+    >>> inf = float("inf")
+    >>> spec = IndexerSpec((("mul", 0.25),), (), True, MaskExpr(KV <= Q), -inf, False)
+    >>> IndexerSpec.parse(spec.text) == spec
+    True
     """
 
     before: tuple[Step, ...]
@@ -65,20 +68,29 @@ class IndexerSpec:
         positive = all(number > 0 for _, number in self.before)
         return product if positive and math.isfinite(product) else None
 
-    @functools.cached_property
-    def text(self) -> str:
-        """A stable one-line JSON spelling; :meth:`parse` reads it back."""
-        return to_json(self)
 
-    @staticmethod
-    @functools.lru_cache(maxsize=1024)
-    def parse(text: str) -> IndexerSpec:
-        """The spec that :attr:`text` spelled.
+@dataclass(frozen=True)
+class BlockScoresSpec(SpelledInJson):
+    """The steps from products of q and k to the highest of each block, as the program writes them.
 
-        >>> from sparse_compile.expr import KV, Q
-        >>> inf = float("inf")
-        >>> spec = IndexerSpec((("mul", 0.25),), (), True, MaskExpr(KV <= Q), -inf, False)
-        >>> IndexerSpec.parse(spec.text) == spec
-        True
-        """
-        return IndexerSpec(**from_json(text))
+    Attributes:
+        size: consecutive keys in a block.
+        before: what happens to the products of q and k.
+        mask: which scores stay as they are, over ``b, h, q, kv``; the others get ``fill``.
+        fill: see ``mask``.
+        adds: whether the fill is added to their scores, else it takes their place.
+        padding: the score of the keys that the last block lacks.
+
+    >>> from sparse_compile.expr import KV, Q
+    >>> inf = float("inf")
+    >>> spec = BlockScoresSpec(64, (("mul", 0.25),), MaskExpr(KV <= Q), -inf, False, -inf)
+    >>> BlockScoresSpec.parse(spec.text) == spec
+    True
+    """
+
+    size: int
+    before: tuple[Step, ...]
+    mask: MaskExpr
+    fill: float
+    adds: bool
+    padding: float

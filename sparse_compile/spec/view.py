@@ -71,8 +71,8 @@ class Order:
         """What one step of each digit adds to the token."""
         return tuple(math.prod(self.radices[k:]) for k in range(len(self.box)))
 
-    def counts(self, n: int) -> tuple[int, ...]:
-        """Boxes along each digit, for a sequence of ``n`` tokens."""
+    def counts(self, n: Any) -> tuple[Any, ...]:
+        """Boxes along each digit, for a sequence of ``n`` tokens; also of what prints as code."""
         first = -(-n // self.strides[0])
         inner = zip(self.windows, self.box[1:], strict=True)
         return (-(-first // self.box[0]), *((hi - lo) // extent for (lo, hi), extent in inner))

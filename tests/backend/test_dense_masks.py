@@ -17,7 +17,7 @@ from sparse_compile import patterns as P
 from sparse_compile.errors import BadPattern, PatternMisuse
 from sparse_compile.expr import KV, MaskExpr, Q
 from sparse_compile.layout import from_dense
-from sparse_compile.layout.dense_tables import DenseRead
+from sparse_compile.layout.from_dense import DenseRead
 from sparse_compile.ops import LAYOUT
 from sparse_compile.reference import attention as reference
 from sparse_compile.spec import AttentionSpec

@@ -17,7 +17,7 @@ from sparse_compile.codegen.runtime.launch import Refused
 from sparse_compile.errors import NoKernel
 from sparse_compile.expr import KV, MaskExpr, Q
 from sparse_compile.layout.superset import ProblemShape
-from sparse_compile.layout.views.choose import choose_views
+from sparse_compile.layout.views.split_views import choose_views
 from sparse_compile.spec import AttentionSpec, KernelSpec
 from sparse_compile.spec.block_shape import BlockShape
 from sparse_compile.spec.target import Target

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparse_compile.codegen.triton.layout import compact_kernel, dense_kernel
-from sparse_compile.layout.entries import VisitedBlocks
+from sparse_compile.layout.block_layout import VisitedBlocks
 from tests.layout.dense_cases import CASES, DenseCase, check_pass
 
 pytestmark = pytest.mark.usefixtures("interpreted_kernels")

@@ -37,8 +37,8 @@ from sparse_compile.layout import (
     mask_pairs,
     superset,
 )
+from sparse_compile.layout.build import candidates
 from sparse_compile.layout.superset import Problem, ProblemShape
-from sparse_compile.layout.views import candidates
 
 CAUSAL = KV <= Q
 S0 = size_symbol(0)
@@ -183,7 +183,7 @@ def test_a_layout_means_its_mask(case: Case) -> None:
 def test_subdivision_finds_the_same_blocks(case: Case, rectangles: int) -> None:
     """Small grids start at single blocks; here they start with a few large rectangles."""
     flat = case.layout()
-    caches = (candidates.candidates, superset.static_layout)
+    caches = (candidates, superset.static_layout)
     with mock.patch.object(superset, "_FIRST_RECTANGLES", rectangles):
         for cache in caches:
             cache.cache_clear()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sparse_compile.errors import SparseCompileError
-from sparse_compile.layout.by_device import ByDevice
+from sparse_compile.layout.builders import ByDevice
 
 
 def test_a_gpu_needs_something_handed_in() -> None:
@@ -27,7 +27,7 @@ def test_layouts_and_selections_import_no_kernels_until_a_pattern_asks() -> None
         "import sys, torch\n"
         "from sparse_compile.layout.builders import BUILDERS as layouts\n"
         "from sparse_compile.selection.builders import BUILDERS as selections\n"
-        "import sparse_compile.layout.dense_tables, sparse_compile.selection.split\n"
+        "import sparse_compile.layout.from_dense, sparse_compile.selection.split\n"
         "assert not any(name.startswith('sparse_compile.codegen') for name in sys.modules)\n"
         "from sparse_compile import patterns as P\n"
         "P.Causal().layout(16, 16)\n"

@@ -22,9 +22,9 @@ from sparse_compile import patterns as P
 # These two register all operators.
 from sparse_compile.codegen.generators import block_shapes
 from sparse_compile.expr import KV, B, FloorDiv, FloorMod, H, MaskExpr, Q, dense_bit, table
-from sparse_compile.layout.dense_tables import DenseRead
+from sparse_compile.layout.from_dense import DenseRead
 from sparse_compile.layout.superset import ProblemShape
-from sparse_compile.layout.views.choose import choose_views
+from sparse_compile.layout.views.split_views import choose_views
 from sparse_compile.ops.selection import name_selecting
 
 # These two register all operators.
@@ -32,8 +32,7 @@ from sparse_compile.passes import pipeline  # noqa: F401
 from sparse_compile.selection import canonical
 from sparse_compile.sites.annotation import name_mask
 from sparse_compile.spec import AttentionSpec, EmptyRows
-from sparse_compile.spec.block_scores import BlockScoresSpec
-from sparse_compile.spec.indexer import IndexerSpec
+from sparse_compile.spec.indexer import BlockScoresSpec, IndexerSpec
 
 OPS = torch.ops.sparse_compile
 AXES = ("b", "h", "q", "kv")

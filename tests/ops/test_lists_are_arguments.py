@@ -14,7 +14,7 @@ from sparse_compile.expr import KV, B, FloorMod, MaskExpr, Q, table
 from sparse_compile.layout import Layout, Schedule, build_views, layout, lists, schedule
 from sparse_compile.layout.lists import listed_views, lists_of, unpack
 from sparse_compile.layout.superset import ProblemShape
-from sparse_compile.layout.views.choose import choose_views
+from sparse_compile.layout.views.split_views import choose_views
 from sparse_compile.ops import ATTENTION, LAYOUT
 from sparse_compile.ops.attention import attention_backward
 from sparse_compile.spec import AttentionSpec

@@ -14,7 +14,7 @@ from sparse_compile.errors import BadShape
 from sparse_compile.expr import KV, MaskExpr, Q
 from sparse_compile.ops import block_scores as block_scores_ops
 from sparse_compile.sites.plan import Plan
-from sparse_compile.spec.block_scores import BlockScoresSpec
+from sparse_compile.spec.indexer import BlockScoresSpec
 from tests.passes.rewritten import Rewritten
 
 BATCH, HEADS, LENGTH, DIM, BLOCK, KEPT = 2, 2, 37, 8, 8, 3

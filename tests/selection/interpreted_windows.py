@@ -13,7 +13,7 @@ from torch import Tensor
 from sparse_compile import patterns as P
 from sparse_compile.codegen.triton.selection.window_scores import fits
 from sparse_compile.expr import KV, FloorDiv, MaskExpr, Q
-from sparse_compile.patterns.compressed import whole_windows
+from sparse_compile.patterns.scorers import whole_windows
 from sparse_compile.selection.builders import BUILDERS
 from sparse_compile.selection.masses import _Windows
 from sparse_compile.selection.scoring import scoring

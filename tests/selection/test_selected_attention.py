@@ -9,7 +9,7 @@ from torch import Tensor
 import sparse_compile
 from sparse_compile import patterns as P
 from sparse_compile.errors import BadPattern, BadShape
-from sparse_compile.layout.places import places
+from sparse_compile.layout.listed import places
 from sparse_compile.ops import ATTENTION
 from sparse_compile.selection import canonical, check_lists, checked_select
 from tests.selection.cases import CASES, Case

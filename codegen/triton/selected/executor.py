@@ -25,7 +25,7 @@ from sparse_compile.codegen.triton.selected.features import WIDE, features_of
 from sparse_compile.codegen.triton.selected.spec import SelectedKernelSpec
 from sparse_compile.codegen.triton.tile import Tile
 from sparse_compile.errors import BadShape
-from sparse_compile.layout.places import places
+from sparse_compile.layout.listed import places
 from sparse_compile.selection.selection import worklist
 from sparse_compile.spec.target import Target
 

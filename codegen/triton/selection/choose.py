@@ -14,7 +14,7 @@ from sparse_compile.codegen.triton.selection.printable import key_of, launch
 from sparse_compile.codegen.triton.selection.source import HELD, ChooseSpec, choose_kernel
 from sparse_compile.codegen.triton.tile import power_of_two
 from sparse_compile.patterns.checks import UPPER_LEFT
-from sparse_compile.patterns.rules import Threshold, TopK, TopP, TopRatio, exact
+from sparse_compile.patterns.scored import Threshold, TopK, TopP, TopRatio, exact
 from sparse_compile.selection.prepared import Prepared
 
 #: Blocks that a row may have for the rule that needs nothing but the order of scores.

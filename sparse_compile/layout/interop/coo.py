@@ -8,8 +8,14 @@ import torch
 from torch import Tensor
 
 from sparse_compile.errors import BadPattern
-from sparse_compile.layout.block_layout import FULL, PARTIAL, BlockGrid, BlockLayout, existing
-from sparse_compile.layout.entries import VisitedBlocks
+from sparse_compile.layout.block_layout import (
+    FULL,
+    PARTIAL,
+    BlockGrid,
+    BlockLayout,
+    VisitedBlocks,
+    existing,
+)
 from sparse_compile.spec.view import Order, natural
 
 #: Tokens per block, of queries and keys alike or of each; an Order says which tokens those are.

@@ -9,8 +9,13 @@ import torch
 from torch import Tensor
 
 from sparse_compile.errors import BadPattern
-from sparse_compile.layout.block_layout import FULL, PARTIAL, BlockLayout
-from sparse_compile.layout.entries import VisitedBlocks, place_in_group
+from sparse_compile.layout.block_layout import (
+    FULL,
+    PARTIAL,
+    BlockLayout,
+    VisitedBlocks,
+    place_in_group,
+)
 from sparse_compile.layout.interop.coo import from_coo, to_coo
 from sparse_compile.layout.interop.torch_sparse import (
     from_torch_sparse,

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from sparse_compile.errors import BadPattern
-from sparse_compile.layout.block_layout import FULL, PARTIAL, BlockLayout
-from sparse_compile.layout.entries import VisitedBlocks
+from sparse_compile.layout.block_layout import FULL, PARTIAL, BlockLayout, VisitedBlocks
 from sparse_compile.layout.interop.coo import Block, from_coo, orders_of, to_coo
 
 _FORMATS = ("coo", "csr", "bsr")
@@ -43,19 +40,22 @@ def to_torch_sparse(layout: BlockLayout, format: str = "coo", index: int | None 
         )
     counts = torch.bincount(visited.q_blocks, minlength=rows)
     places = torch.nn.functional.pad(counts.cumsum(0), (1, 0)), visited.kv_blocks
-    if format == "csr":
-        with _no_beta_warning():
-            return torch.sparse_csr_tensor(*places, values, (rows, cols), check_invariants=True)
-    block_q, block_kv = natural_block(layout, "a BSR tensor")
-    if layout.n_q % block_q or layout.n_kv % block_kv:
-        raise BadPattern(
-            f"sparse_compile: BSR has no ragged blocks, and [{layout.n_q}, {layout.n_kv}] is no "
-            f"multiple of ({block_q}, {block_kv}). Write format='csr'."
+    kind, size = torch.sparse_csr, (rows, cols)
+    if format == "bsr":
+        block_q, block_kv = natural_block(layout, "a BSR tensor")
+        if layout.n_q % block_q or layout.n_kv % block_kv:
+            raise BadPattern(
+                f"sparse_compile: BSR has no ragged blocks, and [{layout.n_q}, {layout.n_kv}] is "
+                f"no multiple of ({block_q}, {block_kv}). Write format='csr'."
+            )
+        values = values[:, None, None].expand(-1, block_q, block_kv).contiguous()
+        kind, size = torch.sparse_bsr, (layout.n_q, layout.n_kv)
+    # torch warns once that compressed sparse tensors are in beta; the caller asked for one.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*Sparse (CSR|BSR).*beta", category=UserWarning)
+        return torch.sparse_compressed_tensor(
+            *places, values, size, layout=kind, check_invariants=True
         )
-    blocks = values[:, None, None].expand(-1, block_q, block_kv).contiguous()
-    with _no_beta_warning():
-        size = layout.n_q, layout.n_kv
-        return torch.sparse_bsr_tensor(*places, blocks, size, check_invariants=True)
 
 
 def from_torch_sparse(
@@ -165,11 +165,3 @@ def _one_class(layout: BlockLayout, index: int | None) -> VisitedBlocks:
         )
     visited = to_coo(layout)
     return visited.select(visited.classes == (index or 0))
-
-
-@contextmanager
-def _no_beta_warning() -> Iterator[None]:
-    # torch warns once that compressed sparse tensors are in beta; the caller asked for one.
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*Sparse (CSR|BSR).*beta", category=UserWarning)
-        yield

@@ -17,10 +17,10 @@ from sparse_compile.expr import MaskExpr
 from sparse_compile.layout.superset import Problem, ProblemShape
 from sparse_compile.layout.views.terms import periods, terms, without
 from sparse_compile.layout.views.view_candidates import Blocks, Orders, candidates, neighbours
-from sparse_compile.layout.views.view_text import view_text
 from sparse_compile.layout.views.visits import Visits, visits
+from sparse_compile.spec import AttentionSpec
 from sparse_compile.spec.block_shape import GPU_SHAPES, BlockShape, given_shape
-from sparse_compile.spec.view import View
+from sparse_compile.spec.view import Order, View
 
 #: Writing, reading and merging the partial result of a row, in pairs.
 MERGE_PAIRS = 256
@@ -293,3 +293,82 @@ def _explained(cost: ViewCost, plain: float) -> ViewCost:
             f"{cost.total:.0f} in plain order, instead of {plain:.0f}"
         )
     return replace(cost, plain=plain, why=why)
+
+
+def choose_views(
+    mask: MaskExpr,
+    shape: ProblemShape,
+    block: tuple[int, int] | None = None,
+    shapes: tuple[BlockShape, ...] = GPU_SHAPES,
+) -> tuple[AttentionSpec, Split]:
+    """The spec of a mask, in the views that cost least, and why.
+
+    The choice is one of cost: the spec is right for any lengths and sizes. So they are rounded up
+    to powers of two here, and a new length seldom means a new choice.
+
+    Args:
+        mask: the predicate.
+        shape: the problem to choose for.
+        block: queries and keys per block; None to choose.
+        shapes: the block shapes to choose from, as a generator has kernels for them; the default
+            is that of GPUs.
+
+    >>> from sparse_compile.expr import KV, Q
+    >>> spec, split = choose_views(MaskExpr(KV <= Q), ProblemShape(1, 1, 1000, 1000))
+    >>> (spec.block_q, spec.block_kv), spec.views, split.texts
+    ((64, 64), (), ('plain',))
+    """
+    shape = shape._replace(n_q=_rounded(shape.n_q), n_kv=_rounded(shape.n_kv))
+    # Run-time integers are offsets and windows; which, only their values would tell.
+    split = split_views(mask, shape, block=block, sizes=(0,) * mask.n_sizes, shapes=shapes)
+    first = split.views[0]
+    views = () if split.is_plain else split.views
+    found = AttentionSpec(mask, block_q=first.q.block, block_kv=first.kv.block, coverage=views)
+    return found, split
+
+
+def _rounded(n: int) -> int:
+    """The next power of two.
+
+    >>> _rounded(1000), _rounded(1024), _rounded(0)
+    (1024, 1024, 0)
+    """
+    return 1 << (n - 1).bit_length() if n > 0 else 0
+
+
+def view_text(view: View) -> str:
+    """The orders of a view, for people.
+
+    >>> from sparse_compile.expr import KV, Q
+    >>> from sparse_compile.spec.view import natural
+    >>> view_text(View(KV <= Q, natural(64), Order((8, 8), (128,), (0, 1), ((120, 128),))))
+    'keys 120..127 of every 128'
+    >>> view_text(View(KV <= Q, *[Order((8, 8), (256,), (0, 1))] * 2))
+    'tiles of 8 x 8 on a grid of width 256'
+    """
+    q, kv = _words(view.q), _words(view.kv)
+    if q == kv:
+        together = q if q.startswith("tiles ") else f"q and kv {q}"
+        return together if q else "plain"
+    return " and ".join(side for side in (_side("queries", q), _side("keys", kv)) if side)
+
+
+def _side(name: str, words: str) -> str:
+    if not words:
+        return ""
+    return f"{name} in {words}" if words.startswith("tiles ") else f"{name} {words}"
+
+
+def _words(order: Order) -> str:
+    """How one side is put into blocks; empty for the plain order."""
+    if order.is_natural:
+        return ""
+    box = " x ".join(map(str, order.box))
+    if len(order.radices) > 1:
+        return f"tiles of {box} on a grid of planes of {' x '.join(map(str, order.radices))}"
+    (radix,), ((lo, hi),) = order.radices, order.windows
+    if not order.is_complete:
+        return f"{lo}..{hi - 1} of every {radix}"
+    if order.box[1] == 1:
+        return f"by residue mod {radix}"
+    return f"tiles of {box} on a grid of width {radix}"

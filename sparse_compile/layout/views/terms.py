@@ -96,11 +96,6 @@ def _unit(x: sympy.Basic) -> int:
     return scale * max(inner, default=1)
 
 
-def conjuncts(predicate: sympy.Basic) -> tuple[sympy.Basic, ...]:
-    """Predicates whose And is ``predicate``."""
-    return predicate.args if isinstance(predicate, sympy.And) else (predicate,)
-
-
 def without(term: sympy.Basic, earlier: Sequence[sympy.Basic]) -> sympy.Basic:
     """``term`` and none of ``earlier``; what follows from the term is not spelled.
 
@@ -110,20 +105,16 @@ def without(term: sympy.Basic, earlier: Sequence[sympy.Basic]) -> sympy.Basic:
     >>> without(causal & (H < 2), [causal & (H >= 2)])
     (kv <= q) & (h < 2)
     """
-    mine = conjuncts(term)
+    mine = sympy.And.make_args(term)
     excluded = []
-    for other in (part for whole in earlier for part in _parts(whole)):
-        rest = [literal for literal in conjuncts(other) if literal not in mine]
+    for other in (part for whole in earlier for part in sympy.Or.make_args(whole)):
+        rest = [literal for literal in sympy.And.make_args(other) if literal not in mine]
         if any(sympy.Not(literal) in mine for literal in rest):
             continue
         if not _share_a_head((*mine, *rest)):
             continue
         excluded.append(sympy.Or(*(sympy.Not(literal) for literal in rest)))
     return sympy.And(term, *excluded)
-
-
-def _parts(predicate: sympy.Basic) -> tuple[sympy.Basic, ...]:
-    return predicate.args if isinstance(predicate, sympy.Or) else (predicate,)
 
 
 def _share_a_head(literals: Sequence[sympy.Basic]) -> bool:
@@ -145,7 +136,7 @@ def window_of(term: sympy.Basic, side: sympy.Symbol, period: int) -> tuple[int, 
     >>> window_of((KV <= Q) & (FloorMod(KV, 8) >= 6), KV, 8)
     (6, 8)
     """
-    about = [literal for literal in conjuncts(term) if _repeats(literal, side, period)]
+    about = [literal for literal in sympy.And.make_args(term) if _repeats(literal, side, period)]
     if not about:
         return 0, period
     where = {name: torch.arange(period) for name in ("q", "kv")}
