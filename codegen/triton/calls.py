@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,10 +21,13 @@ from sparse_compile.codegen.runtime.launch import (
     current,
     launchers_of,
     strides,
+    table_values,
 )
-from sparse_compile.codegen.triton.blocks import arguments
+from sparse_compile.codegen.triton.blocks.source import direct_lookups
+from sparse_compile.codegen.triton.entries import table_ranks
 from sparse_compile.codegen.triton.predicate import COORDINATE_BITS
 from sparse_compile.errors import UnsupportedDtype
+from sparse_compile.expr import MaskExpr
 from sparse_compile.spec.target import Target
 
 LIMIT = 1 << COORDINATE_BITS
@@ -51,6 +54,90 @@ def _described(spec: Any, direction: str) -> frozenset[str]:
     )
 
 
+def is_usable(t: Tensor, described: bool) -> bool:
+    """Whether kernels read a tensor as it is: rows are contiguous, and aligned for descriptors."""
+    by_batch, by_head, by_token, by_dim = t.stride()
+    # Offsets within a tile are int32.
+    usable = (by_dim == 1 or t.shape[-1] == 1) and 0 <= by_token < 1 << 22
+    if usable and described:
+        unit = 16 // t.element_size()
+        aligned = (by_batch | by_head | by_token) & unit - 1 == 0  # unit is a power of two
+        usable = t.data_ptr() % 16 == 0 and aligned and min(by_batch, by_head, by_token) > 0
+    return usable
+
+
+@dataclass(frozen=True)
+class Operands:
+    """How what a call is given becomes what kernels read.
+
+    Attributes:
+        sign: that q is multiplied with.
+        copied: names of tensors that are made contiguous.
+        longer: tables that have to reach further: number, dimension and length.
+    """
+
+    sign: float
+    copied: tuple[str, ...]
+    longer: tuple[tuple[int, int, int], ...]
+
+    @staticmethod
+    def prepared(
+        given: Mapping[str, Tensor],
+        described: Collection[str],
+        scale: float,
+        longer: tuple[tuple[int, int, int], ...],
+    ) -> Operands:
+        """For tensors [B, H, N, D] like these, of which some are read by descriptors."""
+        sign = positive(scale)[0]
+        signed = {**given, "Q": given["Q"] if sign == 1 else given["Q"] * sign}
+        copied = (name for name, t in signed.items() if not is_usable(t, name in described))
+        return Operands(sign, tuple(copied), longer)
+
+    def of(self, given: dict[str, Any], tables: Sequence[Tensor]) -> dict[str, Any]:
+        """What a call gives by name, the tables of its mask added."""
+        if self.sign != 1:
+            given["Q"] = given["Q"] * self.sign
+        for name in self.copied:
+            given[name] = given[name].clone(memory_format=torch.contiguous_format)
+        for number, table in enumerate(tables):
+            given[f"t{number}"] = table
+        for number, axis, n in self.longer:
+            table = given[f"t{number}"]
+            # Its last entry is repeated.
+            nearest = torch.arange(n, device=table.device).clamp_(max=table.shape[axis] - 1)
+            given[f"t{number}"] = table.index_select(axis, nearest)
+        return given
+
+
+def positive(scale: float) -> tuple[float, float]:
+    """``(sign, size)``, ``scale = sign * size``, size > 0: kernels compare scores unscaled."""
+    if scale > 0:
+        return 1.0, scale
+    return (-1.0, -scale) if scale < 0 else (0.0, 1.0)
+
+
+def single(grad_lse: Tensor | None, unused: Tensor) -> Tensor:
+    """The gradient of the log-sum-exp; anything where there is none."""
+    return unused if grad_lse is None else grad_lse.to(torch.float32).contiguous()
+
+
+def too_short(
+    mask: MaskExpr, tables: Sequence[Tensor], lengths: tuple[int, int]
+) -> tuple[tuple[int, int, int], ...]:
+    """Tables that a plain ``q`` or ``kv`` indexes beyond their end: number, dimension, length."""
+    found = []
+    for number, axis, coordinate in sorted(direct_lookups(mask)):
+        n = lengths[0 if coordinate == "q" else 1]
+        if tables[number].shape[axis] < n:
+            found.append((number, axis, n))
+    return tuple(found)
+
+
+def zeros(of: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A gradient of zeros, contiguous."""
+    return torch.zeros(of.shape, dtype=dtype or of.dtype, device=of.device)
+
+
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """What calls of equal shapes share; their sizes and their scale may differ.
@@ -62,7 +149,7 @@ class Prepared:
     """
 
     spec: Any
-    operands: arguments.Operands
+    operands: Operands
     launches: Launches
 
     @staticmethod
@@ -86,22 +173,26 @@ class Prepared:
         launchers, (read, written) = kernels_of(spec), tensors
         described = _described(spec, direction)
         given = {"Q": call.q, "K": call.k, "V": call.v, **read}
-        longer = arguments.too_short(call.spec.mask, call.tables, call.shape[2:])
-        operands = arguments.Operands.prepared(given, described, call.scale, longer)
+        longer = too_short(call.spec.mask, call.tables, call.shape[2:])
+        operands = Operands.prepared(given, described, call.scale, longer)
         found = operands.of(dict(given), call.tables)
         strided = {name.lower(): found[name] for name in given}
         strided |= {name.lower(): t for name, t in written.items()}
         batch, heads, n_q, n_kv = call.shape
         shape = {"batch": batch, "q_heads": heads, "kv_heads": call.k.shape[1]}
         shape |= {"n_q": n_q, "n_kv": n_kv}
-        shape |= strides(**strided) | arguments.mask_values(call.spec.mask, found)
+        shape |= strides(**strided)
+        for number in table_ranks(call.spec.mask):
+            # Its strides and sizes; the table itself differs between calls.
+            _, *sizes = table_values(number, found[f"t{number}"]).items()
+            shape |= sizes
         return Prepared(spec, operands, Launches(launchers, {**shape, **values}))
 
     def running(self, call: AttentionCall, read: Mapping[str, Tensor]) -> Running:
         """One of the calls, with what it reads beside q, k and v."""
         operands = {"Q": call.q, "K": call.k, "V": call.v, **read}
         given = self.operands.of(operands, call.tables)
-        given["scale"] = arguments.positive(call.scale)[1]
+        given["scale"] = positive(call.scale)[1]
         for number, size in enumerate(call.sizes):
             given[f"s{number}"] = int(size)
         return Running(self, call, given)
@@ -137,36 +228,27 @@ class Running:
         return workers_of(self.call.q.device)
 
 
-class Shared(Protocol):
-    """What is prepared."""
-
-    @property
-    def spec(self) -> Any:
-        """What the kernels were generated for."""
-        ...
-
-
-_Shared = TypeVar("_Shared", bound=Shared)
+_Way = TypeVar("_Way")
 _Result = TypeVar("_Result")
 
 
 def served(
     key: Hashable,
-    prepare: Callable[[], _Shared],
-    run: Callable[[_Shared], _Result],
+    prepare: Callable[[], tuple[Prepared, _Way]],
+    run: Callable[[Prepared, _Way], _Result],
     device: torch.device,
 ) -> _Result:
-    """What ``run`` gives for what calls of a key share, which ``prepare`` makes.
+    """What ``run`` gives for what calls of a key share, which ``prepare`` makes: launches, and how.
 
     Where a kernel turns out not to fit the device, the next generator serves from then on.
     """
     while True:
-        shared = PREPARED.get(key) or kept(PREPARED, key, prepare())
+        prepared, way = PREPARED.get(key) or kept(PREPARED, key, prepare())
         try:
             with current(device):
-                return run(shared)
+                return run(prepared, way)
         except Refused as why:
-            generators().refuse(shared.spec, str(why))
+            generators().refuse(prepared.spec, str(why))
             forget()
 
 
@@ -179,7 +261,7 @@ def forget() -> None:
 
 def key_of(call: AttentionCall, *read: Tensor) -> tuple[Hashable, ...]:
     """What calls have in common that are prepared together."""
-    sign = arguments.positive(call.scale)[0]
+    sign = positive(call.scale)[0]
     return sign, call.spec, geometry((call.q, call.k, call.v, *read, *call.tables))
 
 

@@ -306,3 +306,10 @@ def existing(order: Order, n: int) -> Tensor:
         return (n - torch.arange(order.blocks(n)) * order.block).clamp(max=order.block)
     base: Tensor = order.base(torch.arange(order.blocks(n)), n)
     return (base[:, None] + torch.tensor(order.offsets()) < n).sum(1)
+
+
+@functools.lru_cache(maxsize=64)
+def places_of(order: Order, n: int, device: torch.device | str = "cpu") -> Tensor:
+    """int64 [blocks * block]: the token at each place of an order, ``n`` where there is none."""
+    base: Tensor = order.base(torch.arange(order.blocks(n)), n)[:, None]
+    return (base + torch.tensor(order.offsets())).clamp(max=n).flatten().to(device)
