@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from sparse_compile.codegen.call import AttentionCall
-from sparse_compile.codegen.cpu.batches import Batch
+from sparse_compile.codegen.cpu.batches import Batch, Part
 from sparse_compile.codegen.cpu.bias import Bias
-from sparse_compile.codegen.cpu.parts import Part
 from sparse_compile.expr import COORDINATES, ScoreData, ScoreProgram, evaluate_score, evaluate_slope
 
 
