@@ -9,7 +9,12 @@ the programs of one of them return at once.
 
 from __future__ import annotations
 
+import math
+
+from torch import Tensor
+
 from sparse_compile.codegen.call import AttentionCall
+from sparse_compile.codegen.triton.calls import Running
 from sparse_compile.codegen.triton.selected.features import WIDE
 from sparse_compile.codegen.triton.selected.spec import SelectedKernelSpec
 from sparse_compile.codegen.triton.tile import Tile, padded, power_of_two
@@ -49,13 +54,22 @@ def neighbours(spec: SelectedKernelSpec) -> int:
     return min(_MOST, _ROWS // spec.rows)
 
 
-def can_unite(spec: SelectedKernelSpec, call: AttentionCall) -> bool:
-    """Whether lists of a call can be united: there are several, of a length that can be sorted."""
+def can_serve(launch: Running) -> bool:
+    """Whether the kernel is worth trying; what the lists have in common, the device finds out.
+
+    There are several lists, of a length that can be sorted.
+    """
+    spec, call = launch.prepared.spec, launch.call
     if call.index.shape[2] < 2 or union_tile(spec) is None:
         return False
     n, key_units = neighbours(spec), -(-call.k.shape[2] // call.spec.unit_kv)
     slots = power_of_two(n) * power_of_two(call.index.shape[3])
-    return slots <= _SLOTS and n * key_units < (1 << 31) - 1
+    return slots <= _SLOTS and n * key_units < (1 << 31) - 1 and is_large(launch)
+
+
+def is_large(launch: Running) -> bool:
+    """Whether programs of several units of queries, of which there are fewer, keep a GPU busy."""
+    return math.prod(programs(launch.prepared.spec, launch.call)) >= 2 * launch.workers
 
 
 def programs(spec: SelectedKernelSpec, call: AttentionCall) -> tuple[int, int, int]:
@@ -72,3 +86,23 @@ def constants_of(neighbours: int, most: int, lines: int) -> dict[str, int]:
     members, room = power_of_two(neighbours), power_of_two(most)
     together = max(1, min(_SLOTS // (members * room), power_of_two(lines)))
     return {"NEIGHBOURS": neighbours, "MEMBERS": members, "ROOM": room, "LINES": together}
+
+
+def forward(launch: Running, out: Tensor, lse: Tensor) -> Tensor:
+    """Write OUT and LSE, if the unions cost less than the lists.
+
+    Returns:
+        int64 [1]: below zero if they do, and so did write.
+    """
+    # Imports Triton.
+    from sparse_compile.codegen.triton.selected.union_lists import unite
+
+    spec = launch.prepared.spec
+    index, count = launch.given["INDEX"], launch.given["COUNT"]
+    lists = unite(index, count, neighbours(spec), COSTS)
+    tensors = {"INDEX": lists.index, "NAMES": lists.names, "COUNT": lists.count}
+    tensors |= {"BALANCE": lists.balance, "OUT": out, "LSE": lse}
+    _, _, unions, most = lists.index.shape
+    grid = programs(spec, launch.call)
+    launch.start("forward_union", grid, tensors, unions=unions, most=most)
+    return lists.balance
