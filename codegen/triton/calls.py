@@ -28,11 +28,8 @@ from sparse_compile.codegen.triton.entries import table_ranks
 from sparse_compile.codegen.triton.predicate import COORDINATE_BITS
 from sparse_compile.errors import UnsupportedDtype
 from sparse_compile.expr import MaskExpr
-from sparse_compile.spec.target import Target
 
 LIMIT = 1 << COORDINATE_BITS
-#: As many programs as split lines are for, where there is no GPU to ask.
-_WORKERS_WITHOUT_GPU = 8
 #: What calls of equal shapes share, by what they have in common.
 PREPARED: dict[Hashable, Any] = {}
 
@@ -222,11 +219,6 @@ class Running:
         """What a program of a kernel holds."""
         return self.prepared.launches.launchers[label].entry.tile
 
-    @property
-    def workers(self) -> int:
-        """Programs that run at a time."""
-        return workers_of(self.call.q.device)
-
 
 _Way = TypeVar("_Way")
 _Result = TypeVar("_Result")
@@ -270,8 +262,3 @@ def dtype_of(call: AttentionCall) -> str:
     if call.q.dtype not in DTYPE_NAMES:
         raise UnsupportedDtype(call.q.dtype)
     return DTYPE_NAMES[call.q.dtype]
-
-
-def workers_of(device: torch.device) -> int:
-    """Programs that run at a time: two to a multiprocessor."""
-    return 2 * Target.of(device).workers if device.type == "cuda" else _WORKERS_WITHOUT_GPU

@@ -20,7 +20,7 @@ from sparse_compile.codegen.triton.tile import Tile, padded
 from sparse_compile.errors import BadShape
 from sparse_compile.layout import Layout
 from sparse_compile.layout.block_layout import places_of
-from sparse_compile.layout.schedule import Schedule
+from sparse_compile.layout.schedule import Schedule, workers_of
 from sparse_compile.spec import AttentionSpec, KernelSpec
 from sparse_compile.spec.target import Target
 from sparse_compile.spec.view import Order
@@ -90,7 +90,7 @@ class Pass:
         if key not in layout.derived:
             # The lists may be being made: what does not wait for them comes first.
             lists = [_list_values(layout, self.axis, own) for own in self.sections]
-            works = layout.schedules(self.axis, members, running.workers, call.q.device)
+            works = layout.schedules(self.axis, members, workers_of(call.q.device), call.q.device)
             layout.derived[key] = [
                 ({**given, "items": w.items, "n_items": w.items.shape[0], "heavy": w.heavy}, w)
                 for given, w in zip(lists, works, strict=True)

@@ -14,11 +14,11 @@ from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.codegen.triton import calls
 from sparse_compile.codegen.triton.calls import Prepared, Running
 from sparse_compile.codegen.triton.selected import latent, united
-from sparse_compile.codegen.triton.selected.features import WIDE, features_of
-from sparse_compile.codegen.triton.selected.spec import SelectedKernelSpec
+from sparse_compile.codegen.triton.selected.spec import WIDE, SelectedKernelSpec, features_of
 from sparse_compile.codegen.triton.tile import Tile
 from sparse_compile.errors import BadShape
 from sparse_compile.layout.places import places
+from sparse_compile.layout.schedule import workers_of
 from sparse_compile.selection.selection import worklist
 from sparse_compile.spec.target import Target
 
@@ -146,7 +146,7 @@ def parts_of(launch: Running) -> int:
     programs = math.prod(_grid_by_query(launch, "forward"))
     tile: Tile = launch.tile("forward")
     most = call.index.shape[3] * call.spec.unit_kv // (2 * tile.n)
-    return max(1, min(2 * launch.workers // programs, most))
+    return max(1, min(2 * workers_of(call.q.device) // programs, most))
 
 
 def _grid_by_query(launch: Running, name: str, parts: int = 1) -> tuple[int, int, int]:

@@ -10,8 +10,7 @@ from sparse_compile.codegen.entry import Kernel
 from sparse_compile.codegen.triton.filled import escaped, where
 from sparse_compile.codegen.triton.predicate import print_predicate
 from sparse_compile.codegen.triton.selected.entries import latent_entry
-from sparse_compile.codegen.triton.selected.features import features_of
-from sparse_compile.codegen.triton.selected.spec import SelectedKernelSpec
+from sparse_compile.codegen.triton.selected.spec import SelectedKernelSpec, features_of
 from sparse_compile.codegen.triton.selected.text_latent import LATENT
 from sparse_compile.codegen.triton.tile import Tile
 from sparse_compile.expr import KV, B, H

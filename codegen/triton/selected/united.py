@@ -15,9 +15,9 @@ from torch import Tensor
 
 from sparse_compile.codegen.call import AttentionCall
 from sparse_compile.codegen.triton.calls import Running
-from sparse_compile.codegen.triton.selected.features import WIDE
-from sparse_compile.codegen.triton.selected.spec import SelectedKernelSpec
+from sparse_compile.codegen.triton.selected.spec import WIDE, SelectedKernelSpec
 from sparse_compile.codegen.triton.tile import Tile, padded, power_of_two
+from sparse_compile.layout.schedule import workers_of
 
 #: What an entry of a list costs the forward by query, and an entry of a union the forward over
 #: unions, in tenths: 1.5 to 2.0 times as much on an H200, by head dim and units.
@@ -69,7 +69,8 @@ def can_serve(launch: Running) -> bool:
 
 def is_large(launch: Running) -> bool:
     """Whether programs of several units of queries, of which there are fewer, keep a GPU busy."""
-    return math.prod(programs(launch.prepared.spec, launch.call)) >= 2 * launch.workers
+    call = launch.call
+    return math.prod(programs(launch.prepared.spec, call)) >= 2 * workers_of(call.q.device)
 
 
 def programs(spec: SelectedKernelSpec, call: AttentionCall) -> tuple[int, int, int]:
