@@ -197,7 +197,11 @@ def _batches(tiles: TileBlocks, regular: list[Strided], small: list[Strided]) ->
     covered: set[int] = set()
     for run in sorted(regular, key=lambda run: -run.tiles):
         members = list(_members(run, tiles.rows))
-        batches += _mark_merges(run, [tile in covered for tile in members])
+        merges = [tile in covered for tile in members]
+        # It is cut where it changes between tiles that have a partial result already and not.
+        cuts = [0, *(i for i in range(1, len(merges)) if merges[i] != merges[i - 1]), len(merges)]
+        for low, high in itertools.pairwise(cuts):
+            batches.append(replace(run.part(low, high), merge=merges[low]))
         covered.update(members)
     return [*batches, *_gather(tiles, small, covered)]
 
@@ -305,13 +309,6 @@ def _split(
 def _members(run: Strided, tile_rows: int) -> range:
     first = run.q_start // tile_rows
     return range(first, first + run.tiles)
-
-
-def _mark_merges(run: Strided, merges: list[bool]) -> Iterator[Strided]:
-    """Cut a run where it changes between tiles that have a partial result already and not."""
-    cuts = [0, *(i for i in range(1, len(merges)) if merges[i] != merges[i - 1]), len(merges)]
-    for low, high in itertools.pairwise(cuts):
-        yield replace(run.part(low, high), merge=merges[low])
 
 
 def _gather(tiles: TileBlocks, small: list[Strided], covered: set[int]) -> Iterator[Gathered]:

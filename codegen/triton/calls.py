@@ -40,17 +40,6 @@ def kernels_of(spec: Any) -> Mapping[str, Launcher]:
     return launchers_of(generators().choose(spec).kernel)
 
 
-@functools.lru_cache(maxsize=1024)
-def _described(spec: Any, direction: str) -> frozenset[str]:
-    """What the kernels of a direction read by descriptors."""
-    return frozenset(
-        p.tensor
-        for label, launcher in kernels_of(spec).items()
-        for p in launcher.entry.parameters
-        if p.kind is Kind.DESCRIPTOR and label.startswith(direction)
-    )
-
-
 def is_usable(t: Tensor, described: bool) -> bool:
     """Whether kernels read a tensor as it is: rows are contiguous, and aligned for descriptors."""
     by_batch, by_head, by_token, by_dim = t.stride()
@@ -168,7 +157,12 @@ class Prepared:
             values: of further parameters.
         """
         launchers, (read, written) = kernels_of(spec), tensors
-        described = _described(spec, direction)
+        described = {
+            parameter.tensor
+            for label, launcher in launchers.items()
+            for parameter in launcher.entry.parameters
+            if parameter.kind is Kind.DESCRIPTOR and label.startswith(direction)
+        }
         given = {"Q": call.q, "K": call.k, "V": call.v, **read}
         longer = too_short(call.spec.mask, call.tables, call.shape[2:])
         operands = Operands.prepared(given, described, call.scale, longer)
@@ -247,7 +241,6 @@ def served(
 def forget() -> None:
     """Prepare everything anew."""
     kernels_of.cache_clear()
-    _described.cache_clear()
     PREPARED.clear()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,14 +23,6 @@ from sparse_compile.layout.schedule import Schedule, workers_of
 from sparse_compile.spec import AttentionSpec, KernelSpec
 from sparse_compile.spec.target import Target
 from sparse_compile.spec.view import Order
-
-
-@functools.lru_cache(maxsize=1024)
-def is_exact(spec: AttentionSpec, n_q: int, n_kv: int) -> bool:
-    """Whether the lengths are multiples of the radices of all views."""
-    return all(
-        n_q % view.q.strides[0] == 0 and n_kv % view.kv.strides[0] == 0 for view in spec.parts
-    )
 
 
 @dataclass(frozen=True)
@@ -170,7 +161,9 @@ def _prepared(
     _check(call)
     (_, heads, n_q, n_kv), views = call.shape, call.spec.parts
     shape = call.q.shape[3], call.v.shape[3], calls.dtype_of(call), Target.of(call.q.device).arch
-    spec = KernelSpec(call.spec, *shape, is_exact(call.spec, n_q, n_kv))
+    # Whether the lengths are multiples of the radices of all views.
+    exact = all(n_q % v.q.strides[0] == 0 and n_kv % v.kv.strides[0] == 0 for v in views)
+    spec = KernelSpec(call.spec, *shape, exact)
     values["GROUP"] = heads // call.k.shape[1]
     orders = {f"STATISTICS_{v}": view.q for v, view in enumerate(views) if view.q.radices}
     values |= {f"lines_{v}_q": view.q.blocks(n_q) for v, view in enumerate(views)}

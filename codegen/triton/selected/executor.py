@@ -223,7 +223,15 @@ def backward(call: AttentionCall, result: AttentionResult) -> tuple[Tensor, Tens
             "DELTA": torch.empty_like(lse, memory_format=torch.contiguous_format),
             **{"GRAD_Q": dq, "GRAD_K": dk, "GRAD_V": dv},
         }
-        _launch_backward(_running(prepared, call, read), tensors, has_grad_lse)
+        launch = _running(prepared, call, read)
+        # By query the gradient of queries and DELTA, for short units all gradients; then by key.
+        grid = _grid_by_query(launch, "backward_query")
+        launch.start("backward_query", grid, tensors, HAS_GRAD_LSE=has_grad_lse)
+        if not prepared.spec.adds_by_query:
+            work = _work(launch, _STRETCH[1])
+            subtiles = call.spec.unit_kv // launch.tile("backward_key_value").n
+            grid = work["n_work"] * subtiles, call.groups, call.q.shape[0]
+            launch.start("backward_key_value", grid, {**work, **tensors})
         sign = prepared.operands.sign
         return dq if sign == 1 else dq.mul_(sign), dk.to(call.k.dtype), dv.to(call.v.dtype)
 
@@ -231,18 +239,6 @@ def backward(call: AttentionCall, result: AttentionResult) -> tuple[Tensor, Tens
         return _prepared(call, "backward", (read, {})), None
 
     return calls.served(_key(call, "backward", *read.values()), prepare, run, call.q.device)
-
-
-def _launch_backward(launch: Running, tensors: dict[str, Tensor], has_grad_lse: bool) -> None:
-    """By query the gradient of queries and DELTA, for short units all gradients; then by key."""
-    call, grid = launch.call, _grid_by_query(launch, "backward_query")
-    launch.start("backward_query", grid, tensors, HAS_GRAD_LSE=has_grad_lse)
-    if launch.prepared.spec.adds_by_query:
-        return
-    work = _work(launch, _STRETCH[1])
-    subtiles = call.spec.unit_kv // launch.tile("backward_key_value").n
-    grid = work["n_work"] * subtiles, call.groups, call.q.shape[0]
-    launch.start("backward_key_value", grid, {**work, **tensors})
 
 
 def is_shared(k: Tensor, v: Tensor) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 from torch import Tensor
 
 from sparse_compile.codegen.entry import Kernel
@@ -65,7 +63,6 @@ def latent_kernel(spec: SelectedKernelSpec) -> Kernel:
 # ``tests/codegen/test_selected_source.py`` compiles what uses them.
 
 
-@functools.lru_cache(maxsize=1)
 def _barrier() -> str:
     """The barrier of all threads of a program: ``thread_barrier`` up to Triton 3.6."""
     from triton.experimental.gluon import language
@@ -73,7 +70,6 @@ def _barrier() -> str:
     return "thread_barrier" if hasattr(language, "thread_barrier") else "barrier"
 
 
-@functools.lru_cache(maxsize=1)
 def _async_load() -> str:
     """The copy from global to shared memory: another name since Triton 3.9."""
     from triton.experimental.gluon.language.nvidia.ampere import async_copy

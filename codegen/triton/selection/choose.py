@@ -138,13 +138,6 @@ def _from_mask(key: Key) -> list[str]:
     ]
 
 
-def can_choose(made: Prepared) -> bool:
-    """Whether the kernel can choose for a task: not from too many blocks."""
-    task, most = made.task, _MOST_IN_ORDER if isinstance(made.pattern, TopK) else HELD
-    fits = task.blocks <= most and max(task.q.shape[2], task.k.shape[2]) <= LONGEST
-    return fits and task.rows * task.blocks < 1 << 40
-
-
 @dataclass(frozen=True)
 class Chooser:
     """Chooses for the units of a task, some at a time; writes the lists of what was prepared."""
@@ -213,6 +206,13 @@ class Chooser:
             **named,
         }
         printable.launch(choose_kernel, spec, scores.device, grid, values)
+
+
+def chooser(made: Prepared) -> Chooser | None:
+    """What chooses for a task by the kernel; None where it cannot, from too many blocks."""
+    task, most = made.task, _MOST_IN_ORDER if isinstance(made.pattern, TopK) else HELD
+    fits = task.blocks <= most and max(task.q.shape[2], task.k.shape[2]) <= LONGEST
+    return Chooser(made) if fits and task.rows * task.blocks < 1 << 40 else None
 
 
 def choose_spec(made: Prepared) -> ChooseSpec:

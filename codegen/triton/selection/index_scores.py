@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from sparse_compile.codegen.triton.filled import filled
 from sparse_compile.codegen.triton.layout.key import Key, digest
 from sparse_compile.codegen.triton.selection import printable, text
 from sparse_compile.codegen.triton.tile import padded, power_of_two
+from sparse_compile.selection.builders import IndexScores
 from sparse_compile.selection.indexing import Indexing
 from sparse_compile.spec.target import Target
 
@@ -110,14 +112,6 @@ def index_kernel(spec: IndexSpec) -> Kernel:
     return Kernel(spec.name, "".join([header, *helpers, kernel]), (entry,))
 
 
-def can_index(of: Indexing) -> bool:
-    """Whether the kernel can score these queries and keys: in its sizes and dtypes."""
-    q, k, heads, dim = of.q, of.k, of.q.shape[1], of.q.shape[3]
-    most = _MOST_HEADS_SINGLE if q.dtype == torch.float32 else _MOST_HEADS
-    fits = heads <= most and dim <= _MOST_DIM and min(q.numel(), k.numel()) > 0
-    return fits and q.dtype == k.dtype and q.dtype in DTYPE_NAMES
-
-
 def index_scores(of: Indexing, first: int, end: int) -> Tensor:
     """The scores of the queries ``first, ..., end - 1``: fp32 [B, end - first, Nkv]."""
     q, k, w, visible = of.q, of.k, of.w, of.visible
@@ -139,3 +133,15 @@ def index_scores(of: Indexing, first: int, end: int) -> Tensor:
     grid = -(-n_kv // run_kv), -(-(end - first) // run_q), batch
     printable.launch(index_kernel, spec, q.device, grid, values)
     return scores
+
+
+def scorer(of: Indexing) -> IndexScores | None:
+    """:func:`index_scores` of these queries and keys; None where their sizes or dtypes are others.
+
+    What it gives takes the first of some queries, and their end.
+    """
+    q, k, heads, dim = of.q, of.k, of.q.shape[1], of.q.shape[3]
+    most = _MOST_HEADS_SINGLE if q.dtype == torch.float32 else _MOST_HEADS
+    fits = heads <= most and dim <= _MOST_DIM and min(q.numel(), k.numel()) > 0
+    fits = fits and q.dtype == k.dtype and q.dtype in DTYPE_NAMES
+    return functools.partial(index_scores, of) if fits else None
