@@ -118,7 +118,7 @@ class _Way:
             launch.start("forward_latent", grid, {"OUT": out, "LSE": lse})
         elif self.name == "by union":
             # The device decides which of the two does it.
-            _by_query(launch, out, lse, self.parts, united.forward(launch, out, lse))
+            _by_query(launch, out, lse, self.parts, _by_union(launch, out, lse))
         else:
             _by_query(launch, out, lse, self.parts)
 
@@ -174,6 +174,26 @@ def _by_query(
     if parts > 1:
         found = {"PART_OUT": given["OUT"], "PART_LSE": given["LSE"], "OUT": out, "LSE": lse}
         _merge(launch, found, call.groups, parts=parts, first_group=0, COUNTED=False)
+
+
+def _by_union(launch: Running, out: Tensor, lse: Tensor) -> Tensor:
+    """Write OUT and LSE, if the unions cost less than the lists.
+
+    Returns:
+        int64 [1]: below zero if they do, and so did write.
+    """
+    # Imports Triton.
+    from sparse_compile.codegen.triton.selected.union_lists import unite
+
+    spec = launch.prepared.spec
+    index, count = launch.given["INDEX"], launch.given["COUNT"]
+    lists = unite(index, count, united.neighbours(spec), united.COSTS)
+    tensors = {"INDEX": lists.index, "NAMES": lists.names, "COUNT": lists.count}
+    tensors |= {"BALANCE": lists.balance, "OUT": out, "LSE": lse}
+    _, _, unions, most = lists.index.shape
+    grid = united.programs(spec, launch.call)
+    launch.start("forward_union", grid, tensors, unions=unions, most=most)
+    return lists.balance
 
 
 def _merge(launch: Running, tensors: dict[str, Tensor], groups: int, **own: Any) -> None:

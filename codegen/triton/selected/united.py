@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor
-
 from sparse_compile.codegen.call import AttentionCall
 from sparse_compile.codegen.triton.calls import Running
 from sparse_compile.codegen.triton.selected.spec import WIDE, SelectedKernelSpec
@@ -37,8 +35,7 @@ def union_tile(spec: SelectedKernelSpec) -> Tile | None:
     if spec.adds_by_query or spec.rows > _ROWS // 2 or single:
         return None
     width = padded(max(spec.head_dim, spec.value_dim, 64))
-    held = min(_MOST, _ROWS // spec.rows) * spec.rows
-    m = padded(held)
+    m = padded(neighbours(spec) * spec.rows)
     if spec.arch == "interpreter":
         return Tile(m, 32, 4, 1)
     n = 64 if width < WIDE else 32
@@ -87,23 +84,3 @@ def constants_of(neighbours: int, most: int, lines: int) -> dict[str, int]:
     members, room = power_of_two(neighbours), power_of_two(most)
     together = max(1, min(_SLOTS // (members * room), power_of_two(lines)))
     return {"NEIGHBOURS": neighbours, "MEMBERS": members, "ROOM": room, "LINES": together}
-
-
-def forward(launch: Running, out: Tensor, lse: Tensor) -> Tensor:
-    """Write OUT and LSE, if the unions cost less than the lists.
-
-    Returns:
-        int64 [1]: below zero if they do, and so did write.
-    """
-    # Imports Triton.
-    from sparse_compile.codegen.triton.selected.union_lists import unite
-
-    spec = launch.prepared.spec
-    index, count = launch.given["INDEX"], launch.given["COUNT"]
-    lists = unite(index, count, neighbours(spec), COSTS)
-    tensors = {"INDEX": lists.index, "NAMES": lists.names, "COUNT": lists.count}
-    tensors |= {"BALANCE": lists.balance, "OUT": out, "LSE": lse}
-    _, _, unions, most = lists.index.shape
-    grid = programs(spec, launch.call)
-    launch.start("forward_union", grid, tensors, unions=unions, most=most)
-    return lists.balance

@@ -98,10 +98,14 @@ def choose_kernel(spec: ChooseSpec) -> Kernel:
         SLICE=str(min(spec.blocks, 512 * spec.warps)),
     )
     names, entry = [] if spec.given else data(key), _entry(spec)
+    visible = [
+        *printable.verdict_lines(key, "unit", "block"),
+        "visible = tl.where(may, there.to(tl.int32), 0) > 0",
+    ]
     kernel = entry.text(
         text.CHOOSE,
         SIZES=names,
-        VISIBLE=text.GIVEN.splitlines() if spec.given else _from_mask(key),
+        VISIBLE=text.GIVEN.splitlines() if spec.given else visible,
         LIMIT=_LIMITS[spec.rule].splitlines(),
         **_search(spec, names),
     )
@@ -129,13 +133,6 @@ def _search(spec: ChooseSpec, parameters: list[str]) -> dict[str, str | list[str
         "FOUND_HIGHER": found("higher"),
         "FOUND_ABOVE": found("least + 1"),
     }
-
-
-def _from_mask(key: Key) -> list[str]:
-    return [
-        *printable.verdict_lines(key, "unit", "block"),
-        "visible = tl.where(may, there.to(tl.int32), 0) > 0",
-    ]
 
 
 @dataclass(frozen=True)
