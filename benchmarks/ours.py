@@ -21,9 +21,9 @@ from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.patterns import Pattern
 from sparse_compile.spec import AttentionSpec
 
-#: Caches of these packages hold what follows from lengths; those named below hold what follows from
+#: Caches of this package hold what follows from lengths; those named below hold what follows from
 #: the mask alone, which a second length finds there too.
-_PACKAGES = ("sparse_compile.layout", "sparse_compile.codegen.triton.blocks.arguments")
+_PACKAGE = "sparse_compile.layout"
 _OF_THE_MASK = ("_axis", "canonical", "_class_coordinates")
 #: Of neither lengths nor masks.
 _OF_NOTHING = ("_descriptor_class", "_all_lines")
@@ -147,7 +147,7 @@ def forgetter(views: bool = True, mask: bool = False) -> Callable[[], None]:
         value.cache_clear
         for name, module in list(sys.modules.items())
         # Kernels that list blocks stay compiled, as those of the attention do.
-        if name.startswith(_PACKAGES)
+        if name.startswith(_PACKAGE)
         for attribute, value in vars(module).items()
         if hasattr(value, "cache_clear") and attribute not in kept
     ]

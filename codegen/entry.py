@@ -167,11 +167,6 @@ class Entry:
         """Of the parameters, in order."""
         return tuple(parameter.name for parameter in self.parameters)
 
-    @property
-    def unspecialized(self) -> list[str]:
-        """The parameters whose values compile nothing."""
-        return [p.name for p in self.parameters if p.kind in (Kind.LIST, Kind.SIZE)]
-
     def of_section(self, number: int, absent: frozenset[str]) -> Entry:
         """The same for a section, which is a constant of the kernel, if there are several."""
         lines = tuple(
@@ -198,7 +193,9 @@ class Entry:
             TILE: tl.constexpr,
         ):
         """
-        quoted = ", ".join(f'"{name}"' for name in self.unspecialized)
+        # The parameters whose values compile nothing.
+        plain = (p.name for p in self.parameters if p.kind in (Kind.LIST, Kind.SIZE))
+        quoted = ", ".join(f'"{name}"' for name in plain)
         shown = [", ".join(p.text for p in line) + "," for line in self.lines if line]
         wrapped = [row for line in shown for row in textwrap.wrap(line, 96)]
         head = f"@triton.jit(do_not_specialize=[{quoted}])"

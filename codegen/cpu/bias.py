@@ -13,7 +13,7 @@ from sparse_compile.codegen.call import AttentionCall
 from sparse_compile.codegen.cpu.batches import Batch, Gathered, Strided
 from sparse_compile.codegen.cpu.cache import BoundedCache, fingerprint
 from sparse_compile.codegen.cpu.shift import is_shift_invariant
-from sparse_compile.expr import B, H, MaskExpr, evaluate
+from sparse_compile.expr import B, H, evaluate
 
 #: Tables beyond this size, in bytes, are not worth comparing: their biases serve one call only.
 LARGEST_KEY = 1 << 22
@@ -70,11 +70,6 @@ class MaskCall:
         key = (call.spec.mask.text, *call.shape[2:], tuple(call.sizes), call.q.dtype, content)
         return MaskCall(call, key, biases)
 
-    @property
-    def mask(self) -> MaskExpr:
-        """The predicate."""
-        return self.call.spec.mask
-
     def at(self, batch: int, head: int) -> MaskCall:
         """The mask of one batch entry and query head."""
         return replace(self, batch=batch, head=head)
@@ -85,7 +80,7 @@ class MaskCall:
             return False
         if not batch.masked or batch.tiles == 1:
             return True
-        return is_shift_invariant(self.mask, batch.q_step, batch.kv_step)
+        return is_shift_invariant(self.call.spec.mask, batch.q_step, batch.kv_step)
 
     def bias(self, batch: Batch, name: Hashable) -> Bias | None:
         """The bias of a batch; ``name`` tells it from the other batches of all plans."""
@@ -96,7 +91,7 @@ class MaskCall:
             batch = batch.part(0, 1) if self.is_shared(batch) else batch
         elif bool(batch.present.all()) and not bool(batch.partial.any()):
             return None
-        mask = self.mask
+        mask = self.call.spec.mask
         entry = self.batch if mask.depends_on(B) else 0
         head = self.head if mask.depends_on(H) else 0
         return self.biases.get((self.key, entry, head, name), lambda: self._make(batch))
@@ -126,5 +121,5 @@ class MaskCall:
         """bool [tiles, rows, keys] at int64 [tiles, rows, 1] and [tiles, 1, keys]."""
         where = {"b": torch.tensor(self.batch), "h": torch.tensor(self.head)}
         where |= {"q": queries, "kv": keys}
-        allowed = evaluate(self.mask, where, *self.call.data)
+        allowed = evaluate(self.call.spec.mask, where, *self.call.data)
         return allowed.expand(queries.shape[0], queries.shape[1], keys.shape[2])

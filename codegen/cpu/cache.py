@@ -26,7 +26,8 @@ class BoundedCache(Generic[T]):
     def __init__(self, max_bytes: int) -> None:
         """An empty cache with this budget."""
         self.max_bytes = max_bytes
-        self._bytes = 0
+        #: Bytes held.
+        self.nbytes = 0
         self._values: OrderedDict[Hashable, T] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -40,15 +41,10 @@ class BoundedCache(Generic[T]):
         with self._lock:
             if key not in self._values and value.nbytes <= self.max_bytes:
                 self._values[key] = value
-                self._bytes += value.nbytes
-            while self._bytes > self.max_bytes:
-                self._bytes -= self._values.popitem(last=False)[1].nbytes
+                self.nbytes += value.nbytes
+            while self.nbytes > self.max_bytes:
+                self.nbytes -= self._values.popitem(last=False)[1].nbytes
         return value
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return self._bytes
 
 
 def fingerprint(tensors: Sequence[Tensor], max_bytes: int | None = None) -> bytes | None:

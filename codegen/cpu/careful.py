@@ -118,61 +118,52 @@ def delta_of(result: AttentionResult) -> Tensor:
     return delta if result.grad_lse is None else delta - result.grad_lse.float()[..., None]
 
 
-@dataclass(frozen=True, eq=False)
-class CarefulCall:
-    """A call of parts of blocks, computed by its whole mask."""
+def _chunks(call: AttentionCall, chosen: Tensor) -> Iterator[tuple[int, int, int, Tensor]]:
+    """Some of the chosen queries, bool [B, Hq, Nq]: entry, head, key head and which they are.
 
-    call: AttentionCall
+    Always of one entry and head.
+    """
+    group = call.q.shape[1] // call.k.shape[1]
+    step = max(1, _AT_ONCE // max(1, call.k.shape[2]))
+    for b, h in chosen.any(-1).nonzero().tolist():
+        for rows in torch.split(chosen[b, h].nonzero().flatten(), step):
+            yield b, h, h // group, rows
 
-    def chunks(self, chosen: Tensor) -> Iterator[tuple[int, int, int, Tensor]]:
-        """Some of the chosen queries, bool [B, Hq, Nq]: entry, head, key head and which they are.
 
-        Always of one entry and head.
-        """
-        q, k = self.call.q, self.call.k
-        group = q.shape[1] // k.shape[1]
-        step = max(1, _AT_ONCE // max(1, k.shape[2]))
-        for b, h in chosen.any(-1).nonzero().tolist():
-            for rows in torch.split(chosen[b, h].nonzero().flatten(), step):
-                yield b, h, h // group, rows
-
-    def pairs(self, b: int, h: int, head: int, rows: Tensor) -> Pairs:
-        """Some queries and all keys."""
-        call, spec = self.call, self.call.spec
-        q, k = call.q[b, h, rows].float(), call.k[b, head].float()
-        where = {"b": torch.tensor(b), "h": torch.tensor(h)}
-        where |= {"q": rows[:, None], "kv": torch.arange(k.shape[0])}
-        seen = torch.tensor(True)
-        if spec.parts[0].listed:
-            seen = self._named(b, h)[rows // spec.block_q][:, where["kv"] // spec.block_kv]
-        return Pairs.of(call, q, k, where, seen)
-
-    def _named(self, b: int, h: int) -> Tensor:
-        """bool [query blocks, key blocks]: those that a selection names for a head."""
-        (view,) = self.call.blocks.views
+def _pairs(call: AttentionCall, b: int, h: int, head: int, rows: Tensor) -> Pairs:
+    """Some queries and all keys, by the whole mask."""
+    spec, q, k = call.spec, call.q[b, h, rows].float(), call.k[b, head].float()
+    where = {"b": torch.tensor(b), "h": torch.tensor(h)}
+    where |= {"q": rows[:, None], "kv": torch.arange(k.shape[0])}
+    seen = torch.tensor(True)
+    if spec.parts[0].listed:
+        (view,) = call.blocks.views
         row, column, _ = view.rows.entries(b * view.heads + h)
-        return torch.zeros(view.grid, dtype=torch.bool).index_put_(
-            (row, column), torch.tensor(True)
-        )
+        # The blocks that a selection names for a head.
+        named = torch.zeros(view.grid, dtype=torch.bool).index_put_((row, column), seen)
+        seen = named[rows // spec.block_q][:, where["kv"] // spec.block_kv]
+    return Pairs.of(call, q, k, where, seen)
 
-    def mend(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-        """``out`` [B, Hq, Nq, Dv] and ``lse`` [B, Hq, Nq] with the rows computed again that hold
-        something other than finite numbers.
-        """
-        out, lse = out.clone(), lse.clone()
-        for b, h, head, rows in self.chunks(~out.isfinite().all(-1)):
-            mended, total = self.pairs(b, h, head, rows).attend(self.call.v[b, head].float())
-            out[b, h, rows], lse[b, h, rows] = mended.to(out.dtype), total.squeeze(-1)
-        return out, lse
 
-    def gradients(self, result: AttentionResult) -> tuple[Tensor, Tensor, Tensor]:
-        """``(dq, dk, dv)`` in the dtypes of q, k and v."""
-        call, lse, delta = self.call, result.lse, delta_of(result)
-        dq, dk, dv = (torch.zeros(t.shape) for t in (call.q, call.k, call.v))
-        for b, h, head, rows in self.chunks(lse != -math.inf):
-            of_rows = (t[b, h, rows].float() for t in (result.grad_out, delta, lse[..., None]))
-            found = self.pairs(b, h, head, rows).gradients(call.v[b, head].float(), *of_rows)
-            dq[b, h, rows] = found[0]
-            dk[b, head] += found[1]
-            dv[b, head] += found[2]
-        return dq.to(call.q.dtype), dk.to(call.k.dtype), dv.to(call.v.dtype)
+def mend(call: AttentionCall, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """``out`` [B, Hq, Nq, Dv] and ``lse`` [B, Hq, Nq] of parts of blocks with the rows computed
+    again that hold something other than finite numbers.
+    """
+    out, lse = out.clone(), lse.clone()
+    for b, h, head, rows in _chunks(call, ~out.isfinite().all(-1)):
+        mended, total = _pairs(call, b, h, head, rows).attend(call.v[b, head].float())
+        out[b, h, rows], lse[b, h, rows] = mended.to(out.dtype), total.squeeze(-1)
+    return out, lse
+
+
+def gradients(call: AttentionCall, result: AttentionResult) -> tuple[Tensor, Tensor, Tensor]:
+    """``(dq, dk, dv)`` of a call of parts of blocks, in the dtypes of q, k and v."""
+    lse, delta = result.lse, delta_of(result)
+    dq, dk, dv = (torch.zeros(t.shape) for t in (call.q, call.k, call.v))
+    for b, h, head, rows in _chunks(call, lse != -math.inf):
+        of_rows = (t[b, h, rows].float() for t in (result.grad_out, delta, lse[..., None]))
+        pairs = _pairs(call, b, h, head, rows)
+        dq[b, h, rows], by_key, by_value = pairs.gradients(call.v[b, head].float(), *of_rows)
+        dk[b, head] += by_key
+        dv[b, head] += by_value
+    return dq.to(call.q.dtype), dk.to(call.k.dtype), dv.to(call.v.dtype)

@@ -15,12 +15,11 @@ from torch import Tensor
 
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.codegen.cpu import flash
-from sparse_compile.codegen.cpu.batches import Batch, Gathered, Strided, cut
+from sparse_compile.codegen.cpu.batches import Batch, Gathered, Part, Strided, cut, parts_of
 from sparse_compile.codegen.cpu.bias import Bias, MaskCall
 from sparse_compile.codegen.cpu.cache import BoundedCache, fingerprint
-from sparse_compile.codegen.cpu.parts import Part, parts_of
+from sparse_compile.codegen.cpu.flash import Score, Tiles
 from sparse_compile.codegen.cpu.plan import Plan, make_plan
-from sparse_compile.codegen.cpu.products import Score, Tiles
 from sparse_compile.layout import BlockLayout
 
 #: Bytes that the gathered keys, or the gradients of the keys, of one call may take.

@@ -1,23 +1,92 @@
-"""PyTorch's fused CPU attention on batches of small tiles: the one place that calls it.
+"""Attention of batches of small tiles, by PyTorch's fused operators: the one place that calls them.
 
 The two operators are not public API, so everything else goes through :func:`forward` and
-:func:`backward`, ``tests/codegen/test_cpu_flash.py`` pins what is relied upon, and plain matrix
-products stand in where the operators are missing, or do not know the score.
+:func:`backward`, and ``tests/codegen/test_cpu_flash.py`` pins what is relied upon. They know a
+scale and a bias only. For other scores, and where the operators are missing, plain matrix products
+take their place, tile by tile, in fp32; which tiles there are, and how their results merge, stays
+the same.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from sparse_compile.codegen.cpu import products
-from sparse_compile.codegen.cpu.products import Tiles
+from sparse_compile.codegen.call import AttentionCall
+from sparse_compile.codegen.cpu.batches import Batch, Part
+from sparse_compile.codegen.cpu.bias import Bias
+from sparse_compile.expr import COORDINATES, ScoreData, ScoreProgram, evaluate_score, evaluate_slope
 
 _FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
+
+
+@dataclass(frozen=True)
+class Score:
+    """What makes scores of products of queries and keys.
+
+    Attributes:
+        scale: factor on the products.
+        program: what happens to them then; None: nothing.
+        data: what the program reads; coordinates only where it is :meth:`at` some tiles.
+    """
+
+    scale: float
+    program: ScoreProgram | None = None
+    data: ScoreData = field(default_factory=ScoreData)
+
+    @staticmethod
+    def of(call: AttentionCall) -> Score:
+        """The scores of a call."""
+        return Score(call.scale, call.spec.score, ScoreData({}, *call.data))
+
+    def at(self, part: Part, batch: Batch) -> Score:
+        """The scores of the tiles of a batch."""
+        program = self.program
+        if program is None or not any(program.depends_on(symbol) for symbol in COORDINATES):
+            return self
+        queries, keys = batch.coordinates()
+        heads = torch.tensor(list(part.heads)).view(1, -1, 1, 1)
+        where = {"q": queries.unsqueeze(1), "kv": keys.unsqueeze(1), "h": heads}
+        where["b"] = torch.tensor(part.batch)
+        return replace(self, data=replace(self.data, coordinates=where))
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """Tiles of queries, each with keys of its own.
+
+    Attributes:
+        q: [tiles, heads, rows, D]; any strides, the last one 1. So are ``k`` and ``v``, whose tiles
+            and heads may overlap in memory.
+        k: [tiles, heads, keys, D].
+        v: [tiles, heads, keys, D].
+        bias: who may attend; None: every query to every key.
+        score: what makes the scores.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Bias | None
+    score: Score
+
+    def scores(self, slope: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Scores fp32 [tiles, heads, rows, keys], -inf where hidden; fp64 of fp64.
+
+        And, if asked for, their derivative by the scaled products, None for 1.
+        """
+        wide, score, by_product = torch.promote_types(self.q.dtype, torch.float32), self.score, None
+        scores = (self.q.to(wide) @ self.k.to(wide).mT).mul_(score.scale)
+        if score.program is not None and slope:
+            scores, by_product = evaluate_slope(score.program, scores, score.data)
+        elif score.program is not None:
+            scores = evaluate_score(score.program, scores, score.data)
+        return scores if self.bias is None else scores + self.bias.values, by_product
 
 
 @functools.lru_cache(maxsize=1)
@@ -38,7 +107,7 @@ def forward(tiles: Tiles) -> tuple[Tensor, Tensor]:
     """
     operators, bias, score = _operators(), tiles.bias, tiles.score
     if operators is None or score.program is not None:
-        return products.forward(tiles)
+        return _forward(tiles)
     given = tiles.q, tiles.k, tiles.v, 0.0, False
     values = None if bias is None else bias.values
     out, lse = operators[0](*given, attn_mask=values, scale=score.scale)
@@ -63,8 +132,36 @@ def backward(
     """
     operators, bias, score = _operators(), tiles.bias, tiles.score
     if operators is None or score.program is not None:
-        return products.backward(tiles, grad_out, out, lse)
+        return _backward(tiles, grad_out, out, lse)
     given = grad_out, tiles.q, tiles.k, tiles.v, out, lse, 0.0, False
     values = None if bias is None else bias.values
     grads = operators[1](*given, attn_mask=values, scale=score.scale)
     return cast(tuple[Tensor, Tensor, Tensor], grads)
+
+
+def _forward(tiles: Tiles) -> tuple[Tensor, Tensor]:
+    """As :func:`forward` by plain products; ``out`` is fp32, fp64 for fp64."""
+    scores, _ = tiles.scores()
+    peak = scores.amax(-1, keepdim=True)
+    peak.masked_fill_(peak == -torch.inf, 0.0)  # rows that see nothing here: exp(-inf - 0) = 0
+    weights = (scores - peak).exp_()
+    total = weights.sum(-1, keepdim=True)
+    out = weights @ tiles.v.to(weights.dtype)
+    out /= total.masked_fill(total == 0.0, 1.0)
+    return out, (peak + total.log()).squeeze(-1)
+
+
+def _backward(
+    tiles: Tiles, grad_out: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`backward` by plain products; gradients are fp32, fp64 for fp64."""
+    scores, slope = tiles.scores(slope=True)
+    weights = (scores - lse[..., None]).exp_()
+    q, k, v, grad, out = (x.to(weights.dtype) for x in (tiles.q, tiles.k, tiles.v, grad_out, out))
+    delta = (grad * out).sum(-1, keepdim=True)
+    dv = weights.mT @ grad
+    d_products = weights.mul_(grad @ v.mT - delta)
+    if slope is not None:
+        d_products *= slope
+    d_products *= tiles.score.scale
+    return d_products @ k, d_products.mT @ q, dv

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from sparse_compile.codegen.entry import Kernel
-from sparse_compile.codegen.kernel import ShapeNeed
+from sparse_compile.codegen.generators import ShapeNeed
 from sparse_compile.spec.block_shape import BlockShape
 
 
 class _Cpu:
-    """See :class:`sparse_compile.codegen.kernel.Generator`."""
+    """See :class:`sparse_compile.codegen.generators.Generator`."""
 
     name = "cpu"
 

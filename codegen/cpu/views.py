@@ -15,14 +15,14 @@ import sympy
 import torch
 from torch import Tensor
 
+from sparse_compile.codegen.attend import add, merge
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
-from sparse_compile.codegen.cpu import executor
-from sparse_compile.codegen.cpu.careful import CarefulCall, is_finite
-from sparse_compile.codegen.merge import add, merge
+from sparse_compile.codegen.cpu import careful, executor
 from sparse_compile.expr import KV, N_KV, N_Q, MaskExpr, Q, ScoreProgram, table
 from sparse_compile.layout import BlockLayout, Layout
+from sparse_compile.layout.block_layout import places_of
 from sparse_compile.spec import AttentionSpec
-from sparse_compile.spec.view import Order, View, natural
+from sparse_compile.spec.view import View, natural
 
 
 @torch.no_grad()
@@ -33,14 +33,14 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
         out [B, Hq, Nq, Dv] in q.dtype, and lse fp32 [B, Hq, Nq]; 0 and -inf on rows without a key.
     """
     out, lse = merge([_in_order(at, call) for at in _views(call)], call.q.dtype)
-    return (out, lse) if is_finite(out) else CarefulCall(call).mend(out, lse)
+    return (out, lse) if careful.is_finite(out) else careful.mend(call, out, lse)
 
 
 @torch.no_grad()
 def backward(call: AttentionCall, result: AttentionResult) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`forward`; each view uses the merged ``out`` and ``lse``."""
     grads = _sums(call, result)
-    return grads if is_finite(*grads) else CarefulCall(call).gradients(result)
+    return grads if careful.is_finite(*grads) else careful.gradients(call, result)
 
 
 def _sums(call: AttentionCall, result: AttentionResult) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,11 +125,10 @@ class _Reordered:
         if part.q.is_natural and part.kv.is_natural:
             alone = replace(spec, mask=spec.part_mask(part), coverage=())
             return _Reordered(view, alone, *map(_Side, lengths))
-        q, kv = _tokens(part.q, view.n_q), _tokens(part.kv, view.n_kv)
+        q, kv = places_of(part.q, view.n_q), places_of(part.kv, view.n_kv)
         runs = natural(view.block_q), natural(view.block_kv)
         moved = replace(view, q=runs[0], kv=runs[1], n_q=q.numel(), n_kv=kv.numel())
-        mask = _of_tokens(spec.part_mask(part), *lengths)
-        score = spec.score and _score_of_tokens(spec.score, len(spec.mask.tables), *lengths)
+        mask, score = _of_tokens(spec.part_mask(part), spec.score, *lengths)
         moved_spec = replace(spec, mask=mask, coverage=(), score=score)
         return _Reordered(moved, moved_spec, _Side(view.n_q, q), _Side(view.n_kv, kv))
 
@@ -153,33 +152,18 @@ class _Reordered:
         return AttentionResult(out, self.q.taken(result.lse, -math.inf), grad_out, grad_lse)
 
 
-@functools.lru_cache(maxsize=64)
-def _tokens(order: Order, n: int) -> Tensor:
-    base: Tensor = order.base(torch.arange(order.blocks(n)), n)[:, None]
-    return (base + torch.tensor(order.offsets())).clamp(max=n).flatten()
-
-
 @functools.lru_cache(maxsize=256)
-def _of_tokens(mask: MaskExpr, n_q: int, n_kv: int) -> MaskExpr:
-    """The predicate at the tokens that two further tables name; false where there is none."""
-    q, kv = _named_tokens(len(mask.tables))
-    at = _at_tokens(mask.predicate, len(mask.tables), n_q, n_kv)
-    exists = (q < n_q) & (kv < n_kv)
-    return MaskExpr(sympy.And(at, exists), (*mask.tables, "int64", "int64"), mask.n_sizes)
-
-
-@functools.lru_cache(maxsize=256)
-def _score_of_tokens(score: ScoreProgram, tables: int, n_q: int, n_kv: int) -> ScoreProgram:
-    """The same of a score program."""
-    return ScoreProgram(_at_tokens(score.value, tables, n_q, n_kv))
-
-
-def _named_tokens(tables: int) -> tuple[sympy.Expr, sympy.Expr]:
-    return table(tables)(Q), table(tables + 1)(KV)
-
-
-def _at_tokens(expr: sympy.Basic, tables: int, n_q: int, n_kv: int) -> sympy.Basic:
-    q, kv = _named_tokens(tables)
+def _of_tokens(
+    mask: MaskExpr, score: ScoreProgram | None, n_q: int, n_kv: int
+) -> tuple[MaskExpr, ScoreProgram | None]:
+    """A predicate, false where there is no token, and a score at tokens that two tables name."""
+    q, kv = table(len(mask.tables))(Q), table(len(mask.tables) + 1)(KV)
     # Lengths stay those of the tokens, not of the gathered problem.
     lengths = {N_Q: sympy.Integer(n_q), N_KV: sympy.Integer(n_kv)}
-    return expr.xreplace({Q: q, KV: kv}).xreplace(lengths)
+
+    def at_tokens(expr: sympy.Basic) -> sympy.Basic:
+        return expr.xreplace({Q: q, KV: kv}).xreplace(lengths)
+
+    predicate = sympy.And(at_tokens(mask.predicate), (q < n_q) & (kv < n_kv))
+    moved = MaskExpr(predicate, (*mask.tables, "int64", "int64"), mask.n_sizes)
+    return moved, score and ScoreProgram(at_tokens(score.value))

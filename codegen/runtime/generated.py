@@ -28,18 +28,13 @@ def cache_dir() -> Path:
     return Path(own) if own else Path.home() / ".cache" / "sparse_compile" / "kernels"
 
 
-def source_path(name: str) -> Path:
-    """The file that holds the source called ``name``; it may not exist yet."""
-    return cache_dir() / f"{name}.py"
-
-
 def write_source(name: str, text: str) -> Path:
     """Make the file called ``name`` hold exactly ``text``, and return its path.
 
     A file that already does is left alone. Others see the old file or the new one, never a part.
     When the cache directory cannot be written, the file goes to the temporary directory.
     """
-    path = source_path(name)
+    path = cache_dir() / f"{name}.py"
     try:
         _write_atomically(path, text)
     except OSError:

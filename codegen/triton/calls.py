@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,15 +21,15 @@ from sparse_compile.codegen.runtime.launch import (
     current,
     launchers_of,
     strides,
+    table_values,
 )
-from sparse_compile.codegen.triton.blocks import arguments
+from sparse_compile.codegen.triton.blocks.source import direct_lookups
+from sparse_compile.codegen.triton.entries import table_ranks
 from sparse_compile.codegen.triton.predicate import COORDINATE_BITS
 from sparse_compile.errors import UnsupportedDtype
-from sparse_compile.spec.target import Target
+from sparse_compile.expr import MaskExpr
 
 LIMIT = 1 << COORDINATE_BITS
-#: As many programs as split lines are for, where there is no GPU to ask.
-_WORKERS_WITHOUT_GPU = 8
 #: What calls of equal shapes share, by what they have in common.
 PREPARED: dict[Hashable, Any] = {}
 
@@ -40,15 +40,88 @@ def kernels_of(spec: Any) -> Mapping[str, Launcher]:
     return launchers_of(generators().choose(spec).kernel)
 
 
-@functools.lru_cache(maxsize=1024)
-def _described(spec: Any, direction: str) -> frozenset[str]:
-    """What the kernels of a direction read by descriptors."""
-    return frozenset(
-        p.tensor
-        for label, launcher in kernels_of(spec).items()
-        for p in launcher.entry.parameters
-        if p.kind is Kind.DESCRIPTOR and label.startswith(direction)
-    )
+def is_usable(t: Tensor, described: bool) -> bool:
+    """Whether kernels read a tensor as it is: rows are contiguous, and aligned for descriptors."""
+    by_batch, by_head, by_token, by_dim = t.stride()
+    # Offsets within a tile are int32.
+    usable = (by_dim == 1 or t.shape[-1] == 1) and 0 <= by_token < 1 << 22
+    if usable and described:
+        unit = 16 // t.element_size()
+        aligned = (by_batch | by_head | by_token) & unit - 1 == 0  # unit is a power of two
+        usable = t.data_ptr() % 16 == 0 and aligned and min(by_batch, by_head, by_token) > 0
+    return usable
+
+
+@dataclass(frozen=True)
+class Operands:
+    """How what a call is given becomes what kernels read.
+
+    Attributes:
+        sign: that q is multiplied with.
+        copied: names of tensors that are made contiguous.
+        longer: tables that have to reach further: number, dimension and length.
+    """
+
+    sign: float
+    copied: tuple[str, ...]
+    longer: tuple[tuple[int, int, int], ...]
+
+    @staticmethod
+    def prepared(
+        given: Mapping[str, Tensor],
+        described: Collection[str],
+        scale: float,
+        longer: tuple[tuple[int, int, int], ...],
+    ) -> Operands:
+        """For tensors [B, H, N, D] like these, of which some are read by descriptors."""
+        sign = positive(scale)[0]
+        signed = {**given, "Q": given["Q"] if sign == 1 else given["Q"] * sign}
+        copied = (name for name, t in signed.items() if not is_usable(t, name in described))
+        return Operands(sign, tuple(copied), longer)
+
+    def of(self, given: dict[str, Any], tables: Sequence[Tensor]) -> dict[str, Any]:
+        """What a call gives by name, the tables of its mask added."""
+        if self.sign != 1:
+            given["Q"] = given["Q"] * self.sign
+        for name in self.copied:
+            given[name] = given[name].clone(memory_format=torch.contiguous_format)
+        for number, table in enumerate(tables):
+            given[f"t{number}"] = table
+        for number, axis, n in self.longer:
+            table = given[f"t{number}"]
+            # Its last entry is repeated.
+            nearest = torch.arange(n, device=table.device).clamp_(max=table.shape[axis] - 1)
+            given[f"t{number}"] = table.index_select(axis, nearest)
+        return given
+
+
+def positive(scale: float) -> tuple[float, float]:
+    """``(sign, size)``, ``scale = sign * size``, size > 0: kernels compare scores unscaled."""
+    if scale > 0:
+        return 1.0, scale
+    return (-1.0, -scale) if scale < 0 else (0.0, 1.0)
+
+
+def single(grad_lse: Tensor | None, unused: Tensor) -> Tensor:
+    """The gradient of the log-sum-exp; anything where there is none."""
+    return unused if grad_lse is None else grad_lse.to(torch.float32).contiguous()
+
+
+def too_short(
+    mask: MaskExpr, tables: Sequence[Tensor], lengths: tuple[int, int]
+) -> tuple[tuple[int, int, int], ...]:
+    """Tables that a plain ``q`` or ``kv`` indexes beyond their end: number, dimension, length."""
+    found = []
+    for number, axis, coordinate in sorted(direct_lookups(mask)):
+        n = lengths[0 if coordinate == "q" else 1]
+        if tables[number].shape[axis] < n:
+            found.append((number, axis, n))
+    return tuple(found)
+
+
+def zeros(of: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A gradient of zeros, contiguous."""
+    return torch.zeros(of.shape, dtype=dtype or of.dtype, device=of.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +135,7 @@ class Prepared:
     """
 
     spec: Any
-    operands: arguments.Operands
+    operands: Operands
     launches: Launches
 
     @staticmethod
@@ -84,24 +157,33 @@ class Prepared:
             values: of further parameters.
         """
         launchers, (read, written) = kernels_of(spec), tensors
-        described = _described(spec, direction)
+        described = {
+            parameter.tensor
+            for label, launcher in launchers.items()
+            for parameter in launcher.entry.parameters
+            if parameter.kind is Kind.DESCRIPTOR and label.startswith(direction)
+        }
         given = {"Q": call.q, "K": call.k, "V": call.v, **read}
-        longer = arguments.too_short(call.spec.mask, call.tables, call.shape[2:])
-        operands = arguments.Operands.prepared(given, described, call.scale, longer)
+        longer = too_short(call.spec.mask, call.tables, call.shape[2:])
+        operands = Operands.prepared(given, described, call.scale, longer)
         found = operands.of(dict(given), call.tables)
         strided = {name.lower(): found[name] for name in given}
         strided |= {name.lower(): t for name, t in written.items()}
         batch, heads, n_q, n_kv = call.shape
         shape = {"batch": batch, "q_heads": heads, "kv_heads": call.k.shape[1]}
         shape |= {"n_q": n_q, "n_kv": n_kv}
-        shape |= strides(**strided) | arguments.mask_values(call.spec.mask, found)
+        shape |= strides(**strided)
+        for number in table_ranks(call.spec.mask):
+            # Its strides and sizes; the table itself differs between calls.
+            _, *sizes = table_values(number, found[f"t{number}"]).items()
+            shape |= sizes
         return Prepared(spec, operands, Launches(launchers, {**shape, **values}))
 
     def running(self, call: AttentionCall, read: Mapping[str, Tensor]) -> Running:
         """One of the calls, with what it reads beside q, k and v."""
         operands = {"Q": call.q, "K": call.k, "V": call.v, **read}
         given = self.operands.of(operands, call.tables)
-        given["scale"] = arguments.positive(call.scale)[1]
+        given["scale"] = positive(call.scale)[1]
         for number, size in enumerate(call.sizes):
             given[f"s{number}"] = int(size)
         return Running(self, call, given)
@@ -131,55 +213,40 @@ class Running:
         """What a program of a kernel holds."""
         return self.prepared.launches.launchers[label].entry.tile
 
-    @property
-    def workers(self) -> int:
-        """Programs that run at a time."""
-        return workers_of(self.call.q.device)
 
-
-class Shared(Protocol):
-    """What is prepared."""
-
-    @property
-    def spec(self) -> Any:
-        """What the kernels were generated for."""
-        ...
-
-
-_Shared = TypeVar("_Shared", bound=Shared)
+_Way = TypeVar("_Way")
 _Result = TypeVar("_Result")
 
 
 def served(
     key: Hashable,
-    prepare: Callable[[], _Shared],
-    run: Callable[[_Shared], _Result],
+    prepare: Callable[[], tuple[Prepared, _Way]],
+    run: Callable[[Prepared, _Way], _Result],
     device: torch.device,
 ) -> _Result:
-    """What ``run`` gives for what calls of a key share, which ``prepare`` makes.
+    """What ``run`` gives for what calls of a key share, which ``prepare`` makes: launches, and how.
 
     Where a kernel turns out not to fit the device, the next generator serves from then on.
     """
     while True:
-        shared = PREPARED.get(key) or kept(PREPARED, key, prepare())
+        prepared, way = PREPARED.get(key) or kept(PREPARED, key, prepare())
         try:
             with current(device):
-                return run(shared)
+                return run(prepared, way)
         except Refused as why:
-            generators().refuse(shared.spec, str(why))
+            generators().refuse(prepared.spec, str(why))
             forget()
 
 
 def forget() -> None:
     """Prepare everything anew."""
     kernels_of.cache_clear()
-    _described.cache_clear()
     PREPARED.clear()
 
 
 def key_of(call: AttentionCall, *read: Tensor) -> tuple[Hashable, ...]:
     """What calls have in common that are prepared together."""
-    sign = arguments.positive(call.scale)[0]
+    sign = positive(call.scale)[0]
     return sign, call.spec, geometry((call.q, call.k, call.v, *read, *call.tables))
 
 
@@ -188,8 +255,3 @@ def dtype_of(call: AttentionCall) -> str:
     if call.q.dtype not in DTYPE_NAMES:
         raise UnsupportedDtype(call.q.dtype)
     return DTYPE_NAMES[call.q.dtype]
-
-
-def workers_of(device: torch.device) -> int:
-    """Programs that run at a time: two to a multiprocessor."""
-    return 2 * Target.of(device).workers if device.type == "cuda" else _WORKERS_WITHOUT_GPU

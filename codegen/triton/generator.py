@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sparse_compile.codegen.entry import Kernel
-from sparse_compile.codegen.kernel import ShapeNeed
+from sparse_compile.codegen.generators import ShapeNeed
 from sparse_compile.codegen.triton.blocks.source import kernel_of
 from sparse_compile.codegen.triton.selected.source import selected_kernel
 from sparse_compile.codegen.triton.selected.spec import SelectedKernelSpec
@@ -14,7 +14,7 @@ from sparse_compile.spec.block_shape import GPU_SHAPES, BlockShape
 
 
 class _Triton:
-    """See :class:`sparse_compile.codegen.kernel.Generator`."""
+    """See :class:`sparse_compile.codegen.generators.Generator`."""
 
     name = "triton"
 

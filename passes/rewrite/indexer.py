@@ -7,8 +7,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from sparse_compile.ops.block_scores import BLOCK_SCORES
-from sparse_compile.ops.indexer import INDEXED_TOPK
+from sparse_compile.ops.indexer import BLOCK_SCORES, INDEXED_TOPK
 from sparse_compile.ops.kept import INDEXED_KEPT
 from sparse_compile.passes.graph_edit import Inserter
 from sparse_compile.passes.rewrite.axes import arranged

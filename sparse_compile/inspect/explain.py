@@ -26,6 +26,7 @@ from sparse_compile.inspect.report import Report, SiteReport
 from sparse_compile.inspect.skipped import frames_skipped
 from sparse_compile.inspect.standing import place, said_of
 from sparse_compile.layout import Layout, build_views
+from sparse_compile.layout.schedule import workers_of
 from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.options import Options
 from sparse_compile.passes import pipeline
@@ -194,8 +195,6 @@ def _views(plan: Plan) -> tuple[tuple[str, ...], str]:
 def _utilisation(plan: Plan, layout: Layout | None) -> float | None:
     if layout is None or plan.executor != "triton":
         return None
-    from sparse_compile.codegen.triton.calls import workers_of  # needs triton
-
     members = layout.batch * layout.heads
     return layout.utilisation(members, workers_of(device_of(plan.site.q.node)))
 

@@ -109,8 +109,7 @@ def _members(plan: Plan, site: Examined) -> int:
 
 def _of_selection(site: Examined) -> Iterator[Kernel]:
     """What makes the lists of a pattern that scores."""
-    from sparse_compile.codegen.triton.selection.choose import choose_spec
-    from sparse_compile.codegen.triton.selection.source import choose_kernel
+    from sparse_compile.codegen.triton.selection.choose import choose_kernel, choose_spec
 
     found = site.selecting
     if found is not None and isinstance(found.leaf, Scored):

@@ -361,3 +361,10 @@ def place_in_group(group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     sizes = torch.bincount(group, minlength=groups)
     first = sizes.cumsum(0) - sizes
     return sizes, torch.arange(group.numel(), device=group.device) - first[group]
+
+
+@functools.lru_cache(maxsize=64)
+def places_of(order: Order, n: int, device: torch.device | str = "cpu") -> Tensor:
+    """int64 [blocks * block]: the token at each place of an order, ``n`` where there is none."""
+    base: Tensor = order.base(torch.arange(order.blocks(n)), n)[:, None]
+    return (base + torch.tensor(order.offsets())).clamp(max=n).flatten().to(device)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.layout.block_layout import Load
+from sparse_compile.spec.target import Target
 
 #: What starting and finishing a tile costs, in blocks.
 TILE_COST = 2
@@ -98,8 +99,8 @@ class Schedule:
 
 @functools.lru_cache(maxsize=16)
 def workers_of(device: torch.device) -> int:
-    """Programs that a GPU runs at a time: two to a multiprocessor."""
-    return 2 * int(torch.cuda.get_device_properties(device).multi_processor_count)
+    """Programs that a GPU runs at a time: two to a multiprocessor; 8 where there is no GPU."""
+    return 2 * Target.of(device).workers if device.type == "cuda" else 8
 
 
 def make_schedule(

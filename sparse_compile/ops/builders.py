@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from sparse_compile.codegen.triton.layout.build import DeviceProblem
-from sparse_compile.codegen.triton.selection.choose import Chooser, can_choose
-from sparse_compile.codegen.triton.selection.index_scores import can_index, index_scores
+from sparse_compile.codegen.triton.selection.choose import chooser
+from sparse_compile.codegen.triton.selection.index_scores import scorer
 from sparse_compile.codegen.triton.selection.window_scores import WindowScores, fits
 from sparse_compile.expr import MaskExpr
 from sparse_compile.layout import BlockLayout, BlockLists, Problem
 from sparse_compile.layout import builders as of_layouts
 from sparse_compile.selection import builders as of_selections
-from sparse_compile.selection.indexing import Indexing
-from sparse_compile.selection.prepared import Prepared
 from sparse_compile.selection.windows import Windows
 
 
 def hand_in() -> None:
     """Let layouts and selections of tensors on a GPU be made by kernels."""
     of_layouts.BUILDERS.give("cuda", of_layouts.DeviceBuilder(_layout, _read_dense, _compacted))
-    selections = of_selections.DeviceBuilder(_chooser, _index_scores, _window_scores)
+    selections = of_selections.DeviceBuilder(chooser, scorer, _window_scores)
     of_selections.BUILDERS.give("cuda", selections)
 
 
@@ -47,14 +44,6 @@ def _compacted(kinds: Tensor, flag: Tensor) -> tuple[BlockLists, BlockLists, boo
     from sparse_compile.codegen.triton.layout.compact_kernel import compacted  # needs triton
 
     return compacted(kinds, flag)
-
-
-def _chooser(made: Prepared) -> Chooser | None:
-    return Chooser(made) if can_choose(made) else None
-
-
-def _index_scores(indexing: Indexing) -> of_selections.IndexScores | None:
-    return functools.partial(index_scores, indexing) if can_index(indexing) else None
 
 
 def _window_scores(windows: Windows) -> WindowScores | None:

@@ -290,8 +290,15 @@ class KernelSpec:
     @functools.cached_property
     def name(self) -> str:
         """A readable unique name for its file, such as ``attention_d128_bf16_1f3a9c02``."""
-        short = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[self.dtype]
-        shape = [self.head_dim, self.value_dim, self.dtype, self.arch, self.exact]
-        identity = json.dumps([self.attention.text, *shape])
-        digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
-        return f"attention_d{self.head_dim}_{short}_{digest}"
+        shape = self.head_dim, self.value_dim, self.dtype, self.arch, self.exact
+        return kernel_name("attention", self.attention, *shape)
+
+
+def kernel_name(
+    kind: str, attention: AttentionSpec, head_dim: int, value_dim: int, dtype: str, *more: str | int
+) -> str:
+    """A readable unique name for the file of kernels that these determine."""
+    short = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[dtype]
+    identity = json.dumps([attention.text, head_dim, value_dim, dtype, *more])
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
+    return f"{kind}_d{head_dim}_{short}_{digest}"

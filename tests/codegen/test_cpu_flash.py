@@ -11,7 +11,7 @@ from torch import Tensor
 from sparse_compile import reference
 from sparse_compile.codegen.cpu import flash
 from sparse_compile.codegen.cpu.bias import Bias
-from sparse_compile.codegen.cpu.products import Score, Tiles
+from sparse_compile.codegen.cpu.flash import Score, Tiles
 from tests.tolerance import relative_error
 
 SCALE = 0.3

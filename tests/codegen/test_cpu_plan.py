@@ -9,8 +9,7 @@ from torch import Tensor
 
 from sparse_compile.codegen.cpu.batches import Batch, Gathered, Strided, cut
 from sparse_compile.codegen.cpu.cache import BoundedCache, fingerprint
-from sparse_compile.codegen.cpu.plan import Plan, make_plan
-from sparse_compile.codegen.cpu.segments import segments_of
+from sparse_compile.codegen.cpu.plan import Plan, make_plan, segments_of
 from sparse_compile.codegen.cpu.shift import is_shift_invariant
 from sparse_compile.expr import KV, B, FloorDiv, FloorMod, H, MaskExpr, Q, evaluate, table
 from sparse_compile.layout import EMPTY, FULL, PARTIAL, BlockLayout, BlockLists, build_layout
@@ -246,7 +245,7 @@ def test_fingerprint_is_of_the_content() -> None:
 
 
 def test_no_segments_without_blocks() -> None:
-    from sparse_compile.codegen.cpu.segments import choose_tiles
+    from sparse_compile.codegen.cpu.plan import choose_tiles
 
     layout = layout_from(torch.zeros(2, 2, dtype=torch.int8), 32, 32, 16)
     assert segments_of(choose_tiles(layout, 0)) == []

@@ -11,8 +11,7 @@ import torch
 from sparse_compile.codegen import generators as module
 from sparse_compile.codegen.call import AttentionCall
 from sparse_compile.codegen.entry import Kernel
-from sparse_compile.codegen.generators import Generators, block_shapes
-from sparse_compile.codegen.kernel import ShapeNeed
+from sparse_compile.codegen.generators import Generators, ShapeNeed, block_shapes
 from sparse_compile.codegen.runtime.launch import Refused
 from sparse_compile.errors import NoKernel
 from sparse_compile.expr import KV, MaskExpr, Q

@@ -11,7 +11,7 @@ import torch
 
 from sparse_compile.codegen.call import AttentionCall
 from sparse_compile.codegen.triton import calls as calls_module
-from sparse_compile.codegen.triton.selected import by_union, executor, united
+from sparse_compile.codegen.triton.selected import executor, united
 from sparse_compile.expr import MaskExpr
 from sparse_compile.ops import ATTENTION
 from sparse_compile.selection import canonical
@@ -68,7 +68,7 @@ def test_the_lists_decide_whether_they_are_united(case: Case, writer: str) -> No
 def test_unions_in_a_recorded_graph_follow_the_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     """One recording serves lists for which unions pay, and such for which they do not."""
     monkeypatch.setattr(calls_module, "PREPARED", {})
-    monkeypatch.setattr(by_union, "is_large", lambda launch: True)
+    monkeypatch.setattr(united, "is_large", lambda launch: True)
     monkeypatch.setattr(executor, "parts_of", lambda launch: 1)
     calls = [case for case, _ in DECIDED]
     q, k, v = (t.cuda().bfloat16() for t in calls[0].operands()[:3])

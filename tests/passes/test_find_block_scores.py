@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparse_compile.errors import BadShape
 from sparse_compile.expr import KV, MaskExpr, Q
-from sparse_compile.ops import block_scores as block_scores_ops
+from sparse_compile.ops import indexer as indexer_ops
 from sparse_compile.sites.plan import Plan
 from sparse_compile.spec.indexer import BlockScoresSpec
 from tests.passes.rewritten import Rewritten
@@ -105,7 +105,7 @@ def operands(ties: bool) -> tuple[Tensor, ...]:
 def test_same_blocks(
     monkeypatch: pytest.MonkeyPatch, scores: Pooled, chosen: Callable[[Tensor], Tensor], ties: bool
 ) -> None:
-    monkeypatch.setattr(block_scores_ops, "_MOST", BATCH * HEADS * LENGTH * 10)
+    monkeypatch.setattr(indexer_ops, "_MOST", BATCH * HEADS * LENGTH * 10)
 
     def run(q: Tensor, k: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         index = chosen(scores(q, k)).topk(KEPT, -1).indices
@@ -191,9 +191,9 @@ def test_values_without_a_gradient_may_be_read() -> None:
 def test_operator() -> None:
     q, k, _ = (arg.detach() for arg in operands(ties=False))
     spec = BlockScoresSpec(BLOCK, (), MaskExpr(KV <= Q), -math.inf, False, -math.inf)
-    torch.library.opcheck(block_scores_ops.BLOCK_SCORES, (q, k.mT, [], [], BLOCKS, spec.text))
+    torch.library.opcheck(indexer_ops.BLOCK_SCORES, (q, k.mT, [], [], BLOCKS, spec.text))
     expected = pooled((q @ k.mT).masked_fill(~causal(), -math.inf))
-    found = block_scores_ops.block_scores(q, k.mT, [], [], BLOCKS, spec.text)
+    found = indexer_ops.block_scores(q, k.mT, [], [], BLOCKS, spec.text)
     torch.testing.assert_close(found, expected)
     with pytest.raises(BadShape, match=r"Give q \[B, H, Nq, D\] and k \[B, H or 1, D, Nkv\]"):
-        block_scores_ops.block_scores(q, k, [], [], BLOCKS, spec.text)
+        indexer_ops.block_scores(q, k, [], [], BLOCKS, spec.text)

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_compile.expr import KV, MaskExpr, Q
-from sparse_compile.ops import block_scores as block_scores_ops
 from sparse_compile.ops import indexer as indexer_ops
 from sparse_compile.ops import selection as selection_ops
 from sparse_compile.sites.plan import Plan
@@ -113,7 +112,7 @@ def test_same_indices(
     chunk: int,
     ties: bool,
 ) -> None:
-    monkeypatch.setattr(block_scores_ops, "_MOST", chunk)
+    monkeypatch.setattr(indexer_ops, "_MOST", chunk)
     run, args = program(scores, masked), operands(ties)
     rewritten = Rewritten()
     out, index = rewritten.compiled(run)(*args)

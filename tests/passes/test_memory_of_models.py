@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparse_compile.ops import block_scores as block_scores_ops
+from sparse_compile.ops import indexer as indexer_ops
 from tests.passes.rewritten import Rewritten, trained
 from tests.passes.sparse_models import model, tokens
 from tests.passes.test_recognise_threshold import Indexed
@@ -51,7 +51,7 @@ def growth(
 def test_it_grows_with_the_length(
     monkeypatch: pytest.MonkeyPatch, kind: str, checkpointed: bool
 ) -> None:
-    monkeypatch.setattr(block_scores_ops, "_MOST", 1 << 16)
+    monkeypatch.setattr(indexer_ops, "_MOST", 1 << 16)
     network = model(kind, layers=1)
     if checkpointed:
         network.gradient_checkpointing_enable({"use_reentrant": False})
@@ -66,6 +66,6 @@ def test_without_the_passes_it_grows_with_the_square() -> None:
 def test_a_threshold_on_the_scores_of_all_keys(
     monkeypatch: pytest.MonkeyPatch, rewrite: bool
 ) -> None:
-    monkeypatch.setattr(block_scores_ops, "_MOST", 1 << 16)
+    monkeypatch.setattr(indexer_ops, "_MOST", 1 << 16)
     found = growth(Indexed(), lambda n: torch.randn(1, n, Indexed.WIDTH), rewrite, 1024)
     assert found < 2.2 if rewrite else found > 3.5

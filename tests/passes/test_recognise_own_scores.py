@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sparse_compile.expr import KV, MaskExpr, Q
 from sparse_compile.layout.cost import KEYS_FOR_ONE
-from sparse_compile.ops import block_scores as block_scores_ops
+from sparse_compile.ops import indexer as indexer_ops
 from sparse_compile.ops.indexer import INDEXED_TOPK
 from sparse_compile.ops.kept import INDEXED_KEPT
 from sparse_compile.passes.lift import kept
@@ -105,7 +105,7 @@ def operands(ties: bool = False, batch: int = BATCH) -> list[Tensor]:
 
 @pytest.fixture(autouse=True)
 def in_small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(block_scores_ops, "_MOST", 10 * BATCH * HEADS * LENGTH)
+    monkeypatch.setattr(indexer_ops, "_MOST", 10 * BATCH * HEADS * LENGTH)
     monkeypatch.setattr(kept, "_FEW", 0)
     monkeypatch.setitem(KEYS_FOR_ONE, "cpu", 8)
 
@@ -269,7 +269,7 @@ class Explicit(nn.Module):
 
 @pytest.mark.parametrize("rewrite", [False, True])
 def test_memory_grows_with_the_length(monkeypatch: pytest.MonkeyPatch, rewrite: bool) -> None:
-    monkeypatch.setattr(block_scores_ops, "_MOST", 1 << 16)
+    monkeypatch.setattr(indexer_ops, "_MOST", 1 << 16)
     found = growth(Explicit(), lambda n: torch.randn(1, n, Explicit.WIDTH), rewrite, 1024)
     assert found < 2.2 if rewrite else found > 3.5
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import sparse_compile
 from sparse_compile.expr import KV, B, MaskExpr, Q, table
 from sparse_compile.layout.cost import KEYS_FOR_ONE
-from sparse_compile.ops import block_scores as block_scores_ops
+from sparse_compile.ops import indexer as indexer_ops
 from sparse_compile.ops.kept import INDEXED_KEPT, KEPT_SELECTION
 from sparse_compile.passes.lift import kept
 from sparse_compile.selection import Selection, check_lists
@@ -283,7 +283,7 @@ def test_no_scores_of_all_keys(
     ties: bool,
 ) -> None:
     monkeypatch.setattr(kept, "_FEW", 0)
-    monkeypatch.setattr(block_scores_ops, "_MOST", 10 * indexing.HEADS * indexing.LENGTH)
+    monkeypatch.setattr(indexer_ops, "_MOST", 10 * indexing.HEADS * indexing.LENGTH)
     run, args = by_indexer(scores, masked, reaching), indexing.operands(ties)
     rewritten = Rewritten()
     torch.testing.assert_close(rewritten.compiled(run)(*args), run(*args))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile import patterns as P
-from sparse_compile.codegen.triton.selection import printable, source
+from sparse_compile.codegen.triton.selection import choose, printable
 from sparse_compile.expr import KV, MaskExpr, Q
 from sparse_compile.ops.indexer import INDEXED_TOPK
 from sparse_compile.selection import Selection
@@ -126,7 +126,7 @@ def test_indexer(
 
 
 def test_more_blocks_than_a_program_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "HELD", 64)
+    monkeypatch.setattr(choose, "HELD", 64)
     monkeypatch.setattr(printable, "_launcher", printable._launcher.__wrapped__)
     q, k = (torch.randint(-2, 3, (1, h, n, 4)).float() for h, n in ((2, 6), (1, 1100)))
     for pattern in (P.TopK(40, unit_kv=1, sink=1, local=2), P.TopK(2000, unit_kv=1)):

@@ -7,8 +7,8 @@ import sympy
 
 from sparse_compile.codegen.triton.aot import compiled
 from sparse_compile.codegen.triton.layout.key import Key
-from sparse_compile.codegen.triton.selection.index_source import IndexSpec, index_kernel, tiles
-from sparse_compile.codegen.triton.selection.source import ChooseSpec, choose_kernel
+from sparse_compile.codegen.triton.selection.choose import ChooseSpec, choose_kernel
+from sparse_compile.codegen.triton.selection.index_scores import IndexSpec, index_kernel, tiles
 from sparse_compile.expr import KV, MaskExpr, Q
 from sparse_compile.spec.view import natural
 

@@ -10,7 +10,7 @@ import sympy
 from sparse_compile.codegen.entry import Resources
 from sparse_compile.codegen.triton.aot import compiled
 from sparse_compile.codegen.triton.layout.key import Key
-from sparse_compile.codegen.triton.selection.window_source import WindowSpec, window_kernel
+from sparse_compile.codegen.triton.selection.window_scores import WindowSpec, window_kernel
 from sparse_compile.expr import KV, MaskExpr, Q
 from sparse_compile.spec.view import natural
 

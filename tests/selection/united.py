@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparse_compile.codegen.call import AttentionCall
 from sparse_compile.codegen.triton import calls
-from sparse_compile.codegen.triton.selected import by_union, executor
+from sparse_compile.codegen.triton.selected import executor, united
 from sparse_compile.expr import MaskExpr
 from tests.selection.cases import Case, eager
 
@@ -52,7 +52,7 @@ def writers(case: Case, device: torch.device, dtype: torch.dtype) -> set[str]:
 
 def _watch(patched: pytest.MonkeyPatch, found: set[str]) -> None:
     """Note who changes the output, which is poisoned before."""
-    union, query = by_union.forward, executor._by_query
+    union, query = executor._by_union, executor._by_query
 
     def by_unions(launch: Any, out: Tensor, lse: Tensor) -> Tensor:
         out.fill_(7.0)
@@ -71,7 +71,7 @@ def _watch(patched: pytest.MonkeyPatch, found: set[str]) -> None:
 
     # Calls of the same shapes may have found their way already.
     patched.setattr(calls, "PREPARED", {})
-    patched.setattr(by_union, "is_large", lambda launch: True)
-    patched.setattr(by_union, "forward", by_unions)
+    patched.setattr(united, "is_large", lambda launch: True)
+    patched.setattr(executor, "_by_union", by_unions)
     patched.setattr(executor, "_by_query", by_query)
     patched.setattr(executor, "parts_of", lambda launch: 1)

@@ -2,81 +2,177 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
-from sparse_compile.codegen.triton.blocks import arguments
-from sparse_compile.codegen.triton.blocks.passes import Pass
-from sparse_compile.codegen.triton.calls import LIMIT, Prepared, dtype_of, key_of, served
+from sparse_compile.codegen.entry import labelled
+from sparse_compile.codegen.triton import calls
+from sparse_compile.codegen.triton.calls import Prepared, Running
+from sparse_compile.codegen.triton.entries import axis_of, merge_of
+from sparse_compile.codegen.triton.tile import Tile, padded
 from sparse_compile.errors import BadShape
+from sparse_compile.layout import Layout
+from sparse_compile.layout.block_layout import places_of
+from sparse_compile.layout.schedule import Schedule, workers_of
 from sparse_compile.spec import AttentionSpec, KernelSpec
 from sparse_compile.spec.target import Target
 from sparse_compile.spec.view import Order
 
 
-@functools.lru_cache(maxsize=1024)
-def is_exact(spec: AttentionSpec, n_q: int, n_kv: int) -> bool:
-    """Whether the lengths are multiples of the radices of all views."""
-    return all(
-        n_q % view.q.strides[0] == 0 and n_kv % view.kv.strides[0] == 0 for view in spec.parts
-    )
+@dataclass(frozen=True)
+class Pass:
+    """One of the three kernels that loop over blocks.
+
+    Attributes:
+        name: of the kernel.
+        axis: side of its lines, ``"q"`` or ``"kv"``.
+        sections: the views of each.
+        extent: tokens of a tile.
+        subtiles: programs to a line.
+        widths: of the rows of its results, by name.
+    """
+
+    name: str
+    axis: str
+    sections: tuple[tuple[int, ...], ...]
+    extent: int
+    subtiles: int
+    widths: Mapping[str, int]
+
+    @staticmethod
+    def of(name: str, spec: AttentionSpec, tile: Tile, widths: Mapping[str, int]) -> Pass:
+        """That of a kernel of a spec."""
+        axis = axis_of(name)
+        extent, block = tile.extent(axis), spec.block_q if axis == "q" else spec.block_kv
+        return Pass(name, axis, spec.sections(axis), extent, block // extent, widths)
+
+    def run(self, running: Running, tensors: Mapping[str, Tensor], unused: Tensor) -> None:
+        """Launch it.
+
+        Args:
+            running: the call.
+            tensors: what it takes beside the operands, its results among them.
+            unused: fp32, stands for parts where no line is split.
+        """
+        batch, heads = running.call.q.shape[0], self._heads(running.call)
+        for section, (given, work) in enumerate(self._sections(running)):
+            programs = self.subtiles * batch * heads
+            parts = self._parts(work.slots * programs, unused)
+            grid = (work.items.shape[0] * programs,)
+            running.start(labelled(self.name, section), grid, {**tensors, **given, **parts})
+            if work.slots:
+                of_merge = work.merges.shape[0] * self.subtiles, heads, batch
+                self._merge(running, section, of_merge, {**tensors, **parts, "merges": work.merges})
+
+    def _heads(self, call: AttentionCall) -> int:
+        return (call.q if self.axis == "q" else call.k).shape[1]
+
+    def _sections(self, running: Running) -> list[tuple[dict[str, Any], Schedule]]:
+        """For each section its lists and its worklist, by name, and the latter whole."""
+        call, layout = running.call, running.call.blocks
+        members = call.q.shape[0] * self._heads(call)
+        key = self.axis, members
+        if key not in layout.derived:
+            # The lists may be being made: what does not wait for them comes first.
+            lists = [_list_values(layout, self.axis, own) for own in self.sections]
+            works = layout.schedules(self.axis, members, workers_of(call.q.device), call.q.device)
+            layout.derived[key] = [
+                ({**given, "items": w.items, "n_items": w.items.shape[0], "heavy": w.heavy}, w)
+                for given, w in zip(lists, works, strict=True)
+            ]
+        found: list[tuple[dict[str, Any], Schedule]] = layout.derived[key]
+        return found
+
+    def _parts(self, slots: int, unused: Tensor) -> dict[str, Tensor]:
+        """Room for the parts of results, fp32 [slots, rows of a tile, columns]."""
+        if not slots:
+            return {f"PART_{name}": unused for name in self.widths}
+        return {
+            f"PART_{name}": torch.empty(
+                (slots, self.extent, padded(width) if width > 1 else 1),
+                dtype=torch.float32,
+                device=unused.device,
+            )
+            for name, width in self.widths.items()
+        }
+
+    def _merge(
+        self, running: Running, section: int, grid: tuple[int, ...], given: dict[str, Any]
+    ) -> None:
+        """Merge the parts of split lines: by their log-sum-exps, or the sums of gradients."""
+        label = labelled(merge_of(self.name), section)
+        if self.name == "forward":
+            running.start(label, grid, given)
+            return
+        for name, width in self.widths.items():
+            one = {"PART": given[f"PART_{name}"], "GRAD": given[name], "merges": given["merges"]}
+            running.start(label, grid, one, DIM=width, PAD=padded(width))
+
+
+def _list_values(layout: Layout, axis: str, own: Sequence[int]) -> dict[str, Any]:
+    """Of each view of a section the lists, their room, lines, batches and heads, by name."""
+    values: dict[str, Any] = {}
+    for number in own:
+        view = layout.views[number]
+        side, lines = (view.rows, view.grid[0]) if axis == "q" else (view.cols, view.grid[1])
+        values[f"start_{number}"] = side.start
+        values[f"counts_{number}"] = side.counts
+        values[f"index_{number}"] = side.index
+        values[f"room_{number}"] = side.index.shape[1]
+        values[f"lines_{number}"] = lines
+        values[f"batches_{number}"], values[f"heads_{number}"] = view.batches, view.heads
+    return values
 
 
 @dataclass(frozen=True, eq=False)
 class _Blocks:
-    """What calls of equal shapes share.
+    """How calls of equal shapes go through the blocks.
 
     Attributes:
-        prepared: operands and launches.
         passes: in the order in which they run.
         complete: whether the first section reaches every query, and every key.
         orders: of queries, by the names of the statistics that stand in them.
     """
 
-    prepared: Prepared
     passes: tuple[Pass, ...]
     complete: tuple[bool, bool]
     orders: Mapping[str, Order]
 
-    @property
-    def spec(self) -> KernelSpec:
-        """What the kernels were generated for."""
-        spec: KernelSpec = self.prepared.spec
-        return spec
 
-    @staticmethod
-    def of(
-        call: AttentionCall,
-        direction: str,
-        tensors: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
-        widths: Mapping[str, Mapping[str, int]],
-        **values: int,
-    ) -> _Blocks:
-        """For calls like this one; ``tensors`` as for :meth:`Prepared.of`.
+def _prepared(
+    call: AttentionCall,
+    direction: str,
+    tensors: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
+    widths: Mapping[str, Mapping[str, int]],
+    **values: int,
+) -> tuple[Prepared, _Blocks]:
+    """For calls like this one; ``tensors`` as for :meth:`Prepared.of`.
 
-        Args:
-            widths: of the results of each kernel, by their names.
-            values: of further parameters.
-        """
-        _check(call)
-        (_, heads, n_q, n_kv), views = call.shape, call.spec.parts
-        shape = call.q.shape[3], call.v.shape[3], dtype_of(call), Target.of(call.q.device).arch
-        spec = KernelSpec(call.spec, *shape, is_exact(call.spec, n_q, n_kv))
-        values["GROUP"] = heads // call.k.shape[1]
-        orders = {f"STATISTICS_{v}": view.q for v, view in enumerate(views) if view.q.radices}
-        values |= {f"lines_{v}_q": view.q.blocks(n_q) for v, view in enumerate(views)}
-        prepared = Prepared.of(spec, call, direction, tensors, values)
-        tiles = {name: prepared.launches.launchers[name].entry.tile for name in widths}
-        passes = (Pass.of(name, call.spec, tiles[name], widths[name]) for name in widths)
-        first_q, first_kv = (call.spec.sections(axis)[0][0] for axis in ("q", "kv"))
-        complete = views[first_q].q.is_complete, views[first_kv].kv.is_complete
-        return _Blocks(prepared, tuple(passes), complete, orders)
+    Args:
+        widths: of the results of each kernel, by their names.
+        values: of further parameters.
+    """
+    _check(call)
+    (_, heads, n_q, n_kv), views = call.shape, call.spec.parts
+    shape = call.q.shape[3], call.v.shape[3], calls.dtype_of(call), Target.of(call.q.device).arch
+    # Whether the lengths are multiples of the radices of all views.
+    exact = all(n_q % v.q.strides[0] == 0 and n_kv % v.kv.strides[0] == 0 for v in views)
+    spec = KernelSpec(call.spec, *shape, exact)
+    values["GROUP"] = heads // call.k.shape[1]
+    orders = {f"STATISTICS_{v}": view.q for v, view in enumerate(views) if view.q.radices}
+    values |= {f"lines_{v}_q": view.q.blocks(n_q) for v, view in enumerate(views)}
+    prepared = Prepared.of(spec, call, direction, tensors, values)
+    tiles = {name: prepared.launches.launchers[name].entry.tile for name in widths}
+    passes = (Pass.of(name, call.spec, tiles[name], widths[name]) for name in widths)
+    first_q, first_kv = (call.spec.sections(axis)[0][0] for axis in ("q", "kv"))
+    complete = views[first_q].q.is_complete, views[first_kv].kv.is_complete
+    return prepared, _Blocks(tuple(passes), complete, orders)
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -93,19 +189,19 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     if not call.q.numel() or not call.k.numel():
         return out.zero_(), lse.fill_(-math.inf)
 
-    def prepare() -> _Blocks:
+    def prepare() -> tuple[Prepared, _Blocks]:
         widths = {"forward": {"OUT": width, "LSE": 1}}
-        return _Blocks.of(call, "forward", ({}, {"OUT": out}), widths)
+        return _prepared(call, "forward", ({}, {"OUT": out}), widths)
 
-    def run(blocks: _Blocks) -> tuple[Tensor, Tensor]:
+    def run(prepared: Prepared, blocks: _Blocks) -> tuple[Tensor, Tensor]:
         if not blocks.complete[0]:
             out.zero_()
             lse.fill_(-math.inf)
-        running = blocks.prepared.running(call, {})
+        running = prepared.running(call, {})
         blocks.passes[0].run(running, {"OUT": out, "LSE": lse}, lse)
         return out, lse
 
-    return served(("forward", *key_of(call)), prepare, run, call.q.device)
+    return calls.served(("forward", *calls.key_of(call)), prepare, run, call.q.device)
 
 
 def backward(call: AttentionCall, result: AttentionResult) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,35 +209,40 @@ def backward(call: AttentionCall, result: AttentionResult) -> tuple[Tensor, Tens
     _check_layout(call)
     q, k, v = call.q, call.k, call.v
     if not q.numel() or not k.numel():
-        return arguments.zeros(q), arguments.zeros(k), arguments.zeros(v)
+        return calls.zeros(q), calls.zeros(k), calls.zeros(v)
     has_grad_lse, n_q = result.grad_lse is not None, q.shape[2]
     rows = (n_q // 128 + 1) * 128  # at least one that does not exist
     read = {"OUT": result.out, "GRAD_OUT": result.grad_out.to(q.dtype)}
 
-    def prepare() -> _Blocks:
+    def prepare() -> tuple[Prepared, _Blocks]:
         widths = {
             "backward_query": {"GRAD_Q": q.shape[3]},
             "backward_key_value": {"GRAD_K": k.shape[3], "GRAD_V": v.shape[3]},
         }
         values = {"rows": rows, "HAS_GRAD_LSE": has_grad_lse}
-        return _Blocks.of(call, "backward", (read, {}), widths, **values)
+        return _prepared(call, "backward", (read, {}), widths, **values)
 
-    def run(blocks: _Blocks) -> tuple[Tensor, Tensor, Tensor]:
-        dq = arguments.gradient(q, blocks.complete[0])
-        dk, dv = (arguments.gradient(t, blocks.complete[1]) for t in (k, v))
+    def run(prepared: Prepared, blocks: _Blocks) -> tuple[Tensor, Tensor, Tensor]:
+        dq = _gradient(q, blocks.complete[0])
+        dk, dv = (_gradient(t, blocks.complete[1]) for t in (k, v))
         lse = result.lse.contiguous()
         statistics = _statistics(lse, rows, bool(blocks.orders))
-        running = blocks.prepared.running(call, read)
+        running = prepared.running(call, read)
         running.given["STATISTICS"] = statistics
         by_query, by_key = blocks.passes
-        taken = {"LSE": lse, "GRAD_LSE": arguments.single(result.grad_lse, lse), "GRAD_Q": dq}
+        taken = {"LSE": lse, "GRAD_LSE": calls.single(result.grad_lse, lse), "GRAD_Q": dq}
         by_query.run(running, taken, lse)
         by_key.run(running, {"GRAD_K": dk, "GRAD_V": dv, **_in_order(blocks, statistics, n_q)}, lse)
-        sign = blocks.prepared.operands.sign
+        sign = prepared.operands.sign
         return dq if sign == 1 else dq.mul_(sign), dk, dv
 
-    key = "backward", has_grad_lse, *key_of(call, *read.values())
-    return served(key, prepare, run, q.device)
+    key = "backward", has_grad_lse, *calls.key_of(call, *read.values())
+    return calls.served(key, prepare, run, q.device)
+
+
+def _gradient(of: Tensor, complete: bool) -> Tensor:
+    """Room for a gradient; zeros where no section reaches every row."""
+    return torch.empty(of.shape, dtype=of.dtype, device=of.device) if complete else calls.zeros(of)
 
 
 def _statistics(lse: Tensor, rows: int, filled: bool) -> Tensor:
@@ -158,7 +259,7 @@ def _statistics(lse: Tensor, rows: int, filled: bool) -> Tensor:
 def _in_order(blocks: _Blocks, statistics: Tensor, n_q: int) -> dict[str, Tensor]:
     """The statistics of queries in the order of each view that is not the plain one."""
     found = {
-        order: statistics.index_select(3, arguments.places_of(order, n_q, statistics.device))
+        order: statistics.index_select(3, places_of(order, n_q, statistics.device))
         for order in dict.fromkeys(blocks.orders.values())
     }
     return {name: found[order] for name, order in blocks.orders.items()}
@@ -177,8 +278,8 @@ def _check(call: AttentionCall) -> None:
     (batch, heads, n_q, n_kv), kv_heads = call.shape, call.k.shape[1]
     if kv_heads == 0 or heads % kv_heads:
         raise BadShape(f"sparse_compile: {heads} query heads for {kv_heads} key heads.")
-    if max(n_q, n_kv) >= LIMIT or max(batch, heads) > 65535:
+    if max(n_q, n_kv) >= calls.LIMIT or max(batch, heads) > 65535:
         raise BadShape(
             f"sparse_compile: q {list(call.q.shape)} and k {list(call.k.shape)}: lengths must be "
-            f"below {LIMIT}, batch and heads at most 65535."
+            f"below {calls.LIMIT}, batch and heads at most 65535."
         )

@@ -7,15 +7,13 @@ from typing import Protocol
 
 from sparse_compile.codegen.entry import Entry, Kernel
 from sparse_compile.codegen.runtime.generated import fill
-from sparse_compile.codegen.triton.blocks.operands import (
+from sparse_compile.codegen.triton.blocks.sections import (
     OVER_KEYS,
     OVER_QUERIES,
-    Operand,
-    Statistic,
-)
-from sparse_compile.codegen.triton.blocks.sections import (
     Blocks,
+    Operand,
     Section,
+    Statistic,
     across,
     described_box,
     first_token_functions,

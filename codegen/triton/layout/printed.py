@@ -115,7 +115,7 @@ class Code(Abstract):
     ) -> Code:
         """A division: of numbers that are not negative, by a power of two, and of any."""
         natural, by_bits, helper = spelled
-        if isinstance(other, int) and _is_power(other):
+        if isinstance(other, int) and other > 0 and other & (other - 1) == 0:
             pieces: tuple[str | Code, ...] = (*_operand(self), by_bits)
         elif self.low >= 0 and limits(other)[0] > 0:
             pieces = (*_operand(self), natural, *_operand(other))
@@ -233,10 +233,6 @@ def _call(name: str, a: Code | int, b: Code | int, low: int, high: int) -> Code:
 def limits(value: Code | int) -> tuple[int, int]:
     """The least and the greatest that a value can be."""
     return (value.low, value.high) if isinstance(value, Code) else (value, value)
-
-
-def _is_power(value: int) -> bool:
-    return value > 0 and value & (value - 1) == 0
 
 
 def _is_wide(value: Code | int) -> bool:

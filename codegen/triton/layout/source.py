@@ -32,27 +32,26 @@ def module_of(key: Key) -> Kernel:
     With lookups also ``read_tables``.
     """
     name, read = f"blocks_{digest(repr((*key.identity, key.span)))}", tables_entry(key)
-    lists = {side: (_list_entry(key, side), _fill_entry(key, side)) for side in ("rows", "cols")}
+    rows, cols = _entries(key, "rows"), _entries(key, "cols")
     parts = [
         _header(key, name),
         *sides(key),
         tables_source(key, read) if read else "",
         verdict_text(key),
-        _lines(key, lists["rows"], "q", "kv"),
-        _lines(key, lists["cols"], "kv", "q"),
+        _lines(key, rows, "q", "kv"),
+        _lines(key, cols, "kv", "q"),
     ]
-    entries = (*lists["rows"], *lists["cols"], *([read] if read else []))
+    entries = (*rows, *cols, *([read] if read else []))
     return Kernel(name, "".join(parts).rstrip() + "\n", entries)
 
 
-def _list_entry(key: Key, side: str) -> Entry:
+def _entries(key: Key, side: str) -> tuple[Entry, Entry]:
+    """The kernel that counts and lists, and the one that lists where there is room for all."""
     found = lists("counts", "start", "index") + sizes("width") + lists("totals", dtype="int64")
-    return Entry(f"list_{side}", (found, _SCALARS, *_data_lines(key)), _ONE_WARP)
-
-
-def _fill_entry(key: Key, side: str) -> Entry:
     given = lists("index", "start", "counts") + sizes("room")
-    return Entry(f"fill_{side}", (given, _SCALARS, *_data_lines(key)), _ONE_WARP)
+    shape = _SCALARS, *_data_lines(key)
+    listing = Entry(f"list_{side}", (found, *shape), _ONE_WARP)
+    return listing, Entry(f"fill_{side}", (given, *shape), _ONE_WARP)
 
 
 def _data_lines(key: Key) -> tuple[Line, ...]:

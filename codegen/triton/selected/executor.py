@@ -11,21 +11,14 @@ import torch
 from torch import Tensor
 
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
-from sparse_compile.codegen.triton.blocks import arguments
-from sparse_compile.codegen.triton.calls import (
-    LIMIT,
-    Prepared,
-    Running,
-    dtype_of,
-    key_of,
-    served,
-)
-from sparse_compile.codegen.triton.selected import by_union, latent
-from sparse_compile.codegen.triton.selected.features import WIDE, features_of
-from sparse_compile.codegen.triton.selected.spec import SelectedKernelSpec
+from sparse_compile.codegen.triton import calls
+from sparse_compile.codegen.triton.calls import Prepared, Running
+from sparse_compile.codegen.triton.selected import latent, united
+from sparse_compile.codegen.triton.selected.spec import WIDE, SelectedKernelSpec, features_of
 from sparse_compile.codegen.triton.tile import Tile
 from sparse_compile.errors import BadShape
 from sparse_compile.layout.listed import places
+from sparse_compile.layout.schedule import workers_of
 from sparse_compile.selection.selection import worklist
 from sparse_compile.spec.target import Target
 
@@ -48,20 +41,20 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     if call.is_empty:
         return out.zero_(), lse.fill_(-math.inf)
 
-    def prepare() -> _Way:
+    def prepare() -> tuple[Prepared, _Way]:
         prepared = _prepared(call, "forward", ({}, {"OUT": out}))
-        return _Way.of(prepared, _running(prepared, call, {}))
+        return prepared, _Way.of(_running(prepared, call, {}))
 
-    def run(way: _Way) -> tuple[Tensor, Tensor]:
-        way.run(_running(way.prepared, call, {}), out, lse)
+    def run(prepared: Prepared, way: _Way) -> tuple[Tensor, Tensor]:
+        way.run(_running(prepared, call, {}), out, lse)
         return out, lse
 
-    return served(_key(call, "forward"), prepare, run, call.q.device)
+    return calls.served(_key(call, "forward"), prepare, run, call.q.device)
 
 
 def _key(call: AttentionCall, direction: str, *read: Tensor) -> Hashable:
     shared = is_shared(call.k, call.v)
-    return direction, shared, *key_of(call, call.index, call.count, *read)
+    return direction, shared, *calls.key_of(call, call.index, call.count, *read)
 
 
 def _prepared(
@@ -75,7 +68,7 @@ def _prepared(
         BadShape: for more than the kernels can number.
     """
     _check(call)
-    shape = call.q.shape[3], call.v.shape[3], dtype_of(call), Target.of(call.q.device).arch
+    shape = call.q.shape[3], call.v.shape[3], calls.dtype_of(call), Target.of(call.q.device).arch
     spec = SelectedKernelSpec(call.spec, *shape, call.members, is_shared(call.k, call.v))
     _, lists, units, most = call.index.shape
     values = {
@@ -97,32 +90,24 @@ class _Way:
     """How a forward goes through its lists.
 
     Attributes:
-        prepared: what calls share.
         name: ``"by key"``, ``"latent"``, ``"by union"`` or ``"by query"``.
         parts: into which the keys of a query are cut.
     """
 
-    prepared: Prepared
     name: str
     parts: int
 
-    @property
-    def spec(self) -> SelectedKernelSpec:
-        """What the kernels were generated for."""
-        spec: SelectedKernelSpec = self.prepared.spec
-        return spec
-
     @staticmethod
-    def of(prepared: Prepared, launch: Running) -> _Way:
+    def of(launch: Running) -> _Way:
         """The way of calls like one that runs."""
         if is_by_key(launch):
-            return _Way(prepared, "by key", 1)
+            return _Way("by key", 1)
         parts, given = parts_of(launch), launch.given
-        is_latent = "forward_latent" in prepared.launches.launchers and parts == 1
+        is_latent = "forward_latent" in launch.prepared.launches.launchers and parts == 1
         if is_latent and latent.is_aligned(given["Q"], given["K"]):
-            return _Way(prepared, "latent", parts)
-        united = parts == 1 and by_union.can_serve(launch)
-        return _Way(prepared, "by union" if united else "by query", parts)
+            return _Way("latent", parts)
+        by_union = parts == 1 and united.can_serve(launch)
+        return _Way("by union" if by_union else "by query", parts)
 
     def run(self, launch: Running, out: Tensor, lse: Tensor) -> None:
         """Write the results of a call."""
@@ -133,7 +118,7 @@ class _Way:
             launch.start("forward_latent", grid, {"OUT": out, "LSE": lse})
         elif self.name == "by union":
             # The device decides which of the two does it.
-            _by_query(launch, out, lse, self.parts, by_union.forward(launch, out, lse))
+            _by_query(launch, out, lse, self.parts, _by_union(launch, out, lse))
         else:
             _by_query(launch, out, lse, self.parts)
 
@@ -161,7 +146,7 @@ def parts_of(launch: Running) -> int:
     programs = math.prod(_grid_by_query(launch, "forward"))
     tile: Tile = launch.tile("forward")
     most = call.index.shape[3] * call.spec.unit_kv // (2 * tile.n)
-    return max(1, min(2 * launch.workers // programs, most))
+    return max(1, min(2 * workers_of(call.q.device) // programs, most))
 
 
 def _grid_by_query(launch: Running, name: str, parts: int = 1) -> tuple[int, int, int]:
@@ -189,6 +174,26 @@ def _by_query(
     if parts > 1:
         found = {"PART_OUT": given["OUT"], "PART_LSE": given["LSE"], "OUT": out, "LSE": lse}
         _merge(launch, found, call.groups, parts=parts, first_group=0, COUNTED=False)
+
+
+def _by_union(launch: Running, out: Tensor, lse: Tensor) -> Tensor:
+    """Write OUT and LSE, if the unions cost less than the lists.
+
+    Returns:
+        int64 [1]: below zero if they do, and so did write.
+    """
+    # Imports Triton.
+    from sparse_compile.codegen.triton.selected.union_lists import unite
+
+    spec = launch.prepared.spec
+    index, count = launch.given["INDEX"], launch.given["COUNT"]
+    lists = unite(index, count, united.neighbours(spec), united.COSTS)
+    tensors = {"INDEX": lists.index, "NAMES": lists.names, "COUNT": lists.count}
+    tensors |= {"BALANCE": lists.balance, "OUT": out, "LSE": lse}
+    _, _, unions, most = lists.index.shape
+    grid = united.programs(spec, launch.call)
+    launch.start("forward_union", grid, tensors, unions=unions, most=most)
+    return lists.balance
 
 
 def _merge(launch: Running, tensors: dict[str, Tensor], groups: int, **own: Any) -> None:
@@ -225,39 +230,35 @@ def _work(launch: Running, stretch: int) -> dict[str, Any]:
 def backward(call: AttentionCall, result: AttentionResult) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`sparse_compile.codegen.cpu.selected.backward`."""
     if call.is_empty:
-        return arguments.zeros(call.q), arguments.zeros(call.k), arguments.zeros(call.v)
+        return calls.zeros(call.q), calls.zeros(call.k), calls.zeros(call.v)
     has_grad_lse = result.grad_lse is not None
     read = {"OUT": result.out, "GRAD_OUT": result.grad_out.to(call.q.dtype)}
 
-    def run(prepared: Prepared) -> tuple[Tensor, Tensor, Tensor]:
+    def run(prepared: Prepared, _: None) -> tuple[Tensor, Tensor, Tensor]:
         dq = torch.empty(call.q.shape, dtype=call.q.dtype, device=call.q.device)
-        dk, dv = (arguments.zeros(t, torch.float32) for t in (call.k, call.v))
+        dk, dv = (calls.zeros(t, torch.float32) for t in (call.k, call.v))
         lse = result.lse.contiguous()
         tensors = {
-            **{"LSE": lse, "GRAD_LSE": arguments.single(result.grad_lse, lse)},
+            **{"LSE": lse, "GRAD_LSE": calls.single(result.grad_lse, lse)},
             "DELTA": torch.empty_like(lse, memory_format=torch.contiguous_format),
             **{"GRAD_Q": dq, "GRAD_K": dk, "GRAD_V": dv},
         }
-        _launch_backward(_running(prepared, call, read), tensors, has_grad_lse)
+        launch = _running(prepared, call, read)
+        # By query the gradient of queries and DELTA, for short units all gradients; then by key.
+        grid = _grid_by_query(launch, "backward_query")
+        launch.start("backward_query", grid, tensors, HAS_GRAD_LSE=has_grad_lse)
+        if not prepared.spec.adds_by_query:
+            work = _work(launch, _STRETCH[1])
+            subtiles = call.spec.unit_kv // launch.tile("backward_key_value").n
+            grid = work["n_work"] * subtiles, call.groups, call.q.shape[0]
+            launch.start("backward_key_value", grid, {**work, **tensors})
         sign = prepared.operands.sign
         return dq if sign == 1 else dq.mul_(sign), dk.to(call.k.dtype), dv.to(call.v.dtype)
 
-    def prepare() -> Prepared:
-        return _prepared(call, "backward", (read, {}))
+    def prepare() -> tuple[Prepared, None]:
+        return _prepared(call, "backward", (read, {})), None
 
-    return served(_key(call, "backward", *read.values()), prepare, run, call.q.device)
-
-
-def _launch_backward(launch: Running, tensors: dict[str, Tensor], has_grad_lse: bool) -> None:
-    """By query the gradient of queries and DELTA, for short units all gradients; then by key."""
-    call, grid = launch.call, _grid_by_query(launch, "backward_query")
-    launch.start("backward_query", grid, tensors, HAS_GRAD_LSE=has_grad_lse)
-    if launch.prepared.spec.adds_by_query:
-        return
-    work = _work(launch, _STRETCH[1])
-    subtiles = call.spec.unit_kv // launch.tile("backward_key_value").n
-    grid = work["n_work"] * subtiles, call.groups, call.q.shape[0]
-    launch.start("backward_key_value", grid, {**work, **tensors})
+    return calls.served(_key(call, "backward", *read.values()), prepare, run, call.q.device)
 
 
 def is_shared(k: Tensor, v: Tensor) -> bool:
@@ -272,9 +273,9 @@ def _check(call: AttentionCall) -> None:
     """Raise for more than int32 and grids can number."""
     lengths, members = max(call.q.shape[2], call.k.shape[2]), max(call.q.shape[0], call.groups)
     entries = call.index.shape[2] * call.index.shape[3]
-    if lengths >= LIMIT or members > 65535 or entries >= 1 << 31:
+    if lengths >= calls.LIMIT or members > 65535 or entries >= 1 << 31:
         raise BadShape(
             f"sparse_compile: q {list(call.q.shape)}, k {list(call.k.shape)} and index "
-            f"{list(call.index.shape)}: lengths must be below {LIMIT}, batch and groups of heads "
-            "at most 65535, and the entries of a list of all queries fewer than 2 ** 31."
+            f"{list(call.index.shape)}: lengths must be below {calls.LIMIT}, batch and groups of "
+            "heads at most 65535, and the entries of a list of all queries fewer than 2 ** 31."
         )

@@ -5,23 +5,19 @@ from __future__ import annotations
 from sparse_compile.codegen.entry import Entry, Kernel
 from sparse_compile.codegen.runtime.generated import fill
 from sparse_compile.codegen.triton.filled import head, precision
+from sparse_compile.codegen.triton.layout.key import Key, constant_sizes
+from sparse_compile.codegen.triton.layout.source import verdict_text
+from sparse_compile.codegen.triton.layout.text import BOUNDS
 from sparse_compile.codegen.triton.predicate import helpers_in
 from sparse_compile.codegen.triton.score import Scoring
-from sparse_compile.codegen.triton.selected import (
-    features,
-    latent,
-    text,
-    text_by_key,
-    text_union,
-    whole_items,
-)
+from sparse_compile.codegen.triton.selected import latent, text, text_by_key, text_union
 from sparse_compile.codegen.triton.selected.entries import entries_of
-from sparse_compile.codegen.triton.selected.features import features_of
-from sparse_compile.codegen.triton.selected.spec import SelectedKernelSpec
+from sparse_compile.codegen.triton.selected.spec import SelectedKernelSpec, features_of
 from sparse_compile.codegen.triton.selected.tiles import tiles_for
 from sparse_compile.codegen.triton.selected.united import neighbours
 from sparse_compile.codegen.triton.tile import Tile
-from sparse_compile.expr import H
+from sparse_compile.expr import B, H, MaskExpr
+from sparse_compile.spec.view import natural
 
 _BY_QUERY = {
     "forward": text.FORWARD,
@@ -39,8 +35,8 @@ def selected_kernel(spec: SelectedKernelSpec) -> Kernel:
     tiles, attention = tiles_for(spec), spec.attention
     entries = entries_of(spec, tiles)
     scorings = {axis: Scoring.of(attention, attention.mask, axis) for axis in ("kv", "q")}
-    can_skip = whole_items.can_print(attention.mask) and not spec.adds_by_query
-    verdict = whole_items.functions(attention.mask) if can_skip else []
+    can_skip = _can_skip(attention.mask) and not spec.adds_by_query
+    verdict = _verdict(attention.mask) if can_skip else []
     helpers = scorings["kv"].helpers | scorings["q"].helpers | helpers_in(*verdict)
     parts = head(
         text.HEADER,
@@ -65,7 +61,7 @@ def selected_kernel(spec: SelectedKernelSpec) -> Kernel:
 def _by_query(entry: Entry, spec: SelectedKernelSpec, scoring: Scoring) -> str:
     """A kernel whose programs hold rows and loop over selected keys."""
     tile: Tile = entry.tile
-    score, parts = scoring.score, features_of(spec.head_dim)
+    score, parts = scoring.score, _of_parts(spec)
     united, is_backward = entry.name == "forward_union", entry.name == "backward_query"
     kept = ["there[None, :]", "named"] if united else ["there[None, :]"]
     mask = [
@@ -81,20 +77,18 @@ def _by_query(entry: Entry, spec: SelectedKernelSpec, scoring: Scoring) -> str:
     unit = fill(
         text_union.UNIT if united else text.UNIT,
         YIELD=text_union.YIELD.splitlines() if yields else [],
-        QUERY=features.queries(parts),
+        QUERY=parts["QUERY"],
         KEY_HEAD=key_head.splitlines(),
         FACTOR=score.factor,
         **shape,
     )
+    add_grads = fill(text.ADD_GRADS, PRECISION=told, **parts) if spec.adds_by_query else ""
     return entry.text(
         _BY_QUERY[entry.name],
         UNIT=unit.splitlines(),
         NEIGHBOURS=shape["NEIGHBOURS"],
         DESCRIBED=[_DESCRIBED] if tile.descriptors else [],
-        OPERANDS=features.operands(parts, spec.shared, tile.descriptors, told),
-        NO_GRAD_Q=features.no_grad_q(parts),
-        GRAD_Q=features.grad_q(parts, told),
-        STORE_GRAD_Q=features.store_grad_q(parts),
+        OPERANDS=_operands(spec, tile.descriptors, parts["KEY"]),
         BEFORE=[_AT_ROWS, *scoring.before] if scoring.reads_places else [],
         SLOPE=" * slope" if score.is_given else "",
         FIRST_KEYS=first_keys,
@@ -102,8 +96,48 @@ def _by_query(entry: Entry, spec: SelectedKernelSpec, scoring: Scoring) -> str:
         MASK=mask,
         PRECISION=told,
         GRADS_OF_KEYS=_GRADS[spec.adds_by_query],
-        ADD_GRADS=_add_grads(spec, told) if spec.adds_by_query else [],
+        ADD_GRADS=add_grads.splitlines(),
+        **parts,
     )
+
+
+def _of_parts(spec: SelectedKernelSpec) -> dict[str, list[str]]:
+    """Lines for all parts of a head, by the names of holes."""
+    parts = features_of(spec.head_dim)
+    found: dict[str, list[str]] = {}
+    for name, (pointer, template) in text.OF_PARTS.items():
+        found[name] = []
+        for part in parts:
+            columns = {"DIM": "HEAD_DIM", "PAD": "HEAD_PAD"}
+            if len(parts) > 1:
+                columns = {"DIM": str(part.dim), "PAD": str(part.pad)}
+            holes = {"X": part.suffix, "BASE": part.of(pointer), **columns}
+            found[name] += fill(template, PRECISION=precision(spec), **holes).splitlines()
+    return found
+
+
+def _operands(spec: SelectedKernelSpec, described: bool, keys: list[str]) -> list[str]:
+    """Lines that load keys and values, and multiply queries and keys.
+
+    Args:
+        spec: of the kernels.
+        described: whether K and V are tensor descriptors; then a head is one part.
+        keys: those that load keys otherwise.
+    """
+    told = precision(spec)
+    score = f"score = tl.dot(query, key.T{told})"
+    if described:
+        return [
+            "key = K.load([b, key_head, first, 0]).reshape(TILE_N, HEAD_PAD)",
+            "value = V.load([b, key_head, first, 0]).reshape(TILE_N, VALUE_PAD)",
+            score,
+        ]
+    value = "value = keys_of(V, kv, v_stride_n, there, VALUE_DIM, VALUE_PAD)"
+    shared = "value = key  # V is the first features of K"
+    lines = [*keys, shared if spec.shared else value, score]
+    if len(features_of(spec.head_dim)) > 1:
+        lines.append(f"score = tl.dot(query_rest, key_rest.T, score{told})")
+    return lines
 
 
 def _keys(whole: bool, united: bool) -> tuple[list[str], list[str]]:
@@ -120,11 +154,6 @@ def _keys(whole: bool, united: bool) -> tuple[list[str], list[str]]:
 
 
 _DESCRIBED = "K and V are tensor descriptors of tiles, of TILE_N tokens and all features."
-
-
-def _add_grads(spec: SelectedKernelSpec, told: str) -> list[str]:
-    grad_k = features.add_grad_k(features_of(spec.head_dim), told)
-    return fill(text.ADD_GRADS, PRECISION=told, ADD_GRAD_K=grad_k).splitlines()
 
 
 _AT_ROWS = "q, h = tl.minimum(token, n_q - 1)[:, None], h[:, None]"
@@ -145,7 +174,7 @@ def _by_key(entry: Entry, spec: SelectedKernelSpec, scoring: Scoring) -> str:
     by_head = spec.attention.mask.depends_on(H) or (program is not None and program.depends_on(H))
     masking = [*(mask.before if by_head else ()), *mask.masking(f"there{across}")]
     # In the backward the branch costs more than the mask does.
-    can_skip = not transposed and whole_items.can_print(spec.attention.mask)
+    can_skip = not transposed and _can_skip(spec.attention.mask)
     if can_skip:
         masking = ["if partly:", *(f"    {line}" for line in masking)]
     at_rows = [f"q, h = tl.minimum(token, n_q - 1){along}, h{along}"] if placed else []
@@ -156,9 +185,36 @@ def _by_key(entry: Entry, spec: SelectedKernelSpec, scoring: Scoring) -> str:
         _BY_KEY[entry.name],
         START=start.splitlines(),
         BEFORE=outside if placed else [],
-        PARTLY=whole_items.lines(spec.attention.mask) if can_skip else [],
+        PARTLY=_partly(spec.attention.mask) if can_skip else [],
         ENTRIES=text_by_key.ENTRIES.splitlines(),
         MASK=[*at_rows, *lines, *masking],
         SLOPE=score.apply_slope,
         PRECISION=precision(spec),
     )
+
+
+def _can_skip(mask: MaskExpr) -> bool:
+    """Whether a kernel can bound a mask, as it reads no table and is the same for all heads.
+
+    Where the mask allows all pairs of an item of work, it need not be evaluated. An item is a unit
+    of keys and entries that name it, in the order of their queries, so its first and last entry
+    bound the queries. What must hold between bounds follows from interval analysis.
+    """
+    varies = mask.tables or mask.depends_on(B) or mask.depends_on(H)
+    return not varies and not constant_sizes(mask.text)
+
+
+def _key(mask: MaskExpr) -> Key:
+    return Key(mask.text, natural(1), natural(1), (None,) * mask.n_sizes)
+
+
+def _verdict(mask: MaskExpr) -> list[str]:
+    """The functions that :func:`_partly` needs besides those that predicates are printed with."""
+    verdict = verdict_text(_key(mask)).strip() + "\n"
+    return [BOUNDS, verdict] if "LEAST" in verdict or "GREATEST" in verdict else [verdict]
+
+
+def _partly(mask: MaskExpr) -> list[str]:
+    """Lines that say whether an item holds pairs that the mask hides."""
+    sizes = ", ".join(["", *_key(mask).sizes])
+    return text_by_key.PARTLY.replace("$SIZES", sizes).splitlines()

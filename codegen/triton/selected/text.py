@@ -258,3 +258,28 @@ tl.atomic_add(
     GRAD_V + owner * VALUE_DIM + width, grad_v, mask=there[:, None] & (width < VALUE_DIM)
 )
 """
+
+#: For each part of a head, the parameter whose columns it reads or writes, and the lines.
+OF_PARTS = {
+    "QUERY": (
+        "Q",
+        "query$X = rows_of($BASE, h, token, q_stride_h, q_stride_n, exist, $DIM, $PAD)",
+    ),
+    "KEY": ("K", "key$X = keys_of($BASE, kv, k_stride_n, there, $DIM, $PAD)"),
+    "NO_GRAD_Q": ("", "grad_q$X = tl.zeros([TILE_M, $PAD], tl.float32)"),
+    "GRAD_Q": ("", "grad_q$X = tl.dot(grad_score, key$X, grad_q$X$PRECISION)"),
+    "STORE_GRAD_Q": (
+        "GRAD_Q",
+        "store_rows($BASE, grad_q$X * scale, heads, token, n_q * HEAD_DIM, HEAD_DIM, exist, $DIM)",
+    ),
+    "ADD_GRAD_K": (
+        "GRAD_K",
+        """\
+grad_k = tl.dot(grad_score.T, query$X$PRECISION) * scale
+column = tl.arange(0, $PAD)[None, :]
+tl.atomic_add(
+    $BASE + owner * HEAD_DIM + column, grad_k, mask=there[:, None] & (column < $DIM)
+)
+""",
+    ),
+}

@@ -31,6 +31,17 @@ number += TILE_M
 place = tl.load(PLACES + number // ROWS, mask=number < hi, other=0)
 """
 
+#: Whether an item of work holds pairs that the mask hides.
+PARTLY = """\
+earliest = tl.load(PLACES + lo // ROWS) // most * UNIT_Q
+latest = tl.load(PLACES + hi // ROWS - 1) // most * UNIT_Q + (UNIT_Q - 1)
+latest, end = tl.minimum(latest, n_q - 1), first + TILE_N
+must, may = verdict(
+    earliest, latest, first, tl.minimum(end, n_kv) - 1, 0, 0, 0, 0, n_q, n_kv$SIZES
+)
+partly = tl.where(must, end > n_kv, True)
+"""
+
 BACKWARD_KEY_VALUE = '''\
 $SIGNATURE
     """Add to GRAD_K and GRAD_V, fp32, what the queries that selected a unit of keys send it.

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from sparse_compile.codegen.triton.selected.features import WIDE
-from sparse_compile.codegen.triton.selected.spec import SelectedKernelSpec
+from sparse_compile.codegen.triton.selected.spec import WIDE, SelectedKernelSpec
 from sparse_compile.codegen.triton.tile import Tile, padded
 
 

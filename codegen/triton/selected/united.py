@@ -9,10 +9,13 @@ the programs of one of them return at once.
 
 from __future__ import annotations
 
+import math
+
 from sparse_compile.codegen.call import AttentionCall
-from sparse_compile.codegen.triton.selected.features import WIDE
-from sparse_compile.codegen.triton.selected.spec import SelectedKernelSpec
+from sparse_compile.codegen.triton.calls import Running
+from sparse_compile.codegen.triton.selected.spec import WIDE, SelectedKernelSpec
 from sparse_compile.codegen.triton.tile import Tile, padded, power_of_two
+from sparse_compile.layout.schedule import workers_of
 
 #: What an entry of a list costs the forward by query, and an entry of a union the forward over
 #: unions, in tenths: 1.5 to 2.0 times as much on an H200, by head dim and units.
@@ -32,8 +35,7 @@ def union_tile(spec: SelectedKernelSpec) -> Tile | None:
     if spec.adds_by_query or spec.rows > _ROWS // 2 or single:
         return None
     width = padded(max(spec.head_dim, spec.value_dim, 64))
-    held = min(_MOST, _ROWS // spec.rows) * spec.rows
-    m = padded(held)
+    m = padded(neighbours(spec) * spec.rows)
     if spec.arch == "interpreter":
         return Tile(m, 32, 4, 1)
     n = 64 if width < WIDE else 32
@@ -49,13 +51,23 @@ def neighbours(spec: SelectedKernelSpec) -> int:
     return min(_MOST, _ROWS // spec.rows)
 
 
-def can_unite(spec: SelectedKernelSpec, call: AttentionCall) -> bool:
-    """Whether lists of a call can be united: there are several, of a length that can be sorted."""
+def can_serve(launch: Running) -> bool:
+    """Whether the kernel is worth trying; what the lists have in common, the device finds out.
+
+    There are several lists, of a length that can be sorted.
+    """
+    spec, call = launch.prepared.spec, launch.call
     if call.index.shape[2] < 2 or union_tile(spec) is None:
         return False
     n, key_units = neighbours(spec), -(-call.k.shape[2] // call.spec.unit_kv)
     slots = power_of_two(n) * power_of_two(call.index.shape[3])
-    return slots <= _SLOTS and n * key_units < (1 << 31) - 1
+    return slots <= _SLOTS and n * key_units < (1 << 31) - 1 and is_large(launch)
+
+
+def is_large(launch: Running) -> bool:
+    """Whether programs of several units of queries, of which there are fewer, keep a GPU busy."""
+    call = launch.call
+    return math.prod(programs(launch.prepared.spec, call)) >= 2 * workers_of(call.q.device)
 
 
 def programs(spec: SelectedKernelSpec, call: AttentionCall) -> tuple[int, int, int]:

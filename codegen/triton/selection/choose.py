@@ -1,4 +1,4 @@
-"""Launch the kernel that chooses blocks by their scores."""
+"""The kernel that chooses blocks by their scores: its text, from a ChooseSpec, and its launch."""
 
 from __future__ import annotations
 
@@ -9,25 +9,130 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_compile.codegen.triton.layout.key import LONGEST
-from sparse_compile.codegen.triton.selection.printable import key_of, launch
-from sparse_compile.codegen.triton.selection.source import HELD, ChooseSpec, choose_kernel
+from sparse_compile.codegen.entry import Entry, Kernel, pointers, sizes
+from sparse_compile.codegen.runtime.generated import fill
+from sparse_compile.codegen.triton.filled import filled
+from sparse_compile.codegen.triton.layout.key import LONGEST, Key, digest
+from sparse_compile.codegen.triton.layout.source import data
+from sparse_compile.codegen.triton.layout.text import DIVISIONS
+from sparse_compile.codegen.triton.selection import printable, text
 from sparse_compile.codegen.triton.tile import power_of_two
 from sparse_compile.patterns.checks import UPPER_LEFT
 from sparse_compile.patterns.scored import Threshold, TopK, TopP, TopRatio, exact
 from sparse_compile.selection.prepared import Prepared
 
+_LIMITS = {
+    "top_k": text.TOP_K,
+    "top_ratio": text.TOP_RATIO,
+    "top_p": text.TOP_P,
+    "scores": fill(text.THRESHOLD, VALUE="score"),
+    "softmax": fill(text.THRESHOLD, VALUE="share_of(score, visible)"),
+}
+#: Blocks whose keys a program can hold.
+HELD = 1 << 15
 #: Blocks that a row may have for the rule that needs nothing but the order of scores.
 _MOST_IN_ORDER = 1 << 20
 #: Lists that do not fill a GPU.
 _FEW = 256
 
 
-def can_choose(made: Prepared) -> bool:
-    """Whether the kernel can choose for a task: not from too many blocks."""
-    task, most = made.task, _MOST_IN_ORDER if isinstance(made.pattern, TopK) else HELD
-    fits = task.blocks <= most and max(task.q.shape[2], task.k.shape[2]) <= LONGEST
-    return fits and task.rows * task.blocks < 1 << 40
+@dataclass(frozen=True)
+class ChooseSpec:
+    """What a module is generated for; hashable.
+
+    Attributes:
+        key: the mask, in units of queries and blocks of keys.
+        given: whether what is visible is a tensor; else it follows from the mask.
+        rule: "top_k", "top_ratio", "top_p", "scores" or "softmax".
+        blocks, room: at least the blocks, and places of a list; powers of two.
+        few: whether there are so few lists that each may take more warps.
+    """
+
+    key: Key
+    given: bool
+    rule: str
+    blocks: int
+    room: int
+    few: bool = False
+
+    @property
+    def name(self) -> str:
+        """What the module is called."""
+        shape = (self.given, self.rule, self.blocks, self.room, self.few)
+        return f"choose_{self.rule}_{digest(repr(self.key.identity) + repr(shape))}"
+
+    @property
+    def is_long(self) -> bool:
+        """Whether a program cannot hold all keys: it reads them again for each bit."""
+        return self.blocks > HELD
+
+    @property
+    def warps(self) -> int:
+        """One for 1024 scores, or 256, up to 32."""
+        return 16 if self.is_long else max(1, min(32, self.blocks // (256 if self.few else 1024)))
+
+
+def _entry(spec: ChooseSpec) -> Entry:
+    read = pointers("float32", "SCORES")
+    # Without a mask that is given, any tensor stands for it.
+    read += pointers("bool" if spec.given else "float64", "VISIBLE") + pointers("float64", "RULE")
+    lines = (
+        read + pointers("int32", "INDEX", "COUNT"),
+        sizes("visible_stride_b", "visible_stride_list", "visible_stride_row"),
+        sizes("first", "rows", "units", "lists", "blocks", "room", "sink", "reach", "shift"),
+        sizes("n_q", "n_kv"),
+        sizes(*([] if spec.given else spec.key.sizes)),
+    )
+    return Entry("choose", lines, {"num_warps": spec.warps})
+
+
+def choose_kernel(spec: ChooseSpec) -> Kernel:
+    """The module of a spec: the kernel ``choose``."""
+    key = spec.key
+    header = filled(
+        text.MODULE,
+        spec,
+        MASK="what is visible is given" if spec.given else str(key.mask),
+        UNIT_Q=str(key.q.block),
+        BLOCK=str(key.kv.block),
+        SLICE=str(min(spec.blocks, 512 * spec.warps)),
+    )
+    names, entry = [] if spec.given else data(key), _entry(spec)
+    visible = [
+        *printable.verdict_lines(key, "unit", "block"),
+        "visible = tl.where(may, there.to(tl.int32), 0) > 0",
+    ]
+    kernel = entry.text(
+        text.CHOOSE,
+        SIZES=names,
+        VISIBLE=text.GIVEN.splitlines() if spec.given else visible,
+        LIMIT=_LIMITS[spec.rule].splitlines(),
+        **_search(spec, names),
+    )
+    verdict = [DIVISIONS, "\n\n"] if spec.given else printable.verdict_source(key)
+    return Kernel(spec.name, "".join([header, *verdict, kernel]), (entry,))
+
+
+def _search(spec: ChooseSpec, parameters: list[str]) -> dict[str, str | list[str]]:
+    """How the least key is searched: among keys that a program holds, or by reading them."""
+    arguments = "SCORES, VISIBLE, unit, blocks, sink, near, until, n_q, n_kv"
+    names = [] if spec.given else spec.key.sizes
+
+    def found(bound: str) -> str:
+        if spec.is_long:
+            return f"found_from({', '.join([bound, arguments, *names])})"
+        return f"tl.sum((key >= {bound}).to(tl.int32), 0)"
+
+    keys = fill(text.ALL_KEYS, SIZES=parameters).splitlines()
+    function = fill(text.FOUND, SIZES=parameters).splitlines()
+    return {
+        "FOUND": function if spec.is_long else [],
+        "ALL_KEYS": [] if spec.is_long else keys,
+        "FORCED": found("HIGHEST"),
+        "FOUND_POSITIVE": found("limit * 0"),
+        "FOUND_HIGHER": found("higher"),
+        "FOUND_ABOVE": found("least + 1"),
+    }
 
 
 @dataclass(frozen=True)
@@ -54,7 +159,7 @@ class Chooser:
         """What the kernel for the units ``first, ..., end - 1`` is generated for."""
         pattern, task, visible = self.made.pattern, self.made.task, self.made.task.visible
         given = not visible.printable
-        key = key_of(visible, pattern.unit_q, pattern.block_kv)
+        key = printable.key_of(visible, pattern.unit_q, pattern.block_kv)
         batch, lists, _, room = self.made.index.shape
         few = (end - first) * batch * lists <= _FEW
         seen = task.blocks if given else visible.columns(first, end)
@@ -97,7 +202,14 @@ class Chooser:
             "visible_stride_row": steps[2],
             **named,
         }
-        launch(choose_kernel, spec, scores.device, grid, values)
+        printable.launch(choose_kernel, spec, scores.device, grid, values)
+
+
+def chooser(made: Prepared) -> Chooser | None:
+    """What chooses for a task by the kernel; None where it cannot, from too many blocks."""
+    task, most = made.task, _MOST_IN_ORDER if isinstance(made.pattern, TopK) else HELD
+    fits = task.blocks <= most and max(task.q.shape[2], task.k.shape[2]) <= LONGEST
+    return Chooser(made) if fits and task.rows * task.blocks < 1 << 40 else None
 
 
 def choose_spec(made: Prepared) -> ChooseSpec:
