@@ -16,9 +16,7 @@ from sparse_compile.expr import MaskExpr
 from sparse_compile.layout import BlockLayout, BlockLists, Problem
 from sparse_compile.layout import builders as of_layouts
 from sparse_compile.selection import builders as of_selections
-from sparse_compile.selection.indexing import Indexing
-from sparse_compile.selection.prepared import Prepared
-from sparse_compile.selection.windows import Windows
+from sparse_compile.selection.builders import Indexing, Prepared, Windows
 
 
 def hand_in() -> None:

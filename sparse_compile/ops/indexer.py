@@ -14,8 +14,7 @@ from torch import Tensor
 from sparse_compile.errors import BadShape
 from sparse_compile.ops.block_scores import MaskedScores
 from sparse_compile.ops.registered import operator
-from sparse_compile.selection.builders import BUILDERS
-from sparse_compile.selection.indexing import Indexing
+from sparse_compile.selection.builders import BUILDERS, Indexing
 from sparse_compile.selection.visible import EVERYTHING, Visible
 from sparse_compile.spec.indexer import IndexerSpec, stepped
 

@@ -15,7 +15,7 @@ from sparse_compile.codegen.triton.selection.source import HELD, ChooseSpec, cho
 from sparse_compile.codegen.triton.tile import power_of_two
 from sparse_compile.patterns.checks import UPPER_LEFT
 from sparse_compile.patterns.rules import Threshold, TopK, TopP, TopRatio, exact
-from sparse_compile.selection.prepared import Prepared
+from sparse_compile.selection.builders import Prepared
 
 #: Blocks that a row may have for the rule that needs nothing but the order of scores.
 _MOST_IN_ORDER = 1 << 20

@@ -8,7 +8,7 @@ from torch import Tensor
 from sparse_compile.codegen.runtime.launch import DTYPE_NAMES, strides
 from sparse_compile.codegen.triton.selection.index_source import IndexSpec, index_kernel, tiles
 from sparse_compile.codegen.triton.selection.printable import key_of, launch
-from sparse_compile.selection.indexing import Indexing
+from sparse_compile.selection.builders import Indexing
 from sparse_compile.spec.target import Target
 
 #: What the kernel holds of a key, and of the heads' products in half and in single precision.

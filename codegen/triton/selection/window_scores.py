@@ -16,7 +16,7 @@ from sparse_compile.codegen.triton.selection import window_source
 from sparse_compile.codegen.triton.selection.printable import key_of, launch
 from sparse_compile.codegen.triton.selection.window_source import WindowSpec
 from sparse_compile.codegen.triton.tile import padded
-from sparse_compile.selection.windows import Windows
+from sparse_compile.selection.builders import Windows
 from sparse_compile.spec.target import Target
 
 #: What the kernel holds of a key, of the heads of a list, and of the cells of windows and blocks.
