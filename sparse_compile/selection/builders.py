@@ -1,4 +1,4 @@
-"""Builders: the kernels that score and choose on a device, as values that are handed in."""
+"""Builders: kernels that score and choose on a device, handed in; and what they are asked."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ from sparse_compile.patterns.scored import Scored
 from sparse_compile.selection.chunks import chunks
 from sparse_compile.selection.task import Scoring, Task
 from sparse_compile.selection.visible import Visible
+
+#: Scores that a chunk of units of queries has at most, if it is more than one unit; in torch, and
+#: where a kernel chooses.
+_MOST, _MOST_BY_KERNEL = 1 << 24, 1 << 26
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,11 +70,6 @@ class Windows:
     def heads(self) -> int:
         """Of a list."""
         return self.q.shape[1] // self.lists
-
-
-#: Scores that a chunk of units of queries has at most, if it is more than one unit; in torch, and
-#: where a kernel chooses.
-_MOST, _MOST_BY_KERNEL = 1 << 24, 1 << 26
 
 
 @dataclass(frozen=True, eq=False)
