@@ -14,7 +14,7 @@ from torch import Tensor
 import sparse_compile.ops  # noqa: F401  which hands in the kernels of a GPU
 from sparse_compile import patterns as P
 from sparse_compile.selection import Selection, canonical, pooled_attention
-from sparse_compile.selection.scoring import scoring
+from sparse_compile.selection.select import scoring
 from sparse_compile.selection.task import Task
 from sparse_compile.selection.visible import Visible
 
@@ -29,7 +29,7 @@ def untrained(scorer: P.Scorer) -> Scorer:
         lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
         visible = Visible(P.Causal().bound().expr, (), (), *lengths, 1, UNIT, q.device)
         task = Task(q, k, 1, UNIT, k.shape[1], visible)
-        return scoring(scorer, task)(0, task.rows)
+        return scoring(scorer, task).score(0, task.rows)
 
     return score
 

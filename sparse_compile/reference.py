@@ -86,18 +86,14 @@ def _scores(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
     if bool(q.isfinite().all()) and bool(k.isfinite().all()):
         return q @ k.mT
     pairs = mask.unsqueeze(-1)
-    return (_at(pairs, q.unsqueeze(-2)) * _at(pairs, k.unsqueeze(-3))).sum(-1)
+    return (q.unsqueeze(-2).where(pairs, 0) * k.unsqueeze(-3).where(pairs, 0)).sum(-1)
 
 
 def _mixed(weights: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """``weights @ v``, over the pairs of the mask."""
     if bool(v.isfinite().all()):
         return weights @ v
-    return (weights.unsqueeze(-1) * _at(mask.unsqueeze(-1), v.unsqueeze(-3))).sum(-2)
-
-
-def _at(pairs: Tensor, x: Tensor) -> Tensor:
-    return torch.where(pairs, x, torch.zeros_like(x))
+    return (weights.unsqueeze(-1) * v.unsqueeze(-3).where(mask.unsqueeze(-1), 0)).sum(-2)
 
 
 def _per_query_head(x: Tensor, group: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from sparse_compile.layout import picture
 TOLERANCE = 1e-5
 #: Seconds after which no further step is timed, on a machine that is slow or busy.
 _TIMING_BUDGET = 45.0
+#: Prints a line at once, also into a file or a pipe.
+_say = functools.partial(print, flush=True)
 _CPU = DecoderConfig()
 _CUDA = replace(_CPU, layers=4, hidden=1024, heads=16, kv_heads=4, window=512)
 
@@ -85,29 +88,26 @@ class DemoResult:
         )
 
 
-def run(
-    n: int | None = None, steps: int = 3, device: str = "auto", say: Callable[[str], None] = print
-) -> DemoResult:
-    """Run the demo.
+def run(n: int | None = None, steps: int = 3, device: str = "auto") -> DemoResult:
+    """Run the demo, and print its progress line by line.
 
     Args:
         n: sequence length; default 8192, and 16384 on a GPU.
         steps: timed training steps of each program.
         device: ``"cpu"``, ``"cuda"`` or ``"auto"``.
-        say: receives the progress, line by line.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     on_gpu = torch.device(device).type == "cuda"
     n = n or (16384 if on_gpu else 8192)
     model, tokens = _workload(_CUDA if on_gpu else _CPU, n, device)
-    say(f"A decoder in plain PyTorch, {_describe(model, n, device)}; one training step.\n")
+    _say(f"A decoder in plain PyTorch, {_describe(model, n, device)}; one training step.\n")
     sites, graphs = examine(model, (tokens,), {})
     report = Report(tuple(site.report() for site in sites), graphs)
-    say(f"{report}\n")
-    _show_layout(sites, say)
-    kernels = _show_kernels(model, tokens, say)
-    return _measure(model, tokens, steps, report, kernels, say)
+    _say(f"{report}\n")
+    _show_layout(sites)
+    kernels = _show_kernels(model, tokens)
+    return _measure(model, tokens, steps, report, kernels)
 
 
 def _workload(config: DecoderConfig, n: int, device: str) -> tuple[Decoder, Tensor]:
@@ -128,33 +128,28 @@ def _describe(model: Decoder, n: int, device: str) -> str:
     )
 
 
-def _show_layout(sites: tuple[Examined, ...], say: Callable[[str], None]) -> None:
+def _show_layout(sites: tuple[Examined, ...]) -> None:
     for site in sites:
         layout = site.layout()
         if layout is not None:
-            say("Blocks of the score matrix (█ full, ▒ partly masked, · never visited):")
-            say(picture(layout.views[0], width=32) + "\n")
+            _say("Blocks of the score matrix (█ full, ▒ partly masked, · never visited):")
+            _say(picture(layout.views[0], width=32) + "\n")
             return
 
 
-def _show_kernels(model: Decoder, tokens: Tensor, say: Callable[[str], None]) -> tuple[str, ...]:
+def _show_kernels(model: Decoder, tokens: Tensor) -> tuple[str, ...]:
     found = of_call(model, (tokens,), {})
     paths = tuple(dict.fromkeys(kernel.path for kernel in found if kernel.path))
     if paths:
-        say("Generated Triton kernels:")
-        say("".join(f"    {path}\n" for path in paths))
+        _say("Generated Triton kernels:")
+        _say("".join(f"    {path}\n" for path in paths))
     return paths
 
 
 def _measure(
-    model: Decoder,
-    tokens: Tensor,
-    steps: int,
-    report: Report,
-    kernels: tuple[str, ...],
-    say: Callable[[str], None],
+    model: Decoder, tokens: Tensor, steps: int, report: Report, kernels: tuple[str, ...]
 ) -> DemoResult:
-    say("Eager, in fp32, for the reference ...")
+    _say("Eager, in fp32, for the reference ...")
     exact = copy.deepcopy(model).float()
     truth = _step(exact, exact, tokens)
     programs = {
@@ -163,14 +158,14 @@ def _measure(
     }
     errors = {}
     for name, program in programs.items():
-        say(f"Compiling with {name} ...")
+        _say(f"Compiling with {name} ...")
         began = time.perf_counter()
         result = _step(program, model, tokens)
         errors[name] = _errors(result, truth)
         seconds, (output, gradient) = time.perf_counter() - began, errors[name]
-        say(f"    {seconds:.1f} s, largest error: output {output:.1e}, gradient {gradient:.1e}")
+        _say(f"    {seconds:.1f} s, largest error: output {output:.1e}, gradient {gradient:.1e}")
     del truth, exact
-    times = _interleaved(programs, model, tokens, steps, say)
+    times = _interleaved(programs, model, tokens, steps)
     return DemoResult(
         device=str(tokens.device),
         n=tokens.shape[1],
@@ -205,11 +200,7 @@ def _errors(result: list[Tensor], truth: list[Tensor]) -> tuple[float, float]:
 
 
 def _interleaved(
-    programs: dict[str, Callable[..., Any]],
-    model: nn.Module,
-    tokens: Tensor,
-    steps: int,
-    say: Callable[[str], None],
+    programs: dict[str, Callable[..., Any]], model: nn.Module, tokens: Tensor, steps: int
 ) -> dict[str, list[float]]:
     """Seconds of each step; the programs take turns, so that both meet the same machine."""
     times: dict[str, list[float]] = {name: [] for name in programs}
@@ -219,9 +210,9 @@ def _interleaved(
             _step(program, model, tokens)
             times[name].append(time.perf_counter() - began)
         line = ", ".join(f"{name} {_seconds(taken[-1])}" for name, taken in times.items())
-        say(f"Step {number} of {steps}: {line}")
+        _say(f"Step {number} of {steps}: {line}")
         if sum(map(sum, times.values())) > _TIMING_BUDGET and number < steps:
-            say("    that took long: the remaining steps are left out")
+            _say("    that took long: the remaining steps are left out")
             break
     return times
 

@@ -69,7 +69,10 @@ def _find(text: str) -> Callable[..., Any]:
     if not hasattr(module, name):
         near = difflib.get_close_matches(name, dir(module), n=1)
         functions = [n for n, value in vars(module).items() if inspect.isfunction(value)]
-        hint = f"Did you mean {module_name}:{near[0]}?" if near else _listing(functions)
+        listed = ", ".join(sorted(functions))
+        hint = f"Its functions: {listed}." if listed else "It has no functions."
+        if near:
+            hint = f"Did you mean {module_name}:{near[0]}?"
         raise BadFactory(f"sparse_compile: module {module_name!r} has no {name!r}. {hint}")
     factory = getattr(module, name)
     if not callable(factory):
@@ -79,12 +82,6 @@ def _find(text: str) -> Callable[..., Any]:
         )
     found: Callable[..., Any] = factory
     return found
-
-
-def _listing(functions: list[str]) -> str:
-    return (
-        f"Its functions: {', '.join(sorted(functions))}." if functions else "It has no functions."
-    )
 
 
 def _import(text: str, name: str) -> ModuleType:

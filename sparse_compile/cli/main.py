@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import json
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any, NoReturn
 
 from sparse_compile import __version__
@@ -72,8 +74,8 @@ def _demo(arguments: argparse.Namespace) -> int:
     """Compile a decoder in plain PyTorch, check it against eager, time it against Inductor."""
     from sparse_compile.cli import demo
 
-    say = _to_stderr if arguments.json else _say
-    result = demo.run(arguments.n, arguments.steps, arguments.device, say)
+    with contextlib.redirect_stdout(sys.stderr if arguments.json else sys.stdout):
+        result = demo.run(arguments.n, arguments.steps, arguments.device)
     print(json.dumps(demo.to_dict(result)) if arguments.json else f"\n{result.summary()}")
     return 0 if result.correct else 1
 
@@ -81,17 +83,16 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _explain_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("factory", help=_FACTORY)
     parser.add_argument(
-        "--options", type=str, help="""options of the backend, as in '{"dense": "rewrite"}'"""
+        "--options", type=_options, help="""options of the backend, as in '{"dense": "rewrite"}'"""
     )
 
 
 def _explain(arguments: argparse.Namespace) -> int:
     """Print which attention of a model is rewritten, which is not, and why."""
     call = factory.load(arguments.factory)
-    options = _options(arguments.options)
     from sparse_compile.inspect.explain import explain_with
 
-    report = explain_with(options)(call.model, *call.args, **call.kwargs)
+    report = explain_with(arguments.options)(call.model, *call.args, **call.kwargs)
     print(report.to_json() if arguments.json else report)
     return 0
 
@@ -105,10 +106,9 @@ def _code_arguments(parser: argparse.ArgumentParser) -> None:
 def _code(arguments: argparse.Namespace) -> int:
     """Print the Triton source generated for a model's attention. Needs no GPU."""
     call = factory.load(arguments.factory)
-    options = _options(arguments.options)
     from sparse_compile.inspect import kernels
 
-    found = kernels.of_call(call.model, call.args, call.kwargs, options, arguments.arch)
+    found = kernels.of_call(call.model, call.args, call.kwargs, arguments.options, arguments.arch)
     if arguments.site is not None:
         if not 0 <= arguments.site < len(found):
             last = f"the last is {len(found) - 1}" if found else "the model has none"
@@ -119,7 +119,7 @@ def _code(arguments: argparse.Namespace) -> int:
         reasons = "".join(f"\n  [{kernel.site}] {kernel.reason}" for kernel in found)
         return _complain(f"no kernel is generated for this model{reasons}")
     if arguments.json:
-        print(json.dumps([kernel.to_dict() for kernel in shown]))
+        print(json.dumps([asdict(kernel) for kernel in shown]))
     else:
         print("\n\n".join(f"# {kernel.path}\n{kernel.source}" for kernel in shown))
     return 0
@@ -127,15 +127,13 @@ def _code(arguments: argparse.Namespace) -> int:
 
 def _doctor(arguments: argparse.Namespace) -> int:
     """Check that everything compiled models need is here, and say what to do if not."""
-    from dataclasses import asdict
-
     from sparse_compile.cli.doctor import Check, examine_machine
 
     checks: list[Check] = []
     for check in examine_machine():
         checks.append(check)
         if not arguments.json:
-            _say(str(check))
+            print(check, flush=True)
     if arguments.json:
         print(json.dumps([asdict(check) for check in checks]))
     return 0 if all(check.ok for check in checks) else 1
@@ -149,14 +147,13 @@ _COMMANDS: dict[str, Any] = {
 }
 
 
-def _options(text: str | None) -> dict[str, Any]:
-    example = """a JSON object, as in '{"dense": "rewrite"}'"""
+def _options(text: str) -> dict[str, Any]:
     try:
         options = json.loads(text or "{}")
     except ValueError:
-        raise BadOption("--options", text, example) from None
+        options = None
     if not isinstance(options, dict):
-        raise BadOption("--options", text, example)
+        raise BadOption("--options", text, """a JSON object, as in '{"dense": "rewrite"}'""")
     return options
 
 
@@ -177,11 +174,3 @@ def _arch(text: str) -> str:
 def _complain(message: str) -> int:
     print(f"sparse-compile: {message}", file=sys.stderr)
     return 2
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +24,6 @@ from sparse_compile.inspect.explain_selection import Selecting, pattern_tables, 
 from sparse_compile.inspect.readable import readable
 from sparse_compile.inspect.report import Report, SiteReport
 from sparse_compile.inspect.skipped import frames_skipped
-from sparse_compile.inspect.standing import place, said_of
 from sparse_compile.layout import Layout, build_views
 from sparse_compile.layout.schedule import workers_of
 from sparse_compile.layout.superset import ProblemShape
@@ -33,13 +32,13 @@ from sparse_compile.passes import pipeline
 from sparse_compile.passes.dense_tables import mask_data, selection_data, shown_predicate
 from sparse_compile.passes.graph_edit import device_of, example_value, expected
 from sparse_compile.selection import Selection, SelectionReport
+from sparse_compile.sites.annotation import Annotation
 from sparse_compile.sites.plan import Plan
 from sparse_compile.sites.site import AttentionSite, LiftedMask, Operand, Rejection
 from sparse_compile.sites.trace import Trace
 from sparse_compile.spec import AttentionSpec, KernelSpec
 from sparse_compile.spec.target import Target
 
-Shape = dict[str, int]
 _NOTHING_SKIPPED = "in this call every block holds an allowed pair, so nothing is skipped"
 
 
@@ -64,15 +63,15 @@ def explain_with(options: Mapping[str, Any] | None = None) -> Callable[..., Repo
         UnknownOption, BadOption: as the backend does.
     """
     Options.parse(options)
-    return partial(_explain, dict(options or {}))
+    given = dict(options or {})
 
+    def explain_call(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Report:
+        with frames_skipped() as skipped:
+            sites, graphs = examine(model, args, kwargs, given)
+        reports = tuple(site.report() for site in sites)
+        return Report(reports, graphs, () if graphs else tuple(skipped))
 
-def _explain(
-    options: dict[str, Any], model: Callable[..., Any], /, *args: Any, **kwargs: Any
-) -> Report:
-    with frames_skipped() as skipped:
-        sites, graphs = examine(model, args, kwargs, options)
-    return Report(tuple(site.report() for site in sites), graphs, () if graphs else tuple(skipped))
+    return explain_call
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class Examined:
 
     Attributes:
         trace: what the pipeline found out about it.
-        shape: sizes ``b, h, q, kv`` of the call; None if they are not known.
+        shape: of the call; None if it is not known.
         tables: the tensors of the mask in this call; None if they are not known.
         sizes: the integers of the mask in this call.
         chosen: what is selected in this call; None where nothing is, or if it is not known.
@@ -89,7 +88,7 @@ class Examined:
     """
 
     trace: Trace
-    shape: Shape | None = None
+    shape: ProblemShape | None = None
     tables: tuple[Tensor, ...] | None = None
     sizes: tuple[int, ...] = ()
     chosen: Selection | None = None
@@ -103,7 +102,7 @@ class Examined:
     def report(self) -> SiteReport:
         """The site as users see it."""
         trace, plan = self.trace, self.trace.decided
-        where, said = place(trace.node, trace.where), said_of(trace.annotation, trace.node)
+        where, said = _place(trace.node, trace.where), _said_of(trace.annotation, trace.node)
         costs = [way.cost for way in trace.proposals]
         ways = tuple(f"{c.name}: {c.refusal}" if c.refusal else c.shown for c in costs)
         is_left, mask = isinstance(plan, Rejection), _mask_of(trace)
@@ -130,7 +129,7 @@ class Examined:
     def _lists(self) -> SelectionReport | None:
         if self.chosen is None or self.shape is None:
             return None
-        found = self.chosen.report(self.shape["q"], self.shape["kv"])
+        found = self.chosen.report(self.shape.n_q, self.shape.n_kv)
         lifted = None if self.plan is None else self.plan.lifted.selection
         # The room of lists says how many a top-k keeps, but nothing of a threshold.
         threshold = lifted is not None and lifted.waits is not None
@@ -147,9 +146,36 @@ class Examined:
         if plan.listed is not None or (plan.selected is not None and plan.selected.alone):
             return None  # its cost follows the lists of the call
         blocks, used = plan.spec.pieces[0]
-        shape = ProblemShape(*(self.shape[name] for name in ("b", "h", "q", "kv")))
         tables = [self.tables[number] for number in used]
-        return build_views(blocks, shape, tables, self.sizes, device_of(plan.site.q.node))
+        return build_views(blocks, self.shape, tables, self.sizes, device_of(plan.site.q.node))
+
+
+def _place(node: Node | None, where: Sequence[str]) -> str:
+    """Where a node stands: its module, then its source line."""
+    paths = [path for path, _ in _modules(node).values()]
+    module = _readable_path(paths[-1]) if paths else ""
+    return ", ".join(part for part in (module, where[-1] if where else "") if part) or "unknown"
+
+
+def _readable_path(path: str) -> str:
+    # Dynamo's path starts at a local or global variable: L['self'].layers.0
+    # and goes through the wrapper that annotates a module.
+    path = path.replace(".forward.__self__", "")
+    return re.sub(r"^[LG]\['(?:(?:self|fn)'\]\.?|(\w+)'\])", r"\1", path)
+
+
+def _modules(node: Node | None) -> dict[str, Any]:
+    """The modules around a node, outermost first."""
+    return ({} if node is None else node.meta.get("nn_module_stack")) or {}
+
+
+def _said_of(annotation: Annotation | None, node: Node | None) -> str | None:
+    """What the user's annotation says of a node, and on what it is; None without one."""
+    if annotation is None:
+        return None
+    stack = _modules(node)
+    keys = [key for key in stack if key.split("@")[0] == str(annotation.module)]
+    return annotation.shown(_readable_path(stack[keys[-1]][0]) if keys else "")
 
 
 def _mask_of(trace: Trace) -> str | None:
@@ -331,7 +357,7 @@ class _Values(Interpreter):
         return Examined(trace, shape, tables, sizes, chosen, selecting)
 
     def _mask_data(
-        self, lifted: LiftedMask, shape: Shape | None
+        self, lifted: LiftedMask, shape: ProblemShape | None
     ) -> tuple[tuple[Tensor, ...] | None, tuple[int, ...], Selection | None]:
         if lifted.program is None:
             return (), (), None
@@ -339,14 +365,13 @@ class _Values(Interpreter):
             return None, (), None  # in the body of a higher-order call: its values are not seen
         with torch.no_grad():
             data = lifted.program(*(self._kept[leaf] for leaf in lifted.leaves))
-        tables, sizes = mask_data(lifted, data, shape["q"], shape["kv"])
+        tables, sizes = mask_data(lifted, data, shape.n_q, shape.n_kv)
         return tuple(tables), tuple(sizes), selection_data(lifted, data)
 
-    def _shape(self, site: AttentionSite) -> Shape | None:
+    def _shape(self, site: AttentionSite) -> ProblemShape | None:
         q, kv = self._sizes(site.q), self._sizes(site.k)["n"]
-        shape = {"b": q.get("b", 1), "h": q.get("h", 1), "q": q["n"], "kv": kv}
-        known = all(isinstance(size, int) for size in shape.values())
-        return shape if known else None
+        shape = ProblemShape(q.get("b", 1), q.get("h", 1), q["n"], kv)
+        return shape if all(isinstance(size, int) for size in shape) else None
 
     def _sizes(self, operand: Operand) -> dict[str, Any]:
         shape = self._shapes.get(operand.node, example_value(operand.node).shape)

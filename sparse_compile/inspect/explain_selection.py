@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from sparse_compile.expr import MaskExpr
+from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.ops.selection import filled, selecting_named
 from sparse_compile.passes.rewrite.axes import arranged
 from sparse_compile.selection import Selection, canonical
@@ -19,12 +20,10 @@ from sparse_compile.sites.named import INDEX, LISTS
 from sparse_compile.sites.plan import Plan, SelectedPlan
 from sparse_compile.sites.site import LiftedMask, Operand
 
-Shape = Mapping[str, int]
 
-
-def pattern_tables(lifted: LiftedMask, shape: Shape, device: torch.device) -> list[Tensor]:
+def pattern_tables(lifted: LiftedMask, shape: ProblemShape, device: torch.device) -> list[Tensor]:
     """The tables that an annotation's pattern makes for a call."""
-    lengths = shape["q"], shape["kv"], shape["b"], shape["h"]
+    lengths = shape.n_q, shape.n_kv, shape.batch, shape.heads
     made = []
     for extra in lifted.extra:
         bound = bound_mask_named(extra.key)
@@ -54,7 +53,7 @@ class Selecting:
 
 def selected_in_call(
     plan: Plan,
-    shape: Shape,
+    shape: ProblemShape,
     tables: Sequence[Tensor],
     sizes: Sequence[int],
     kept: Mapping[Node, Tensor],
@@ -80,7 +79,7 @@ def selected_in_call(
         tables = [*tables[: chosen.lifted.n_lifted_tables], *extra]
     mask, data = chosen.lifted.mask, (list(tables), list(sizes))
     if chosen.key in (LISTS, INDEX):
-        return Selecting(None, (q, k), mask, *data, _given(chosen, given, shape["kv"]))
+        return Selecting(None, (q, k), mask, *data, _given(chosen, given, shape.n_kv))
     leaf = filled(selecting_named(chosen.key), given)
     with torch.no_grad():
         return Selecting(leaf, (q, k), mask, *data, leaf.select(q, k, mask, *data))

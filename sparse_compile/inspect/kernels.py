@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,10 +41,6 @@ class GeneratedKernel:
     path: str = ""
     source: str = ""
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields, for JSON."""
-        return asdict(self)
-
 
 def of_call(
     model: Callable[..., Any],
@@ -76,13 +72,11 @@ def of_site(number: int, site: Examined) -> tuple[GeneratedKernel, ...]:
         return (GeneratedKernel(number, reason),)
     found = [*_of_parts(plan, site, target.arch), *_of_selection(site)]
     return tuple(
-        GeneratedKernel(number, reason, made.name, _path(made), made.source) for made in found
+        GeneratedKernel(
+            number, reason, made.name, str(write_source(made.name, made.source)), made.source
+        )
+        for made in found
     ) or (GeneratedKernel(number, reason),)
-
-
-def _path(kernel: Kernel) -> str:
-    """The file that holds the source, written if need be."""
-    return str(write_source(kernel.name, kernel.source))
 
 
 def _of_parts(plan: Plan, site: Examined, arch: str) -> Iterator[Kernel]:
@@ -95,16 +89,13 @@ def _of_parts(plan: Plan, site: Examined, arch: str) -> Iterator[Kernel]:
             yield generators().choose(of_blocks).kernel
             continue
         widths = of_blocks.head_dim, of_blocks.value_dim, of_blocks.dtype
+        lists = 1 if site.chosen is None else site.chosen.index.shape[1]
+        # Query heads that share a key head and a list.
+        members = expected(plan.site.q, "h") // math.lcm(expected(plan.site.k, "h"), lists)
         shared = plan.site.k.node is plan.site.v.node
-        spec = SelectedKernelSpec(piece, *widths, arch, _members(plan, site), shared)
+        spec = SelectedKernelSpec(piece, *widths, arch, members, shared)
         kernel = generators().choose(spec).kernel
         yield from (kernel, *kernel.beside)
-
-
-def _members(plan: Plan, site: Examined) -> int:
-    """Query heads that share a key head and a list."""
-    lists = 1 if site.chosen is None else site.chosen.index.shape[1]
-    return expected(plan.site.q, "h") // math.lcm(expected(plan.site.k, "h"), lists)
 
 
 def _of_selection(site: Examined) -> Iterator[Kernel]:

@@ -173,12 +173,11 @@ def _share(share: float | None, what: str) -> str | None:
 
 
 def _field(label: str, text: str) -> list[str]:
-    indent = " " * (4 + _LABEL)
     return textwrap.wrap(
         text,
         width=_WIDTH,
         initial_indent=f"    {label:<{_LABEL}}",
-        subsequent_indent=indent,
+        subsequent_indent=" " * (4 + _LABEL),
         break_long_words=False,
         break_on_hyphens=False,
     )

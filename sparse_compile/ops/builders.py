@@ -15,7 +15,7 @@ from sparse_compile.expr import MaskExpr
 from sparse_compile.layout import BlockLayout, BlockLists, Problem
 from sparse_compile.layout import builders as of_layouts
 from sparse_compile.selection import builders as of_selections
-from sparse_compile.selection.windows import Windows
+from sparse_compile.selection.builders import Windows
 
 
 def hand_in() -> None:

@@ -18,9 +18,8 @@ from torch import Tensor
 from sparse_compile.errors import BadShape
 from sparse_compile.expr import evaluate, grid
 from sparse_compile.ops.registered import operator
-from sparse_compile.selection.builders import BUILDERS
+from sparse_compile.selection.builders import BUILDERS, Indexing
 from sparse_compile.selection.chunks import chunks
-from sparse_compile.selection.indexing import Indexing
 from sparse_compile.selection.visible import EVERYTHING, Visible
 from sparse_compile.spec.indexer import BlockScoresSpec, IndexerSpec, stepped
 

@@ -25,7 +25,7 @@ from sparse_compile.patterns.scored import Scored
 from sparse_compile.patterns.scorers import Scorer
 from sparse_compile.patterns.selecting import Selected, Selecting
 from sparse_compile.selection import canonical
-from sparse_compile.selection.union import Union
+from sparse_compile.selection.split import Union
 from sparse_compile.sites.annotation import annotation_named
 
 _NUMBERS = itertools.count()

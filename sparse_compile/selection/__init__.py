@@ -1,15 +1,18 @@
 """Learned and content-dependent masks: which keys are selected, and by what rule."""
 
 from sparse_compile.selection.checked import checked_select
-from sparse_compile.selection.checked_lists import check_lists
 from sparse_compile.selection.selection import (
     Selection,
+    SelectionReport,
     canonical,
+    check_lists,
 )
-from sparse_compile.selection.selection_report import SelectionReport
-from sparse_compile.selection.train.distill import distillation_loss
+from sparse_compile.selection.train.distill import (
+    allowed_units,
+    distillation_loss,
+    pooled_attention,
+)
 from sparse_compile.selection.train.gate import PooledGate
-from sparse_compile.selection.train.pooled_map import allowed_units, pooled_attention
 from sparse_compile.selection.train.soft_gate import gated_attention
 
 __all__ = [

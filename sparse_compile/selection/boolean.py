@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import operator
 
 import sympy
-from sympy.logic.boolalg import BooleanFunction, simplify_logic, to_nnf
+from sympy.logic.boolalg import simplify_logic, to_nnf
 
 #: With more comparisons than this a predicate stays as it is: the search takes 2**n steps.
 _MOST = 7
@@ -27,7 +28,8 @@ def simplified(predicate: sympy.Basic) -> sympy.Basic:
     if not 1 < len(names) <= _MOST:
         return predicate
     forms = [simplify_logic(abstract, form) for form in ("cnf", "dnf")]
-    best = min([abstract, *forms], key=_length)
+    spelled = operator.methodcaller("count", sympy.Symbol)
+    best = min([abstract, *forms], key=spelled)
     return predicate if best is abstract else best.xreplace(names)
 
 
@@ -60,10 +62,3 @@ def _abstract(predicate: sympy.Basic, atoms: dict[sympy.Basic, sympy.Basic]) -> 
         symbol = sympy.Dummy(f"a{len(atoms)}")
         atoms[predicate], atoms[sympy.Not(predicate)] = symbol, sympy.Not(symbol)
     return atoms[predicate]
-
-
-def _length(abstract: sympy.Basic) -> int:
-    """How many comparisons are spelled."""
-    if isinstance(abstract, BooleanFunction):
-        return sum(map(_length, abstract.args))
-    return 1

@@ -1,4 +1,4 @@
-"""Builders: the kernels that score and choose on a device, as values that are handed in."""
+"""Builders: kernels that score and choose on a device, handed in; and what they are asked."""
 
 from __future__ import annotations
 
@@ -6,12 +6,102 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from sparse_compile.layout.builders import ByDevice
-from sparse_compile.selection.indexing import Indexing
-from sparse_compile.selection.prepared import Prepared
-from sparse_compile.selection.windows import Windows
+from sparse_compile.patterns.scored import Scored
+from sparse_compile.selection.chunks import chunks
+from sparse_compile.selection.task import Scoring, Task
+from sparse_compile.selection.visible import Visible
+
+#: Scores that a chunk of units of queries has at most, if it is more than one unit; in torch, and
+#: where a kernel chooses.
+_MOST, _MOST_BY_KERNEL = 1 << 24, 1 << 26
+
+
+@dataclass(frozen=True, eq=False)
+class Indexing:
+    """Scores ``factor * sum_i w_i * relu(q_i . k)`` of tokens.
+
+    Attributes:
+        q: [B, H, Nq, D].
+        k: [B, Nkv, D], same dtype.
+        w: [B, Nq, H], floating.
+        visible: in its runs; the scores of those that are not visible need not be written.
+        factor: on the scores.
+    """
+
+    q: Tensor
+    k: Tensor
+    w: Tensor
+    visible: Visible
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Queries, and the keys of windows that they attend to.
+
+    Attributes:
+        q: [B, Hq, Nq, D].
+        keys: [B, Hc, windows, D], floating; Hc divides Hq.
+        scale: factor on their products.
+        lists: of heads whose shares are summed; Hc divides it, and it divides Hq.
+        unit: consecutive queries whose shares are summed; a power of two.
+        span, per: cells of a window, and of a block.
+        blocks: how many.
+        visible: the mask, in single queries and cells.
+        made_of: the dtype of what the keys are means of.
+    """
+
+    q: Tensor
+    keys: Tensor
+    scale: float
+    lists: int
+    unit: int
+    span: int
+    per: int
+    blocks: int
+    visible: Visible
+    made_of: torch.dtype
+
+    @property
+    def heads(self) -> int:
+        """Of a list."""
+        return self.q.shape[1] // self.lists
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What is selected from, and room for what is selected.
+
+    Attributes:
+        pattern: the rule, and what is forced.
+        scores: makes the scores of some units of queries.
+        index: int32 [B, lists, units, room], to be written.
+        count: int32 [B, lists, units], to be written.
+    """
+
+    pattern: Scored
+    scores: Scoring
+    index: Tensor
+    count: Tensor
+
+    @property
+    def task(self) -> Task:
+        """What is scored."""
+        return self.scores.task
+
+    def chunks(self, by_kernel: bool) -> list[tuple[int, int]]:
+        """The first and the end of the units that are scored at a time."""
+        task, scores = self.task, self.scores
+        width, most = scores.lists * task.blocks, _MOST_BY_KERNEL
+        if not by_kernel or not task.visible.printable:
+            width, most = max(width, task.visible.heads * task.blocks), _MOST
+        each = task.q.shape[0] * max(width, scores.width)
+        return chunks(task.rows, each, most, tile=128)  # whole tiles of kernels
+
 
 #: Writes the lists of the units ``first, ..., end - 1``, from fp32 [B, lists, units, blocks].
 Chooser = Callable[[Tensor, int, int], None]

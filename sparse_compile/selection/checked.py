@@ -12,10 +12,9 @@ from sparse_compile.expr import MaskExpr
 from sparse_compile.patterns.checks import bad, blocks
 from sparse_compile.patterns.scored import Scored
 from sparse_compile.patterns.selecting import Selected, Selecting
-from sparse_compile.selection.checked_lists import check_lists
 from sparse_compile.selection.rules import Best, Candidates, kept
 from sparse_compile.selection.select import select
-from sparse_compile.selection.selection import Selection
+from sparse_compile.selection.selection import Selection, check_lists
 
 
 def checked_select(

@@ -29,11 +29,6 @@ class Candidates:
     visible: Tensor
     forced: Tensor
 
-    @property
-    def possible(self) -> Tensor:
-        """bool [B, Hs, U, blocks]: what can be selected; comparing with NaN gives False."""
-        return self.visible & (self.forced | (self.scores > -math.inf))
-
     def shares(self) -> Tensor:
         """fp32 [B, Hs, U, blocks]: the softmax over what is visible; infinities share the whole."""
         counted = self.visible & (self.scores > -math.inf)
@@ -52,7 +47,9 @@ class Candidates:
         number = torch.arange(blocks, device=self.scores.device)
         # No two keys are equal, so which are the greatest, and in what order, is unique.
         key = (ordered.long() << 32) + (blocks - 1 - number)
-        key = key.masked_fill(~self.possible, _NEVER)
+        # Comparing with NaN gives False.
+        possible = self.visible & (self.forced | (self.scores > -math.inf))
+        key = key.masked_fill(~possible, _NEVER)
         top = key.topk(most, sorted=True)
         forced = self.forced.expand(key.shape).gather(-1, top.indices)
         return Best(self, top.indices, top.values > _NEVER, forced)

@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparse_compile.errors import BadShape
 from sparse_compile.expr import MaskExpr
+from sparse_compile.patterns import scorers
 from sparse_compile.patterns.checks import UPPER_LEFT, bad, blocks
 from sparse_compile.patterns.scored import Scored
-from sparse_compile.selection.builders import BUILDERS
-from sparse_compile.selection.prepared import Prepared
+from sparse_compile.patterns.scorers import Compressed
+from sparse_compile.selection import masses
+from sparse_compile.selection import scores as scores_of
+from sparse_compile.selection.builders import BUILDERS, Prepared
 from sparse_compile.selection.rules import Best, Candidates, ascending
-from sparse_compile.selection.scoring import scoring
-from sparse_compile.selection.selection import Selection
+from sparse_compile.selection.selection import Selection, used_places
 from sparse_compile.selection.task import Scoring, Task
 from sparse_compile.selection.visible import EVERYTHING, Visible
 
+#: What computes the scores of each scorer.
+_MAKERS: dict[type, Callable[[Any, Task], Scoring]] = {
+    Compressed: masses.by_windows,
+    scorers.Antidiagonal: masses.by_antidiagonals,
+    scorers.Gate: scores_of.by_gate,
+    scorers.Indexer: scores_of.by_indexer,
+    scorers.MeanPool: scores_of.by_mean,
+    scorers.MinMax: scores_of.by_bounds,
+    scorers.OverlapPool: masses.by_windows,
+}
 #: The parameter of each rule that may be given by head.
 _BY_HEAD = ("k", "ratio", "p", "t")
 
@@ -66,7 +79,7 @@ def select(
     kernel = builder.chooser(made) if builder else None
     choose = kernel or functools.partial(_choose, made, watch)
     for first, end in made.chunks(kernel is not None):
-        choose(made.scores(first, end), first, end)
+        choose(made.scores.score(first, end), first, end)
     return _in_units(pattern, made.index, made.count, k.shape[2])
 
 
@@ -89,6 +102,11 @@ def prepared(
     count = torch.empty(q.shape[0], scores.lists, task.rows, dtype=torch.int32, device=q.device)
     index = count.new_empty(*count.shape, pattern.capacity(task.blocks))
     return Prepared(pattern, scores, index, count)
+
+
+def scoring(scorer: Any, task: Task) -> Scoring:
+    """The scores that ``scorer`` gives, prepared to be computed some units at a time."""
+    return _MAKERS[type(scorer)](scorer, task)
 
 
 def _choose(made: Prepared, watch: Watch | None, scores: Tensor, first: int, end: int) -> None:
@@ -148,8 +166,7 @@ def _in_units(pattern: Scored, index: Tensor, count: Tensor, n_kv: int) -> Selec
         within = torch.arange(each, dtype=torch.int32, device=index.device)
         index = (index[..., None] * each + within).flatten(-2)
         # The last block may have fewer units. Being the last, they end the list.
-        place = torch.arange(index.shape[-1], device=index.device)
-        used = (place < count[..., None] * each) & (index < units)
+        used = used_places(index, count * each) & (index < units)
         count = used.sum(-1, dtype=torch.int32)
     return Selection(index, count, pattern.unit_q, pattern.unit_kv)
 

@@ -10,19 +10,22 @@ whose two terms are disjoint: each is attention of its own, and they merge by lo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
+import torch
+from torch import Tensor
 
 from sparse_compile.errors import PatternMisuse
 from sparse_compile.expr import MaskExpr
 from sparse_compile.patterns.base import All, And, BoundMask, Not, Or, Pattern, Tables
-from sparse_compile.patterns.checks import bad
+from sparse_compile.patterns.checks import bad, blocks
 from sparse_compile.patterns.selecting import Selecting
 from sparse_compile.selection.boolean import difference, simplified
-from sparse_compile.selection.union import Union
+from sparse_compile.selection.selection import Selection, canonical
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,46 @@ class Split:
     leaf: Selecting
     static: BoundMask | None
     selected: BoundMask | None
+
+
+@dataclass(frozen=True, repr=False)
+class Union(Selecting):
+    """The units that one of ``parts`` selects; what ``|`` of selections runs as.
+
+    Args:
+        parts: two selections or more, of the same units.
+    """
+
+    parts: tuple[Selecting, ...]
+
+    def __post_init__(self) -> None:
+        if len({(part.unit_q, part.unit_kv) for part in self.parts}) > 1:
+            units = ", ".join(f"{part!r} of {part.unit_q} x {part.unit_kv}" for part in self.parts)
+            raise bad(
+                f"an Or of selections in different units: {units} (queries x keys)",
+                "Give all of them the same unit_q and unit_kv.",
+            )
+        object.__setattr__(self, "unit_q", self.parts[0].unit_q)
+        object.__setattr__(self, "unit_kv", self.parts[0].unit_kv)
+
+    def __repr__(self) -> str:
+        return f"({' | '.join(map(repr, self.parts))})"
+
+    def check(self, n_q: int, n_kv: int, batch: int, heads: int) -> None:
+        """Each part must fit."""
+        for part in self.parts:
+            part.check(n_q, n_kv, batch, heads)
+
+    def select(
+        self, q: Tensor, k: Tensor, mask: MaskExpr, tables: list[Tensor], sizes: list[int]
+    ) -> Selection:
+        """All lists one after another, made ascending; as wide as all of them together."""
+        found = [part.select(q, k, mask, tables, sizes) for part in self.parts]
+        ended = [chosen.index.masked_fill(~chosen.used, -1) for chosen in found]
+        lists = math.lcm(*(index.shape[1] for index in ended))
+        listed = [index.repeat_interleave(lists // index.shape[1], 1) for index in ended]
+        index, count = canonical(torch.cat(listed, -1), blocks(k.shape[2], self.unit_kv))
+        return Selection(index, count, self.unit_q, self.unit_kv)
 
 
 def selects(value: Any) -> bool:
@@ -70,12 +113,18 @@ def split(pattern: Pattern) -> Split:
     '(kv <= q) & (kv > 3) & (q > 3)'
     """
     pattern = _with_unions(pattern)
-    leaf = _only_leaf(pattern)
+    leaves = list(dict.fromkeys(_checked_leaves(pattern, pattern, positive=True)))
+    if len(leaves) != 1:
+        raise PatternMisuse(
+            f"sparse_compile: {pattern!r} has {len(leaves)} different selections: "
+            f"{', '.join(map(repr, leaves))}. Join them by | where they stand, as in "
+            "Causal() & (one | other), or attend in several calls."
+        )
     tables = Tables()
     rest = without_selection(pattern)
     always = simplified(rest.predicate(tables))
     added = difference(_with(pattern, All()).predicate(tables), always)
-    return Split(leaf, _bound(always, tables), _bound(added, tables))
+    return Split(leaves[0], _bound(always, tables), _bound(added, tables))
 
 
 def without_selection(pattern: Pattern) -> Pattern:
@@ -110,17 +159,6 @@ def _with_unions(pattern: Pattern) -> Pattern:
             parts.append(Union(chosen))
         return type(pattern)(*parts) if len(parts) > 1 else parts[0]
     return Not(_with_unions(pattern.part)) if isinstance(pattern, Not) else pattern
-
-
-def _only_leaf(pattern: Pattern) -> Selecting:
-    found = list(dict.fromkeys(_checked_leaves(pattern, pattern, positive=True)))
-    if len(found) != 1:
-        raise PatternMisuse(
-            f"sparse_compile: {pattern!r} has {len(found)} different selections: "
-            f"{', '.join(map(repr, found))}. Join them by | where they stand, as in "
-            "Causal() & (one | other), or attend in several calls."
-        )
-    return found[0]
 
 
 def _checked_leaves(pattern: Pattern, whole: Pattern, positive: bool) -> Iterator[Selecting]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -56,24 +57,16 @@ class Task:
 
 @dataclass(frozen=True, eq=False)
 class Scoring:
-    """The scores of a task, prepared to be computed some units at a time.
+    """How the scores of a task are computed, some units at a time.
 
     Attributes:
         task: what is scored.
+        lists: how many lists there are; a divisor of the query heads.
+        width: numbers that are held for each unit of queries while it is scored.
+        score: fp32 [B, lists, end - first, blocks], of units ``first, ..., end - 1``.
     """
 
     task: Task
-
-    @property
-    def lists(self) -> int:
-        """How many lists it makes; a divisor of the query heads."""
-        return self.task.lists
-
-    @property
-    def width(self) -> int:
-        """Numbers that it holds for each unit of queries while it scores it."""
-        raise NotImplementedError
-
-    def __call__(self, first: int, end: int) -> Tensor:
-        """fp32 [B, lists, end - first, blocks], of units ``first, ..., end - 1``."""
-        raise NotImplementedError
+    lists: int
+    width: int
+    score: Callable[[int, int], Tensor]

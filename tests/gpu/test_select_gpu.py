@@ -13,10 +13,12 @@ from sparse_compile import patterns as P
 from sparse_compile.expr import KV, MaskExpr, Q
 from sparse_compile.selection import Selection
 from sparse_compile.selection.builders import BUILDERS
+from sparse_compile.selection.masses import windows_of
+from sparse_compile.selection.select import scoring
 from sparse_compile.selection.select import select as select_by
 from tests.gpu.waiting import no_waiting
 from tests.handed_in import serve_nothing
-from tests.selection.interpreted_windows import prepared
+from tests.selection.interpreted_windows import task_of
 from tests.selection.test_scored import MASKS, SCORERS, assert_canonical, indexer, operands
 
 DEVICE = torch.device("cuda")
@@ -250,11 +252,12 @@ def test_windows(case: Any, dtype: torch.dtype, mask: Any, monkeypatch: pytest.M
         for h, n in zip(heads, lengths, strict=True)
     )
     pattern = P.TopK(16, unit_kv=64, unit_q=unit_q, scorer=scorer)
-    mine = prepared(pattern, q, k, mask)
-    assert mine._kernel is not None
-    found = mine(0, mine.task.rows)
+    task, builder = task_of(pattern, q, k, mask), BUILDERS.get(q.device)
+    assert builder is not None
+    assert builder.window_scores(windows_of(scorer, task)) is not None
+    found = scoring(scorer, task).score(0, task.rows)
     serve_nothing(BUILDERS, monkeypatch)
-    wanted = prepared(pattern, q, k, mask)(0, mine.task.rows)
+    wanted = scoring(scorer, task).score(0, task.rows)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
 
 

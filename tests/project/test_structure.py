@@ -28,7 +28,7 @@ ORDER = (
     *("passes", "api", "backend", "inspect", "cli"),
 )
 RANK = {name: number for number, name in enumerate(ORDER)}
-RANK |= {"reference": RANK["expr"], "options": RANK["spec"], "inductor": RANK["passes"]}
+RANK |= {"reference": RANK["expr"], "options": RANK["spec"]}
 #: What imports by string what is not ours: the user's model, and libraries that may be missing.
 OF_OTHERS = {"sparse_compile.cli.factory", "sparse_compile.cli.doctor"}
 

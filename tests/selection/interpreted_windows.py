@@ -15,8 +15,8 @@ from sparse_compile.codegen.triton.selection.window_scores import fits
 from sparse_compile.expr import KV, FloorDiv, MaskExpr, Q
 from sparse_compile.patterns.scorers import whole_windows
 from sparse_compile.selection.builders import BUILDERS
-from sparse_compile.selection.masses import _Windows
-from sparse_compile.selection.scoring import scoring
+from sparse_compile.selection.masses import windows_of
+from sparse_compile.selection.select import scoring
 from sparse_compile.selection.task import Task
 from sparse_compile.selection.visible import EVERYTHING, Visible
 from tests.handed_in import serve_the_cpu
@@ -36,26 +36,25 @@ MASKS: list[Any] = [
 ]
 
 
-def prepared(pattern: Any, q: Tensor, k: Tensor, mask: Any, sizes: Sequence[int] = ()) -> _Windows:
-    """What scores the blocks of a pattern; the mask is a pattern or an expression."""
+def task_of(pattern: Any, q: Tensor, k: Tensor, mask: Any, sizes: Sequence[int] = ()) -> Task:
+    """What a pattern scores; the mask is a pattern or an expression."""
     mask = EVERYTHING if mask is None else mask
     expr = mask if isinstance(mask, MaskExpr) else mask.bound().expr
     lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
     visible = Visible(expr, (), sizes, *lengths, pattern.unit_q, pattern.block_kv, q.device)
     lists = naive.lists_of(pattern, q, k)
-    found = scoring(pattern.scorer, Task(q, k, pattern.unit_q, pattern.block_kv, lists, visible))
-    assert isinstance(found, _Windows)
-    return found
+    return Task(q, k, pattern.unit_q, pattern.block_kv, lists, visible)
 
 
-def by_kernel(windows: _Windows, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+def by_kernel(pattern: Any, task: Task, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """The scores of all units, in two chunks."""
-    assert fits(windows.of)
-    half = (windows.task.rows + 1) // 2
-    chunks = [(0, half), (half, windows.task.rows)]
+    assert fits(windows_of(pattern.scorer, task))
+    half = (task.rows + 1) // 2
+    chunks = [(0, half), (half, task.rows)]
     with monkeypatch.context() as patch:
         serve_the_cpu(BUILDERS, patch)
-        return torch.cat([windows(*chunk) for chunk in chunks if chunk[0] < chunk[1]], 2)
+        score = scoring(pattern.scorer, task).score
+        return torch.cat([score(*chunk) for chunk in chunks if chunk[0] < chunk[1]], 2)
 
 
 def assert_as_in_torch(
@@ -66,10 +65,10 @@ def assert_as_in_torch(
     monkeypatch: pytest.MonkeyPatch,
     sizes: Sequence[int] = (),
 ) -> None:
-    wanted = prepared(pattern, q, k, mask, sizes)
-    assert wanted._kernel is None
-    scores = wanted(0, wanted.task.rows)
-    found = by_kernel(prepared(pattern, q, k, mask, sizes), monkeypatch)
+    assert BUILDERS.get(q.device) is None
+    task = task_of(pattern, q, k, mask, sizes)
+    scores = scoring(pattern.scorer, task).score(0, task.rows)
+    found = by_kernel(pattern, task, monkeypatch)
     assert found.dtype == scores.dtype == torch.float32
     torch.testing.assert_close(found, scores, rtol=1e-4, atol=1e-4)
     # The best blocks are the same ones, where they are better than the next by more than rounding.
@@ -151,7 +150,7 @@ def test_the_definition(unit_q: int, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k = operands((4, 2), 21, 101, batch=2)
     pattern = P.TopK(3, unit_kv=16, unit_q=unit_q, scorer=P.OverlapPool(16, 8))
     for mask in (LOWER, LOWER & P.SlidingWindow(60, align="lower_right")):
-        found = by_kernel(prepared(pattern, q, k, mask), monkeypatch)
+        found = by_kernel(pattern, task_of(pattern, q, k, mask), monkeypatch)
         dense = mask.dense(21, 101, 2, 4).expand(2, 4, 21, 101)
         wanted = naive.scores(pattern, q, k, dense).float()
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
@@ -162,7 +161,7 @@ def test_numbers_that_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k = operands((4, 2), 20, 100, batch=2)
     q[0, 0, 3, 1], q[1, 2, 5, 0] = torch.nan, torch.inf
     pattern = P.TopK(3, unit_kv=16, scorer=P.OverlapPool(16, 8))
-    found = by_kernel(prepared(pattern, q, k, LOWER), monkeypatch)
+    found = by_kernel(pattern, task_of(pattern, q, k, LOWER), monkeypatch)
     spoilt = torch.zeros(2, 2, 20, dtype=torch.bool)
     spoilt[0, 0, 3] = spoilt[1, 1, 5] = True
     assert torch.equal(found.isnan().any(-1), spoilt)
@@ -177,11 +176,11 @@ def test_what_does_not_fit() -> None:
     """Is left to torch."""
     pattern = P.TopK(3, unit_kv=16, scorer=P.OverlapPool(16, 8))
     q, k = operands((4, 2), 20, 100)
-    assert fits(prepared(pattern, q, k, LOWER).of)
-    assert not fits(prepared(pattern, q.float(), k.float(), LOWER).of)
+    assert fits(windows_of(pattern.scorer, task_of(pattern, q, k, LOWER)))
+    assert not fits(windows_of(pattern.scorer, task_of(pattern, q.float(), k.float(), LOWER)))
     thirds = P.TopK(3, unit_kv=16, block=48, scorer=P.OverlapPool(32, 16))
-    assert not fits(prepared(thirds, q, k, LOWER).of)
+    assert not fits(windows_of(thirds.scorer, task_of(thirds, q, k, LOWER)))
     by_head = P.heads([P.Causal(), P.All(), P.All(), P.All()])
-    assert not fits(prepared(pattern, q, k, by_head).of)
+    assert not fits(windows_of(pattern.scorer, task_of(pattern, q, k, by_head)))
     many = operands((130, 1), 2, 100)
-    assert not fits(prepared(pattern, *many, LOWER).of)
+    assert not fits(windows_of(pattern.scorer, task_of(pattern, *many, LOWER)))

@@ -16,7 +16,7 @@ from sparse_compile import reference
 from sparse_compile.errors import BadPattern, BadShape, PatternMisuse
 from sparse_compile.expr import KV, H, MaskExpr, Q, evaluate
 from sparse_compile.selection import allowed_units, pooled_attention
-from sparse_compile.selection.train import chunked
+from sparse_compile.selection.train import distill
 
 CAUSAL = MaskExpr(KV <= Q)
 LATE = MaskExpr(KV + 20 <= Q)
@@ -107,7 +107,7 @@ PROBLEMS = {
 def test_equals_the_dense_definition(
     problem: Problem, given_lse: bool, reduce: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunked, "MOST", 5000)  # several chunks
+    monkeypatch.setattr(distill, "MOST", 5000)  # several chunks
     lse = problem.lse() if given_lse else None
     found = pooled_attention(*problem.operands(), lse, reduce=reduce, **problem.options())
     assert found.dtype == torch.float32
@@ -159,7 +159,7 @@ def test_half_precision_is_computed_in_fp32() -> None:
 
 
 def test_never_more_scores_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "MOST", 20_000)
+    monkeypatch.setattr(distill, "MOST", 20_000)
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):

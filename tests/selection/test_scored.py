@@ -246,7 +246,7 @@ def test_half_precision_is_scored_in_fp32(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("scorer", [P.MeanPool(), P.OverlapPool(), P.Antidiagonal()], ids=repr)
 def test_chunks_change_nothing(scorer: P.Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparse_compile.selection import prepared as home
+    from sparse_compile.selection import builders as home
 
     pattern = P.TopK(2, unit_kv=16, unit_q=16, scorer=scorer, diagonal=True)
     q, k = operands(n_q=90)

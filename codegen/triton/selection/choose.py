@@ -19,7 +19,7 @@ from sparse_compile.codegen.triton.selection import printable, text
 from sparse_compile.codegen.triton.tile import power_of_two
 from sparse_compile.patterns.checks import UPPER_LEFT
 from sparse_compile.patterns.scored import Threshold, TopK, TopP, TopRatio, exact
-from sparse_compile.selection.prepared import Prepared
+from sparse_compile.selection.builders import Prepared
 
 _LIMITS = {
     "top_k": text.TOP_K,

@@ -15,8 +15,7 @@ from sparse_compile.codegen.triton.filled import filled
 from sparse_compile.codegen.triton.layout.key import Key, digest
 from sparse_compile.codegen.triton.selection import printable, text
 from sparse_compile.codegen.triton.tile import padded, power_of_two
-from sparse_compile.selection.builders import IndexScores
-from sparse_compile.selection.indexing import Indexing
+from sparse_compile.selection.builders import Indexing, IndexScores
 from sparse_compile.spec.target import Target
 
 #: What the kernel holds of a key, and of the heads' products in half and in single precision.

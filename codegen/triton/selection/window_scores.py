@@ -20,7 +20,7 @@ from sparse_compile.codegen.triton.layout.key import LONGEST, Key, digest
 from sparse_compile.codegen.triton.layout.source import data
 from sparse_compile.codegen.triton.selection import printable, window_text
 from sparse_compile.codegen.triton.tile import padded, power_of_two
-from sparse_compile.selection.windows import Windows
+from sparse_compile.selection.builders import Windows
 from sparse_compile.spec.target import Target
 
 #: Rows of a tile, queries with the heads of a list, at most.

@@ -17,7 +17,7 @@ from sparse_compile.errors import BadShape
 from sparse_compile.expr import MaskExpr, evaluate, grid
 from sparse_compile.patterns.base import Pattern
 from sparse_compile.selection.selection import Selection, keys_of, rows_at
-from sparse_compile.selection.train.chunked import bound, check_heads
+from sparse_compile.selection.train.distill import bound, check_heads
 
 
 def gated_attention(
@@ -61,7 +61,8 @@ def gated_attention(
     _check(q, k, v, log_gate, selection)
     kind = torch.promote_types(q.dtype, torch.float32)
     keys, keep = _selected_keys(q, k, selection, bound(mask, q, k, tables), sizes)
-    bias = _by_query(_bias_of_units(log_gate, selection), q, selection.unit_q)
+    units = torch.where(selection.used, selection.index, 0).long()
+    bias = _by_query(log_gate.gather(-1, units), q, selection.unit_q)
     bias = bias.repeat_interleave(selection.unit_kv, -1).to(kind)
     if straight_through:
         bias = bias - bias.detach()
@@ -88,13 +89,6 @@ def _selected_keys(
     rows = dict(zip("bhq", map(range, q.shape), strict=False))
     where = {**grid(q.device, **rows, kv=range(1)), "kv": keys}
     return keys, exist & evaluate(mask[0], where, q.shape[2], k.shape[2], mask[1], sizes)
-
-
-def _bias_of_units(log_gate: Tensor, selection: Selection) -> Tensor:
-    """The gates of the listed units: [B, Hs, Uq, K]."""
-    used = torch.arange(selection.index.shape[-1], device=log_gate.device)
-    unit = torch.where(used < selection.count[..., None], selection.index, 0)
-    return log_gate.gather(-1, unit.long())
 
 
 def _by_query(t: Tensor, q: Tensor, unit_q: int) -> Tensor:
