@@ -19,8 +19,7 @@ from sparse_compile.passes.find.operands import (
     dead_nodes,
     peel,
 )
-from sparse_compile.passes.find.provenance import where
-from sparse_compile.passes.find.refusal import Refusal
+from sparse_compile.passes.find.refusal import Refusal, where
 from sparse_compile.passes.find.scores import (
     ScorePath,
     ScoreWalk,

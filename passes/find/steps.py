@@ -14,8 +14,7 @@ from torch.fx import Node
 from sparse_compile.expr import SCORE, ScoreProgram
 from sparse_compile.expr.score import number
 from sparse_compile.passes.find import values
-from sparse_compile.passes.find.constants import constant
-from sparse_compile.passes.find.dataflow import Dataflow
+from sparse_compile.passes.find.dataflow import Dataflow, constant
 from sparse_compile.passes.find.refusal import Refusal
 from sparse_compile.sites.site import MaskOperand
 
