@@ -20,9 +20,8 @@ from sparse_compile.passes.lift.empty_rows import empty_row_policy
 from sparse_compile.passes.lift.expose import expose
 from sparse_compile.passes.lift.kept import Kept, split_kept
 from sparse_compile.passes.lift.lift import Lifter
-from sparse_compile.passes.lift.masks import Lengths, SiteMasks
+from sparse_compile.passes.lift.masks import Keep, Lengths, SiteMasks, read_operand
 from sparse_compile.passes.lift.normalize import normalise
-from sparse_compile.passes.lift.operands import Keep, read_operand
 from sparse_compile.passes.lift.rankings import (
     is_topk_index,
     topk_dim,
@@ -31,10 +30,9 @@ from sparse_compile.passes.lift.rankings import (
 from sparse_compile.passes.lift.rows import NotSelected
 from sparse_compile.passes.lift.selected import check_heads, split_selection, uncast
 from sparse_compile.passes.lift.simplify import Simplifier
-from sparse_compile.passes.lift.sizes import size_expr, solve_for_symbol
 from sparse_compile.passes.lift.slice import Slice, Slicer, made_of
 from sparse_compile.passes.lift.tables import Selects, Tabler, with_program
-from sparse_compile.passes.lift.value import Refused
+from sparse_compile.passes.lift.value import Refused, size_expr, solve_for_symbol
 from sparse_compile.passes.lift.verify import Examples, verify
 from sparse_compile.sites.site import (
     AttentionSite,

@@ -14,9 +14,8 @@ from torch.fx import Graph, Node
 from sparse_compile.expr import COORDINATES, is_table
 from sparse_compile.expr.fold import JOINS, NAMES, fold, joined
 from sparse_compile.passes.lift.lift import Lifter
-from sparse_compile.passes.lift.sizes import size_expr
 from sparse_compile.passes.lift.slice import made_of
-from sparse_compile.passes.lift.value import Unliftable
+from sparse_compile.passes.lift.value import Unliftable, size_expr
 
 aten = torch.ops.aten
 

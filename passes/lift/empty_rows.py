@@ -13,8 +13,7 @@ import sympy
 import torch
 
 from sparse_compile.expr import KV, Q
-from sparse_compile.passes.lift.masks import SiteMasks
-from sparse_compile.passes.lift.operands import Keep
+from sparse_compile.passes.lift.masks import Keep, SiteMasks
 from sparse_compile.passes.lift.simplify import Simplifier
 from sparse_compile.passes.lift.value import Refused
 from sparse_compile.sites.site import AttentionSite

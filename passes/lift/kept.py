@@ -23,9 +23,8 @@ from sparse_compile.passes.lift.masks import Lengths
 from sparse_compile.passes.lift.rankings import Bound, bound_of, is_topk_values, ranking_of
 from sparse_compile.passes.lift.rows import Listed, NotSelected, Rows, arranged, rows_of
 from sparse_compile.passes.lift.selected import BoolRead, bool_read
-from sparse_compile.passes.lift.sizes import size_expr
 from sparse_compile.passes.lift.slice import made_of
-from sparse_compile.passes.lift.value import DIMS, is_data
+from sparse_compile.passes.lift.value import DIMS, is_data, size_expr
 from sparse_compile.sites.site import Reached
 
 aten = torch.ops.aten

@@ -18,7 +18,6 @@ from sparse_compile.passes.lift.builders import BUILDERS
 from sparse_compile.passes.lift.constants import recognise
 from sparse_compile.passes.lift.scalars import RULES, cast, elementwise
 from sparse_compile.passes.lift.simplify import Simplifier
-from sparse_compile.passes.lift.sizes import size_expr
 from sparse_compile.passes.lift.slice import call_name, made_of
 from sparse_compile.passes.lift.value import (
     DIMS,
@@ -28,6 +27,7 @@ from sparse_compile.passes.lift.value import (
     align,
     reindexed,
     single,
+    size_expr,
 )
 from sparse_compile.passes.lift.views import VIEWS, Handler, Step, cleaned
 

@@ -9,9 +9,8 @@ from typing import Any
 import sympy
 from torch.fx import Node
 
-from sparse_compile.passes.lift.sizes import size_expr
 from sparse_compile.passes.lift.slice import call_name
-from sparse_compile.passes.lift.value import Unliftable
+from sparse_compile.passes.lift.value import Unliftable, size_expr
 
 
 @dataclass(frozen=True)

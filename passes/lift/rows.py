@@ -12,7 +12,7 @@ from torch.fx import Node
 from sparse_compile.expr import KV, B, FloorDiv, H, Q
 from sparse_compile.passes.lift.emit import Emitter
 from sparse_compile.passes.lift.masks import Lengths
-from sparse_compile.passes.lift.sizes import size_expr
+from sparse_compile.passes.lift.value import size_expr
 
 aten = torch.ops.aten
 

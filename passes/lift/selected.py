@@ -16,8 +16,7 @@ from sparse_compile.passes.lift.expose import is_named
 from sparse_compile.passes.lift.lift import Lifter
 from sparse_compile.passes.lift.masks import Lengths
 from sparse_compile.passes.lift.rows import Listed, NotSelected, arranged, rows_of
-from sparse_compile.passes.lift.sizes import size_expr
-from sparse_compile.passes.lift.value import is_data
+from sparse_compile.passes.lift.value import is_data, size_expr
 
 aten = torch.ops.aten
 

@@ -12,8 +12,7 @@ import sympy
 from sympy.core.relational import Relational
 
 from sparse_compile.expr import FloorDiv, FloorMod
-from sparse_compile.passes.lift.bounds import Ranges
-from sparse_compile.passes.lift.linear import Linear, linear
+from sparse_compile.passes.lift.bounds import Linear, Ranges, linear
 
 
 class Simplifier:
