@@ -58,13 +58,6 @@ def shown_predicate(lifted: LiftedMask) -> sympy.Basic:
     return predicate
 
 
-def dense_reason(lifted: LiftedMask) -> str:
-    """Where the blocks come from, in words; empty for a mask that reads no mask tensor."""
-    if not lifted.dense:
-        return ""
-    return "its blocks are found from the mask tensor in each call"
-
-
 def remember_given(gm: GraphModule) -> None:
     """Let what is found out about mask tensors that are inputs of the graph be reused.
 

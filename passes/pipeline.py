@@ -29,12 +29,10 @@ from sparse_compile.passes.restrict import (
     restrict,
     with_annotation,
 )
-from sparse_compile.passes.rewrite.held_layouts import hold_layouts
+from sparse_compile.passes.rewrite.lists import hold_layouts, share_lists
 from sparse_compile.passes.rewrite.rewriter import Rewriter
-from sparse_compile.passes.rewrite.share_lists import share_lists
-from sparse_compile.sites.plan import Plan
+from sparse_compile.sites.plan import Plan, Trace
 from sparse_compile.sites.site import AttentionSite, LiftedMask, Ranking, Rejection
-from sparse_compile.sites.trace import Trace
 from sparse_compile.spec.target import Target
 
 PASSES = ("find", "lift", "restrict", "propose", "decide", "rewrite")

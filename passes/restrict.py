@@ -12,9 +12,8 @@ from torch.fx import Node
 from sparse_compile.expr import KV, MaskExpr, Q, renumbered, table_index
 from sparse_compile.passes.graph_edit import dimension
 from sparse_compile.sites.annotation import META_KEY, Annotation, annotation_named
-from sparse_compile.sites.plan import SelectedPlan
+from sparse_compile.sites.plan import Reading, SelectedPlan, Trace
 from sparse_compile.sites.site import AttentionSite, Called, LiftedMask, PatternTable, Rejection
-from sparse_compile.sites.trace import Reading, Trace
 from sparse_compile.spec import EmptyRows
 
 _NOTHING = MaskExpr(sympy.false)

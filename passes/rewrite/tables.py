@@ -80,7 +80,7 @@ def _called(
     Programs are functional, and a leaf holds what it did where it was made.
     """
     args, kwargs = map_arg((node.args, node.kwargs), copies.__getitem__)
-    key = (gm, node.target, _hashable(args), _hashable(kwargs))
+    key = gm, node.target, repr((args, kwargs))
     made = cache.calls.get(key)
     if made is None or not made < place:
         made = cache.calls[key] = gm.graph.node_copy(node, copies.__getitem__)
@@ -88,14 +88,6 @@ def _called(
         made.meta["example_value"] = _value(made)
         cache.inserted.add(made)
     return made
-
-
-def _hashable(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_hashable, value))
-    if isinstance(value, dict):
-        return tuple((key, _hashable(item)) for key, item in value.items())
-    return type(value), value
 
 
 def _literal(graph: Graph, value: torch.Tensor) -> Node:
