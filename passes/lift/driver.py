@@ -33,7 +33,7 @@ from sparse_compile.passes.lift.simplify import Simplifier
 from sparse_compile.passes.lift.slice import Slice, Slicer, made_of
 from sparse_compile.passes.lift.tables import Selects, Tabler, with_program
 from sparse_compile.passes.lift.value import Refused, size_expr, solve_for_symbol
-from sparse_compile.passes.lift.verify import Examples, verify
+from sparse_compile.passes.lift.verify import Examples, Question, verify
 from sparse_compile.sites.site import (
     AttentionSite,
     LiftedMask,
@@ -138,7 +138,8 @@ def _lift(
 
     def checked(lifted: LiftedMask) -> LiftedMask:
         lifted = replace(lifted, empty_rows=policy, fills=tuple(itertools.chain(*fills)))
-        visited = verify(masks, fills, lifted, examples, options.verify_bytes, cache.slicer)
+        asked = Question(masks, fills, lifted, examples)
+        visited = verify(asked, options.verify_bytes, cache.slicer)
         return replace(lifted, visited=visited)
 
     reading = _Reading(masks, lifter, simplify, predicate)

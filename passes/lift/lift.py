@@ -71,17 +71,14 @@ class Lifter:
     def tensor(self, node: Node) -> Lifted:
         """The lifted value of a tensor node."""
         if node not in self._values:
-            self._lift_for(node)
+            # What it reads comes first, in the order of the graph.
+            needed = made_of(node, self._values, self._opaque)
+            for found in self.gm.graph.nodes:
+                if found in needed:
+                    self._values[found] = self._lift(found)
         value = self._argument(node)
         assert isinstance(value, Lifted)
         return value
-
-    def _lift_for(self, node: Node) -> None:
-        """Lift a node after what it reads, in the order of the graph."""
-        needed = made_of(node, self._values, self._opaque)
-        for found in self.gm.graph.nodes:
-            if found in needed:
-                self._values[found] = self._lift(found)
 
     def simplifier(self, shape: Shape) -> Simplifier:
         """A simplifier for coordinates in ``shape``."""
@@ -137,13 +134,8 @@ class Lifter:
         if name in _HANDLERS and not (name == "index" and op._overloadname != "Tensor"):
             step = Step(self._bound(node, op), shape, dtype, self.simplifier(shape), op)
             return _HANDLERS[name](step)
-        if _is_elementwise(op, name):
-            return self._elementwise(node, op, shape, dtype)
-        raise Unliftable(f"{name} has no symbolic meaning")
-
-    def _elementwise(
-        self, node: Node, op: torch._ops.OpOverload, shape: Shape, dtype: torch.dtype
-    ) -> Lifted:
+        if not _is_elementwise(op, name):
+            raise Unliftable(f"{name} has no symbolic meaning")
         args = [self._argument(arg) for arg in node.args]
         aligned = [align(a, len(shape)) if isinstance(a, Lifted) else a for a in args]
         kwargs = {key: self._argument(value) for key, value in node.kwargs.items()}

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
 import torch
 from torch.fx import Node
 
 from sparse_compile.expr import KV, B, FloorDiv, H, Q
+from sparse_compile.passes.graph_edit import with_axes
 from sparse_compile.passes.lift.emit import Emitter
 from sparse_compile.passes.lift.masks import Lengths
 from sparse_compile.passes.lift.value import size_expr
 
 aten = torch.ops.aten
+_MOVES = {
+    "squeeze": aten.squeeze.dim,
+    "permute": aten.permute.default,
+    "unsqueeze": aten.unsqueeze.default,
+}
 
 
 class NotSelected(Exception):
@@ -103,17 +110,12 @@ def rows_of(
 def arranged(node: Node, rank: int, rows: Rows, emitter: Emitter) -> Node:
     """A tensor of a program as [B, Hs, U, keys or entries], where ``rows`` says how it lies."""
     graph = emitter.graph
-    varying = [axis for axis in (*rows.axes, rows.dim) if axis is not None]
-    ones = [axis for axis in range(rank) if axis not in varying]
-    if ones:
-        node = graph.call_function(aten.squeeze.dims, (node, ones))
-    kept = sorted(varying)
-    order = [kept.index(axis) for axis in varying]
-    if order != sorted(order):
-        node = graph.call_function(aten.permute.default, (node, order))
-    for position, axis in enumerate(rows.axes):
-        if axis is None:
-            node = graph.call_function(aten.unsqueeze.default, (node, position))
+
+    def call(name: str, tensor: Node, arg: Any) -> Node:
+        return graph.call_function(_MOVES[name], (tensor, arg))
+
+    axes = {axis: name for name, axis in zip("bhqk", (*rows.axes, rows.dim), strict=True)}
+    node = with_axes(call, node, [axes.get(axis, "1") for axis in range(rank)], "bhqk")
     if rows.axes[0] is None and emitter.lengths[B] != 1:
         sizes = [emitter.size(emitter.lengths[B]), -1, -1, -1]
         node = graph.call_function(aten.expand.default, (node, sizes))

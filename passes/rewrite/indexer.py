@@ -10,8 +10,7 @@ from torch.fx import Node
 from sparse_compile.ops.block_scores import BLOCK_SCORES
 from sparse_compile.ops.indexer import INDEXED_TOPK
 from sparse_compile.ops.kept import INDEXED_KEPT
-from sparse_compile.passes.graph_edit import Inserter
-from sparse_compile.passes.rewrite.axes import arranged
+from sparse_compile.passes.graph_edit import Inserter, with_axes
 from sparse_compile.passes.rewrite.tables import RealisedTables, realise
 from sparse_compile.sites.plan import Indexer
 from sparse_compile.sites.site import AttentionSite, BlockScoresSite, IndexerSite, Operand
@@ -78,4 +77,4 @@ def _by_head(insert: Inserter, scores: AttentionSite) -> tuple[Node, Node]:
 
 def _arranged(insert: Inserter, operand: Operand, axes: str) -> Node:
     """An operand of an indexer with its axes in order, without a gradient."""
-    return arranged(insert.method, insert.method("detach", operand.node), operand.axes, axes)
+    return with_axes(insert.method, insert.method("detach", operand.node), operand.axes, axes)

@@ -22,9 +22,9 @@ from sparse_compile.layout.lists import static_lists
 from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.ops import LAYOUT
 from sparse_compile.ops.selection import CANONICAL_SELECTION
-from sparse_compile.passes.graph_edit import example_value
+from sparse_compile.passes.graph_edit import example_value, fake_mode_of
 from sparse_compile.passes.mutation import Memory, bodies, scope_of_body
-from sparse_compile.passes.rewrite.tables import RealisedTables, fake_mode_of, hand_down, place_for
+from sparse_compile.passes.rewrite.tables import RealisedTables, hand_down, place_for
 from sparse_compile.sites.site import Scope
 from sparse_compile.spec import AttentionSpec
 
@@ -138,5 +138,5 @@ def _buffer(gm: GraphModule, value: Tensor) -> Node:
         sources[name] = ConstantSource(name)
     with gm.graph.inserting_before(place_for(gm.graph, ())):
         node = gm.graph.get_attr(name)
-    node.meta["example_value"] = fake_mode_of(gm.graph).from_tensor(value, static_shapes=True)
+    node.meta["example_value"] = fake_mode_of(gm.graph.nodes).from_tensor(value, static_shapes=True)
     return node

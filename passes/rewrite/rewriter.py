@@ -22,8 +22,8 @@ from sparse_compile.passes.graph_edit import (
     dimension,
     example_value,
     first_reader,
+    with_axes,
 )
-from sparse_compile.passes.rewrite.axes import arranged
 from sparse_compile.passes.rewrite.indexer import replace_indexer, replace_lists
 from sparse_compile.passes.rewrite.tables import RealisedTables, realise
 from sparse_compile.sites.named import INDEX, LISTS
@@ -114,7 +114,7 @@ class Rewriter:
         if example_value(node).dtype != dtype:
             # Autocast, or an upcast inside the attention: the program computes in this dtype.
             node = insert.method("to", node, dtype)
-        return arranged(insert.method, node, operand.axes, _CANONICAL)
+        return with_axes(insert.method, node, operand.axes, _CANONICAL)
 
     def _mask_data(
         self, insert: Inserter, plan: Plan, q: Node, k: Node
@@ -299,7 +299,7 @@ def _call_sdpa(
 
 def _restore_axes(insert: Inserter, site: AttentionSite, out: Node) -> Node:
     """Back to the axes, and where a later view relies on it the memory order, of the old output."""
-    out = arranged(insert.method, out, _CANONICAL, site.output.axes)
+    out = with_axes(insert.method, out, _CANONICAL, site.output.axes)
     if _relies_on_order(site.output.node, example_value(out)):
         out = insert.method("contiguous", out)
     return out

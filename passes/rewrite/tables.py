@@ -9,7 +9,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from sparse_compile.ops.fresh_size import unbound_sizes
-from sparse_compile.passes.graph_edit import example_value
+from sparse_compile.passes.graph_edit import example_value, fake_mode_of
 from sparse_compile.sites.site import LiftedMask, Scope
 
 
@@ -57,7 +57,7 @@ def _inline(
     program: GraphModule, leaves: tuple[Node, ...], gm: GraphModule, cache: RealisedTables
 ) -> tuple[Node, ...]:
     copies = dict(zip(program.graph.find_nodes(op="placeholder"), leaves, strict=True))
-    fake_mode = fake_mode_of(gm.graph)
+    fake_mode = fake_mode_of(gm.graph.nodes)
     place = place_for(gm.graph, leaves)
     while place in cache.inserted:  # Programs that stand here already may be of use.
         place = place.next
@@ -112,15 +112,6 @@ def place_for(graph: Graph, leaves: tuple[Node, ...]) -> Node:
             return node
         missing.discard(node)
     raise AssertionError("a leaf stands after the graph's output")
-
-
-def fake_mode_of(graph: Graph) -> Any:
-    """The fake mode of the values of a graph."""
-    for node in graph.nodes:
-        mode = getattr(node.meta.get("example_value"), "fake_mode", None)
-        if mode is not None:
-            return mode
-    raise AssertionError("a graph with attention has tensors")
 
 
 def hand_down(node: Node, scope: Scope, cache: RealisedTables) -> Node:
