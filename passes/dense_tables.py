@@ -20,10 +20,8 @@ from sparse_compile.sites.site import LiftedMask
 
 def dense_reads(lifted: LiftedMask) -> tuple[DenseRead, ...]:
     """How the mask tensors are read."""
-    return tuple(
-        DenseRead(number, table.axes)
-        for number, table in enumerate(lifted.dense, lifted.first_dense)
-    )
+    first = lifted.n_lifted_tables - len(lifted.dense)
+    return tuple(DenseRead(first + i, table.axes) for i, table in enumerate(lifted.dense))
 
 
 def mask_data(

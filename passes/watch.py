@@ -30,25 +30,22 @@ def watch(
     function: Callable[..., Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    values: Sequence[Any],
+    fake_mode: Any,
 ) -> Seen:
     """Run a function of a captured graph once more, as Dynamo did and AOTAutograd will.
 
     Args:
         function: what to run.
         args, kwargs: its arguments, tensors being fake.
-        values: where to find the mode of the fake tensors.
+        fake_mode: of these.
 
     Raises:
-        Unwatched: it cannot be run, or there is no such mode.
+        Unwatched: it cannot be run.
     """
-    modes = [mode for value in values if (mode := getattr(value, "fake_mode", None)) is not None]
-    if not modes:
-        raise Unwatched("no fake tensors")
     recorder = _Recorder()
     try:
         with contextlib.ExitStack() as stack:
-            for context in (torch.no_grad(), modes[0], unbound_sizes(modes[0]), recorder):
+            for context in (torch.no_grad(), fake_mode, unbound_sizes(fake_mode), recorder):
                 stack.enter_context(context)
             # Views of the same memory, so that a change of shape does not reach the originals.
             given = tree_map_only(torch.Tensor, torch.Tensor.detach, (tuple(args), dict(kwargs)))

@@ -72,13 +72,13 @@ def _match(softmax: Node, flow: Dataflow, scope: Scope) -> AttentionSite:
     shapes.check_operands(q.operand, k.operand, v.operand)
     shapes.check_output_dtype(output)
     shapes.head_dim(q.operand)  # Before the scale, which is often its root.
-    folded = fold(scores.steps, flow)
-    shapes.check_masks(folded.masks, sides.score_shape)
-    if ranked and (sunk or folded.score):
+    scale, masks, program = fold(scores.steps, flow)
+    shapes.check_masks(masks, sides.score_shape)
+    if ranked and (sunk or program):
         raise Refusal(*ranked)
     if sunk:
         _check_sinks(sunk, sides, output.node, flow)
-    numbers = (folded.scale, *(mask.fill for mask in folded.masks))
+    numbers = (scale, *(mask.fill for mask in masks))
     _check_numbers(numbers, scores.product.node, output.node, flow)
     return AttentionSite(
         scope,
@@ -86,14 +86,14 @@ def _match(softmax: Node, flow: Dataflow, scope: Scope) -> AttentionSite:
         q.operand,
         k.operand,
         v.operand,
-        folded.scale,
+        scale,
         "eager",
-        masks=folded.masks,
+        masks=masks,
         score_axes=sides.score_axes,
         where=where(softmax),
         region=dead_nodes(region, (q, k, v), flow),
         ranked=ranked,
-        score=folded.score,
+        score=program,
         sinks=sunk.sinks if sunk else None,
     )
 

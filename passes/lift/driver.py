@@ -91,15 +91,12 @@ def _attempt(
     try:
         return _lift(masks, example_inputs, options, cache)
     except Refused as refused:
-        return Refused(refused.reason, _float_hint(masks.part) or refused.hint)
-
-
-def _float_hint(part: Slice) -> str:
-    """What helps when torch.compile made a Python float of the mask a run-time value."""
-    values = (node.meta.get("example_value") for node in (*part.leaves, *part.nodes))
-    if any(isinstance(value, torch.SymFloat) for value in values):
-        return "set torch._dynamo.config.specialize_float = True: the mask reads a Python float"
-    return ""
+        part, hint = masks.part, refused.hint
+        values = (node.meta.get("example_value") for node in (*part.leaves, *part.nodes))
+        # torch.compile made a Python float of the mask a run-time value.
+        if any(isinstance(value, torch.SymFloat) for value in values):
+            hint = "set torch._dynamo.config.specialize_float = True: the mask reads a Python float"
+        return Refused(refused.reason, hint)
 
 
 @dataclass(frozen=True)

@@ -108,9 +108,7 @@ class Slicer:
             if not inputs:
                 return Slice(at or here, tuple(leaves), tuple(nodes), outputs, aliases)
             assert here.call is not None
-            holders = here.gm.graph.find_nodes(op="placeholder")
-            # A site that was rewritten before may have handed the body more.
-            feeds = dict(zip(holders, here.inputs, strict=False))
+            feeds = here.feeds
             aliases |= {node: feeds[node] for node in inputs}
             wanted = [Wanted(feeds[node], here.call) for node in inputs]
             here = here.parent

@@ -149,10 +149,6 @@ def either(condition: sympy.Basic, yes: sympy.Basic, no: sympy.Basic) -> sympy.B
         return yes
     if yes == sympy.true:
         return sympy.Or(condition, no)
-    if no == sympy.false:
-        return sympy.And(condition, yes)
-    if yes == sympy.false:
-        return sympy.And(sympy.Not(condition), no)
     if no == sympy.true:
         return sympy.Or(sympy.Not(condition), yes)
     return sympy.Or(sympy.And(condition, yes), sympy.And(sympy.Not(condition), no))

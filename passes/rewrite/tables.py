@@ -122,16 +122,9 @@ def hand_down(node: Node, scope: Scope, cache: RealisedTables) -> Node:
     outer = hand_down(node, scope.parent, cache)
     key = (outer, scope.gm)
     if key not in cache.inputs:
-        cache.inputs[key] = _given(outer, scope) or _passed_in(outer, scope)
+        stand_for_it = (inner for inner, given in scope.feeds.items() if given is outer)
+        cache.inputs[key] = next(stand_for_it, None) or _passed_in(outer, scope)
     return cache.inputs[key]
-
-
-def _given(outer: Node, scope: Scope) -> Node | None:
-    """The placeholder that stands for an outer node already."""
-    holders = scope.gm.graph.find_nodes(op="placeholder")
-    return next(
-        (n for n, given in zip(holders, scope.inputs, strict=False) if given is outer), None
-    )
 
 
 def _passed_in(outer: Node, scope: Scope) -> Node:
