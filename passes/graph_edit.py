@@ -107,12 +107,8 @@ def first_reader(site: AttentionSite, *nodes: Node) -> Node:
 
     Writes to them after this do not count.
     """
-    region = {site.output.node, *site.region}
-    user: Node
-    for user in site.scope.gm.graph.nodes:
-        if user in region and any(user in node.users for node in nodes):
-            return user
-    return site.output.node
+    readers = {user for node in nodes for user in node.users}
+    return min(readers.intersection(site.region), default=site.output.node)
 
 
 def with_axes(method: Callable[..., T], tensor: T, axes: Sequence[str], wanted: Sequence[str]) -> T:

@@ -216,13 +216,14 @@ def _watch(node: Node) -> Effect:
     assert callable(node.target)
     try:
         args, kwargs = map_arg((node.args, node.kwargs), example_value)
-        seen = watch(node.target, args, kwargs, fake_mode_of((*node.all_input_nodes, node)))
+        mode = fake_mode_of((*node.all_input_nodes, node))
+        storages_written, random = watch(node.target, args, kwargs, mode)
     except (Unwatched, LookupError):
         return _unknown(node)
     # What has no memory to show may be what was written to.
-    touched = {None, *seen.written}
+    touched = {None, *storages_written}
     written = (n for n in node.all_input_nodes if touched & {*storages(example_value(n))})
-    return Effect(tuple(written), random=seen.random)
+    return Effect(tuple(written), random=random)
 
 
 def bodies(node: Node) -> list[tuple[GraphModule, tuple[object, ...]]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,26 +17,21 @@ class Unwatched(Exception):
     """A function could not be run on fake tensors."""
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What a function did: the storages it wrote to, and whether it drew random numbers."""
-
-    written: frozenset[int]
-    random: bool
-
-
 def watch(
     function: Callable[..., Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     fake_mode: Any,
-) -> Seen:
+) -> tuple[set[int], bool]:
     """Run a function of a captured graph once more, as Dynamo did and AOTAutograd will.
 
     Args:
         function: what to run.
         args, kwargs: its arguments, tensors being fake.
         fake_mode: of these.
+
+    Returns:
+        the storages that it wrote to, and whether it drew random numbers.
 
     Raises:
         Unwatched: it cannot be run.
@@ -52,7 +46,7 @@ def watch(
             function(*given[0], **given[1])
     except Exception as error:  # The user's function: anything can be raised.
         raise Unwatched(str(error)) from error
-    return Seen(frozenset(recorder.written), recorder.random)
+    return recorder.written, recorder.random
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -31,7 +31,7 @@ class Dataflow:
         """
         last = None
         for mutation, target in self.memory.writes(node):
-            if self.position[node] < self.position[mutation] < self.position[reader]:
+            if node < mutation < reader:
                 last = mutation, target
         if last is None:
             return node
@@ -43,10 +43,6 @@ class Dataflow:
                 "use torch.where or masked_fill on the scores, before the softmax",
             )
         return mutation
-
-    def in_order(self, nodes: Iterable[Node]) -> tuple[Node, ...]:
-        """The distinct nodes, in graph order."""
-        return tuple(sorted(set(nodes), key=self.position.__getitem__))
 
 
 def breadth_first(

@@ -91,7 +91,7 @@ def _match(softmax: Node, flow: Dataflow, scope: Scope) -> AttentionSite:
         masks=masks,
         score_axes=sides.score_axes,
         where=where(softmax),
-        region=dead_nodes(region, (q, k, v), flow),
+        region=dead_nodes(region, (q, k, v)),
         ranked=ranked,
         score=program,
         sinks=sunk.sinks if sunk else None,
@@ -221,7 +221,7 @@ def _check_closed(region: set[Node], output: Node, flow: Dataflow) -> tuple[str,
         Refusal: something else does.
     """
     ranked = None
-    for node in flow.in_order(region - {output}):
+    for node in sorted(region - {output}):
         readers = [reader for reader in node.users if reader not in region]
         readers = [reader for reader in readers if op_name(reader) not in READS_NO_VALUES]
         if readers:
@@ -233,7 +233,7 @@ def _check_closed(region: set[Node], output: Node, flow: Dataflow) -> tuple[str,
 
 
 def _check_grad_mode(region: set[Node], output: Node, flow: Dataflow) -> None:
-    first = flow.in_order(region)[0]
+    first = min(region)
     for node in flow.position:
         if first < node < output and op_name(node) in _GRAD_MODES:
             raise Refusal(

@@ -56,7 +56,7 @@ def match_sdpa(node: Node, flow: Dataflow, scope: Scope) -> AttentionSite:
         masks=masks,
         score_axes=score_axes,
         where=where(node),
-        region=dead_nodes({node}, (q, k, v), flow),
+        region=dead_nodes({node}, (q, k, v)),
     )
 
 

@@ -27,8 +27,7 @@ from sparse_compile.passes.lift.rankings import (
     topk_dim,
     topk_of,
 )
-from sparse_compile.passes.lift.rows import NotSelected
-from sparse_compile.passes.lift.selected import check_heads, split_selection, uncast
+from sparse_compile.passes.lift.selected import NotSelected, check_heads, split_selection, uncast
 from sparse_compile.passes.lift.simplify import Simplifier
 from sparse_compile.passes.lift.slice import Slice, Slicer, made_of
 from sparse_compile.passes.lift.tables import Selects, Tabler, with_program

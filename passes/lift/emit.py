@@ -144,21 +144,14 @@ class Emitter:
         """
         coordinates = coordinates_of(element)
         lookup = element.args[0] if isinstance(element, sympy.Ne) else None
-        if lookup is not None and self._is_input(lookup, coordinates):
-            node = self.copy(self.lifter.node_of(lookup))
-            names = tuple("" if arg == 0 else arg.name for arg in lookup.args)
-            return node, names
+        if lookup is not None and is_table(lookup) and is_whole(lookup, coordinates):
+            source = self.lifter.node_of(lookup)
+            value = source.meta["val"]
+            plain = source.op == "placeholder" and value.dtype == torch.bool
+            if plain and value.device == self.device:
+                return self.copy(source), tuple("" if at == 0 else at.name for at in lookup.args)
         node = fold(element, _Writer(self, element))
         return node, tuple(coordinate.name for coordinate in coordinates)
-
-    def _is_input(self, lookup: sympy.Basic, coordinates: tuple[sympy.Symbol, ...]) -> bool:
-        """Whether a lookup reads a bool input at these coordinates, each once."""
-        if not is_table(lookup):
-            return False
-        source = self.lifter.node_of(lookup)
-        value = source.meta["val"]
-        plain = source.op == "placeholder" and value.dtype == torch.bool
-        return plain and value.device == self.device and is_whole(lookup, coordinates)
 
 
 class _Writer:

@@ -141,7 +141,7 @@ class Lifter:
         kwargs = {key: self._argument(value) for key, value in node.kwargs.items()}
         return Lifted(shape, dtype, elementwise(op, aligned, kwargs, dtype))
 
-    def _bound(self, node: Node, op: torch._ops.OpOverload) -> tuple[Any, ...]:
+    def _bound(self, node: Node, op: Any) -> tuple[Any, ...]:
         """Arguments by position, with the defaults of the schema."""
         given = [self._argument(arg) for arg in node.args]
         for argument in op._schema.arguments[len(given) :]:
@@ -164,13 +164,12 @@ class Lifter:
         source, number = node.args
         assert isinstance(source, Node)
         name = call_name(source)
-        tensor = self._argument(source.args[0])
         indices: list[sympy.Expr] = list(DIMS[: len(shape)])
         if name == "unbind":
-            dim = _int_argument(source, 1)
+            tensor, dim = self._bound(source, source.target)
             indices.insert(dim % len(tensor.shape), sympy.Integer(number))
         elif name in ("split", "split_with_sizes"):
-            dim = _int_argument(source, 2)
+            tensor, _, dim = self._bound(source, source.target)
             parts = source.meta["val"][:number]
             before = sum((size_expr(part.shape[dim]) for part in parts), sympy.S.Zero)
             indices[dim % len(shape)] += before
@@ -215,12 +214,6 @@ class Lifter:
         value = function(*indices)
         element = sympy.Ne(value, 0) if dtype == torch.bool else single(value)
         return Lifted(shape, dtype, element)
-
-
-def _int_argument(node: Node, position: int) -> int:
-    value = node.args[position] if len(node.args) > position else 0
-    assert isinstance(value, int)
-    return value
 
 
 def _size(value: Any) -> sympy.Expr:

@@ -12,11 +12,9 @@ from torch.fx import GraphModule, Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from sparse_compile.passes.graph_edit import fake_mode_of
-from sparse_compile.passes.lift.slice import Slice
+from sparse_compile.passes.lift.slice import VMAP, Slice, call_name
 from sparse_compile.passes.lift.value import Refused
 from sparse_compile.passes.mutation import IN_PLACE
-
-_VMAP = "_vmap_increment_nesting"
 
 # In-place methods that change more than values.
 _CHANGES_SHAPE = frozenset(
@@ -78,7 +76,7 @@ def normalise(part: Slice) -> GraphModule:
     nodes = (*part.leaves, *part.nodes, *part.outputs)
     try:
         with fake_mode_of(nodes), torch.no_grad(), functorch_levels_restored():
-            if any(getattr(node.target, "__name__", "") == _VMAP for node in part.nodes):
+            if any(call_name(node) == VMAP for node in part.nodes):
                 # The recorded vmap levels count from one: resolve them before functionalize,
                 # which takes a level itself.
                 gm = make_fx(_Replay(gm).run)(*fakes)

@@ -46,11 +46,6 @@ def is_topk_index(node: Node) -> bool:
     return topk_of(node) is not None and bool(node.args[1] == 1)
 
 
-def is_topk_values(node: Node) -> bool:
-    """Whether a node is the values of a top-k."""
-    return topk_of(node) is not None and bool(node.args[1] == 0)
-
-
 def topk_dim(index: Node) -> int:
     """The dimension along which the indices of a top-k are distinct."""
     topk = topk_of(index)

@@ -43,10 +43,8 @@ class Simplifier:
             return self.floormod(*args)
         if isinstance(expr, Relational):
             return self._relation(expr.func(*args))
-        if isinstance(expr, sympy.And):
-            return self._junction(args, conjunction=True)
-        if isinstance(expr, sympy.Or):
-            return self._junction(args, conjunction=False)
+        if isinstance(expr, (sympy.And, sympy.Or)):
+            return self._junction(args, conjunction=isinstance(expr, sympy.And))
         if isinstance(expr, sympy.Not):
             return self._negate(args[0])
         return expr.func(*args)
@@ -81,9 +79,6 @@ class Simplifier:
         form = linear(relation)
         if isinstance(form, bool):
             return sympy.true if form else sympy.false
-        return self._decide(form)
-
-    def _decide(self, form: Linear) -> sympy.Basic:
         nonnegative = self.ranges.nonnegative
         below, above = form.bound - form.terms, form.terms - form.bound
         if form.kind == "le":

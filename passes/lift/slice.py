@@ -29,8 +29,8 @@ SOURCES = frozenset(
     "bernoulli_ random_ uniform_ normal_ exponential_ cauchy_ geometric_ log_normal_ item tolist "
     "nonzero unique unique_consecutive masked_select _transformer_encoder_layer_fwd".split()
 )
-_VMAP = "_vmap_increment_nesting"
-_OPENING = {_VMAP: "vmap", "_enter_autocast": "autocast"}
+VMAP = "_vmap_increment_nesting"
+_OPENING = {VMAP: "vmap", "_enter_autocast": "autocast"}
 _CLOSING = {"_vmap_decrement_nesting": "vmap", "_exit_autocast": "autocast"}
 LAZY_LOAD = "lazy_load_decompositions"
 
@@ -241,7 +241,7 @@ class Order:
     def _check(self, nodes: list[Node], leaves: list[Node], wanted: Sequence[Wanted]) -> None:
         for leaf in leaves:
             if leaf.op != "placeholder" and any(
-                call_name(opening) == _VMAP and self._encloses(opening, closing, leaf)
+                call_name(opening) == VMAP and self._encloses(opening, closing, leaf)
                 for opening, closing in self.brackets
             ):
                 raise Refused(f"the mask reads the result of {call_name(leaf)} inside a vmap")

@@ -105,13 +105,9 @@ def _value(node: Node) -> Any:
 
 def place_for(graph: Graph, leaves: tuple[Node, ...]) -> Node:
     """The node before which the program goes: after all leaves, and after all placeholders."""
-    missing = set(leaves)
-    node: Node
-    for node in graph.nodes:
-        if not missing and node.op != "placeholder":
-            return node
-        missing.discard(node)
-    raise AssertionError("a leaf stands after the graph's output")
+    before = (*graph.find_nodes(op="placeholder"), *leaves)
+    node: Node = max(before).next if before else next(iter(graph.nodes))
+    return node
 
 
 def hand_down(node: Node, scope: Scope, cache: RealisedTables) -> Node:
