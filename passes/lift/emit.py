@@ -13,6 +13,7 @@ from torch.fx import Graph, Node
 
 from sparse_compile.expr import COORDINATES, is_table
 from sparse_compile.expr.fold import JOINS, NAMES, fold, joined
+from sparse_compile.passes.graph_edit import with_axes
 from sparse_compile.passes.lift.lift import Lifter
 from sparse_compile.passes.lift.slice import made_of
 from sparse_compile.passes.lift.value import Unliftable, size_expr
@@ -37,6 +38,11 @@ _COMPARE = {
     ">=": (aten.ge, "<="),
     "==": (aten.eq, "=="),
     "!=": (aten.ne, "!="),
+}
+_MOVES = {
+    "squeeze": aten.squeeze.dim,
+    "permute": aten.permute.default,
+    "unsqueeze": aten.unsqueeze.default,
 }
 _TABLE_DTYPES = (torch.bool, torch.int32, torch.int64)
 
@@ -100,6 +106,14 @@ class Emitter:
             if old in needed and old not in self._copies:
                 self._copies[old] = self.graph.node_copy(old, self._copies.__getitem__)
         return self._copies[node]
+
+    def with_axes(self, node: Node, axes: Sequence[str], wanted: Sequence[str]) -> Node:
+        """A tensor of the program with the axes that are wanted, in their order."""
+
+        def call(name: str, tensor: Node, arg: Any) -> Node:
+            return self.graph.call_function(_MOVES[name], (tensor, arg))
+
+        return with_axes(call, node, axes, wanted)
 
     def size_node(self, symbol: sympy.Symbol) -> Node:
         """The node that holds a torch size symbol."""
@@ -182,23 +196,21 @@ class _Writer:
         return value
 
     def symbol(self, name: str) -> Any:
-        for axis, coordinate in enumerate(self.coordinates):
+        for coordinate in self.coordinates:
             if coordinate.name == name:
-                return self._coordinate(axis)
+                length = self.emitter.size(self.emitter.lengths[coordinate])
+                device = self.emitter.device
+                node = self._call(torch.int64, aten.arange.default, length, device=device)
+                return self._place(node, torch.int64, [coordinate])
         return self.emitter.size_node(
             next(symbol for symbol in self.emitter._sizes if str(symbol) == name)
         )
 
-    def _coordinate(self, axis: int) -> Node:
-        length = self.emitter.size(self.emitter.lengths[self.coordinates[axis]])
-        node = self._call(torch.int64, aten.arange.default, length, device=self.emitter.device)
-        return self._place(node, torch.int64, [axis])
-
-    def _place(self, node: Node, dtype: torch.dtype, axes: Sequence[int]) -> Node:
-        """A tensor whose dimensions are ``axes`` of the grid, in order, at the grid's rank."""
-        for axis in range(len(self.coordinates)):
-            if axis not in axes:
-                node = self._call(dtype, aten.unsqueeze.default, node, axis)
+    def _place(self, node: Node, dtype: torch.dtype, exprs: Sequence[sympy.Expr]) -> Node:
+        """A tensor that is read at coordinates, or at 0 along axes of size one, over the grid."""
+        names = [coordinate.name for coordinate in self.coordinates]
+        node = self.emitter.with_axes(node, list(map(str, exprs)), names)
+        self.dtypes[node] = dtype
         return node
 
     def table(self, index: int, args: Sequence[Any], exprs: Sequence[sympy.Expr]) -> Any:
@@ -211,7 +223,7 @@ class _Writer:
             node = self._call(value.dtype, aten._to_copy.default, node, **options)
         sizes = [size_expr(size) for size in value.shape]
         if self._is_plain(exprs, sizes):
-            return self._direct(node, value.dtype, exprs)
+            return self._place(node, value.dtype, exprs)
         indices = [self._index(arg, size) for arg, size in zip(args, sizes, strict=True)]
         return self._call(value.dtype, aten.index.Tensor, node, indices)
 
@@ -224,16 +236,6 @@ class _Writer:
             expr in self.coordinates and (whole or size == self.emitter.lengths[expr])
             for expr, size in named
         )
-
-    def _direct(self, node: Node, dtype: torch.dtype, exprs: Sequence[sympy.Expr]) -> Node:
-        ones = [d for d, expr in enumerate(exprs) if expr not in self.coordinates]
-        if ones:
-            node = self._call(dtype, aten.squeeze.dims, node, ones)
-        axes = [self.coordinates.index(expr) for expr in exprs if expr in self.coordinates]
-        if axes != sorted(axes):
-            order = sorted(range(len(axes)), key=axes.__getitem__)
-            node = self._call(dtype, aten.permute.default, node, order)
-        return self._place(node, dtype, sorted(axes))
 
     def _index(self, arg: Any, size: sympy.Expr) -> Node:
         if not self._is_tensor(arg):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import sympy
 import torch
@@ -13,7 +12,6 @@ from torch.fx import Node
 
 from sparse_compile.expr import KV, B, FloorDiv, H, Q
 from sparse_compile.ops.selection import CANONICAL_SELECTION
-from sparse_compile.passes.graph_edit import with_axes
 from sparse_compile.passes.lift.emit import Emitter
 from sparse_compile.passes.lift.expose import is_named
 from sparse_compile.passes.lift.lift import Lifter
@@ -21,11 +19,6 @@ from sparse_compile.passes.lift.masks import Lengths
 from sparse_compile.passes.lift.value import is_data, size_expr
 
 aten = torch.ops.aten
-_MOVES = {
-    "squeeze": aten.squeeze.dim,
-    "permute": aten.permute.default,
-    "unsqueeze": aten.unsqueeze.default,
-}
 
 
 class NotSelected(Exception):
@@ -113,16 +106,11 @@ def rows_of(
 
 def arranged(node: Node, rank: int, rows: Rows, emitter: Emitter) -> Node:
     """A tensor of a program as [B, Hs, U, keys or entries], where ``rows`` says how it lies."""
-    graph = emitter.graph
-
-    def call(name: str, tensor: Node, arg: Any) -> Node:
-        return graph.call_function(_MOVES[name], (tensor, arg))
-
     axes = {axis: name for name, axis in zip("bhqk", (*rows.axes, rows.dim), strict=True)}
-    node = with_axes(call, node, [axes.get(axis, "1") for axis in range(rank)], "bhqk")
+    node = emitter.with_axes(node, [axes.get(axis, "1") for axis in range(rank)], "bhqk")
     if rows.axes[0] is None and emitter.lengths[B] != 1:
         sizes = [emitter.size(emitter.lengths[B]), -1, -1, -1]
-        node = graph.call_function(aten.expand.default, (node, sizes))
+        node = emitter.graph.call_function(aten.expand.default, (node, sizes))
     return node
 
 

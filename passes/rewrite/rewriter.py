@@ -300,15 +300,11 @@ def _call_sdpa(
 def _restore_axes(insert: Inserter, site: AttentionSite, out: Node) -> Node:
     """Back to the axes, and where a later view relies on it the memory order, of the old output."""
     out = with_axes(insert.method, out, _CANONICAL, site.output.axes)
-    if _relies_on_order(site.output.node, example_value(out)):
+    old = site.output.node
+    reordered = example_value(old).is_contiguous() and not example_value(out).is_contiguous()
+    if reordered and not all(map(_swaps_heads_and_tokens, old.users)):
         out = insert.method("contiguous", out)
     return out
-
-
-def _relies_on_order(old: Node, new: torch.Tensor) -> bool:
-    if not example_value(old).is_contiguous() or new.is_contiguous():
-        return False
-    return not all(_swaps_heads_and_tokens(user) for user in old.users)
 
 
 def _swaps_heads_and_tokens(user: Node) -> bool:
