@@ -53,7 +53,8 @@ class Ranges:
         if expr.is_Mul:
             return functools.reduce(_multiply, map(self.interval, expr.args))
         if isinstance(expr, sympy.Abs):
-            return self._absolute(expr)
+            low, high = self.interval(expr.args[0])
+            return sympy.S.Zero, None if low is None or high is None else sympy.Max(-low, high)
         if isinstance(expr, (FloorDiv, FloorMod)):
             return self._divide(expr)
         if isinstance(expr, (sympy.Min, sympy.Max)):
@@ -63,12 +64,6 @@ class Ranges:
         ):
             return sympy.S.Zero, sympy.S.One
         return _UNKNOWN
-
-    def _absolute(self, expr: sympy.Expr) -> Interval:
-        low, high = self.interval(expr.args[0])
-        if low is None or high is None:
-            return sympy.S.Zero, None
-        return sympy.S.Zero, sympy.Max(-low, high)
 
     def _divide(self, expr: sympy.Expr) -> Interval:
         value, divisor = expr.args

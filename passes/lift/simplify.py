@@ -14,6 +14,8 @@ from sympy.core.relational import Relational
 from sparse_compile.expr import FloorDiv, FloorMod
 from sparse_compile.passes.lift.bounds import Linear, Ranges, linear
 
+_count_ops = functools.lru_cache(maxsize=1 << 12)(sympy.count_ops)
+
 
 class Simplifier:
     """Simplifies expressions whose coordinates lie in ``ranges``; remembers what it has seen.
@@ -137,7 +139,7 @@ class Simplifier:
         ]
         result = _factored(kind(*self._substitute(literals, plain + nested, conjunction)))
         # Once more while it shrinks, so that this ends.
-        shrank = result != joined and count_ops(result) < count_ops(joined)
+        shrank = result != joined and _count_ops(result) < _count_ops(joined)
         return self(result) if shrank else result
 
     def _within(self, part: sympy.Basic, facts: _Facts) -> sympy.Basic:
@@ -163,12 +165,6 @@ class Simplifier:
         return [
             part if part in sources else self(part.xreplace(values)) for part in literals + nested
         ]
-
-
-@functools.lru_cache(maxsize=1 << 12)
-def count_ops(expr: sympy.Basic) -> int:
-    """How many operations an expression has; remembered."""
-    return int(sympy.count_ops(expr))
 
 
 class _Facts:

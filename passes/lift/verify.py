@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import Interpreter, Node
 
-from sparse_compile.expr import KV, H, Q, evaluate
+from sparse_compile.expr import KV, H, Q, evaluate, grid
 from sparse_compile.ops.pattern import on_axes
 from sparse_compile.passes.dense_tables import mask_data, selection_data
 from sparse_compile.passes.graph_edit import example_value
@@ -253,7 +253,8 @@ def _compare(asked: Question, leaves: Mapping[Node, Any], kept: Sequence[Tensor]
     rows = rows // _BLOCK * _BLOCK or rows
     pairs = 0.0
     for start in range(0, lengths[Q], rows):
-        coordinates = _coordinates(shape, start, min(start + rows, lengths[Q]), lengths[KV], device)
+        queries, keys = range(start, min(start + rows, lengths[Q])), range(lengths[KV])
+        coordinates = grid(device, b=range(shape[0]), h=range(shape[1]), q=queries, kv=keys)
         found = evaluate(lifted.mask, coordinates, lengths[Q], lengths[KV], tables, sizes)
         if chosen is not None:
             found = found & chosen[:, :, start : start + rows]
@@ -263,7 +264,7 @@ def _compare(asked: Question, leaves: Mapping[Node, Any], kept: Sequence[Tensor]
         if masks.site.causal:
             expected = expected & (coordinates["kv"] <= coordinates["q"])
         _raise_if_different(found, expected, start)
-        pairs += _pairs_in_blocks(found, coordinates["q"].shape[0], lengths[KV])
+        pairs += _pairs_in_blocks(found, len(queries), len(keys))
     return pairs / max(1, lengths[Q])
 
 
@@ -277,17 +278,6 @@ def _pairs_in_blocks(found: Tensor, rows: int, keys: int) -> float:
     for line in torch.split(held, _BLOCK, -2):
         pairs += int(line.any(-2).sum()) * line.shape[-2] * min(_BLOCK, keys)
     return pairs / count
-
-
-def _coordinates(
-    shape: Sequence[int], start: int, stop: int, n_kv: int, device: torch.device
-) -> dict[str, Tensor]:
-    return {
-        "b": torch.arange(shape[0], device=device)[:, None, None, None],
-        "h": torch.arange(shape[1], device=device)[:, None, None],
-        "q": torch.arange(start, stop, device=device)[:, None],
-        "kv": torch.arange(n_kv, device=device),
-    }
 
 
 def _raise_if_different(found: Tensor, expected: Tensor, start: int) -> None:
