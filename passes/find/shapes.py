@@ -109,8 +109,7 @@ def head_dim(q: Operand) -> int:
 
 def _check_dtype(operand: Operand) -> None:
     example = values.tensor(operand.node)
-    # Nested, or a subclass that wraps others, such as DTensor.
-    if example is not None and (example.is_nested or is_traceable_wrapper_subclass(example)):
+    if example is not None and not _is_plain(example):
         raise Refusal(
             f"`{operand.node.name}` is a {type(example).__name__}, not a plain tensor",
             "pass plain tensors",
@@ -118,6 +117,11 @@ def _check_dtype(operand: Operand) -> None:
     dtype = values.dtype(operand.node)
     if dtype not in _DTYPES:
         raise Refusal(f"`{operand.node.name}` is {values.short_dtype(dtype)}", _CAST)
+
+
+def _is_plain(example: torch.Tensor) -> bool:
+    """Whether a tensor is neither nested nor a subclass that wraps others, such as DTensor."""
+    return not (example.is_nested or is_traceable_wrapper_subclass(example))
 
 
 def _divides(key_heads: Any, query_heads: Any) -> bool:
