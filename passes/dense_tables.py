@@ -20,10 +20,8 @@ from sparse_compile.sites.site import LiftedMask
 
 def dense_reads(lifted: LiftedMask) -> tuple[DenseRead, ...]:
     """How the mask tensors are read."""
-    return tuple(
-        DenseRead(number, table.axes)
-        for number, table in enumerate(lifted.dense, lifted.first_dense)
-    )
+    first = lifted.n_lifted_tables - len(lifted.dense)
+    return tuple(DenseRead(first + i, table.axes) for i, table in enumerate(lifted.dense))
 
 
 def mask_data(
@@ -56,13 +54,6 @@ def shown_predicate(lifted: LiftedMask) -> sympy.Basic:
             conditions = {sympy.Ne(bit, 0): shown, sympy.Eq(bit, 0): sympy.Not(shown)}
             predicate = predicate.xreplace(conditions)
     return predicate
-
-
-def dense_reason(lifted: LiftedMask) -> str:
-    """Where the blocks come from, in words; empty for a mask that reads no mask tensor."""
-    if not lifted.dense:
-        return ""
-    return "its blocks are found from the mask tensor in each call"
 
 
 def remember_given(gm: GraphModule) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch.fx import GraphModule, Node
@@ -12,6 +12,8 @@ from torch.fx.node import map_arg
 from sparse_compile.ops.fresh_size import unbound_sizes
 from sparse_compile.sites.site import AttentionSite, Operand
 
+T = TypeVar("T")
+
 #: Stands for a size that is only known when the graph runs.
 _UNKNOWN = 4096
 
@@ -19,6 +21,19 @@ _UNKNOWN = 4096
 def example_value(node: Node) -> Any:
     """The fake tensor or symbolic integer that Dynamo recorded for a node."""
     return node.meta["example_value"]
+
+
+def fake_mode_of(nodes: Iterable[Node]) -> Any:
+    """The fake mode of the values of nodes.
+
+    Raises:
+        LookupError: none of them is a tensor.
+    """
+    for node in nodes:
+        mode = getattr(node.meta.get("example_value"), "fake_mode", None)
+        if mode is not None:
+            return mode
+    raise LookupError("no tensor is in it")
 
 
 def dimension(operand: Operand, axis: str) -> int | torch.SymInt:
@@ -92,9 +107,31 @@ def first_reader(site: AttentionSite, *nodes: Node) -> Node:
 
     Writes to them after this do not count.
     """
-    region = {site.output.node, *site.region}
-    user: Node
-    for user in site.scope.gm.graph.nodes:
-        if user in region and any(user in node.users for node in nodes):
-            return user
-    return site.output.node
+    readers = {user for node in nodes for user in node.users}
+    return min(readers.intersection(site.region), default=site.output.node)
+
+
+def with_axes(method: Callable[..., T], tensor: T, axes: Sequence[str], wanted: Sequence[str]) -> T:
+    """A tensor with the axes that are wanted, in their order; those of size one come and go.
+
+    Args:
+        method: calls a method of a tensor: its name, the tensor, the other argument.
+        tensor: a tensor, or a node that holds one.
+        axes: the names of its axes; of those that are not wanted the size is one.
+        wanted: the names of the axes of the result.
+
+    >>> import torch
+    >>> method = lambda name, tensor, arg: getattr(tensor, name)(arg)
+    >>> with_axes(method, torch.empty(2, 1, 3), "b1n", "nbhd").shape
+    torch.Size([3, 2, 1, 1])
+    """
+    for dim in reversed([dim for dim, axis in enumerate(axes) if axis not in wanted]):
+        tensor = method("squeeze", tensor, dim)
+    kept = [axis for axis in axes if axis in wanted]
+    order = [kept.index(axis) for axis in wanted if axis in kept]
+    if order != sorted(order):
+        tensor = method("permute", tensor, order)
+    for dim, axis in enumerate(wanted):
+        if axis not in kept:
+            tensor = method("unsqueeze", tensor, dim)
+    return tensor

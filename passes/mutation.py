@@ -21,6 +21,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
+from sparse_compile.passes.graph_edit import example_value, fake_mode_of
 from sparse_compile.passes.watch import Unwatched, draws, storages, watch, written_arguments
 from sparse_compile.sites.site import Scope
 
@@ -154,13 +155,9 @@ def _sorts_a_list(overload: torch._ops.OpOverload) -> bool:
     return first is not None and first.name == "self" and isinstance(first.type, torch.ListType)
 
 
-@functools.lru_cache(maxsize=4096)
-def _draws_by_name(name: str) -> bool:
-    return name in _DROPOUTS or any(draws(one) for one in _named_operators(name))
-
-
 def _random(node: Node, name: str) -> bool:
-    return _draws_by_name(name) and not ("dropout" in name and is_off(node))
+    may_draw = name in _DROPOUTS or any(draws(one) for one in _named_operators(name))
+    return may_draw and not ("dropout" in name and is_off(node))
 
 
 def is_off(node: Node) -> bool:
@@ -217,19 +214,16 @@ def _watched(node: Node) -> Effect:
 
 def _watch(node: Node) -> Effect:
     assert callable(node.target)
-    values = [n.meta.get("example_value") for n in (*node.all_input_nodes, node)]
     try:
-        args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
-        seen = watch(node.target, args, kwargs, values)
-    except (Unwatched, KeyError):
+        args, kwargs = map_arg((node.args, node.kwargs), example_value)
+        mode = fake_mode_of((*node.all_input_nodes, node))
+        storages_written, random = watch(node.target, args, kwargs, mode)
+    except (Unwatched, LookupError):
         return _unknown(node)
-    written = [n for n in node.all_input_nodes if _touches(n, seen.written)]
-    return Effect(tuple(written), random=seen.random)
-
-
-def _touches(node: Node, written: frozenset[int]) -> bool:
-    found = set(storages(node.meta.get("example_value")))
-    return None in found or bool(found & written)
+    # What has no memory to show may be what was written to.
+    touched = {None, *storages_written}
+    written = (n for n in node.all_input_nodes if touched & {*storages(example_value(n))})
+    return Effect(tuple(written), random=random)
 
 
 def bodies(node: Node) -> list[tuple[GraphModule, tuple[object, ...]]]:
@@ -237,7 +231,7 @@ def bodies(node: Node) -> list[tuple[GraphModule, tuple[object, ...]]]:
     found: list[tuple[GraphModule, tuple[object, ...]]] = []
     for index, argument in enumerate(node.args):
         if isinstance(argument, Node) and argument.op == "get_attr":
-            body = _attribute(argument)
+            body = operator.attrgetter(str(argument.target))(node.graph.owning_module)
             if isinstance(body, GraphModule):
                 rest = [a for a in node.args[index + 1 :] if not isinstance(a, str)]
                 found.append((body, tuple(rest)))
@@ -265,13 +259,6 @@ def scope_of_body(
     if _name(call.target) in _ONE_BODY and len(nodes) == len(inputs) == len(placeholders):
         return Scope(body, scope, call, nodes)
     return None
-
-
-def _attribute(node: Node) -> object:
-    owner: object = node.graph.owning_module
-    for name in str(node.target).split("."):
-        owner = getattr(owner, name, None)
-    return owner
 
 
 def _of_bodies(node: Node) -> Effect:
@@ -366,6 +353,6 @@ def memory_of(scope: Scope, outer: Memory | None = None) -> Memory:
     """
     if scope.parent is None:
         return Memory(scope.gm.graph)
-    inner = [node for node in scope.gm.graph.nodes if node.op == "placeholder"]
+    inner = list(scope.feeds)
     pairs = (outer or memory_of(scope.parent)).shared(scope.inputs)
     return Memory(scope.gm.graph, [(inner[a], inner[b]) for a, b in pairs])

@@ -29,12 +29,10 @@ from sparse_compile.passes.restrict import (
     restrict,
     with_annotation,
 )
-from sparse_compile.passes.rewrite.held_layouts import hold_layouts
+from sparse_compile.passes.rewrite.lists import hold_layouts, share_lists
 from sparse_compile.passes.rewrite.rewriter import Rewriter
-from sparse_compile.passes.rewrite.share_lists import share_lists
-from sparse_compile.sites.plan import Plan
-from sparse_compile.sites.site import AttentionSite, LiftedMask, Ranking, Rejection
-from sparse_compile.sites.trace import Trace
+from sparse_compile.sites.plan import Plan, Trace
+from sparse_compile.sites.site import LiftedMask, Ranking, Rejection
 from sparse_compile.spec.target import Target
 
 PASSES = ("find", "lift", "restrict", "propose", "decide", "rewrite")
@@ -86,7 +84,8 @@ def plan(
 def find(gm: GraphModule) -> tuple[Trace, ...]:
     """Every attention of a graph, with its annotation."""
     began = time.perf_counter()
-    traces = [_found(found) for found in find_attention(gm)]
+    found = [with_annotation(one) for one in find_attention(gm)]
+    traces = [Trace(one, decision=one if isinstance(one, Rejection) else None) for one in found]
     seconds = time.perf_counter() - began
     return tuple(trace.timed("find", seconds / len(traces)) for trace in traces)
 
@@ -146,11 +145,6 @@ def _each(name: str, step: Callable[[Trace], Trace], traces: Sequence[Trace]) ->
             trace = step(trace).timed(name, time.perf_counter() - began)
         done.append(trace)
     return tuple(done)
-
-
-def _found(found: AttentionSite | Rejection) -> Trace:
-    found = with_annotation(found)
-    return Trace(found, decision=found if isinstance(found, Rejection) else None)
 
 
 def _masks(trace: Trace) -> Any:

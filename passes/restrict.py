@@ -12,9 +12,8 @@ from torch.fx import Node
 from sparse_compile.expr import KV, MaskExpr, Q, renumbered, table_index
 from sparse_compile.passes.graph_edit import dimension
 from sparse_compile.sites.annotation import META_KEY, Annotation, annotation_named
-from sparse_compile.sites.plan import SelectedPlan
+from sparse_compile.sites.plan import Reading, SelectedPlan, Trace
 from sparse_compile.sites.site import AttentionSite, Called, LiftedMask, PatternTable, Rejection
-from sparse_compile.sites.trace import Reading, Trace
 from sparse_compile.spec import EmptyRows
 
 _NOTHING = MaskExpr(sympy.false)
@@ -81,12 +80,9 @@ def _called(note: Annotation | None, called: Called, lifted: LiftedMask) -> Read
     """The mask of a call, in which a pattern may select, with its annotation."""
     named = called.mask
     reading = _reading(note, lifted)
-    if named.selected is None:
+    if named.selected is None or reading.selected is not None:
         return reading
-    among = _joined(_EVERYTHING, named.selected.mask, named.selected.key)
-    if reading.selected is not None:
-        return reading
-    other = _reading(note, among)
+    other = _reading(note, _joined(_EVERYTHING, named.selected.mask, named.selected.key))
     alone = reading.mask.mask.predicate == sympy.false
     chosen = SelectedPlan(other.mask, named.selects, named.shown, alone, named.units, called.given)
     mask = other.mask if alone else reading.mask

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,44 +17,36 @@ class Unwatched(Exception):
     """A function could not be run on fake tensors."""
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What a function did: the storages it wrote to, and whether it drew random numbers."""
-
-    written: frozenset[int]
-    random: bool
-
-
 def watch(
     function: Callable[..., Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    values: Sequence[Any],
-) -> Seen:
+    fake_mode: Any,
+) -> tuple[set[int], bool]:
     """Run a function of a captured graph once more, as Dynamo did and AOTAutograd will.
 
     Args:
         function: what to run.
         args, kwargs: its arguments, tensors being fake.
-        values: where to find the mode of the fake tensors.
+        fake_mode: of these.
+
+    Returns:
+        the storages that it wrote to, and whether it drew random numbers.
 
     Raises:
-        Unwatched: it cannot be run, or there is no such mode.
+        Unwatched: it cannot be run.
     """
-    modes = [mode for value in values if (mode := getattr(value, "fake_mode", None)) is not None]
-    if not modes:
-        raise Unwatched("no fake tensors")
     recorder = _Recorder()
     try:
         with contextlib.ExitStack() as stack:
-            for context in (torch.no_grad(), modes[0], unbound_sizes(modes[0]), recorder):
+            for context in (torch.no_grad(), fake_mode, unbound_sizes(fake_mode), recorder):
                 stack.enter_context(context)
             # Views of the same memory, so that a change of shape does not reach the originals.
             given = tree_map_only(torch.Tensor, torch.Tensor.detach, (tuple(args), dict(kwargs)))
             function(*given[0], **given[1])
     except Exception as error:  # The user's function: anything can be raised.
         raise Unwatched(str(error)) from error
-    return Seen(frozenset(recorder.written), recorder.random)
+    return recorder.written, recorder.random
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]

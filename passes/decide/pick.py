@@ -15,8 +15,7 @@ import torch
 from sparse_compile.layout.cost import cheapest, dense
 from sparse_compile.passes.decide.price import Price, rounded
 from sparse_compile.passes.graph_edit import dimension, expected
-from sparse_compile.sites.plan import Plan
-from sparse_compile.sites.trace import Decision, Trace
+from sparse_compile.sites.plan import Decision, Plan, Trace
 
 #: Lengths between which an answer may change.
 _SHORTEST, _LONGEST = 1 << 4, 1 << 20

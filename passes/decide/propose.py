@@ -14,9 +14,8 @@ from sparse_compile.layout.views.split_views import Split
 from sparse_compile.ops.operands import WIDEST, WIDEST_UNITS
 from sparse_compile.options import Options
 from sparse_compile.passes.decide.price import Price, shape_of, views_for
-from sparse_compile.passes.dense_tables import dense_reason
 from sparse_compile.passes.graph_edit import dimension, expected
-from sparse_compile.sites.plan import Indexer, Plan, SelectedPlan
+from sparse_compile.sites.plan import Indexer, Plan, Proposal, Reading, SelectedPlan, Trace
 from sparse_compile.sites.site import (
     AttentionSite,
     LiftedMask,
@@ -24,7 +23,6 @@ from sparse_compile.sites.site import (
     Rejection,
     SelectedKeys,
 )
-from sparse_compile.sites.trace import Proposal, Reading, Trace
 from sparse_compile.spec import AttentionSpec, EmptyRows, are_blocks
 from sparse_compile.spec.target import Target
 
@@ -88,7 +86,9 @@ class _Proposer:
         plain = site.score is None and site.sinks is None and self.options.dense == "sdpa"
         if (causal or hides_nothing) and plain and mask.empty_rows is EmptyRows.ZERO:
             return self._without_mask(Plan(site, mask, spec, "sdpa", causal))
-        reason = dense_reason(mask) or "only the blocks that its mask allows are visited"
+        reason = "only the blocks that its mask allows are visited"
+        if mask.dense:
+            reason = "its blocks are found from the mask tensor in each call"
         why = [mask.unselected, *(way.cost.refusal for way in before)]
         reason += "".join(f"; not attention over selected keys: {text}" for text in why if text)
         plan = Plan(site, mask, spec, self._executor, reason=reason, split=split)

@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from torch.fx import GraphModule, Node
 
 from sparse_compile.ops.masked import MASKED_ATTENTION
-from sparse_compile.passes.find.called import match_called
 from sparse_compile.passes.find.canonical import canonical, op_name
 from sparse_compile.passes.find.dataflow import Dataflow
 from sparse_compile.passes.find.eager import match_eager
 from sparse_compile.passes.find.indexer import find_indexer
 from sparse_compile.passes.find.refusal import Refusal
-from sparse_compile.passes.find.sdpa import match_sdpa
+from sparse_compile.passes.find.sdpa import match_called, match_sdpa
 from sparse_compile.passes.mutation import bodies, memory_of, scope_of_body
 from sparse_compile.sites.site import AttentionSite, Rejection, Scope
 

@@ -11,11 +11,9 @@ from torch.fx import Node
 from sparse_compile.expr import MaskExpr
 from sparse_compile.passes.find import values
 from sparse_compile.passes.find.canonical import Call, canonical, is_reshape, op_name
-from sparse_compile.passes.find.constants import constant
 from sparse_compile.passes.find.contraction import Contraction, contraction
-from sparse_compile.passes.find.dataflow import Dataflow
-from sparse_compile.passes.find.provenance import where
-from sparse_compile.passes.find.refusal import Refusal
+from sparse_compile.passes.find.dataflow import Dataflow, constant
+from sparse_compile.passes.find.refusal import Refusal, where
 from sparse_compile.passes.find.scores import product_above
 from sparse_compile.passes.mutation import memory_of
 from sparse_compile.sites.site import AttentionSite, MaskOperand, Operand, Scope

@@ -19,8 +19,7 @@ from sparse_compile.passes.find.operands import (
     dead_nodes,
     peel,
 )
-from sparse_compile.passes.find.provenance import where
-from sparse_compile.passes.find.refusal import Refusal
+from sparse_compile.passes.find.refusal import Refusal, where
 from sparse_compile.passes.find.scores import (
     ScorePath,
     ScoreWalk,
@@ -73,13 +72,13 @@ def _match(softmax: Node, flow: Dataflow, scope: Scope) -> AttentionSite:
     shapes.check_operands(q.operand, k.operand, v.operand)
     shapes.check_output_dtype(output)
     shapes.head_dim(q.operand)  # Before the scale, which is often its root.
-    folded = fold(scores.steps, flow)
-    shapes.check_masks(folded.masks, sides.score_shape)
-    if ranked and (sunk or folded.score):
+    scale, masks, program = fold(scores.steps, flow)
+    shapes.check_masks(masks, sides.score_shape)
+    if ranked and (sunk or program):
         raise Refusal(*ranked)
     if sunk:
         _check_sinks(sunk, sides, output.node, flow)
-    numbers = (folded.scale, *(mask.fill for mask in folded.masks))
+    numbers = (scale, *(mask.fill for mask in masks))
     _check_numbers(numbers, scores.product.node, output.node, flow)
     return AttentionSite(
         scope,
@@ -87,14 +86,14 @@ def _match(softmax: Node, flow: Dataflow, scope: Scope) -> AttentionSite:
         q.operand,
         k.operand,
         v.operand,
-        folded.scale,
+        scale,
         "eager",
-        masks=folded.masks,
+        masks=masks,
         score_axes=sides.score_axes,
         where=where(softmax),
-        region=dead_nodes(region, (q, k, v), flow),
+        region=dead_nodes(region, (q, k, v)),
         ranked=ranked,
-        score=folded.score,
+        score=program,
         sinks=sunk.sinks if sunk else None,
     )
 
@@ -222,7 +221,7 @@ def _check_closed(region: set[Node], output: Node, flow: Dataflow) -> tuple[str,
         Refusal: something else does.
     """
     ranked = None
-    for node in flow.in_order(region - {output}):
+    for node in sorted(region - {output}):
         readers = [reader for reader in node.users if reader not in region]
         readers = [reader for reader in readers if op_name(reader) not in READS_NO_VALUES]
         if readers:
@@ -234,7 +233,7 @@ def _check_closed(region: set[Node], output: Node, flow: Dataflow) -> tuple[str,
 
 
 def _check_grad_mode(region: set[Node], output: Node, flow: Dataflow) -> None:
-    first = flow.in_order(region)[0]
+    first = min(region)
     for node in flow.position:
         if first < node < output and op_name(node) in _GRAD_MODES:
             raise Refusal(

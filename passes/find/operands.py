@@ -179,7 +179,7 @@ def _merges(node: Node, start: Node, axis: int) -> bool:
     return values.same_shape(after, merged)
 
 
-def dead_nodes(region: set[Node], operands: tuple[Peeled, ...], flow: Dataflow) -> tuple[Node, ...]:
+def dead_nodes(region: set[Node], operands: tuple[Peeled, ...]) -> tuple[Node, ...]:
     """The region and the peeled nodes that nothing else reads, in graph order."""
     dead = set(region)
     for peeled in operands:
@@ -187,4 +187,4 @@ def dead_nodes(region: set[Node], operands: tuple[Peeled, ...], flow: Dataflow) 
             if not set(node.users) <= dead:
                 break
             dead.add(node)
-    return flow.in_order(dead)
+    return tuple(sorted(dead))

@@ -17,9 +17,8 @@ from sparse_compile.passes.find.canonical import (
     op_name,
     source,
 )
-from sparse_compile.passes.find.constants import constant
 from sparse_compile.passes.find.contraction import Contraction, contraction
-from sparse_compile.passes.find.dataflow import Dataflow, breadth_first
+from sparse_compile.passes.find.dataflow import Dataflow, breadth_first, constant
 from sparse_compile.passes.find.refusal import Refusal
 from sparse_compile.passes.find.sinks import Sunk, own_maximum, unexpanded
 from sparse_compile.passes.find.steps import Factor, Masked, Narrowed, Step, Tanh

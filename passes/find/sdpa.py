@@ -1,4 +1,4 @@
-"""Attention written as F.scaled_dot_product_attention."""
+"""Attention in one call: of F.scaled_dot_product_attention, or of sparse_compile.attention."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from torch.fx import Node
 
 from sparse_compile.passes.find import shapes, values
 from sparse_compile.passes.find.canonical import canonical
-from sparse_compile.passes.find.constants import constant
-from sparse_compile.passes.find.dataflow import Dataflow
+from sparse_compile.passes.find.dataflow import Dataflow, constant
 from sparse_compile.passes.find.operands import Peeled, Reading, dead_nodes, peel
-from sparse_compile.passes.find.provenance import where
-from sparse_compile.passes.find.refusal import Refusal
+from sparse_compile.passes.find.refusal import Refusal, where
 from sparse_compile.passes.find.scores import check_no_probability
-from sparse_compile.sites.site import AttentionSite, MaskOperand, Operand, Scope
+from sparse_compile.sites.named import TENSOR, NamedMask
+from sparse_compile.sites.site import AttentionSite, Called, MaskOperand, Operand, Scope
 
 _AXES = {4: ("b", "h", "n", "d"), 3: ("b", "n", "d"), 2: ("n", "d")}
 
@@ -57,7 +56,7 @@ def match_sdpa(node: Node, flow: Dataflow, scope: Scope) -> AttentionSite:
         masks=masks,
         score_axes=score_axes,
         where=where(node),
-        region=dead_nodes({node}, (q, k, v), flow),
+        region=dead_nodes({node}, (q, k, v)),
     )
 
 
@@ -114,3 +113,34 @@ def _scale(scale: Any, q: Operand, flow: Dataflow) -> float | Node:
     if known is None:
         raise Refusal("the scale is not a number", "pass scale=1 / math.sqrt(head_dim)")
     return known
+
+
+def match_called(node: Node, scope: Scope) -> AttentionSite:
+    """The attention that a call of ``MASKED_ATTENTION``, our own, computes.
+
+    Raises:
+        Refusal: it cannot be planned.
+    """
+    args: Any = node.args
+    q, k, v, given, sinks, sizes, text, scale = args
+    named = NamedMask.parse(text)
+    by_tensor = named.selects == TENSOR
+    if by_tensor and values.dtype(given[0]) is not torch.bool:
+        reason = "its mask is a tensor that is added to the scores"
+        hint = "pass a bool tensor, True to attend, to have it planned for these sizes"
+        raise Refusal(reason, hint)
+    return AttentionSite(
+        scope,
+        Operand(node),
+        Operand(q),
+        Operand(k),
+        Operand(v),
+        scale=scale,
+        kind="call",
+        masks=(MaskOperand(given[0], "keep"),) if by_tensor else (),
+        where=where(node),
+        region=(node,),
+        score=named.score,
+        sinks=sinks,
+        called=None if by_tensor else Called(named, tuple(given), tuple(sizes)),
+    )

@@ -41,8 +41,10 @@ class Sunk:
 
     def drops(self, reader: Node, weights: Node) -> bool:
         """Whether ``reader`` takes all weights but those of the columns."""
-        index = _index_of(reader, weights)
-        if not index:
+        if reader.target is not operator.getitem or reader.args[0] is not weights:
+            return False
+        index = reader.args[1]
+        if not isinstance(index, tuple) or len(index) < 2:
             return False
         *others, last = index
         keys, columns = self.keys, self.columns
@@ -62,14 +64,6 @@ def _is(bound: Any, wanted: Any, absent: Any) -> bool:
     if isinstance(bound, Node):
         bound = bound.meta.get("example_value")
     return isinstance(bound, (int, torch.SymInt)) and values.same(bound, wanted)
-
-
-def _index_of(reader: Node, node: Node) -> tuple[Any, ...]:
-    """The index of ``node[..., a:b]`` and the like, () if ``reader`` is something else."""
-    if reader.target is not operator.getitem or reader.args[0] is not node:
-        return ()
-    index = reader.args[1]
-    return index if isinstance(index, tuple) and len(index) > 1 else ()
 
 
 def own_maximum(call: Call) -> list[Node]:

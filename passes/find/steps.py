@@ -14,8 +14,7 @@ from torch.fx import Node
 from sparse_compile.expr import SCORE, ScoreProgram
 from sparse_compile.expr.score import number
 from sparse_compile.passes.find import values
-from sparse_compile.passes.find.constants import constant
-from sparse_compile.passes.find.dataflow import Dataflow
+from sparse_compile.passes.find.dataflow import Dataflow, constant
 from sparse_compile.passes.find.refusal import Refusal
 from sparse_compile.sites.site import MaskOperand
 
@@ -51,30 +50,17 @@ class Tanh:
 Step = Factor | Masked | Narrowed | Tanh
 
 
-@dataclass(frozen=True)
-class Folded:
-    """What steps amount to.
-
-    Attributes:
-        scale: of the product.
-        masks: on the scores.
-        score: what happens to the scaled product before them; None: nothing.
-    """
-
-    scale: float | Node
-    masks: tuple[MaskOperand, ...]
-    score: ScoreProgram | None = None
-
-
-def fold(steps: tuple[Step, ...], flow: Dataflow) -> Folded:
-    """The scale of the product, what happens to it, and the masks on the scores.
+def fold(
+    steps: tuple[Step, ...], flow: Dataflow
+) -> tuple[float | Node, tuple[MaskOperand, ...], ScoreProgram | None]:
+    """The scale of the product, the masks on the scores, and what happens to it before them.
 
     Raises:
         Refusal: they cannot be told apart.
     """
     curves = [at for at, step in enumerate(steps) if isinstance(step, Tanh)]
     if not curves:
-        return Folded(*_linear(steps, flow))
+        return *_linear(steps, flow), None
     if any(isinstance(step, Masked) for step in steps[: curves[-1]]):
         raise Refusal(
             "the scores are masked before the tanh, which makes the masked value finite: masked "
@@ -97,7 +83,7 @@ def fold(steps: tuple[Step, ...], flow: Dataflow) -> Folded:
         if factor == 0.0:
             raise Refusal("the softcapped scores are multiplied by zero")
         value = number(factor) * sympy.tanh(value)
-    return Folded(scale, masks, ScoreProgram(value))
+    return scale, masks, ScoreProgram(value)
 
 
 def _linear(

@@ -11,8 +11,7 @@ from sparse_compile.passes.find import values
 from sparse_compile.passes.find.canonical import canonical, is_reshape, op_name
 from sparse_compile.passes.find.contraction import Contraction, Letters, contraction
 from sparse_compile.passes.find.dataflow import breadth_first
-from sparse_compile.passes.find.provenance import where
-from sparse_compile.passes.find.refusal import Refusal
+from sparse_compile.passes.find.refusal import Refusal, where
 from sparse_compile.passes.find.scores import check_no_dropout
 from sparse_compile.passes.find.sinks import Sunk
 from sparse_compile.passes.mutation import written_inputs

@@ -16,11 +16,24 @@ import sympy
 import torch
 from torch.fx import Node
 
-from sparse_compile.passes.lift.filled import number_in
-from sparse_compile.passes.lift.sizes import size_expr
-from sparse_compile.passes.lift.value import Unliftable
+from sparse_compile.passes.lift.value import Unliftable, size_expr
 
 aten = torch.ops.aten
+
+#: Operators that fill a tensor with a number: the number, or a list of the position where it is.
+_FILLS: dict[Any, int | list[int]] = {
+    aten.full.default: [1],
+    aten.full_like.default: [1],
+    aten.new_full.default: [2],
+    aten.scalar_tensor.default: [0],
+    **dict.fromkeys((aten.ones.default, aten.ones_like.default, aten.new_ones.default), 1),
+    **dict.fromkeys((aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default), 0),
+}
+_SAME = (
+    *(aten.expand.default, aten.clone.default, aten.view.default, aten.detach.default),
+    aten.lift_fresh_copy.default,
+)
+
 
 #: Dtypes in which a count of entries does not wrap around to zero.
 _COUNTS = (torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -254,3 +267,29 @@ def _is_integer(node: Node) -> bool:
 
 def _node(value: object) -> Node | None:
     return value if isinstance(value, Node) else None
+
+
+def number_in(value: Any) -> int | float | None:
+    """The number that a tensor holds everywhere, None if it need not."""
+    while isinstance(value, Node) and value.target in _SAME:
+        value = value.args[0]
+    if isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, Node) and value.op == "get_attr":
+        return _constant(getattr(value.graph.owning_module, str(value.target), None))
+    if not isinstance(value, Node) or value.target not in _FILLS:
+        return None
+    fill = _FILLS[value.target]
+    number = value.args[fill[0]] if isinstance(fill, list) else fill
+    return number if isinstance(number, (bool, int, float)) else None
+
+
+def _constant(tensor: object) -> int | float | None:
+    """The number of a tensor that tracing made of one."""
+    if not isinstance(tensor, torch.Tensor) or tensor.numel() != 1 or tensor.device.type != "cpu":
+        return None
+    number: int | float = tensor.item()
+    return number
+
+
+aten = torch.ops.aten

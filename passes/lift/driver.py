@@ -20,22 +20,19 @@ from sparse_compile.passes.lift.empty_rows import empty_row_policy
 from sparse_compile.passes.lift.expose import expose
 from sparse_compile.passes.lift.kept import Kept, split_kept
 from sparse_compile.passes.lift.lift import Lifter
-from sparse_compile.passes.lift.masks import Lengths, SiteMasks
+from sparse_compile.passes.lift.masks import Keep, Lengths, SiteMasks, read_operand
 from sparse_compile.passes.lift.normalize import normalise
-from sparse_compile.passes.lift.operands import Keep, read_operand
 from sparse_compile.passes.lift.rankings import (
     is_topk_index,
     topk_dim,
     topk_of,
 )
-from sparse_compile.passes.lift.rows import NotSelected
-from sparse_compile.passes.lift.selected import check_heads, split_selection, uncast
+from sparse_compile.passes.lift.selected import NotSelected, check_heads, split_selection, uncast
 from sparse_compile.passes.lift.simplify import Simplifier
-from sparse_compile.passes.lift.sizes import size_expr, solve_for_symbol
 from sparse_compile.passes.lift.slice import Slice, Slicer, made_of
 from sparse_compile.passes.lift.tables import Selects, Tabler, with_program
-from sparse_compile.passes.lift.value import Refused
-from sparse_compile.passes.lift.verify import Examples, verify
+from sparse_compile.passes.lift.value import Refused, size_expr, solve_for_symbol
+from sparse_compile.passes.lift.verify import Examples, Question, verify
 from sparse_compile.sites.site import (
     AttentionSite,
     LiftedMask,
@@ -93,15 +90,12 @@ def _attempt(
     try:
         return _lift(masks, example_inputs, options, cache)
     except Refused as refused:
-        return Refused(refused.reason, _float_hint(masks.part) or refused.hint)
-
-
-def _float_hint(part: Slice) -> str:
-    """What helps when torch.compile made a Python float of the mask a run-time value."""
-    values = (node.meta.get("example_value") for node in (*part.leaves, *part.nodes))
-    if any(isinstance(value, torch.SymFloat) for value in values):
-        return "set torch._dynamo.config.specialize_float = True: the mask reads a Python float"
-    return ""
+        part, hint = masks.part, refused.hint
+        values = (node.meta.get("example_value") for node in (*part.leaves, *part.nodes))
+        # torch.compile made a Python float of the mask a run-time value.
+        if any(isinstance(value, torch.SymFloat) for value in values):
+            hint = "set torch._dynamo.config.specialize_float = True: the mask reads a Python float"
+        return Refused(refused.reason, hint)
 
 
 @dataclass(frozen=True)
@@ -140,7 +134,8 @@ def _lift(
 
     def checked(lifted: LiftedMask) -> LiftedMask:
         lifted = replace(lifted, empty_rows=policy, fills=tuple(itertools.chain(*fills)))
-        visited = verify(masks, fills, lifted, examples, options.verify_bytes, cache.slicer)
+        asked = Question(masks, fills, lifted, examples)
+        visited = verify(asked, options.verify_bytes, cache.slicer)
         return replace(lifted, visited=visited)
 
     reading = _Reading(masks, lifter, simplify, predicate)

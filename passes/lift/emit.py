@@ -13,10 +13,10 @@ from torch.fx import Graph, Node
 
 from sparse_compile.expr import COORDINATES, is_table
 from sparse_compile.expr.fold import JOINS, NAMES, fold, joined
+from sparse_compile.passes.graph_edit import with_axes
 from sparse_compile.passes.lift.lift import Lifter
-from sparse_compile.passes.lift.sizes import size_expr
 from sparse_compile.passes.lift.slice import made_of
-from sparse_compile.passes.lift.value import Unliftable
+from sparse_compile.passes.lift.value import Unliftable, size_expr
 
 aten = torch.ops.aten
 
@@ -38,6 +38,11 @@ _COMPARE = {
     ">=": (aten.ge, "<="),
     "==": (aten.eq, "=="),
     "!=": (aten.ne, "!="),
+}
+_MOVES = {
+    "squeeze": aten.squeeze.dim,
+    "permute": aten.permute.default,
+    "unsqueeze": aten.unsqueeze.default,
 }
 _TABLE_DTYPES = (torch.bool, torch.int32, torch.int64)
 
@@ -102,6 +107,14 @@ class Emitter:
                 self._copies[old] = self.graph.node_copy(old, self._copies.__getitem__)
         return self._copies[node]
 
+    def with_axes(self, node: Node, axes: Sequence[str], wanted: Sequence[str]) -> Node:
+        """A tensor of the program with the axes that are wanted, in their order."""
+
+        def call(name: str, tensor: Node, arg: Any) -> Node:
+            return self.graph.call_function(_MOVES[name], (tensor, arg))
+
+        return with_axes(call, node, axes, wanted)
+
     def size_node(self, symbol: sympy.Symbol) -> Node:
         """The node that holds a torch size symbol."""
         if symbol not in self._sizes:
@@ -145,21 +158,14 @@ class Emitter:
         """
         coordinates = coordinates_of(element)
         lookup = element.args[0] if isinstance(element, sympy.Ne) else None
-        if lookup is not None and self._is_input(lookup, coordinates):
-            node = self.copy(self.lifter.node_of(lookup))
-            names = tuple("" if arg == 0 else arg.name for arg in lookup.args)
-            return node, names
+        if lookup is not None and is_table(lookup) and is_whole(lookup, coordinates):
+            source = self.lifter.node_of(lookup)
+            value = source.meta["val"]
+            plain = source.op == "placeholder" and value.dtype == torch.bool
+            if plain and value.device == self.device:
+                return self.copy(source), tuple("" if at == 0 else at.name for at in lookup.args)
         node = fold(element, _Writer(self, element))
         return node, tuple(coordinate.name for coordinate in coordinates)
-
-    def _is_input(self, lookup: sympy.Basic, coordinates: tuple[sympy.Symbol, ...]) -> bool:
-        """Whether a lookup reads a bool input at these coordinates, each once."""
-        if not is_table(lookup):
-            return False
-        source = self.lifter.node_of(lookup)
-        value = source.meta["val"]
-        plain = source.op == "placeholder" and value.dtype == torch.bool
-        return plain and value.device == self.device and is_whole(lookup, coordinates)
 
 
 class _Writer:
@@ -190,23 +196,21 @@ class _Writer:
         return value
 
     def symbol(self, name: str) -> Any:
-        for axis, coordinate in enumerate(self.coordinates):
+        for coordinate in self.coordinates:
             if coordinate.name == name:
-                return self._coordinate(axis)
+                length = self.emitter.size(self.emitter.lengths[coordinate])
+                device = self.emitter.device
+                node = self._call(torch.int64, aten.arange.default, length, device=device)
+                return self._place(node, torch.int64, [coordinate])
         return self.emitter.size_node(
             next(symbol for symbol in self.emitter._sizes if str(symbol) == name)
         )
 
-    def _coordinate(self, axis: int) -> Node:
-        length = self.emitter.size(self.emitter.lengths[self.coordinates[axis]])
-        node = self._call(torch.int64, aten.arange.default, length, device=self.emitter.device)
-        return self._place(node, torch.int64, [axis])
-
-    def _place(self, node: Node, dtype: torch.dtype, axes: Sequence[int]) -> Node:
-        """A tensor whose dimensions are ``axes`` of the grid, in order, at the grid's rank."""
-        for axis in range(len(self.coordinates)):
-            if axis not in axes:
-                node = self._call(dtype, aten.unsqueeze.default, node, axis)
+    def _place(self, node: Node, dtype: torch.dtype, exprs: Sequence[sympy.Expr]) -> Node:
+        """A tensor that is read at coordinates, or at 0 along axes of size one, over the grid."""
+        names = [coordinate.name for coordinate in self.coordinates]
+        node = self.emitter.with_axes(node, list(map(str, exprs)), names)
+        self.dtypes[node] = dtype
         return node
 
     def table(self, index: int, args: Sequence[Any], exprs: Sequence[sympy.Expr]) -> Any:
@@ -219,7 +223,7 @@ class _Writer:
             node = self._call(value.dtype, aten._to_copy.default, node, **options)
         sizes = [size_expr(size) for size in value.shape]
         if self._is_plain(exprs, sizes):
-            return self._direct(node, value.dtype, exprs)
+            return self._place(node, value.dtype, exprs)
         indices = [self._index(arg, size) for arg, size in zip(args, sizes, strict=True)]
         return self._call(value.dtype, aten.index.Tensor, node, indices)
 
@@ -232,16 +236,6 @@ class _Writer:
             expr in self.coordinates and (whole or size == self.emitter.lengths[expr])
             for expr, size in named
         )
-
-    def _direct(self, node: Node, dtype: torch.dtype, exprs: Sequence[sympy.Expr]) -> Node:
-        ones = [d for d, expr in enumerate(exprs) if expr not in self.coordinates]
-        if ones:
-            node = self._call(dtype, aten.squeeze.dims, node, ones)
-        axes = [self.coordinates.index(expr) for expr in exprs if expr in self.coordinates]
-        if axes != sorted(axes):
-            order = sorted(range(len(axes)), key=axes.__getitem__)
-            node = self._call(dtype, aten.permute.default, node, order)
-        return self._place(node, dtype, sorted(axes))
 
     def _index(self, arg: Any, size: sympy.Expr) -> Node:
         if not self._is_tensor(arg):

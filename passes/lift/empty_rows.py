@@ -13,8 +13,7 @@ import sympy
 import torch
 
 from sparse_compile.expr import KV, Q
-from sparse_compile.passes.lift.masks import SiteMasks
-from sparse_compile.passes.lift.operands import Keep
+from sparse_compile.passes.lift.masks import Keep, SiteMasks
 from sparse_compile.passes.lift.simplify import Simplifier
 from sparse_compile.passes.lift.value import Refused
 from sparse_compile.sites.site import AttentionSite
@@ -83,9 +82,19 @@ def empty_row_policy(
     if assumed or site.sinks is not None or never_empty(predicate, masks.lengths, simplify):
         return EmptyRows.ZERO
     policy = _of_empty_rows(site, keeps, fills)
-    if policy is EmptyRows.MEAN_ADDED and site.score is not None:
-        return _beside_a_program(masks.need_gradients, finite_fill)
-    return policy
+    if policy is not EmptyRows.MEAN_ADDED or site.score is None:
+        return policy
+    # On such a row scores that are not linear in q·k are still there, and autograd sends gradients
+    # through them: O(n) of work for linear ones only. With "minus_inf" masked scores get none.
+    if masks.need_gradients and finite_fill != "minus_inf":
+        raise Refused(
+            "rows may be fully masked, a finite mask is added to their scores, and these are not "
+            "linear in q·k (softcap): their gradients need all scores of such a row",
+            "write the mask with masked_fill or torch.where instead of adding it, or set "
+            'options={"finite_fill": "minus_inf"}, with which masked scores get no gradient, also '
+            "where a whole row is masked",
+        )
+    return EmptyRows.MEAN
 
 
 def _of_empty_rows(
@@ -112,23 +121,6 @@ def _of_empty_rows(
         "yields depends on which mask hides which key",
         "combine the masks as bool tensors before turning them into scores",
     )
-
-
-def _beside_a_program(need_gradients: bool, finite_fill: str) -> EmptyRows:
-    """What yields the mean of V where scores that are not linear in q·k get a fill added.
-
-    On such a row the scores are still there, and autograd sends gradients through them: O(n) of
-    work for linear scores only. With ``"minus_inf"`` masked scores get no gradient.
-    """
-    if need_gradients and finite_fill != "minus_inf":
-        raise Refused(
-            "rows may be fully masked, a finite mask is added to their scores, and these are not "
-            "linear in q·k (softcap): their gradients need all scores of such a row",
-            "write the mask with masked_fill or torch.where instead of adding it, or set "
-            'options={"finite_fill": "minus_inf"}, with which masked scores get no gradient, also '
-            "where a whole row is masked",
-        )
-    return EmptyRows.MEAN
 
 
 def _check_finite(fills: Mapping[float, str], finite_fill: str) -> bool:

@@ -19,10 +19,10 @@ from sparse_compile.passes.lift.counts import (
     Names,
     counted_axis,
     names_of,
+    number_in,
     same_shape,
     sizes_of,
 )
-from sparse_compile.passes.lift.filled import number_in
 
 aten = torch.ops.aten
 _NAMED = "sparse_compile_named"

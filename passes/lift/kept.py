@@ -20,12 +20,18 @@ from sparse_compile.ops.kept import KEPT_SELECTION
 from sparse_compile.passes.lift.emit import Emitter
 from sparse_compile.passes.lift.lift import Lifter
 from sparse_compile.passes.lift.masks import Lengths
-from sparse_compile.passes.lift.rankings import Bound, bound_of, is_topk_values, ranking_of
-from sparse_compile.passes.lift.rows import Listed, NotSelected, Rows, arranged, rows_of
-from sparse_compile.passes.lift.selected import BoolRead, bool_read
-from sparse_compile.passes.lift.sizes import size_expr
+from sparse_compile.passes.lift.rankings import Bound, bound_of, ranking_of, topk_of
+from sparse_compile.passes.lift.selected import (
+    BoolRead,
+    Listed,
+    NotSelected,
+    Rows,
+    arranged,
+    bool_read,
+    rows_of,
+)
 from sparse_compile.passes.lift.slice import made_of
-from sparse_compile.passes.lift.value import DIMS, is_data
+from sparse_compile.passes.lift.value import DIMS, is_data, size_expr
 from sparse_compile.sites.site import Reached
 
 aten = torch.ops.aten
@@ -142,7 +148,7 @@ def _reached(threshold: _Threshold, negated: bool, lifter: Lifter) -> Reached | 
     if list(read.args[: len(rows)]) != row or read.args[len(rows) :] not in wanted:
         return None
     leaf = lifter.leaves[values]
-    if not is_topk_values(leaf):
+    if topk_of(leaf) is None or leaf.args[1] != 0:
         return None
     return Reached(leaf, f"{'not ' * negated}{threshold.name}", values is not node)
 

@@ -18,7 +18,6 @@ from sparse_compile.passes.lift.builders import BUILDERS
 from sparse_compile.passes.lift.constants import recognise
 from sparse_compile.passes.lift.scalars import RULES, cast, elementwise
 from sparse_compile.passes.lift.simplify import Simplifier
-from sparse_compile.passes.lift.sizes import size_expr
 from sparse_compile.passes.lift.slice import call_name, made_of
 from sparse_compile.passes.lift.value import (
     DIMS,
@@ -28,6 +27,7 @@ from sparse_compile.passes.lift.value import (
     align,
     reindexed,
     single,
+    size_expr,
 )
 from sparse_compile.passes.lift.views import VIEWS, Handler, Step, cleaned
 
@@ -71,17 +71,14 @@ class Lifter:
     def tensor(self, node: Node) -> Lifted:
         """The lifted value of a tensor node."""
         if node not in self._values:
-            self._lift_for(node)
+            # What it reads comes first, in the order of the graph.
+            needed = made_of(node, self._values, self._opaque)
+            for found in self.gm.graph.nodes:
+                if found in needed:
+                    self._values[found] = self._lift(found)
         value = self._argument(node)
         assert isinstance(value, Lifted)
         return value
-
-    def _lift_for(self, node: Node) -> None:
-        """Lift a node after what it reads, in the order of the graph."""
-        needed = made_of(node, self._values, self._opaque)
-        for found in self.gm.graph.nodes:
-            if found in needed:
-                self._values[found] = self._lift(found)
 
     def simplifier(self, shape: Shape) -> Simplifier:
         """A simplifier for coordinates in ``shape``."""
@@ -137,19 +134,14 @@ class Lifter:
         if name in _HANDLERS and not (name == "index" and op._overloadname != "Tensor"):
             step = Step(self._bound(node, op), shape, dtype, self.simplifier(shape), op)
             return _HANDLERS[name](step)
-        if _is_elementwise(op, name):
-            return self._elementwise(node, op, shape, dtype)
-        raise Unliftable(f"{name} has no symbolic meaning")
-
-    def _elementwise(
-        self, node: Node, op: torch._ops.OpOverload, shape: Shape, dtype: torch.dtype
-    ) -> Lifted:
+        if not _is_elementwise(op, name):
+            raise Unliftable(f"{name} has no symbolic meaning")
         args = [self._argument(arg) for arg in node.args]
         aligned = [align(a, len(shape)) if isinstance(a, Lifted) else a for a in args]
         kwargs = {key: self._argument(value) for key, value in node.kwargs.items()}
         return Lifted(shape, dtype, elementwise(op, aligned, kwargs, dtype))
 
-    def _bound(self, node: Node, op: torch._ops.OpOverload) -> tuple[Any, ...]:
+    def _bound(self, node: Node, op: Any) -> tuple[Any, ...]:
         """Arguments by position, with the defaults of the schema."""
         given = [self._argument(arg) for arg in node.args]
         for argument in op._schema.arguments[len(given) :]:
@@ -172,13 +164,12 @@ class Lifter:
         source, number = node.args
         assert isinstance(source, Node)
         name = call_name(source)
-        tensor = self._argument(source.args[0])
         indices: list[sympy.Expr] = list(DIMS[: len(shape)])
         if name == "unbind":
-            dim = _int_argument(source, 1)
+            tensor, dim = self._bound(source, source.target)
             indices.insert(dim % len(tensor.shape), sympy.Integer(number))
         elif name in ("split", "split_with_sizes"):
-            dim = _int_argument(source, 2)
+            tensor, _, dim = self._bound(source, source.target)
             parts = source.meta["val"][:number]
             before = sum((size_expr(part.shape[dim]) for part in parts), sympy.S.Zero)
             indices[dim % len(shape)] += before
@@ -223,12 +214,6 @@ class Lifter:
         value = function(*indices)
         element = sympy.Ne(value, 0) if dtype == torch.bool else single(value)
         return Lifted(shape, dtype, element)
-
-
-def _int_argument(node: Node, position: int) -> int:
-    value = node.args[position] if len(node.args) > position else 0
-    assert isinstance(value, int)
-    return value
 
 
 def _size(value: Any) -> sympy.Expr:

@@ -11,11 +11,10 @@ import torch
 from torch.fx import GraphModule, Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from sparse_compile.passes.lift.slice import Slice
+from sparse_compile.passes.graph_edit import fake_mode_of
+from sparse_compile.passes.lift.slice import VMAP, Slice, call_name
 from sparse_compile.passes.lift.value import Refused
 from sparse_compile.passes.mutation import IN_PLACE
-
-_VMAP = "_vmap_increment_nesting"
 
 # In-place methods that change more than values.
 _CHANGES_SHAPE = frozenset(
@@ -74,10 +73,10 @@ def normalise(part: Slice) -> GraphModule:
     """
     gm = part.graph_module()
     fakes = [leaf.meta["example_value"] for leaf in part.leaves]
-
+    nodes = (*part.leaves, *part.nodes, *part.outputs)
     try:
-        with _fake_mode_of(part), torch.no_grad(), functorch_levels_restored():
-            if any(getattr(node.target, "__name__", "") == _VMAP for node in part.nodes):
+        with fake_mode_of(nodes), torch.no_grad(), functorch_levels_restored():
+            if any(call_name(node) == VMAP for node in part.nodes):
                 # The recorded vmap levels count from one: resolve them before functionalize,
                 # which takes a level itself.
                 gm = make_fx(_Replay(gm).run)(*fakes)
@@ -100,12 +99,3 @@ def functorch_levels_restored() -> Iterator[None]:
     finally:
         if torch._C._functorch.get_dynamic_layer_stack_depth() > depth:
             torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
-
-
-def _fake_mode_of(part: Slice) -> Any:
-    """The fake tensor mode that the slice's example values live in."""
-    for node in (*part.leaves, *part.nodes, *part.outputs):
-        mode = getattr(node.meta.get("example_value"), "fake_mode", None)
-        if mode is not None:
-            return mode
-    raise Refused("the mask's computation has no tensor in it")

@@ -119,13 +119,8 @@ def prefix_of(
         if scope.parent is None:
             return Prefix(tuple(parts), beside)
         assert scope.call is not None
-        inner = [n for n in scope.gm.graph.nodes if n.op == "placeholder"]
         run = set(parts[0].run)
-        wanted = [
-            Wanted(outer, scope.call)
-            for node, outer in zip(inner, scope.inputs, strict=True)
-            if node in run
-        ]
+        wanted = [Wanted(outer, scope.call) for node, outer in scope.feeds.items() if node in run]
         scope = scope.parent
 
 

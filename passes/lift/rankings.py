@@ -9,9 +9,8 @@ from typing import Any
 import sympy
 from torch.fx import Node
 
-from sparse_compile.passes.lift.sizes import size_expr
 from sparse_compile.passes.lift.slice import call_name
-from sparse_compile.passes.lift.value import Unliftable
+from sparse_compile.passes.lift.value import Unliftable, size_expr
 
 
 @dataclass(frozen=True)
@@ -45,11 +44,6 @@ def topk_of(node: Node) -> Node | None:
 def is_topk_index(node: Node) -> bool:
     """Whether a node is the indices of a top-k."""
     return topk_of(node) is not None and bool(node.args[1] == 1)
-
-
-def is_topk_values(node: Node) -> bool:
-    """Whether a node is the values of a top-k."""
-    return topk_of(node) is not None and bool(node.args[1] == 0)
 
 
 def topk_dim(index: Node) -> int:

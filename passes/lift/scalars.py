@@ -42,7 +42,7 @@ def elementwise(
     """The element of ``op(*args)``; tensor arguments are aligned to the result's dimensions."""
     name = op._schema.name.split("::")[1]
     if dtype == torch.bool and name in _LOGIC:
-        conditions = [_condition(arg) for arg in args]
+        conditions = (cast(a, torch.bool) if isinstance(a, Lifted) else truth(a) for a in args)
         return _LOGIC[name](*conditions)
     if any(isinstance(arg, Lifted) and arg.is_float_data for arg in args):
         raise Unliftable("it computes with floating data")
@@ -74,12 +74,6 @@ def cast_value(value: Value, source: torch.dtype, target: torch.dtype) -> Value:
         return torch.tensor(value, dtype=source).to(target).item()
     _require_exact(target)
     return value
-
-
-def _condition(arg: Lifted | Value) -> sympy.Basic:
-    if not isinstance(arg, Lifted):
-        return truth(arg)
-    return cast(arg, torch.bool)
 
 
 def _as_condition(result: Result) -> sympy.Basic:
@@ -258,17 +252,11 @@ RULES: dict[str, Rule] = {
     "remainder": _linear(lambda a, b: FloorMod(sympy.sympify(a), sympy.sympify(b))),
     "fmod": _linear(_truncated_remainder),
     "pow": _linear(_power),
-    "bitwise_right_shift": _linear(_shift_right),
-    "__rshift__": _linear(_shift_right),
-    "bitwise_left_shift": _linear(_shift_left),
-    "__lshift__": _linear(_shift_left),
+    **dict.fromkeys(("bitwise_right_shift", "__rshift__"), _linear(_shift_right)),
+    **dict.fromkeys(("bitwise_left_shift", "__lshift__"), _linear(_shift_left)),
     "bitwise_and": _linear(_low_bits),
-    "floor": _same,
-    "ceil": _same,
-    "trunc": _same,
-    "round": _same,
-    "isnan": lambda a: sympy.false,
-    "isinf": lambda a: sympy.false,
+    **dict.fromkeys(("floor", "ceil", "trunc", "round"), _same),
+    **dict.fromkeys(("isnan", "isinf"), lambda a: sympy.false),
     **{name: functools.partial(_compare, name) for name in _COMPARE},
 }
 

@@ -1,25 +1,133 @@
-"""The part of a mask that an index selects, taken apart from the rest of its predicate."""
+"""How what selects keys lies along batch, heads and queries; an index, taken apart from a mask."""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import sympy
 import torch
 from torch.fx import Node
 
-from sparse_compile.expr import KV, FloorDiv
+from sparse_compile.expr import KV, B, FloorDiv, H, Q
 from sparse_compile.ops.selection import CANONICAL_SELECTION
 from sparse_compile.passes.lift.emit import Emitter
 from sparse_compile.passes.lift.expose import is_named
 from sparse_compile.passes.lift.lift import Lifter
 from sparse_compile.passes.lift.masks import Lengths
-from sparse_compile.passes.lift.rows import Listed, NotSelected, arranged, rows_of
-from sparse_compile.passes.lift.sizes import size_expr
-from sparse_compile.passes.lift.value import is_data
+from sparse_compile.passes.lift.value import is_data, size_expr
 
 aten = torch.ops.aten
+
+
+class NotSelected(Exception):
+    """Why a mask that reads an index is not attention over selected keys, for a user."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The dimensions of a tensor, in the coordinates of an attention.
+
+    Attributes:
+        dim: the dimension along which keys, or entries that name keys, lie.
+        axes: for each of b, h and q, the dimension; None where it does not vary.
+        unit_q, unit_kv: consecutive queries, and keys, that one element stands for.
+    """
+
+    dim: int
+    axes: tuple[int | None, int | None, int | None]
+    unit_q: int
+    unit_kv: int
+
+
+@dataclass(frozen=True)
+class Listed:
+    """What selects keys for rows of queries.
+
+    Attributes:
+        node: the node of the traced graph that says which.
+        rows: how it lies.
+    """
+
+    node: Node
+    rows: Rows
+
+    @property
+    def lists(self) -> sympy.Expr:
+        """How many heads have a list of their own."""
+        axis = self.rows.axes[1]
+        return sympy.S.One if axis is None else self.size(axis)
+
+    def size(self, dim: int) -> sympy.Expr:
+        """A size of the node's tensor."""
+        return size_expr(self.node.meta["val"].shape[dim])
+
+
+def rows_of(
+    at: Sequence[sympy.Expr],
+    dim: int,
+    sizes: Sequence[sympy.Expr],
+    lengths: Lengths,
+    repeated: Collection[int] = (),
+) -> Rows:
+    """The rows of a tensor that a mask reads.
+
+    Args:
+        at: where it is read, one expression for each dimension.
+        dim: the one along which keys lie.
+        sizes: of the tensor.
+        lengths: of the coordinates.
+        repeated: dimensions along which all elements are the same.
+
+    Raises:
+        NotSelected: it is read in a way that lists of keys for rows cannot say.
+    """
+    unit_kv = _unit(at[dim], KV)
+    if unit_kv is None:
+        raise NotSelected(f"its selection is read at key {at[dim]}")
+    axes: dict[sympy.Symbol, int] = {}
+    units = {B: 1, H: 1, Q: 1}
+    for axis, (place, size) in enumerate(zip(at, sizes, strict=True)):
+        if axis == dim or axis in repeated or (size == 1 and place == 0):
+            continue
+        coordinate = next((c for c in units if c not in axes and _unit(place, c)), None)
+        if coordinate is None:
+            raise NotSelected(f"its selection is read at {place}")
+        axes[coordinate], units[coordinate] = axis, _unit(place, coordinate) or 1
+        if not _covers(size, units[coordinate], lengths[coordinate], coordinate == Q):
+            raise NotSelected(
+                f"its index has {size} rows for {lengths[coordinate]} of {coordinate}"
+            )
+    if units[B] != 1 or Q not in axes:
+        raise NotSelected("its selection is one for all queries or for several batch entries")
+    return Rows(dim, (axes.get(B), axes.get(H), axes[Q]), units[Q], unit_kv)
+
+
+def arranged(node: Node, rank: int, rows: Rows, emitter: Emitter) -> Node:
+    """A tensor of a program as [B, Hs, U, keys or entries], where ``rows`` says how it lies."""
+    axes = {axis: name for name, axis in zip("bhqk", (*rows.axes, rows.dim), strict=True)}
+    node = emitter.with_axes(node, [axes.get(axis, "1") for axis in range(rank)], "bhqk")
+    if rows.axes[0] is None and emitter.lengths[B] != 1:
+        sizes = [emitter.size(emitter.lengths[B]), -1, -1, -1]
+        node = emitter.graph.call_function(aten.expand.default, (node, sizes))
+    return node
+
+
+def _unit(at: sympy.Expr, coordinate: sympy.Symbol) -> int | None:
+    """How many consecutive values of a coordinate ``at`` is the same for; None if not constant."""
+    if at == coordinate:
+        return 1
+    if isinstance(at, FloorDiv) and at.args[0] == coordinate and at.args[1].is_Integer:
+        return int(at.args[1]) if at.args[1] > 0 else None
+    return None
+
+
+def _covers(size: sympy.Expr, unit: int, length: sympy.Expr, partly: bool) -> bool:
+    """Whether ``size`` units are just enough for a length; the last one may be cut for queries."""
+    if size * unit == length:
+        return True
+    return partly and size.is_Integer and length.is_Integer and size == -(-int(length) // unit)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ import sympy
 from sympy.core.relational import Relational
 
 from sparse_compile.expr import FloorDiv, FloorMod
-from sparse_compile.passes.lift.bounds import Ranges
-from sparse_compile.passes.lift.linear import Linear, linear
+from sparse_compile.passes.lift.bounds import Linear, Ranges, linear
+
+_count_ops = functools.lru_cache(maxsize=1 << 12)(sympy.count_ops)
 
 
 class Simplifier:
@@ -44,10 +45,8 @@ class Simplifier:
             return self.floormod(*args)
         if isinstance(expr, Relational):
             return self._relation(expr.func(*args))
-        if isinstance(expr, sympy.And):
-            return self._junction(args, conjunction=True)
-        if isinstance(expr, sympy.Or):
-            return self._junction(args, conjunction=False)
+        if isinstance(expr, (sympy.And, sympy.Or)):
+            return self._junction(args, conjunction=isinstance(expr, sympy.And))
         if isinstance(expr, sympy.Not):
             return self._negate(args[0])
         return expr.func(*args)
@@ -82,9 +81,6 @@ class Simplifier:
         form = linear(relation)
         if isinstance(form, bool):
             return sympy.true if form else sympy.false
-        return self._decide(form)
-
-    def _decide(self, form: Linear) -> sympy.Basic:
         nonnegative = self.ranges.nonnegative
         below, above = form.bound - form.terms, form.terms - form.bound
         if form.kind == "le":
@@ -143,7 +139,7 @@ class Simplifier:
         ]
         result = _factored(kind(*self._substitute(literals, plain + nested, conjunction)))
         # Once more while it shrinks, so that this ends.
-        shrank = result != joined and count_ops(result) < count_ops(joined)
+        shrank = result != joined and _count_ops(result) < _count_ops(joined)
         return self(result) if shrank else result
 
     def _within(self, part: sympy.Basic, facts: _Facts) -> sympy.Basic:
@@ -169,12 +165,6 @@ class Simplifier:
         return [
             part if part in sources else self(part.xreplace(values)) for part in literals + nested
         ]
-
-
-@functools.lru_cache(maxsize=1 << 12)
-def count_ops(expr: sympy.Basic) -> int:
-    """How many operations an expression has; remembered."""
-    return int(sympy.count_ops(expr))
 
 
 class _Facts:

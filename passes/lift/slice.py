@@ -29,8 +29,8 @@ SOURCES = frozenset(
     "bernoulli_ random_ uniform_ normal_ exponential_ cauchy_ geometric_ log_normal_ item tolist "
     "nonzero unique unique_consecutive masked_select _transformer_encoder_layer_fwd".split()
 )
-_VMAP = "_vmap_increment_nesting"
-_OPENING = {_VMAP: "vmap", "_enter_autocast": "autocast"}
+VMAP = "_vmap_increment_nesting"
+_OPENING = {VMAP: "vmap", "_enter_autocast": "autocast"}
 _CLOSING = {"_vmap_decrement_nesting": "vmap", "_exit_autocast": "autocast"}
 LAZY_LOAD = "lazy_load_decompositions"
 
@@ -97,10 +97,10 @@ class Slicer:
         here: Scope | None = scope
         while here is not None:
             graph = self.graph(here)
-            picked = graph.pick(wanted)
-            nodes = picked.nodes + nodes
-            inputs = [n for n in picked.leaves if n.op == "placeholder" and here.parent is not None]
-            found = [n for n in picked.leaves if n not in inputs]
+            picked, ends = graph.pick(wanted)
+            nodes = picked + nodes
+            inputs = [n for n in ends if n.op == "placeholder" and here.parent is not None]
+            found = [n for n in ends if n not in inputs]
             if at is not None:
                 graph.check_stays(found, wanted[0].reader)
             at = here if found and at is None else at
@@ -108,9 +108,7 @@ class Slicer:
             if not inputs:
                 return Slice(at or here, tuple(leaves), tuple(nodes), outputs, aliases)
             assert here.call is not None
-            holders = here.gm.graph.find_nodes(op="placeholder")
-            # A site that was rewritten before may have handed the body more.
-            feeds = dict(zip(holders, here.inputs, strict=False))
+            feeds = here.feeds
             aliases |= {node: feeds[node] for node in inputs}
             wanted = [Wanted(feeds[node], here.call) for node in inputs]
             here = here.parent
@@ -124,12 +122,6 @@ class Slicer:
         return self._graphs[scope.gm]
 
 
-@dataclass(frozen=True)
-class _Picked:
-    nodes: list[Node]
-    leaves: list[Node]
-
-
 class Order:
     """One graph: its order, its writes and its bracketed regions."""
 
@@ -140,15 +132,15 @@ class Order:
         self.brackets = brackets(self.nodes)
         self.lazy_loads = [node for node in self.nodes if call_name(node) == LAZY_LOAD]
 
-    def pick(self, wanted: Sequence[Wanted]) -> _Picked:
-        """What computes ``wanted`` in this graph, with the brackets that it stands in."""
+    def pick(self, wanted: Sequence[Wanted]) -> tuple[list[Node], list[Node]]:
+        """What computes ``wanted`` in this graph, with the brackets around it; and its leaves."""
         forced: set[Node] = set()
         while True:
-            picked = self._pass(wanted, forced)
-            around = self._around(picked.nodes) - forced
+            nodes, leaves = self._pass(wanted, forced)
+            around = self._around(nodes) - forced
             if not around:
-                self._check(picked, wanted)
-                return picked
+                self._check(nodes, leaves, wanted)
+                return nodes, leaves
             forced |= around
 
     def check_stays(self, leaves: Sequence[Node], call: Node) -> None:
@@ -167,7 +159,7 @@ class Order:
                         f"the mask inside a checkpoint reads {leaf.name}, which the model writes to"
                     )
 
-    def _pass(self, wanted: Sequence[Wanted], forced: set[Node]) -> _Picked:
+    def _pass(self, wanted: Sequence[Wanted], forced: set[Node]) -> tuple[list[Node], list[Node]]:
         """One walk backwards: a node counts if a later one needs its value or its writes."""
         read_at: dict[Node, list[Node]] = {}
         for want in wanted:
@@ -194,7 +186,7 @@ class Order:
                 raise self._cannot_replay(node)
             picked.append(node)
             need(node.all_input_nodes)
-        return _Picked(picked[::-1], leaves[::-1])
+        return picked[::-1], leaves[::-1]
 
     def _is_leaf(self, node: Node) -> bool:
         """Whether a node is the result of a source, or a part of one that has several."""
@@ -246,16 +238,16 @@ class Order:
     def _encloses(self, opening: Node, closing: Node, node: Node) -> bool:
         return self.position[opening] < self.position[node] < self.position[closing]
 
-    def _check(self, picked: _Picked, wanted: Sequence[Wanted]) -> None:
-        for leaf in picked.leaves:
+    def _check(self, nodes: list[Node], leaves: list[Node], wanted: Sequence[Wanted]) -> None:
+        for leaf in leaves:
             if leaf.op != "placeholder" and any(
-                call_name(opening) == _VMAP and self._encloses(opening, closing, leaf)
+                call_name(opening) == VMAP and self._encloses(opening, closing, leaf)
                 for opening, closing in self.brackets
             ):
                 raise Refused(f"the mask reads the result of {call_name(leaf)} inside a vmap")
-        given = {self.memory.of(leaf): leaf for leaf in picked.leaves}
+        given = {self.memory.of(leaf): leaf for leaf in leaves}
         outputs = {self.memory.of(want.node): self.position[want.reader] for want in wanted}
-        for node in picked.nodes:
+        for node in nodes:
             for target in self.writes.get(node, ()):
                 token = self.memory.of(target)
                 if token in given:

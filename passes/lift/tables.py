@@ -161,7 +161,8 @@ def with_program(
     outputs = [node for node, _ in (*tables, *dense)] + numbers
     dtypes = tuple(str(dtype).removeprefix("torch.") for _, dtype in tables)
     if isinstance(chosen, Kept):
-        mask = MaskExpr(_without_bits(named), dtypes, len(sizes))
+        parts = sympy.And.make_args(named)
+        mask = MaskExpr(sympy.And(*(p for p in parts if not p.has(Bit))), dtypes, len(sizes))
         outputs += emit_kept(chosen, emitter, mask, [node for node, _ in tables], numbers)
     elif chosen is not None:
         outputs += emit_selection(chosen, emitter)
@@ -176,8 +177,3 @@ def _shown(axes: Sequence[str], lengths: Lengths) -> str:
     """A mask tensor in words."""
     sizes = [lengths[c] if c.name in axes else sympy.S.One for c in COORDINATES]
     return f"tensor [{', '.join(map(str, sizes))}]"
-
-
-def _without_bits(predicate: sympy.Basic) -> sympy.Basic:
-    """The parts of a predicate that read no mask tensor."""
-    return sympy.And(*(part for part in sympy.And.make_args(predicate) if not part.has(Bit)))

@@ -1,10 +1,13 @@
-"""Lifted tensors: the element at a coordinate, as an expression in that coordinate.
+"""Lifted tensors: sizes, and the element at a coordinate as an expression in that coordinate.
 
 ``DIMS[i]`` stands for the index along dimension ``i``; a dimension of size one never appears. An
 element of a bool tensor is a sympy Boolean. Any other element is a list of *cases*: disjoint
 conditions that cover everything, each with a Python number or a symbolic integer. Tensor data that
 is only known at run time appears as a lookup ``i7(d0, d1)``, element (d0, d1) of node number 7;
 the letter is ``m`` for bool, ``i`` for integer and ``f`` for floating data.
+
+Sizes keep torch's own symbols while lifting; which of them are the lengths of this attention is
+decided per site, at the end, so that layers share the work.
 """
 
 from __future__ import annotations
@@ -13,10 +16,13 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import sympy
 import torch
+from torch.fx import Node
+
+from sparse_compile.expr import FloorDiv, FloorMod
 
 DIMS: tuple[sympy.Symbol, ...] = tuple(
     sympy.Symbol(f"d{i}", integer=True, nonnegative=True) for i in range(16)
@@ -30,6 +36,19 @@ Element: TypeAlias = sympy.Basic | Cases
 Shape: TypeAlias = tuple[sympy.Expr, ...]
 
 _MOST_CASES = 64
+
+
+# Names of torch's sympy functions for sizes; they are not exported publicly, their names are what
+# SymInt expressions print.
+_FUNCTIONS: dict[str, Any] = {
+    "FloorDiv": FloorDiv,
+    "CleanDiv": FloorDiv,
+    "Mod": FloorMod,
+    "PythonMod": FloorMod,
+    "Max": sympy.Max,
+    "Min": sympy.Min,
+    "Abs": sympy.Abs,
+}
 
 
 class Refused(Exception):
@@ -130,10 +149,6 @@ def either(condition: sympy.Basic, yes: sympy.Basic, no: sympy.Basic) -> sympy.B
         return yes
     if yes == sympy.true:
         return sympy.Or(condition, no)
-    if no == sympy.false:
-        return sympy.And(condition, yes)
-    if yes == sympy.false:
-        return sympy.And(sympy.Not(condition), no)
     if no == sympy.true:
         return sympy.Or(sympy.Not(condition), yes)
     return sympy.Or(sympy.And(condition, yes), sympy.And(sympy.Not(condition), no))
@@ -198,3 +213,44 @@ def combinations(elements: Sequence[Cases]) -> list[tuple[sympy.Basic, tuple[Val
         return [(c, vs) for c, vs in pairs if c != sympy.false]
 
     return functools.reduce(extend, elements, start)
+
+
+def size_expr(size: Any) -> sympy.Expr:
+    """An int, SymInt or node of one, as a sympy integer.
+
+    Raises:
+        Unliftable: for a size computed in a way that predicates do not know.
+    """
+    if isinstance(size, Node):
+        size = size.meta["val"]
+    if isinstance(size, torch.SymInt):
+        return convert(size.node.expr)
+    return sympy.Integer(size)
+
+
+def convert(expr: sympy.Basic) -> sympy.Expr:
+    """torch's size expression in the vocabulary of predicates."""
+    if expr.is_Symbol or expr.is_Integer:
+        return expr
+    args = [convert(arg) for arg in expr.args]
+    if isinstance(expr, (sympy.Add, sympy.Mul)):
+        return expr.func(*args)
+    if isinstance(expr, sympy.Pow) and args[1].is_Integer and args[1] > 0:
+        return expr.func(*args)
+    function = _FUNCTIONS.get(type(expr).__name__)
+    if function is None:
+        raise Unliftable(f"the size {expr}")
+    return function(*args)
+
+
+def solve_for_symbol(
+    expr: sympy.Expr, length: sympy.Expr
+) -> tuple[sympy.Symbol, sympy.Expr] | None:
+    """The symbol of ``expr`` in terms of the length that ``expr`` equals, if ``expr`` is s + c.
+
+    >>> s = sympy.Symbol("s", integer=True, positive=True); n = sympy.Symbol("n")
+    >>> solve_for_symbol(s + 1, n)
+    (s, n - 1)
+    """
+    offset, terms = expr.as_coeff_Add()
+    return (terms, length - offset) if terms.is_Symbol else None

@@ -14,16 +14,15 @@ import torch
 from torch import Tensor
 from torch.fx import Interpreter, Node
 
-from sparse_compile.expr import KV, H, Q, evaluate
+from sparse_compile.expr import KV, H, Q, evaluate, grid
 from sparse_compile.ops.pattern import on_axes
 from sparse_compile.passes.dense_tables import mask_data, selection_data
 from sparse_compile.passes.graph_edit import example_value
 from sparse_compile.passes.lift.masks import SiteMasks
 from sparse_compile.passes.lift.prefix import CannotRun, Prefix, bytes_of, prefix_of
 from sparse_compile.passes.lift.rankings import arguments_of, is_topk_index, topk_dim, topk_of
-from sparse_compile.passes.lift.sizes import size_expr
 from sparse_compile.passes.lift.slice import Slicer
-from sparse_compile.passes.lift.value import Refused, Unliftable
+from sparse_compile.passes.lift.value import Refused, Unliftable, size_expr
 from sparse_compile.sites.site import LiftedMask, Scope
 
 _CHUNK = 1 << 22
@@ -81,24 +80,31 @@ def _symbols(fake: Any, value: Any) -> Iterator[tuple[sympy.Symbol, int]]:
             yield from _symbols(size, int(number))
 
 
-def verify(
-    masks: SiteMasks,
-    fills: Sequence[Sequence[float]],
-    lifted: LiftedMask,
-    examples: Examples,
-    verify_bytes: int,
-    slicer: Slicer,
-) -> float | None:
-    """Compare the lifted mask with the program's own mask tensors.
+@dataclass(frozen=True)
+class Question:
+    """What is to be compared.
+
+    Attributes:
+        masks: of the attention.
+        fills: for each operand, the scores it gives to masked entries.
+        lifted: what they were understood to be.
+        examples: what the program is run with.
+    """
+
+    masks: SiteMasks
+    fills: Sequence[Sequence[float]]
+    lifted: LiftedMask
+    examples: Examples
+
+
+def verify(asked: Question, verify_bytes: int, slicer: Slicer) -> float | None:
+    """Compare a lifted mask with the program's own mask tensors.
 
     These come from the captured graph as it is, where that can be run so far, and not from the
     slice: what the slice gets wrong, the lifted mask does, too.
 
     Args:
-        masks: of the attention.
-        fills: for each operand, the scores it gives to masked entries.
-        lifted: what they were understood to be.
-        examples: what the program is run with.
+        asked: the masks, and what they were understood to be.
         verify_bytes: the option of that name.
         slicer: knows the graphs.
 
@@ -109,6 +115,7 @@ def verify(
     Raises:
         Refused: when they differ, or when the tensors are too large to be computed for a check.
     """
+    masks, examples = asked.masks, asked.examples
     needed = max(bytes_of(example_value(mask.node), examples.size) for mask in masks.site.masks)
     if needed > verify_bytes:
         raise Refused(
@@ -117,8 +124,7 @@ def verify(
         )
     leaves = {leaf: _example(leaf, examples) for leaf in masks.part.leaves}
     prefix = _prefix(masks, examples, slicer)
-    given = masks, fills, lifted, examples
-    pairs = _check(*given, prefix, leaves)
+    pairs = _check(asked, prefix, leaves)
     if prefix is not None and prefix.beside > _MOST_RANDOM:
         prefix = None
     for draw in _draws(leaves.values()) if needed <= _MOST_RANDOM else ():
@@ -127,8 +133,8 @@ def verify(
             for node, value in leaves.items()
         }
         with contextlib.suppress(_NotComputed):  # Random inputs that the program itself refuses.
-            _check(*given, prefix, drawn)
-    known = lifted.program is not None and all(
+            _check(asked, prefix, drawn)
+    known = asked.lifted.program is not None and all(
         leaf in examples.values or not isinstance(example_value(leaf), Tensor) for leaf in leaves
     )
     return pairs if known else None
@@ -138,22 +144,15 @@ class _NotComputed(Refused):
     """The program's own operators failed."""
 
 
-def _check(
-    masks: SiteMasks,
-    fills: Sequence[Sequence[float]],
-    lifted: LiftedMask,
-    examples: Examples,
-    prefix: Prefix | None,
-    leaves: Mapping[Node, Any],
-) -> float:
+def _check(asked: Question, prefix: Prefix | None, leaves: Mapping[Node, Any]) -> float:
     """Compare for some values of the leaves; the pairs in blocks, for each query."""
     try:
-        kept = _kept(masks, fills, _tensors(masks, prefix, leaves, examples))
+        kept = _kept(asked, _tensors(asked, prefix, leaves))
     except Refused:
         raise
     except Exception as error:  # The user's operators: anything can be raised.
         raise _NotComputed(f"its mask could not be computed for a check: {error}") from error
-    return _compare(masks, lifted, leaves, kept, examples)
+    return _compare(asked, leaves, kept)
 
 
 def _example(leaf: Node, examples: Examples) -> Any:
@@ -199,23 +198,19 @@ def _prefix(masks: SiteMasks, examples: Examples, slicer: Slicer) -> Prefix | No
         return None
 
 
-def _tensors(
-    masks: SiteMasks, prefix: Prefix | None, leaves: Mapping[Node, Any], examples: Examples
-) -> Sequence[Any]:
+def _tensors(asked: Question, prefix: Prefix | None, leaves: Mapping[Node, Any]) -> Sequence[Any]:
     """The masks as the program computes them."""
     if prefix is not None:
-        return prefix.run({**examples.values, **leaves})
+        return prefix.run({**asked.examples.values, **leaves})
     with torch.no_grad():
-        outputs: Sequence[Any] = Interpreter(masks.part.graph_module()).run(*leaves.values())
+        outputs: Sequence[Any] = Interpreter(asked.masks.part.graph_module()).run(*leaves.values())
     return outputs
 
 
-def _kept(
-    masks: SiteMasks, fills: Sequence[Sequence[float]], tensors: Sequence[Any]
-) -> list[Tensor]:
+def _kept(asked: Question, tensors: Sequence[Any]) -> list[Tensor]:
     """For each operand, which scores it keeps, over [b, h, q, kv]."""
-    kept = []
-    for operand, known, mask in zip(masks.site.masks, fills, tensors, strict=False):
+    site, kept = asked.masks.site, []
+    for operand, known, mask in zip(site.masks, asked.fills, tensors, strict=False):
         for dim in range(mask.dim()):
             if mask.stride(dim) == 0 and mask.shape[dim] > 1:
                 mask = mask.narrow(dim, 0, 1)
@@ -223,7 +218,7 @@ def _kept(
             _check_fills(mask, known)
         keep = mask == 0 if operand.role == "add" else mask.bool()
         keep = ~keep if operand.role == "drop" else keep
-        kept.append(on_axes(keep, masks.site.score_axes))
+        kept.append(on_axes(keep, site.score_axes))
     return kept
 
 
@@ -238,14 +233,9 @@ def _check_fills(mask: Tensor, fills: Sequence[float]) -> None:
         )
 
 
-def _compare(
-    masks: SiteMasks,
-    lifted: LiftedMask,
-    leaves: Mapping[Node, Any],
-    kept: Sequence[Tensor],
-    examples: Examples,
-) -> float:
+def _compare(asked: Question, leaves: Mapping[Node, Any], kept: Sequence[Tensor]) -> float:
     """Raise where the masks differ; the pairs in their blocks, for each query."""
+    masks, lifted, examples = asked.masks, asked.lifted, asked.examples
     lengths = {symbol: examples.size(expr) for symbol, expr in masks.lengths.items()}
     outputs: Sequence[Any] = ()
     if lifted.program is not None:
@@ -263,7 +253,8 @@ def _compare(
     rows = rows // _BLOCK * _BLOCK or rows
     pairs = 0.0
     for start in range(0, lengths[Q], rows):
-        coordinates = _coordinates(shape, start, min(start + rows, lengths[Q]), lengths[KV], device)
+        queries, keys = range(start, min(start + rows, lengths[Q])), range(lengths[KV])
+        coordinates = grid(device, b=range(shape[0]), h=range(shape[1]), q=queries, kv=keys)
         found = evaluate(lifted.mask, coordinates, lengths[Q], lengths[KV], tables, sizes)
         if chosen is not None:
             found = found & chosen[:, :, start : start + rows]
@@ -273,7 +264,7 @@ def _compare(
         if masks.site.causal:
             expected = expected & (coordinates["kv"] <= coordinates["q"])
         _raise_if_different(found, expected, start)
-        pairs += _pairs_in_blocks(found, coordinates["q"].shape[0], lengths[KV])
+        pairs += _pairs_in_blocks(found, len(queries), len(keys))
     return pairs / max(1, lengths[Q])
 
 
@@ -287,17 +278,6 @@ def _pairs_in_blocks(found: Tensor, rows: int, keys: int) -> float:
     for line in torch.split(held, _BLOCK, -2):
         pairs += int(line.any(-2).sum()) * line.shape[-2] * min(_BLOCK, keys)
     return pairs / count
-
-
-def _coordinates(
-    shape: Sequence[int], start: int, stop: int, n_kv: int, device: torch.device
-) -> dict[str, Tensor]:
-    return {
-        "b": torch.arange(shape[0], device=device)[:, None, None, None],
-        "h": torch.arange(shape[1], device=device)[:, None, None],
-        "q": torch.arange(start, stop, device=device)[:, None],
-        "kv": torch.arange(n_kv, device=device),
-    }
 
 
 def _raise_if_different(found: Tensor, expected: Tensor, start: int) -> None:

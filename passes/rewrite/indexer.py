@@ -9,8 +9,7 @@ from torch.fx import Node
 
 from sparse_compile.ops.indexer import BLOCK_SCORES, INDEXED_TOPK
 from sparse_compile.ops.kept import INDEXED_KEPT
-from sparse_compile.passes.graph_edit import Inserter
-from sparse_compile.passes.rewrite.axes import arranged
+from sparse_compile.passes.graph_edit import Inserter, with_axes
 from sparse_compile.passes.rewrite.tables import RealisedTables, realise
 from sparse_compile.sites.plan import Indexer
 from sparse_compile.sites.site import AttentionSite, BlockScoresSite, IndexerSite, Operand
@@ -21,13 +20,12 @@ def replace_indexer(indexer: Indexer, realised: RealisedTables) -> None:
     site, old = indexer.site, indexer.site.scores.output.node
     gm = site.scores.scope.gm
     insert = Inserter(gm, old)
-    tables, sizes = realise(indexer.lifted, site.scores.scope, realised)
     if isinstance(site, BlockScoresSite):
+        tables, sizes = realise(indexer.lifted, site.scores.scope, realised)
         blocks, operands = insert.size(site.view, 3), _by_head(insert, site.scores)
         new = insert.call(BLOCK_SCORES, *operands, tables, sizes, blocks, indexer.spec.text)
     else:
-        ranking = _ranking(insert, site, tables, sizes, indexer.spec.text)
-        new = insert.call(INDEXED_TOPK, *ranking)
+        new = insert.call(INDEXED_TOPK, *_ranking(insert, site, indexer, realised))
     old.replace_all_uses_with(new)
     gm.graph.erase_node(old)
 
@@ -46,10 +44,9 @@ def replace_lists(lists: tuple[Node, ...], indexer: Indexer, realised: RealisedT
     scope = site.scores.scope
     (call,) = lists[0].all_input_nodes
     _, fixed, *seen, _, mask = call.args
-    tables, sizes = realise(indexer.lifted, scope, realised)
     insert = Inserter(scope.gm, lists[0])
     reaches = f"{'least ' * site.reached.least}{site.reached.comparison}"
-    ranking = _ranking(insert, site, tables, sizes, indexer.spec.text)
+    ranking = _ranking(insert, site, indexer, realised)
     made = insert.call(INDEXED_KEPT, *ranking, reaches, fixed, *seen, mask)
     new = [insert.call(operator.getitem, made, part) for part in (0, 1)]
     for before, after in zip(lists, new, strict=True):
@@ -59,15 +56,16 @@ def replace_lists(lists: tuple[Node, ...], indexer: Indexer, realised: RealisedT
 
 
 def _ranking(
-    insert: Inserter, site: IndexerSite, tables: list[Node], sizes: list[int | Node], spec: str
+    insert: Inserter, site: IndexerSite, indexer: Indexer, realised: RealisedTables
 ) -> tuple[Any, ...]:
     """What an operator that ranks scores takes."""
+    tables, sizes = realise(indexer.lifted, site.scores.scope, realised)
     if site.w is None:
         operands: tuple[Node | None, ...] = (*_by_head(insert, site.scores), None)
     else:
         axes = ((site.scores.q, "bnhd"), (site.scores.k, "bdn"), (site.w, "bnh"))
         operands = tuple(_arranged(insert, operand, order) for operand, order in axes)
-    return (*operands, tables, sizes, site.most, spec)
+    return (*operands, tables, sizes, site.most, indexer.spec.text)
 
 
 def _by_head(insert: Inserter, scores: AttentionSite) -> tuple[Node, Node]:
@@ -77,4 +75,4 @@ def _by_head(insert: Inserter, scores: AttentionSite) -> tuple[Node, Node]:
 
 def _arranged(insert: Inserter, operand: Operand, axes: str) -> Node:
     """An operand of an indexer with its axes in order, without a gradient."""
-    return arranged(insert.method, insert.method("detach", operand.node), operand.axes, axes)
+    return with_axes(insert.method, insert.method("detach", operand.node), operand.axes, axes)

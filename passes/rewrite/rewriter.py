@@ -22,8 +22,8 @@ from sparse_compile.passes.graph_edit import (
     dimension,
     example_value,
     first_reader,
+    with_axes,
 )
-from sparse_compile.passes.rewrite.axes import arranged
 from sparse_compile.passes.rewrite.indexer import replace_indexer, replace_lists
 from sparse_compile.passes.rewrite.tables import RealisedTables, realise
 from sparse_compile.sites.named import INDEX, LISTS
@@ -114,7 +114,7 @@ class Rewriter:
         if example_value(node).dtype != dtype:
             # Autocast, or an upcast inside the attention: the program computes in this dtype.
             node = insert.method("to", node, dtype)
-        return arranged(insert.method, node, operand.axes, _CANONICAL)
+        return with_axes(insert.method, node, operand.axes, _CANONICAL)
 
     def _mask_data(
         self, insert: Inserter, plan: Plan, q: Node, k: Node
@@ -299,16 +299,12 @@ def _call_sdpa(
 
 def _restore_axes(insert: Inserter, site: AttentionSite, out: Node) -> Node:
     """Back to the axes, and where a later view relies on it the memory order, of the old output."""
-    out = arranged(insert.method, out, _CANONICAL, site.output.axes)
-    if _relies_on_order(site.output.node, example_value(out)):
+    out = with_axes(insert.method, out, _CANONICAL, site.output.axes)
+    old = site.output.node
+    reordered = example_value(old).is_contiguous() and not example_value(out).is_contiguous()
+    if reordered and not all(map(_swaps_heads_and_tokens, old.users)):
         out = insert.method("contiguous", out)
     return out
-
-
-def _relies_on_order(old: Node, new: torch.Tensor) -> bool:
-    if not example_value(old).is_contiguous() or new.is_contiguous():
-        return False
-    return not all(_swaps_heads_and_tokens(user) for user in old.users)
 
 
 def _swaps_heads_and_tokens(user: Node) -> bool:

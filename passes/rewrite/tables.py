@@ -9,7 +9,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from sparse_compile.ops.fresh_size import unbound_sizes
-from sparse_compile.passes.graph_edit import example_value
+from sparse_compile.passes.graph_edit import example_value, fake_mode_of
 from sparse_compile.sites.site import LiftedMask, Scope
 
 
@@ -57,7 +57,7 @@ def _inline(
     program: GraphModule, leaves: tuple[Node, ...], gm: GraphModule, cache: RealisedTables
 ) -> tuple[Node, ...]:
     copies = dict(zip(program.graph.find_nodes(op="placeholder"), leaves, strict=True))
-    fake_mode = fake_mode_of(gm.graph)
+    fake_mode = fake_mode_of(gm.graph.nodes)
     place = place_for(gm.graph, leaves)
     while place in cache.inserted:  # Programs that stand here already may be of use.
         place = place.next
@@ -80,7 +80,7 @@ def _called(
     Programs are functional, and a leaf holds what it did where it was made.
     """
     args, kwargs = map_arg((node.args, node.kwargs), copies.__getitem__)
-    key = (gm, node.target, _hashable(args), _hashable(kwargs))
+    key = gm, node.target, repr((args, kwargs))
     made = cache.calls.get(key)
     if made is None or not made < place:
         made = cache.calls[key] = gm.graph.node_copy(node, copies.__getitem__)
@@ -88,14 +88,6 @@ def _called(
         made.meta["example_value"] = _value(made)
         cache.inserted.add(made)
     return made
-
-
-def _hashable(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_hashable, value))
-    if isinstance(value, dict):
-        return tuple((key, _hashable(item)) for key, item in value.items())
-    return type(value), value
 
 
 def _literal(graph: Graph, value: torch.Tensor) -> Node:
@@ -113,22 +105,9 @@ def _value(node: Node) -> Any:
 
 def place_for(graph: Graph, leaves: tuple[Node, ...]) -> Node:
     """The node before which the program goes: after all leaves, and after all placeholders."""
-    missing = set(leaves)
-    node: Node
-    for node in graph.nodes:
-        if not missing and node.op != "placeholder":
-            return node
-        missing.discard(node)
-    raise AssertionError("a leaf stands after the graph's output")
-
-
-def fake_mode_of(graph: Graph) -> Any:
-    """The fake mode of the values of a graph."""
-    for node in graph.nodes:
-        mode = getattr(node.meta.get("example_value"), "fake_mode", None)
-        if mode is not None:
-            return mode
-    raise AssertionError("a graph with attention has tensors")
+    before = (*graph.find_nodes(op="placeholder"), *leaves)
+    node: Node = max(before).next if before else next(iter(graph.nodes))
+    return node
 
 
 def hand_down(node: Node, scope: Scope, cache: RealisedTables) -> Node:
@@ -139,16 +118,9 @@ def hand_down(node: Node, scope: Scope, cache: RealisedTables) -> Node:
     outer = hand_down(node, scope.parent, cache)
     key = (outer, scope.gm)
     if key not in cache.inputs:
-        cache.inputs[key] = _given(outer, scope) or _passed_in(outer, scope)
+        stand_for_it = (inner for inner, given in scope.feeds.items() if given is outer)
+        cache.inputs[key] = next(stand_for_it, None) or _passed_in(outer, scope)
     return cache.inputs[key]
-
-
-def _given(outer: Node, scope: Scope) -> Node | None:
-    """The placeholder that stands for an outer node already."""
-    holders = scope.gm.graph.find_nodes(op="placeholder")
-    return next(
-        (n for n, given in zip(holders, scope.inputs, strict=False) if given is outer), None
-    )
 
 
 def _passed_in(outer: Node, scope: Scope) -> Node:

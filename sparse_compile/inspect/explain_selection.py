@@ -13,7 +13,7 @@ from torch.fx import Node
 from sparse_compile.expr import MaskExpr
 from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.ops.selection import filled, selecting_named
-from sparse_compile.passes.rewrite.axes import arranged
+from sparse_compile.passes.graph_edit import with_axes
 from sparse_compile.selection import Selection, canonical
 from sparse_compile.sites.annotation import bound_mask_named
 from sparse_compile.sites.named import INDEX, LISTS
@@ -95,4 +95,4 @@ def _given(chosen: SelectedPlan, tensors: Sequence[Tensor], n_kv: int) -> Select
 
 def _arranged(value: Tensor, operand: Operand) -> Tensor:
     """An operand as [B, H, N, D]."""
-    return arranged(lambda name, t, *args: getattr(t, name)(*args), value, operand.axes, "bhnd")
+    return with_axes(lambda name, t, arg: getattr(t, name)(arg), value, operand.axes, "bhnd")

@@ -31,12 +31,13 @@ class Scope:
     call: Node | None = None
     inputs: tuple[Node, ...] = ()
 
-    def outer(self, placeholder: Node) -> Node | None:
-        """The node of ``parent`` that a placeholder of this scope stands for."""
-        if self.parent is None:
-            return None
-        names = [node for node in self.gm.graph.nodes if node.op == "placeholder"]
-        return self.inputs[names.index(placeholder)]
+    @property
+    def feeds(self) -> dict[Node, Node]:
+        """The node of ``parent`` that each placeholder stands for, in order.
+
+        A site that was rewritten may have handed the body more, which is in neither.
+        """
+        return dict(zip(self.gm.graph.find_nodes(op="placeholder"), self.inputs, strict=False))
 
 
 @dataclass(frozen=True)
@@ -341,8 +342,3 @@ class LiftedMask:
     def n_lifted_tables(self) -> int:
         """How many tables and mask tensors ``program`` returns."""
         return len(self.mask.tables) - len(self.extra)
-
-    @property
-    def first_dense(self) -> int:
-        """The number of the first of the ``dense`` tables."""
-        return self.n_lifted_tables - len(self.dense)

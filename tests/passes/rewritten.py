@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 
 from sparse_compile.options import Options
 from sparse_compile.passes import pipeline
-from sparse_compile.sites.trace import Decision, Trace
+from sparse_compile.sites.plan import Decision, Trace
 
 
 @dataclass

@@ -16,8 +16,7 @@ from sparse_compile import patterns as P
 from sparse_compile.layout.cost import Coverage, Workload, blocks, cheapest, dense, lists
 from sparse_compile.options import Options
 from sparse_compile.passes import pipeline
-from sparse_compile.sites.plan import Plan
-from sparse_compile.sites.trace import Trace
+from sparse_compile.sites.plan import Plan, Trace
 from sparse_compile.spec.target import Target
 
 H200, CPU = Target("cuda", "sm_90", 132), Target("cpu", "interpreter", 1)

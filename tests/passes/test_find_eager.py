@@ -528,7 +528,7 @@ def test_training_and_checkpoint() -> None:
     assert site.scope.parent is not None
     assert site.scope.call is not None
     placeholder = site.q.node
-    outer = site.scope.outer(placeholder)
+    outer = site.scope.feeds.get(placeholder)
     assert outer is not None
     assert shape(outer) == (B, H, N, D)
     assert outer.graph is site.scope.parent.gm.graph

@@ -107,7 +107,7 @@ def test_checkpointed_training(implementation: str) -> None:
     graphs = capture(model, tokens(), grad=True, fullgraph=False, use_cache=False)
     found = assert_all_found(graphs, implementation)
     assert all(site.scope.call is not None for site in found)
-    outer = [site.scope.outer(site.masks[0].node) for site in found]
+    outer = [site.scope.feeds.get(site.masks[0].node) for site in found]
     assert outer[0] is outer[1]
 
 

@@ -176,7 +176,7 @@ def test_checkpoint_gives_the_scope_of_its_body() -> None:
         return checkpoint(block, q, k, v, use_reentrant=False)
 
     site = the_site(f, *(x.requires_grad_() for x in qkv()), grad=True)
-    outer = site.scope.outer(site.masks[0].node)
+    outer = site.scope.feeds.get(site.masks[0].node)
     assert outer is not None
     assert shape(outer) == (N, N)
     assert outer.op == "placeholder"
@@ -195,7 +195,7 @@ def test_nested_checkpoints() -> None:
     assert site.scope.parent.parent is not None
     node, scope = site.k.node, site.scope
     while scope.parent is not None:
-        outer = scope.outer(node)
+        outer = scope.feeds.get(node)
         assert outer is not None
         node, scope = outer, scope.parent
     assert node.name == "l_k_"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import sparse_compile
 from sparse_compile.passes.lift import simplify
-from sparse_compile.passes.lift.linear import linear
+from sparse_compile.passes.lift.bounds import linear
 from tests.passes.lifting import attend, capture, lift, lifted, refused
 
 

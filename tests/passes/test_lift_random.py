@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from sparse_compile.expr import MaskExpr, evaluate
 from sparse_compile.passes.lift.lift import Lifter
-from sparse_compile.passes.lift.operands import at_coordinates
+from sparse_compile.passes.lift.masks import at_coordinates
 from sparse_compile.passes.lift.value import Lifted, reads_data
 from sparse_compile.sites.site import LiftedMask
 from tests.passes.lifting import attend, capture, evaluated, lift, rebound

@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_compile.expr import KV, N_KV, N_Q, FloorDiv, FloorMod, MaskExpr, Q, evaluate
-from sparse_compile.passes.lift.bounds import Ranges
+from sparse_compile.passes.lift.bounds import Linear, Ranges, linear
 from sparse_compile.passes.lift.constants import recognise
-from sparse_compile.passes.lift.linear import Linear, linear
 from sparse_compile.passes.lift.simplify import Simplifier
 from sparse_compile.passes.lift.value import DIMS
 

@@ -16,9 +16,8 @@ from torch.fx import GraphModule
 from sparse_compile.options import Options
 from sparse_compile.passes import pipeline
 from sparse_compile.passes.lift import driver
-from sparse_compile.sites.plan import Plan
+from sparse_compile.sites.plan import Plan, Trace
 from sparse_compile.sites.site import LiftedMask, Rejection
-from sparse_compile.sites.trace import Trace
 from sparse_compile.spec.target import Target
 
 N = 128

@@ -148,7 +148,7 @@ def test_what_torch_gave_up_on_is_known() -> None:
 
 @pytest.mark.parametrize("named", [True, False])
 def test_aot_autograd_lifts_named_buffers_of_a_captured_graph(named: bool) -> None:
-    """rewrite/held_layouts.py names its buffers as Dynamo names those that it finds itself."""
+    """rewrite/lists.py names its buffers as Dynamo names those that it finds itself."""
     from torch._dynamo.backends.common import aot_autograd
     from torch._dynamo.source import ConstantSource
 

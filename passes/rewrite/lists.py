@@ -1,6 +1,8 @@
-"""hold_layouts: layouts that follow from sizes alone, made once and held by the graph.
+"""Lists of a rewritten graph that are made once: those that are equal, and those of known sizes.
 
-A fence around one fact that torch does not document: AOTAutograd lifts the buffers of the graph
+:func:`share_lists` finds what several attentions list of one index or one mask tensor.
+:func:`hold_layouts` makes layouts that follow from sizes alone, which the graph then holds. It is a
+fence around one fact that torch does not document: AOTAutograd lifts the buffers of the graph
 that Dynamo captured to inputs that keep their place in memory, if it finds their names among
 Dynamo's. ``tests/project/test_fences.py`` says what is relied upon.
 """
@@ -14,14 +16,67 @@ from typing import Any
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
 from sparse_compile.layout.lists import static_lists
 from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.ops import LAYOUT
-from sparse_compile.passes.mutation import bodies, scope_of_body
-from sparse_compile.passes.rewrite.tables import RealisedTables, fake_mode_of, hand_down, place_for
+from sparse_compile.ops.selection import CANONICAL_SELECTION
+from sparse_compile.passes.graph_edit import example_value, fake_mode_of
+from sparse_compile.passes.mutation import Memory, bodies, scope_of_body
+from sparse_compile.passes.rewrite.tables import RealisedTables, hand_down, place_for
 from sparse_compile.sites.site import Scope
 from sparse_compile.spec import AttentionSpec
+
+_LISTING = (CANONICAL_SELECTION, LAYOUT)
+
+
+def share_lists(gm: GraphModule) -> None:
+    """Keep one of the calls that list the same; changes ``gm`` in place.
+
+    AOTAutograd would find them, too, but only where it partitions a graph for a backward.
+    """
+    for module in gm.modules():
+        if isinstance(module, GraphModule):
+            _share(module)
+
+
+def _share(gm: GraphModule) -> None:
+    calls = [node for node in gm.graph.nodes if node.target in _LISTING]
+    if len(calls) < 2:
+        return
+    memory = Memory(gm.graph)
+    made: dict[tuple[Any, str], Node] = {}
+    for call in calls:
+        sources = [_source(node) for node in call.all_input_nodes if _is_tensor(node)]
+        if any(memory.is_written(source) for source in sources):
+            continue  # they may hold something else by now
+        key = call.target, repr(map_arg(call.args, _told))
+        first = made.setdefault(key, call)
+        if first is not call:
+            call.replace_all_uses_with(first)
+            gm.graph.erase_node(call)
+
+
+def _is_tensor(node: Node) -> bool:
+    return isinstance(example_value(node), Tensor)
+
+
+def _told(node: Node) -> Any:
+    """What an argument is: a tensor by its node, a size by its value, whichever node holds it."""
+    return _source(node) if _is_tensor(node) else example_value(node)
+
+
+def _source(index: Node) -> Node:
+    """The tensor before calls that keep it as it is."""
+    while index.op == "call_method" and index.target in ("detach", "to"):
+        source = index.args[0]
+        assert isinstance(source, Node)
+        before, after = example_value(source), example_value(index)
+        if (before.dtype, before.device) != (after.dtype, after.device):
+            break
+        index = source
+    return index
 
 
 def hold_layouts(gm: GraphModule) -> None:
@@ -83,5 +138,5 @@ def _buffer(gm: GraphModule, value: Tensor) -> Node:
         sources[name] = ConstantSource(name)
     with gm.graph.inserting_before(place_for(gm.graph, ())):
         node = gm.graph.get_attr(name)
-    node.meta["example_value"] = fake_mode_of(gm.graph).from_tensor(value, static_shapes=True)
+    node.meta["example_value"] = fake_mode_of(gm.graph.nodes).from_tensor(value, static_shapes=True)
     return node
