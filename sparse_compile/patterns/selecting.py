@@ -55,11 +55,10 @@ def _checked_index(where: str, index: Any) -> Any:
     if isinstance(getattr(type(index), "pattern", None), property):
         name = type(index).__name__
         raise bad(f"{where} is a {name}", "Write its `pattern`, as in chosen.pattern.")
-    instead = "Write [batch, heads, units of queries, selected], heads 1 to share it among all."
-    index = frozen(where, index, (4,), instead)
-    if dtype_of(index) == "bool":
+    if is_tensor(index) and dtype_of(index) == "bool":
         raise bad(f"{where} is a tensor of bools", "Write numbers of units of keys.")
-    return index
+    instead = "Write [batch, heads, units of queries, selected], heads 1 to share it among all."
+    return frozen(where, index, (4,), instead)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
