@@ -39,13 +39,13 @@ def _fresh() -> None:
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes of the masks that were read, one for each pass over a mask."""
     seen: list[tuple[int, ...]] = []
-    read = from_dense._pass_over
+    read = from_dense.read_dense_in_torch
 
     def spy(mask: Tensor, block_q: int, block_kv: int) -> Any:
         seen.append(tuple(mask.shape))
         return read(mask, block_q, block_kv)
 
-    monkeypatch.setattr(from_dense, "_pass_over", spy)
+    monkeypatch.setattr(from_dense, "read_dense_in_torch", spy)
     return seen
 
 
