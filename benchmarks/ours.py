@@ -47,7 +47,8 @@ class Ours:
 
 def spec_of(pattern: Pattern, n: int, heads: int, device: str = "cuda") -> AttentionSpec:
     """The spec that :func:`sparse_compile.attention` runs."""
-    text = planned(name_of(pattern, []), torch.device(device).type, (n, n, 1, heads)).spec
+    shape = ProblemShape(1, heads, n, n)
+    text = planned(name_of(pattern, []), torch.device(device).type, shape).spec
     if text:
         return AttentionSpec.parse(text)
     # A causal mask is left to SDPA; our kernels for it are measured all the same.
