@@ -261,7 +261,7 @@ def _split_in_the_second_section() -> Case:
     return Case(
         "global tokens, split, after a window",
         MaskExpr(near | few | (Q < 3) | (KV < 3)),
-        n=(700, 700),
+        n=(420, 420),
         block=(16, 16),
         heads=(2, 1),
         views=(View(near, plain, plain), View(far, classes, classes)),
@@ -273,7 +273,7 @@ CASES += [
     Case(
         "global tokens, split",
         MaskExpr((sympy.Abs(Q - KV) <= 4) | (Q < 3) | (KV < 3)),
-        n=(700, 700),
+        n=(560, 560),
         block=(16, 16),
         heads=(1, 1),
     ),

@@ -242,9 +242,9 @@ def test_hot_loops_fit_in_registers(mask: MaskExpr, dims: int) -> None:
 
 
 def test_sections_are_launches_and_views_of_one_section_share_them() -> None:
-    resources = compile_ahead_of_time(SPARSE)
+    resources = compile_ahead_of_time(SPARSE, group=4)
     assert {"forward, section 1", "backward_key_value, section 1"} < set(resources)
-    resources = compile_ahead_of_time(FIXED)
+    resources = compile_ahead_of_time(FIXED, group=4)
     # The queries have one order: nothing is merged. The keys have two.
     assert "forward, section 1" not in resources
     assert "backward_query, section 1" not in resources
@@ -253,14 +253,14 @@ def test_sections_are_launches_and_views_of_one_section_share_them() -> None:
 
 @pytest.mark.parametrize("spec", [SPARSE, FIXED], ids=["strided", "fixed"])
 def test_views_are_read_by_the_copy_engine_and_fit_in_registers(spec: KernelSpec) -> None:
-    resources = compile_ahead_of_time(spec)
+    resources = compile_ahead_of_time(spec, group=4)
     for name, used in resources.items():
         if name.startswith(("forward", "backward_query")):
             assert "cp.async.bulk.tensor.5d" in used.ptx or "section" not in name
             if triton.__version__.startswith("3.6."):
                 assert used.spills == 0
     # Lengths that are no multiples of the radix are read by pointers.
-    by_pointers = compile_ahead_of_time(replace(spec, exact=False))
+    by_pointers = compile_ahead_of_time(replace(spec, exact=False), group=4)
     assert "cp.async.bulk.tensor.5d" not in by_pointers["forward"].ptx
 
 
