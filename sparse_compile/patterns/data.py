@@ -42,7 +42,8 @@ def frozen(where: str, value: Any, dims: Iterable[int], instead: str, least: int
     elif value.is_floating_point() or value.is_complex():
         raise bad(f"{where} is a tensor of {value.dtype}", "Pass integers or bools.")
     shape = shape_of(value, where)
-    if len(shape) not in dims or min(shape, default=least) < least:
+    # torch.compile knows no min() with a default.
+    if len(shape) not in dims or any([n < least for n in shape]):
         raise bad(f"{where} has the sizes {list(shape)}", instead)
     return value
 
