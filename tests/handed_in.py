@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
 import sparse_compile.ops  # noqa: F401  which hands in the kernels
+from sparse_compile.layout import lists
 from sparse_compile.layout.builders import ByDevice
+
+
+@contextmanager
+def worklists_on_the_cpu(workers: int) -> Iterator[None]:
+    """Lists on the CPU as kernels on a GPU get them; what is cached of others is not met."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lists, "_WITH_WORKLISTS", ("cpu",))
+        patch.setattr(lists, "workers_of", lambda device: workers)
+        lists.static_lists.cache_clear()
+        yield
+    lists.static_lists.cache_clear()
 
 
 def serve_the_cpu(builders: ByDevice[Any], monkeypatch: pytest.MonkeyPatch) -> None:

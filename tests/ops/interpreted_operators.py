@@ -12,9 +12,9 @@ from sparse_compile.codegen.call import AttentionCall
 from sparse_compile.codegen.triton.blocks import executor
 from sparse_compile.codegen.triton.selected import executor as selected_executor
 from sparse_compile.expr import KV, MaskExpr, Q
-from sparse_compile.layout import lists
 from sparse_compile.reference import attention as reference
 from sparse_compile.spec import AttentionSpec, EmptyRows
+from tests.handed_in import worklists_on_the_cpu
 from tests.ops.operator_calls import OPS, Problem, block_calls, check, problems, selected_calls
 from tests.tolerance import relative_error
 
@@ -29,10 +29,8 @@ def by_kernels(piece: AttentionCall) -> attend.Executor:
 @pytest.fixture(autouse=True, scope="module")
 def kernels() -> None:
     """The CPU's tensors go through the kernels, with the lists that those get."""
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, worklists_on_the_cpu(64):
         patch.setattr(attend, "executor_for", by_kernels)
-        patch.setattr(lists, "_WITH_WORKLISTS", ("cpu",))
-        patch.setattr(lists, "workers_of", lambda device: 64)
         yield
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ from sparse_compile.layout.views.split_views import choose_views
 from sparse_compile.ops import ATTENTION, LAYOUT
 from sparse_compile.ops.attention import attention_backward
 from sparse_compile.spec import AttentionSpec
+from tests.handed_in import worklists_on_the_cpu
 
 CPU = torch.device("cpu")
 BATCH, HEADS, KV_HEADS, N = 2, 4, 2, 500
@@ -46,10 +47,10 @@ def built(mask: MaskExpr) -> Layout:
 
 
 @pytest.fixture
-def worklists(monkeypatch: pytest.MonkeyPatch) -> None:
+def worklists() -> Iterator[None]:
     """Lists as kernels on a GPU get them."""
-    monkeypatch.setattr(lists, "_WITH_WORKLISTS", ("cpu",))
-    monkeypatch.setattr(lists, "workers_of", lambda device: WORKERS)
+    with worklists_on_the_cpu(WORKERS):
+        yield
 
 
 def listed() -> Layout:
