@@ -16,12 +16,13 @@ from sparse_compile.layout.builders import ByDevice
 @contextmanager
 def worklists_on_the_cpu(workers: int) -> Iterator[None]:
     """Lists on the CPU as kernels on a GPU get them; what is cached of others is not met."""
+    forget = lists.static_lists.cache_clear
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lists, "_WITH_WORKLISTS", ("cpu",))
         patch.setattr(lists, "workers_of", lambda device: workers)
-        lists.static_lists.cache_clear()
+        forget()
         yield
-    lists.static_lists.cache_clear()
+    forget()
 
 
 def serve_the_cpu(builders: ByDevice[Any], monkeypatch: pytest.MonkeyPatch) -> None:

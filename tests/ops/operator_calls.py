@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+import sparse_compile.ops.nsa  # noqa: F401  registers its operator
 from sparse_compile import passes  # noqa: F401  # registers all operators
 from sparse_compile import patterns as P
 
