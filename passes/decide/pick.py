@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from sparse_compile.layout.cost import cheapest, dense
-from sparse_compile.passes.decide.price import Price, rounded
+from sparse_compile.layout.views.split_views import rounded
+from sparse_compile.passes.decide.price import Price
 from sparse_compile.passes.graph_edit import dimension, expected
 from sparse_compile.sites.plan import Decision, Plan, Trace
 

@@ -11,7 +11,7 @@ from sparse_compile.codegen.generators import block_shapes
 from sparse_compile.expr import B, H, MaskExpr
 from sparse_compile.layout.cost import Candidate, Coverage, Workload, blocks, lists
 from sparse_compile.layout.superset import ProblemShape
-from sparse_compile.layout.views.split_views import Split, choose_views
+from sparse_compile.layout.views.split_views import Split, choose_views, rounded
 from sparse_compile.passes.graph_edit import dimension, example_value, expected
 from sparse_compile.sites.plan import Plan
 from sparse_compile.sites.site import AttentionSite, LiftedMask
@@ -96,11 +96,6 @@ def views_for(
 def grows(site: AttentionSite) -> bool:
     """Whether the number of keys changes from call to call."""
     return isinstance(dimension(site.k, "n"), torch.SymInt)
-
-
-def rounded(n: int) -> int:
-    """The next power of two: lengths between two of them are decided alike."""
-    return 1 << (n - 1).bit_length() if n > 0 else 0
 
 
 def _classes(lifted: LiftedMask, work: Workload) -> int:

@@ -20,6 +20,7 @@ from sparse_compile.errors import BadShape, PatternMisuse
 from sparse_compile.expr import COORDINATES, MaskExpr
 from sparse_compile.layout.from_dense import NO_READS, DenseRead
 from sparse_compile.layout.superset import ProblemShape
+from sparse_compile.layout.views.split_views import rounded
 from sparse_compile.ops.masked import MASKED_ATTENTION, composed_of
 from sparse_compile.ops.operands import WIDEST, WIDEST_UNITS, check_operands
 from sparse_compile.ops.untraced import untraced
@@ -228,8 +229,8 @@ def _usual(q: Tensor, k: Tensor) -> ProblemShape:
     """
     shape = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
     batch, heads, n_q, n_kv = (size if isinstance(size, int) else None for size in shape)
-    rounded = [_UNKNOWN if n is None else 1 << max(n - 1, 0).bit_length() for n in (n_q, n_kv)]
-    return ProblemShape(batch or 1, heads or 1, *rounded)
+    lengths = [_UNKNOWN if n is None else rounded(n) for n in (n_q, n_kv)]
+    return ProblemShape(batch or 1, heads or 1, *lengths)
 
 
 @functools.lru_cache(maxsize=64)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from sparse_compile.errors import SparseCompileError
-from sparse_compile.expr import MaskExpr
 from sparse_compile.layout.block_layout import BlockLayout, BlockLists
 from sparse_compile.layout.superset import Problem
 
@@ -51,7 +50,7 @@ class DeviceBuilder:
     """How one kind of device makes layouts.
 
     Attributes:
-        layout: the blocks of a problem, for its mask and tables; the host may wait.
+        layout: the blocks of a problem with its tables; the host may wait.
         read_dense: ``(words, kinds, biased)`` of a dense mask with entries, for blocks of so many
             queries and keys, see :func:`sparse_compile.layout.from_dense.read_dense_in_torch`;
             None where no kernel reads it.
@@ -59,7 +58,7 @@ class DeviceBuilder:
             that has entries, and whether the int32 flag [1] is set; waits once.
     """
 
-    layout: Callable[[Problem, MaskExpr, Sequence[Tensor], torch.device], BlockLayout]
+    layout: Callable[[Problem, Sequence[Tensor], torch.device], BlockLayout]
     read_dense: Callable[[Tensor, int, int], tuple[Tensor, Tensor, Tensor] | None]
     compacted: Callable[[Tensor, Tensor], tuple[BlockLists, BlockLists, bool]]
 

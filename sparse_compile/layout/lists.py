@@ -82,9 +82,11 @@ def assembled(
     """:func:`unpack`, done once for lists that a call gets again, as those that a graph holds.
 
     What is kept are views: they hold the memory that they are of, so its address tells them apart,
-    and show whatever is in it.
+    and show whatever is in it. Of a selection nothing is kept: its columns are no views.
     """
     numbers = tuple(map(int, sizes))
+    if any(part.listed for part in spec.parts):
+        return unpack(spec, lists, shape, sizes=numbers)
     key = spec, shape, numbers, *[(t.data_ptr(), t.shape) for t in lists]
     found = _ASSEMBLED.get(key)
     if found is None:

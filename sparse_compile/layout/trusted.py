@@ -77,7 +77,7 @@ def _small(order: Order, n: int) -> int:
 def _by_kernels(problem: Problem, tables: Sequence[Tensor], device: torch.device) -> BlockLayout:
     builder = BUILDERS.get(device)
     assert builder is not None, device
-    return builder.layout(problem, problem.mask, tables, device)
+    return builder.layout(problem, tables, device)
 
 
 def _by_cpu(problem: Problem, tables: Sequence[Tensor]) -> BlockLayout:

@@ -11,7 +11,6 @@ from sparse_compile.codegen.triton.layout.build import DeviceProblem
 from sparse_compile.codegen.triton.selection.choose import chooser
 from sparse_compile.codegen.triton.selection.index_scores import scorer
 from sparse_compile.codegen.triton.selection.window_scores import WindowScores, fits
-from sparse_compile.expr import MaskExpr
 from sparse_compile.layout import BlockLayout, BlockLists, Problem
 from sparse_compile.layout import builders as of_layouts
 from sparse_compile.selection import builders as of_selections
@@ -25,9 +24,7 @@ def hand_in() -> None:
     of_selections.BUILDERS.give("cuda", selections)
 
 
-def _layout(
-    problem: Problem, mask: MaskExpr, tables: Sequence[Tensor], device: torch.device
-) -> BlockLayout:
+def _layout(problem: Problem, tables: Sequence[Tensor], device: torch.device) -> BlockLayout:
     made = DeviceProblem.of(problem, tables, device)
     return problem.layout(made.rows(), made.cols)
 

@@ -108,6 +108,21 @@ def test_kernels_get_aligned_lists(name: str) -> None:
     assert all(t.is_contiguous() and t.storage_offset() % 4 == 0 for t in found)
 
 
+@pytest.mark.usefixtures("worklists")
+@pytest.mark.parametrize("name", ["window", "listed"])
+def test_lists_that_are_written_to_are_read_again(name: str) -> None:
+    """What is made of the columns of a selection is no view of its lists."""
+    made = LAYOUTS[name]()
+    held = [t.clone() for t in lists_of(made, KV_HEADS, CPU)]
+
+    def columns() -> Tensor:
+        return lists.assembled(made.spec, held, SHAPE, ()).views[0].cols.counts
+
+    assert columns().any()
+    held[0].zero_()
+    assert not columns().any()
+
+
 def operands() -> list[Tensor]:
     torch.manual_seed(0)
     heads = HEADS, KV_HEADS, KV_HEADS

@@ -318,7 +318,7 @@ def choose_views(
     >>> (spec.block_q, spec.block_kv), spec.views, split.texts
     ((64, 64), (), ('plain',))
     """
-    shape = shape._replace(n_q=_rounded(shape.n_q), n_kv=_rounded(shape.n_kv))
+    shape = shape._replace(n_q=rounded(shape.n_q), n_kv=rounded(shape.n_kv))
     # Run-time integers are offsets and windows; which, only their values would tell.
     split = split_views(mask, shape, block=block, sizes=(0,) * mask.n_sizes, shapes=shapes)
     first = split.views[0]
@@ -327,10 +327,10 @@ def choose_views(
     return found, split
 
 
-def _rounded(n: int) -> int:
-    """The next power of two.
+def rounded(n: int) -> int:
+    """The next power of two: lengths between two of them are decided alike.
 
-    >>> _rounded(1000), _rounded(1024), _rounded(0)
+    >>> rounded(1000), rounded(1024), rounded(0)
     (1024, 1024, 0)
     """
     return 1 << (n - 1).bit_length() if n > 0 else 0
