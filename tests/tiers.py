@@ -74,7 +74,7 @@ INDUCTOR_ONE_IN = {
     "test_dense_masks": 8,
     "test_direct": 4,
     "test_direct_scores": 4,
-    "test_models": 4,
+    "test_models": 2,
     "test_pattern_attention": 8,
     "test_recognise_own_scores": 8,
     "test_recognise_selected": 8,
