@@ -40,7 +40,8 @@ class Side:
             "SPARSE_COMPILE_CACHE_DIR": str(cache / "kernels"),
         }
         self._run = subprocess.Popen(
-            [sys.executable, str(HERE / _WORKER)],
+            # -P: beside the worker lie modules whose names other packages have.
+            [sys.executable, "-P", str(HERE / _WORKER)],
             env=env,
             cwd=checkout,
             text=True,

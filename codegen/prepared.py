@@ -9,19 +9,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from sparse_compile.codegen.entry import Entry, Kind, Parameter
-from sparse_compile.codegen.runtime.launch import Launcher, descriptor_class
+from sparse_compile.codegen.runtime.direct import STREAM, Start, start_of
+from sparse_compile.codegen.runtime.launch import Launcher, descriptor_class, watcher
 
 #: Addresses whose descriptors a launch keeps, and calls of different shapes that are kept.
 _ADDRESSES, _CALLS = 64, 256
 #: Integers from here on are of another type in a kernel.
 _WIDE = 1 << 31
 _Made = TypeVar("_Made")
+#: Where an address is found: the number of a tensor, and bytes behind its start.
+Place = tuple[int, int]
 
 
 def geometry(tensors: Iterable[Tensor]) -> tuple[Hashable, ...]:
@@ -78,14 +82,13 @@ class Box:
         """The descriptor of a tensor, or of what stands for one."""
         return descriptor_class()(base, self.shape, self.strides, self.block)
 
-    def at(self, tensor: Tensor) -> Any:
-        """The descriptor of a tensor, made once for an address."""
-        address = tensor.data_ptr()
+    def at(self, address: int, dtype: torch.dtype) -> Any:
+        """The descriptor of a tensor at an address, made once for each."""
         found = self.known.get(address)
         if found is None:
             if len(self.known) >= _ADDRESSES:
                 self.known.clear()
-            found = self.known[address] = self.descriptor(_Address(address, tensor.dtype))
+            found = self.known[address] = self.descriptor(_Address(address, dtype))
         return found
 
 
@@ -153,6 +156,8 @@ class Launch:
             grid: programs along up to three dimensions.
             given: tensors and numbers by name; others are left out.
         """
+        if watcher.current is not None:
+            watcher.current.started.append((self, grid, given))
         if self._compiled is None:
             self._ask(grid, given)
             return
@@ -169,7 +174,7 @@ class Launch:
             self._ask(grid, given)
             return
         for place, name, box in self._boxes:
-            arguments[place] = box.at(given[name])
+            arguments[place] = box.at(given[name].data_ptr(), given[name].dtype)
         if grid != self._grid:
             self._grid, self._run = grid, self._compiled[(*grid, 1, 1)[:3]]
         self._run(*arguments)
@@ -186,8 +191,99 @@ class Launch:
             arguments[place] = box.descriptor(given[name])
         compiled = self.launcher.launched(grid, arguments)
         aligned = not any(given[name].data_ptr() & 15 for _, name in self._pointers)
-        if aligned and all(-_WIDE <= given[name] < _WIDE for _, name in self._numbers):
+        if aligned and all(_is_narrow(given[name]) for _, name in self._numbers):
             self._compiled = compiled
+
+    def bound(
+        self, grid: tuple[int, ...], given: Mapping[str, Any], places: Callable[[Tensor], Place]
+    ) -> Bound | None:
+        """The launch of this grid and these numbers, which takes addresses alone.
+
+        None unless the kernel that it starts is the usual one.
+
+        Args:
+            grid: programs along up to three dimensions.
+            given: as for a call.
+            places: where the address of a tensor will be found.
+        """
+        numbers = [(place, given[name]) for place, name in self._numbers]
+        unaligned = any(given[name].data_ptr() & 15 for _, name in self._pointers)
+        if self._compiled is None or unaligned or not all(map(_is_narrow, dict(numbers).values())):
+            return None
+        arguments = self._values.copy()
+        for place, number in numbers:
+            arguments[place] = number
+        boxes = [(place, box, given[name]) for place, name, box in self._boxes]
+        examples = [box.descriptor(tensor) for _, box, tensor in boxes]
+        start = start_of(self._compiled, (*grid, 1, 1)[:3], arguments, examples)
+        pointers = [(p, places(given[name])) for p, name in (*self._pointers, *self._lists)]
+        described = [
+            Filled(start.places[p], places(t), partial(_encoded, encode, box, t.dtype))
+            for (p, box, t), encode in zip(boxes, start.encode, strict=True)
+        ]
+        return Bound(start, [(start.places[p], *where) for p, where in pointers], described)
+
+
+def _encoded(encode: Callable[[Any], Any], box: Box, dtype: torch.dtype, address: int) -> Any:
+    return encode(box.descriptor(_Address(address, dtype)))
+
+
+def _is_narrow(number: float) -> bool:
+    return -_WIDE <= number < _WIDE
+
+
+@dataclass(frozen=True, eq=False)
+class Filled:
+    """A descriptor that a launch fills in.
+
+    Attributes:
+        place: among the arguments.
+        source: where the address of its tensor is found.
+        make: what stands for it, from that address.
+        known: the same by address.
+    """
+
+    place: int
+    source: Place
+    make: Callable[[int], Any]
+    known: dict[int, Any] = field(default_factory=dict)
+
+    def at(self, address: int) -> Any:
+        """What stands for it, made once for an address."""
+        found = self.known.get(address)
+        if found is None:
+            if len(self.known) >= _ADDRESSES:
+                self.known.clear()
+            found = self.known[address] = self.make(address)
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """A launch of which everything is known but where its tensors are.
+
+    Attributes:
+        start: starts the kernel.
+        pointers: for each tensor its place among the arguments, and where its address is found.
+        described: its descriptors.
+    """
+
+    start: Start
+    pointers: list[tuple[int, int, int]]
+    described: list[Filled]
+
+    def __call__(self, addresses: Sequence[int], device: int) -> None:
+        """Launch it on a device, which is the current one."""
+        start = self.start
+        arguments = start.arguments.copy()
+        if start.stream is not None:
+            arguments[STREAM] = start.stream(device)
+        for place, source, offset in self.pointers:
+            arguments[place] = addresses[source] + offset
+        for one in self.described:
+            source, offset = one.source
+            arguments[one.place] = one.at(addresses[source] + offset)
+        start.run(*arguments)
 
 
 @dataclass(frozen=True, eq=False)

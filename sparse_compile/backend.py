@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from torch.fx import GraphModule
 
+from sparse_compile.ops.registered import OPERATORS, RUN
 from sparse_compile.options import Options
 from sparse_compile.passes import pipeline
 
@@ -50,7 +52,31 @@ def compile_with_inductor(
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
+    _call_without_dispatcher()
     patches = dict(list_mode_options(mode)) if mode else {}
     patches.update({name.replace("-", "_"): value for name, value in inductor_options.items()})
     compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
     return cast("Callable[..., Any]", compiled)
+
+
+@functools.cache
+def _call_without_dispatcher() -> None:
+    """Have Inductor's code call the functions behind our operators, not the operators.
+
+    What it compiles runs below autograd, on plain tensors: the layers between an operator and its
+    function would find nothing to do, and take longer than many kernels. A version of torch that
+    has no such registry calls the operators.
+    """
+    try:
+        from torch._inductor.codegen import custom_extern_kernel_codegen as registry
+    except ImportError:
+        return
+
+    def write(node: Any, writeline: Callable[[str], None]) -> None:
+        arguments = ", ".join([*node.codegen_args(), *node.codegen_kwargs()])
+        function = f"{node.python_kernel_name.rpartition('.')[0]}.{RUN}"
+        writeline(f"{node.get_name()} = {function}({arguments})")
+
+    for name in OPERATORS:
+        written = registry.CustomCodegen(python=write)
+        registry.CUSTOM_EXTERN_KERNEL_CODEGEN[f"torch.ops.sparse_compile.{name}.default"] = written

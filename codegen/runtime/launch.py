@@ -10,8 +10,9 @@ that is repeated with other tensors of the same shapes is *prepared*: only addre
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +25,25 @@ _KNOWN = ("3.6.", "3.7.", "3.8.", "3.9.")
 _MOST = 1024
 #: Dtypes of operands, as the names of modules spell them.
 DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+class _Watcher(threading.local):
+    """Who sees what this thread starts: something with ``started`` and ``did_more``, or nobody."""
+
+    current: Any = None
+
+
+watcher = _Watcher()
+
+
+@contextmanager
+def watching(by: Any) -> Iterator[None]:
+    """Somebody sees what this thread starts."""
+    watcher.current = by
+    try:
+        yield
+    finally:
+        watcher.current = None
 
 
 class Refused(Exception):
@@ -65,6 +85,8 @@ class Launcher:
             grid: programs along up to three dimensions.
             values: of the parameters by name, constants included; those of others are left out.
         """
+        if watcher.current is not None:
+            watcher.current.did_more = True
         self.launched(grid, self.entry.ordered(values))
 
     def launched(self, grid: tuple[int, ...], arguments: Sequence[Any]) -> Any:

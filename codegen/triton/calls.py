@@ -14,6 +14,7 @@ from sparse_compile.codegen.call import AttentionCall
 from sparse_compile.codegen.entry import Kind
 from sparse_compile.codegen.generators import generators
 from sparse_compile.codegen.prepared import Launches, geometry, kept
+from sparse_compile.codegen.repeated import REPEATS
 from sparse_compile.codegen.runtime.launch import (
     DTYPE_NAMES,
     Launcher,
@@ -242,6 +243,7 @@ def forget() -> None:
     """Prepare everything anew."""
     kernels_of.cache_clear()
     PREPARED.clear()
+    REPEATS.clear()
 
 
 def key_of(call: AttentionCall, *read: Tensor) -> tuple[Hashable, ...]:

@@ -14,8 +14,8 @@ from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.layout.views.split_views import Split, choose_views, rounded
 from sparse_compile.passes.graph_edit import dimension, example_value, expected
 from sparse_compile.sites.plan import Plan
-from sparse_compile.sites.site import AttentionSite, LiftedMask
-from sparse_compile.spec import AttentionSpec
+from sparse_compile.sites.site import AttentionSite, LiftedMask, Visited
+from sparse_compile.spec import AttentionSpec, EmptyRows
 from sparse_compile.spec.target import Target
 
 #: Keys of which one is visited, where what a mask reads has no values yet.
@@ -61,16 +61,19 @@ class Price:
 
     def _coverage(self, plan: Plan, work: Workload) -> Coverage:
         lifted, here = plan.lifted, self.work_of(plan.site, expected(plan.site.k, "n"))
-        pairs = self._pairs(plan, work)
+        pairs, partial = self._pairs(plan, work), 0.0
         if lifted.program is not None:
             # The example says how much is left of what the predicate leaves possible.
             possible = self._pairs(plan, here)
-            seen = _VISITED * possible if lifted.visited is None else lifted.visited
-            pairs = seen * pairs / possible if possible else seen
+            seen = lifted.visited or Visited(_VISITED * possible, 0.0)
+            longer = pairs / possible if possible else 1.0
+            pairs, partial = seen.pairs * longer, seen.partial * longer
+        by_pair = any({"q", "kv"} <= set(axes.axes) for axes in lifted.dense)
         read = sum(_elements(axes.axes, work) for axes in lifted.dense)
         changes = lifted.mask.tables or lifted.mask.n_sizes or grows(plan.site)
         made = 1 / self.sharing if changes else 0.0
-        return Coverage(pairs, _classes(lifted, work), made, read)
+        looked_up = partial if by_pair else 0.0
+        return Coverage(pairs, _classes(lifted, work), made, read, looked_up, _does_more(plan.spec))
 
     def _pairs(self, plan: Plan, work: Workload) -> float:
         """Pairs in blocks that the predicate leaves possible, for each query."""
@@ -96,6 +99,12 @@ def views_for(
 def grows(site: AttentionSite) -> bool:
     """Whether the number of keys changes from call to call."""
     return isinstance(dimension(site.k, "n"), torch.SymInt)
+
+
+def _does_more(spec: AttentionSpec) -> bool:
+    """Whether a call puts something in order, or mends its empty rows, beside its kernels."""
+    plain = all(order.is_natural for part in spec.parts for order in (part.q, part.kv))
+    return not plain or spec.empty_rows is not EmptyRows.ZERO
 
 
 def _classes(lifted: LiftedMask, work: Workload) -> int:

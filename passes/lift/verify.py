@@ -23,7 +23,7 @@ from sparse_compile.passes.lift.prefix import CannotRun, Prefix, bytes_of, prefi
 from sparse_compile.passes.lift.rankings import arguments_of, is_topk_index, topk_dim, topk_of
 from sparse_compile.passes.lift.slice import Slicer
 from sparse_compile.passes.lift.value import Refused, Unliftable, size_expr
-from sparse_compile.sites.site import LiftedMask, Scope
+from sparse_compile.sites.site import LiftedMask, Scope, Visited
 
 _CHUNK = 1 << 22
 _MOST_RANDOM = 1 << 24
@@ -97,7 +97,7 @@ class Question:
     examples: Examples
 
 
-def verify(asked: Question, verify_bytes: int, slicer: Slicer) -> float | None:
+def verify(asked: Question, verify_bytes: int, slicer: Slicer) -> Visited | None:
     """Compare a lifted mask with the program's own mask tensors.
 
     These come from the captured graph as it is, where that can be run so far, and not from the
@@ -109,8 +109,8 @@ def verify(asked: Question, verify_bytes: int, slicer: Slicer) -> float | None:
         slicer: knows the graphs.
 
     Returns:
-        pairs in blocks that hold an allowed one, for each query of the example, where the mask
-        reads values that the example has; None elsewhere.
+        the pairs in blocks of the example, where the mask reads values that the example has; None
+        elsewhere.
 
     Raises:
         Refused: when they differ, or when the tensors are too large to be computed for a check.
@@ -144,7 +144,7 @@ class _NotComputed(Refused):
     """The program's own operators failed."""
 
 
-def _check(asked: Question, prefix: Prefix | None, leaves: Mapping[Node, Any]) -> float:
+def _check(asked: Question, prefix: Prefix | None, leaves: Mapping[Node, Any]) -> Visited:
     """Compare for some values of the leaves; the pairs in blocks, for each query."""
     try:
         kept = _kept(asked, _tensors(asked, prefix, leaves))
@@ -233,7 +233,7 @@ def _check_fills(mask: Tensor, fills: Sequence[float]) -> None:
         )
 
 
-def _compare(asked: Question, leaves: Mapping[Node, Any], kept: Sequence[Tensor]) -> float:
+def _compare(asked: Question, leaves: Mapping[Node, Any], kept: Sequence[Tensor]) -> Visited:
     """Raise where the masks differ; the pairs in their blocks, for each query."""
     masks, lifted, examples = asked.masks, asked.lifted, asked.examples
     lengths = {symbol: examples.size(expr) for symbol, expr in masks.lengths.items()}
@@ -251,7 +251,7 @@ def _compare(asked: Question, leaves: Mapping[Node, Any], kept: Sequence[Tensor]
     shape = functools.reduce(operator.and_, (mask[:, :, :1, :1] for mask in kept)).shape
     rows = max(1, _CHUNK // max(1, shape[0] * shape[1] * lengths[KV]))
     rows = rows // _BLOCK * _BLOCK or rows
-    pairs = 0.0
+    pairs, partial = 0.0, 0.0
     for start in range(0, lengths[Q], rows):
         queries, keys = range(start, min(start + rows, lengths[Q])), range(lengths[KV])
         coordinates = grid(device, b=range(shape[0]), h=range(shape[1]), q=queries, kv=keys)
@@ -264,8 +264,12 @@ def _compare(asked: Question, leaves: Mapping[Node, Any], kept: Sequence[Tensor]
         if masks.site.causal:
             expected = expected & (coordinates["kv"] <= coordinates["q"])
         _raise_if_different(found, expected, start)
-        pairs += _pairs_in_blocks(found, len(queries), len(keys))
-    return pairs / max(1, lengths[Q])
+        held, hidden = (_pairs_in_blocks(x, len(queries), len(keys)) for x in (found, ~found))
+        pairs += held
+        # Blocks that hold both are counted twice.
+        partial += max(0.0, held + hidden - len(queries) * len(keys))
+    n_q = max(1, lengths[Q])
+    return Visited(pairs / n_q, partial / n_q)
 
 
 def _pairs_in_blocks(found: Tensor, rows: int, keys: int) -> float:

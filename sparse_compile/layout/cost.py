@@ -40,6 +40,9 @@ class Coverage:
 
     Attributes:
         pairs: in visited blocks for each query, weighed as :class:`ViewCost` weighs them.
+        looked_up: those of them whose mask is looked up in a tensor of pairs, one by one.
+        more: whether a call does more than to start its kernels, see
+            :mod:`sparse_compile.codegen.repeated`.
         classes: batch entries and heads that have lists of their own.
         made: which share of a layout is made in each call: 0 where it depends on sizes that do not
             change, 1 where it is made for this attention alone.
@@ -50,6 +53,8 @@ class Coverage:
     classes: int = 1
     made: float = 0.0
     read: int = 0
+    looked_up: float = 0.0
+    more: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,7 @@ class Rates:
 
     Attributes:
         dense_call, sparse_call: of the host, in a call with its backward if there is one.
+        more: for a sparse call that does more than to start its kernels.
         layout: for making a layout.
         a_class: for each class of it; with ``class_call`` for calling its kernels.
         read: for an element of a mask tensor.
@@ -114,10 +120,12 @@ class Rates:
         row: for a query in visited blocks, in pairs: it is brought there, and its result back.
         written_out: how many times ``dense`` a softmax costs that is written out.
         rows: so many queries cost as much as one.
+        looked_up: how many times ``sparse`` a pair costs whose mask is looked up.
     """
 
     dense_call: float
     sparse_call: float
+    more: float
     layout: float
     a_class: float
     class_call: float
@@ -127,15 +135,22 @@ class Rates:
     row: int
     written_out: float
     rows: int
+    looked_up: float
 
 
 #: By device, and whether gradients are computed. CPU: fp32, one thread, torch 2.13. CUDA: bf16, one
 #: H200, 16 heads of 64, torch 2.11: SDPA with a mask tensor; generation with 32 heads of 128.
 RATES = {
-    ("cpu", False): Rates(5e-5, 7e-4, 4e-3, 5e-5, 1.5e-4, 1.3e-9, 2.5e-11, 2.4e-11, 64, 1.8, 8),
-    ("cpu", True): Rates(2.5e-4, 2.2e-3, 4e-3, 5e-5, 5e-4, 1.3e-9, 8.7e-11, 1e-10, 64, 1.4, 8),
-    ("cuda", False): Rates(1e-4, 3e-4, 1.6e-3, 0, 0, 5e-13, 8.6e-15, 6e-15, 16, 3, 100),
-    ("cuda", True): Rates(7.5e-4, 1.55e-3, 1.6e-3, 0, 0, 5e-13, 3e-14, 2.1e-14, 16, 3, 100),
+    ("cpu", False): Rates(
+        5e-5, 7e-4, 0, 4e-3, 5e-5, 1.5e-4, 1.3e-9, 2.5e-11, 2.4e-11, 64, 1.8, 8, 1
+    ),
+    ("cpu", True): Rates(
+        2.5e-4, 2.2e-3, 0, 4e-3, 5e-5, 5e-4, 1.3e-9, 8.7e-11, 1e-10, 64, 1.4, 8, 1
+    ),
+    ("cuda", False): Rates(1e-4, 1e-4, 2e-4, 1.8e-3, 0, 0, 5e-13, 8.6e-15, 6e-15, 16, 3, 100, 8),
+    ("cuda", True): Rates(
+        7.5e-4, 7.5e-4, 8e-4, 1.8e-3, 0, 0, 5e-13, 3e-14, 2.1e-14, 16, 3, 100, 5.5
+    ),
 }
 #: Multiprocessors of the H200, and how much slower those of other architectures are.
 _H200 = 132
@@ -163,8 +178,10 @@ def dense(target: Target, work: Workload) -> Candidate:
 def blocks(target: Target, work: Workload, coverage: Coverage) -> Candidate:
     """Block-sparse attention."""
     rates = RATES[target.kind, work.trained]
-    seconds = _pairs(target, work, coverage.pairs + rates.row) * rates.sparse
+    weighed = coverage.pairs + (rates.looked_up - 1) * coverage.looked_up
+    seconds = _pairs(target, work, weighed + rates.row) * rates.sparse
     calls = rates.sparse_call + rates.class_call * (coverage.classes - 1)
+    calls += rates.more * coverage.more
     layout = (rates.layout + rates.a_class * coverage.classes) * coverage.made
     read = coverage.read * rates.read * min(1.0, coverage.made)
     return Candidate(

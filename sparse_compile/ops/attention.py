@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sparse_compile.codegen import attend, empty_rows
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
+from sparse_compile.codegen.repeated import Kind
 from sparse_compile.expr import WORD
 from sparse_compile.layout import Layout, build_views
 from sparse_compile.layout.from_dense import DenseCall, DenseRead
@@ -106,7 +107,21 @@ def _like_attention(q: Tensor, k: Tensor, v: Tensor, spec: str) -> tuple[Tensor,
     return out, q.new_empty([batch, heads, n_q], dtype=torch.float32)
 
 
-@operator(_like_attention, by_token=True)
+def _kind(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    learned: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    sizes: Sequence[int],
+    lists: Sequence[Tensor],
+    *others: Any,
+) -> Kind:
+    read = [q, k, v, *learned, *tables]
+    return read, lists, (len(learned), len(tables), *sizes, *others)
+
+
+@operator(_like_attention, by_token=True, kind=_kind)
 def attention(
     q: Tensor,
     k: Tensor,
@@ -158,7 +173,14 @@ def _like_gradients(q: Tensor, k: Tensor, v: Tensor, learned: Sequence[Tensor]) 
     return [t.new_empty(t.shape) for t in (q, k, v, *learned)]
 
 
-@operator(_like_gradients)
+def _kind_backward(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *call: Any
+) -> Kind:
+    read, lists, others = _kind(*call)
+    return [*read, grad_out, grad_lse, out, lse], lists, others
+
+
+@operator(_like_gradients, kind=_kind_backward)
 def attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,

@@ -16,12 +16,24 @@ import torch
 from torch import Tensor
 from torch.library import custom_op, infer_schema
 
+from sparse_compile.codegen.repeated import Kind, repeated
+
 if TYPE_CHECKING:
     from torch._library.custom_ops import CustomOpDef
 
 
+#: The attribute of ``torch.ops.sparse_compile.<name>`` that is the function behind the operator.
+RUN = "run"
+#: The names of all operators.
+OPERATORS: list[str] = []
+
+
 def operator(
-    fake: Callable[..., Any], *, recorded: bool = True, by_token: bool = False
+    fake: Callable[..., Any],
+    *,
+    recorded: bool = True,
+    by_token: bool = False,
+    kind: Callable[..., Kind] | None = None,
 ) -> Callable[[Callable[..., Any]], CustomOpDef]:
     """Register a function as ``sparse_compile::<its name>``; it changes none of its arguments.
 
@@ -33,6 +45,7 @@ def operator(
             on the host, or in tensors that are no arguments.
         by_token: whether its first result, [B, H, N, D], is stored as [B, N, H, D]: what a
             projection back to [B, N, H * D] reads.
+        kind: of calls that are repeated, see :mod:`sparse_compile.codegen.repeated`.
     """
 
     def register(run: Callable[..., Any]) -> CustomOpDef:
@@ -40,11 +53,15 @@ def operator(
         def stored(*args: Any, **kwargs: Any) -> Any:
             return _stored(run(*args, **kwargs), by_token)
 
+        called: Callable[..., Any] = stored if kind is None else repeated(kind)(stored)
         schema = infer_schema(run, mutates_args=())
         name = f"sparse_compile::{run.__name__}"
         tags = () if recorded else (torch.Tag.cudagraph_unsafe,)
-        made = custom_op(name, stored, mutates_args=(), schema=schema, tags=tags)
+        made = custom_op(name, called, mutates_args=(), schema=schema, tags=tags)
         made.register_fake(_by_name(fake, inspect.signature(run)))
+        # What compiled code calls: its tensors need neither autograd nor a dispatcher any more.
+        setattr(getattr(torch.ops.sparse_compile, run.__name__), RUN, called)
+        OPERATORS.append(run.__name__)
         return made
 
     return register

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from torch.fx import GraphModule, Node
 
@@ -298,6 +298,18 @@ class SelectedKeys:
         return f"selected: {what}, units of {' and '.join(units)}{asked}"
 
 
+class Visited(NamedTuple):
+    """What a mask leaves to be visited, for each query.
+
+    Attributes:
+        pairs: in blocks that hold an allowed one.
+        partial: in those of them that hold a hidden one, too.
+    """
+
+    pairs: float
+    partial: float
+
+
 @dataclass(frozen=True)
 class LiftedMask:
     """The meaning of a site's masks, and how to compute the run-time data it reads.
@@ -317,9 +329,8 @@ class LiftedMask:
             not return these.
         selection: the keys that an index selects; a query attends to those that ``mask`` allows.
         fills: the scores of masked keys, or what is added to them.
-        visited: pairs in blocks that hold an allowed one, for each query of the example that was
-            compiled with; None where the mask depends on lengths alone, or on values that only a
-            call has.
+        visited: what is visited in the example that was compiled with; None where the mask depends
+            on lengths alone, or on values that only a call has.
         unselected: why what an index selects is in ``mask`` instead; empty where nothing is.
         otherwise: the same mask with what ``selection`` names in a mask tensor, or why that cannot
             be read; None unless a threshold selects, which can be said either way.
@@ -335,7 +346,7 @@ class LiftedMask:
     selection: SelectedKeys | None = None
     unselected: str = ""
     fills: tuple[float, ...] = ()
-    visited: float | None = None
+    visited: Visited | None = None
     otherwise: LiftedMask | Rejection | None = None
 
     @property

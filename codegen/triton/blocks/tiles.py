@@ -30,6 +30,10 @@ _HALF_SM90 = {
     128: Tiles(_by_tma(64, 64, 4, 3), _by_tma(64, 64, 4, 2), _by_tma(64, 64, 4, 2)),
     256: Tiles(_by_tma(128, 64, 8, 2), _by_tma(64, 64, 8, 2), _by_tma(32, 64, 8, 2)),
 }
+# Random blocks that are listed: what is read of K and V has to serve more queries. Swept likewise.
+_LISTED_SM90 = {
+    128: Tiles(_by_tma(128, 128, 8, 2), _by_tma(128, 64, 8, 3), _by_tma(64, 128, 8, 3)),
+}
 # 228 KB of shared memory, but rows that descriptors cannot describe; and sm_100.
 _HALF_LARGE = {
     64: Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
@@ -82,7 +86,10 @@ def _chosen(spec: KernelSpec) -> Tiles:
         return _HALF_SMALL[width]
     # A descriptor's strides are multiples of 16 bytes.
     describable = all(dim % 8 == 0 and dim >= 32 for dim in (spec.head_dim, spec.value_dim))
-    return (_HALF_SM90 if spec.arch == "sm_90" and describable else _HALF_LARGE)[width]
+    if spec.arch != "sm_90" or not describable:
+        return _HALF_LARGE[width]
+    listed = any(part.listed for part in spec.attention.parts)
+    return _LISTED_SM90.get(width, _HALF_SM90[width]) if listed else _HALF_SM90[width]
 
 
 def _within(tile: Tile, block_q: int, block_kv: int) -> Tile:

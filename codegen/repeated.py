@@ -1,0 +1,216 @@
+"""Calls that are repeated: what the first one asked for and started, without what it looked up.
+
+The first call of its kind is watched. If all that it did was to ask for memory and to start kernels
+that are prepared, then a call of the same kind does the same with other addresses: it allocates and
+launches, and nothing else. What else a call may do (a copy of an operand, zeros for rows that no
+block reaches, a selection that is unpacked) is seen, and such calls take the whole way each time.
+
+Calls are of one kind if all that the host can know of them is equal: shapes, strides, dtypes,
+devices and alignments of tensors, shapes of lists, and all other arguments. An executor decides on
+nothing else, since it never waits for a device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial, wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sparse_compile.codegen.prepared import Bound, Launch, Place, kept
+from sparse_compile.codegen.runtime.direct import allocator
+from sparse_compile.codegen.runtime.launch import watching
+
+#: Operators that ask for memory, and give it as it is.
+_ALLOCATIONS = (
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_strided.default,
+    torch.ops.aten.new_empty.default,
+    torch.ops.aten.new_empty_strided.default,
+)
+#: The first call of a kind may still make what later ones find; so many are watched.
+_WATCHED = 3
+#: What is known of calls, by kind.
+REPEATS: dict[Hashable, Any] = {}
+#: Types of devices whose kernels are launched.
+DEVICES = ("cuda",)
+
+Kind = tuple[Sequence["Tensor | None"], Sequence[Tensor], Hashable]
+
+
+def repeated(kind: Callable[..., Kind]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Have calls of a function that runs kernels repeated.
+
+    Args:
+        kind: of the same arguments: the tensors that it computes from, the first on the device; the
+            lists that it follows, contiguous; and all others.
+    """
+
+    def decorate(run: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(run)
+        def call(*args: Any) -> Any:
+            tensors, lists, others = kind(*args)
+            first = tensors[0]
+            if first is None or first.device.type not in DEVICES:
+                return run(*args)
+            addresses, known = _known(tensors)
+            key = run, others, first.device, known, tuple([t.shape for t in lists])
+            found = REPEATS.get(key)
+            if type(found) is Repeat:
+                addresses += [t.data_ptr() for t in lists]
+                return found(addresses, first.device)
+            if found == _WATCHED:
+                return run(*args)
+            watch = _Watch()
+            with watch, watching(watch):
+                results = run(*args)
+            kept(REPEATS, key, watch.repeat([*tensors, *lists], results) or (found or 0) + 1)
+            return results
+
+        return call
+
+    return decorate
+
+
+def _known(tensors: Sequence[Tensor | None]) -> tuple[list[int], Hashable]:
+    """Where some tensors are, and all else that the host decides by."""
+    addresses: list[int] = []
+    known: list[Hashable] = []
+    for t in tensors:
+        if t is None:
+            addresses.append(0)
+            known.append(t)
+        else:
+            address = t.data_ptr()
+            addresses.append(address)
+            known.append((t.shape, t.stride(), t.dtype, address & 15))
+    return addresses, tuple(known)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A tensor that a call makes.
+
+    Attributes:
+        shape, strides, dtype: of it.
+        new: makes one from these, on the device.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    new: Callable[..., Tensor]
+
+    @staticmethod
+    def like(t: Tensor) -> Memory:
+        """That of a tensor."""
+        return Memory(tuple(t.shape), t.stride(), t.dtype, allocator(t.device))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing lies between its entries."""
+        steps = (step * (n - 1) for step, n in zip(self.strides, self.shape, strict=True))
+        return math.prod(self.shape) in (0, 1 + sum(steps))
+
+
+@dataclass(frozen=True, eq=False)
+class Repeat:
+    """What calls of a kind do.
+
+    Attributes:
+        memory: the tensors that they make; results are the first of them.
+        launches: the kernels that they start, in order.
+        results: how many tensors they return, and as what.
+    """
+
+    memory: tuple[Memory, ...]
+    launches: tuple[Bound, ...]
+    results: tuple[int, type]
+
+    def __call__(self, addresses: list[int], device: torch.device) -> Any:
+        """Run one.
+
+        Args:
+            addresses: of its tensors and lists; those of what it makes are added.
+            device: of them.
+        """
+        number = device.index or 0
+        if device.type == "cuda" and number != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self(addresses, device)
+        made = [memory.new(memory.shape, memory.strides, memory.dtype) for memory in self.memory]
+        addresses += [t.data_ptr() for t in made]
+        for launch in self.launches:
+            launch(addresses, number)
+        returned, kind = self.results
+        return kind(made[:returned])
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types here
+    """Sees what a call does."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.made: list[Tensor] = []
+        self.started: list[tuple[Launch, tuple[int, ...], Mapping[str, Any]]] = []
+        self.did_more = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func in _ALLOCATIONS:
+            self.made.append(found)
+        elif not func.is_view:
+            self.did_more = True
+        return found
+
+    def repeat(self, given: Sequence[Tensor | None], results: Any) -> Repeat | None:
+        """How calls like this one are repeated, if they can be.
+
+        Args:
+            given: its tensors and lists.
+            results: a tensor, or a list or tuple of tensors.
+        """
+        returned = [results] if isinstance(results, Tensor) else list(results)
+        others = [t for t in self.made if all(t.data_ptr() != r.data_ptr() for r in returned)]
+        sources = [*given, *returned, *others]
+        addresses = [t.data_ptr() for t in sources if t is not None and t.numel()]
+        known = len(set(addresses)) == len(addresses)
+        if self.did_more or not self.started or not known or isinstance(results, Tensor):
+            return None
+        try:
+            launches = [
+                launch.bound(grid, names, partial(_place, sources))
+                for launch, grid, names in self.started
+            ]
+        except _Unknown:
+            return None
+        memory = tuple(map(Memory.like, [*returned, *others]))
+        usual = tuple(launch for launch in launches if launch is not None)
+        if len(usual) < len(launches) or not all(one.is_whole for one in memory):
+            return None
+        return Repeat(memory, usual, (len(returned), type(results)))
+
+
+class _Unknown(Exception):
+    """A tensor is neither given nor made, nor a part of such a one."""
+
+
+def _place(sources: Sequence[Tensor | None], tensor: Tensor) -> Place:
+    """Which of the sources a tensor is, or is a part of, and how far behind its start."""
+    if not tensor.numel():
+        return 0, 0  # nobody reads there
+    start = tensor.data_ptr()
+    for number, source in enumerate(sources):
+        if source is not None and source.data_ptr() == start:
+            return number, 0
+    for number, source in enumerate(sources):
+        if source is not None and source.is_contiguous():
+            behind = start - source.data_ptr()
+            if 0 < behind < source.numel() * source.element_size():
+                return number, behind
+    raise _Unknown

@@ -1,0 +1,180 @@
+"""Calls that are repeated start the same kernels with the same arguments as the whole way does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparse_compile import patterns as P
+from sparse_compile.codegen import attend, repeated
+from sparse_compile.codegen.generators import executor
+from sparse_compile.codegen.repeated import REPEATS, Repeat
+from sparse_compile.codegen.runtime.launch import Launcher
+from sparse_compile.codegen.triton import calls
+from sparse_compile.layout import schedule
+from sparse_compile.layout.lists import lists_of
+from sparse_compile.ops.attention import attention, attention_backward
+from tests.handed_in import worklists_on_the_cpu
+
+#: Worklists are cached by lengths: lines are split at one of them alone.
+N, N_SPLIT = 96, 112
+Started = list[tuple[tuple[int, ...], list[Any]]]
+CPU = torch.device("cpu")
+
+
+class Kernel:
+    """What Triton compiled, which only notes what it is started with."""
+
+    def __init__(self, notes: Started) -> None:
+        self.notes = notes
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments: self.notes.append((grid, list(arguments)))
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[Started]:
+    """The kernels of a GPU for tensors on the CPU: what they are started with, and nothing more."""
+    notes: Started = []
+
+    def launched(self: Launcher, grid: tuple[int, ...], arguments: Sequence[Any]) -> Kernel:
+        plain = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+        notes.append(((*grid, 1, 1)[:3], plain))
+        return Kernel(notes)
+
+    monkeypatch.setattr(Launcher, "launched", launched)
+    monkeypatch.setattr(attend, "executor", lambda family, device: executor(family, "cuda"))
+    monkeypatch.setattr(repeated, "DEVICES", ("cpu",))
+    calls.forget()
+    with worklists_on_the_cpu(workers=8):
+        yield notes
+    calls.forget()
+
+
+class Problem:
+    """Tensors for an attention, and the lists of its mask."""
+
+    def __init__(self, mask: P.Pattern, heads: int = 4, strided: bool = False, n: int = N) -> None:
+        self.layout = mask.layout(n, n, batch=2, heads=4, block=(32, 32))
+        self.lists = lists_of(self.layout, heads, CPU)
+        q, kv = [(2, h, n, 32) for h in (4, heads)]
+        self.q, self.k, self.v, self.grad = (
+            torch.randn(s[0], s[2], s[1], s[3]).transpose(1, 2) if strided else torch.randn(s)
+            for s in (q, kv, kv, q)
+        )
+
+    def forward(self, k: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = attention(
+            *(self.q, self.k if k is None else k, self.v, [], list(self.layout.tables), []),
+            *(self.lists, 0.5, self.layout.spec.text),
+        )
+        return found
+
+    def backward(self, out: Tensor, lse: Tensor) -> list[Tensor]:
+        found: list[Tensor] = attention_backward(
+            *(self.grad, None, out, lse, self.q, self.k, self.v, [], list(self.layout.tables), []),
+            *(self.lists, 0.5, self.layout.spec.text),
+        )
+        return found
+
+    def named(self, started: Started, results: Sequence[Tensor]) -> list[Any]:
+        """What was started, with names for the addresses that are known."""
+        names = {t.data_ptr(): f"result {i}" for i, t in enumerate(results)}
+        given = {"q": self.q, "k": self.k, "v": self.v, "grad": self.grad}
+        names |= {t.data_ptr(): name for name, t in given.items()}
+        tables = dict(enumerate(self.layout.tables))
+        names |= {t.data_ptr(): f"table {i}" for i, t in tables.items()}
+        for number, t in enumerate(self.lists):
+            names |= {t.data_ptr() + 4 * i: f"list {number}, {i}" for i in range(t.numel())}
+        # What else is an address is that of memory of the call itself.
+        return [
+            (grid, [names.get(a, "scratch" if _is_address(a) else a) for a in arguments])
+            for grid, arguments in started
+        ]
+
+
+def _is_address(argument: Any) -> bool:
+    return isinstance(argument, int) and argument > 1 << 32
+
+
+MASKS: dict[str, Callable[[int], P.Pattern]] = {
+    "window": lambda n: P.SlidingWindow(20, 0),
+    "global tokens": lambda n: P.SlidingWindow(4) | P.Global(2),
+    "documents": lambda n: P.Documents(torch.arange(n) // 40) & P.Causal(),
+    "each head its own": lambda n: P.Heads((P.SlidingWindow(8), P.Causal()) * 2),
+}
+
+
+@pytest.mark.parametrize(("heads", "strided", "are_split"), [(4, False, True), (2, True, False)])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_a_repeated_call_does_what_the_whole_way_does(
+    mask: Callable[[int], P.Pattern],
+    heads: int,
+    strided: bool,
+    are_split: bool,
+    started: Started,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if are_split:
+        monkeypatch.setattr(schedule, "LARGEST_SHARE", 0.0)
+        monkeypatch.setattr(schedule, "SMALLEST_PART", 1)
+    n = N_SPLIT if are_split else N
+    first, second = (Problem(mask(n), heads, strided, n) for _ in range(2))
+
+    def run(problem: Problem) -> tuple[list[Any], list[Any]]:
+        started.clear()
+        results = problem.forward()
+        notes = problem.named(started, results)
+        started.clear()
+        grads = problem.backward(*results)
+        notes += problem.named(started, [*results, *grads])
+        return notes, [(t.shape, t.stride(), t.dtype) for t in (*results, *grads)]
+
+    run(first)
+    REPEATS.clear()
+    whole_way = run(second)
+    assert [type(found) for found in REPEATS.values()] == [Repeat, Repeat]
+    assert (len(whole_way[0]) > 3) == are_split  # what is split is merged
+    assert run(second) == whole_way
+    assert run(first) == whole_way
+
+
+def test_other_tensors_are_another_kind(started: Started) -> None:
+    problem, strided = Problem(P.SlidingWindow(20, 0)), Problem(P.SlidingWindow(20, 0), 4, True)
+    for made, kinds in ((problem, 1), (problem, 1), (strided, 2)):
+        made.forward()
+        assert len(REPEATS) == kinds
+
+
+def test_one_tensor_for_two_operands_does_not_make_them_one(started: Started) -> None:
+    problem = Problem(P.SlidingWindow(20, 0))
+    for _ in range(2):
+        problem.forward(k=problem.v)
+        assert not any(isinstance(found, Repeat) for found in REPEATS.values())
+    problem.forward()
+    started.clear()
+    out, lse = problem.forward()
+    ((_, arguments),) = problem.named(started, (out, lse))
+    assert {"q", "k", "v"} <= {a for a in arguments if isinstance(a, str)}
+
+
+def test_calls_that_do_more_are_not_repeated(started: Started) -> None:
+    """A negative scale changes the sign of the queries first; it is asked a few times, no more."""
+    problem = Problem(P.SlidingWindow(20, 0))
+    negative = [problem.q, problem.k, problem.v, [], [], [], problem.lists]
+    for call in range(5):
+        started.clear()
+        attention(*negative, -0.5, problem.layout.spec.text)
+        assert len(started) == 1
+        assert list(REPEATS.values()) == [min(call + 1, 3)]
+
+
+def test_the_cpu_has_nothing_to_repeat() -> None:
+    problem = Problem(P.SlidingWindow(20, 0))
+    known = len(REPEATS)
+    problem.forward()
+    assert len(REPEATS) == known
