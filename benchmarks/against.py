@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     sides = {label: make() for label, make in makers.items()}
     names = args.only or sides["now"].ask(names=True)
-    for make in makers.values():
+    for make in makers.values() if len(names) > 1 else ():
         warm(names, make, args.workers)
     rows: list[Row] = []
     for name in names:

@@ -25,7 +25,9 @@ from benchmarks.environment import write_json
 
 HEADS, DIM, WINDOW = 16, 64, 256
 LENGTHS = (1024, 2048, 4096, 8192)
-BURST, ROUNDS = 20, 15
+BURST, ROUNDS = 20, 40
+#: Of the model that is recorded.
+LAYERS = 12
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 Row = dict[str, Any]
 
@@ -97,26 +99,69 @@ def compared(n: int) -> list[Row]:
         times: dict[str, list[float]] = {label: [] for label in sides}
         for label in sides:
             burst_us(sides[label][kind])
-        for _ in range(ROUNDS):
-            for label, of in sides.items():
-                times[label].append(burst_us(of[kind]))
+        for turn in range(ROUNDS):
+            for label in sides if turn % 2 else reversed(sides):
+                times[label].append(burst_us(sides[label][kind]))
         found = {f"{label}_us": statistics.median(values) for label, values in times.items()}
         rows.append({"n": n, "run": kind, **found, "ratio": found["ours_us"] / found["flex_us"]})
     return rows
 
 
+class Block(torch.nn.Module):
+    """A layer of a transformer, whose attention is in a window."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        width = HEADS * DIM
+        self.norms = torch.nn.ModuleList(torch.nn.LayerNorm(width) for _ in range(2))
+        self.projections = torch.nn.Linear(width, 3 * width)
+        self.back = torch.nn.Linear(width, width)
+        self.up, self.down = torch.nn.Linear(width, 4 * width), torch.nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = self.projections(self.norms[0](x)).unflatten(-1, (3, HEADS, DIM))
+        attended = masked(*mixed.transpose(1, 3).unbind(2))
+        x = x + self.back(attended.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norms[1](x))))
+
+
 def recorded(n: int) -> list[Row]:
     """Wall time of calls in CUDA graphs, and of their kernels."""
     torch._dynamo.reset()
-    tensors = inputs(n)
+    return recorded_runs(n, "attention", runs(ours("reduce-overhead"), inputs(n)))
+
+
+def recorded_model(n: int) -> list[Row]:
+    """The same of a model of some layers."""
+    torch._dynamo.reset()
+    with torch.device("cuda"):
+        model = torch.nn.Sequential(*(Block() for _ in range(LAYERS))).bfloat16()
+        x = torch.randn(1, n, HEADS * DIM, dtype=torch.bfloat16)
+    compiled = torch.compile(
+        model, backend="sparse_compile", mode="reduce-overhead", dynamic=False, fullgraph=True
+    )
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return compiled(x)
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        compiled(x).backward(x)
+
+    found = {"forward": forward, "forward + backward": step}
+    return recorded_runs(n, f"model of {LAYERS} layers", found)
+
+
+def recorded_runs(n: int, what: str, calls: dict[str, Callable[[], Any]]) -> list[Row]:
     rows = []
-    for kind, run in runs(ours("reduce-overhead"), tensors).items():
+    for kind, run in calls.items():
         for _ in range(5):
             torch.compiler.cudagraph_mark_step_begin()
             run()
         kernels = kernels_us(run)
         walls = []
-        for _ in range(200):
+        for _ in range(100):
             torch.compiler.cudagraph_mark_step_begin()
             torch.cuda.synchronize()
             start = time.perf_counter()
@@ -124,11 +169,11 @@ def recorded(n: int) -> list[Row]:
             torch.cuda.synchronize()
             walls.append((time.perf_counter() - start) * 1e6)
         skips = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
-        wall = statistics.median(walls)
-        busy = device_us(run)
+        wall, busy = statistics.median(walls), device_us(run)
         rows.append(
-            {"n": n, "run": f"{kind}, reduce-overhead", "wall_us": wall, "device_us": busy}
-            | {"kernels_us": kernels, "ratio": busy / kernels, "cudagraph_skips": skips}
+            {"n": n, "run": f"{what}, {kind}, reduce-overhead", "wall_us": wall, "device_us": busy}
+            | {"kernels_us": kernels, "ratio": wall / kernels, "in_a_stream": busy / kernels}
+            | {"cudagraph_skips": skips}
         )
     return rows
 
@@ -167,8 +212,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", help="path of the JSON file")
     args = parser.parse_args(argv)
     rows: list[Row] = []
-    for measure in (compared, recorded):
-        for n in args.n:
+    for measure in (compared, recorded, recorded_model):
+        for n in args.n if measure is not recorded_model else args.n[-1:]:
             try:
                 found = measure(n)
             except Exception as error:
