@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import sparse_compile
 from benchmarks import fla_peers, flex_selected
 from benchmarks.environment import write_json
 from benchmarks.selected import DIM, KV_HEADS, Q_HEADS, operands, random_causal
@@ -42,7 +43,7 @@ from sparse_compile.layout.listed import places
 from sparse_compile.ops import ATTENTION
 from sparse_compile.selection import Selection, canonical
 from sparse_compile.selection.select import select
-from sparse_compile.spec import AttentionSpec
+from sparse_compile.spec import AttentionSpec, are_blocks
 
 CAUSAL = MaskExpr(KV <= Q)
 HEADS = (Q_HEADS, KV_HEADS, DIM)
@@ -75,9 +76,12 @@ def per_block(sizes: Sizes, n: int) -> Problem:
 
 
 def ours(p: Problem) -> Call:
-    """The operator, with the lists at hand."""
+    """The operator, with the lists at hand; for whole blocks what the library makes of them."""
     assert p.lists is not None
     index, count = p.lists
+    if are_blocks(p.unit_q, p.unit_kv, p.q.device.type):
+        mask = P.Causal() & P.Selected(index, p.unit_kv, unit_q=p.unit_q, count=count)
+        return lambda q, k, v: sparse_compile.attention(q, k, v, mask, scale=p.scale)
     text = AttentionSpec.of_units(CAUSAL, p.unit_q, p.unit_kv).text
     return lambda q, k, v: ATTENTION(q, k, v, [], [], [], [index, count], p.scale, text)[0]
 
