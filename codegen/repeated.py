@@ -13,18 +13,17 @@ nothing else, since it never waits for a device.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from functools import partial, wraps
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparse_compile.codegen.prepared import Bound, Launch, Place, kept
-from sparse_compile.codegen.runtime.direct import allocator
-from sparse_compile.codegen.runtime.launch import watching
+from sparse_compile.codegen.runtime.direct import STREAM, Start, allocator, start_of
+from sparse_compile.codegen.runtime.launch import descriptor_class, watching
 
 #: Operators that ask for memory, and give it as it is.
 _ALLOCATIONS = (
@@ -35,12 +34,25 @@ _ALLOCATIONS = (
 )
 #: The first call of a kind may still make what later ones find; so many are watched.
 _WATCHED = 3
+#: Addresses whose descriptors a launch keeps.
+_ADDRESSES = 64
+#: Calls of different kinds that are kept.
+_CALLS = 256
+_Made = TypeVar("_Made")
 #: What is known of calls, by kind.
 REPEATS: dict[Hashable, Any] = {}
 #: Types of devices whose kernels are launched.
 DEVICES = ("cuda",)
 
 Kind = tuple[Sequence["Tensor | None"], Sequence[Tensor], Hashable]
+
+
+def kept(calls: dict[Hashable, Any], key: Hashable, made: _Made) -> _Made:
+    """The same, and from now on what ``calls`` holds for a key."""
+    if len(calls) >= _CALLS:
+        calls.clear()
+    calls[key] = made
+    return made
 
 
 def repeated(kind: Callable[..., Kind]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -118,6 +130,99 @@ class Memory:
         return math.prod(self.shape) in (0, 1 + sum(steps))
 
 
+class _Address:
+    """Stands for a tensor in a descriptor, without keeping its memory."""
+
+    def __init__(self, address: int, dtype: torch.dtype) -> None:
+        self.address, self.dtype = address, dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+@dataclass(frozen=True, eq=False)
+class Described:
+    """A descriptor that a launch fills in.
+
+    Attributes:
+        place: among the arguments.
+        source, offset: where the address of its tensor is found.
+        like: one of another address.
+        encode: what stands for it among the arguments.
+        known: the same by address.
+    """
+
+    place: int
+    source: int
+    offset: int
+    like: Any
+    encode: Callable[[Any], Any]
+    known: dict[int, Any] = field(default_factory=dict)
+
+    def at(self, address: int) -> Any:
+        """What stands for it, made once for an address."""
+        found = self.known.get(address)
+        if found is None:
+            if len(self.known) >= _ADDRESSES:
+                self.known.clear()
+            of, like = _Address(address, self.like.base.dtype), self.like
+            there = descriptor_class()(of, like.shape, like.strides, like.block_shape)
+            found = self.known[address] = self.encode(there)
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """A launch of which everything is known but where its tensors are.
+
+    Attributes:
+        start: starts the kernel.
+        pointers: for each tensor its place among the arguments, and where its address is found.
+        described: its descriptors.
+    """
+
+    start: Start
+    pointers: list[tuple[int, int, int]]
+    described: list[Described]
+
+    @staticmethod
+    def of(
+        compiled: Any,
+        grid: tuple[int, ...],
+        arguments: Sequence[Any],
+        place_of: Callable[[Tensor], tuple[int, int]],
+    ) -> Bound:
+        """A launch as it was seen.
+
+        Args:
+            compiled: what Triton compiled.
+            grid: programs along three dimensions.
+            arguments: in the order of its parameters.
+            place_of: the number of the tensor that a tensor is a part of, and bytes before it.
+        """
+        start = start_of(compiled, grid, arguments)
+        encode, pointers, described = iter(start.encode), [], []
+        for place, argument in zip(start.places, arguments, strict=True):
+            if isinstance(argument, Tensor):
+                pointers.append((place, *place_of(argument)))
+            elif isinstance(argument, descriptor_class()):
+                where = place_of(argument.base)
+                described.append(Described(place, *where, argument, next(encode)))
+        return Bound(start, pointers, described)
+
+    def __call__(self, addresses: Sequence[int], device: int) -> None:
+        """Launch it on a device, which is the current one."""
+        start = self.start
+        arguments = start.arguments.copy()
+        if start.stream is not None:
+            arguments[STREAM] = start.stream(device)
+        for place, source, offset in self.pointers:
+            arguments[place] = addresses[source] + offset
+        for one in self.described:
+            arguments[one.place] = one.at(addresses[one.source] + one.offset)
+        start.run(*arguments)
+
+
 @dataclass(frozen=True, eq=False)
 class Repeat:
     """What calls of a kind do.
@@ -157,7 +262,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has n
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.made: list[Tensor] = []
-        self.started: list[tuple[Launch, tuple[int, ...], Mapping[str, Any]]] = []
+        self.started: list[tuple[Any, tuple[int, ...], list[Any]]] = []
         self.did_more = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -180,27 +285,24 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has n
         sources = [*given, *returned, *others]
         addresses = [t.data_ptr() for t in sources if t is not None and t.numel()]
         known = len(set(addresses)) == len(addresses)
-        if self.did_more or not self.started or not known or isinstance(results, Tensor):
+        compiled = self.started and all(one is not None for one, *_ in self.started)
+        if self.did_more or not compiled or not known or isinstance(results, Tensor):
             return None
         try:
-            launches = [
-                launch.bound(grid, names, partial(_place, sources))
-                for launch, grid, names in self.started
-            ]
+            launches = [Bound.of(*seen, partial(_place, sources)) for seen in self.started]
         except _Unknown:
             return None
         memory = tuple(map(Memory.like, [*returned, *others]))
-        usual = tuple(launch for launch in launches if launch is not None)
-        if len(usual) < len(launches) or not all(one.is_whole for one in memory):
+        if not all(one.is_whole for one in memory):
             return None
-        return Repeat(memory, usual, (len(returned), type(results)))
+        return Repeat(memory, tuple(launches), (len(returned), type(results)))
 
 
 class _Unknown(Exception):
     """A tensor is neither given nor made, nor a part of such a one."""
 
 
-def _place(sources: Sequence[Tensor | None], tensor: Tensor) -> Place:
+def _place(sources: Sequence[Tensor | None], tensor: Tensor) -> tuple[int, int]:
     """Which of the sources a tensor is, or is a part of, and how far behind its start."""
     if not tensor.numel():
         return 0, 0  # nobody reads there

@@ -17,6 +17,8 @@ from typing import Any, cast
 
 import torch
 
+from sparse_compile.codegen.runtime.launch import descriptor_class
+
 #: Versions of Triton whose launcher is known.
 _KNOWN = ("3.6.",)
 #: Where the stream stands among the arguments of the C function.
@@ -42,17 +44,15 @@ class Start:
     encode: list[Callable[[Any], Any]]
 
 
-def start_of(
-    compiled: Any, grid: tuple[int, ...], arguments: Sequence[Any], descriptors: Sequence[Any]
-) -> Start:
+def start_of(compiled: Any, grid: tuple[int, ...], arguments: Sequence[Any]) -> Start:
     """For a kernel that Triton compiled.
 
     Args:
         compiled: the kernel.
         grid: programs along three dimensions.
-        arguments: of the kernel, in order; None for descriptors.
-        descriptors: some that it may be given, by the order of their parameters.
+        arguments: of a launch, in order.
     """
+    descriptors = [one for one in arguments if isinstance(one, descriptor_class())]
     if not _is_known() or compiled.run.global_scratch_size or compiled.run.profile_scratch_size:
         itself: list[Callable[[Any], Any]] = [lambda descriptor: descriptor] * len(descriptors)
         whole = list(range(len(arguments)))
@@ -69,14 +69,13 @@ def start_of(
     all_of_it: list[Any] = [*grid, 0, compiled.function, *modes, None, None]
     all_of_it += [compiled.packed_metadata, None, None, None]
     metas = iter(getattr(compiled.metadata, "tensordesc_meta", None) or [None] * len(descriptors))
-    given = iter(descriptors)
     places: list[int] = []
     encode: list[Callable[[Any], Any]] = []
-    for argument, described in zip(arguments, _described(compiled), strict=True):
+    for argument in arguments:
         places.append(len(all_of_it))
-        if described:
+        if isinstance(argument, descriptor_class()):
             meta = next(metas)
-            all_of_it += make_tensordesc_arg(next(given), meta)
+            all_of_it += make_tensordesc_arg(argument, meta)
             encode.append(partial(_encoded, make_tensordesc_arg, meta))
         else:
             all_of_it.append(argument)
@@ -86,11 +85,6 @@ def start_of(
 def _encoded(make: Callable[..., list[Any]], meta: Any, descriptor: Any) -> Any:
     """What stands for a descriptor, before its shape and strides."""
     return make(descriptor, meta)[0]
-
-
-def _described(compiled: Any) -> list[bool]:
-    """Of each parameter, whether it is a descriptor."""
-    return [str(kind).startswith("tensordesc") for kind in compiled.src.signature.values()]
 
 
 def _is_known() -> bool:

@@ -75,8 +75,6 @@ class Launcher:
             place for place, p in enumerate(entry.parameters) if p.kind is Kind.CONSTANT
         ]
         self.compiled: dict[tuple[Any, ...], Any] = {}
-        #: Where what a call gives stands among its parameters, by what is given.
-        self.forms: dict[tuple[str, ...], Any] = {}
 
     def __call__(self, grid: tuple[int, ...], values: Mapping[str, Any]) -> None:
         """Launch it on the current device.
@@ -85,9 +83,10 @@ class Launcher:
             grid: programs along up to three dimensions.
             values: of the parameters by name, constants included; those of others are left out.
         """
+        arguments = self.entry.ordered(values)
+        compiled = self.launched(grid, arguments)
         if watcher.current is not None:
-            watcher.current.did_more = True
-        self.launched(grid, self.entry.ordered(values))
+            watcher.current.started.append((compiled, (*grid, 1, 1)[:3], arguments))
 
     def launched(self, grid: tuple[int, ...], arguments: Sequence[Any]) -> Any:
         """Launch it with values in the order of the entry; what was compiled, if that is kept."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -11,15 +12,15 @@ import torch
 from torch import Tensor
 
 from sparse_compile.codegen.call import AttentionCall
-from sparse_compile.codegen.entry import Kind
+from sparse_compile.codegen.entry import Kind, Parameter
 from sparse_compile.codegen.generators import generators
-from sparse_compile.codegen.prepared import Launches, geometry, kept
-from sparse_compile.codegen.repeated import REPEATS
+from sparse_compile.codegen.repeated import REPEATS, kept
 from sparse_compile.codegen.runtime.launch import (
     DTYPE_NAMES,
     Launcher,
     Refused,
     current,
+    descriptor_class,
     launchers_of,
     strides,
     table_values,
@@ -103,6 +104,16 @@ def positive(scale: float) -> tuple[float, float]:
     return (-1.0, -scale) if scale < 0 else (0.0, 1.0)
 
 
+def described(parameter: Parameter, t: Tensor) -> Any:
+    """The descriptor of the tiles of [., ., N, .], N taken apart into its digits."""
+    (first, second, n, last), (*outer, step, inner) = t.shape, t.stride()
+    radices = parameter.radices
+    digits = [math.prod(radices[k:]) for k in range(len(radices) + 1)]
+    shape = [first, second, n // digits[0], *radices, last]
+    strides = [*outer, *(digit * step for digit in digits), inner]
+    return descriptor_class()(t, shape, strides, list(parameter.block))
+
+
 def single(grad_lse: Tensor | None, unused: Tensor) -> Tensor:
     """The gradient of the log-sum-exp; anything where there is none."""
     return unused if grad_lse is None else grad_lse.to(torch.float32).contiguous()
@@ -132,12 +143,14 @@ class Prepared:
     Attributes:
         spec: what the kernels were generated for.
         operands: what becomes of the tensors that a call gives.
-        launches: of the kernels.
+        launchers: of the kernels, by the labels of their entries.
+        values: of parameters that are the same in all calls, by name.
     """
 
     spec: Any
     operands: Operands
-    launches: Launches
+    launchers: Mapping[str, Launcher]
+    values: Mapping[str, Any]
 
     @staticmethod
     def of(
@@ -178,7 +191,7 @@ class Prepared:
             # Its strides and sizes; the table itself differs between calls.
             _, *sizes = table_values(number, found[f"t{number}"]).items()
             shape |= sizes
-        return Prepared(spec, operands, Launches(launchers, {**shape, **values}))
+        return Prepared(spec, operands, launchers, {**shape, **values})
 
     def running(self, call: AttentionCall, read: Mapping[str, Tensor]) -> Running:
         """One of the calls, with what it reads beside q, k and v."""
@@ -207,12 +220,26 @@ class Running:
     def start(
         self, label: str, grid: tuple[int, ...], given: Mapping[str, Any], **own: Any
     ) -> None:
-        """Launch a kernel; see :meth:`Launches.start`."""
-        self.prepared.launches.start(label, grid, {**self.given, **given}, **own)
+        """Launch a kernel.
+
+        Args:
+            label: of its entry.
+            grid: programs along up to three dimensions.
+            given: tensors, by the names of parameters or of what these describe, and numbers.
+            own: values of further parameters.
+        """
+        launcher = self.prepared.launchers[label]
+        entry = launcher.entry
+        values = {"SECTION": entry.section, **self.prepared.values, **own, **self.given, **given}
+        values |= dict.fromkeys(entry.absent)
+        for parameter in entry.parameters:
+            if parameter.kind is Kind.DESCRIPTOR and parameter.name not in entry.absent:
+                values[parameter.name] = described(parameter, values[parameter.tensor])
+        launcher(grid, values)
 
     def tile(self, label: str) -> Any:
         """What a program of a kernel holds."""
-        return self.prepared.launches.launchers[label].entry.tile
+        return self.prepared.launchers[label].entry.tile
 
 
 _Way = TypeVar("_Way")
@@ -248,8 +275,9 @@ def forget() -> None:
 
 def key_of(call: AttentionCall, *read: Tensor) -> tuple[Hashable, ...]:
     """What calls have in common that are prepared together."""
-    sign = positive(call.scale)[0]
-    return sign, call.spec, geometry((call.q, call.k, call.v, *read, *call.tables))
+    tensors = call.q, call.k, call.v, *read, *call.tables
+    known = [(t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15) for t in tensors]
+    return positive(call.scale)[0], call.spec, *known
 
 
 def dtype_of(call: AttentionCall) -> str:

@@ -1,4 +1,4 @@
-"""Entries: text, launch and compilation follow from one declaration; prepared launches."""
+"""Entries: text, launch and compilation follow from one declaration; launches by name."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from sparse_compile.codegen.entry import (
     pointers,
     sizes,
 )
-from sparse_compile.codegen.prepared import Launch, Launches
-from sparse_compile.codegen.runtime import launch as launch_module
+from sparse_compile.codegen.repeated import Bound
 from sparse_compile.codegen.runtime.launch import Launcher
+from sparse_compile.codegen.triton.calls import Operands, Prepared, Running
 
 ENTRY = Entry(
     "scale_rows",
@@ -79,96 +79,62 @@ class Compiled:
         return lambda *arguments: self.runs.append((grid, *arguments))
 
 
-def prepared(monkeypatch: pytest.MonkeyPatch, **more: Any) -> tuple[Launch, Compiled, list[Any]]:
-    """A launch of ENTRY, what it runs, and what Triton was asked."""
-    compiled, asked = Compiled(), []
-
-    def launched(self: Launcher, grid: tuple[int, ...], arguments: list[Any]) -> Any:
-        asked.append(arguments)
-        return compiled
-
-    monkeypatch.setattr(launch_module.Launcher, "launched", launched)
-    launcher = Launcher(Kernel("by hand", "", (ENTRY,), {"scale_rows": None}), ENTRY)
-    values = {"x_stride_n": 8, "t0_stride0": 1, "n": 4, "factor": 0.5, "TILE": 64, "SECTION": 0}
-    return Launch(launcher, {**values, **more}, given()), compiled, asked
-
-
 def given(**more: Any) -> dict[str, Any]:
     """What a call gives."""
     x, y = torch.zeros(4, 8, dtype=torch.bfloat16), torch.zeros(4, 8)
     return {"X": x, "Y": y, "items": torch.zeros(4, dtype=torch.int32), **more}
 
 
-def test_a_repeated_launch_fills_in_addresses_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    launch, compiled, asked = prepared(monkeypatch)
-    first, second = given(), given()
-    launch((3,), first)
-    assert asked[0][:2] == [first["X"], first["Y"]]
-    assert not compiled.runs
-    launch((3,), second)
-    addresses = [second[name].data_ptr() for name in ("X", "Y", "items")]
-    assert compiled.runs == [((3, 1, 1), *addresses[:2], 8, 1, addresses[2], 4, 0.5, 64, 0)]
-    assert len(asked) == 1
-
-
-def test_a_tensor_that_is_not_aligned_is_asked_about(monkeypatch: pytest.MonkeyPatch) -> None:
-    launch, compiled, asked = prepared(monkeypatch)
-    odd = given(Y=torch.zeros(40)[1:33].view(4, 8))
-    launch((3,), odd)
-    launch((3,), given())
-    launch((3,), odd)
-    assert len(asked) == 3
-    assert not compiled.runs
-    launch((3,), given(items=torch.zeros(5, dtype=torch.int32)[1:]))  # compiled for any address
-    assert len(asked) == 3
-    assert len(compiled.runs) == 1
-
-
-def test_numbers_and_grids_may_differ_between_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, compiled, asked = prepared(monkeypatch)
-    launcher = Launcher(Kernel("by hand", "", (ENTRY,), {"scale_rows": None}), ENTRY)
-    values = {"x_stride_n": 8, "t0_stride0": 1, "TILE": 64, "SECTION": 0}
-    launch = Launch(launcher, values, given(n=4, factor=0.5))
-    for grid, n, factor in ((3,), 4, 0.5), ((3,), 1, 0.25), ((5,), -6, 1.0), ((3,), 16, 1.0):
-        launch(grid, given(n=n, factor=factor))
-    seen = [(run[0], run[6], run[7]) for run in compiled.runs]
-    assert seen == [((3, 1, 1), 1, 0.25), ((5, 1, 1), -6, 1.0), ((3, 1, 1), 16, 1.0)]
-    assert len(asked) == 1
-    launch((3,), given(n=1 << 31, factor=1.0))  # has another type in a kernel
-    assert len(asked) == 2
+def started(entry: Entry, monkeypatch: pytest.MonkeyPatch, **values: Any) -> list[Any]:
+    """What Triton is given for a launch of an entry, of which a call gives some values."""
+    asked: list[Any] = []
+    monkeypatch.setattr(Launcher, "launched", lambda self, grid, values: asked.append(values))
+    launcher = Launcher(Kernel("by hand", "", (entry,), {entry.name: None}), entry)
+    shared = {"x_stride_n": 8, "t0_stride0": 1, "n": 4, "factor": 0.5}
+    prepared = Prepared(None, Operands(1.0, (), ()), {entry.label: launcher}, shared)
+    call: Any = None
+    Running(prepared, call, given(**values)).start(entry.label, (3,), {}, TILE=32)
+    (found,) = asked
+    assert isinstance(found, list)
+    return found
 
 
 def test_what_a_section_has_no_use_for_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, compiled, _ = prepared(monkeypatch)
     entry = ENTRY.of_section(1, frozenset(["Y", "n"]))
-    launcher = Launcher(Kernel("by hand", "", (entry,), {"scale_rows": None}), entry)
-    launches = Launches(
-        {entry.label: launcher}, {"x_stride_n": 8, "t0_stride0": 1, "factor": 0.5, "n": 3}
-    )
-    for _ in range(2):
-        launches.start("scale_rows, section 1", (1,), given(), TILE=32)
-    (run,) = compiled.runs
-    assert run[2] is run[6] is None
-    assert run[8:] == (32, 1)
+    found = started(entry, monkeypatch)
+    assert found[1] is found[5] is None
+    assert found[7:] == [32, 1]
 
 
-def test_descriptors_are_made_once_for_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+TILES = Parameter("TILES", Kind.DESCRIPTOR, "float32", block=(1, 1, 2, 2, 8), tensor="X")
+READ = Entry("read", (pointers("float32", "Y"), (replace(TILES, radices=(4,)),)))
+
+
+def test_a_descriptor_takes_tokens_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    _, compiled, _ = prepared(monkeypatch)
-    tiles = Parameter("TILES", Kind.DESCRIPTOR, "float32", block=(1, 1, 2, 2, 8), tensor="X")
-    entry = Entry("read", (pointers("float32", "Y"), (replace(tiles, radices=(4,)),)))
-    first = given(X=torch.zeros(2, 3, 16, 8))
-    launch = Launch(Launcher(Kernel("by hand", "", (entry,), {"read": None}), entry), {}, first)
-    for _ in range(3):
-        launch((3,), first)
-    made, again = (run[2] for run in compiled.runs)
-    assert made is again
-    assert made.base.data_ptr() == first["X"].data_ptr()
+    x = torch.zeros(2, 3, 16, 8)
+    _, made = started(READ, monkeypatch, X=x)
+    assert made.base is x
     assert made.shape == [2, 3, 4, 4, 8]
     assert made.strides == [384, 128, 32, 8, 1]
     assert made.block_shape == [1, 1, 2, 2, 8]
-    launch((3,), {**first, "X": torch.zeros(2, 3, 16, 8)})
-    assert compiled.runs[-1][2] is not made
+
+
+def test_a_bound_launch_fills_in_addresses_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    tensors = given(X=torch.zeros(2, 3, 16, 8))
+    arguments = [*started(READ, monkeypatch, **tensors), 7, None]
+    places = {tensors["Y"].data_ptr(): (0, 0), tensors["X"].data_ptr(): (1, 4)}
+    compiled = Compiled()
+    bound = Bound.of(compiled, (3, 1, 1), arguments, lambda t: places[t.data_ptr()])
+    for addresses in ([160, 320], [160, 320], [160, 640]):
+        bound(addresses, device=0)
+    assert [run[0] for run in compiled.runs] == [(3, 1, 1)] * 3
+    assert [(run[1], *run[3:]) for run in compiled.runs] == [(160, 7, None)] * 3
+    first, again, other = (run[2] for run in compiled.runs)
+    assert first is again  # made once for an address
+    assert (first.base.data_ptr(), other.base.data_ptr()) == (324, 644)
+    assert first.shape == other.shape == [2, 3, 4, 4, 8]
 
 
 def test_a_kernel_is_compiled_for_the_values_of_its_constants() -> None:

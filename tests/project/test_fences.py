@@ -11,6 +11,7 @@ import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.traceback import annotate
 
+import sparse_compile
 from sparse_compile.api import annotate as annotate_module
 from sparse_compile.expr import KV, B, MaskExpr
 from sparse_compile.expr import table as lookup
@@ -178,3 +179,41 @@ def test_aot_autograd_lifts_named_buffers_of_a_captured_graph(named: bool) -> No
     (graph,) = lowered
     assert len(graph.graph.find_nodes(op="placeholder")) == 2
     assert not graph.graph.find_nodes(op="get_attr")
+
+
+def test_inductors_code_calls_the_functions_behind_operators() -> None:
+    """Its registry of what is written for an operator is private; backend.py relies on this."""
+    from torch._inductor.utils import run_and_get_code
+
+    from sparse_compile import patterns as P
+
+    def attend(q: torch.Tensor) -> torch.Tensor:
+        return sparse_compile.attention(q, q, q, P.SlidingWindow(3))
+
+    compiled = torch.compile(attend, backend="sparse_compile")
+    q = torch.randn(1, 2, 32, 16)
+    found, (code,) = run_and_get_code(compiled, q)
+    assert "= torch.ops.sparse_compile.attention.run(" in code
+    torch.testing.assert_close(found, attend(q))
+
+
+def test_the_launcher_of_triton_is_known() -> None:
+    """direct.py calls the C function under it, with encoded descriptors, in these versions."""
+    import triton
+    from triton.backends.nvidia import driver
+
+    from sparse_compile.codegen.runtime import direct
+
+    if not triton.__version__.startswith(direct._KNOWN):
+        pytest.skip("the launcher of this version is called as it is")
+    seen: list[tuple[object, ...]] = []
+    wrapped = driver.wrap_handle_tensordesc(
+        lambda *given: seen.append(given), {0: "*fp32", 1: "tensordesc<fp32[8, 8]>", 2: "i32"}, None
+    )
+    assert "launcher" in inspect.getclosurevars(wrapped).nonlocals
+    tensor = torch.zeros(8, 8)
+    descriptor = direct.descriptor_class()(tensor, [8, 8], [8, 1], [8, 8])
+    before = (1, 1, 1, 0, 0, False, False, None, None, (), None, None, None)
+    assert len(before) == driver._BASE_ARGS_FORMAT_LEN
+    wrapped(*before, 5, descriptor, 7)
+    assert seen == [(*before, 5, *driver.make_tensordesc_arg(descriptor, None), 7)]

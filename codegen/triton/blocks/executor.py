@@ -168,7 +168,7 @@ def _prepared(
     orders = {f"STATISTICS_{v}": view.q for v, view in enumerate(views) if view.q.radices}
     values |= {f"lines_{v}_q": view.q.blocks(n_q) for v, view in enumerate(views)}
     prepared = Prepared.of(spec, call, direction, tensors, values)
-    tiles = {name: prepared.launches.launchers[name].entry.tile for name in widths}
+    tiles = {name: prepared.launchers[name].entry.tile for name in widths}
     passes = (Pass.of(name, call.spec, tiles[name], widths[name]) for name in widths)
     first_q, first_kv = (call.spec.sections(axis)[0][0] for axis in ("q", "kv"))
     complete = views[first_q].q.is_complete, views[first_kv].kv.is_complete

@@ -103,7 +103,7 @@ class _Way:
         if is_by_key(launch):
             return _Way("by key", 1)
         parts, given = parts_of(launch), launch.given
-        is_latent = "forward_latent" in launch.prepared.launches.launchers and parts == 1
+        is_latent = "forward_latent" in launch.prepared.launchers and parts == 1
         if is_latent and latent.is_aligned(given["Q"], given["K"]):
             return _Way("latent", parts)
         by_union = parts == 1 and united.can_serve(launch)
