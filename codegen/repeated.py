@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_compile.codegen.runtime.direct import STREAM, Start, allocator, start_of
-from sparse_compile.codegen.runtime.launch import descriptor_class, watching
+from sparse_compile.codegen.runtime.launch import descriptor_class, watcher, watching
 
 #: Operators that ask for memory, and give it as it is.
 _ALLOCATIONS = (
@@ -68,8 +68,8 @@ def repeated(kind: Callable[..., Kind]) -> Callable[[Callable[..., Any]], Callab
         def call(*args: Any) -> Any:
             tensors, lists, others = kind(*args)
             first = tensors[0]
-            if first is None or first.device.type not in DEVICES:
-                return run(*args)
+            if first is None or first.device.type not in DEVICES or watcher.current is not None:
+                return run(*args)  # nothing to repeat, or a part of what is watched
             addresses, known = _known(tensors)
             key = run, others, first.device, known, tuple([t.shape for t in lists])
             found = REPEATS.get(key)

@@ -24,6 +24,7 @@ from sparse_compile.codegen.runtime.launch import (
     launchers_of,
     strides,
     table_values,
+    watcher,
 )
 from sparse_compile.codegen.triton.blocks.source import direct_lookups
 from sparse_compile.codegen.triton.entries import table_ranks
@@ -268,6 +269,8 @@ def served(
 
 def forget() -> None:
     """Prepare everything anew."""
+    if watcher.current is not None:
+        watcher.current.did_more = True  # what was started so far is started again
     kernels_of.cache_clear()
     PREPARED.clear()
     REPEATS.clear()

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from sparse_compile import patterns as P
 from sparse_compile.codegen import attend, repeated
-from sparse_compile.codegen.generators import executor
+from sparse_compile.codegen.generators import Generators, executor
 from sparse_compile.codegen.repeated import REPEATS, Repeat
-from sparse_compile.codegen.runtime.launch import Launcher
+from sparse_compile.codegen.runtime.launch import Launcher, Refused
 from sparse_compile.codegen.triton import calls
 from sparse_compile.layout import schedule
 from sparse_compile.layout.lists import lists_of
@@ -171,6 +171,37 @@ def test_calls_that_do_more_are_not_repeated(started: Started) -> None:
         attention(*negative, -0.5, problem.layout.spec.text)
         assert len(started) == 1
         assert list(REPEATS.values()) == [min(call + 1, 3)]
+
+
+def test_a_call_during_which_a_kernel_is_refused_is_not_repeated(
+    started: Started, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem, launched = Problem(P.SlidingWindow(20, 0)), Launcher.launched
+
+    def refused(self: Launcher, grid: tuple[int, ...], arguments: Sequence[Any]) -> Any:
+        monkeypatch.setattr(Launcher, "launched", launched)
+        raise Refused("too large")
+
+    monkeypatch.setattr(Launcher, "launched", refused)
+    monkeypatch.setattr(Generators, "refuse", lambda self, spec, why: None)
+    problem.forward()
+    assert list(REPEATS.values()) == [1]
+    problem.forward()
+    assert [type(found) for found in REPEATS.values()] == [Repeat]
+
+
+def test_a_part_of_a_call_is_watched_with_it(started: Started) -> None:
+    problem = Problem(P.SlidingWindow(20, 0))
+    problem.forward()
+
+    def kind(q: Tensor) -> repeated.Kind:
+        return [q], [], ()
+
+    twice = repeated.repeated(kind)(lambda q: list(problem.forward()))
+    for _ in range(3):
+        started.clear()
+        twice(problem.q)
+        assert len(started) == 1
 
 
 def test_the_cpu_has_nothing_to_repeat() -> None:
