@@ -140,6 +140,10 @@ class _Address:
         return self.address
 
 
+def _descriptor(shape: list[int], strides: list[int], block: list[int], base: Any) -> Any:
+    return descriptor_class()(base, shape, strides, block)
+
+
 @dataclass(frozen=True, eq=False)
 class Described:
     """A descriptor that a launch fills in.
@@ -147,7 +151,8 @@ class Described:
     Attributes:
         place: among the arguments.
         source, offset: where the address of its tensor is found.
-        like: one of another address.
+        make: a descriptor, from what stands for its tensor.
+        dtype: of that.
         encode: what stands for it among the arguments.
         known: the same by address.
     """
@@ -155,7 +160,8 @@ class Described:
     place: int
     source: int
     offset: int
-    like: Any
+    make: Callable[[Any], Any]
+    dtype: torch.dtype
     encode: Callable[[Any], Any]
     known: dict[int, Any] = field(default_factory=dict)
 
@@ -165,9 +171,8 @@ class Described:
         if found is None:
             if len(self.known) >= _ADDRESSES:
                 self.known.clear()
-            of, like = _Address(address, self.like.base.dtype), self.like
-            there = descriptor_class()(of, like.shape, like.strides, like.block_shape)
-            found = self.known[address] = self.encode(there)
+            found = self.encode(self.make(_Address(address, self.dtype)))
+            self.known[address] = found
         return found
 
 
@@ -206,8 +211,10 @@ class Bound:
             if isinstance(argument, Tensor):
                 pointers.append((place, *place_of(argument)))
             elif isinstance(argument, descriptor_class()):
+                tiles = argument.shape, argument.strides, argument.block_shape
+                make = partial(_descriptor, *tiles)
                 where = place_of(argument.base)
-                described.append(Described(place, *where, argument, next(encode)))
+                described.append(Described(place, *where, make, argument.base.dtype, next(encode)))
         return Bound(start, pointers, described)
 
     def __call__(self, addresses: Sequence[int], device: int) -> None:

@@ -53,10 +53,12 @@ def start_of(compiled: Any, grid: tuple[int, ...], arguments: Sequence[Any]) -> 
         arguments: of a launch, in order.
     """
     descriptors = [one for one in arguments if isinstance(one, descriptor_class())]
+    # What is filled in is not kept: it holds the memory of one call.
+    kept = [None if isinstance(a, (torch.Tensor, descriptor_class())) else a for a in arguments]
     if not _is_known() or compiled.run.global_scratch_size or compiled.run.profile_scratch_size:
         itself: list[Callable[[Any], Any]] = [lambda descriptor: descriptor] * len(descriptors)
-        whole = list(range(len(arguments)))
-        return Start(compiled[grid], list(arguments), whole, None, itself)
+        whole = list(range(len(kept)))
+        return Start(compiled[grid], kept, whole, None, itself)
     from triton.backends.nvidia.driver import make_tensordesc_arg
     from triton.runtime import driver
 
@@ -71,14 +73,14 @@ def start_of(compiled: Any, grid: tuple[int, ...], arguments: Sequence[Any]) -> 
     metas = iter(getattr(compiled.metadata, "tensordesc_meta", None) or [None] * len(descriptors))
     places: list[int] = []
     encode: list[Callable[[Any], Any]] = []
-    for argument in arguments:
+    for argument, constant in zip(arguments, kept, strict=True):
         places.append(len(all_of_it))
         if isinstance(argument, descriptor_class()):
             meta = next(metas)
-            all_of_it += make_tensordesc_arg(argument, meta)
+            all_of_it += [None, *make_tensordesc_arg(argument, meta)[1:]]
             encode.append(partial(_encoded, make_tensordesc_arg, meta))
         else:
-            all_of_it.append(argument)
+            all_of_it.append(constant)
     return Start(run, all_of_it, places, driver.active.get_current_stream, encode)
 
 

@@ -131,6 +131,7 @@ def test_a_bound_launch_fills_in_addresses_only(monkeypatch: pytest.MonkeyPatch)
         bound(addresses, device=0)
     assert [run[0] for run in compiled.runs] == [(3, 1, 1)] * 3
     assert [(run[1], *run[3:]) for run in compiled.runs] == [(160, 7, None)] * 3
+    assert not any(isinstance(kept, torch.Tensor) for kept in bound.start.arguments)
     first, again, other = (run[2] for run in compiled.runs)
     assert first is again  # made once for an address
     assert (first.base.data_ptr(), other.base.data_ptr()) == (324, 644)

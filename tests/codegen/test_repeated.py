@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -141,6 +143,17 @@ def test_a_repeated_call_does_what_the_whole_way_does(
     assert (len(whole_way[0]) > 3) == are_split  # what is split is merged
     assert run(second) == whole_way
     assert run(first) == whole_way
+
+
+def test_what_is_repeated_holds_no_memory(started: Started) -> None:
+    problem = Problem(P.SlidingWindow(20, 0))
+    problem.backward(*problem.forward())
+    assert [type(found) for found in REPEATS.values()] == [Repeat, Repeat]
+    operands = problem.q, problem.k, problem.v, problem.grad
+    seen = [weakref.ref(t) for t in operands]
+    del problem, operands
+    gc.collect()
+    assert [one() for one in seen] == [None] * 4
 
 
 def test_other_tensors_are_another_kind(started: Started) -> None:
