@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+from types import SimpleNamespace
 
 import pytest
 import sympy
@@ -13,6 +14,7 @@ from torch.fx.traceback import annotate
 
 import sparse_compile
 from sparse_compile.api import annotate as annotate_module
+from sparse_compile.codegen.repeated import Bound
 from sparse_compile.expr import KV, B, MaskExpr
 from sparse_compile.expr import table as lookup
 from sparse_compile.spec import AttentionSpec
@@ -197,8 +199,8 @@ def test_inductors_code_calls_the_functions_behind_operators() -> None:
     torch.testing.assert_close(found, attend(q))
 
 
-def test_the_launcher_of_triton_is_known() -> None:
-    """direct.py calls the C function under it, with encoded descriptors, in these versions."""
+def test_the_launcher_of_triton_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """direct.py gives the C function under it, in these versions, just what the launcher gives."""
     import triton
     from triton.backends.nvidia import driver
 
@@ -207,13 +209,27 @@ def test_the_launcher_of_triton_is_known() -> None:
     if not triton.__version__.startswith(direct._KNOWN):
         pytest.skip("the launcher of this version is called as it is")
     seen: list[tuple[object, ...]] = []
-    wrapped = driver.wrap_handle_tensordesc(
-        lambda *given: seen.append(given), {0: "*fp32", 1: "tensordesc<fp32[8, 8]>", 2: "i32"}, None
+    signature = {0: "*fp32", 1: "tensordesc<fp32[8, 8]>", 2: "i32"}
+    run = SimpleNamespace(
+        launch=driver.wrap_handle_tensordesc(lambda *given: seen.append(given), signature, None),
+        launch_cooperative_grid=False,
+        launch_pdl=True,
+        **dict.fromkeys(("global_scratch_size", "profile_scratch_size"), 0),
     )
-    assert "launcher" in inspect.getclosurevars(wrapped).nonlocals
+    compiled = SimpleNamespace(
+        run=run, function=11, packed_metadata=(4, 1, 0), metadata=SimpleNamespace()
+    )
+    with_streams = SimpleNamespace(get_current_stream=lambda device: 70 + device)
+    monkeypatch.setattr(type(triton.runtime.driver), "active", with_streams)
+
     tensor = torch.zeros(8, 8)
     descriptor = direct.descriptor_class()(tensor, [8, 8], [8, 1], [8, 8])
-    before = (1, 1, 1, 0, 0, False, False, None, None, (), None, None, None)
+    # As CudaLauncher.__call__ does, whose hooks and scratch there are none of.
+    before = (3, 1, 1, 71, 11, False, True, None, None, (4, 1, 0), None, None, None)
     assert len(before) == driver._BASE_ARGS_FORMAT_LEN
-    wrapped(*before, 5, descriptor, 7)
-    assert seen == [(*before, 5, *driver.make_tensordesc_arg(descriptor, None), 7)]
+    run.launch(*before, tensor.data_ptr(), descriptor, 7)
+    places = {tensor.data_ptr(): (0, 0)}
+    bound = Bound.of(compiled, (3, 1, 1), [tensor, descriptor, 7], lambda t: places[t.data_ptr()])
+    bound([tensor.data_ptr()], device=1)
+    launched, repeated = ([getattr(a, "data_ptr", lambda a=a: a)() for a in one] for one in seen)
+    assert repeated == launched
