@@ -67,23 +67,23 @@ ONE_IN = {
 #: files one in so many goes through it, those of other files do all; AOTAutograd runs what remains
 #: of the graph as it is in the others. ``pytest --inductor all`` sends all tests through Inductor.
 INDUCTOR_ONE_IN = {
-    "test_annotations": 8,
-    "test_backend": 2,
-    "test_compiled": 4,
+    "test_annotations": 16,
+    "test_backend": 4,
+    "test_compiled": 8,
     "test_composition": 4,
-    "test_dense_masks": 8,
-    "test_direct": 4,
+    "test_dense_masks": 16,
+    "test_direct": 8,
     "test_direct_scores": 4,
-    "test_models": 2,
-    "test_pattern_attention": 8,
-    "test_recognise_own_scores": 8,
+    "test_models": 4,
+    "test_pattern_attention": 16,
+    "test_recognise_own_scores": 16,
     "test_recognise_selected": 8,
     "test_recognise_selected_spellings": 8,
     "test_recognise_shared_index": 4,
-    "test_recognise_threshold": 8,
-    "test_score_models": 4,
+    "test_recognise_threshold": 16,
+    "test_score_models": 16,
     "test_selecting_annotations": 8,
-    "test_sharing": 4,
+    "test_sharing": 8,
 }
 
 
