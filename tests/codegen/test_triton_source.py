@@ -16,8 +16,8 @@ import pytest
 import sympy
 import triton
 
-from sparse_compile.codegen.runtime import generated as cache
 from sparse_compile.codegen.entry import Resources
+from sparse_compile.codegen.runtime import generated as cache
 from sparse_compile.codegen.triton.aot import compile_ahead_of_time, compiled
 from sparse_compile.codegen.triton.blocks.sections import first_token_function
 from sparse_compile.codegen.triton.blocks.source import kernel_of
