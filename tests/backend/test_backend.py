@@ -359,9 +359,9 @@ def test_bad_option_values_say_what_to_write(bad: dict[str, object]) -> None:
 _TWO_PROCESSES = """
     import json, sys, torch
     from torch._dynamo.utils import counters
-    from tests.backend.test_backend import Stack
+    from tests.backend.test_backend import Attention
     torch.manual_seed(0)
-    model, x = Stack(), torch.randn(1, 100, 48)
+    model, x = Attention(), torch.randn(1, 100, 48)
     torch.compile(model, backend="sparse_compile")(x).sum().backward()
     print(json.dumps({**counters["aot_autograd"], **counters["inductor"]}))
 """

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sparse_compile.cli import demo_model, main
+from sparse_compile.cli import demo, demo_model, main
 from sparse_compile.cli.demo import DemoResult
 
 GOOD = DemoResult("cpu", 8192, 2, 2, 1e-7, 1e-6, 1e-6, 0.5, 6.0, ())
@@ -20,16 +20,18 @@ def test_demo(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SPARSE_COMPILE_CACHE_DIR", str(tmp_path))
+    small = replace(demo._CPU, layers=1, hidden=64, heads=4, head_dim=16)
+    monkeypatch.setattr(demo, "_CPU", small)
     assert main(["demo", "--n", "512", "--steps", "1", "--device", "cpu", "--json"]) == 0
     out, err = capsys.readouterr()
     result = json.loads(out)
     assert result["correct"]
-    assert (result["rewritten"], result["sites"], result["n"]) == (2, 2, 512)
+    assert (result["rewritten"], result["sites"], result["n"]) == (1, 1, 512)
     assert max(result["output_error"], result["gradient_error"]) <= 1e-5
     assert result["speed_up"] == pytest.approx(result["inductor_seconds"] / result["step_seconds"])
     assert all(Path(path).is_file() for path in result["kernels"])
     assert result["kernels"]
-    assert "2 of 2 attentions rewritten" in err
+    assert "1 of 1 attention rewritten" in err
     assert "▒" in err
     assert "Step 1 of 1: sparse_compile" in err
 

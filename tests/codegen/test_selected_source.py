@@ -38,15 +38,15 @@ def spec_of(
 
 SPECS = {
     "blocks of 64": spec_of(),
-    "blocks of 128": spec_of(unit_kv=128),
+    "blocks of 128": spec_of(unit_kv=128, dim=64),
     "blocks of 16, groups of 5": spec_of(unit_kv=16, members=5, dim=64),
     "tokens": spec_of(unit_kv=1),
-    "queries in blocks": spec_of(unit_q=64, members=1),
-    "documents": spec_of(DOCUMENTS),
+    "queries in blocks": spec_of(unit_q=64, members=1, dim=64),
+    "documents": spec_of(DOCUMENTS, dim=64),
     "run-time sizes": spec_of(RUN_TIME, dim=64, members=3),
     "wide": spec_of(dim=256, members=8),
     "latent": spec_of(unit_kv=1, dim=576, value_dim=512, members=128),
-    "single precision": spec_of(dtype="float32", dim=64, members=4),
+    "single precision": spec_of(dtype="float32", dim=32, members=4),
 }
 #: Those with a kernel over unions of lists: few rows, and units of keys that fill a tile.
 UNITED = {
@@ -66,14 +66,18 @@ def test_text_is_the_same_each_time_and_fits_the_page(name: str) -> None:
 
 
 #: Which texts of kernels there are; the other specs differ in sizes and masks.
-KINDS = ("blocks of 64", "tokens", "documents", "single precision")
+KINDS = ("tokens", "documents", "single precision")
 
 
 @pytest.mark.parametrize(
     ("name", "arch"), [*((n, 90) for n in SPECS), *((n, a) for n in KINDS for a in (80, 100))]
 )
 def test_the_kernels_compile(name: str, arch: int) -> None:
-    found = compile_ahead_of_time(SPECS[name], arch)
+    spec = SPECS[name]
+    if arch != 90:  # Wide heads take longest to compile: for sm_90 alone.
+        dim = min(spec.head_dim, 64)
+        spec = replace(spec, head_dim=dim, value_dim=dim)
+    found = compile_ahead_of_time(spec, arch)
     by_key = {"forward_by_key", "backward_key_value"}
     assert set(found) == {"forward", "merge", "backward_query"} | (
         set() if SPECS[name].adds_by_query else by_key
@@ -95,10 +99,11 @@ def test_the_forward_yields_only_where_unions_can_serve() -> None:
         assert ("BALANCE" in selected_kernel(spec).source) == (name in UNITED)
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_the_kernel_that_unites_lists_compiles(arch: int) -> None:
-    for neighbours, most in ((4, 16), (12, 9)):
-        constants = constants_of(neighbours, most, 100)
-        used = compiled(UNITE, arch, **constants).resources["unite_lists"]
-        assert used.spills <= 16
-        assert used.shared <= 16 * 1024
+@pytest.mark.parametrize(
+    ("arch", "neighbours", "most"), [(80, 12, 9), (90, 4, 16), (90, 12, 9), (100, 4, 16)]
+)
+def test_the_kernel_that_unites_lists_compiles(arch: int, neighbours: int, most: int) -> None:
+    constants = constants_of(neighbours, most, 100)
+    used = compiled(UNITE, arch, **constants).resources["unite_lists"]
+    assert used.spills <= 16
+    assert used.shared <= 16 * 1024

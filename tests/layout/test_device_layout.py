@@ -52,8 +52,10 @@ def test_lengths_and_most_sizes_share_a_module() -> None:
     assert Key.of(case.mask, [1 << 40], case.q, case.kv).fixed == (1 << 40,)
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize(
+    ("name", "arch"),
+    [*((n, 90) for n in COMPILED), *((n, a) for n in ("all at once", "boxes") for a in (80, 100))],
+)
 def test_the_kernels_compile(name: str, arch: int) -> None:
     kernel = compiled(module_of(key_of(NAMED[name])), arch)
     lists = {"list_rows", "fill_rows", "list_cols", "fill_cols"}
@@ -94,7 +96,7 @@ def ends(low: int, high: int) -> st.SearchStrategy[list[tuple[int, int]]]:
     return st.lists(pair, min_size=6, max_size=6)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(relations(), ends(0, 60), ends(0, 60), ends(-20, 20), st.integers(-30, 30))
 def test_printed_analysis_is_the_analysis(
     relation: sympy.Basic,

@@ -179,8 +179,13 @@ DTYPES = {
 }
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
-@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize(
+    ("name", "arch"),
+    [
+        *((name, 90) for name in DTYPES),
+        *((n, a) for n in ("bools in fours", "bfloat16") for a in (80, 100)),
+    ],
+)
 def test_the_kernel_compiles(name: str, arch: int) -> None:
     """Without a GPU: no spilled registers, and wide loads."""
     pytest.importorskip("triton")

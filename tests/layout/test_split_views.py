@@ -149,7 +149,7 @@ def predicates() -> st.SearchStrategy[sympy.Basic]:
 LENGTHS = st.integers(1, 70)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(predicates(), LENGTHS, LENGTHS, st.randoms(use_true_random=False))
 def test_every_split_is_the_mask(
     predicate: sympy.Basic, n_q: int, n_kv: int, random: Random
@@ -161,7 +161,7 @@ def test_every_split_is_the_mask(
     check_contract(predicate, search.views(parts, assignment), n_q, n_kv, 8)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(predicates(), LENGTHS, LENGTHS)
 def test_splits_that_do_not_pay_are_right(predicate: sympy.Basic, n_q: int, n_kv: int) -> None:
     search = Search(masks(predicate), ProblemShape(1, HEADS, n_q, n_kv), (8, 8))
@@ -169,7 +169,7 @@ def test_splits_that_do_not_pay_are_right(predicate: sympy.Basic, n_q: int, n_kv
         check_contract(predicate, views, n_q, n_kv, 8)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(predicates(), LENGTHS, LENGTHS, LENGTHS)
 def test_a_split_holds_for_other_lengths(
     predicate: sympy.Basic, n: int, n_q: int, n_kv: int
@@ -181,7 +181,7 @@ def test_a_split_holds_for_other_lengths(
     check_contract(predicate, split.views, n_q, n_kv, 8)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(predicates(), LENGTHS, LENGTHS)
 def test_terms_are_the_predicate(predicate: sympy.Basic, n_q: int, n_kv: int) -> None:
     found = terms(predicate)
@@ -194,7 +194,7 @@ def test_terms_are_the_predicate(predicate: sympy.Basic, n_q: int, n_kv: int) ->
         assert torch.equal(rest, parts[count] & ~before)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(predicates(), st.sampled_from([Q, KV]), st.integers(2, 24))
 def test_a_window_is_implied(predicate: sympy.Basic, side: sympy.Symbol, period: int) -> None:
     lo, hi = window_of(predicate, side, period)
@@ -204,7 +204,7 @@ def test_a_window_is_implied(predicate: sympy.Basic, side: sympy.Symbol, period:
     assert not (holds & ~((lo <= digit) & (digit < hi))).any()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(predicates(), LENGTHS, LENGTHS)
 def test_small_problems_are_counted_exactly(predicate: sympy.Basic, n_q: int, n_kv: int) -> None:
     mask = masks(predicate)

@@ -35,11 +35,17 @@ def kernels() -> None:
 
 
 @settings(max_examples=5, deadline=None)
-@given(problems())
-def test_operators_keep_their_promises(problem: Problem) -> None:
-    for calls in (block_calls, selected_calls):
-        for call in calls(problem):
-            check(call)
+@given(problems(longest=150, batch=2))
+def test_operators_of_blocks_keep_their_promises(problem: Problem) -> None:
+    for call in block_calls(problem):
+        check(call)
+
+
+@settings(max_examples=5, deadline=None)
+@given(problems(longest=24, batch=2))  # a program for each query
+def test_operators_of_selected_keys_keep_their_promises(problem: Problem) -> None:
+    for call in selected_calls(problem):
+        check(call)
 
 
 @pytest.mark.parametrize("mask", ["strided", "columns", "dilated on a grid", "window"])

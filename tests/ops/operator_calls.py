@@ -100,17 +100,17 @@ class Problem:
         ]
 
 
-def problems() -> st.SearchStrategy[Problem]:
+def problems(longest: int = 200, batch: int = 3) -> st.SearchStrategy[Problem]:
     """Problems of all kinds; lengths of 0 and 1 are not rare."""
     few = st.sampled_from([0, 1, 7])
     dims = [(16, 16), (8, 24), (40, 16)]
     return st.builds(
         Problem,
-        batch=st.integers(1, 3),
+        batch=st.integers(1, batch),
         kv_heads=st.integers(1, 2),
         group=st.integers(1, 3),
-        n_q=few | st.integers(0, 200),
-        n_kv=few | st.integers(0, 200),
+        n_q=few | st.integers(0, longest),
+        n_kv=few | st.integers(0, longest),
         dims=st.sampled_from(dims),
         dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
         mask=st.sampled_from(list(MASKS)),

@@ -11,7 +11,7 @@ from tests.ops.operator_calls import PERIODIC, Problem, all_calls, block_calls, 
 
 
 @settings(max_examples=15, deadline=None)
-@given(problems())
+@given(problems(longest=100, batch=2))
 def test_operators_keep_their_promises(problem: Problem) -> None:
     for call in all_calls(problem):
         check(call)

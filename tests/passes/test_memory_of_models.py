@@ -44,7 +44,6 @@ def growth(
     ("kind", "checkpointed"),
     [
         ("deepseek_v32", False),
-        ("glm_moe_dsa", False),
         ("minimax_m3", True),
     ],
 )

@@ -15,8 +15,9 @@ from tests.passes.sparse_models import KEPT, LAYERS, LENGTH, model, padding, tok
 @pytest.mark.parametrize(
     ("kind", "implementation", "side"),
     [
-        *[("deepseek_v32", how, side) for how in ("sdpa", "eager") for side in ("none", "left")],
+        ("deepseek_v32", "sdpa", "none"),
         ("deepseek_v32", "sdpa", "right"),
+        ("deepseek_v32", "eager", "left"),
         ("glm_moe_dsa", "sdpa", "left"),
         ("glm_moe_dsa", "eager", "none"),
     ],
@@ -70,7 +71,7 @@ def test_report() -> None:
 
 @pytest.mark.parametrize(
     ("implementation", "side"),
-    [("sdpa", "none"), ("sdpa", "right"), ("sdpa", "left"), ("eager", "none")],
+    [("sdpa", "none"), ("sdpa", "right"), ("eager", "left")],
 )
 def test_blocks_of_keys(implementation: str, side: str) -> None:
     """MiniMax M3 selects blocks for each group of heads, by the highest score in a block."""
