@@ -68,7 +68,10 @@ def _call_without_dispatcher() -> None:
     has no such registry calls the operators.
     """
     try:
-        from torch._inductor.codegen import custom_extern_kernel_codegen as registry
+        from torch._inductor.codegen.custom_extern_kernel_codegen import (
+            CUSTOM_EXTERN_KERNEL_CODEGEN,
+            CustomCodegen,
+        )
     except ImportError:
         return
 
@@ -78,5 +81,5 @@ def _call_without_dispatcher() -> None:
         writeline(f"{node.get_name()} = {function}({arguments})")
 
     for name in OPERATORS:
-        written = registry.CustomCodegen(python=write)
-        registry.CUSTOM_EXTERN_KERNEL_CODEGEN[f"torch.ops.sparse_compile.{name}.default"] = written
+        operator = f"torch.ops.sparse_compile.{name}.default"
+        CUSTOM_EXTERN_KERNEL_CODEGEN[operator] = CustomCodegen(python=write)

@@ -142,14 +142,20 @@ class Rates:
 #: H200, 16 heads of 64, torch 2.11: SDPA with a mask tensor; generation with 32 heads of 128.
 RATES = {
     ("cpu", False): Rates(
-        5e-5, 7e-4, 0, 4e-3, 5e-5, 1.5e-4, 1.3e-9, 2.5e-11, 2.4e-11, 64, 1.8, 8, 1
+        *(5e-5, 7e-4, 0, 4e-3, 5e-5, 1.5e-4, 1.3e-9),
+        *(2.5e-11, 2.4e-11, 128, 1.8, 8, 1),
     ),
     ("cpu", True): Rates(
-        2.5e-4, 2.2e-3, 0, 4e-3, 5e-5, 5e-4, 1.3e-9, 8.7e-11, 1e-10, 64, 1.4, 8, 1
+        *(2.5e-4, 2.2e-3, 0, 4e-3, 5e-5, 5e-4, 1.3e-9),
+        *(8.7e-11, 1e-10, 128, 1.4, 8, 1),
     ),
-    ("cuda", False): Rates(1e-4, 1e-4, 2e-4, 1.8e-3, 0, 0, 5e-13, 8.6e-15, 6e-15, 16, 3, 100, 8),
+    ("cuda", False): Rates(
+        *(1e-4, 1e-4, 2e-4, 1.8e-3, 0, 0, 5e-13),
+        *(8.6e-15, 6e-15, 16, 3, 100, 8),
+    ),
     ("cuda", True): Rates(
-        7.5e-4, 7.5e-4, 8e-4, 1.8e-3, 0, 0, 5e-13, 3e-14, 2.1e-14, 16, 3, 100, 5.5
+        *(7.5e-4, 7.5e-4, 8e-4, 1.8e-3, 0, 0, 5e-13),
+        *(3e-14, 2.1e-14, 16, 3, 100, 5.5),
     ),
 }
 #: Multiprocessors of the H200, and how much slower those of other architectures are.
