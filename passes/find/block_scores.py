@@ -16,9 +16,8 @@ from sparse_compile.passes.find.canonical import canonical, is_reshape, op_name,
 from sparse_compile.passes.find.chain import UNMASKED, Chain
 from sparse_compile.passes.find.contraction import contraction
 from sparse_compile.passes.find.dataflow import breadth_first
-from sparse_compile.passes.find.refusal import Refusal
 from sparse_compile.passes.mutation import written_inputs
-from sparse_compile.sites.site import BlockScoresSite, Operand, Scope
+from sparse_compile.sites.site import BlockScoresSite, Operand, Refused, Scope
 from sparse_compile.spec.indexer import BlockScoresSpec
 
 #: A top-k and the products that it is made of are fewer steps apart.
@@ -36,7 +35,7 @@ def find_block_scores(best: Sequence[Node], scope: Scope) -> BlockScoresSite | N
         None if there are none.
 
     Raises:
-        Refusal: scores of keys are pooled, in a way that must stay.
+        Refused: scores of keys are pooled, in a way that must stay.
     """
     pools = [pool for topk in best for pool in _pools(topk)]
     return _Match(pools[0], scope).found() if len(pools) == 1 else None
@@ -88,7 +87,7 @@ class _Match(Chain):
         """Match.
 
         Raises:
-            Refusal: they are of another kind, or something else reads them.
+            Refused: they are of another kind, or something else reads them.
         """
         super().__init__(scope)
         self.pool, self.padding = pool, float("-inf")
@@ -143,7 +142,7 @@ def _check_gradient(pool: Node) -> None:
     """Scores that only decide which blocks are kept need no gradient.
 
     Raises:
-        Refusal: what is made of them may have one.
+        Refused: what is made of them may have one.
     """
     value = values.tensor(pool)
     if value is not None and not value.requires_grad:
@@ -164,5 +163,5 @@ def _may_have_gradient(node: Node) -> bool:
     return values.is_float(node) or isinstance(node.meta.get("example_value"), (tuple, list))
 
 
-def _other(why: str) -> Refusal:
-    return Refusal(f"it pools scores of keys, but {why}")
+def _other(why: str) -> Refused:
+    return Refused(f"it pools scores of keys, but {why}")

@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from sparse_compile.passes.find import values
 from sparse_compile.passes.find.block_scores import find_block_scores
-from sparse_compile.passes.find.canonical import Call, canonical, op_name
+from sparse_compile.passes.find.canonical import Call, canonical, op_name, where
 from sparse_compile.passes.find.chain import (
     READS_NO_VALUES,
     UNMASKED,
@@ -23,13 +23,13 @@ from sparse_compile.passes.find.chain import (
     operand_of,
 )
 from sparse_compile.passes.find.dataflow import Dataflow, breadth_first
-from sparse_compile.passes.find.refusal import Refusal
 from sparse_compile.sites.site import (
     AttentionSite,
     IndexerSite,
     LiftedMask,
     Operand,
     Reached,
+    Refused,
     Rejection,
     Scope,
     ScoringSite,
@@ -59,36 +59,36 @@ class RankedChain(Chain):
         super().check_operands(operands, last)
         changed = [o.node.name for o in operands if self.flow.is_mutated(o.node)]
         if self.reached is not None and changed:
-            raise Refusal(f"`{changed[0]}` is overwritten")
+            raise Refused(f"`{changed[0]}` is overwritten")
 
     def ranked(self) -> Node:
         """The scores that the top-k is of.
 
         Raises:
-            Refusal: something else reads what it returns, or it runs over another axis.
+            Refused: something else reads what it returns, or it runs over another axis.
         """
         topk = self.topk
         if any(user.users for user in topk.users if user is not self.index):
-            raise Refusal("its values are read, too")
+            raise Refused("its values are read, too")
         call = canonical(topk)
         if call is None:
-            raise Refusal("it is called in an unknown way")
+            raise Refused("it is called in an unknown way")
         given = call.args
         if given["dim"] not in (-1, len(values.shape(given["input"])) - 1):
-            raise Refusal("it does not run over the keys")
+            raise Refused("it does not run over the keys")
         self.most, self.largest, self.is_sorted = given["k"], given["largest"], given["sorted"]
         if not (isinstance(self.largest, bool) and isinstance(self.is_sorted, bool)):
-            raise Refusal("its order is known only at run time")
+            raise Refused("its order is known only at run time")
         if self.reached is None:
             return self.taken(given["input"], topk)
         if not (self.largest if self.reached.least else self.is_sorted):
-            raise Refusal("which of its values is the last of the best is not known")
+            raise Refused("which of its values is the last of the best is not known")
         comparison = _only_comparison(self.index, self.flow)
         self.others.add(comparison)
         scores = self.taken(given["input"], topk)
         sides = comparison.all_input_nodes
         if [self.flow.current(n, comparison) for n in sides].count(scores) != 1:
-            raise Refusal("its values are not compared with the scores that they are of")
+            raise Refused("its values are not compared with the scores that they are of")
         return scores
 
 
@@ -108,7 +108,7 @@ def find_own_scores(
         attention: what becomes of the scores, which goes with them.
 
     Raises:
-        Refusal: they are made in another way, or something else reads them, too.
+        Refused: they are made in another way, or something else reads them, too.
     """
     chain = RankedChain(index, scope, reached, attention)
     before, product = chain.steps(chain.masked(chain.ranked()))
@@ -124,7 +124,7 @@ def _only_comparison(ranked: Node, flow: Dataflow) -> Node:
     """The node that compares ``ranked``, or what is made of it.
 
     Raises:
-        Refusal: there are several, or something else reads the values, or overwrites them.
+        Refused: there are several, or something else reads the values, or overwrites them.
     """
     found: list[Node] = []
     for node in breadth_first(ranked, _readers):
@@ -132,11 +132,11 @@ def _only_comparison(ranked: Node, flow: Dataflow) -> Node:
         if values.dtype(node) is torch.bool:
             found.append(node)
         elif not (values.is_float(node) or isinstance(example, (tuple, list))):
-            raise Refusal("its values are read, too")
+            raise Refused("its values are read, too")
         elif flow.is_mutated(node):
-            raise Refusal("its values are overwritten")
+            raise Refused("its values are overwritten")
     if len(found) != 1:
-        raise Refusal("its values are read, too")
+        raise Refused("its values are read, too")
     return found[0]
 
 
@@ -170,8 +170,8 @@ def find_indexer(site: AttentionSite, lifted: LiftedMask) -> ScoringSite | Rejec
         if pooled is not None or ranked is None:
             return pooled
         return _Match(ranked, lifted.scope, reached).found()
-    except Refusal as refusal:
-        return refusal.of(best[0])
+    except Refused as refused:
+        return refused.at(where(best[0]), best[0])
 
 
 class _Match(RankedChain):
@@ -187,7 +187,7 @@ class _Match(RankedChain):
         """Match.
 
         Raises:
-            Refusal: it is not an indexer, or one that something else reads.
+            Refused: it is not an indexer, or one that something else reads.
         """
         super().__init__(index, scope, reached)
         self.after, scores = self.steps(self.masked(self.ranked()))

@@ -17,8 +17,7 @@ from sparse_compile.passes.find.canonical import (
     source,
 )
 from sparse_compile.passes.find.dataflow import Dataflow
-from sparse_compile.passes.find.refusal import Refusal
-from sparse_compile.sites.site import Operand
+from sparse_compile.sites.site import Operand, Refused
 
 MERGED = "bh"
 """The axis of a [B*H, N, D] tensor that holds batch and heads."""
@@ -60,10 +59,10 @@ def peel(operand: Operand, reading: Reading) -> Peeled:
     heads, a widening cast. Nothing is peeled through a tensor that is overwritten meanwhile.
 
     Raises:
-        Refusal: the tensor is overwritten before the output, or ``MERGED`` cannot be taken apart.
+        Refused: the tensor is overwritten before the output, or ``MERGED`` cannot be taken apart.
     """
     if not reading.flow.stays(operand.node, reading.at, reading.output):
-        raise Refusal(
+        raise Refused(
             f"`{operand.node.name}` is changed in place between the scores and the output",
             "make the change before the attention, or on a copy",
         )
@@ -76,7 +75,7 @@ def peel(operand: Operand, reading: Reading) -> Peeled:
             best = Peeled(step.operand, nodes)
         step, gains = _step(step.operand.node, step.operand.axes, reading)
     if MERGED in best.operand.axes:
-        raise Refusal(
+        raise Refused(
             "the mask is applied to [B, H, N, N] scores but the product is made of merged "
             f"batches and heads, and `{operand.node.name}` does not show how they were merged",
             "keep q, k and v four-dimensional",

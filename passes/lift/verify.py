@@ -22,8 +22,8 @@ from sparse_compile.passes.lift.masks import SiteMasks
 from sparse_compile.passes.lift.prefix import CannotRun, Prefix, bytes_of, prefix_of
 from sparse_compile.passes.lift.rankings import arguments_of, is_topk_index, topk_dim, topk_of
 from sparse_compile.passes.lift.slice import Slicer
-from sparse_compile.passes.lift.value import Refused, Unliftable, size_expr
-from sparse_compile.sites.site import LiftedMask, Scope, Visited
+from sparse_compile.passes.lift.value import Unliftable, size_expr
+from sparse_compile.sites.site import LiftedMask, Refused, Scope, Visited
 
 _CHUNK = 1 << 22
 _MOST_RANDOM = 1 << 24
