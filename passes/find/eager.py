@@ -18,6 +18,7 @@ from sparse_compile.passes.find.operands import (
     Reading,
     dead_nodes,
     peel,
+    taken_apart,
 )
 from sparse_compile.passes.find.scores import (
     ScorePath,
@@ -156,15 +157,12 @@ class _Sides:
         letters = tuple(axes[letter] for letter in product.out)
         if MERGED not in letters:
             return Operand(product.node, letters), ()
-        at = letters.index(MERGED)
         readers = list(product.node.users)
-        shape = values.shape(product.node)
         assert self.split is not None
-        apart = (*shape[:at], *self.split, *shape[at + 1 :])
         if len(readers) == 1 and is_reshape(readers[0]):
-            if values.same_shape(values.shape(readers[0]), apart):
-                split = (*letters[:at], "b", "h", *letters[at + 1 :])
-                return Operand(readers[0], split), (readers[0],)
+            apart = taken_apart(letters, product.node, readers[0], self.split)
+            if apart is not None:
+                return Operand(readers[0], apart), (readers[0],)
         raise Refused(
             "the mask is applied to [B, H, N, N] scores but the output merges batch and heads",
             "keep q, k and v four-dimensional",

@@ -103,7 +103,7 @@ def _step(node: Node, axes: tuple[str, ...], reading: Reading) -> tuple[Peeled |
         before = tuple(axes[order.index(i)] for i in range(len(order)))
         return Peeled(Operand(start, before), (node,)), _order(before) > _order(axes)
     if MERGED in axes and reading.split is not None and is_reshape(node):
-        apart = _split(axes, values.shape(node), values.shape(start), reading.split)
+        apart = taken_apart(axes, node, start, reading.split)
         return (None if apart is None else Peeled(Operand(start, apart), (node,))), True
     nodes = _repeat(node, axes.index("h")) if reading.heads and "h" in axes else ()
     base = source(nodes[-1]) if nodes else None
@@ -116,15 +116,14 @@ def _step(node: Node, axes: tuple[str, ...], reading: Reading) -> tuple[Peeled |
     return further, casts and values.dtype(start) == reading.dtype
 
 
-def _split(
-    axes: tuple[str, ...],
-    merged: tuple[Any, ...],
-    apart: tuple[Any, ...],
-    sizes: tuple[Any, Any],
+def taken_apart(
+    axes: tuple[str, ...], merged: Node, apart: Node, sizes: tuple[Any, Any]
 ) -> tuple[str, ...] | None:
-    at = axes.index(MERGED)
-    expected = (*merged[:at], *sizes, *merged[at + 1 :])
-    return (*axes[:at], "b", "h", *axes[at + 1 :]) if values.same_shape(expected, apart) else None
+    """The axes of ``apart`` if it is ``merged`` with batch and heads, of these sizes, as two."""
+    at, shape = axes.index(MERGED), values.shape(merged)
+    expected = (*shape[:at], *sizes, *shape[at + 1 :])
+    same = values.same_shape(expected, values.shape(apart))
+    return (*axes[:at], "b", "h", *axes[at + 1 :]) if same else None
 
 
 def _repeat(node: Node, h: int) -> tuple[Node, ...]:

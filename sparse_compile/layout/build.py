@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sparse_compile.expr import KV, Q
-from sparse_compile.layout.block_layout import BlockLayout, BlockLists, Load, line_starts
+from sparse_compile.layout.block_layout import BlockLayout, BlockLists, line_starts
 from sparse_compile.layout.intervals import point
 from sparse_compile.layout.superset import (
     Digits,
@@ -192,11 +192,7 @@ def counted_layout(problem: Problem, tables: Sequence[Tensor]) -> BlockLayout:
     """The layout of a problem, its tables on the CPU; each class is searched by itself."""
     bounds = BlockBounds(problem, tables)
     found = [_rectangles(problem, bounds, c) for c in range(problem.classes)]
-    made = layout_of_rectangles(problem, found)
-    rows, cols = (
-        replace(lists, load=Load.of(lists.start.long().diff())) for lists in (made.rows, made.cols)
-    )
-    return replace(made, rows=rows, columns=cols)
+    return layout_of_rectangles(problem, found)
 
 
 def _rectangles(problem: Problem, bounds: BlockBounds, number: int) -> Rectangles:

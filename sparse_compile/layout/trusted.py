@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_compile.layout.block_layout import BlockLayout, BlockLists, Load
+from sparse_compile.layout.block_layout import BlockLayout
 from sparse_compile.layout.build import counted_layout
 from sparse_compile.layout.builders import BUILDERS
 from sparse_compile.layout.superset import Problem, static_layout
@@ -48,7 +48,7 @@ def device_layout(problem: Problem, tables: Sequence[Tensor], device: torch.devi
             )
     if trusted:
         return _by_kernels(problem, tables, device)
-    return _counted(_by_cpu(problem, tables)).to(device)
+    return _by_cpu(problem, tables).to(device)
 
 
 def _agrees(problem: Problem, tables: Sequence[Tensor], device: torch.device) -> bool:
@@ -84,12 +84,3 @@ def _by_cpu(problem: Problem, tables: Sequence[Tensor]) -> BlockLayout:
     if problem.is_static:
         return static_layout(problem, torch.device("cpu"))
     return counted_layout(problem, [table.cpu() for table in tables])
-
-
-def _counted(layout: BlockLayout) -> BlockLayout:
-    """A layout on the CPU with its loads, for which nobody has to wait once it is on a device."""
-
-    def with_load(lists: BlockLists) -> BlockLists:
-        return replace(lists, load=Load.of(lists.start.long().diff()))
-
-    return replace(layout, rows=with_load(layout.rows), columns=with_load(layout.cols))
