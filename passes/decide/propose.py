@@ -13,7 +13,7 @@ from sparse_compile.layout.cost import Candidate, Listed, dense, sdpa, why_not_l
 from sparse_compile.layout.views.split_views import Split
 from sparse_compile.ops.operands import WIDEST, WIDEST_UNITS
 from sparse_compile.options import Options
-from sparse_compile.passes.decide.price import Price, shape_of, views_for
+from sparse_compile.passes.decide.pick import Price, shape_of, views_for
 from sparse_compile.passes.graph_edit import dimension, expected
 from sparse_compile.sites.plan import Indexer, Plan, Proposal, Reading, SelectedPlan, Trace
 from sparse_compile.sites.site import (

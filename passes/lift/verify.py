@@ -18,9 +18,9 @@ from sparse_compile.expr import KV, H, Q, evaluate, grid
 from sparse_compile.ops.pattern import on_axes
 from sparse_compile.passes.dense_tables import mask_data, selection_data
 from sparse_compile.passes.graph_edit import example_value
+from sparse_compile.passes.lift.kept import arguments_of, is_topk_index, topk_dim, topk_of
 from sparse_compile.passes.lift.masks import SiteMasks
 from sparse_compile.passes.lift.prefix import CannotRun, Prefix, bytes_of, prefix_of
-from sparse_compile.passes.lift.rankings import arguments_of, is_topk_index, topk_dim, topk_of
 from sparse_compile.passes.lift.slice import Slicer
 from sparse_compile.passes.lift.value import Unliftable, size_expr
 from sparse_compile.selection.chunks import chunks

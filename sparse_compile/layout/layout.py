@@ -13,11 +13,10 @@ from torch import Tensor
 from sparse_compile.expr import MaskExpr, evaluate
 from sparse_compile.layout import superset
 from sparse_compile.layout.block_layout import PARTIAL, BlockLayout, Load
-from sparse_compile.layout.build import build_layout, candidates
+from sparse_compile.layout.build import build_layout, candidates, device_layout
 from sparse_compile.layout.listed import listed_load
 from sparse_compile.layout.schedule import Schedule, make_schedule
 from sparse_compile.layout.superset import Problem, ProblemShape
-from sparse_compile.layout.trusted import device_layout
 from sparse_compile.spec import AttentionSpec
 
 #: Entries of the score matrix evaluated at once.
