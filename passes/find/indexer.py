@@ -92,32 +92,22 @@ class RankedChain(Chain):
         return scores
 
 
-def find_own_scores(
-    index: Node, scope: Scope, reached: Reached | None, attention: Collection[Node]
-) -> IndexerSite:
+def _own_scores(chain: RankedChain) -> IndexerSite:
     """The scores that a top-k is taken of, and that become the weights of an attention.
 
     ``scores.masked_fill(scores < scores.topk(k).values[..., -1:], -inf).softmax(-1)`` and the same
     by index, after https://arxiv.org/abs/1912.11637: the scores have to be computed to find the
     best, but only those of some queries at a time.
 
-    Args:
-        index: the indices of the top-k, or the values that others reach.
-        scope: where it stands.
-        reached: how, if so.
-        attention: what becomes of the scores, which goes with them.
-
     Raises:
         Refused: they are made in another way, or something else reads them, too.
     """
-    chain = RankedChain(index, scope, reached, attention)
     before, product = chain.steps(chain.masked(chain.ranked()))
     q, k = chain.by_head(product)
     chain.check_operands((q, k), chain.topk)
-    output = Operand(index, ("b", "h", "n", "d"))
-    scores = chain.as_attention(output, q, k, ("b", "h", "q", "kv"))
+    scores = chain.as_attention(Operand(chain.index), q, k, ("b", "h", "q", "kv"))
     spec = IndexerSpec(before, (), False, *UNMASKED, chain.largest, chain.is_sorted)
-    return IndexerSite(scores, None, chain.most, spec, reached)
+    return IndexerSite(scores, None, chain.most, spec, chain.reached)
 
 
 def _only_comparison(ranked: Node, flow: Dataflow) -> Node:
@@ -165,7 +155,7 @@ def find_indexer(site: AttentionSite, lifted: LiftedMask) -> ScoringSite | Rejec
         reached = lifted.selection.reached
         ranked = source if reached is None else reached.values
         if site.ranked is not None and ranked is not None:
-            return find_own_scores(ranked, lifted.scope, reached, site.region)
+            return _own_scores(RankedChain(ranked, lifted.scope, reached, site.region))
         pooled = find_block_scores(best, lifted.scope)
         if pooled is not None or ranked is None:
             return pooled

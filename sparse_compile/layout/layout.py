@@ -200,13 +200,8 @@ def _schedules_of_problems(
 @functools.lru_cache(maxsize=256)
 def _load(problem: Problem, axis: str) -> Load:
     """How many blocks each line visits at most, known on the host."""
-    cpu = torch.device("cpu")
-    if problem.is_static:
-        start = superset.static_layout(problem, cpu).lines(axis).start
-    else:
-        found = candidates(problem, cpu)
-        start = found.row_start if axis == "q" else found.col_start
-    return Load.of(start.long().diff())
+    found = candidates(problem, torch.device("cpu"))
+    return Load.of((found.row_start if axis == "q" else found.col_start).long().diff())
 
 
 def build_views(
