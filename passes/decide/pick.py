@@ -75,7 +75,8 @@ class Price:
             longer = pairs / possible if possible else 1.0
             pairs, partial = seen.pairs * longer, seen.partial * longer
         by_pair = any({"q", "kv"} <= set(axes.axes) for axes in lifted.dense)
-        read = sum(_elements(axes.axes, work) for axes in lifted.dense)
+        sizes = {"b": work.batch, "h": work.heads, "q": work.n_q, "kv": work.n_kv, "": 1}
+        read = sum(math.prod(sizes[axis] for axis in table.axes) for table in lifted.dense)
         changes = lifted.mask.tables or lifted.mask.n_sizes or grows(plan.site)
         made = 1 / self.sharing if changes else 0.0
         looked_up = partial if by_pair else 0.0
@@ -119,11 +120,6 @@ def _classes(lifted: LiftedMask, work: Workload) -> int:
     for symbol, size in ((B, work.batch), (H, work.heads)):
         classes *= size if symbol in free else 1
     return classes
-
-
-def _elements(axes: tuple[str, ...], work: Workload) -> int:
-    sizes = {"b": work.batch, "h": work.heads, "q": work.n_q, "kv": work.n_kv, "": 1}
-    return math.prod(sizes[axis] for axis in axes)
 
 
 #: Lengths between which an answer may change.

@@ -132,12 +132,9 @@ def _check_gradient(pool: Node) -> None:
     seen = list(breadth_first(pool, lambda node: filter(_may_have_gradient, node.users)))
     for user in (user for node in seen for user in node.users):
         others = [target for target in written_inputs(user) if target not in seen]
-        if others or user.op == "output" or _is_opaque(user):
+        opaque = user.op == "call_module" or any(n.op == "get_attr" for n in user.all_input_nodes)
+        if others or opaque or user.op == "output":
             raise _other(f"`{op_name(user)}` reads their values")
-
-
-def _is_opaque(user: Node) -> bool:
-    return user.op == "call_module" or any(n.op == "get_attr" for n in user.all_input_nodes)
 
 
 def _may_have_gradient(node: Node) -> bool:

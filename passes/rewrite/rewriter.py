@@ -16,7 +16,6 @@ from sparse_compile.layout.from_dense import DenseRead
 from sparse_compile.ops import pattern as pattern_ops
 from sparse_compile.ops.selection import CANONICAL_SELECTION, SELECT
 from sparse_compile.passes.dense_tables import dense_reads
-from sparse_compile.passes.find.canonical import permutation
 from sparse_compile.passes.graph_edit import (
     Inserter,
     device_of,
@@ -303,7 +302,16 @@ def _restore_axes(insert: Inserter, site: AttentionSite, out: Node) -> Node:
     out = with_axes(insert.method, out, _CANONICAL, site.output.axes)
     old = site.output.node
     reordered = example_value(old).is_contiguous() and not example_value(out).is_contiguous()
-    # Who reads [B, H, N, D] as [B, N, H, D] finds its own memory order.
-    if reordered and not all(permutation(user) == (0, 2, 1, 3) for user in old.users):
+    if reordered and not all(map(_swaps_heads_and_tokens, old.users)):
         out = insert.method("contiguous", out)
     return out
+
+
+def _swaps_heads_and_tokens(user: Node) -> bool:
+    """Whether a user reads [B, H, N, D] as [B, N, H, D]: then our memory order is its own."""
+    if user.op != "call_method":
+        return False
+    dims = [dim % 4 if isinstance(dim, int) else dim for dim in user.args[1:]]
+    if user.target in ("transpose", "swapaxes"):
+        return sorted(map(str, dims)) == ["1", "2"]
+    return user.target == "permute" and dims == [0, 2, 1, 3]
