@@ -14,8 +14,8 @@ from torch import Tensor
 import sparse_compile.ops  # noqa: F401  which hands in the kernels of a GPU
 from sparse_compile import patterns as P
 from sparse_compile.selection import Selection, canonical, pooled_attention
+from sparse_compile.selection.builders import Task
 from sparse_compile.selection.select import scoring
-from sparse_compile.selection.task import Task
 from sparse_compile.selection.visible import Visible
 
 Scorer = Callable[[Tensor, Tensor], Tensor]

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import sympy
 from torch import Tensor
-from torch.fx import GraphModule
 
-from sparse_compile import ops
 from sparse_compile.expr import Bit, table_index
 from sparse_compile.layout.from_dense import DenseRead, words_of
-from sparse_compile.passes.mutation import Memory
 from sparse_compile.selection import Selection
 from sparse_compile.sites.site import LiftedMask
 
@@ -54,22 +50,3 @@ def shown_predicate(lifted: LiftedMask) -> sympy.Basic:
             conditions = {sympy.Ne(bit, 0): shown, sympy.Eq(bit, 0): sympy.Not(shown)}
             predicate = predicate.xreplace(conditions)
     return predicate
-
-
-def remember_given(gm: GraphModule) -> None:
-    """Let what is found out about mask tensors that are inputs of the graph be reused.
-
-    Only where the user says that they are stable, and of those that nothing here writes to.
-    """
-    calls = gm.graph.find_nodes(op="call_function", target=ops.LAYOUT)
-    if not calls:
-        return
-    memory = Memory(gm.graph)
-    for call in calls:
-        tables, text, *rest = call.args
-        reads = [
-            replace(read, remember=given.op == "placeholder" and not memory.is_written(given))
-            for read in DenseRead.parse(text)
-            for given in [tables[read.table]]
-        ]
-        call.args = (tables, DenseRead.text(reads), *rest)

@@ -17,6 +17,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from networkx.utils import UnionFind
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
@@ -291,9 +292,9 @@ class Memory:
     def __init__(self, graph: Graph, aliases: Iterable[tuple[Node, Node]] = ()) -> None:
         """Read the graph once. ``aliases``: nodes known from outside to share memory."""
         self.position = {node: index for index, node in enumerate(graph.nodes)}
-        self._parent: dict[object, object] = {}
+        self._shared = UnionFind()
         for first, second in aliases:
-            self._join(first, second)
+            self._shared.union(first, second)
         for node in graph.nodes:
             self._place(node)
         self.effects = {node: effect(node) for node in graph.nodes}
@@ -327,23 +328,15 @@ class Memory:
         if None in found:
             # What cannot be looked into is taken to share memory with all it was made from.
             for source in node.all_input_nodes:
-                self._join(node, source)
+                self._shared.union(node, source)
         for storage in found:
             if storage is not None:
-                self._join(node, ("storage", storage))
-
-    def _join(self, a: object, b: object) -> None:
-        self._parent[self.of(a)] = self.of(b)
+                self._shared.union(node, ("storage", storage))
 
     def of(self, item: object) -> object:
         """A token that nodes which may share memory have in common."""
-        path = []
-        while self._parent.get(item, item) != item:
-            path.append(item)
-            item = self._parent[item]
-        for seen in path:
-            self._parent[seen] = item
-        return item
+        token: object = self._shared[item]
+        return token
 
 
 def memory_of(scope: Scope, outer: Memory | None = None) -> Memory:

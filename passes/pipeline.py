@@ -18,7 +18,6 @@ from sparse_compile.errors import RestrictionFailed
 from sparse_compile.options import Options
 from sparse_compile.passes.decide.pick import decide, declares_range
 from sparse_compile.passes.decide.propose import propose
-from sparse_compile.passes.dense_tables import remember_given
 from sparse_compile.passes.find import find_attention, find_indexer
 from sparse_compile.passes.graph_edit import device_of
 from sparse_compile.passes.lift import LiftCache, lift_mask
@@ -29,7 +28,7 @@ from sparse_compile.passes.restrict import (
     restrict,
     with_annotation,
 )
-from sparse_compile.passes.rewrite.lists import hold_layouts, share_lists
+from sparse_compile.passes.rewrite.lists import hold_layouts, remember_given, share_lists
 from sparse_compile.passes.rewrite.rewriter import Rewriter
 from sparse_compile.sites.plan import Plan, Trace
 from sparse_compile.sites.site import LiftedMask, Ranking, Rejection

@@ -128,18 +128,15 @@ def _joined(lifted: LiftedMask, expr: MaskExpr, key: str) -> LiftedMask:
 
 def _promised_empty_rows(site: AttentionSite, note: Annotation) -> EmptyRows:
     """As the program's own, where its fill is known without reading its mask tensors."""
-    fills = {mask.fill for mask in site.masks}
+    (fill, *more) = {mask.fill for mask in site.masks}
     adds = any(mask.role == "add" for mask in site.masks)
-    (fill, *more) = fills
-    if site.kind == "sdpa" or adds or more or isinstance(fill, Node) or _sees_itself(site, note):
+    if site.kind == "sdpa" or adds or more or isinstance(fill, Node):
         return EmptyRows.ZERO
+    diagonal = note.bound.expr.predicate.xreplace({KV: Q})
+    if diagonal == sympy.true and dimension(site.q, "n") == dimension(site.k, "n"):
+        return EmptyRows.ZERO  # every query sees itself
     if site.sinks is not None:
         return EmptyRows.ZERO  # the sink has all the weight
     if fill == -math.inf:
         return EmptyRows.NAN
     return EmptyRows.MEAN if fill <= torch.finfo(torch.bfloat16).min else EmptyRows.ZERO
-
-
-def _sees_itself(site: AttentionSite, note: Annotation) -> bool:
-    diagonal = note.bound.expr.predicate.xreplace({KV: Q})
-    return diagonal == sympy.true and bool(dimension(site.q, "n") == dimension(site.k, "n"))

@@ -1,4 +1,4 @@
-"""decide: the cheapest of the ways to run an attention.
+"""decide: what the ways to run an attention cost at any number of keys, and the cheapest of them.
 
 Where that depends on a length that changes, the captured graph is made to hold for the lengths on
 one side of the point where the answer changes: Dynamo captures another for the other side.
@@ -6,17 +6,121 @@ one side of the point where the answer changes: Dynamo captures another for the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from sparse_compile.layout.cost import cheapest, dense
-from sparse_compile.layout.views.split_views import rounded
-from sparse_compile.passes.decide.price import Price
-from sparse_compile.passes.graph_edit import dimension, expected
+from sparse_compile.codegen.generators import block_shapes
+from sparse_compile.expr import B, H, MaskExpr
+from sparse_compile.layout.cost import Candidate, Coverage, Workload, blocks, cheapest, dense, lists
+from sparse_compile.layout.superset import ProblemShape
+from sparse_compile.layout.views.split_views import Split, choose_views, rounded
+from sparse_compile.passes.graph_edit import dimension, example_value, expected
 from sparse_compile.sites.plan import Decision, Plan, Trace
+from sparse_compile.sites.site import AttentionSite, LiftedMask, Visited
+from sparse_compile.spec import AttentionSpec, EmptyRows
+from sparse_compile.spec.target import Target
+
+#: Keys of which one is visited, where what a mask reads has no values yet.
+_VISITED = 1 / 4
+
+
+@dataclass(frozen=True)
+class Price:
+    """What plans cost on a target.
+
+    Attributes:
+        target: where they run.
+        sharing: attentions of the graph with the same mask, which share its layout.
+    """
+
+    target: Target
+    sharing: int
+
+    @staticmethod
+    def work_of(site: AttentionSite, n_kv: int | None = None) -> Workload:
+        """What there is to do for a site, at its own number of keys or another."""
+        n_q, here = expected(site.q, "n"), expected(site.k, "n")
+        if n_kv is None:
+            n_kv = rounded(here) if grows(site) else here
+        if isinstance(dimension(site.q, "n"), torch.SymInt) and n_q == here:
+            n_q = n_kv
+        features = expected(site.q, "d") + expected(site.v, "d")
+        operands = (example_value(x.node) for x in (site.q, site.k, site.v))
+        trained = torch.is_grad_enabled() and any(x.requires_grad for x in operands)
+        sizes = expected(site.q, "b"), expected(site.q, "h"), n_q, n_kv
+        return Workload(*sizes, features, trained, site.kind == "eager")
+
+    def of(self, plan: Plan, n_kv: int | None = None) -> Candidate:
+        """What a plan costs; what a pattern selects besides is known in a call only."""
+        work = self.work_of(plan.site, n_kv)
+        selection = plan.lifted.selection
+        if plan.selected is not None and plan.selected.alone:
+            return lists(self.target, work, 0)
+        if selection is None:
+            return blocks(self.target, work, self._coverage(plan, work))
+        kept = int(selection.most) * selection.unit_kv if selection.most.isdecimal() else 0
+        return lists(self.target, work, kept)
+
+    def _coverage(self, plan: Plan, work: Workload) -> Coverage:
+        lifted, here = plan.lifted, self.work_of(plan.site, expected(plan.site.k, "n"))
+        pairs, partial = self._pairs(plan, work), 0.0
+        if lifted.program is not None:
+            # The example says how much is left of what the predicate leaves possible.
+            possible = self._pairs(plan, here)
+            seen = lifted.visited or Visited(_VISITED * possible, 0.0)
+            longer = pairs / possible if possible else 1.0
+            pairs, partial = seen.pairs * longer, seen.partial * longer
+        by_pair = any({"q", "kv"} <= set(axes.axes) for axes in lifted.dense)
+        sizes = {"b": work.batch, "h": work.heads, "q": work.n_q, "kv": work.n_kv, "": 1}
+        read = sum(math.prod(sizes[axis] for axis in table.axes) for table in lifted.dense)
+        changes = lifted.mask.tables or lifted.mask.n_sizes or grows(plan.site)
+        made = 1 / self.sharing if changes else 0.0
+        looked_up = partial if by_pair else 0.0
+        return Coverage(pairs, _classes(lifted, work), made, read, looked_up, _does_more(plan.spec))
+
+    def _pairs(self, plan: Plan, work: Workload) -> float:
+        """Pairs in blocks that the predicate leaves possible, for each query."""
+        if plan.split is not None and rounded(work.n_kv) == rounded(expected(plan.site.k, "n")):
+            return plan.split.cost.total  # the choice of views has asked already
+        block = plan.spec.block_q, plan.spec.block_kv
+        _, split = views_for(plan.lifted.mask, self.target.kind, shape_of(work), block)
+        return split.cost.total
+
+
+def shape_of(work: Workload) -> ProblemShape:
+    """What to choose views for."""
+    return ProblemShape(work.batch, work.heads, work.n_q, work.n_kv)
+
+
+def views_for(
+    mask: MaskExpr, kind: str, shape: ProblemShape, block: tuple[int, int] | None = None
+) -> tuple[AttentionSpec, Split]:
+    """:func:`choose_views` among the block shapes for a kind of device."""
+    return choose_views(mask, shape, block, block_shapes(kind))
+
+
+def grows(site: AttentionSite) -> bool:
+    """Whether the number of keys changes from call to call."""
+    return isinstance(dimension(site.k, "n"), torch.SymInt)
+
+
+def _does_more(spec: AttentionSpec) -> bool:
+    """Whether a call puts something in order, or mends its empty rows, beside its kernels."""
+    plain = all(order.is_natural for part in spec.parts for order in (part.q, part.kv))
+    return not plain or spec.empty_rows is not EmptyRows.ZERO
+
+
+def _classes(lifted: LiftedMask, work: Workload) -> int:
+    """Batch entries and heads that have lists of their own."""
+    free, classes = lifted.mask.predicate.free_symbols, 1
+    for symbol, size in ((B, work.batch), (H, work.heads)):
+        classes *= size if symbol in free else 1
+    return classes
+
 
 #: Lengths between which an answer may change.
 _SHORTEST, _LONGEST = 1 << 4, 1 << 20

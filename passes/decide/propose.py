@@ -9,11 +9,11 @@ import sympy
 import torch
 
 from sparse_compile.expr import KV, Q
-from sparse_compile.layout.cost import Candidate, Listed, dense, sdpa, why_not_listed
+from sparse_compile.layout.cost import Candidate, dense, sdpa, why_not_listed
 from sparse_compile.layout.views.split_views import Split
 from sparse_compile.ops.operands import WIDEST, WIDEST_UNITS
 from sparse_compile.options import Options
-from sparse_compile.passes.decide.price import Price, shape_of, views_for
+from sparse_compile.passes.decide.pick import Price, shape_of, views_for
 from sparse_compile.passes.graph_edit import dimension, expected
 from sparse_compile.sites.plan import Indexer, Plan, Proposal, Reading, SelectedPlan, Trace
 from sparse_compile.sites.site import (
@@ -218,9 +218,8 @@ def _too_many(plan: Plan, selection: SelectedKeys, target: Target) -> str:
     q, k = plan.site.q, plan.site.k
     shared = max(1, expected(q, "h") // expected(k, "h"))
     units = -(-expected(k, "n") // selection.unit_kv)
-    unscored = plan.indexer is not None
-    listed = Listed(int(selection.most), units, selection.unit_kv, shared, unscored)
-    return why_not_listed(target, listed, own)
+    unit_kv, scored = selection.unit_kv, own or (selection.unit_kv == 1 and plan.indexer is None)
+    return why_not_listed(target, int(selection.most), units, unit_kv, shared, scored)
 
 
 def _indexer(ranking: Ranking) -> Indexer | str:

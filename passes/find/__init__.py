@@ -8,14 +8,13 @@ from collections.abc import Iterator
 from torch.fx import GraphModule, Node
 
 from sparse_compile.ops.masked import MASKED_ATTENTION
-from sparse_compile.passes.find.canonical import canonical, op_name
+from sparse_compile.passes.find.canonical import canonical, op_name, where
 from sparse_compile.passes.find.dataflow import Dataflow
 from sparse_compile.passes.find.eager import match_eager
 from sparse_compile.passes.find.indexer import find_indexer
-from sparse_compile.passes.find.refusal import Refusal
 from sparse_compile.passes.find.sdpa import match_called, match_sdpa
 from sparse_compile.passes.mutation import bodies, memory_of, scope_of_body
-from sparse_compile.sites.site import AttentionSite, Rejection, Scope
+from sparse_compile.sites.site import AttentionSite, Refused, Rejection, Scope
 
 __all__ = ["find_attention", "find_indexer"]
 
@@ -72,12 +71,12 @@ def _in_scope(scope: Scope, flow: Dataflow) -> Iterator[AttentionSite | Rejectio
         try:
             found = _match(node, flow, scope)
             if found is not None and transforms:
-                raise Refusal(
+                raise Refused(
                     "this attention is inside a torch.func transform such as vmap",
                     "give q, k and v the batch axis themselves",
                 )
-        except Refusal as refusal:
-            yield refusal.of(node)
+        except Refused as refused:
+            yield refused.at(where(node), node)
         else:
             yield from () if found is None else (found,)
         for body, inputs in _called(node):
@@ -96,7 +95,7 @@ def _match(node: Node, flow: Dataflow, scope: Scope) -> AttentionSite | None:
         return None
     name, call = op_name(node), canonical(node)
     if name in _OPAQUE:
-        raise Refusal(*_OPAQUE[name])
+        raise Refused(*_OPAQUE[name])
     if node.target is MASKED_ATTENTION:
         return match_called(node, scope)
     if name == "scaled_dot_product_attention":

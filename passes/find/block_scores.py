@@ -16,9 +16,8 @@ from sparse_compile.passes.find.canonical import canonical, is_reshape, op_name,
 from sparse_compile.passes.find.chain import UNMASKED, Chain
 from sparse_compile.passes.find.contraction import contraction
 from sparse_compile.passes.find.dataflow import breadth_first
-from sparse_compile.passes.find.refusal import Refusal
 from sparse_compile.passes.mutation import written_inputs
-from sparse_compile.sites.site import BlockScoresSite, Operand, Scope
+from sparse_compile.sites.site import BlockScoresSite, Operand, Refused, Scope
 from sparse_compile.spec.indexer import BlockScoresSpec
 
 #: A top-k and the products that it is made of are fewer steps apart.
@@ -36,10 +35,21 @@ def find_block_scores(best: Sequence[Node], scope: Scope) -> BlockScoresSite | N
         None if there are none.
 
     Raises:
-        Refusal: scores of keys are pooled, in a way that must stay.
+        Refused: scores of keys are pooled, in a way that must stay.
     """
     pools = [pool for topk in best for pool in _pools(topk)]
-    return _Match(pools[0], scope).found() if len(pools) == 1 else None
+    if len(pools) != 1:
+        return None
+    (pool,), chain = pools, Chain(scope)
+    scores, view, size = _blocks(pool, chain)
+    scores, padding = _unpadded(scores, chain)
+    before, product = chain.steps(chain.masked(scores))
+    q, k = chain.by_head(product)
+    chain.check_operands((q, k), pool)
+    _check_gradient(pool)
+    site = chain.as_attention(Operand(pool), q, k, ("b", "h", "q", "kv"))
+    spec = BlockScoresSpec(size, before, *UNMASKED, padding)
+    return BlockScoresSite(site, view, spec)
 
 
 def _pools(topk: Node) -> list[Node]:
@@ -72,78 +82,49 @@ def _behind(last: Node) -> list[Node]:
     return list(breadth_first(last, following, _FAR))[1:]
 
 
-class _Match(Chain):
-    """The steps of pooled scores, from the maximum backwards.
+def _blocks(pool: Node, chain: Chain) -> tuple[Node, Node, int]:
+    """The scores by key, of which ``pool`` holds the highest of each block.
 
-    Attributes:
-        pool: the maximum over each block.
-        view: the scores with an axis for the blocks.
-        size: keys in a block.
-        padding: the score of keys that do not exist, in the last block.
-        q, k: the operands; ``axes`` are among ``b``, ``h``, ``n`` (queries), ``t`` (keys), ``d``.
-        before: as in :class:`BlockScoresSpec`.
+    Returns:
+        them; the same with an axis for the blocks; keys in a block.
     """
+    maximum = _maximum(pool)
+    assert maximum is not None
+    call = canonical(maximum)
+    if call is None:
+        raise _other("not as the maximum over one axis")
+    dim = call.args["dim"]
+    dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
+    view = chain.taken(call.args["input"], maximum)
+    if dim not in (-1, 4) or call.args["keepdim"] or not is_reshape(view):
+        raise _other("they are not pooled over blocks of the last axis")
+    *rows, _, size = values.shape(view)
+    scores = chain.taken(source(view), view)
+    if len(rows) != 3 or not values.same_shape(tuple(rows), values.shape(scores)[:-1]):
+        raise _other("they are not [B, H, Nq, Nkv]")
+    known = values.number(size)
+    if known is None:
+        raise _other("the size of a block is known only at run time")
+    return scores, view, int(known)
 
-    def __init__(self, pool: Node, scope: Scope) -> None:
-        """Match.
 
-        Raises:
-            Refusal: they are of another kind, or something else reads them.
-        """
-        super().__init__(scope)
-        self.pool, self.padding = pool, float("-inf")
-        scores = self.masked(self._padded(self._blocks(pool)))
-        self.before, product = self.steps(scores)
-        self.q, self.k = self.by_head(product)
-        self.check_operands((self.q, self.k), pool)
-        _check_gradient(pool)
-
-    def _blocks(self, pool: Node) -> Node:
-        """The scores by key, of which ``pool`` holds the highest of each block."""
-        maximum = _maximum(pool)
-        assert maximum is not None
-        call = canonical(maximum)
-        if call is None:
-            raise _other("not as the maximum over one axis")
-        dim = call.args["dim"]
-        dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
-        view = self.taken(call.args["input"], maximum)
-        if dim not in (-1, 4) or call.args["keepdim"] or not is_reshape(view):
-            raise _other("they are not pooled over blocks of the last axis")
-        *rows, _, size = values.shape(view)
-        scores = self.taken(source(view), view)
-        if len(rows) != 3 or not values.same_shape(tuple(rows), values.shape(scores)[:-1]):
-            raise _other("they are not [B, H, Nq, Nkv]")
-        known = values.number(size)
-        if known is None:
-            raise _other("the size of a block is known only at run time")
-        self.view, self.size = view, int(known)
-        return scores
-
-    def _padded(self, node: Node) -> Node:
-        """The scores before keys were added to make the last block whole."""
-        call = canonical(node)
-        if call is None or call.op != "pad":
-            return node
-        amounts, value = call.args["pad"], values.number(call.args["value"] or 0.0)
-        first = isinstance(amounts, (tuple, list)) and len(amounts) == 2 and amounts[0] == 0
-        if not first or call.args["mode"] != "constant" or value is None:
-            raise _other("they are padded in several places")
-        self.padding = value
-        return self.taken(call.args["input"], node)
-
-    def found(self) -> BlockScoresSite:
-        """What was matched."""
-        scores = self.as_attention(Operand(self.pool), self.q, self.k, ("b", "h", "q", "kv"))
-        spec = BlockScoresSpec(self.size, self.before, *UNMASKED, self.padding)
-        return BlockScoresSite(scores, self.view, spec)
+def _unpadded(node: Node, chain: Chain) -> tuple[Node, float]:
+    """The scores before keys were added to make the last block whole, and the score of these."""
+    call = canonical(node)
+    if call is None or call.op != "pad":
+        return node, float("-inf")
+    amounts, value = call.args["pad"], values.number(call.args["value"] or 0.0)
+    first = isinstance(amounts, (tuple, list)) and len(amounts) == 2 and amounts[0] == 0
+    if not first or call.args["mode"] != "constant" or value is None:
+        raise _other("they are padded in several places")
+    return chain.taken(call.args["input"], node), value
 
 
 def _check_gradient(pool: Node) -> None:
     """Scores that only decide which blocks are kept need no gradient.
 
     Raises:
-        Refusal: what is made of them may have one.
+        Refused: what is made of them may have one.
     """
     value = values.tensor(pool)
     if value is not None and not value.requires_grad:
@@ -151,12 +132,9 @@ def _check_gradient(pool: Node) -> None:
     seen = list(breadth_first(pool, lambda node: filter(_may_have_gradient, node.users)))
     for user in (user for node in seen for user in node.users):
         others = [target for target in written_inputs(user) if target not in seen]
-        if others or user.op == "output" or _is_opaque(user):
+        opaque = user.op == "call_module" or any(n.op == "get_attr" for n in user.all_input_nodes)
+        if others or opaque or user.op == "output":
             raise _other(f"`{op_name(user)}` reads their values")
-
-
-def _is_opaque(user: Node) -> bool:
-    return user.op == "call_module" or any(n.op == "get_attr" for n in user.all_input_nodes)
 
 
 def _may_have_gradient(node: Node) -> bool:
@@ -164,5 +142,5 @@ def _may_have_gradient(node: Node) -> bool:
     return values.is_float(node) or isinstance(node.meta.get("example_value"), (tuple, list))
 
 
-def _other(why: str) -> Refusal:
-    return Refusal(f"it pools scores of keys, but {why}")
+def _other(why: str) -> Refused:
+    return Refused(f"it pools scores of keys, but {why}")

@@ -6,6 +6,8 @@ import ast
 import builtins
 import inspect
 import operator
+import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
+from sparse_compile import errors
 from sparse_compile.passes.find import values
 
 SDPA: Callable[..., Any] = F.scaled_dot_product_attention
@@ -128,6 +131,11 @@ _SPELLINGS = (
 
 _BY_TARGET: dict[Any, _Spelling] = {target: row for row in _SPELLINGS for target in row.targets}
 
+_FRAME = re.compile(r'File "(?P<path>[^"]+)", line (?P<line>\d+), in (?P<function>.+)')
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_OURS = os.path.join(os.path.dirname(errors.__file__), "api") + os.sep
+_KEPT = 3
+
 _RESHAPES = frozenset("view reshape flatten unflatten unsqueeze squeeze view_as reshape_as".split())
 _EXPANDS = frozenset("expand expand_as broadcast_to repeat tile".split())
 _PERMUTES = frozenset("transpose swapaxes swapdims permute movedim moveaxis t mT T".split())
@@ -158,6 +166,20 @@ def op_name(node: Node) -> str:
             return str(node.args[1])
         return str(getattr(node.target, "__name__", node.target))
     return "return" if node.op == "output" else str(node.target)
+
+
+def where(node: Node) -> tuple[str, ...]:
+    """Where in the user's code a node comes from: three frames at most, innermost last.
+
+    As in ``("model.py:41 in forward", ...)``, without torch's own and those of our API.
+    """
+    frames = _FRAME.finditer(node.meta.get("stack_trace") or "")
+    lines = [
+        f"{os.path.basename(frame['path'])}:{frame['line']} in {frame['function'].strip()}"
+        for frame in frames
+        if not frame["path"].startswith((_TORCH, _OURS))
+    ]
+    return tuple(lines[-_KEPT:])
 
 
 def source(node: Node) -> Node | None:

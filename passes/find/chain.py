@@ -10,13 +10,12 @@ from torch.fx import Node
 
 from sparse_compile.expr import MaskExpr
 from sparse_compile.passes.find import values
-from sparse_compile.passes.find.canonical import Call, canonical, is_reshape, op_name
+from sparse_compile.passes.find.canonical import Call, canonical, is_reshape, op_name, where
 from sparse_compile.passes.find.contraction import Contraction, contraction
 from sparse_compile.passes.find.dataflow import Dataflow, constant
-from sparse_compile.passes.find.refusal import Refusal, where
 from sparse_compile.passes.find.scores import product_above
 from sparse_compile.passes.mutation import memory_of
-from sparse_compile.sites.site import AttentionSite, MaskOperand, Operand, Scope
+from sparse_compile.sites.site import AttentionSite, MaskOperand, Operand, Refused, Scope
 from sparse_compile.spec.indexer import Step
 
 #: Calls that read a tensor's shape, dtype or device, not its values.
@@ -52,12 +51,12 @@ class Chain:
             raise not_an_indexer()
         step = self.flow.current(node, reader)
         if step is not node and (call := canonical(step)) is not None and not call.in_place:
-            raise Refusal("its scores are overwritten")
+            raise Refused("its scores are overwritten")
         for user in {**node.users, **step.users}:
             goes = user in (reader, step) or user in self.others
             reads = not goes and op_name(user) not in READS_NO_VALUES
             if reads and self.flow.current(node, user) is step:
-                raise Refusal(f"its scores are also read by `{op_name(user)}`")
+                raise Refused(f"its scores are also read by `{op_name(user)}`")
         self.nodes.append(reader)
         return step
 
@@ -73,7 +72,7 @@ class Chain:
             fill = args["value"] if call.op == "masked_fill" else args["other"]
             number = constant(fill, self.flow)
             if number is None:
-                raise Refusal("the score of masked keys is known only at run time")
+                raise Refused("the score of masked keys is known only at run time")
             self.mask = MaskOperand(mask, role, number)
             return self.taken(args["input"], node)
         if call.op == "add" and values.number(args["alpha"]) == 1.0:
@@ -93,7 +92,7 @@ class Chain:
             call = canonical(node)
             if is_reshape(node):
                 if not _same_axes(node, node.args[0]):
-                    raise Refusal("its scores are reshaped")
+                    raise Refused("its scores are reshaped")
                 node = self.taken(node.args[0], node)
                 continue
             step = None if call is None else _step(call)
@@ -108,7 +107,7 @@ class Chain:
         """q and k of scores with these axes, by letters, and what the letters mean."""
         product = self.contraction(node)
         if len(product.out) != 4 or len(product.summed) != 1:
-            raise Refusal(f"its scores are not products of {shown}")
+            raise Refused(f"its scores are not products of {shown}")
         meaning = dict(zip(product.out, axes, strict=True))
         meaning |= dict.fromkeys(product.summed, "d")
         self.nodes.append(node)
@@ -121,9 +120,9 @@ class Chain:
         product = contraction(node)
         call = canonical(node)
         if product is None or call is None or call.op == "baddbmm":
-            raise Refusal("its scores are not products of q and k")
+            raise Refused("its scores are not products of q and k")
         if len({values.dtype(n) for n in (node, product.left.node, product.right.node)}) != 1:
-            raise Refusal("autocast computes its scores in another dtype")
+            raise Refused("autocast computes its scores in another dtype")
         return product
 
     def by_head(self, node: Node) -> tuple[Operand, Operand]:
@@ -158,10 +157,10 @@ class Chain:
         sizes: dict[str, Any] = {}
         for operand in operands:
             if not self.flow.stays(operand.node, self.nodes[-1], last):
-                raise Refusal(f"`{operand.node.name}` is overwritten")
+                raise Refused(f"`{operand.node.name}` is overwritten")
             for axis, size in zip(operand.axes, values.shape(operand.node), strict=True):
                 if axis != "1" and not values.same(sizes.setdefault(axis, size), size):
-                    raise Refusal("its operands differ in their sizes")
+                    raise Refused("its operands differ in their sizes")
 
 
 def _step(call: Call) -> tuple[Step, Any] | None:
@@ -194,6 +193,6 @@ def operand_of(factor: Operand, meaning: Mapping[str, str], wanted: str) -> Oper
     return operand
 
 
-def not_an_indexer() -> Refusal:
+def not_an_indexer() -> Refused:
     """What is said of scores of another kind."""
-    return Refusal("its scores are not those of an indexer, sum_h w_h * relu(q_h . k)")
+    return Refused("its scores are not those of an indexer, sum_h w_h * relu(q_h . k)")

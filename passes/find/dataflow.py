@@ -9,8 +9,8 @@ from torch.fx import Node
 
 from sparse_compile.passes.find import values
 from sparse_compile.passes.find.canonical import canonical, op_name, source
-from sparse_compile.passes.find.refusal import Refusal
 from sparse_compile.passes.mutation import Memory
+from sparse_compile.sites.site import Refused
 
 _FILLED = {"tensor": 0, "as_tensor": 0, "scalar_tensor": 0, "full": 1, "full_like": 1}
 """Functions that make a tensor of one value, and the position of that value."""
@@ -27,7 +27,7 @@ class Dataflow:
         """The node whose value ``reader`` sees in ``node``: itself, or its last in-place update.
 
         Raises:
-            Refusal: only a part or a view of the tensor was overwritten.
+            Refused: only a part or a view of the tensor was overwritten.
         """
         last = None
         for mutation, target in self.memory.writes(node):
@@ -38,7 +38,7 @@ class Dataflow:
         mutation, target = last
         call = canonical(mutation)
         if call is None or not call.in_place or not _same_memory(node, target):
-            raise Refusal(
+            raise Refused(
                 f"the attention scores or weights are overwritten in part ({op_name(mutation)})",
                 "use torch.where or masked_fill on the scores, before the softmax",
             )

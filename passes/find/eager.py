@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from sparse_compile.passes.find import shapes, values
-from sparse_compile.passes.find.canonical import canonical, is_reshape, op_name
+from sparse_compile.passes.find.canonical import canonical, is_reshape, op_name, where
 from sparse_compile.passes.find.chain import READS_NO_VALUES
 from sparse_compile.passes.find.contraction import Letters
 from sparse_compile.passes.find.dataflow import Dataflow
@@ -18,8 +18,8 @@ from sparse_compile.passes.find.operands import (
     Reading,
     dead_nodes,
     peel,
+    taken_apart,
 )
-from sparse_compile.passes.find.refusal import Refusal, where
 from sparse_compile.passes.find.scores import (
     ScorePath,
     ScoreWalk,
@@ -33,7 +33,7 @@ from sparse_compile.passes.find.weights import (
     product_below,
     read_elsewhere,
 )
-from sparse_compile.sites.site import AttentionSite, Operand, Scope
+from sparse_compile.sites.site import AttentionSite, Operand, Refused, Scope
 
 _GRAD_MODES = ("_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode")
 #: What keeps the best of the scores, by index or by a threshold.
@@ -45,11 +45,11 @@ def match_eager(softmax: Node, flow: Dataflow, scope: Scope) -> AttentionSite | 
     """The attention around a softmax, or None if it is no attention.
 
     Raises:
-        Refusal: it cannot be taken.
+        Refused: it cannot be taken.
     """
     try:
         return _match(softmax, flow, scope)
-    except Refusal:
+    except Refused:
         if product_above(softmax.all_input_nodes[0]) and product_below(softmax):
             raise
         return None  # A router, a pooling or a classifier.
@@ -75,7 +75,7 @@ def _match(softmax: Node, flow: Dataflow, scope: Scope) -> AttentionSite:
     scale, masks, program = fold(scores.steps, flow)
     shapes.check_masks(masks, sides.score_shape)
     if ranked and (sunk or program):
-        raise Refusal(*ranked)
+        raise Refused(*ranked)
     if sunk:
         _check_sinks(sunk, sides, output.node, flow)
     numbers = (scale, *(mask.fill for mask in masks))
@@ -100,12 +100,12 @@ def _match(softmax: Node, flow: Dataflow, scope: Scope) -> AttentionSite:
 
 def _check_sinks(sunk: Sunk, sides: _Sides, output: Node, flow: Dataflow) -> None:
     if sides.split is not None:
-        raise Refusal(
+        raise Refused(
             "attention sinks are columns of scores of merged batches and heads",
             "keep the scores [B, H, N, N]",
         )
     if not flow.stays(sunk.sinks, sunk.join, output):
-        raise Refusal(f"`{sunk.sinks.name}` is changed in place", "change it before the attention")
+        raise Refused(f"`{sunk.sinks.name}` is changed in place", "change it before the attention")
 
 
 class _Sides:
@@ -118,18 +118,18 @@ class _Sides:
         fixed = [scores.shapes[0], *masked, weights.shapes[-1]]
         ranks = {len(shape) for shape in fixed}
         if max(ranks) > 4:
-            raise Refusal(
+            raise Refused(
                 f"the scores have {max(ranks)} axes", "give q, k and v the shape [B, H, N, D]"
             )
         four = [shape for shape in taken if len(shape) == 4]
         if len(ranks) > 1 and (ranks != {3, 4} or any(len(shape) == 3 for shape in masked)):
-            raise Refusal(
+            raise Refused(
                 "masks are added to scores of merged batches and heads as well as to "
                 "[B, H, N, N] scores",
                 "keep the scores [B, H, N, N]",
             )
         if len(ranks) > 1 and not all(values.same_shape(shape, four[0]) for shape in four):
-            raise Refusal("the scores are split in two different ways", "keep them [B, H, N, N]")
+            raise Refused("the scores are split in two different ways", "keep them [B, H, N, N]")
         self.split: tuple[Any, Any] | None = four[0][:2] if len(ranks) > 1 else None
         self.score_shape = four[0] if self.split else fixed[0]
         self.score_axes = _SCORE_AXES[len(self.score_shape)]
@@ -157,16 +157,13 @@ class _Sides:
         letters = tuple(axes[letter] for letter in product.out)
         if MERGED not in letters:
             return Operand(product.node, letters), ()
-        at = letters.index(MERGED)
         readers = list(product.node.users)
-        shape = values.shape(product.node)
         assert self.split is not None
-        apart = (*shape[:at], *self.split, *shape[at + 1 :])
         if len(readers) == 1 and is_reshape(readers[0]):
-            if values.same_shape(values.shape(readers[0]), apart):
-                split = (*letters[:at], "b", "h", *letters[at + 1 :])
-                return Operand(readers[0], split), (readers[0],)
-        raise Refusal(
+            apart = taken_apart(letters, product.node, readers[0], self.split)
+            if apart is not None:
+                return Operand(readers[0], apart), (readers[0],)
+        raise Refused(
             "the mask is applied to [B, H, N, N] scores but the output merges batch and heads",
             "keep q, k and v four-dimensional",
         )
@@ -199,7 +196,7 @@ def _check_precision(operand: Operand, dtype: torch.dtype | None) -> None:
     own = values.dtype(operand.node)
     if dtype is not None and own is not None and own != dtype:
         have, want = values.short_dtype(own), values.short_dtype(dtype)
-        raise Refusal(
+        raise Refused(
             f"the scores are computed from {have} operands but the output is {want}",
             f"cast q and k to {want} before the attention",
         )
@@ -208,17 +205,17 @@ def _check_precision(operand: Operand, dtype: torch.dtype | None) -> None:
 def _check_axis(softmax: Node, dim: object) -> None:
     rank = len(values.shape(softmax))
     if not isinstance(dim, int):
-        raise Refusal("the softmax does not say over which axis it runs", "write dim=-1")
+        raise Refused("the softmax does not say over which axis it runs", "write dim=-1")
     if dim % rank != rank - 1:
         axis = {rank - 2: "the queries", rank - 3: "the heads"}.get(dim % rank, f"axis {dim}")
-        raise Refusal(f"the softmax runs over {axis}, not over the keys", "write dim=-1")
+        raise Refused(f"the softmax runs over {axis}, not over the keys", "write dim=-1")
 
 
 def _check_closed(region: set[Node], output: Node, flow: Dataflow) -> tuple[str, str] | None:
     """Why the scores must exist, and what helps, if only a ranking reads them besides.
 
     Raises:
-        Refusal: something else does.
+        Refused: something else does.
     """
     ranked = None
     for node in sorted(region - {output}):
@@ -236,7 +233,7 @@ def _check_grad_mode(region: set[Node], output: Node, flow: Dataflow) -> None:
     first = min(region)
     for node in flow.position:
         if first < node < output and op_name(node) in _GRAD_MODES:
-            raise Refusal(
+            raise Refused(
                 "gradients are switched on or off between the scores and the output",
                 "put the whole attention inside or outside of torch.no_grad()",
             )
@@ -247,4 +244,4 @@ def _check_numbers(
 ) -> None:
     for number in numbers:
         if isinstance(number, Node) and not flow.stays(number, product, output):
-            raise Refusal(f"`{number.name}` is changed in place", "make it a Python number")
+            raise Refused(f"`{number.name}` is changed in place", "make it a Python number")

@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from sparse_compile.passes.find import values
 from sparse_compile.passes.find.block_scores import find_block_scores
-from sparse_compile.passes.find.canonical import Call, canonical, op_name
+from sparse_compile.passes.find.canonical import canonical, op_name, where
 from sparse_compile.passes.find.chain import (
     READS_NO_VALUES,
     UNMASKED,
@@ -23,13 +23,13 @@ from sparse_compile.passes.find.chain import (
     operand_of,
 )
 from sparse_compile.passes.find.dataflow import Dataflow, breadth_first
-from sparse_compile.passes.find.refusal import Refusal
 from sparse_compile.sites.site import (
     AttentionSite,
     IndexerSite,
     LiftedMask,
     Operand,
     Reached,
+    Refused,
     Rejection,
     Scope,
     ScoringSite,
@@ -59,72 +59,62 @@ class RankedChain(Chain):
         super().check_operands(operands, last)
         changed = [o.node.name for o in operands if self.flow.is_mutated(o.node)]
         if self.reached is not None and changed:
-            raise Refusal(f"`{changed[0]}` is overwritten")
+            raise Refused(f"`{changed[0]}` is overwritten")
 
     def ranked(self) -> Node:
         """The scores that the top-k is of.
 
         Raises:
-            Refusal: something else reads what it returns, or it runs over another axis.
+            Refused: something else reads what it returns, or it runs over another axis.
         """
         topk = self.topk
         if any(user.users for user in topk.users if user is not self.index):
-            raise Refusal("its values are read, too")
+            raise Refused("its values are read, too")
         call = canonical(topk)
         if call is None:
-            raise Refusal("it is called in an unknown way")
+            raise Refused("it is called in an unknown way")
         given = call.args
         if given["dim"] not in (-1, len(values.shape(given["input"])) - 1):
-            raise Refusal("it does not run over the keys")
+            raise Refused("it does not run over the keys")
         self.most, self.largest, self.is_sorted = given["k"], given["largest"], given["sorted"]
         if not (isinstance(self.largest, bool) and isinstance(self.is_sorted, bool)):
-            raise Refusal("its order is known only at run time")
+            raise Refused("its order is known only at run time")
         if self.reached is None:
             return self.taken(given["input"], topk)
         if not (self.largest if self.reached.least else self.is_sorted):
-            raise Refusal("which of its values is the last of the best is not known")
+            raise Refused("which of its values is the last of the best is not known")
         comparison = _only_comparison(self.index, self.flow)
         self.others.add(comparison)
         scores = self.taken(given["input"], topk)
         sides = comparison.all_input_nodes
         if [self.flow.current(n, comparison) for n in sides].count(scores) != 1:
-            raise Refusal("its values are not compared with the scores that they are of")
+            raise Refused("its values are not compared with the scores that they are of")
         return scores
 
 
-def find_own_scores(
-    index: Node, scope: Scope, reached: Reached | None, attention: Collection[Node]
-) -> IndexerSite:
+def _own_scores(chain: RankedChain) -> IndexerSite:
     """The scores that a top-k is taken of, and that become the weights of an attention.
 
     ``scores.masked_fill(scores < scores.topk(k).values[..., -1:], -inf).softmax(-1)`` and the same
     by index, after https://arxiv.org/abs/1912.11637: the scores have to be computed to find the
     best, but only those of some queries at a time.
 
-    Args:
-        index: the indices of the top-k, or the values that others reach.
-        scope: where it stands.
-        reached: how, if so.
-        attention: what becomes of the scores, which goes with them.
-
     Raises:
-        Refusal: they are made in another way, or something else reads them, too.
+        Refused: they are made in another way, or something else reads them, too.
     """
-    chain = RankedChain(index, scope, reached, attention)
     before, product = chain.steps(chain.masked(chain.ranked()))
     q, k = chain.by_head(product)
     chain.check_operands((q, k), chain.topk)
-    output = Operand(index, ("b", "h", "n", "d"))
-    scores = chain.as_attention(output, q, k, ("b", "h", "q", "kv"))
+    scores = chain.as_attention(Operand(chain.index), q, k, ("b", "h", "q", "kv"))
     spec = IndexerSpec(before, (), False, *UNMASKED, chain.largest, chain.is_sorted)
-    return IndexerSite(scores, None, chain.most, spec, reached)
+    return IndexerSite(scores, None, chain.most, spec, chain.reached)
 
 
 def _only_comparison(ranked: Node, flow: Dataflow) -> Node:
     """The node that compares ``ranked``, or what is made of it.
 
     Raises:
-        Refusal: there are several, or something else reads the values, or overwrites them.
+        Refused: there are several, or something else reads the values, or overwrites them.
     """
     found: list[Node] = []
     for node in breadth_first(ranked, _readers):
@@ -132,11 +122,11 @@ def _only_comparison(ranked: Node, flow: Dataflow) -> Node:
         if values.dtype(node) is torch.bool:
             found.append(node)
         elif not (values.is_float(node) or isinstance(example, (tuple, list))):
-            raise Refusal("its values are read, too")
+            raise Refused("its values are read, too")
         elif flow.is_mutated(node):
-            raise Refusal("its values are overwritten")
+            raise Refused("its values are overwritten")
     if len(found) != 1:
-        raise Refusal("its values are read, too")
+        raise Refused("its values are read, too")
     return found[0]
 
 
@@ -165,106 +155,90 @@ def find_indexer(site: AttentionSite, lifted: LiftedMask) -> ScoringSite | Rejec
         reached = lifted.selection.reached
         ranked = source if reached is None else reached.values
         if site.ranked is not None and ranked is not None:
-            return find_own_scores(ranked, lifted.scope, reached, site.region)
+            return _own_scores(RankedChain(ranked, lifted.scope, reached, site.region))
         pooled = find_block_scores(best, lifted.scope)
         if pooled is not None or ranked is None:
             return pooled
-        return _Match(ranked, lifted.scope, reached).found()
-    except Refusal as refusal:
-        return refusal.of(best[0])
+        return _match(RankedChain(ranked, lifted.scope, reached))
+    except Refused as refused:
+        return refused.at(where(best[0]), best[0])
 
 
-class _Match(RankedChain):
-    """The steps of an indexer, from its top-k backwards.
+def _match(chain: RankedChain) -> IndexerSite:
+    """The indexer of which the top-k of a chain keeps the best, from the top-k backwards.
 
-    Attributes:
-        q, k, w: the operands; ``axes`` are among ``b``, ``n`` (queries), ``t`` (keys), ``h``, ``d``
-            and, for axes of size one that say nothing, ``1``.
-        before, after, product, single: as in :class:`IndexerSpec`.
+    Raises:
+        Refused: it is not one, or one that something else reads.
     """
+    after, scores = chain.steps(chain.masked(chain.ranked()))
+    call = canonical(scores)
+    is_product = call is None or call.op != "sum"
+    relu, w, axes = (_weighted if is_product else _summed)(scores, chain)
+    before, product = chain.steps(_inside(relu, chain))
+    q, k, meaning = chain.factors(product, axes, "q [B, Nq, H, D] and k [B, Nkv, D]")
+    q, k = operand_of(q, meaning, "bnhd"), operand_of(k, meaning, "bdt")
+    before_q, before_k = _narrowed(q), _narrowed(k)
+    single = before_q is not None and before_k is not None
+    if before_q is not None and before_k is not None:
+        q, k = before_q, before_k
+    chain.check_operands((q, k, w), chain.topk)
+    site = chain.as_attention(Operand(chain.index, ("b", "n", "d")), q, k, ("b", "q", "kv"))
+    flags = chain.largest, chain.is_sorted, single
+    spec = IndexerSpec(before, after, is_product, *UNMASKED, *flags)
+    return IndexerSite(site, w, chain.most, spec, chain.reached)
 
-    def __init__(self, index: Node, scope: Scope, reached: Reached | None = None) -> None:
-        """Match.
 
-        Raises:
-            Refusal: it is not an indexer, or one that something else reads.
-        """
-        super().__init__(index, scope, reached)
-        self.after, scores = self.steps(self.masked(self.ranked()))
-        call = canonical(scores)
-        if call is not None and call.op == "sum":
-            each, self.product = self._summed(scores, call), False
-        else:
-            each, self.product = self._weighted(scores), True
-        self.before, product = self.steps(self._relu(each))
-        self._scored(product)
-        self.check_operands((self.q, self.k, self.w), self.topk)
-
-    def _relu(self, node: Node) -> Node:
-        call = canonical(node)
-        if call is None or call.op != "relu" or call.args["inplace"]:
-            raise not_an_indexer()
-        return self.taken(call.args["input"], node)
-
-    # The two products --------------------------------------------------------------------------
-
-    def _weighted(self, node: Node) -> Node:
-        """The sum over heads, as a product with the weights; hands on the factor of a relu."""
-        product = self.contraction(node)
-        sides, out = (product.left, product.right), product.out
-        for each, weights in (sides, sides[::-1]):
-            if op_name(each.node) != "relu":
-                continue
-            (head,) = product.summed
-            tokens = [letter for letter in each.axes if letter != head]
-            if len(tokens) != 3 or (out[0], out[-1]) != (tokens[0], tokens[-1]):
-                break
-            self._name(each.axes, head, tokens)
-            self.w = operand_of(weights, self._meaning, "bnh")
-            return self.taken(each.node, node)
+def _inside(relu: Node, chain: Chain) -> Node:
+    """What a relu is of."""
+    call = canonical(relu)
+    if call is None or call.op != "relu" or call.args["inplace"]:
         raise not_an_indexer()
+    return chain.taken(call.args["input"], relu)
 
-    def _summed(self, node: Node, call: Call) -> Node:
-        """The sum over heads, as a sum of products with the weights; hands on the relu."""
-        dims, rest = call.args["dim"], (call.args["keepdim"], call.args["dtype"])
-        dim = dims[0] if isinstance(dims, (list, tuple)) and len(dims) == 1 else dims
-        product = canonical(call.args["input"])
-        if product is None or product.op != "mul" or product.in_place:
-            raise not_an_indexer()
-        factors = product.args["input"], product.args["other"]
-        ranks = {len(values.shape(n)) if isinstance(n, Node) else 0 for n in factors}
-        if rest != (False, None) or not isinstance(dim, int) or ranks != {4}:
-            raise not_an_indexer()
-        for each, weights in (factors, factors[::-1]):
-            if op_name(each) == "relu":
-                letters = ("x0", "x1", "x2", "x3")
-                head = letters[dim % 4]
-                self._name(letters, head, [letter for letter in letters if letter != head])
-                self.w = operand_of(Operand(weights, letters), self._meaning, "bnh")
-                self.taken(call.args["input"], node)
-                return self.taken(each, call.args["input"])
+
+#: The relu of the scores of each head, the weights, and what the axes of the former are, among
+#: ``b``, ``n`` (queries), ``t`` (keys) and ``h``.
+_Weighted = tuple[Node, Operand, tuple[str, ...]]
+
+
+def _weighted(node: Node, chain: Chain) -> _Weighted:
+    """The sum over heads, as a product with the weights."""
+    product = chain.contraction(node)
+    sides, out = (product.left, product.right), product.out
+    for each, weights in (sides, sides[::-1]):
+        if op_name(each.node) != "relu":
+            continue
+        (head,) = product.summed
+        tokens = [letter for letter in each.axes if letter != head]
+        if len(tokens) != 3 or (out[0], out[-1]) != (tokens[0], tokens[-1]):
+            break
+        meaning = {**dict(zip(tokens, "bnt", strict=True)), head: "h"}
+        w = operand_of(weights, meaning, "bnh")
+        return chain.taken(each.node, node), w, each.renamed(meaning).axes
+    raise not_an_indexer()
+
+
+def _summed(node: Node, chain: Chain) -> _Weighted:
+    """The sum over heads, as a sum of products with the weights."""
+    call = canonical(node)
+    assert call is not None
+    dims, rest = call.args["dim"], (call.args["keepdim"], call.args["dtype"])
+    dim = dims[0] if isinstance(dims, (list, tuple)) and len(dims) == 1 else dims
+    product = canonical(call.args["input"])
+    if product is None or product.op != "mul" or product.in_place:
         raise not_an_indexer()
-
-    def _name(self, each: Sequence[str], head: str, tokens: Sequence[str]) -> None:
-        """Say what the axes of the scores of each head are."""
-        self._meaning = {**dict(zip(tokens, "bnt", strict=True)), head: "h"}
-        self._each = tuple(self._meaning[letter] for letter in each)
-
-    def _scored(self, node: Node) -> None:
-        q, k, meaning = self.factors(node, self._each, "q [B, Nq, H, D] and k [B, Nkv, D]")
-        self.q, self.k = operand_of(q, meaning, "bnhd"), operand_of(k, meaning, "bdt")
-        before_q, before_k = _narrowed(self.q), _narrowed(self.k)
-        self.single = before_q is not None and before_k is not None
-        if before_q is not None and before_k is not None:
-            self.q, self.k = before_q, before_k
-
-    def found(self) -> IndexerSite:
-        """What was matched."""
-        output = Operand(self.index, ("b", "n", "d"))
-        scores = self.as_attention(output, self.q, self.k, ("b", "q", "kv"))
-        flags = self.largest, self.is_sorted, self.single
-        spec = IndexerSpec(self.before, self.after, self.product, *UNMASKED, *flags)
-        return IndexerSite(scores, self.w, self.most, spec, self.reached)
+    factors = product.args["input"], product.args["other"]
+    ranks = {len(values.shape(n)) if isinstance(n, Node) else 0 for n in factors}
+    if rest != (False, None) or not isinstance(dim, int) or ranks != {4}:
+        raise not_an_indexer()
+    axes = ["b", "n", "t"]
+    axes.insert(dim % 4, "h")
+    for each, weights in (factors, factors[::-1]):
+        if op_name(each) == "relu":
+            w = operand_of(Operand(weights, tuple(axes)), dict(zip(axes, axes, strict=True)), "bnh")
+            chain.taken(call.args["input"], node)
+            return chain.taken(each, call.args["input"]), w, tuple(axes)
+    raise not_an_indexer()
 
 
 def _narrowed(operand: Operand) -> Operand | None:

@@ -17,8 +17,7 @@ from sparse_compile.passes.find.canonical import (
     source,
 )
 from sparse_compile.passes.find.dataflow import Dataflow
-from sparse_compile.passes.find.refusal import Refusal
-from sparse_compile.sites.site import Operand
+from sparse_compile.sites.site import Operand, Refused
 
 MERGED = "bh"
 """The axis of a [B*H, N, D] tensor that holds batch and heads."""
@@ -60,10 +59,10 @@ def peel(operand: Operand, reading: Reading) -> Peeled:
     heads, a widening cast. Nothing is peeled through a tensor that is overwritten meanwhile.
 
     Raises:
-        Refusal: the tensor is overwritten before the output, or ``MERGED`` cannot be taken apart.
+        Refused: the tensor is overwritten before the output, or ``MERGED`` cannot be taken apart.
     """
     if not reading.flow.stays(operand.node, reading.at, reading.output):
-        raise Refusal(
+        raise Refused(
             f"`{operand.node.name}` is changed in place between the scores and the output",
             "make the change before the attention, or on a copy",
         )
@@ -76,7 +75,7 @@ def peel(operand: Operand, reading: Reading) -> Peeled:
             best = Peeled(step.operand, nodes)
         step, gains = _step(step.operand.node, step.operand.axes, reading)
     if MERGED in best.operand.axes:
-        raise Refusal(
+        raise Refused(
             "the mask is applied to [B, H, N, N] scores but the product is made of merged "
             f"batches and heads, and `{operand.node.name}` does not show how they were merged",
             "keep q, k and v four-dimensional",
@@ -104,7 +103,7 @@ def _step(node: Node, axes: tuple[str, ...], reading: Reading) -> tuple[Peeled |
         before = tuple(axes[order.index(i)] for i in range(len(order)))
         return Peeled(Operand(start, before), (node,)), _order(before) > _order(axes)
     if MERGED in axes and reading.split is not None and is_reshape(node):
-        apart = _split(axes, values.shape(node), values.shape(start), reading.split)
+        apart = taken_apart(axes, node, start, reading.split)
         return (None if apart is None else Peeled(Operand(start, apart), (node,))), True
     nodes = _repeat(node, axes.index("h")) if reading.heads and "h" in axes else ()
     base = source(nodes[-1]) if nodes else None
@@ -117,15 +116,14 @@ def _step(node: Node, axes: tuple[str, ...], reading: Reading) -> tuple[Peeled |
     return further, casts and values.dtype(start) == reading.dtype
 
 
-def _split(
-    axes: tuple[str, ...],
-    merged: tuple[Any, ...],
-    apart: tuple[Any, ...],
-    sizes: tuple[Any, Any],
+def taken_apart(
+    axes: tuple[str, ...], merged: Node, apart: Node, sizes: tuple[Any, Any]
 ) -> tuple[str, ...] | None:
-    at = axes.index(MERGED)
-    expected = (*merged[:at], *sizes, *merged[at + 1 :])
-    return (*axes[:at], "b", "h", *axes[at + 1 :]) if values.same_shape(expected, apart) else None
+    """The axes of ``apart`` if it is ``merged`` with batch and heads, of these sizes, as two."""
+    at, shape = axes.index(MERGED), values.shape(merged)
+    expected = (*shape[:at], *sizes, *shape[at + 1 :])
+    same = values.same_shape(expected, values.shape(apart))
+    return (*axes[:at], "b", "h", *axes[at + 1 :]) if same else None
 
 
 def _repeat(node: Node, h: int) -> tuple[Node, ...]:

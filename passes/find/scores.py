@@ -19,10 +19,9 @@ from sparse_compile.passes.find.canonical import (
 )
 from sparse_compile.passes.find.contraction import Contraction, contraction
 from sparse_compile.passes.find.dataflow import Dataflow, breadth_first, constant
-from sparse_compile.passes.find.refusal import Refusal
 from sparse_compile.passes.find.sinks import Sunk, own_maximum, unexpanded
 from sparse_compile.passes.find.steps import Factor, Masked, Narrowed, Step, Tanh
-from sparse_compile.sites.site import MaskOperand
+from sparse_compile.sites.site import MaskOperand, Refused
 
 _LONGEST_SEARCH = 200
 """Nodes visited per softmax: sums are searched on both sides."""
@@ -70,14 +69,14 @@ class ScoreWalk:
         """The path from the product to ``node`` as ``reader`` sees it.
 
         Raises:
-            Refusal: there is no product, or something on the way is not understood.
+            Refused: there is no product, or something on the way is not understood.
         """
         self._fuel -= 1
         if self._fuel < 0:
-            raise Refusal("the scores are a sum of too many terms")
+            raise Refused("the scores are a sum of too many terms")
         node = self.flow.current(node, reader)
         if not values.is_float(node):
-            raise Refusal("the scores are not floating point")
+            raise Refused("the scores are not floating point")
         product = contraction(node)
         if product is not None:
             return self._product(product)
@@ -89,7 +88,7 @@ class ScoreWalk:
             raise _unknown(node)
         path = handler(self, node, call)
         if not path.sunk and not values.same_shape(path.shapes[-1], path.shapes[-2]):
-            raise Refusal(
+            raise Refused(
                 f"`{op_name(node)}` broadcasts the scores to a larger shape",
                 "give q the batch size and heads of the mask",
             )
@@ -108,7 +107,7 @@ class ScoreWalk:
         if beta == 1.0:
             steps.append(_added(product.node, call.args["input"]))
         elif beta != 0.0:
-            raise Refusal(f"baddbmm adds its input times beta={call.args['beta']}", "use beta=1")
+            raise Refused(f"baddbmm adds its input times beta={call.args['beta']}", "use beta=1")
         return replace(path, steps=tuple(steps))
 
     def _reshape(self, node: Node) -> ScorePath:
@@ -116,7 +115,7 @@ class ScoreWalk:
         assert start is not None
         before, after = values.shape(start), values.shape(node)
         if len(before) < 2 or not values.same_shape(before[-2:], after[-2:]):
-            raise Refusal("the scores are reshaped before the softmax", "keep them [B, H, N, N]")
+            raise Refused("the scores are reshaped before the softmax", "keep them [B, H, N, N]")
         return self.back(start, node).then(node)
 
     def _cast(self, node: Node, call: Call) -> ScorePath:
@@ -141,14 +140,14 @@ class ScoreWalk:
             return self._pass(node, call, Factor(right))
         if values.is_scalar(left) and not call.in_place:
             return self.back(right, node).then(node, Factor(left))
-        raise Refusal(
+        raise Refused(
             "the scores are multiplied by a tensor with more than one element",
             "multiply q by it instead",
         )
 
     def _div(self, node: Node, call: Call) -> ScorePath:
         if call.args["rounding_mode"] is not None or not values.is_scalar(call.args["other"]):
-            raise Refusal(
+            raise Refused(
                 "the scores are divided by something that is not a number",
                 "divide q by it instead",
             )
@@ -161,12 +160,12 @@ class ScoreWalk:
         if values.number(left) == 0.0 and not call.in_place:
             return self.back(right, node).then(node)
         if values.tensor(left) is None or values.tensor(right) is None:
-            raise Refusal("a number is added to the scores", "leave it out: softmax ignores it")
+            raise Refused("a number is added to the scores", "leave it out: softmax ignores it")
         if values.number(call.args["alpha"]) != 1.0:
-            raise Refusal("torch.add with alpha is used on the scores", "multiply the mask first")
+            raise Refused("torch.add with alpha is used on the scores", "multiply the mask first")
         path, other = self._either(left, right, node)
         if call.in_place and other is left:
-            raise Refusal("the scores are added to the mask in place", "add the mask to the scores")
+            raise Refused("the scores are added to the mask in place", "add the mask to the scores")
         return path.then(node, _added(node, other))
 
     def _either(
@@ -177,10 +176,10 @@ class ScoreWalk:
         for side, other in ((left, right), (right, left)):
             try:
                 paths.append((self.back(side, node), other))
-            except Refusal as refusal:
+            except Refused as refusal:
                 refusals.append((side, refusal))
         if len(paths) == 2 and not first:
-            raise Refusal(
+            raise Refused(
                 "the scores are the sum of two products",
                 "concatenate the features of both products instead",
             )
@@ -202,12 +201,12 @@ class ScoreWalk:
         """Scores with attention sinks beside them."""
         parts, rank = call.args["tensors"], len(values.shape(node))
         if call.args["dim"] not in (-1, rank - 1) or len(parts) != 2:
-            raise Refusal(
+            raise Refused(
                 "the scores are put together from several tensors", "compute them at once"
             )
         path, beside = self._either(parts[0], parts[1], node, first=True)
         if not isinstance(values.shape(beside)[-1], int):
-            raise Refusal("the number of columns beside the scores is known only at run time")
+            raise Refused("the number of columns beside the scores is known only at run time")
         sinks = unexpanded(self.flow.current(beside, node), self.flow)
         sunk = Sunk(sinks, node, beside is parts[0], path.shapes[-1][-1])
         return replace(path, nodes=(*path.nodes, node), sunk=sunk)
@@ -223,14 +222,14 @@ class ScoreWalk:
             if isinstance(scores, Node) and not values.is_scalar(scores) and is_fill:
                 path = self.back(scores, node)
                 return self._masked(path, node, call.args["condition"], role, fill)
-        raise Refusal(
+        raise Refused(
             "torch.where chooses between the scores and another tensor",
             "write the masked value as a number",
         )
 
     def _masked(self, path: ScorePath, node: Node, mask: Any, role: str, fill: Any) -> ScorePath:
         if values.dtype(mask) is not torch.bool:
-            raise Refusal("the mask is not a bool tensor", "compare it first: mask != 0")
+            raise Refused("the mask is not a bool tensor", "compare it first: mask != 0")
         known = constant(fill, self.flow)
         operand = MaskOperand(mask, role, fill if known is None else known)
         if isinstance(fill, Node) and not values.is_scalar(fill):
@@ -258,28 +257,28 @@ def check_product(product: Contraction) -> None:
     """That the product is scores: q gives the second last axis, k the last, one axis is summed.
 
     Raises:
-        Refusal: it is not.
+        Refused: it is not.
     """
     out, left, right = product.out, product.left.axes, product.right.axes
     if not 2 <= len(out) <= 4:
-        raise Refusal(f"the scores have {len(out)} axes", "give q, k and v the shape [B, H, N, D]")
+        raise Refused(f"the scores have {len(out)} axes", "give q, k and v the shape [B, H, N, D]")
     query, key = out[-2:]
     crossed = (query in left) != (query in right) and (key in left) != (key in right)
     if not crossed or (query in left) == (key in left):
-        raise Refusal(
+        raise Refused(
             "heads are mixed between the scores and the softmax (talking heads)",
             "this attention has no sparse form and is left as it is",
         )
     (*_, summed) = product.summed or ("",)
     if len(product.summed) != 1 or summed not in left or summed not in right:
-        raise Refusal("the scores do not sum over exactly one axis that q and k share")
+        raise Refused("the scores do not sum over exactly one axis that q and k share")
 
 
 def check_no_dropout(call: Call) -> None:
     """That a dropout does nothing.
 
     Raises:
-        Refusal: it is active, or may be.
+        Refused: it is active, or may be.
     """
     if call.args["training"] is not False:
         hint = "set the attention dropout to 0, or call model.eval()"
@@ -290,25 +289,25 @@ def check_no_probability(given: object, name: str, hint: str) -> None:
     """That a dropout's probability is 0.
 
     Raises:
-        Refusal: it is not, or known only at run time.
+        Refused: it is not, or known only at run time.
     """
     known = values.number(given)
     if known != 0.0:
         shown = "a run-time probability" if known is None else f"{name}={known:g}"
-        raise Refusal(f"dropout on the attention weights is active ({shown})", hint)
+        raise Refused(f"dropout on the attention weights is active ({shown})", hint)
 
 
 def _added(node: Node, mask: Any) -> Masked:
     dtype = values.dtype(mask)
     if dtype is None:
-        raise Refusal("something that is not a tensor is added to the scores")
+        raise Refused("something that is not a tensor is added to the scores")
     if dtype is torch.bool:
-        raise Refusal(
+        raise Refused(
             "a bool mask is added to the scores: that adds 0 or 1 and masks nothing",
             "use masked_fill(~mask, -inf), or SDPA's attn_mask",
         )
     if not dtype.is_floating_point:
-        raise Refusal(
+        raise Refused(
             f"a tensor of {values.short_dtype(dtype)} is added to the scores",
             "use a bool mask with masked_fill",
         )
@@ -326,10 +325,10 @@ _UNKNOWN = {
 _HINTS = {"sub": "add the negative mask, and leave out a subtracted maximum: softmax ignores it"}
 
 
-def _unknown(node: Node) -> Refusal:
+def _unknown(node: Node) -> Refused:
     name = op_name(node).strip("_")
     reason = _UNKNOWN.get(name, f"`{name}` changes the scores before the softmax")
-    return Refusal(reason, _HINTS.get(name, ""))
+    return Refused(reason, _HINTS.get(name, ""))
 
 
 def product_above(node: Node, hops: int = 10) -> bool:

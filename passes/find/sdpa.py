@@ -9,13 +9,12 @@ import torch
 from torch.fx import Node
 
 from sparse_compile.passes.find import shapes, values
-from sparse_compile.passes.find.canonical import canonical
+from sparse_compile.passes.find.canonical import canonical, where
 from sparse_compile.passes.find.dataflow import Dataflow, constant
 from sparse_compile.passes.find.operands import Peeled, Reading, dead_nodes, peel
-from sparse_compile.passes.find.refusal import Refusal, where
 from sparse_compile.passes.find.scores import check_no_probability
 from sparse_compile.sites.named import TENSOR, NamedMask
-from sparse_compile.sites.site import AttentionSite, Called, MaskOperand, Operand, Scope
+from sparse_compile.sites.site import AttentionSite, Called, MaskOperand, Operand, Refused, Scope
 
 _AXES = {4: ("b", "h", "n", "d"), 3: ("b", "n", "d"), 2: ("n", "d")}
 
@@ -24,11 +23,11 @@ def match_sdpa(node: Node, flow: Dataflow, scope: Scope) -> AttentionSite:
     """The attention that an SDPA node computes.
 
     Raises:
-        Refusal: it cannot be taken.
+        Refused: it cannot be taken.
     """
     call = canonical(node)
     if call is None:
-        raise Refusal("scaled_dot_product_attention is called in an unknown way")
+        raise Refused("scaled_dot_product_attention is called in an unknown way")
     args = call.args
     hint = "set the attention dropout to 0, or pass dropout_p=0.0 when not training"
     check_no_probability(args["dropout_p"], "dropout_p", hint)
@@ -45,7 +44,7 @@ def match_sdpa(node: Node, flow: Dataflow, scope: Scope) -> AttentionSite:
     shapes.check_masks(masks, score_shape)
     causal = args["is_causal"]
     if not isinstance(causal, bool):
-        raise Refusal("is_causal is known only at run time", "pass True or False")
+        raise Refused("is_causal is known only at run time", "pass True or False")
     return AttentionSite(
         scope,
         output,
@@ -63,7 +62,7 @@ def match_sdpa(node: Node, flow: Dataflow, scope: Scope) -> AttentionSite:
 def _operand(node: object, name: str) -> Operand:
     rank = len(values.shape(node)) if isinstance(node, Node) else 0
     if not isinstance(node, Node) or rank not in _AXES:
-        raise Refusal(f"{name} has {rank} axes", "give q, k and v the shape [B, H, N, D]")
+        raise Refused(f"{name} has {rank} axes", "give q, k and v the shape [B, H, N, D]")
     return Operand(node, _AXES[rank])
 
 
@@ -72,7 +71,7 @@ def _undo_repeats(
 ) -> tuple[Peeled, Peeled, Peeled]:
     q, k, v = given
     if not q.axes == k.axes == v.axes:
-        raise Refusal(
+        raise Refused(
             "q, k and v have different numbers of axes", "give each the shape [B, H, N, D]"
         )
     reading = Reading(flow, node, node)
@@ -85,7 +84,7 @@ def _undo_repeats(
 def _check_heads(given: tuple[Operand, ...], grouped: object) -> None:
     q, k, _ = (shapes.sizes(operand)["h"] for operand in given)
     if grouped is not True and values.differ(q, k) and values.differ(k, 1):
-        raise Refusal(f"q has {q} heads and k has {k}, without enable_gqa", "pass enable_gqa=True")
+        raise Refused(f"q has {q} heads and k has {k}, without enable_gqa", "pass enable_gqa=True")
 
 
 def _masks(mask: Any) -> tuple[MaskOperand, ...]:
@@ -93,11 +92,11 @@ def _masks(mask: Any) -> tuple[MaskOperand, ...]:
         return ()
     dtype = values.dtype(mask)
     if dtype is None:
-        raise Refusal("attn_mask is not a tensor")
+        raise Refused("attn_mask is not a tensor")
     if dtype is torch.bool:
         return (MaskOperand(mask, "keep", -math.inf),)
     if not dtype.is_floating_point:
-        raise Refusal(
+        raise Refused(
             f"attn_mask is {values.short_dtype(dtype)}", "pass a bool mask, True to attend"
         )
     return (MaskOperand(mask, "add"),)
@@ -111,7 +110,7 @@ def _scale(scale: Any, q: Operand, flow: Dataflow) -> float | Node:
     if known is None and isinstance(scale, Node):
         return scale
     if known is None:
-        raise Refusal("the scale is not a number", "pass scale=1 / math.sqrt(head_dim)")
+        raise Refused("the scale is not a number", "pass scale=1 / math.sqrt(head_dim)")
     return known
 
 
@@ -119,7 +118,7 @@ def match_called(node: Node, scope: Scope) -> AttentionSite:
     """The attention that a call of ``MASKED_ATTENTION``, our own, computes.
 
     Raises:
-        Refusal: it cannot be planned.
+        Refused: it cannot be planned.
     """
     args: Any = node.args
     q, k, v, given, sinks, sizes, text, scale = args
@@ -128,7 +127,7 @@ def match_called(node: Node, scope: Scope) -> AttentionSite:
     if by_tensor and values.dtype(given[0]) is not torch.bool:
         reason = "its mask is a tensor that is added to the scores"
         hint = "pass a bool tensor, True to attend, to have it planned for these sizes"
-        raise Refusal(reason, hint)
+        raise Refused(reason, hint)
     return AttentionSite(
         scope,
         Operand(node),

@@ -9,8 +9,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sparse_compile.passes.find import values
-from sparse_compile.passes.find.refusal import Refusal
-from sparse_compile.sites.site import MaskOperand, Operand
+from sparse_compile.sites.site import MaskOperand, Operand, Refused
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CAST = "cast q, k and v to float32, float16 or bfloat16"
@@ -25,25 +24,25 @@ def check_operands(q: Operand, k: Operand, v: Operand) -> None:
     """That shapes, heads and dtypes are those of one attention.
 
     Raises:
-        Refusal: they are not.
+        Refused: they are not.
     """
     for operand in (q, k, v):
         _check_dtype(operand)
     query, key, value = sizes(q), sizes(k), sizes(v)
     for name, other in (("k", key), ("v", value)):
         if values.differ(query["b"], other["b"]):
-            raise Refusal(
+            raise Refused(
                 f"{name} has batch size {other['b']} and q has {query['b']}",
                 f"expand {name} to the batch size of q",
             )
     if not heads_agree(k, v):
-        raise Refusal(
+        raise Refused(
             f"k has {key['h']} heads and v has {value['h']}", "give both the same number of heads"
         )
     if not _divides(key["h"], query["h"]):
-        raise Refusal(f"q has {query['h']} heads, not a multiple of the {key['h']} of k and v")
+        raise Refused(f"q has {query['h']} heads, not a multiple of the {key['h']} of k and v")
     if values.differ(query["d"], key["d"]) or values.differ(key["n"], value["n"]):
-        raise Refusal("the shapes of q, k and v do not fit together")
+        raise Refused("the shapes of q, k and v do not fit together")
 
 
 def heads_agree(k: Operand, v: Operand) -> bool:
@@ -55,12 +54,12 @@ def check_query(q: Operand, score_shape: tuple[Any, ...], score_axes: tuple[str,
     """That q is not broadcast: it has the batch size and the heads of the scores.
 
     Raises:
-        Refusal: it is.
+        Refused: it is.
     """
     have = sizes(q)
     for axis, size in zip(score_axes[:-2], score_shape[:-2], strict=True):
         if values.differ(have[axis], size):
-            raise Refusal(
+            raise Refused(
                 "q is broadcast over batches or heads of k", "expand q to the shape of the output"
             )
 
@@ -69,7 +68,7 @@ def check_masks(masks: tuple[MaskOperand, ...], score_shape: tuple[Any, ...]) ->
     """That each mask broadcasts to the scores and does not enlarge them.
 
     Raises:
-        Refusal: one does not.
+        Refused: one does not.
     """
     for mask in masks:
         shape = values.shape(mask.node)
@@ -77,7 +76,7 @@ def check_masks(masks: tuple[MaskOperand, ...], score_shape: tuple[Any, ...]) ->
         for size, score in zip(reversed(shape), reversed(score_shape), strict=False):
             fits = fits and (values.same(size, 1) or not values.differ(size, score))
         if not fits:
-            raise Refusal(
+            raise Refused(
                 f"a mask of shape {_show(shape)} does not broadcast to the scores' "
                 f"{_show(score_shape)}",
                 "give q the batch size and heads of the mask",
@@ -88,35 +87,35 @@ def check_output_dtype(output: Operand) -> None:
     """That kernels exist for the dtype of the output.
 
     Raises:
-        Refusal: they do not.
+        Refused: they do not.
     """
     dtype = values.dtype(output.node)
     if dtype not in _DTYPES:
-        raise Refusal(f"attention in {values.short_dtype(dtype)} is not supported", _CAST)
+        raise Refused(f"attention in {values.short_dtype(dtype)} is not supported", _CAST)
 
 
 def head_dim(q: Operand) -> int:
     """The number of features of q and k; a symbol gets a guard: kernels are generated for each.
 
     Raises:
-        Refusal: it depends on data.
+        Refused: it depends on data.
     """
     size = sizes(q)["d"]
     if free_unbacked_symbols(size):
-        raise Refusal("the head dimension depends on data", "make it a constant")
+        raise Refused("the head dimension depends on data", "make it a constant")
     return int(size)
 
 
 def _check_dtype(operand: Operand) -> None:
     example = values.tensor(operand.node)
     if example is not None and not _is_plain(example):
-        raise Refusal(
+        raise Refused(
             f"`{operand.node.name}` is a {type(example).__name__}, not a plain tensor",
             "pass plain tensors",
         )
     dtype = values.dtype(operand.node)
     if dtype not in _DTYPES:
-        raise Refusal(f"`{operand.node.name}` is {values.short_dtype(dtype)}", _CAST)
+        raise Refused(f"`{operand.node.name}` is {values.short_dtype(dtype)}", _CAST)
 
 
 def _is_plain(example: torch.Tensor) -> bool:

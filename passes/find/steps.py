@@ -15,8 +15,7 @@ from sparse_compile.expr import SCORE, ScoreProgram
 from sparse_compile.expr.score import number
 from sparse_compile.passes.find import values
 from sparse_compile.passes.find.dataflow import Dataflow, constant
-from sparse_compile.passes.find.refusal import Refusal
-from sparse_compile.sites.site import MaskOperand
+from sparse_compile.sites.site import MaskOperand, Refused
 
 
 @dataclass(frozen=True)
@@ -56,13 +55,13 @@ def fold(
     """The scale of the product, the masks on the scores, and what happens to it before them.
 
     Raises:
-        Refusal: they cannot be told apart.
+        Refused: they cannot be told apart.
     """
     curves = [at for at, step in enumerate(steps) if isinstance(step, Tanh)]
     if not curves:
         return *_linear(steps, flow), None
     if any(isinstance(step, Masked) for step in steps[: curves[-1]]):
-        raise Refusal(
+        raise Refused(
             "the scores are masked before the tanh, which makes the masked value finite: masked "
             "keys keep some weight",
             "apply the mask after the softcap",
@@ -76,12 +75,12 @@ def fold(
     for steps_after in cut[1:]:
         factor, masks = _linear(steps_after[1:], flow)
         if isinstance(factor, Node):
-            raise Refusal(
+            raise Refused(
                 "the softcapped scores are scaled by a number known only at run time",
                 "write the cap as a Python number",
             )
         if factor == 0.0:
-            raise Refusal("the softcapped scores are multiplied by zero")
+            raise Refused("the softcapped scores are multiplied by zero")
         value = number(factor) * sympy.tanh(value)
     return scale, masks, ScoreProgram(value)
 
@@ -103,14 +102,14 @@ def _linear(
                 masks = [_scaled(mask, known) for mask in masks]
                 continue
             if runtime is not None or step.inverse or masks:
-                raise Refusal(
+                raise Refused(
                     "the scores are scaled by a number known only at run time, and not just "
                     "multiplied once before the masks",
                     "multiply q by it instead",
                 )
             runtime = _runtime(step.value)
     if runtime is not None and factor != 1.0:
-        raise Refusal(
+        raise Refused(
             f"the scores are scaled by {factor:g} and by a number known only at run time",
             "multiply q by one of them instead",
         )
@@ -120,13 +119,13 @@ def _linear(
 def _runtime(value: Node) -> Node:
     example = values.tensor(value)
     if example is not None and example.requires_grad:
-        raise Refusal("the scale of the scores is a trained parameter", "multiply q by it instead")
+        raise Refused("the scale of the scores is a trained parameter", "multiply q by it instead")
     return value
 
 
 def _invert(value: float) -> float:
     if value == 0.0:
-        raise Refusal("the scores are divided by zero")
+        raise Refused("the scores are divided by zero")
     return 1.0 / value
 
 
@@ -134,13 +133,13 @@ def _scaled(mask: MaskOperand, factor: float) -> MaskOperand:
     if factor == 1.0 or (mask.fill == -math.inf and mask.role != "add" and factor > 0):
         return mask
     if mask.role == "add" or isinstance(mask.fill, Node) or factor <= 0:
-        raise Refusal("the scores are masked before they are scaled", "scale them first")
+        raise Refused("the scores are masked before they are scaled", "scale them first")
     return replace(mask, fill=mask.fill * factor)
 
 
 def _check_survives(masks: list[MaskOperand], dtype: torch.dtype) -> None:
     if any(mask.role == "add" or mask.fill != -math.inf for mask in masks):
-        raise Refusal(
+        raise Refused(
             f"masked scores are rounded to {values.short_dtype(dtype)}, which changes the "
             "masked value",
             "mask with -inf, or after the cast",

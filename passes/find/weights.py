@@ -8,14 +8,13 @@ from typing import Any
 from torch.fx import Node
 
 from sparse_compile.passes.find import values
-from sparse_compile.passes.find.canonical import canonical, is_reshape, op_name
+from sparse_compile.passes.find.canonical import canonical, is_reshape, op_name, where
 from sparse_compile.passes.find.contraction import Contraction, Letters, contraction
 from sparse_compile.passes.find.dataflow import breadth_first
-from sparse_compile.passes.find.refusal import Refusal, where
 from sparse_compile.passes.find.scores import check_no_dropout
 from sparse_compile.passes.find.sinks import Sunk
 from sparse_compile.passes.mutation import written_inputs
-from sparse_compile.sites.site import Operand
+from sparse_compile.sites.site import Operand, Refused
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ def forward(softmax: Node, sunk: Sunk | None = None) -> WeightsPath:
         sunk: what it reads, where there are columns beside the scores, to be dropped on the way.
 
     Raises:
-        Refusal: the weights are read elsewhere, changed, or not multiplied with v.
+        Refused: the weights are read elsewhere, changed, or not multiplied with v.
     """
     node, nodes, wide = softmax, [softmax], 0
     while True:
@@ -57,7 +56,7 @@ def forward(softmax: Node, sunk: Sunk | None = None) -> WeightsPath:
         product = contraction(reader)
         if product is not None:
             if sunk is not None and not wide:
-                raise Refusal(
+                raise Refused(
                     "columns are added to the scores that are not dropped after the softmax",
                     "drop the columns of attention sinks, as in weights[..., :-1]",
                 )
@@ -65,7 +64,7 @@ def forward(softmax: Node, sunk: Sunk | None = None) -> WeightsPath:
             return _with_v(product, node, (*nodes, reader), shapes)
         if not _passes(reader, node):
             name = op_name(reader).strip("_")
-            raise Refusal(
+            raise Refused(
                 f"`{name}` changes the attention weights after the softmax",
                 _HINTS.get(name, "change the scores before the softmax instead"),
             )
@@ -84,7 +83,7 @@ def _only_reader(node: Node) -> Node:
     readers = list(node.users)
     overwriting = next((r for r in readers if node in written_inputs(r)), None)
     if overwriting is not None:
-        raise Refusal(
+        raise Refused(
             f"the attention weights are changed in place after the softmax "
             f"(`{op_name(overwriting)}`)",
             "change the scores before the softmax instead",
@@ -92,15 +91,15 @@ def _only_reader(node: Node) -> Node:
     if len(readers) == 1 and readers[0].op != "output":
         return readers[0]
     if not readers:
-        raise Refusal("the attention weights are not used")
+        raise Refused("the attention weights are not used")
     raise read_elsewhere("weights", readers, node)
 
 
-def read_elsewhere(what: str, readers: list[Node], node: Node) -> Refusal:
+def read_elsewhere(what: str, readers: list[Node], node: Node) -> Refused:
     """The refusal for scores or weights that something other than the attention reads."""
     if any(reader.op == "output" for reader in readers):
         also = "also returned" if len(readers) > 1 or what == "scores" else "returned"
-        return Refusal(
+        return Refused(
             f"the attention {what} are {also}, so they must exist",
             "return only the output, or set output_attentions=False",
         )
@@ -110,7 +109,7 @@ def read_elsewhere(what: str, readers: list[Node], node: Node) -> Refusal:
         f"`{op_name(reader)}`" + "".join(f" ({line})" for line in where(reader)[-1:])
         for reader in others
     )
-    return Refusal(
+    return Refused(
         f"the attention {what} are also read by {names}, so they must exist",
         f"use the attention {what} for the output only",
     )
@@ -136,10 +135,10 @@ def _with_v(
 ) -> WeightsPath:
     call = canonical(product.node)
     if call is not None and call.op == "baddbmm":
-        raise Refusal("the output is accumulated onto another tensor by baddbmm", "use bmm")
+        raise Refused("the output is accumulated onto another tensor by baddbmm", "use bmm")
     weights, v = product.left, product.right
     if weights.node is v.node or node not in (weights.node, v.node):
-        raise Refusal("the attention weights are not multiplied with v")
+        raise Refused("the attention weights are not multiplied with v")
     if v.node is node:
         weights, v = v, weights
     _check(weights.axes, v.axes, product)
@@ -149,15 +148,15 @@ def _with_v(
 def _check(weights: Letters, v: Letters, product: Contraction) -> None:
     *batch, query, key = weights
     if product.summed != {key} or key not in v:
-        raise Refusal(
+        raise Refused(
             "the weights and v are not summed over the keys, the axis of the softmax",
             "multiply weights [.., N, N] with v [.., N, D]",
         )
     features = [letter for letter in v if letter not in weights]
     if query in v or len(features) != 1 or len(weights) > 4:
-        raise Refusal("v has axes that are neither batch, heads, keys nor features")
+        raise Refused("v has axes that are neither batch, heads, keys nor features")
     if set(product.out) != {*batch, query, features[0]}:
-        raise Refusal("the output lacks an axis of the weights")
+        raise Refused("the output lacks an axis of the weights")
 
 
 def product_below(node: Node, hops: int = 8) -> bool:

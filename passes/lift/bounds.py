@@ -12,11 +12,10 @@ import sympy
 
 from sparse_compile.expr import FloorDiv, FloorMod
 
-Bound: TypeAlias = sympy.Expr | None
-#: Lower and upper bound, both attained or not; None is unbounded.
-Interval: TypeAlias = tuple[Bound, Bound]
+#: Lower and upper bound, both attained or not; infinite is unbounded.
+Interval: TypeAlias = tuple[sympy.Expr, sympy.Expr]
 
-_UNKNOWN: Interval = (None, None)
+_UNKNOWN: Interval = (-sympy.oo, sympy.oo)
 
 
 class Ranges:
@@ -40,25 +39,24 @@ class Ranges:
 
     def nonnegative(self, expr: sympy.Expr) -> bool:
         """Whether the expression is proven to be at least 0 everywhere."""
-        low = self.interval(expr)[0]
-        return low is not None and _sizes_nonnegative(low)
+        return _sizes_nonnegative(self.interval(expr)[0])
 
     def _bound(self, expr: sympy.Expr) -> Interval:
         if expr.is_Integer:
             return expr, expr
         if expr.is_Symbol:
             return (sympy.S.Zero, self.last[expr]) if expr in self.last else (expr, expr)
-        if expr.is_Add:
-            return functools.reduce(_add, map(self.interval, expr.args))
+        if isinstance(expr, (sympy.Add, sympy.Min, sympy.Max)):
+            # These only grow with each argument.
+            lows, highs = zip(*map(self.interval, expr.args), strict=True)
+            return expr.func(*lows), expr.func(*highs)
         if expr.is_Mul:
             return functools.reduce(_multiply, map(self.interval, expr.args))
         if isinstance(expr, sympy.Abs):
             low, high = self.interval(expr.args[0])
-            return sympy.S.Zero, None if low is None or high is None else sympy.Max(-low, high)
+            return sympy.S.Zero, sympy.Max(-low, high)
         if isinstance(expr, (FloorDiv, FloorMod)):
             return self._divide(expr)
-        if isinstance(expr, (sympy.Min, sympy.Max)):
-            return self._extreme(expr)
         if expr.func.__name__.startswith("m") and isinstance(
             expr, sympy.core.function.AppliedUndef
         ):
@@ -72,19 +70,8 @@ class Ranges:
         low, high = self.interval(value)
         if isinstance(expr, FloorMod):
             return sympy.S.Zero, divisor - 1
-        return (
-            None if low is None else FloorDiv(low, divisor),
-            None if high is None else FloorDiv(high, divisor),
-        )
-
-    def _extreme(self, expr: sympy.Expr) -> Interval:
-        lows, highs = zip(*map(self.interval, expr.args), strict=True)
-        # One known bound is enough on the side that the others can only tighten.
-        strong, weak = (lows, highs) if isinstance(expr, sympy.Max) else (highs, lows)
-        known = [bound for bound in strong if bound is not None]
-        tight = expr.func(*known) if known else None
-        loose = None if None in weak else expr.func(*weak)
-        return (tight, loose) if isinstance(expr, sympy.Max) else (loose, tight)
+        low, high = (end if end.is_infinite else FloorDiv(end, divisor) for end in (low, high))
+        return low, high
 
 
 def _sizes_nonnegative(expr: sympy.Expr) -> bool:
@@ -97,24 +84,15 @@ def _sizes_nonnegative(expr: sympy.Expr) -> bool:
     return bool(sympy.expand(expr.xreplace(shifted)).is_nonnegative)
 
 
-def _add(a: Interval, b: Interval) -> Interval:
-    low = None if a[0] is None or b[0] is None else a[0] + b[0]
-    high = None if a[1] is None or b[1] is None else a[1] + b[1]
-    return low, high
-
-
 def _multiply(a: Interval, b: Interval) -> Interval:
-    for left, right in ((a, b), (b, a)):
-        factor = left[0]
-        if factor is not None and factor == left[1] and factor.is_nonpositive:
-            low, high = right
-            return (
-                None if high is None else factor * high,
-                None if low is None else factor * low,
-            )
-    if a[0] is None or b[0] is None or not (_sizes_nonnegative(a[0]) and _sizes_nonnegative(b[0])):
+    for (factor, same), (low, high) in ((a, b), (b, a)):
+        if factor == same == 0:
+            return sympy.S.Zero, sympy.S.Zero  # also of what is unbounded
+        if factor == same and factor.is_nonpositive:
+            return factor * high, factor * low
+    if not (_sizes_nonnegative(a[0]) and _sizes_nonnegative(b[0])):
         return _UNKNOWN
-    return a[0] * b[0], None if a[1] is None or b[1] is None else a[1] * b[1]
+    return a[0] * b[0], a[1] * b[1]
 
 
 @dataclass(frozen=True)

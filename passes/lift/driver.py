@@ -18,24 +18,26 @@ from sparse_compile.passes.lift.bounds import Ranges
 from sparse_compile.passes.lift.emit import Emitter
 from sparse_compile.passes.lift.empty_rows import empty_row_policy
 from sparse_compile.passes.lift.expose import expose
-from sparse_compile.passes.lift.kept import Kept, split_kept
-from sparse_compile.passes.lift.lift import Lifter
-from sparse_compile.passes.lift.masks import Keep, Lengths, SiteMasks, read_operand
-from sparse_compile.passes.lift.normalize import normalise
-from sparse_compile.passes.lift.rankings import (
+from sparse_compile.passes.lift.kept import (
+    Kept,
     is_topk_index,
+    split_kept,
     topk_dim,
     topk_of,
 )
+from sparse_compile.passes.lift.lift import Lifter
+from sparse_compile.passes.lift.masks import Keep, Lengths, SiteMasks, read_operand
+from sparse_compile.passes.lift.normalize import normalise
 from sparse_compile.passes.lift.selected import NotSelected, check_heads, split_selection, uncast
 from sparse_compile.passes.lift.simplify import Simplifier
 from sparse_compile.passes.lift.slice import Slice, Slicer, made_of
 from sparse_compile.passes.lift.tables import Selects, Tabler, with_program
-from sparse_compile.passes.lift.value import Refused, size_expr, solve_for_symbol
+from sparse_compile.passes.lift.value import size_expr, solve_for_symbol
 from sparse_compile.passes.lift.verify import Examples, Question, verify
 from sparse_compile.sites.site import (
     AttentionSite,
     LiftedMask,
+    Refused,
     Rejection,
     Scope,
     SelectedKeys,
@@ -80,7 +82,7 @@ def lift_mask(
         reason = f"internal error while reading its mask: {type(error).__name__}: {error}"
         found = Refused(reason, "please report this mask")
     if isinstance(found, Refused):
-        return Rejection(found.reason, found.hint, site.where, site.output.node)
+        return found.at(site.where, site.output.node)
     return found
 
 
@@ -147,7 +149,7 @@ def _lift(
     try:
         otherwise = checked(_tabled(reading, predicate))
     except Refused as refused:
-        otherwise = Rejection(refused.reason, refused.hint)
+        otherwise = refused.at()
     return replace(lifted, otherwise=otherwise)
 
 

@@ -15,8 +15,7 @@ import torch
 from sparse_compile.expr import KV, Q
 from sparse_compile.passes.lift.masks import Keep, SiteMasks
 from sparse_compile.passes.lift.simplify import Simplifier
-from sparse_compile.passes.lift.value import Refused
-from sparse_compile.sites.site import AttentionSite
+from sparse_compile.sites.site import AttentionSite, Refused
 from sparse_compile.spec import EmptyRows
 
 #: With ``finite_fill="minus_inf"``, fills up to this one count as minus infinity.

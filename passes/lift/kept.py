@@ -1,4 +1,4 @@
-"""The part of a mask that keeps scores which reach a threshold, such as the k-th best of them.
+"""Rankings that masks read, and the part of a mask that keeps scores which reach one of a ranking.
 
 ``scores >= scores.topk(k).values[..., -1:]`` keeps k keys, and more where scores are equal. Lists
 say it exactly, however many that makes; an index of k would not.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import sympy
 import torch
@@ -20,7 +21,6 @@ from sparse_compile.ops.kept import KEPT_SELECTION
 from sparse_compile.passes.lift.emit import Emitter
 from sparse_compile.passes.lift.lift import Lifter
 from sparse_compile.passes.lift.masks import Lengths
-from sparse_compile.passes.lift.rankings import Bound, bound_of, ranking_of, topk_of
 from sparse_compile.passes.lift.selected import (
     BoolRead,
     Listed,
@@ -30,9 +30,78 @@ from sparse_compile.passes.lift.selected import (
     bool_read,
     rows_of,
 )
-from sparse_compile.passes.lift.slice import made_of
-from sparse_compile.passes.lift.value import DIMS, is_data, size_expr
+from sparse_compile.passes.lift.slice import call_name, made_of
+from sparse_compile.passes.lift.value import DIMS, Unliftable, is_data, size_expr
 from sparse_compile.sites.site import Reached
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A result of a ranking, for comparison with what was ranked.
+
+    Attributes:
+        reach: how many scores are at least as great as the last of it, but for equal ones; None if
+            that is not known.
+        within: how many are at most as great.
+    """
+
+    reach: sympy.Expr | None = None
+    within: sympy.Expr | None = None
+
+
+def ranking_of(node: Node) -> Node | None:
+    """The top-k, sort or k-th value of which a node is the values or the indices."""
+    source = node.args[0] if node.target is operator.getitem else None
+    if isinstance(source, Node) and call_name(source) in ("topk", "sort", "kthvalue"):
+        return source
+    return None
+
+
+def topk_of(node: Node) -> Node | None:
+    """The top-k of which a node is the values or the indices."""
+    source = ranking_of(node)
+    return source if source is not None and call_name(source) == "topk" else None
+
+
+def is_topk_index(node: Node) -> bool:
+    """Whether a node is the indices of a top-k."""
+    return topk_of(node) is not None and bool(node.args[1] == 1)
+
+
+def topk_dim(index: Node) -> int:
+    """The dimension along which the indices of a top-k are distinct."""
+    topk = topk_of(index)
+    assert topk is not None
+    dim: int = arguments_of(topk).get("dim", -1)
+    rank: int = index.meta["example_value"].dim()
+    return dim % max(1, rank)
+
+
+def arguments_of(ranking: Node) -> dict[str, Any]:
+    """What a top-k or a k-th value is called with; of a sort what is named."""
+    names = {"topk": ("input", "k", "dim", "largest"), "kthvalue": ("input", "k", "dim")}
+    known = names.get(call_name(ranking), ())
+    return {**dict(zip(known, ranking.args, strict=False)), **ranking.kwargs}
+
+
+def bound_of(ranking: Node) -> Bound:
+    """What a comparison with the last result of a top-k, a sort or a k-th value keeps."""
+    given = arguments_of(ranking)
+    if "k" not in given:
+        return Bound()
+    number, scores = (_example(given[key]) for key in ("k", "input"))
+    try:
+        most, size = size_expr(number), size_expr(scores.shape[given.get("dim", -1)])
+    except Unliftable:
+        return Bound()
+    if call_name(ranking) == "topk":
+        return Bound(reach=most) if given.get("largest", True) is True else Bound(within=most)
+    return Bound(reach=size - most + 1, within=most)
+
+
+def _example(value: Any) -> Any:
+    return value.meta["example_value"] if isinstance(value, Node) else value
+
 
 aten = torch.ops.aten
 #: Comparisons, and what they are called with the sides exchanged.

@@ -13,8 +13,8 @@ from torch.fx import Node
 from sparse_compile.expr import KV, B, H, Q
 from sparse_compile.passes.graph_edit import dimension, example_value, first_reader
 from sparse_compile.passes.lift.slice import Slice, Slicer, Wanted
-from sparse_compile.passes.lift.value import DIMS, Lifted, Refused, reads_data, size_expr
-from sparse_compile.sites.site import AttentionSite, MaskOperand
+from sparse_compile.passes.lift.value import DIMS, Lifted, reads_data, size_expr
+from sparse_compile.sites.site import AttentionSite, MaskOperand, Refused
 
 Lengths = Mapping[sympy.Symbol, sympy.Expr]
 

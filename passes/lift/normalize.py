@@ -13,8 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from sparse_compile.passes.graph_edit import fake_mode_of
 from sparse_compile.passes.lift.slice import VMAP, Slice, call_name
-from sparse_compile.passes.lift.value import Refused
 from sparse_compile.passes.mutation import IN_PLACE
+from sparse_compile.sites.site import Refused
 
 # In-place methods that change more than values.
 _CHANGES_SHAPE = frozenset(

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from sparse_compile.passes.lift.value import Refused
 from sparse_compile.passes.mutation import Memory, is_off, memory_of
-from sparse_compile.sites.site import Scope
+from sparse_compile.sites.site import Refused, Scope
 
 #: Function and method names whose results a mask is computed *from*: they are expensive, random,
 #: or take values to Python. The mask program starts after them.

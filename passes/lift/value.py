@@ -23,6 +23,7 @@ import torch
 from torch.fx import Node
 
 from sparse_compile.expr import FloorDiv, FloorMod
+from sparse_compile.sites.site import Refused
 
 DIMS: tuple[sympy.Symbol, ...] = tuple(
     sympy.Symbol(f"d{i}", integer=True, nonnegative=True) for i in range(16)
@@ -49,19 +50,6 @@ _FUNCTIONS: dict[str, Any] = {
     "Min": sympy.Min,
     "Abs": sympy.Abs,
 }
-
-
-class Refused(Exception):
-    """Why a mask must be left alone.
-
-    Attributes:
-        reason: one sentence for a user.
-        hint: what would change that, if anything is known to.
-    """
-
-    def __init__(self, reason: str, hint: str = "") -> None:
-        super().__init__(reason)
-        self.reason, self.hint = reason, hint
 
 
 class Unliftable(Refused):

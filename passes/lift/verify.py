@@ -18,12 +18,13 @@ from sparse_compile.expr import KV, H, Q, evaluate, grid
 from sparse_compile.ops.pattern import on_axes
 from sparse_compile.passes.dense_tables import mask_data, selection_data
 from sparse_compile.passes.graph_edit import example_value
+from sparse_compile.passes.lift.kept import arguments_of, is_topk_index, topk_dim, topk_of
 from sparse_compile.passes.lift.masks import SiteMasks
 from sparse_compile.passes.lift.prefix import CannotRun, Prefix, bytes_of, prefix_of
-from sparse_compile.passes.lift.rankings import arguments_of, is_topk_index, topk_dim, topk_of
 from sparse_compile.passes.lift.slice import Slicer
-from sparse_compile.passes.lift.value import Refused, Unliftable, size_expr
-from sparse_compile.sites.site import LiftedMask, Scope, Visited
+from sparse_compile.passes.lift.value import Unliftable, size_expr
+from sparse_compile.selection.chunks import chunks
+from sparse_compile.sites.site import LiftedMask, Refused, Scope, Visited
 
 _CHUNK = 1 << 22
 _MOST_RANDOM = 1 << 24
@@ -249,18 +250,16 @@ def _compare(asked: Question, leaves: Mapping[Node, Any], kept: Sequence[Tensor]
         chosen = chosen.repeat_interleave(lengths[H] // chosen.shape[1], 1)
     device = kept[0].device
     shape = functools.reduce(operator.and_, (mask[:, :, :1, :1] for mask in kept)).shape
-    rows = max(1, _CHUNK // max(1, shape[0] * shape[1] * lengths[KV]))
-    rows = rows // _BLOCK * _BLOCK or rows
-    pairs, partial = 0.0, 0.0
-    for start in range(0, lengths[Q], rows):
-        queries, keys = range(start, min(start + rows, lengths[Q])), range(lengths[KV])
+    pairs, partial, each = 0.0, 0.0, shape[0] * shape[1] * lengths[KV]
+    for start, stop in chunks(lengths[Q], each, _CHUNK, tile=_BLOCK):
+        queries, keys = range(start, stop), range(lengths[KV])
         coordinates = grid(device, b=range(shape[0]), h=range(shape[1]), q=queries, kv=keys)
         found = evaluate(lifted.mask, coordinates, lengths[Q], lengths[KV], tables, sizes)
         if chosen is not None:
-            found = found & chosen[:, :, start : start + rows]
+            found = found & chosen[:, :, start:stop]
         expected = torch.ones((), dtype=torch.bool, device=device)
         for mask in kept:
-            expected = expected & (mask[:, :, start : start + rows] if mask.shape[2] > 1 else mask)
+            expected = expected & (mask[:, :, start:stop] if mask.shape[2] > 1 else mask)
         if masks.site.causal:
             expected = expected & (coordinates["kv"] <= coordinates["q"])
         _raise_if_different(found, expected, start)

@@ -12,12 +12,14 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from sparse_compile.layout.from_dense import DenseRead
 from sparse_compile.layout.lists import static_lists
 from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.ops import LAYOUT
@@ -98,6 +100,25 @@ def hold_layouts(gm: GraphModule) -> None:
                 item.replace_all_uses_with(node)
                 scope.gm.graph.erase_node(item)
             scope.gm.graph.erase_node(call)
+
+
+def remember_given(gm: GraphModule) -> None:
+    """Let what is found out about mask tensors that are inputs of the graph be reused.
+
+    Only where the user says that they are stable, and of those that nothing here writes to.
+    """
+    calls = gm.graph.find_nodes(op="call_function", target=LAYOUT)
+    if not calls:
+        return
+    memory = Memory(gm.graph)
+    for call in calls:
+        tables, text, *rest = call.args
+        reads = [
+            replace(read, remember=given.op == "placeholder" and not memory.is_written(given))
+            for read in DenseRead.parse(text)
+            for given in [tables[read.table]]
+        ]
+        call.args = (tables, DenseRead.text(reads), *rest)
 
 
 def _scopes(scope: Scope) -> Iterator[Scope]:

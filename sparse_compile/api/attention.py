@@ -24,7 +24,7 @@ from sparse_compile.layout.views.split_views import rounded
 from sparse_compile.ops.masked import MASKED_ATTENTION, composed_of
 from sparse_compile.ops.operands import WIDEST, WIDEST_UNITS, check_operands
 from sparse_compile.ops.untraced import untraced
-from sparse_compile.passes.decide.price import views_for
+from sparse_compile.passes.decide.pick import views_for
 from sparse_compile.patterns.base import Pattern
 from sparse_compile.patterns.learned import NSA
 from sparse_compile.selection.split import without_selection

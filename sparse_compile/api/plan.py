@@ -20,7 +20,7 @@ from sparse_compile.expr import score as score_programs
 from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.ops.selection import name_selecting
 from sparse_compile.ops.untraced import untraced
-from sparse_compile.passes.decide.price import views_for
+from sparse_compile.passes.decide.pick import views_for
 from sparse_compile.patterns.base import And, BoundMask, Not, Or, Pattern
 from sparse_compile.patterns.scored import Scored
 from sparse_compile.patterns.scorers import Scorer

@@ -278,9 +278,7 @@ def _filling(part: Tensor, filler: Tensor) -> Tensor:
     return filler[: _aligned(part.numel()) - part.numel()]
 
 
-def unpacked_lists(
-    packed: Tensor, lines: tuple[int, ...], classes: int, side: int, load: Load | None = None
-) -> BlockLists:
+def unpacked_lists(packed: Tensor, lines: tuple[int, ...], classes: int, side: int) -> BlockLists:
     """One direction of the lists in a vector of :meth:`BlockLayout.pack`, as views of it.
 
     Args:
@@ -288,7 +286,6 @@ def unpacked_lists(
         lines: for each direction that it holds, how many lines that has.
         classes: number of (batch, head) classes.
         side: the direction: 0 for rows, 1 for columns.
-        load: of the lines, where the host knows it.
     """
     n = lines[side]
     fixed = [(_aligned(n + 1), _aligned(classes * n * 2)) for n in lines]
@@ -298,7 +295,7 @@ def unpacked_lists(
     counts = packed[first : first + classes * n * 2].view(classes, n, 2)
     capacity = (packed.numel() - last) // len(lines)
     index = packed[last + side * capacity :][:capacity].view(classes, capacity // max(classes, 1))
-    return BlockLists(start, counts, index, load)
+    return BlockLists(start, counts, index)
 
 
 def existing(order: Order, n: int) -> Tensor:

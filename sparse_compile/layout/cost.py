@@ -58,25 +58,6 @@ class Coverage:
 
 
 @dataclass(frozen=True)
-class Listed:
-    """The keys that a call lists for each query.
-
-    Attributes:
-        most: units of them in a list.
-        units: of all keys.
-        unit_kv: consecutive keys of a unit.
-        shared: query heads that share a key head, and a list.
-        unscored: whether the lists are made without the scores of all keys.
-    """
-
-    most: int
-    units: int
-    unit_kv: int
-    shared: int = 1
-    unscored: bool = False
-
-
-@dataclass(frozen=True)
 class Candidate:
     """A way to run an attention.
 
@@ -213,22 +194,28 @@ def sdpa(target: Target, work: Workload) -> Candidate:
     return replace(dense(target, replace(work, written_out=False)), name="sdpa")
 
 
-def why_not_listed(target: Target, listed: Listed, own: bool = False) -> str:
+def why_not_listed(
+    target: Target, most: int, units: int, unit_kv: int, shared: int, scored: bool
+) -> str:
     """That lists hold too many keys to pay, in words; empty if they pay.
 
     Args:
         target: where the attention runs.
-        listed: what is listed.
-        own: whether the attention's own scores are ranked: they are computed a second time.
+        most: units of keys in a list.
+        units: of all keys.
+        unit_kv: consecutive keys of a unit.
+        shared: query heads that share a key head, and a list.
+        scored: whether lists save no scores: they are of single keys and made from all scores, or
+            the attention's own scores are ranked, and so computed a second time.
     """
     for_one = _UNITS_FOR_ONE
-    if own or (listed.unit_kv == 1 and not listed.unscored):
-        rows = 1 if target.kind == "cpu" else min(listed.shared, _ROWS)
+    if scored:
+        rows = 1 if target.kind == "cpu" else min(shared, _ROWS)
         for_one = KEYS_FOR_ONE[target.kind] // rows
-    if for_one * listed.most <= listed.units:
+    if for_one * most <= units:
         return ""
-    what = "keys" if listed.unit_kv == 1 else f"units of {listed.unit_kv} keys"
-    kept = f"it keeps {listed.most} of {listed.units} {what}"
+    what = "keys" if unit_kv == 1 else f"units of {unit_kv} keys"
+    kept = f"it keeps {most} of {units} {what}"
     return f"{kept}, and on {target.kind} lists pay from one of {for_one} on"
 
 

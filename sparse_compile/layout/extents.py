@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from sparse_compile.layout.bounds import Bound, greatest, least, where
+from sparse_compile.layout.intervals import Bound, greatest, least, where
 from sparse_compile.spec.view import Order
 
 #: For each digit of one side, its least and greatest value in each run.

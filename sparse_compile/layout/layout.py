@@ -13,11 +13,10 @@ from torch import Tensor
 from sparse_compile.expr import MaskExpr, evaluate
 from sparse_compile.layout import superset
 from sparse_compile.layout.block_layout import PARTIAL, BlockLayout, Load
-from sparse_compile.layout.build import build_layout, candidates
+from sparse_compile.layout.build import build_layout, candidates, device_layout
 from sparse_compile.layout.listed import listed_load
 from sparse_compile.layout.schedule import Schedule, make_schedule
 from sparse_compile.layout.superset import Problem, ProblemShape
-from sparse_compile.layout.trusted import device_layout
 from sparse_compile.spec import AttentionSpec
 
 #: Entries of the score matrix evaluated at once.
@@ -201,13 +200,8 @@ def _schedules_of_problems(
 @functools.lru_cache(maxsize=256)
 def _load(problem: Problem, axis: str) -> Load:
     """How many blocks each line visits at most, known on the host."""
-    cpu = torch.device("cpu")
-    if problem.is_static:
-        start = superset.static_layout(problem, cpu).lines(axis).start
-    else:
-        found = candidates(problem, cpu)
-        start = found.row_start if axis == "q" else found.col_start
-    return Load.of(start.long().diff())
+    found = candidates(problem, torch.device("cpu"))
+    return Load.of((found.row_start if axis == "q" else found.col_start).long().diff())
 
 
 def build_views(

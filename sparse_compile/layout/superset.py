@@ -18,11 +18,10 @@ from torch import Tensor
 from sparse_compile.expr import B, H, MaskExpr
 from sparse_compile.expr.digits import digit_names
 from sparse_compile.layout import extents
-from sparse_compile.layout.block_layout import BlockGrid, BlockLayout, BlockLists, line_starts
-from sparse_compile.layout.bounds import Bound
+from sparse_compile.layout.block_layout import BlockGrid, BlockLayout, BlockLists, Load, line_starts
 from sparse_compile.layout.canonical import canonical_in
 from sparse_compile.layout.extents import Side
-from sparse_compile.layout.intervals import Lookup, Span, dtype_span, point, span
+from sparse_compile.layout.intervals import Bound, Lookup, Span, dtype_span, point, span
 from sparse_compile.spec.view import Order, natural
 
 #: Subdivision starts with about this many rectangles: fewer cost the same time in one launch.
@@ -335,7 +334,7 @@ def _lists(found: Sequence[Rectangles], n_lines: int, n_across: int) -> BlockLis
         before = totals[c].cumsum(0) - totals[c]
         place = torch.arange(line.numel()) - before[line] + start.long()[line]
         index[c, place] = run.blocks()
-    return BlockLists(start, counts.to(torch.int32), index)
+    return BlockLists(start, counts.to(torch.int32), index, Load.of(room))
 
 
 @functools.lru_cache(maxsize=64)

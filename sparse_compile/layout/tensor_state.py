@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Hashable
-from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -43,18 +42,12 @@ def _version_of(tensor: Tensor) -> int | None:
     return tensor._version
 
 
-@dataclass(frozen=True)
-class _Memory:
-    """What is known of the tensors in one storage, in one version."""
-
-    of: weakref.ref[UntypedStorage]
-    version: int
-    known: dict[Hashable, dict[Hashable, Any]] = field(default_factory=dict)
-
-
-#: By id of the storage. It is the storage that is referred to, not the tensor: a tensor that
-#: something refers to cannot be swapped. An entry goes when its storage does.
-_MEMORIES: dict[int, _Memory] = {}
+#: Of each storage, the version in which something is known of its tensors, and what, by their
+#: places in it. It is the storage that is referred to, not the tensor: a tensor that something
+#: refers to cannot be swapped. An entry goes when its storage does.
+_MEMORIES: WeakKeyDictionary[UntypedStorage, tuple[int, dict[Hashable, dict[Hashable, Any]]]] = (
+    WeakKeyDictionary()
+)
 
 
 def memory_of(tensor: Tensor) -> dict[Hashable, Any]:
@@ -71,17 +64,9 @@ def memory_of(tensor: Tensor) -> dict[Hashable, Any]:
     version, storage = _version_of(tensor), tensor.untyped_storage()
     if version is None:
         return {}
-    number = id(storage)
-    memory = _MEMORIES.get(number)
-    if memory is None or memory.of() is not storage or memory.version != version:
-        memory = _Memory(weakref.ref(storage, lambda of: _forget(number, of)), version)
-        _MEMORIES[number] = memory
+    then, known = _MEMORIES.get(storage, (None, {}))
+    if then != version:
+        known = {}
+        _MEMORIES[storage] = version, known
     view = tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
-    return memory.known.setdefault(view, {})
-
-
-def _forget(number: int, of: weakref.ref[UntypedStorage]) -> None:
-    # Another storage may have got the same id since.
-    entry = _MEMORIES.get(number)
-    if entry is not None and entry.of is of:
-        del _MEMORIES[number]
+    return known.setdefault(view, {})

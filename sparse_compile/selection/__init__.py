@@ -1,6 +1,6 @@
 """Learned and content-dependent masks: which keys are selected, and by what rule."""
 
-from sparse_compile.selection.checked import checked_select
+from sparse_compile.selection.select import checked_select
 from sparse_compile.selection.selection import (
     Selection,
     SelectionReport,

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sparse_compile.patterns.scorers import Antidiagonal, Compressed, OverlapPool
-from sparse_compile.selection.builders import BUILDERS, Windows
+from sparse_compile.selection.builders import BUILDERS, Scoring, Task, Windows
 from sparse_compile.selection.scores import (
     in_units,
     products,
@@ -18,7 +18,6 @@ from sparse_compile.selection.scores import (
     summed,
     unit_sums,
 )
-from sparse_compile.selection.task import Scoring, Task
 
 
 def _softmax(logits: Tensor, allowed: Tensor) -> Tensor:

@@ -12,8 +12,7 @@ from torch.nn.functional import pad
 
 from sparse_compile.errors import BadShape
 from sparse_compile.patterns.scorers import Gate, Indexer, MeanPool, MinMax, Scorer
-from sparse_compile.selection.builders import BUILDERS, Indexing
-from sparse_compile.selection.task import Scoring, Task
+from sparse_compile.selection.builders import BUILDERS, Indexing, Scoring, Task
 
 
 def summed(scores: Tensor, lists: int) -> Tensor:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.expr import KV, B, H, MaskExpr, Q
-from sparse_compile.layout.bounds import Bound
-from sparse_compile.layout.intervals import Span
+from sparse_compile.layout.intervals import Bound, Span
 from sparse_compile.layout.superset import Digits, Problem, ProblemShape
 from sparse_compile.layout.table_bounds import BlockBounds
 
@@ -104,18 +103,14 @@ class Visible:
 @functools.lru_cache(maxsize=4096)
 def _columns(problem: Problem, queries: tuple[int, int], columns: int) -> int:
     """The columns of blocks that some queries may see, halved as often as that is certain."""
-    run, b, h = problem.kv.block, Span(0, problem.batches - 1), Span(0, problem.heads - 1)
+    run = problem.kv.block
     while columns > _FEW:
         half = 1 << (columns - 1).bit_length() - 1
         keys = (half * run, min(columns * run, problem.n_kv) - 1)
-        if problem.verdict(Digits((queries,), (keys,)), b, h, _no_tables)[1]:
+        if problem.verdict(Digits((queries,), (keys,)))[1]:
             break
         columns = half
     return columns
-
-
-def _no_tables(*_: object) -> Span:
-    raise AssertionError("the mask reads no table")
 
 
 def _spread(truth: Bound, shape: tuple[int, ...], device: torch.device) -> Tensor:

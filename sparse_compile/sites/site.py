@@ -201,6 +201,23 @@ class Rejection:
     unmet: bool = False
 
 
+class Refused(Exception):
+    """Why an attention, or its mask, must be left alone; becomes a :class:`Rejection`, no error.
+
+    Attributes:
+        reason: one sentence for a user.
+        hint: what would change that, if anything is known to.
+    """
+
+    def __init__(self, reason: str, hint: str = "") -> None:
+        super().__init__(reason)
+        self.reason, self.hint = reason, hint
+
+    def at(self, where: tuple[str, ...] = (), node: Node | None = None) -> Rejection:
+        """What it says of a node that stands at these source lines."""
+        return Rejection(self.reason, self.hint, where, node)
+
+
 @dataclass(frozen=True)
 class PatternTable:
     """A table that a pattern makes in each call, when the operator of its node runs.

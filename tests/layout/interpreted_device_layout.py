@@ -8,7 +8,7 @@ import torch
 from sparse_compile.codegen.triton.layout import build
 from sparse_compile.codegen.triton.layout.build import DeviceProblem
 from sparse_compile.expr import KV, MaskExpr, Q
-from sparse_compile.layout import trusted
+from sparse_compile.layout import build as host
 from sparse_compile.layout.builders import BUILDERS
 from sparse_compile.layout.superset import Problem, ProblemShape
 from tests.handed_in import serve_the_cpu
@@ -56,18 +56,18 @@ def window(n: int) -> Problem:
 
 
 def test_kernels_are_tried_before_they_are_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trusted, "_TRUSTED", {})
+    monkeypatch.setattr(host, "_TRUSTED", {})
     serve_the_cpu(BUILDERS, monkeypatch)
     problem = window(100)
-    layout = trusted.device_layout(problem, [], CPU)
-    assert list(trusted._TRUSTED.values()) == [True]
-    assert torch.equal(layout.kinds(), trusted._by_cpu(problem, []).kinds())
+    layout = host.device_layout(problem, [], CPU)
+    assert list(host._TRUSTED.values()) == [True]
+    assert torch.equal(layout.kinds(), host._by_cpu(problem, []).kinds())
     assert layout.rows.load is not None
     assert layout.cols.load is not None
 
 
 def test_kernels_that_are_wrong_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trusted, "_TRUSTED", {})
+    monkeypatch.setattr(host, "_TRUSTED", {})
     serve_the_cpu(BUILDERS, monkeypatch)
     rows = DeviceProblem.rows
 
@@ -79,7 +79,7 @@ def test_kernels_that_are_wrong_are_not_used(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(DeviceProblem, "rows", wrong)
     problem = window(100)
     with pytest.warns(UserWarning, match="the CPU lists them"):
-        layout = trusted.device_layout(problem, [], CPU)
-    assert torch.equal(layout.kinds(), trusted._by_cpu(problem, []).kinds())
+        layout = host.device_layout(problem, [], CPU)
+    assert torch.equal(layout.kinds(), host._by_cpu(problem, []).kinds())
     assert layout.rows.load is not None
     assert layout.cols.load is not None

@@ -19,8 +19,7 @@ from sparse_compile.codegen.triton.layout.key import LONGEST, Key
 from sparse_compile.codegen.triton.layout.printed import Code, printed
 from sparse_compile.codegen.triton.layout.source import digit_bounds, module_of
 from sparse_compile.layout import extents
-from sparse_compile.layout.bounds import INT64_MAX, INT64_MIN
-from sparse_compile.layout.intervals import Span, point, span
+from sparse_compile.layout.intervals import INT64_MAX, INT64_MIN, Span, point, span
 from sparse_compile.spec.view import Order
 from tests.layout.device_cases import CASES, DeviceCase, residues
 from tests.layout.test_intervals import relations

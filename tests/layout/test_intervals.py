@@ -22,9 +22,8 @@ from sparse_compile.expr import (
     size_symbol,
     table,
 )
-from sparse_compile.layout.bounds import INT64_MAX
 from sparse_compile.layout.canonical import canonical
-from sparse_compile.layout.intervals import UNKNOWN, Span, dtype_span, point, span
+from sparse_compile.layout.intervals import INT64_MAX, UNKNOWN, Span, dtype_span, point, span
 
 S0 = size_symbol(0)
 Expression = sympy.Expr

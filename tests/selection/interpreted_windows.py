@@ -14,10 +14,9 @@ from sparse_compile import patterns as P
 from sparse_compile.codegen.triton.selection.window_scores import fits
 from sparse_compile.expr import KV, FloorDiv, MaskExpr, Q
 from sparse_compile.patterns.scorers import whole_windows
-from sparse_compile.selection.builders import BUILDERS
+from sparse_compile.selection.builders import BUILDERS, Task
 from sparse_compile.selection.masses import windows_of
 from sparse_compile.selection.select import scoring
-from sparse_compile.selection.task import Task
 from sparse_compile.selection.visible import EVERYTHING, Visible
 from tests.handed_in import serve_the_cpu
 from tests.selection import naive

@@ -18,9 +18,8 @@ from sparse_compile.codegen.triton.layout.key import LONGEST, Key
 from sparse_compile.codegen.triton.layout.printed import INT32_MAX, Code, printed, variable
 from sparse_compile.codegen.triton.tile import power_of_two
 from sparse_compile.expr import KV, B, Q, is_table, table_index
-from sparse_compile.layout.bounds import greatest, least
 from sparse_compile.layout.canonical import canonical_in
-from sparse_compile.layout.intervals import Span, point, span
+from sparse_compile.layout.intervals import Span, greatest, least, point, span
 from sparse_compile.layout.table_bounds import axis_of, magnitude_of
 from sparse_compile.spec.view import Order
 

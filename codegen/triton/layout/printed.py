@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from sparse_compile.layout.bounds import INT64_MAX, INT64_MIN, Abstract
+from sparse_compile.layout.intervals import INT64_MAX, INT64_MIN, Abstract
 
 INT32_MIN, INT32_MAX = -(1 << 31), (1 << 31) - 1
 #: Values used once are written in place up to this many characters.
