@@ -123,9 +123,10 @@ ONE_IN = {
 INDUCTOR_ONE_IN = {
     "test_annotations": 16,
     "test_backend": 4,
-    "test_benchmarks": 0,  # what it is compared to goes through Inductor
+    "test_benchmarks": 0,
     "test_compiled": 8,
     "test_composition": 4,
+    "test_cost": 0,
     "test_dense_masks": 16,
     "test_demo": 0,
     "test_direct": 8,
