@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections import Counter
@@ -33,7 +34,10 @@ RANK |= {"reference": RANK["expr"], "options": RANK["spec"]}
 OF_OTHERS = {"sparse_compile.cli.factory", "sparse_compile.cli.doctor"}
 
 
-TREES = {path: ast.parse(path.read_text()) for path in SOURCES}
+@functools.cache
+def trees() -> dict[Path, ast.Module]:
+    """Each file, parsed once."""
+    return {path: ast.parse(path.read_text()) for path in SOURCES}
 
 
 def room_of(module: str) -> str | None:
@@ -48,7 +52,7 @@ def room_of_file(path: Path) -> str | None:
 
 def imports_of(path: Path) -> list[tuple[str, list[str]]]:
     found: list[tuple[str, list[str]]] = []
-    for node in ast.walk(TREES[path]):
+    for node in ast.walk(trees()[path]):
         if isinstance(node, ast.Import):
             found += [(alias.name, []) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -121,7 +125,7 @@ def test_size_budget() -> None:
     assert not [path for path, lines in lengths.items() if lines > 400], "aim for one idea a file"
     long = [
         f"{path.relative_to(ROOT)}: {node.name}"
-        for path, tree in TREES.items()
+        for path, tree in trees().items()
         for node in ast.walk(tree)
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
         and (node.end_lineno or 0) - node.lineno + 1 > 60
@@ -155,7 +159,7 @@ def has_a_schema(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
 def test_no_function_takes_more_than_eight_parameters() -> None:
     found = Counter(
         node.name
-        for tree in TREES.values()
+        for tree in trees().values()
         for node in ast.walk(tree)
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
         and parameters(node) > MOST_PARAMETERS
