@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 from torch.fx import GraphModule
 
 import sparse_compile.backend  # noqa: F401  which is also the name of a function
@@ -36,6 +37,9 @@ def _own_inductor_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
     with pytest.MonkeyPatch.context() as patch:
         # Torch sets the variable itself at some point, so whether it is set says nothing.
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        # No pool of processes that import torch: here and in processes that tests start.
+        patch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
+        patch.setattr(torch._inductor.config, "compile_threads", 1)
         yield
 
 

@@ -13,9 +13,16 @@ from benchmarks.correctness import (
     errors,
 )
 
+SINGLE, *HALVES = DTYPES
+#: Every pattern in single precision and in one of the half ones, in turn.
+PAIRS = [
+    pytest.param(case, dtype, id=f"{case}-{dtype}")
+    for number, case in enumerate(cases())
+    for dtype in (SINGLE, HALVES[number % len(HALVES)])
+]
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", cases(), ids=str)
+
+@pytest.mark.parametrize(("case", "dtype"), PAIRS)
 def test_a_pattern_is_as_exact_as_eager(case: Case, dtype: torch.dtype) -> None:
     found, allowed = errors(case, "cpu", dtype)
     for name, error, most in zip(NAMES, found, allowed, strict=True):

@@ -124,8 +124,13 @@ def test_layouts_of_known_sizes_are_inputs_of_what_inductor_gets(name: str) -> N
         assert not graph.graph.find_nodes(op="get_attr")
 
 
-@pytest.mark.parametrize("backend", ["sparse_compile", "seen"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        pytest.param("plain", "sparse_compile", marks=pytest.mark.inductor),
+        *((name, "seen") for name in MODELS),
+    ],
+)
 def test_dynamic_lengths_keep_the_operator(name: str, backend: str) -> None:
     model, seen = MODELS[name](), Seen()
     if backend == "seen":
@@ -142,7 +147,8 @@ def test_dynamic_lengths_keep_the_operator(name: str, backend: str) -> None:
         assert unsafe == {"layout"}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.inductor
+@pytest.mark.parametrize("name", ["checkpointed", "called"])  # a plain one fills the caches below
 def test_through_inductor(name: str) -> None:
     model = MODELS[name]()
     options = {"decide": "sparse"}
@@ -158,6 +164,7 @@ def test_a_graph_finds_its_layouts_in_inference_and_training() -> None:
     agrees(model, run)
 
 
+@pytest.mark.inductor
 def test_caches_of_compiled_graphs_take_the_buffers() -> None:
     from torch._dynamo.utils import counters
     from torch._inductor.utils import fresh_inductor_cache

@@ -67,15 +67,18 @@ def test_text_is_the_same_each_time_and_fits_the_page(name: str) -> None:
 
 #: Which texts of kernels there are; the other specs differ in sizes and masks.
 KINDS = ("tokens", "documents", "single precision")
+#: All but "blocks of 128", which are as those of 64, and "documents": "run-time sizes" reads a
+#: table, too, and KINDS has it for the other architectures.
+COMPILED = [name for name in SPECS if name not in ("blocks of 128", "documents")]
 
 
 @pytest.mark.parametrize(
-    ("name", "arch"), [*((n, 90) for n in SPECS), *((n, a) for n in KINDS for a in (80, 100))]
+    ("name", "arch"), [*((n, 90) for n in COMPILED), *((n, a) for n in KINDS for a in (80, 100))]
 )
 def test_the_kernels_compile(name: str, arch: int) -> None:
     spec = SPECS[name]
     if arch != 90:  # Wide heads take longest to compile: for sm_90 alone.
-        dim = min(spec.head_dim, 64)
+        dim = min(spec.head_dim, 32)
         spec = replace(spec, head_dim=dim, value_dim=dim)
     found = compile_ahead_of_time(spec, arch)
     by_key = {"forward_by_key", "backward_key_value"}
@@ -99,9 +102,7 @@ def test_the_forward_yields_only_where_unions_can_serve() -> None:
         assert ("BALANCE" in selected_kernel(spec).source) == (name in UNITED)
 
 
-@pytest.mark.parametrize(
-    ("arch", "neighbours", "most"), [(80, 12, 9), (90, 4, 16), (90, 12, 9), (100, 4, 16)]
-)
+@pytest.mark.parametrize(("arch", "neighbours", "most"), [(80, 12, 9), (90, 4, 16), (100, 4, 16)])
 def test_the_kernel_that_unites_lists_compiles(arch: int, neighbours: int, most: int) -> None:
     constants = constants_of(neighbours, most, 100)
     used = compiled(UNITE, arch, **constants).resources["unite_lists"]

@@ -109,12 +109,18 @@ def test_views_are_those_for_the_real_sizes() -> None:
     assert site.cost
 
 
+MASKS: list[P.Pattern | None] = [None, P.Causal(), P.SlidingWindow(9)]
+MASKS += [TOPK, COMPOSED, P.Documents(torch.arange(N) // 40)]
+
+
 @pytest.mark.parametrize(
-    "mask",
-    [None, P.Causal(), P.SlidingWindow(9), TOPK, COMPOSED, P.Documents(torch.arange(N) // 40)],
+    ("mask", "dynamic", "backend"),
+    [  # every pair
+        (mask, (i + j) % 2 == 1, backend)
+        for i, mask in enumerate(MASKS)
+        for j, backend in enumerate(["eager", "aot_eager", "sparse"])
+    ],
 )
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "sparse"])
 def test_one_node_for_any_backend(mask: P.Pattern, dynamic: bool, backend: str) -> None:
     seen: list[list[str]] = []
 

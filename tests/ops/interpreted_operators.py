@@ -34,14 +34,14 @@ def kernels() -> None:
         yield
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(problems(longest=150, batch=2))
 def test_operators_of_blocks_keep_their_promises(problem: Problem) -> None:
     for call in block_calls(problem):
         check(call)
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(problems(longest=24, batch=2))  # a program for each query
 def test_operators_of_selected_keys_keep_their_promises(problem: Problem) -> None:
     for call in selected_calls(problem):

@@ -94,15 +94,20 @@ def not_at_all(scores: Tensor) -> Tensor:
     return scores
 
 
-@pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize("chunk", [1 << 25, 10 * HEADS * LENGTH])
+WAYS = [
+    *[(matmul, masked) for masked in (by_fill, by_sum, by_where, not_at_all)],
+    *[(scores, by_fill) for scores in (einsum, heads_first, summed)],
+    (matmul, in_place),
+    (einsum, added_in_place),
+]
+
+
 @pytest.mark.parametrize(
-    ("scores", "masked"),
-    [
-        *[(matmul, masked) for masked in (by_fill, by_sum, by_where, not_at_all)],
-        *[(scores, by_fill) for scores in (einsum, heads_first, summed)],
-        (matmul, in_place),
-        (einsum, added_in_place),
+    ("scores", "masked", "chunk", "ties"),
+    [  # every pair of a way, of chunks and of ties
+        (*way, chunk, (number + whole) % 2 == 1)
+        for number, way in enumerate(WAYS)
+        for whole, chunk in enumerate([10 * HEADS * LENGTH, 1 << 25])
     ],
 )
 def test_same_indices(

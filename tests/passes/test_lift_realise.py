@@ -101,7 +101,6 @@ def aot_eager(gm: GraphModule, inputs: Sequence[Any]) -> Any:
             for run in (masked, with_checkpoint)
             for dynamic in (False, True)
         ),
-        (masked, False, inductor),
         (with_checkpoint, True, inductor),
     ],
 )

@@ -66,5 +66,5 @@ def test_a_threshold_on_the_scores_of_all_keys(
     monkeypatch: pytest.MonkeyPatch, rewrite: bool
 ) -> None:
     monkeypatch.setattr(indexer_ops, "_MOST", 1 << 16)
-    found = growth(Indexed(), lambda n: torch.randn(1, n, Indexed.WIDTH), rewrite, 1024)
+    found = growth(Indexed(), lambda n: torch.randn(1, n, Indexed.WIDTH), rewrite, 512)
     assert found < 2.2 if rewrite else found > 3.5

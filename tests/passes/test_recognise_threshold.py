@@ -87,9 +87,15 @@ def program(way: Mask, block: int) -> Callable[..., Tensor]:
     return run
 
 
-@pytest.mark.parametrize("waits", [False, True])
-@pytest.mark.parametrize("block", [1, BLOCK])
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+#: Each way in both units and with both kinds of room, and each of these with the other.
+PAIRS = [
+    pytest.param(way, block, (block == 1) == bool(number % 2), id=f"{name}-{block}")
+    for number, (name, way) in enumerate(WAYS.items())
+    for block in (1, BLOCK)
+]
+
+
+@pytest.mark.parametrize(("way", "block", "waits"), PAIRS)
 def test_equal_scores_are_kept(
     monkeypatch: pytest.MonkeyPatch, way: Mask, block: int, waits: bool
 ) -> None:
@@ -264,15 +270,20 @@ def by_indexer(
     return run
 
 
-@pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize("reaching", REACHING.values(), ids=REACHING)
+SCORED = [
+    (indexing.matmul, indexing.by_fill),
+    (indexing.einsum, indexing.by_sum),
+    (indexing.heads_first, indexing.in_place),
+    (indexing.summed, indexing.not_at_all),
+]
+
+
 @pytest.mark.parametrize(
-    ("scores", "masked"),
-    [
-        (indexing.matmul, indexing.by_fill),
-        (indexing.einsum, indexing.by_sum),
-        (indexing.heads_first, indexing.in_place),
-        (indexing.summed, indexing.not_at_all),
+    ("scores", "masked", "reaching", "ties"),
+    [  # every pair of scores, comparison and ties
+        pytest.param(*scored, reaching, (i + j) % 2 == 1, id=f"{scored[0].__name__}-{name}")
+        for i, scored in enumerate(SCORED)
+        for j, (name, reaching) in enumerate(REACHING.items())
     ],
 )
 def test_no_scores_of_all_keys(
@@ -380,8 +391,13 @@ OTHER_BOUNDS: dict[str, Mask] = {
 }
 
 
-@pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize("reaching", OTHER_BOUNDS.values(), ids=OTHER_BOUNDS)
+@pytest.mark.parametrize(
+    ("reaching", "ties"),
+    [
+        pytest.param(reaching, number % 2 == 1, id=name)
+        for number, (name, reaching) in enumerate(OTHER_BOUNDS.items())
+    ],
+)
 def test_other_bounds(reaching: Mask, ties: bool) -> None:
     run = by_indexer(indexing.matmul, indexing.by_fill, reaching)
     rewritten, args = Rewritten(), indexing.operands(ties)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections import Counter
@@ -33,6 +34,12 @@ RANK |= {"reference": RANK["expr"], "options": RANK["spec"]}
 OF_OTHERS = {"sparse_compile.cli.factory", "sparse_compile.cli.doctor"}
 
 
+@functools.cache
+def trees() -> dict[Path, ast.Module]:
+    """Each file, parsed once."""
+    return {path: ast.parse(path.read_text()) for path in SOURCES}
+
+
 def room_of(module: str) -> str | None:
     parts = module.split(".")
     return parts[1] if parts[0] == "sparse_compile" and len(parts) > 1 else None
@@ -45,7 +52,7 @@ def room_of_file(path: Path) -> str | None:
 
 def imports_of(path: Path) -> list[tuple[str, list[str]]]:
     found: list[tuple[str, list[str]]] = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(trees()[path]):
         if isinstance(node, ast.Import):
             found += [(alias.name, []) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -53,17 +60,23 @@ def imports_of(path: Path) -> list[tuple[str, list[str]]]:
     return found
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_rooms_import_inwards_only(path: Path) -> None:
-    here = room_of_file(path)
-    if here is None or here == "__init__":
-        return
+def test_rooms_import_inwards_only() -> None:
+    outwards = [
+        f"{path.relative_to(ROOT)} must not import {room}"
+        for path in SOURCES
+        if (here := room_of_file(path)) not in (None, "__init__")
+        for room in rooms_imported(path)
+        if RANK[room] > RANK[here]
+    ]
+    assert outwards == []
+
+
+def rooms_imported(path: Path) -> set[str]:
+    targets: list[str] = []
     for module, names in imports_of(path):
-        targets = [f"{module}.{name}" for name in names] if module == "sparse_compile" else [module]
-        for target in targets:
-            room = room_of(target)
-            if room is not None and room in RANK:
-                assert RANK[room] <= RANK[here], f"{here} must not import {room}"
+        whole = module == "sparse_compile"
+        targets += [f"{module}.{name}" for name in names] if whole else [module]
+    return {room for target in targets if (room := room_of(target)) in RANK}
 
 
 def test_rooms_are_ranked() -> None:
@@ -107,14 +120,17 @@ def test_passes_do_not_import_each_other() -> None:
                 assert allowed, (path, module)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_size_budget(path: Path) -> None:
-    text = path.read_text()
-    assert len(text.splitlines()) <= 400, "aim for one idea a file"
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            length = (node.end_lineno or 0) - node.lineno + 1
-            assert length <= 60, f"{node.name} has {length} lines"
+def test_size_budget() -> None:
+    lengths = {path: len(path.read_text().splitlines()) for path in SOURCES}
+    assert not [path for path, lines in lengths.items() if lines > 400], "aim for one idea a file"
+    long = [
+        f"{path.relative_to(ROOT)}: {node.name}"
+        for path, tree in trees().items()
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        and (node.end_lineno or 0) - node.lineno + 1 > 60
+    ]
+    assert long == [], "of more than 60 lines"
 
 
 MOST_PARAMETERS = 8
@@ -143,8 +159,8 @@ def has_a_schema(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
 def test_no_function_takes_more_than_eight_parameters() -> None:
     found = Counter(
         node.name
-        for path in SOURCES
-        for node in ast.walk(ast.parse(path.read_text()))
+        for tree in trees().values()
+        for node in ast.walk(tree)
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
         and parameters(node) > MOST_PARAMETERS
         and not has_a_schema(node)

@@ -63,8 +63,14 @@ def assert_same(found: list[Selection]) -> None:
     torch.testing.assert_close(mine.index[used], wanted.index[used], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("mask", MASKS, ids=str)
-@pytest.mark.parametrize(("rule", "unit_q"), [*((rule, 1) for rule in RULES), (RULES[1], 16)])
+@pytest.mark.parametrize(
+    ("rule", "unit_q", "mask"),
+    [  # what is visible does not depend on the rule: each rule with two masks, each mask in turn
+        pytest.param(rule, unit_q, mask, id=f"{number}-{mask}")
+        for number, (rule, unit_q) in enumerate([*((r, 1) for r in RULES), (RULES[1], 16)])
+        for mask in (MASKS[number % len(MASKS)], MASKS[(number + 1) % len(MASKS)])
+    ],
+)
 def test_rules(rule: Any, mask: Any, unit_q: int, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     # Whole numbers, so that scores are exact and often equal.
@@ -102,9 +108,14 @@ def test_one_query_and_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same(both(P.TopK(700, unit_kv=1), q, k, None, monkeypatch))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("heads", "dim", "unit_q", "block"), [(3, 8, 1, 1), (16, 20, 1, 16), (40, 16, 16, 200)]
+    ("heads", "dim", "unit_q", "block", "dtype"),
+    [
+        (3, 8, 1, 1, torch.float32),
+        (16, 20, 1, 16, torch.bfloat16),
+        (40, 16, 16, 200, torch.float32),
+        (40, 16, 16, 200, torch.bfloat16),
+    ],
 )
 def test_indexer(
     heads: int, dim: int, unit_q: int, block: int, dtype: Any, monkeypatch: pytest.MonkeyPatch

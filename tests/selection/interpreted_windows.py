@@ -108,8 +108,9 @@ def test_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_as_in_torch(pattern, *operand, MaskExpr(predicate, (), 1), monkeypatch, [300])
 
 
-@pytest.mark.parametrize("window", [16, 80])
-@pytest.mark.parametrize(("block", "unit_q"), [(16, 1), (128, 16), (16, 128)])
+@pytest.mark.parametrize(
+    ("window", "block", "unit_q"), [(16, 16, 1), (80, 128, 16), (16, 16, 128), (80, 16, 1)]
+)
 def test_windows_and_units(
     window: int, block: int, unit_q: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,8 +121,9 @@ def test_windows_and_units(
     assert_as_in_torch(pattern, *operand, LOWER, monkeypatch)
 
 
-@pytest.mark.parametrize("share", ["group", "all", "none"])
-@pytest.mark.parametrize("heads", [(6, 2), (40, 1)])
+@pytest.mark.parametrize(
+    ("heads", "share"), [((6, 2), "group"), ((6, 2), "all"), ((6, 2), "none"), ((40, 1), "all")]
+)
 def test_heads(heads: tuple[int, int], share: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of numbers that are no power of two, and lists of heads with several key heads."""
     pattern = P.TopK(3, unit_kv=16, scorer=P.OverlapPool(16, 8), share=share)
@@ -129,8 +131,15 @@ def test_heads(heads: tuple[int, int], share: str, monkeypatch: pytest.MonkeyPat
     assert_as_in_torch(pattern, *operands(heads, 5, 200, dim, dtype), LOWER, monkeypatch)
 
 
-@pytest.mark.parametrize("scale", [None, 0.0, -0.4])
-@pytest.mark.parametrize(("heads", "dtype"), [(1, torch.float32), (4, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("scale", "heads", "dtype"),
+    [
+        (None, 1, torch.float32),
+        (None, 4, torch.bfloat16),
+        (0.0, 4, torch.bfloat16),
+        (-0.4, 1, torch.float32),
+    ],
+)
 def test_compressed(
     heads: int, dtype: torch.dtype, scale: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,17 +61,19 @@ class Listed(Case):
         return made
 
 
+#: What is long is small otherwise: the interpreter takes its time for each tile.
+LONG = dict(batch=1, q_heads=2, kv_heads=1, lists=1)
 LISTED = [
     Listed("blocks of 64"),
-    Listed("blocks of 128", unit_q=128, unit_kv=128, n_q=420, n_kv=420, batch=1),
-    Listed("tall blocks", unit_q=128, n_q=400, n_kv=400, batch=1),
-    Listed("wide blocks", unit_kv=128, n_q=400, n_kv=400, batch=1),
-    Listed("no mask", mask=MaskExpr(sympy.true), n_q=130, n_kv=400),
+    Listed("blocks of 128", unit_q=128, unit_kv=128, n_q=420, n_kv=420, **LONG),
+    Listed("tall blocks", unit_q=128, n_q=400, n_kv=400, **LONG),
+    Listed("wide blocks", unit_kv=128, n_q=400, n_kv=400, **LONG),
+    Listed("no mask", mask=MaskExpr(sympy.true), n_q=130, n_kv=400, batch=1),
     Listed("documents", mask=DOCUMENTS),
-    Listed("mask by head", mask=BY_HEAD),
-    Listed("all pick one", how="one"),
+    Listed("mask by head", mask=BY_HEAD, batch=1),
+    Listed("all pick one", how="one", batch=1),
     Listed("one list for all heads", lists=1),
-    Listed("a list for each query head", lists=4),
+    Listed("a list for each query head", lists=4, batch=1),
     Listed("wide values", dim=48, value_dim=80, batch=1),
     Listed("negative scale", scale=-0.3, batch=1),
 ]

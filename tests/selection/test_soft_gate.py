@@ -35,7 +35,15 @@ def dense(case: Case, q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor) -> Tens
     return score.masked_fill(~keep & ~empty, -torch.inf).softmax(-1).masked_fill(empty, 0) @ v
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.n_q <= 200], ids=str)
+#: Latent keys are as wide as kernels need them; the definition has no widths.
+DEFINED = [
+    dataclasses.replace(case, dim=72, value_dim=64) if case.shared else case
+    for case in CASES
+    if case.n_q <= 200
+]
+
+
+@pytest.mark.parametrize("case", DEFINED, ids=str)
 def test_equals_the_dense_definition(case: Case) -> None:
     *inputs, grad = (t.double() for t in case.operands())
     leaves = [t.requires_grad_() for t in (*inputs, gates(case).double())]
