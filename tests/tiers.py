@@ -31,7 +31,7 @@ ONE_IN = {
     "test_device_layout": 5,
     "test_from_dense": 9,
     "test_selected_source": 40,
-    "test_triton_source": 9,
+    "test_triton_source": 14,
     "test_windows_aot": 7,
     # Models through torch.compile: 0.5 to 2 s each, those of transformers more.
     "test_annotations": 10,
