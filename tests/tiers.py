@@ -1,6 +1,7 @@
 """Which tests are in the fast tier, and which of those that compile go through Inductor.
 
-The fast tier, ``pytest -m "not slow"``, is what everybody runs before a commit: about a minute and a half.
+The fast tier, ``pytest -m "not slow"``, is what everybody runs before a commit, in about a minute
+and a half.
 
 It holds every test of the files that take a second, and a sample of the others, a second of each:
 what those test is many times the same meaning on other shapes. A test is in the sample or not by
