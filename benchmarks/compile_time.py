@@ -25,7 +25,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from benchmarks.environment import write_json
+from benchmarks.environment import settings, write_json
 
 Row = dict[str, Any]
 #: What one process measures.
@@ -179,7 +179,7 @@ def main() -> None:
             rows += [in_fresh_process(name, w, args.threads) for w in (*BACKENDS, EXPLAIN)]
         print(printed(summary([row for row in rows if row["model"] == name])[0]), flush=True)
         if args.out:
-            write_json(args.out, rows, summary=summary(rows), config=vars(args))
+            write_json(args.out, rows, summary=summary(rows), config=settings(args))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -36,6 +37,11 @@ def _commit() -> str:
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
     )
     return done.stdout.strip() or "unknown"
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What a command was given, but for where it writes: paths are those of one machine."""
+    return {name: value for name, value in vars(args).items() if name != "out"}
 
 
 def write_json(path: str | Path, rows: list[dict[str, Any]], **extra: Any) -> None:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule
 
-from benchmarks.environment import write_json
+from benchmarks.environment import settings, write_json
 from sparse_compile.options import Options
 from sparse_compile.passes import pipeline
 from sparse_compile.sites.plan import Plan
@@ -277,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(line(row), flush=True)
         ratios = [row["ratio"] for row in rows]
         summary = {"median": statistics.median(ratios), "worst": max(ratios)}
-        write_json(args.out, rows, config={**vars(args)}, ratio=summary)
+        write_json(args.out, rows, config=settings(args), ratio=summary)
 
     for cell in cells(args):
         keep(measured(cell, args))

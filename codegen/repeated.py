@@ -267,7 +267,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has n
     """Sees what a call does."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # nor here
         self.made: list[Tensor] = []
         self.started: list[tuple[Any, tuple[int, ...], list[Any]]] = []
         self.did_more = False

@@ -3,8 +3,8 @@
 Triton finds out at every launch how to specialise each argument, which takes longer than some
 kernels run. What it looks at is known (whether integers are 1, multiples of 16 or over 32 bits,
 whether pointers are aligned, and types), so a launch whose arguments look the same as before takes
-the kernel compiled then. Versions of Triton that may look at more are asked every time. A launch
-that is repeated with other tensors of the same shapes is *prepared*: only addresses are put in.
+the kernel compiled then. Versions of Triton that may look at more are asked every time. Launches of
+calls that are repeated do not come here: see :mod:`sparse_compile.codegen.repeated`.
 """
 
 from __future__ import annotations
