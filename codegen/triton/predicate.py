@@ -214,7 +214,8 @@ class _Printer:
         dtype = self.table_dtypes[index]
         pieces.append(").to(tl.int32)" if dtype == "bool" else ")")
         bits = {"bool": 1, "int32": _INT32_BITS, "int64": _INT64_BITS}[dtype]
-        plain = all(isinstance(expr, sympy.Symbol) for expr in exprs)
+        # A name of its own: a table without axes must not be called as its pointer is.
+        plain = exprs and all(isinstance(expr, sympy.Symbol) for expr in exprs)
         hint = "_".join([f"t{index}", *(str(e) for e in exprs)]) if plain else f"t{index}_at"
         return Term(tuple(pieces), axes=_axes(args), bits=bits, named=True, hint=hint)
 

@@ -77,7 +77,7 @@ class Price:
         by_pair = any({"q", "kv"} <= set(axes.axes) for axes in lifted.dense)
         sizes = {"b": work.batch, "h": work.heads, "q": work.n_q, "kv": work.n_kv, "": 1}
         read = sum(math.prod(sizes[axis] for axis in table.axes) for table in lifted.dense)
-        changes = lifted.mask.tables or lifted.mask.n_sizes or grows(plan.site)
+        changes = lifted.reads_tensors or lifted.mask.n_sizes or grows(plan.site)
         made = 1 / self.sharing if changes else 0.0
         looked_up = partial if by_pair else 0.0
         return Coverage(pairs, _classes(lifted, work), made, read, looked_up, _does_more(plan.spec))

@@ -1,32 +1,36 @@
 """Lists of a rewritten graph that are made once: those that are equal, and those of known sizes.
 
 :func:`share_lists` finds what several attentions list of one index or one mask tensor.
-:func:`hold_layouts` makes layouts that follow from sizes alone, which the graph then holds. It is a
-fence around one fact that torch does not document: AOTAutograd lifts the buffers of the graph
-that Dynamo captured to inputs that keep their place in memory, if it finds their names among
-Dynamo's. ``tests/project/test_fences.py`` says what is relied upon.
+:func:`hold_layouts` makes layouts that follow from sizes and fixed patterns alone, which the graph
+then holds. It is a fence around one fact that torch does not document: AOTAutograd lifts the
+buffers of the graph that Dynamo captured to inputs that keep their place in memory, if it finds
+their names among Dynamo's. ``tests/project/test_fences.py`` says what is relied upon.
 """
 
 from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from sparse_compile.layout.from_dense import DenseRead
-from sparse_compile.layout.lists import static_lists
+from sparse_compile.layout.layout import build_views
+from sparse_compile.layout.lists import lists_of, static_lists
 from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.ops import LAYOUT
+from sparse_compile.ops.pattern import PATTERN_TABLE, pattern_table
 from sparse_compile.ops.selection import CANONICAL_SELECTION
 from sparse_compile.passes.graph_edit import example_value, fake_mode_of
 from sparse_compile.passes.mutation import Memory, bodies, scope_of_body
 from sparse_compile.passes.rewrite.tables import RealisedTables, hand_down, place_for
+from sparse_compile.sites.annotation import bound_mask_named
 from sparse_compile.sites.site import Scope
 from sparse_compile.spec import AttentionSpec
 
@@ -82,23 +86,31 @@ def _source(index: Node) -> Node:
 
 
 def hold_layouts(gm: GraphModule) -> None:
-    """Replace calls of the operator ``layout`` that get numbers only; changes ``gm`` in place.
+    """Replace calls that make layouts and tables of numbers only; changes ``gm`` in place.
 
     What they make becomes buffers of ``gm``, which bodies of higher-order calls get as operands:
     no call of the graph looks it up again, and CUDA graphs can be recorded over its attentions.
     """
     outermost, cache = Scope(gm), RealisedTables()
-    held: dict[Any, list[Node]] = {}
+    held: dict[str, list[Node]] = {}
     for scope in list(_scopes(outermost)):
-        for call in _of_numbers(scope.gm):
-            key = repr(call.args)
+        for call in _layouts_of_numbers(scope.gm):
+            key = repr(map_arg(call.args, _spelled))
             if key not in held:
                 held[key] = [_buffer(gm, value) for value in _lists(call)]
             for item in list(call.users):
                 made: Any = held[key]
-                node = hand_down(made[item.args[1]], scope, cache)
-                item.replace_all_uses_with(node)
+                item.replace_all_uses_with(hand_down(made[item.args[1]], scope, cache))
                 scope.gm.graph.erase_node(item)
+            scope.gm.graph.erase_node(call)
+        for call in filter(
+            _is_fixed, scope.gm.graph.find_nodes(op="call_function", target=PATTERN_TABLE)
+        ):
+            key = _spelled(call)
+            if call.users and key not in held:
+                held[key] = [_buffer(gm, _table(call))]
+            if call.users:
+                call.replace_all_uses_with(hand_down(held[key][0], scope, cache))
             scope.gm.graph.erase_node(call)
 
 
@@ -132,20 +144,44 @@ def _scopes(scope: Scope) -> Iterator[Scope]:
             yield from _scopes(inner)
 
 
-def _of_numbers(gm: GraphModule) -> list[Node]:
+def _layouts_of_numbers(gm: GraphModule) -> list[Node]:
     calls = gm.graph.find_nodes(op="call_function", target=LAYOUT)
-    return [call for call in calls if not call.all_input_nodes and _is_taken_apart(call)]
+    return [call for call in calls if all(map(_is_fixed, call.all_input_nodes)) and _is_split(call)]
 
 
-def _is_taken_apart(call: Node) -> bool:
+def _is_split(call: Node) -> bool:
     return all(user.target is operator.getitem for user in call.users)
 
 
-def _lists(call: Node) -> tuple[Tensor, ...]:
+def _is_fixed(node: Node) -> bool:
+    """Whether it makes a table that a pattern and known sizes say."""
+    if node.target is not PATTERN_TABLE or node.all_input_nodes:
+        return False
+    key, index = node.args[:2]
+    bound = bound_mask_named(str(key))
+    return bound is not None and bound.fixed[operator.index(index)]
+
+
+def _spelled(table: Node) -> str:
+    return f"table{table.args!r}"
+
+
+def _table(call: Node) -> Tensor:
+    # A backward may save it.
+    with torch.inference_mode(False):
+        made: Tensor = pattern_table(*call.args)
+    return made
+
+
+def _lists(call: Node) -> Sequence[Tensor]:
     args: tuple[Any, ...] = call.args
-    _, _, sizes, *shape, kv_heads, text, device, _ = args
-    spec = AttentionSpec.parse(text)
-    return static_lists(spec, ProblemShape(*shape), kv_heads, tuple(sizes), device)
+    tables, _, sizes, *lengths, kv_heads, text, device, _ = args
+    spec, shape = AttentionSpec.parse(text), ProblemShape(*lengths)
+    if not tables:
+        return static_lists(spec, shape, kv_heads, tuple(sizes), device)
+    with torch.inference_mode(False):
+        layout = build_views(spec, shape, [_table(made) for made in tables], sizes, device)
+        return lists_of(layout, kv_heads, device)
 
 
 def _buffer(gm: GraphModule, value: Tensor) -> Node:

@@ -18,7 +18,7 @@ from sparse_compile.expr.mask_expr import MaskExpr
 from sparse_compile.expr.nodes import H, table
 from sparse_compile.patterns import doors
 from sparse_compile.patterns.checks import bad, runs, store, whole
-from sparse_compile.patterns.data import dtype_of, key_of, on_device
+from sparse_compile.patterns.data import dtype_of, is_tensor, key_of, on_device
 from sparse_compile.patterns.parameters import Parameters
 
 #: Makes the data of a table when it is needed: ``values(device, n_q, n_kv, batch, heads)``.
@@ -31,19 +31,23 @@ class Tables:
     def __init__(self) -> None:
         self.makers: list[TableMaker] = []
         self.dtypes: list[str] = []
+        self.fixed: list[bool] = []
         self._known: dict[Any, int] = {}
 
-    def add(self, key: Any, dtype: str, make: TableMaker) -> Any:
+    def add(self, key: Any, dtype: str, make: TableMaker, fixed: bool = False) -> Any:
         """A table as a function of its coordinates; equal keys share one table.
 
         Args:
             key: hashable identity of the data.
             dtype: ``"bool"``, ``"int32"`` or ``"int64"``.
             make: ``make(device, n_q, n_kv, batch, heads)`` gives the tensor on ``device``.
+            fixed: whether it gives the same for the same sizes, always: no tensor of the user's
+                is read.
         """
         if key not in self._known:
             self._known[key] = len(self.makers)
             self.makers.append(make)
+            self.fixed.append(fixed)
             self.dtypes.append(dtype)
         return table(self._known[key])
 
@@ -53,7 +57,8 @@ class Tables:
         The dtype of the table is that of the data, unless given.
         """
         dtype = dtype or dtype_of(value)
-        return self.add((dtype, key_of(value)), dtype, on_device(value, dtype))
+        fixed = not is_tensor(value)
+        return self.add((dtype, key_of(value)), dtype, on_device(value, dtype), fixed)
 
 
 @dataclass(frozen=True)
@@ -63,10 +68,18 @@ class BoundMask:
     Attributes:
         expr: the predicate.
         makers: for each table ``t0, t1, ...``, what makes its tensor.
+        fixed: for each whether sizes alone say what it holds, see :meth:`Tables.add`.
     """
 
     expr: MaskExpr
     makers: tuple[TableMaker, ...] = field(default=(), compare=False)
+    fixed: tuple[bool, ...] = ()
+
+    @staticmethod
+    def of(predicate: sympy.Basic, tables: Tables) -> BoundMask:
+        """A predicate with the tables that were collected for it."""
+        expr = MaskExpr(predicate, tuple(tables.dtypes))
+        return BoundMask(expr, tuple(tables.makers), tuple(tables.fixed))
 
     def trimmed(self) -> BoundMask:
         """The same without tables that the predicate does not read, the others numbered anew.
@@ -74,7 +87,8 @@ class BoundMask:
         Simplification may leave a table unread.
         """
         expr, used = self.expr.trimmed()
-        return BoundMask(expr, tuple(self.makers[number] for number in used))
+        makers, fixed = ([each[i] for i in used] for each in (self.makers, self.fixed))
+        return BoundMask(expr, tuple(makers), tuple(fixed))
 
     def tables(self, device: Any, n_q: int, n_kv: int, batch: int, heads: int) -> list[Any]:
         """The tensors of the tables on ``device``, for a problem of this size."""
@@ -94,8 +108,7 @@ class Pattern(Parameters):
     def bound(self) -> BoundMask:
         """The predicate with its tables."""
         tables = Tables()
-        expr = self.predicate(tables)
-        return BoundMask(MaskExpr(expr, tuple(tables.dtypes)), tuple(tables.makers))
+        return BoundMask.of(self.predicate(tables), tables)
 
     def dense(
         self, n_q: int, n_kv: int, batch: int = 1, heads: int = 1, device: Any = "cpu"

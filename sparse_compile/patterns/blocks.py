@@ -171,7 +171,7 @@ class Random(Pattern):
 
     def predicate(self, tables: Tables) -> sympy.Basic:
         """``kv // block`` is one of the blocks chosen for ``q // block``."""
-        lookup = tables.add(self, "int32", self._table)
+        lookup = tables.add(self, "int32", self._table, fixed=True)
         head = [H] if self.per_head else []
         return chosen(lambda slot: lookup(*head, FloorDiv(Q, self.block), slot), self)
 
@@ -267,7 +267,7 @@ class BigBird(Pattern):
         if tokens:
             terms += [sympy.Lt(Q, tokens), sympy.Lt(KV, tokens)]
         if self.random:
-            lookup = tables.add(self, "int32", self._table)
+            lookup = tables.add(self, "int32", self._table, fixed=True)
             terms.append(chosen(lambda slot: lookup(row, slot), self))
         return sympy.Or(*terms)
 

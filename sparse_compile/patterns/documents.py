@@ -91,7 +91,8 @@ class Documents(HoldsData, Pattern):
         """``ids[q] == ids[kv]``."""
         if self.ids is None:
             key = "starts", key_of(self.cu_seqlens)
-            of_key = tables.add(key, "int32", _ids_of(self.cu_seqlens))
+            fixed = not is_tensor(self.cu_seqlens)
+            of_key = tables.add(key, "int32", _ids_of(self.cu_seqlens), fixed)
         else:
             of_key = _reading(tables, self.ids)
         of_query = of_key if self.q_ids is None else _reading(tables, self.q_ids)

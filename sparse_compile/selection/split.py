@@ -204,7 +204,7 @@ def _bound(predicate: sympy.Basic, tables: Tables) -> BoundMask | None:
     """The predicate with those of the tables that it reads; None if it is false."""
     if predicate == sympy.false:
         return None
-    return BoundMask(MaskExpr(predicate, tuple(tables.dtypes)), tuple(tables.makers)).trimmed()
+    return BoundMask.of(predicate, tables).trimmed()
 
 
 #: With more comparisons than this a predicate stays as it is: the search takes 2**n steps.

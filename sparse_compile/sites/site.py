@@ -220,19 +220,21 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class PatternTable:
-    """A table that a pattern makes in each call, when the operator of its node runs.
+    """A table that a pattern makes: once if it is fixed and all sizes are known, else in each call.
 
     Attributes:
         key: of the mask, see :func:`sparse_compile.sites.annotation.bound_mask_named`.
         index: which of its tables.
         rank: number of dimensions.
         dtype: ``"bool"``, ``"int32"`` or ``"int64"``.
+        fixed: whether sizes alone say what it holds.
     """
 
     key: str
     index: int
     rank: int
     dtype: str
+    fixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -370,3 +372,8 @@ class LiftedMask:
     def n_lifted_tables(self) -> int:
         """How many tables and mask tensors ``program`` returns."""
         return len(self.mask.tables) - len(self.extra)
+
+    @property
+    def reads_tensors(self) -> bool:
+        """Whether it reads what may hold other values in the next call."""
+        return self.n_lifted_tables > 0 or not all(made.fixed for made in self.extra)

@@ -124,6 +124,77 @@ def test_layouts_of_known_sizes_are_inputs_of_what_inductor_gets(name: str) -> N
         assert not graph.graph.find_nodes(op="get_attr")
 
 
+class Annotated(nn.Module):
+    """Two layers, the mask of which a pattern says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = x + F.scaled_dot_product_attention(self.project(x), x, x)
+        return x
+
+
+class Masked(Annotated):
+    """The same, with a mask tensor."""
+
+    def __init__(self, pattern: P.Pattern) -> None:
+        super().__init__()
+        self.pattern = pattern
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = self.pattern.dense(x.shape[2], x.shape[2])
+        for _ in range(2):
+            x = x + F.scaled_dot_product_attention(self.project(x), x, x, attn_mask=mask)
+        return x
+
+
+ENDS = (0, 70, 200, N)
+FIXED = {
+    "random": P.Random(32, 2, seed=1) | P.BlockLocal(16),
+    "bigbird": P.BigBird(32, random=1, global_=1, window=1),
+    "documents": P.Documents(cu_seqlens=ENDS) & P.Causal(),
+}
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_what_a_fixed_pattern_makes_is_held_as_well(name: str) -> None:
+    model, masked, seen = Annotated(), Masked(FIXED[name]), Seen()
+    masked.load_state_dict(model.state_dict())
+    run = torch.compile(sparse_compile.mask(model, FIXED[name]), backend=seen, fullgraph=True)
+    for found, wanted in zip(train(model, run), train(masked, masked), strict=True):
+        assert relative_error(found, wanted.double()) < 1e-5
+    ours = {c.target._opname for c in seen.calls if "sparse_compile" in str(c.target)}
+    assert ours == {"attention", "attention_backward"}
+
+
+def test_a_pattern_of_a_tensor_is_read_in_each_call() -> None:
+    ends = torch.tensor(ENDS)
+    pattern = P.Documents(cu_seqlens=ends) & P.Causal()
+    model, masked, seen = Annotated(), Masked(pattern), Seen()
+    masked.load_state_dict(model.state_dict())
+    run = torch.compile(sparse_compile.mask(model, pattern), backend=seen, fullgraph=True)
+    for middle in (70, 130):
+        ends[1] = middle
+        for found, wanted in zip(train(model, run), train(masked, masked), strict=True):
+            assert relative_error(found, wanted.double()) < 1e-5
+    assert len(seen.captured) == 1
+    assert not list(seen.captured[0].buffers())
+
+
+def test_a_fixed_pattern_at_lengths_that_change_is_made_in_each_call() -> None:
+    pattern = FIXED["random"]
+    model, masked, seen = Annotated(), Masked(pattern), Seen()
+    masked.load_state_dict(model.state_dict())
+    run = torch.compile(sparse_compile.mask(model, pattern), backend=seen, dynamic=True)
+    for n in (N, N + 72):
+        for found, wanted in zip(train(model, run, n), train(masked, masked, n), strict=True):
+            assert relative_error(found, wanted.double()) < 1e-5
+    assert "pattern_table" in {getattr(c.target, "_opname", "") for c in seen.calls}
+
+
 @pytest.mark.parametrize(
     ("name", "backend"),
     [

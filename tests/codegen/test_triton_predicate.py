@@ -249,3 +249,9 @@ def test_constants() -> None:
     assert print_predicate(MaskExpr(sympy.true), "kv").keep == ""
     assert not printed_value(MaskExpr(sympy.false), "kv", [], ()).any()
     assert math.prod(printed_value(MaskExpr(sympy.false), "kv", [], ()).shape) == N_KEYS
+
+
+def test_a_number_in_memory_is_not_called_as_its_pointer() -> None:
+    # A kernel reads it in a loop over the heads of a group, and needs the pointer again.
+    printed = print_predicate(MaskExpr((KV <= Q) & (KV < T0()), ("int64",)), "q")
+    assert printed.before == ("t0_at = tl.load(t0)",)
