@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -51,6 +52,15 @@ def _compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(folder / "triton"))
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _rarely_collected() -> Iterator[None]:
+    """Torch, sympy and transformers leave millions of objects, which a collection visits all."""
+    usual = gc.get_threshold()
+    gc.set_threshold(200_000, 20, 100)
+    yield
+    gc.set_threshold(*usual)
 
 
 @pytest.fixture(autouse=True, scope="session")

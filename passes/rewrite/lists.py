@@ -94,24 +94,24 @@ def hold_layouts(gm: GraphModule) -> None:
     outermost, cache = Scope(gm), RealisedTables()
     held: dict[str, list[Node]] = {}
     for scope in list(_scopes(outermost)):
-        for call in _layouts_of_numbers(scope.gm):
-            key = repr(map_arg(call.args, _spelled))
-            if key not in held:
-                held[key] = [_buffer(gm, value) for value in _lists(call)]
-            for item in list(call.users):
-                made: Any = held[key]
-                item.replace_all_uses_with(hand_down(made[item.args[1]], scope, cache))
-                scope.gm.graph.erase_node(item)
-            scope.gm.graph.erase_node(call)
-        for call in filter(
-            _is_fixed, scope.gm.graph.find_nodes(op="call_function", target=PATTERN_TABLE)
-        ):
-            key = _spelled(call)
-            if call.users and key not in held:
-                held[key] = [_buffer(gm, _table(call))]
-            if call.users:
-                call.replace_all_uses_with(hand_down(held[key][0], scope, cache))
-            scope.gm.graph.erase_node(call)
+        # Layouts first: of what they alone read, nothing is left to hold.
+        for target in (LAYOUT, PATTERN_TABLE):
+            calls = scope.gm.graph.find_nodes(op="call_function", target=target)
+            for call in filter(_is_of_numbers, calls):
+                key = _spelled(call)
+                if call.users and key not in held:
+                    held[key] = [_buffer(gm, value) for value in _made_by(call)]
+                _replace(call, [hand_down(node, scope, cache) for node in held.get(key, ())])
+
+
+def _replace(call: Node, made: Sequence[Node]) -> None:
+    for user in list(call.users) if call.target is LAYOUT else ():
+        part: Any = user.args[1]
+        user.replace_all_uses_with(made[part])
+        call.graph.erase_node(user)
+    if call.users:
+        call.replace_all_uses_with(made[0])
+    call.graph.erase_node(call)
 
 
 def remember_given(gm: GraphModule) -> None:
@@ -144,44 +144,31 @@ def _scopes(scope: Scope) -> Iterator[Scope]:
             yield from _scopes(inner)
 
 
-def _layouts_of_numbers(gm: GraphModule) -> list[Node]:
-    calls = gm.graph.find_nodes(op="call_function", target=LAYOUT)
-    return [call for call in calls if all(map(_is_fixed, call.all_input_nodes)) and _is_split(call)]
-
-
-def _is_split(call: Node) -> bool:
-    return all(user.target is operator.getitem for user in call.users)
-
-
-def _is_fixed(node: Node) -> bool:
-    """Whether it makes a table that a pattern and known sizes say."""
-    if node.target is not PATTERN_TABLE or node.all_input_nodes:
-        return False
-    key, index = node.args[:2]
-    bound = bound_mask_named(str(key))
-    return bound is not None and bound.fixed[operator.index(index)]
-
-
-def _spelled(table: Node) -> str:
-    return f"table{table.args!r}"
-
-
-def _table(call: Node) -> Tensor:
-    # A backward may save it.
-    with torch.inference_mode(False):
-        made: Tensor = pattern_table(*call.args)
-    return made
-
-
-def _lists(call: Node) -> Sequence[Tensor]:
+def _is_of_numbers(call: Node) -> bool:
+    """Whether a layout, or a table of a pattern, follows from sizes that are known."""
+    if call.target is LAYOUT:
+        taken_apart = all(user.target is operator.getitem for user in call.users)
+        return taken_apart and all(map(_is_of_numbers, call.all_input_nodes))
     args: tuple[Any, ...] = call.args
+    bound = bound_mask_named(args[0]) if call.target is PATTERN_TABLE else None
+    return bound is not None and not call.all_input_nodes and bound.fixed[args[1]]
+
+
+def _spelled(call: Node) -> str:
+    return f"{call.target}{map_arg(call.args, _spelled)}"
+
+
+@torch.inference_mode(False)  # a backward may save it
+def _made_by(call: Node) -> Sequence[Tensor]:
+    args: tuple[Any, ...] = call.args
+    if call.target is PATTERN_TABLE:
+        return [pattern_table(*args)]
     tables, _, sizes, *lengths, kv_heads, text, device, _ = args
     spec, shape = AttentionSpec.parse(text), ProblemShape(*lengths)
     if not tables:
         return static_lists(spec, shape, kv_heads, tuple(sizes), device)
-    with torch.inference_mode(False):
-        layout = build_views(spec, shape, [_table(made) for made in tables], sizes, device)
-        return lists_of(layout, kv_heads, device)
+    values = [made for table in tables for made in _made_by(table)]
+    return lists_of(build_views(spec, shape, values, sizes, device), kv_heads, device)
 
 
 def _buffer(gm: GraphModule, value: Tensor) -> Node:

@@ -87,8 +87,8 @@ class BoundMask:
         Simplification may leave a table unread.
         """
         expr, used = self.expr.trimmed()
-        makers, fixed = ([each[i] for i in used] for each in (self.makers, self.fixed))
-        return BoundMask(expr, tuple(makers), tuple(fixed))
+        makers, fixed = tuple(self.makers[i] for i in used), tuple(self.fixed[i] for i in used)
+        return BoundMask(expr, makers, fixed)
 
     def tables(self, device: Any, n_q: int, n_kv: int, batch: int, heads: int) -> list[Any]:
         """The tensors of the tables on ``device``, for a problem of this size."""

@@ -50,6 +50,7 @@ def room_of_file(path: Path) -> str | None:
     return room_of(".".join(parts if parts[0] == "sparse_compile" else ("sparse_compile", *parts)))
 
 
+@functools.cache
 def imports_of(path: Path) -> list[tuple[str, list[str]]]:
     found: list[tuple[str, list[str]]] = []
     for node in ast.walk(trees()[path]):
@@ -179,6 +180,7 @@ def test_top_level_is_fixed() -> None:
     assert folders <= allowed | {".ci", ".github"}
 
 
+@pytest.mark.slow  # a process that imports all of torch
 def test_imports_without_triton() -> None:
     program = (
         "import sys; sys.modules['triton'] = None\n"
