@@ -11,12 +11,7 @@ from torch.fx import Node
 
 from sparse_compile.expr import KV, MaskExpr, Q, renumbered, table_index
 from sparse_compile.passes.graph_edit import dimension
-from sparse_compile.sites.annotation import (
-    META_KEY,
-    Annotation,
-    annotation_named,
-    bound_mask_named,
-)
+from sparse_compile.sites.annotation import META_KEY, Annotation, annotation_named
 from sparse_compile.sites.plan import Reading, SelectedPlan, Trace
 from sparse_compile.sites.site import AttentionSite, Called, LiftedMask, PatternTable, Rejection
 from sparse_compile.spec import EmptyRows
@@ -122,11 +117,7 @@ def _joined(lifted: LiftedMask, expr: MaskExpr, key: str) -> LiftedMask:
     first = len(lifted.mask.tables)
     number = {old: first + new for new, old in enumerate(used)}
     pattern = renumbered(expr.predicate, number)
-    bound = bound_mask_named(key) if used else None
-    extra = tuple(
-        PatternTable(key, i, rank[i], expr.tables[i], bound is not None and bound.fixed[i])
-        for i in used
-    )
+    extra = tuple(PatternTable(key, i, rank[i], expr.tables[i]) for i in used)
     mask = MaskExpr(
         sympy.And(lifted.mask.predicate, pattern),
         (*lifted.mask.tables, *(made.dtype for made in extra)),

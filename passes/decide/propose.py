@@ -16,13 +16,7 @@ from sparse_compile.options import Options
 from sparse_compile.passes.decide.pick import Price, shape_of, views_for
 from sparse_compile.passes.graph_edit import dimension, expected
 from sparse_compile.sites.plan import Indexer, Plan, Proposal, Reading, SelectedPlan, Trace
-from sparse_compile.sites.site import (
-    AttentionSite,
-    LiftedMask,
-    Ranking,
-    Rejection,
-    SelectedKeys,
-)
+from sparse_compile.sites.site import AttentionSite, LiftedMask, Ranking, Rejection, SelectedKeys
 from sparse_compile.spec import AttentionSpec, EmptyRows, are_blocks
 from sparse_compile.spec.target import Target
 

@@ -20,19 +20,10 @@ from sparse_compile.passes.find.operands import (
     peel,
     taken_apart,
 )
-from sparse_compile.passes.find.scores import (
-    ScorePath,
-    ScoreWalk,
-    product_above,
-)
+from sparse_compile.passes.find.scores import ScorePath, ScoreWalk, product_above
 from sparse_compile.passes.find.sinks import Sunk
 from sparse_compile.passes.find.steps import Masked, fold
-from sparse_compile.passes.find.weights import (
-    WeightsPath,
-    forward,
-    product_below,
-    read_elsewhere,
-)
+from sparse_compile.passes.find.weights import WeightsPath, forward, product_below, read_elsewhere
 from sparse_compile.sites.site import AttentionSite, Operand, Refused, Scope
 
 _GRAD_MODES = ("_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode")

@@ -10,13 +10,7 @@ import torch
 from torch.fx import Node
 
 from sparse_compile.passes.find import values
-from sparse_compile.passes.find.canonical import (
-    Call,
-    canonical,
-    is_reshape,
-    op_name,
-    source,
-)
+from sparse_compile.passes.find.canonical import Call, canonical, is_reshape, op_name, source
 from sparse_compile.passes.find.contraction import Contraction, contraction
 from sparse_compile.passes.find.dataflow import Dataflow, breadth_first, constant
 from sparse_compile.passes.find.sinks import Sunk, own_maximum, unexpanded

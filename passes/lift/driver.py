@@ -18,13 +18,7 @@ from sparse_compile.passes.lift.bounds import Ranges
 from sparse_compile.passes.lift.emit import Emitter
 from sparse_compile.passes.lift.empty_rows import empty_row_policy
 from sparse_compile.passes.lift.expose import expose
-from sparse_compile.passes.lift.kept import (
-    Kept,
-    is_topk_index,
-    split_kept,
-    topk_dim,
-    topk_of,
-)
+from sparse_compile.passes.lift.kept import Kept, is_topk_index, split_kept, topk_dim, topk_of
 from sparse_compile.passes.lift.lift import Lifter
 from sparse_compile.passes.lift.masks import Keep, Lengths, SiteMasks, read_operand
 from sparse_compile.passes.lift.normalize import normalise

@@ -17,14 +17,7 @@ from torch import Tensor
 from torch.fx import Graph, Interpreter, Node
 
 from sparse_compile.passes.lift.normalize import functorch_levels_restored
-from sparse_compile.passes.lift.slice import (
-    SOURCES,
-    Order,
-    Slice,
-    Slicer,
-    Wanted,
-    call_name,
-)
+from sparse_compile.passes.lift.slice import SOURCES, Order, Slice, Slicer, Wanted, call_name
 from sparse_compile.passes.mutation import Effect
 from sparse_compile.sites.site import Scope
 

@@ -8,14 +8,7 @@ from dataclasses import dataclass
 
 import sympy
 
-from sparse_compile.expr.nodes import (
-    COORDINATES,
-    N_KV,
-    N_Q,
-    is_table,
-    renumbered,
-    table_index,
-)
+from sparse_compile.expr.nodes import COORDINATES, N_KV, N_Q, is_table, renumbered, table_index
 from sparse_compile.expr.text import from_text, to_text
 
 

@@ -15,14 +15,7 @@ from typing import Any
 
 import sympy
 
-from sparse_compile.expr.fold import (
-    FUNCTIONS,
-    JOINS,
-    OPERATORS,
-    RECIPROCAL,
-    fold,
-    fold_real,
-)
+from sparse_compile.expr.fold import FUNCTIONS, JOINS, OPERATORS, RECIPROCAL, fold, fold_real
 from sparse_compile.expr.nodes import COORDINATES, N_KV, N_Q, SCORE, size_symbol, table
 
 _NAMED = {symbol.name: symbol for symbol in (*COORDINATES, N_Q, N_KV, SCORE)}

@@ -1,12 +1,7 @@
 """Learned and content-dependent masks: which keys are selected, and by what rule."""
 
 from sparse_compile.selection.select import checked_select
-from sparse_compile.selection.selection import (
-    Selection,
-    SelectionReport,
-    canonical,
-    check_lists,
-)
+from sparse_compile.selection.selection import Selection, SelectionReport, canonical, check_lists
 from sparse_compile.selection.train.distill import (
     allowed_units,
     distillation_loss,

@@ -11,13 +11,7 @@ from torch.nn.functional import pad
 
 from sparse_compile.patterns.scorers import Antidiagonal, Compressed, OverlapPool
 from sparse_compile.selection.builders import BUILDERS, Scoring, Task, Windows
-from sparse_compile.selection.scores import (
-    in_units,
-    products,
-    sizes_of_units,
-    summed,
-    unit_sums,
-)
+from sparse_compile.selection.scores import in_units, products, sizes_of_units, summed, unit_sums
 
 
 def _softmax(logits: Tensor, allowed: Tensor) -> Tensor:

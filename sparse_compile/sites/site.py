@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeAlias
 from torch.fx import GraphModule, Node
 
 from sparse_compile.expr import MaskExpr, ScoreProgram
-from sparse_compile.sites.annotation import Annotation
+from sparse_compile.sites.annotation import Annotation, bound_mask_named
 from sparse_compile.sites.named import NamedMask
 from sparse_compile.spec import EmptyRows
 from sparse_compile.spec.indexer import BlockScoresSpec, IndexerSpec
@@ -227,14 +227,18 @@ class PatternTable:
         index: which of its tables.
         rank: number of dimensions.
         dtype: ``"bool"``, ``"int32"`` or ``"int64"``.
-        fixed: whether sizes alone say what it holds.
     """
 
     key: str
     index: int
     rank: int
     dtype: str
-    fixed: bool = False
+
+    @property
+    def fixed(self) -> bool:
+        """Whether sizes alone say what it holds."""
+        bound = bound_mask_named(self.key)
+        return bound is not None and bound.fixed[self.index]
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from sparse_compile.codegen.entry import (
-    Entry,
-    Kind,
-    Line,
-    constants,
-    number,
-    pointers,
-    sizes,
-)
+from sparse_compile.codegen.entry import Entry, Kind, Line, constants, number, pointers, sizes
 from sparse_compile.codegen.triton.entries import mask_lines, strided
 from sparse_compile.codegen.triton.selected.spec import SelectedKernelSpec
 from sparse_compile.codegen.triton.selected.tiles import Tiles
