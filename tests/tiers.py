@@ -5,8 +5,8 @@ and a half.
 
 It holds every test of the files that take a second, and a sample of the others, a second of each:
 what those test is many times the same meaning on other shapes. A test is in the sample or not by
-its own name, so a tier does not change with what else is collected. Only whole models of
-transformers are not in it at all.
+its own name, so a tier does not change with what else is collected. Whole models of
+transformers, and files that other files are a cheaper sample of, are not in it at all.
 """
 
 from __future__ import annotations

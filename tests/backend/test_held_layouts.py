@@ -170,6 +170,16 @@ def test_what_a_fixed_pattern_makes_is_held_as_well(name: str) -> None:
     assert ours == {"attention", "attention_backward"}
 
 
+def test_patterns_that_differ_in_a_seed_are_told_apart() -> None:
+    """Graphs of them are alike, but for what they hold."""
+    run = torch.compile(sparse_compile.attention, backend=Seen())
+    q = torch.randn(1, 2, N, D)
+    for seed in (0, 1, 0):
+        pattern = P.Random(32, 2, seed=seed)
+        wanted = F.scaled_dot_product_attention(q, q, q, attn_mask=pattern.dense(N, N))
+        assert relative_error(run(q, q, q, pattern), wanted.double()) < 1e-5
+
+
 def test_a_pattern_of_a_tensor_is_read_in_each_call() -> None:
     ends = torch.tensor(ENDS)
     pattern = P.Documents(cu_seqlens=ends) & P.Causal()
