@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparse_compile.codegen.attend import Gradients
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.codegen.cpu import flash
 from sparse_compile.codegen.cpu.batches import Batch, Gathered, Part, Strided, cut, parts_of
@@ -75,11 +76,12 @@ def _store(piece: Batch, out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Ten
 
 
 @torch.no_grad()
-def backward(call: AttentionCall, result: AttentionResult) -> tuple[Tensor, Tensor, Tensor]:
+def backward(call: AttentionCall, result: AttentionResult) -> Gradients:
     """Gradients of :func:`forward`.
 
     Returns:
-        dq, dk and dv: contiguous, in the shapes of q, k and v. The same bits at each call.
+        dq, dk and dv: contiguous, in the shapes of q, k and v; then those of the learned tensors
+        that are wanted. The same bits at each call.
     """
     q, k, v, (layout,) = call.q, call.k, call.v, call.blocks.views
     out, lse, grad_out, grad_lse = result.out, result.lse, result.grad_out, result.grad_lse
@@ -100,7 +102,7 @@ def backward(call: AttentionCall, result: AttentionResult) -> tuple[Tensor, Tens
     dq = make(qw.shape, dtype=row_dtype)
     dk, dv = (torch.zeros(x.shape, dtype=wide) for x in (kw, vw))
     lse = lse.to(wide).unsqueeze(-1)
-    mask, score = MaskCall.make(call), Score.of(call)
+    mask, score = MaskCall.make(call), Score.of(call, result.wanted)
     for part in parts_of(call):
         rows = [part.query_side(x) for x in (grad, qw, ow, lse, dq)]
         keys = [part.key_side(x) for x in (kw, vw, dk, dv)]
@@ -109,7 +111,7 @@ def backward(call: AttentionCall, result: AttentionResult) -> tuple[Tensor, Tens
             _accumulate(piece, part, rows, keys, bias, score.at(part, piece))
     grads = ((dq, q), (dk, k), (dv, v))
     dq, dk, dv = (dx[..., : x.shape[2], : x.shape[3]].to(x.dtype).contiguous() for dx, x in grads)
-    return dq, dk, dv
+    return dq, dk, dv, *score.learned_gradients()
 
 
 def _accumulate(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -20,7 +21,14 @@ from torch import Tensor
 from sparse_compile.codegen.call import AttentionCall
 from sparse_compile.codegen.cpu.batches import Batch, Part
 from sparse_compile.codegen.cpu.bias import Bias
-from sparse_compile.expr import COORDINATES, ScoreData, ScoreProgram, evaluate_score, evaluate_slope
+from sparse_compile.expr import (
+    COORDINATES,
+    ScoreData,
+    ScoreProgram,
+    add_learned_gradients,
+    evaluate_score,
+    evaluate_slope,
+)
 
 _FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
 
@@ -33,16 +41,23 @@ class Score:
         scale: factor on the products.
         program: what happens to them then; None: nothing.
         data: what the program reads; coordinates only where it is :meth:`at` some tiles.
+        sums: to which the gradients of learned tensors are added, as in :meth:`AttentionCall.sums`.
     """
 
     scale: float
     program: ScoreProgram | None = None
     data: ScoreData = field(default_factory=ScoreData)
+    sums: Sequence[Tensor | None] = ()
 
     @staticmethod
-    def of(call: AttentionCall) -> Score:
-        """The scores of a call."""
-        return Score(call.scale, call.spec.score, ScoreData({}, *call.data))
+    def of(call: AttentionCall, wanted: Sequence[int] = ()) -> Score:
+        """The scores of a call; ``wanted`` as in :class:`AttentionResult`."""
+        return Score(call.scale, call.spec.score, call.score_data({}), call.sums(wanted))
+
+    def learned_gradients(self) -> list[Tensor]:
+        """The sums that there are, in the dtypes of the learned tensors."""
+        pairs = zip(self.sums, self.data.learned, strict=True)
+        return [total.to(t.dtype) for total, t in pairs if total is not None]
 
     def at(self, part: Part, batch: Batch) -> Score:
         """The scores of the tiles of a batch."""
@@ -75,18 +90,14 @@ class Tiles:
     bias: Bias | None
     score: Score
 
-    def scores(self, slope: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Scores fp32 [tiles, heads, rows, keys], -inf where hidden; fp64 of fp64.
+    def products(self) -> Tensor:
+        """Scaled products fp32 [tiles, heads, rows, keys]; fp64 of fp64."""
+        wide = torch.promote_types(self.q.dtype, torch.float32)
+        return (self.q.to(wide) @ self.k.to(wide).mT).mul_(self.score.scale)
 
-        And, if asked for, their derivative by the scaled products, None for 1.
-        """
-        wide, score, by_product = torch.promote_types(self.q.dtype, torch.float32), self.score, None
-        scores = (self.q.to(wide) @ self.k.to(wide).mT).mul_(score.scale)
-        if score.program is not None and slope:
-            scores, by_product = evaluate_slope(score.program, scores, score.data)
-        elif score.program is not None:
-            scores = evaluate_score(score.program, scores, score.data)
-        return scores if self.bias is None else scores + self.bias.values, by_product
+    def masked(self, scores: Tensor) -> Tensor:
+        """Scores of that shape, -inf where hidden."""
+        return scores if self.bias is None else scores + self.bias.values
 
 
 @functools.lru_cache(maxsize=1)
@@ -141,7 +152,10 @@ def backward(
 
 def _forward(tiles: Tiles) -> tuple[Tensor, Tensor]:
     """As :func:`forward` by plain products; ``out`` is fp32, fp64 for fp64."""
-    scores, _ = tiles.scores()
+    scores, score = tiles.products(), tiles.score
+    if score.program is not None:
+        scores = evaluate_score(score.program, scores, score.data)
+    scores = tiles.masked(scores)
     peak = scores.amax(-1, keepdim=True)
     peak.masked_fill_(peak == -torch.inf, 0.0)  # rows that see nothing here: exp(-inf - 0) = 0
     weights = (scores - peak).exp_()
@@ -155,12 +169,17 @@ def _backward(
     tiles: Tiles, grad_out: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`backward` by plain products; gradients are fp32, fp64 for fp64."""
-    scores, slope = tiles.scores(slope=True)
-    weights = (scores - lse[..., None]).exp_()
+    products, score = tiles.products(), tiles.score
+    scores, slope = products, None
+    if score.program is not None:
+        scores, slope = evaluate_slope(score.program, products, score.data)
+    weights = (tiles.masked(scores) - lse[..., None]).exp_()
     q, k, v, grad, out = (x.to(weights.dtype) for x in (tiles.q, tiles.k, tiles.v, grad_out, out))
     delta = (grad * out).sum(-1, keepdim=True)
     dv = weights.mT @ grad
     d_products = weights.mul_(grad @ v.mT - delta)
+    if score.program is not None and any(total is not None for total in score.sums):
+        add_learned_gradients(score.program, products, d_products, score.data, score.sums)
     if slope is not None:
         d_products *= slope
     d_products *= tiles.score.scale

@@ -15,7 +15,7 @@ import sympy
 import torch
 from torch import Tensor
 
-from sparse_compile.codegen.attend import add, merge
+from sparse_compile.codegen.attend import Gradients, add, merge
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.codegen.cpu import careful, executor
 from sparse_compile.expr import KV, N_KV, N_Q, MaskExpr, Q, ScoreProgram, table
@@ -37,23 +37,23 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def backward(call: AttentionCall, result: AttentionResult) -> tuple[Tensor, Tensor, Tensor]:
+def backward(call: AttentionCall, result: AttentionResult) -> Gradients:
     """Gradients of :func:`forward`; each view uses the merged ``out`` and ``lse``."""
     grads = _sums(call, result)
     return grads if careful.is_finite(*grads) else careful.gradients(call, result)
 
 
-def _sums(call: AttentionCall, result: AttentionResult) -> tuple[Tensor, Tensor, Tensor]:
+def _sums(call: AttentionCall, result: AttentionResult) -> Gradients:
     """The sums of the gradients through all views."""
     views, grads = _views(call), []
     for at in views:
         found = executor.backward(at.call(call), at.result(result))
         if at.plain and len(views) == 1:
             return found
-        dq, dk, dv = found
-        grads.append((at.q.put_back(dq), at.kv.put_back(dk), at.kv.put_back(dv)))
-    dq, dk, dv = (total.to(call.q.dtype).contiguous() for total in add(grads))
-    return dq, dk, dv
+        dq, dk, dv, *learned = found
+        grads.append((at.q.put_back(dq), at.kv.put_back(dk), at.kv.put_back(dv), *learned))
+    dq, dk, dv, *learned = add(grads)
+    return *(total.to(call.q.dtype).contiguous() for total in (dq, dk, dv)), *learned
 
 
 def _in_order(at: _Reordered, call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -149,7 +149,8 @@ class _Reordered:
         """The result of all views, in the order of this one."""
         out, grad_out = self.q.taken(result.out), self.q.taken(result.grad_out)
         grad_lse = None if result.grad_lse is None else self.q.taken(result.grad_lse)
-        return AttentionResult(out, self.q.taken(result.lse, -math.inf), grad_out, grad_lse)
+        lse = self.q.taken(result.lse, -math.inf)
+        return AttentionResult(out, lse, grad_out, grad_lse, result.wanted)
 
 
 @functools.lru_cache(maxsize=256)
@@ -166,4 +167,4 @@ def _of_tokens(
 
     predicate = sympy.And(at_tokens(mask.predicate), (q < n_q) & (kv < n_kv))
     moved = MaskExpr(predicate, (*mask.tables, "int64", "int64"), mask.n_sizes)
-    return moved, score and ScoreProgram(at_tokens(score.value))
+    return moved, score and ScoreProgram(at_tokens(score.value), score.learned)

@@ -20,7 +20,10 @@ from sparse_compile.expr.nodes import (
     H,
     Q,
     dense_bit,
+    is_learned,
+    is_lookup,
     is_table,
+    learned,
     renumbered,
     size_symbol,
     table,
@@ -32,10 +35,12 @@ from sparse_compile.expr.text import from_text, to_text
 if TYPE_CHECKING:
     from sparse_compile.expr.evaluation import (
         ScoreData,
+        add_learned_gradients,
         evaluate,
         evaluate_score,
         evaluate_slope,
         grid,
+        indices_at,
     )
 
 __all__ = [
@@ -56,6 +61,7 @@ __all__ = [
     "ScoreData",
     "ScoreProgram",
     "UnsupportedNode",
+    "add_learned_gradients",
     "dense_bit",
     "evaluate",
     "evaluate_score",
@@ -64,7 +70,11 @@ __all__ = [
     "fold_real",
     "from_text",
     "grid",
+    "indices_at",
+    "is_learned",
+    "is_lookup",
     "is_table",
+    "learned",
     "renumbered",
     "size_symbol",
     "softcap",
@@ -74,9 +84,14 @@ __all__ = [
 ]
 
 
+_EVALUATION = frozenset(
+    "ScoreData add_learned_gradients evaluate evaluate_score evaluate_slope grid indices_at".split()
+)
+
+
 def __getattr__(name: str) -> Any:
     # Evaluation needs torch; predicates, and the patterns made of them, do not.
-    if name not in ("ScoreData", "evaluate", "evaluate_score", "evaluate_slope", "grid"):
+    if name not in _EVALUATION:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from sparse_compile.expr import evaluation
 

@@ -37,7 +37,7 @@ class EmptyRows(str, Enum):
 
 
 #: Of the text of a spec; graphs with another are not read.
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,9 @@ class AttentionSpec:
     def _trimmed(self) -> tuple[AttentionSpec, tuple[int, ...]]:
         mask, used = self.mask.trimmed(self._score_tables)
         numbers = {old: new for new, old in enumerate(used)}
-        score = self.score and ScoreProgram(renumbered(self.score.value, numbers))
+        score = self.score
+        if score is not None:
+            score = ScoreProgram(renumbered(score.value, numbers), score.learned)
         parts = (
             replace(part, predicate=renumbered(part.predicate, numbers)) for part in self.coverage
         )

@@ -45,7 +45,7 @@ S0, S1 = size(0), size(1)
 
 @dataclass(frozen=True)
 class Case:
-    """One problem. ``tables`` makes the mask's tensors on a device."""
+    """One problem. ``tables`` makes the mask's tensors on a device, ``learned`` the score's."""
 
     name: str
     mask: MaskExpr
@@ -60,6 +60,7 @@ class Case:
     scale: float = 0.2
     views: tuple[View, ...] = ()
     score: ScoreProgram | None = None
+    learned: Callable[[Case, torch.device], list[Tensor]] = lambda case, device: []
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -92,6 +93,16 @@ def distances(case: Case, device: torch.device) -> list[Tensor]:
     near = torch.rand(200, generator=generator) < 0.6
     both = torch.randint(-3, 4, (case.n[1], 2 * case.n[0]), generator=generator, dtype=torch.int32)
     return [near.to(device), both.to(device).mT[::2]]
+
+
+def biases(case: Case, device: torch.device) -> list[Tensor]:
+    """Tensors that scores read: of distances, of keys, of pairs, and two temperatures."""
+    generator = torch.Generator().manual_seed(9)
+    heads, (n_q, n_kv) = case.heads[0], case.n
+    shapes = (heads, n_q + n_kv - 1), (case.batch, n_kv), (heads, n_q, n_kv), (n_q,), ()
+    made = [torch.randn(shape, generator=generator) for shape in shapes]
+    made[2] = made[2].mT.contiguous().mT  # keys are not what lies side by side in memory
+    return [t.to(device, case.dtype) for t in made]
 
 
 def bits(case: Case, device: torch.device) -> list[Tensor]:
@@ -293,18 +304,22 @@ def check(case: Case, device: torch.device, executor: Executor = triton_executor
         spec, ProblemShape(case.batch, case.heads[0], *case.n), tables, case.sizes, device
     )
     mask = dense(case, tables, device)
-    call = AttentionCall(q, k, v, tables, case.sizes, [], case.scale, spec, layout=layout)
+    learned = case.learned(case, device)
+    own = tables, case.sizes, [], case.scale, spec, tuple(learned), layout
+    call = AttentionCall(q, k, v, *own)
     out, lse = executor.forward(call)
     empty = ~mask.any(-1)
     weigh_lse = not bool(empty.any())  # the log-sum-exp of an empty row has no gradient
-    result = AttentionResult(out, lse, grad_out, grad_lse if weigh_lse else None)
+    wanted = tuple(range(len(learned)))
+    result = AttentionResult(out, lse, grad_out, grad_lse if weigh_lse else None, wanted)
     ours = executor.backward(call, result)
 
-    exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
-    score = scoring(case, tables, device)
-    truth, true_lse = reference.attention(*exact, mask, case.scale, score=score)
-    eager_inputs = [t.detach().clone().requires_grad_() for t in (q, k, v)]
-    eager, eager_lse = _dense_eager(*eager_inputs, mask, case.scale, score)
+    exact = [t.detach().double().requires_grad_() for t in (q, k, v, *learned)]
+    score = scoring(case, tables, exact[3:], device)
+    truth, true_lse = reference.attention(*exact[:3], mask, case.scale, score=score)
+    eager_inputs = [t.detach().clone().requires_grad_() for t in (q, k, v, *learned)]
+    score = scoring(case, tables, eager_inputs[3:], device)
+    eager, eager_lse = _dense_eager(*eager_inputs[:3], mask, case.scale, score)
     true_grads = _gradients(truth, true_lse, exact, grad_out, grad_lse if weigh_lse else None)
     eager_grads = _gradients(
         eager, eager_lse, eager_inputs, grad_out, grad_lse if weigh_lse else None
@@ -314,9 +329,12 @@ def check(case: Case, device: torch.device, executor: Executor = triton_executor
     assert not out[empty.expand(lse.shape)].any()
     assert relative_error(lse[~lse.isinf()], true_lse[~lse.isinf()]) <= 1e-5
     assert_close_as_eager("out", out, eager, truth)
+    names = ("dq", "dk", "dv", *(f"dw{i}" for i in wanted))
+    sources = (q, k, v, *learned)
     for name, value, e, t, source in zip(
-        ("dq", "dk", "dv"), ours, eager_grads, true_grads, (q, k, v), strict=True
+        names, ours, eager_grads, true_grads, sources, strict=True
     ):
+        assert value.shape == source.shape
         assert value.is_contiguous()
         assert value.dtype == source.dtype
         assert_close_as_eager(name, value, e, t)
@@ -353,12 +371,12 @@ def _coordinates(case: Case, device: torch.device) -> dict[str, Tensor]:
 
 
 def scoring(
-    case: Case, tables: list[Tensor], device: torch.device
+    case: Case, tables: list[Tensor], learned: list[Tensor], device: torch.device
 ) -> Callable[[Tensor], Tensor] | None:
     """The score program of a case, on scores [B, Hq, Nq, Nkv]."""
     if case.score is None:
         return None
-    data = ScoreData(_coordinates(case, device), *case.n, tables, case.sizes)
+    data = ScoreData(_coordinates(case, device), *case.n, tables, case.sizes, learned)
     return partial(evaluate_score, case.score, data=data)
 
 

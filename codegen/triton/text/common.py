@@ -161,6 +161,14 @@ def tanh(x):
     far = 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
     return tl.where(z < 0.390625, near, far)
 ''',
+    "roll_rows": '''\
+@triton.jit
+def roll_rows(x):
+    """Row i of a square tile moved i places to the left, around its end: diagonals in columns."""
+    EXTENT: tl.constexpr = x.shape[0]
+    row, column = tl.arange(0, EXTENT)[:, None], tl.arange(0, EXTENT)[None, :]
+    return tl.gather(x, (row + column) % EXTENT, 1)
+''',
     "table_offset": '''\
 @triton.jit
 def table_offset(i, size, stride):
