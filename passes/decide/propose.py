@@ -77,7 +77,7 @@ class _Proposer:
         causal = mask.mask.predicate == sympy.Le(KV, Q)
         hides_nothing = mask.mask.predicate == sympy.true
         # SDPA knows no score programs, and does not return what sinks need.
-        plain = site.score is None and site.sinks is None and self.options.dense == "sdpa"
+        plain = mask.score is None and site.sinks is None and self.options.dense == "sdpa"
         if (causal or hides_nothing) and plain and mask.empty_rows is EmptyRows.ZERO:
             return self._without_mask(Plan(site, mask, spec, "sdpa", causal))
         reason = "only the blocks that its mask allows are visited"
@@ -161,8 +161,8 @@ class _Proposer:
         return self._meant(make(mask.mask, *units), mask)
 
     def _meant(self, spec: AttentionSpec, mask: LiftedMask) -> AttentionSpec:
-        site = self.trace.site
-        return replace(spec, empty_rows=mask.empty_rows, where=site.where, score=site.score)
+        where = self.trace.site.where
+        return replace(spec, empty_rows=mask.empty_rows, where=where, score=mask.score)
 
     # What the program's own mask selects ----------------------------------------------------------
 

@@ -65,13 +65,11 @@ def _match(softmax: Node, flow: Dataflow, scope: Scope) -> AttentionSite:
     shapes.head_dim(q.operand)  # Before the scale, which is often its root.
     scale, masks, program = fold(scores.steps, flow)
     shapes.check_masks(masks, sides.score_shape)
-    if ranked and (sunk or program):
-        raise Refused(*ranked)
     if sunk:
         _check_sinks(sunk, sides, output.node, flow)
     numbers = (scale, *(mask.fill for mask in masks))
     _check_numbers(numbers, scores.product.node, output.node, flow)
-    return AttentionSite(
+    site = AttentionSite(
         scope,
         output,
         q.operand,
@@ -87,6 +85,9 @@ def _match(softmax: Node, flow: Dataflow, scope: Scope) -> AttentionSite:
         score=program,
         sinks=sunk.sinks if sunk else None,
     )
+    if ranked and (sunk or site.plain_score):
+        raise Refused(*ranked)
+    return site
 
 
 def _check_sinks(sunk: Sunk, sides: _Sides, output: Node, flow: Dataflow) -> None:

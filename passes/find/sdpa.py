@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from sparse_compile.expr import SCORE, ScoreProgram, learned
 from sparse_compile.passes.find import shapes, values
 from sparse_compile.passes.find.canonical import canonical, where
 from sparse_compile.passes.find.dataflow import Dataflow, constant
@@ -56,6 +57,7 @@ def match_sdpa(node: Node, flow: Dataflow, scope: Scope) -> AttentionSite:
         score_axes=score_axes,
         where=where(node),
         region=dead_nodes({node}, (q, k, v)),
+        score=_score(masks),
     )
 
 
@@ -100,6 +102,12 @@ def _masks(mask: Any) -> tuple[MaskOperand, ...]:
             f"attn_mask is {values.short_dtype(dtype)}", "pass a bool mask, True to attend"
         )
     return (MaskOperand(mask, "add"),)
+
+
+def _score(masks: tuple[MaskOperand, ...]) -> ScoreProgram | None:
+    """What a mask adds, if it is floating, may be more than a mask."""
+    adds = any(mask.role == "add" for mask in masks)
+    return ScoreProgram(SCORE + learned(0)()) if adds else None
 
 
 def _scale(scale: Any, q: Operand, flow: Dataflow) -> float | Node:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,13 +14,25 @@ from torch.fx import Node
 from sparse_compile.expr import KV, B, H, Q
 from sparse_compile.passes.graph_edit import dimension, example_value, first_reader
 from sparse_compile.passes.lift.slice import Slice, Slicer, Wanted
-from sparse_compile.passes.lift.value import DIMS, Lifted, reads_data, size_expr
+from sparse_compile.passes.lift.value import (
+    DIMS,
+    Cases,
+    Lifted,
+    Number,
+    Value,
+    merged,
+    size_expr,
+)
+from sparse_compile.passes.mutation import Memory
 from sparse_compile.sites.site import AttentionSite, MaskOperand, Refused
 
 Lengths = Mapping[sympy.Symbol, sympy.Expr]
 
 #: The coordinates of scores, by the names of their axes.
 COORDINATES = {"b": B, "h": H, "q": Q, "kv": KV}
+#: What any score is absorbed by that is added to it, in fp32 and bf16: it is 1e22 times larger than
+#: the difference of two scores that are 1e4 apart has to be.
+ABSORBING = -1e30
 
 
 @dataclass(frozen=True)
@@ -31,12 +44,14 @@ class SiteMasks:
         wanted: the masks, then the fills that are nodes, each with the first node that reads it.
         part: the slice that computes these.
         lengths: number of batch entries, heads, queries and keys, in torch's size symbols.
+        memory: which tensors of its graph share memory.
     """
 
     site: AttentionSite
     wanted: tuple[Wanted, ...]
     part: Slice
     lengths: Lengths
+    memory: Memory
 
     @staticmethod
     def of(site: AttentionSite, slicer: Slicer) -> SiteMasks:
@@ -48,7 +63,8 @@ class SiteMasks:
         nodes = [mask.node for mask in site.masks]
         nodes += [mask.fill for mask in site.masks if isinstance(mask.fill, Node)]
         wanted = tuple(Wanted(node, first_reader(site, node)) for node in nodes)
-        return SiteMasks(site, wanted, slicer(wanted, site.scope), _lengths(site))
+        memory = slicer.graph(site.scope).memory
+        return SiteMasks(site, wanted, slicer(wanted, site.scope), _lengths(site), memory)
 
     def traced(self) -> SiteMasks:
         """The same after tracing, which may have fixed a size.
@@ -67,6 +83,12 @@ class SiteMasks:
         return dtype
 
     @property
+    def device(self) -> torch.device:
+        """Of the first operand."""
+        device: torch.device = example_value(self.site.masks[0].node).device
+        return device
+
+    @property
     def need_gradients(self) -> bool:
         """Whether autograd follows the scores when they are masked."""
         return self._scores is None or self._scores.requires_grad
@@ -80,8 +102,8 @@ class SiteMasks:
     def key(self) -> Any:
         """What determines their meaning."""
         site = self.site
-        roles = tuple((mask.role, mask.fill) for mask in site.masks)
-        scores = (site.score is None, site.sinks is None, self.need_gradients)
+        roles = tuple((mask.role, mask.fill, mask.then, mask.curved) for mask in site.masks)
+        scores = (site.score, site.sinks is None, self.need_gradients)
         ranked = site.ranked is None
         plan = (site.kind, site.causal, site.score_axes, self.dtype, ranked, scores)
         return (self.part.nodes, self.part.outputs, roles, plan, tuple(self.lengths.items()))
@@ -104,18 +126,38 @@ class Keep:
     """What one operand does to the scores.
 
     Attributes:
-        condition: which scores stay as they are, over ``b, h, q, kv``.
+        condition: which scores are not masked, over ``b, h, q, kv``.
         fills: what masked scores get, without repetition.
         adds: whether a fill is added to the score (else it takes its place).
+        raw: the fills as the operand holds them.
+        bias: what it adds to the others, or multiplies them with, over ``b, h, q, kv``; None:
+            nothing.
     """
 
     condition: sympy.Basic
     fills: tuple[float, ...]
     adds: bool
+    raw: tuple[float, ...] = ()
+    bias: Cases | None = None
+
+
+def fill_kind(fill: float, dtype: torch.dtype) -> str:
+    """How a fill acts on scores of a dtype.
+
+    Returns:
+        ``"inf"``; ``"absorbing"``: adding any score to it gives it back; ``"half"``: the least
+        float16, which does not absorb; ``"finite"``: anything else.
+    """
+    rounded = torch.tensor(fill, dtype=torch.float64).to(dtype).item()
+    if math.isinf(rounded):
+        return "inf"
+    if dtype == torch.float16:
+        return "half" if rounded == torch.finfo(dtype).min else "finite"
+    return "absorbing" if rounded <= ABSORBING else "finite"
 
 
 def read_operand(
-    operand: MaskOperand, tensor: Lifted, fill: Lifted | None, axes: Sequence[str]
+    operand: MaskOperand, tensor: Lifted, fill: Lifted | None, masks: SiteMasks, assumed: float
 ) -> Keep:
     """The meaning of an operand.
 
@@ -123,18 +165,22 @@ def read_operand(
         operand: the operand.
         tensor: its lifted value.
         fill: the lifted value of its fill, where that is a node.
-        axes: the axes of the scores.
+        masks: of the attention.
+        assumed: fills up to this one count as minus infinity.
 
     Raises:
-        Refused: when it is a bias rather than a mask.
+        Refused: it has none that is known here.
     """
+    axes = masks.site.score_axes
+    if operand.role == "factor":
+        return Keep(sympy.true, (), True, bias=_cases_at(tensor.cases, tensor, axes))
     if operand.role == "add":
-        return _added(tensor, axes)
+        return _added(operand, tensor, masks, assumed)
     if tensor.dtype != torch.bool:
         raise Refused("the condition of its masked_fill or where is not a bool tensor")
     condition = at_coordinates(tensor.condition, tensor, axes)
     keep = condition if operand.role == "keep" else sympy.Not(condition)
-    return Keep(keep, (_fill_value(operand, fill),), adds=False)
+    return Keep(keep, (operand.changed(_fill_value(operand, fill)),), adds=False)
 
 
 def _fill_value(operand: MaskOperand, fill: Lifted | None) -> float:
@@ -150,34 +196,58 @@ def _fill_value(operand: MaskOperand, fill: Lifted | None) -> float:
     return float(values[0])
 
 
-def _added(tensor: Lifted, axes: Sequence[str]) -> Keep:
-    if tensor.is_float_data:
-        raise Refused(
-            "it adds a bias that is not a mask: its values are only known at run time",
-            "pass a bool mask if it only says who may attend to whom, or promise what it is: "
-            "sparse_compile.mask(module, pattern, promise=True)",
-        )
+def _added(operand: MaskOperand, tensor: Lifted, masks: SiteMasks, assumed: float) -> Keep:
+    """What an operand masks, and what it adds to the scores that it does not."""
     if tensor.dtype == torch.bool:
         raise Refused(
             "it adds a bool mask to the scores, which adds 1 where it is True and masks nothing",
             "use torch.where or masked_fill with float('-inf')",
         )
     kept: list[sympy.Basic] = []
-    fills: list[float] = []
+    raw: list[float] = []
     for condition, value in tensor.cases:
-        if isinstance(value, sympy.Basic) and reads_data(value):
-            raise Refused(
-                "it adds a bias that is not provably a mask: it is computed from integers that "
-                "need not be 0 and 1",
-                "turn them into bool first, as in torch.where(mask.bool(), 0.0, float('-inf'))",
-            )
-        if isinstance(value, sympy.Basic) or not value <= 0:
-            raise Refused(f"it adds a bias that is not a mask: it takes the value {value}")
-        if value == 0:
+        if isinstance(value, sympy.Basic) or not _masks(operand, value, masks.dtype, assumed):
             kept.append(condition)
         else:
-            fills.append(float(value))
-    return Keep(at_coordinates(sympy.Or(*kept), tensor, axes), tuple(fills), adds=True)
+            raw.append(float(value))
+    if raw and operand.curved:
+        raise Refused(
+            "the scores are masked before a curve, which makes the masked value finite: masked "
+            "keys keep some weight",
+            "apply the mask after the softcap",
+        )
+    axes = masks.site.score_axes
+    condition = at_coordinates(sympy.Or(*kept), tensor, axes)
+    others = merged((c, 0 if _is_in(value, raw) else value) for c, value in tensor.cases)
+    bias = None if all(value == 0 for _, value in others) else _cases_at(others, tensor, axes)
+    if bias is not None and masks.site.score is None:
+        raise Refused("it adds a bias that is not a mask")
+    fills = tuple(map(operand.changed, raw))
+    return Keep(condition, fills, True, tuple(raw), bias)
+
+
+def _masks(operand: MaskOperand, value: Number, dtype: torch.dtype, assumed: float) -> bool:
+    """Whether scores to which a number is added have no weight."""
+    changed = operand.changed(float(value))
+    return fill_kind(changed, dtype) != "finite" and changed < 0 or changed <= assumed
+
+
+def _is_in(value: Value, numbers: Sequence[float]) -> bool:
+    return not isinstance(value, sympy.Basic) and float(value) in numbers
+
+
+def axes_of(rank: int, axes: Sequence[str]) -> list[str]:
+    """What each axis of a tensor is that broadcasts against scores with the given axes."""
+    return [""] * (rank - len(axes)) + list(axes)[max(0, len(axes) - rank) :]
+
+
+def _cases_at(cases: Cases, tensor: Lifted, axes: Sequence[str]) -> Cases:
+    """Cases over ``DIMS`` of a tensor that broadcasts against scores with the given axes."""
+
+    def placed(part: Any) -> Any:
+        return at_coordinates(part, tensor, axes) if isinstance(part, sympy.Basic) else part
+
+    return tuple((placed(condition), placed(value)) for condition, value in cases)
 
 
 def at_coordinates(condition: sympy.Basic, tensor: Lifted, axes: Sequence[str]) -> sympy.Basic:
@@ -187,6 +257,6 @@ def at_coordinates(condition: sympy.Basic, tensor: Lifted, axes: Sequence[str]) 
         extra = rank - len(axes)
         if any(size != 1 for size in tensor.shape[:extra]):
             raise Refused("the mask has more dimensions than the scores")
-    names = [""] * (rank - len(axes)) + list(axes)[max(0, len(axes) - rank) :]
-    values = {DIMS[d]: COORDINATES.get(name, sympy.S.Zero) for d, name in enumerate(names)}
+    names = enumerate(axes_of(rank, axes))
+    values = {DIMS[d]: COORDINATES.get(name, sympy.S.Zero) for d, name in names}
     return condition.xreplace(values)

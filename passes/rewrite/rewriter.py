@@ -25,7 +25,7 @@ from sparse_compile.passes.graph_edit import (
     with_axes,
 )
 from sparse_compile.passes.rewrite.indexer import replace_indexer, replace_lists
-from sparse_compile.passes.rewrite.tables import RealisedTables, realise
+from sparse_compile.passes.rewrite.tables import RealisedTables, compute, realise
 from sparse_compile.sites.named import INDEX, LISTS
 from sparse_compile.sites.plan import Indexer, Plan
 from sparse_compile.sites.site import (
@@ -74,7 +74,8 @@ class Rewriter:
         else:
             tables, sizes, lists = self._mask_data(insert, plan, q, k)
             data = tables, sizes, lists, scale, plan.spec.text
-            call = insert.call(ops.ATTENTION, q, k, v, [], *data)
+            learned = compute(plan.lifted.learned, site.scope, self._tables)
+            call = insert.call(ops.ATTENTION, q, k, v, learned, *data)
             out = insert.call(operator.getitem, call, 0)
             if site.sinks is not None:
                 lse = insert.call(operator.getitem, call, 1)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         ScoreData,
         add_learned_gradients,
         evaluate,
+        evaluate_lookup,
         evaluate_score,
         evaluate_slope,
         grid,
@@ -64,6 +65,7 @@ __all__ = [
     "add_learned_gradients",
     "dense_bit",
     "evaluate",
+    "evaluate_lookup",
     "evaluate_score",
     "evaluate_slope",
     "fold",
@@ -85,7 +87,7 @@ __all__ = [
 
 
 _EVALUATION = frozenset(
-    "ScoreData add_learned_gradients evaluate evaluate_score evaluate_slope grid indices_at".split()
+    "ScoreData add_learned_gradients evaluate evaluate_lookup evaluate_score evaluate_slope grid indices_at".split()
 )
 
 

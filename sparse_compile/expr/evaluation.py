@@ -222,6 +222,12 @@ def _score_values(score: Tensor, data: ScoreData, *exprs: sympy.Expr) -> list[Te
     return [value.to(score.dtype).expand(score.shape) for value in values]
 
 
+def evaluate_lookup(lookup: sympy.Expr, like: Tensor, data: ScoreData) -> Tensor:
+    """A real expression that reads no score, at coordinates; in the shape and dtype of ``like``."""
+    (value,) = _values_at(data, {}, lookup)
+    return value.to(like.dtype).expand(like.shape)
+
+
 def indices_at(lookup: sympy.Basic, data: ScoreData) -> list[Tensor]:
     """The indices of a lookup of a score program, which may lie outside of its tensor."""
     return _values_at(data, {}, *lookup.args)
