@@ -302,6 +302,8 @@ def _computes_with(node: Node, data: set[Node]) -> bool:
     name = call_name(node)
     if not isinstance(node.target, torch._ops.OpOverload) or name in _HANDLERS:
         return False
+    if name == "add" and not all(source in data for source in node.all_input_nodes):
+        return False  # of a mask, perhaps
     if name not in _CASTS and not _is_elementwise(node.target, name):
         return False
     return any(source in data for source in node.all_input_nodes)

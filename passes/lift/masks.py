@@ -15,6 +15,7 @@ from sparse_compile.expr import KV, B, H, Q
 from sparse_compile.passes.graph_edit import dimension, example_value, first_reader
 from sparse_compile.passes.lift.slice import Slice, Slicer, Wanted
 from sparse_compile.passes.lift.value import (
+    ABSORBING,
     DIMS,
     Cases,
     Lifted,
@@ -30,9 +31,6 @@ Lengths = Mapping[sympy.Symbol, sympy.Expr]
 
 #: The coordinates of scores, by the names of their axes.
 COORDINATES = {"b": B, "h": H, "q": Q, "kv": KV}
-#: What any score is absorbed by that is added to it, in fp32 and bf16: it is 1e22 times larger than
-#: the difference of two scores that are 1e4 apart has to be.
-ABSORBING = -1e30
 
 
 @dataclass(frozen=True)
@@ -204,11 +202,13 @@ def _added(operand: MaskOperand, tensor: Lifted, masks: SiteMasks, assumed: floa
             "use torch.where or masked_fill with float('-inf')",
         )
     kept: list[sympy.Basic] = []
+    masked: list[sympy.Basic] = []
     raw: list[float] = []
     for condition, value in tensor.cases:
         if isinstance(value, sympy.Basic) or not _masks(operand, value, masks.dtype, assumed):
             kept.append(condition)
         else:
+            masked.append(condition)
             raw.append(float(value))
     if raw and operand.curved:
         raise Refused(
@@ -217,7 +217,9 @@ def _added(operand: MaskOperand, tensor: Lifted, masks: SiteMasks, assumed: floa
             "apply the mask after the softcap",
         )
     axes = masks.site.score_axes
-    condition = at_coordinates(sympy.Or(*kept), tensor, axes)
+    # The shorter one of two ways to say it.
+    keep = sympy.Or(*kept) if len(kept) < 2 else sympy.Not(sympy.Or(*masked))
+    condition = at_coordinates(keep, tensor, axes)
     others = merged((c, 0 if _is_in(value, raw) else value) for c, value in tensor.cases)
     bias = None if all(value == 0 for _, value in others) else _cases_at(others, tensor, axes)
     if bias is not None and masks.site.score is None:

@@ -101,9 +101,17 @@ def settled(expr: sympy.Basic) -> sympy.Basic:
     """With sums multiplied out, so that what cancels is gone."""
     if not expr.args:
         return expr
+    if isinstance(expr, sympy.core.relational.Relational):
+        difference = sympy.expand(expr.lhs - expr.rhs)
+        return expr.func(settled_parts(difference), 0)
     if isinstance(expr, (sympy.Add, sympy.Mul)):
-        return sympy.expand(expr)
-    return expr.func(*map(settled, expr.args))
+        return settled_parts(sympy.expand(expr))
+    return settled_parts(expr)
+
+
+def settled_parts(expr: sympy.Basic) -> sympy.Basic:
+    """The same for the parts of an expression."""
+    return expr.func(*map(settled, expr.args)) if expr.args else expr
 
 
 def elements_of(args: Sequence[Any]) -> list[Element]:

@@ -240,9 +240,7 @@ def _is_any(mask: Tensor, fills: Sequence[float]) -> Tensor:
     return found
 
 
-def _compare_biases(
-    asked: Question, leaves: Mapping[Node, Any], tensors: Sequence[Any]
-) -> None:
+def _compare_biases(asked: Question, leaves: Mapping[Node, Any], tensors: Sequence[Any]) -> None:
     """Raise where what is read in the place of an operand differs from what it adds."""
     computed, masks, examples = asked.lifted.learned, asked.masks, asked.examples
     read: Sequence[Tensor] = ()
