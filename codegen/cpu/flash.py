@@ -54,6 +54,13 @@ class Score:
         """The scores of a call; ``wanted`` as in :class:`AttentionResult`."""
         return Score(call.scale, call.spec.score, call.score_data({}), call.sums(wanted))
 
+    def is_fused(self, q: Tensor) -> bool:
+        """Whether PyTorch's operators compute them: with what is added, if anything, in q's dtype."""
+        if self.program is None:
+            return True
+        exact = q.dtype == torch.float32 or all(t.dtype == q.dtype for t in self.data.learned)
+        return exact and self.program.derivative == 1
+
     def learned_gradients(self) -> list[Tensor]:
         """The sums that there are, in the dtypes of the learned tensors."""
         pairs = zip(self.sums, self.data.learned, strict=True)
@@ -95,6 +102,15 @@ class Tiles:
         wide = torch.promote_types(self.q.dtype, torch.float32)
         return (self.q.to(wide) @ self.k.to(wide).mT).mul_(self.score.scale)
 
+    def added(self) -> Tensor | None:
+        """What is added to the scaled products, in the dtype of q."""
+        program = self.score.program
+        if program is None:
+            return None if self.bias is None else self.bias.values
+        tiles, heads, rows, _ = self.q.shape
+        nothing = torch.zeros((), dtype=torch.float32).expand(tiles, heads, rows, self.k.shape[2])
+        return self.masked(evaluate_score(program, nothing, self.score.data)).to(self.q.dtype)
+
     def masked(self, scores: Tensor) -> Tensor:
         """Scores of that shape, -inf where hidden."""
         return scores if self.bias is None else scores + self.bias.values
@@ -117,11 +133,10 @@ def forward(tiles: Tiles) -> tuple[Tensor, Tensor]:
         rows that attend to nothing.
     """
     operators, bias, score = _operators(), tiles.bias, tiles.score
-    if operators is None or score.program is not None:
+    if operators is None or not score.is_fused(tiles.q):
         return _forward(tiles)
     given = tiles.q, tiles.k, tiles.v, 0.0, False
-    values = None if bias is None else bias.values
-    out, lse = operators[0](*given, attn_mask=values, scale=score.scale)
+    out, lse = operators[0](*given, attn_mask=tiles.added(), scale=score.scale)
     if bias is not None and bias.empty is not None:
         # The operator's own answer for these rows differs between versions of PyTorch.
         out = out.masked_fill(bias.empty[..., None], 0.0)
@@ -141,12 +156,12 @@ def backward(
         dq [tiles, heads, rows, D], dk and dv [tiles, heads, keys, D], in the dtype of q, or in fp32
         by plain products.
     """
-    operators, bias, score = _operators(), tiles.bias, tiles.score
-    if operators is None or score.program is not None:
+    operators, score = _operators(), tiles.score
+    wanted = any(total is not None for total in score.sums)
+    if operators is None or wanted or not score.is_fused(tiles.q):
         return _backward(tiles, grad_out, out, lse)
     given = grad_out, tiles.q, tiles.k, tiles.v, out, lse, 0.0, False
-    values = None if bias is None else bias.values
-    grads = operators[1](*given, attn_mask=values, scale=score.scale)
+    grads = operators[1](*given, attn_mask=tiles.added(), scale=score.scale)
     return cast(tuple[Tensor, Tensor, Tensor], grads)
 
 

@@ -65,7 +65,9 @@ class Biases:
         """What an operand contributes, given its element over the coordinates."""
         cases = self._unfolded(cases)
         symbols = symbols_of(cases)
-        if not _reads_data(cases) and symbols <= set(COORDINATES):
+        if _is_beyond_integers(cases):
+            self._direct(mark, operand)
+        elif not _reads_data(cases) and symbols <= set(COORDINATES):
             self.found.append(Bias(mark, _piecewise(cases)))
         elif {Q, KV} <= symbols:
             self._of_distances(mark, operand, cases)
@@ -163,6 +165,12 @@ def contributions(masks: SiteMasks, keeps: Sequence[Keep]) -> list[tuple[int, Ma
 def _reads_data(cases: Cases) -> bool:
     parts = [part for case in cases for part in case if isinstance(part, sympy.Basic)]
     return any(part.atoms(sympy.core.function.AppliedUndef) for part in parts)
+
+
+def _is_beyond_integers(cases: Cases) -> bool:
+    """Whether a number does not fit the integers that indices are computed in."""
+    values = (value for _, value in cases if isinstance(value, sympy.Basic))
+    return any(abs(n) >= 1 << 62 for value in values for n in value.atoms(sympy.Integer))
 
 
 def _piecewise(cases: Cases) -> sympy.Expr:

@@ -204,7 +204,8 @@ def _added(operand: MaskOperand, tensor: Lifted, masks: SiteMasks, assumed: floa
     kept: list[sympy.Basic] = []
     masked: list[sympy.Basic] = []
     raw: list[float] = []
-    for condition, value in tensor.cases:
+    cases = merged(case for one in tensor.cases for case in _split(*one))
+    for condition, value in cases:
         if isinstance(value, sympy.Basic) or not _masks(operand, value, masks.dtype, assumed):
             kept.append(condition)
         else:
@@ -220,12 +221,42 @@ def _added(operand: MaskOperand, tensor: Lifted, masks: SiteMasks, assumed: floa
     # The shorter one of two ways to say it.
     keep = sympy.Or(*kept) if len(kept) < 2 else sympy.Not(sympy.Or(*masked))
     condition = at_coordinates(keep, tensor, axes)
-    others = merged((c, 0 if _is_in(value, raw) else value) for c, value in tensor.cases)
+    others = merged((c, 0 if _is_in(value, raw) else value) for c, value in cases)
     bias = None if all(value == 0 for _, value in others) else _cases_at(others, tensor, axes)
     if bias is not None and masks.site.score is None:
         raise Refused("it adds a bias that is not a mask")
     fills = tuple(map(operand.changed, raw))
     return Keep(condition, fills, True, tuple(raw), bias)
+
+
+def _split(condition: sympy.Basic, value: Value) -> Cases:
+    """``(1 - m) * min`` for an integer m that is read: 0 for 1, min for 0, and whatever else."""
+    if not isinstance(value, sympy.Basic) or len(value.free_symbols) == 0:
+        return ((condition, value),)
+    lookups = {node for node in value.atoms(sympy.core.function.AppliedUndef)}
+    if len(lookups) != 1:
+        return ((condition, value),)
+    (lookup,) = lookups
+    if _says_zero(condition, value):
+        return ((condition, 0),)
+    slope = sympy.expand(value).coeff(lookup)
+    root = sympy.cancel(lookup - value / slope) if slope.is_number and slope != 0 else None
+    if root is None or not root.is_Integer or abs(slope) < -ABSORBING:
+        return ((condition, value),)
+    masked = root - 1 if slope > 0 else root + 1
+    is_root, is_masked = sympy.Eq(lookup, root), sympy.Eq(lookup, masked)
+    rest = sympy.And(condition, sympy.Not(is_root), sympy.Not(is_masked))
+    return (
+        (sympy.And(condition, is_root), 0),
+        (sympy.And(condition, is_masked), float(-abs(slope))),
+        (rest, value),
+    )
+
+
+def _says_zero(condition: sympy.Basic, value: sympy.Expr) -> bool:
+    """Whether a condition is, among others, that an expression is 0."""
+    equal = [part for part in sympy.And.make_args(condition) if isinstance(part, sympy.Eq)]
+    return any(sympy.expand(p.lhs - p.rhs) in (value, sympy.expand(-value)) for p in equal)
 
 
 def _masks(operand: MaskOperand, value: Number, dtype: torch.dtype, assumed: float) -> bool:
