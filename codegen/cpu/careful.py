@@ -16,11 +16,13 @@ from torch import Tensor
 
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.expr import (
+    Dropout,
     ScoreData,
     ScoreProgram,
     add_learned_gradients,
     evaluate,
     evaluate_slope,
+    keeps,
 )
 
 #: Scores that exist at once.
@@ -98,6 +100,7 @@ class Pairs:
         keep: bool [..., R, L], what is not hidden.
         product: the scaled products, fp32 [..., R, L].
         data: what the score program reads.
+        dropout: of the weights.
     """
 
     query: Tensor
@@ -107,6 +110,7 @@ class Pairs:
     keep: Tensor
     product: Tensor
     data: ScoreData
+    dropout: Dropout | None
 
     @staticmethod
     def of(
@@ -120,17 +124,24 @@ class Pairs:
             slope = by_product * call.scale
         keep = (evaluate(call.spec.mask, where, *call.data) & seen).expand(score.shape)
         score = score.masked_fill(~keep, -math.inf)
-        return Pairs(query, key, score, slope, keep, product, data)
+        return Pairs(query, key, score, slope, keep, product, data, call.spec.dropout)
 
     def weights(self, total: Tensor) -> Tensor:
         """0 where hidden even in rows that are NaN; ``total`` is the log-sum-exp [..., R, 1]."""
         weights = (self.score - total.masked_fill(total == -math.inf, 0.0)).exp()
         return weights.masked_fill(~self.keep, 0.0)
 
+    def dropped(self, values: Tensor) -> Tensor:
+        """Weights, or what is done to weights, by dropout."""
+        if self.dropout is None:
+            return values
+        kept = keeps(self.dropout, self.data.learned[self.dropout.seed], self.data)
+        return values.masked_fill(~kept, 0.0) * self.dropout.factor
+
     def attend(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """Of values [..., L, Dv]: out [..., R, Dv], and the log-sum-exp [..., R, 1]."""
         total = self.score.logsumexp(-1, keepdim=True)
-        return mixed(self.weights(total), self.keep, value), total
+        return mixed(self.dropped(self.weights(total)), self.keep, value), total
 
     def gradients(
         self, value: Tensor, grad: Tensor, delta: Tensor, total: Tensor, learned: LearnedSums
@@ -146,11 +157,11 @@ class Pairs:
             learned: where those of learned tensors are added.
         """
         weights, keep = self.weights(total), self.keep
-        d_score = (weights * (grad @ value.mT - delta)).masked_fill(~keep, 0.0)
+        d_score = (weights * (self.dropped(grad @ value.mT) - delta)).masked_fill(~keep, 0.0)
         learned.add(self, d_score)
         d_score = (d_score * self.slope).masked_fill(~keep, 0.0)
         dq, dk = mixed(d_score, keep, self.key), mixed(d_score.mT, keep.mT, self.query)
-        return dq, dk, mixed(weights.mT, keep.mT, grad)
+        return dq, dk, mixed(self.dropped(weights).mT, keep.mT, grad)
 
 
 def delta_of(result: AttentionResult) -> Tensor:

@@ -50,7 +50,7 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     for part in parts_of(call):
         qs, outs, lses = (part.query_side(x) for x in (operands[0], out, lse.unsqueeze(-1)))
         ks, vs = (part.key_side(x) for x in operands[1:])
-        for piece, bias in _pieces(plans, part, mask, ks, held=score.program is not None):
+        for piece, bias in _pieces(plans, part, mask, ks, held=score.is_held):
             keys, values = (part.per_head(piece.keys_of(x)) for x in (ks, vs))
             tiles = Tiles(piece.rows_of(qs), keys, values, bias, score.at(part, piece))
             _store(piece, outs, lses, *flash.forward(tiles))
@@ -106,7 +106,7 @@ def backward(call: AttentionCall, result: AttentionResult) -> Gradients:
     for part in parts_of(call):
         rows = [part.query_side(x) for x in (grad, qw, ow, lse, dq)]
         keys = [part.key_side(x) for x in (kw, vw, dk, dv)]
-        held = score.program is not None
+        held = score.is_held
         for piece, bias in _pieces(plans, part, mask, keys[0], backward=True, held=held):
             _accumulate(piece, part, rows, keys, bias, score.at(part, piece))
     grads = ((dq, q), (dk, k), (dv, v))

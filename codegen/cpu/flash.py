@@ -23,11 +23,13 @@ from sparse_compile.codegen.cpu.batches import Batch, Part
 from sparse_compile.codegen.cpu.bias import Bias
 from sparse_compile.expr import (
     COORDINATES,
+    Dropout,
     ScoreData,
     ScoreProgram,
     add_learned_gradients,
     evaluate_score,
     evaluate_slope,
+    keeps,
 )
 
 _FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
@@ -41,6 +43,7 @@ class Score:
         scale: factor on the products.
         program: what happens to them then; None: nothing.
         data: what the program reads; coordinates only where it is :meth:`at` some tiles.
+        dropout: of the weights; None: none is dropped.
         sums: to which the gradients of learned tensors are added, as in :meth:`AttentionCall.sums`.
     """
 
@@ -48,14 +51,23 @@ class Score:
     program: ScoreProgram | None = None
     data: ScoreData = field(default_factory=ScoreData)
     sums: Sequence[Tensor | None] = ()
+    dropout: Dropout | None = None
 
     @staticmethod
     def of(call: AttentionCall, wanted: Sequence[int] = ()) -> Score:
         """The scores of a call; ``wanted`` as in :class:`AttentionResult`."""
-        return Score(call.scale, call.spec.score, call.score_data({}), call.sums(wanted))
+        given = call.score_data({}), call.sums(wanted), call.spec.dropout
+        return Score(call.scale, call.spec.score, *given)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether all scores of some tiles exist at once."""
+        return self.program is not None or self.dropout is not None
 
     def is_fused(self, q: Tensor) -> bool:
         """Whether PyTorch's operators compute them: with what is added, if anything, in q's dtype."""
+        if self.dropout is not None:
+            return False
         if self.program is None:
             return True
         exact = q.dtype == torch.float32 or all(t.dtype == q.dtype for t in self.data.learned)
@@ -69,7 +81,8 @@ class Score:
     def at(self, part: Part, batch: Batch) -> Score:
         """The scores of the tiles of a batch."""
         program = self.program
-        if program is None or not any(program.depends_on(symbol) for symbol in COORDINATES):
+        placed = program is not None and any(map(program.depends_on, COORDINATES))
+        if not placed and self.dropout is None:
             return self
         queries, keys = batch.coordinates()
         heads = torch.tensor(list(part.heads)).view(1, -1, 1, 1)
@@ -110,6 +123,14 @@ class Tiles:
         tiles, heads, rows, _ = self.q.shape
         nothing = torch.zeros((), dtype=torch.float32).expand(tiles, heads, rows, self.k.shape[2])
         return self.masked(evaluate_score(program, nothing, self.score.data)).to(self.q.dtype)
+
+    def dropped(self, values: Tensor) -> Tensor:
+        """Weights, or what is done to weights, by dropout."""
+        score = self.score
+        if score.dropout is None:
+            return values
+        kept = keeps(score.dropout, score.data.learned[score.dropout.seed], score.data)
+        return values.masked_fill(~kept, 0.0) * score.dropout.factor
 
     def masked(self, scores: Tensor) -> Tensor:
         """Scores of that shape, -inf where hidden."""
@@ -175,7 +196,7 @@ def _forward(tiles: Tiles) -> tuple[Tensor, Tensor]:
     peak.masked_fill_(peak == -torch.inf, 0.0)  # rows that see nothing here: exp(-inf - 0) = 0
     weights = (scores - peak).exp_()
     total = weights.sum(-1, keepdim=True)
-    out = weights @ tiles.v.to(weights.dtype)
+    out = tiles.dropped(weights) @ tiles.v.to(weights.dtype)
     out /= total.masked_fill(total == 0.0, 1.0)
     return out, (peak + total.log()).squeeze(-1)
 
@@ -191,8 +212,8 @@ def _backward(
     weights = (tiles.masked(scores) - lse[..., None]).exp_()
     q, k, v, grad, out = (x.to(weights.dtype) for x in (tiles.q, tiles.k, tiles.v, grad_out, out))
     delta = (grad * out).sum(-1, keepdim=True)
-    dv = weights.mT @ grad
-    d_products = weights.mul_(grad @ v.mT - delta)
+    dv = tiles.dropped(weights).mT @ grad
+    d_products = weights.mul_(tiles.dropped(grad @ v.mT) - delta)
     if score.program is not None and any(total is not None for total in score.sums):
         add_learned_gradients(score.program, products, d_products, score.data, score.sums)
     if slope is not None:

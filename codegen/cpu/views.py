@@ -128,8 +128,8 @@ class _Reordered:
         q, kv = places_of(part.q, view.n_q), places_of(part.kv, view.n_kv)
         runs = natural(view.block_q), natural(view.block_kv)
         moved = replace(view, q=runs[0], kv=runs[1], n_q=q.numel(), n_kv=kv.numel())
-        mask, score = _of_tokens(spec.part_mask(part), spec.score, *lengths)
-        moved_spec = replace(spec, mask=mask, coverage=(), score=score)
+        own = replace(spec, mask=spec.part_mask(part), coverage=())
+        moved_spec = _of_tokens(own, *lengths)
         return _Reordered(moved, moved_spec, _Side(view.n_q, q), _Side(view.n_kv, kv))
 
     def call(self, call: AttentionCall) -> AttentionCall:
@@ -154,10 +154,9 @@ class _Reordered:
 
 
 @functools.lru_cache(maxsize=256)
-def _of_tokens(
-    mask: MaskExpr, score: ScoreProgram | None, n_q: int, n_kv: int
-) -> tuple[MaskExpr, ScoreProgram | None]:
-    """A predicate, false where there is no token, and a score at tokens that two tables name."""
+def _of_tokens(spec: AttentionSpec, n_q: int, n_kv: int) -> AttentionSpec:
+    """A mask, false where there is no token, and scores, at tokens that two tables name."""
+    mask, score, dropout = spec.mask, spec.score, spec.dropout
     q, kv = table(len(mask.tables))(Q), table(len(mask.tables) + 1)(KV)
     # Lengths stay those of the tokens, not of the gathered problem.
     lengths = {N_Q: sympy.Integer(n_q), N_KV: sympy.Integer(n_kv)}
@@ -167,4 +166,6 @@ def _of_tokens(
 
     predicate = sympy.And(at_tokens(mask.predicate), (q < n_q) & (kv < n_kv))
     moved = MaskExpr(predicate, (*mask.tables, "int64", "int64"), mask.n_sizes)
-    return moved, score and ScoreProgram(at_tokens(score.value), score.learned)
+    score = score and ScoreProgram(at_tokens(score.value), score.learned)
+    dropout = dropout and replace(dropout, q=q, kv=kv)
+    return replace(spec, mask=moved, score=score, dropout=dropout)

@@ -96,8 +96,10 @@ def strided(tensors: Line) -> tuple[Line, ...]:
 
 def data_lines(attention: AttentionSpec) -> tuple[Line, ...]:
     """What carries run-time data: a line for each tensor of the score and the mask; the sizes."""
-    mask, dtypes = attention.mask, attention.score.learned if attention.score else ()
+    mask, dtypes = attention.mask, attention.learned
     learned = (_table(f"w{w}", n, dtypes[w]) for w, n in learned_ranks(attention.score).items())
+    if attention.dropout is not None:
+        learned = (*learned, pointers("int64", f"w{attention.dropout.seed}"))
     tables = (_table(f"t{t}", n, mask.tables[t]) for t, n in table_ranks(mask).items())
     return *learned, *tables, sizes(*(f"s{i}" for i in range(mask.n_sizes)))
 

@@ -11,7 +11,7 @@ from sparse_compile.codegen.triton.entries import learned_ranks, table_ranks
 from sparse_compile.codegen.triton.score import PrintedScore
 from sparse_compile.codegen.triton.text.common import HELPERS, SOFTMAX_STEP
 from sparse_compile.codegen.triton.tile import padded
-from sparse_compile.expr import MaskExpr, ScoreProgram
+from sparse_compile.spec import AttentionSpec
 
 
 def filled(template: str, spec: Any, **holes: str | list[str]) -> str:
@@ -44,7 +44,7 @@ def head(
         MASK=escaped(str(spec.attention.mask)),
         WHERE=where(spec),
         SOFTMAX_STEP=SOFTMAX_STEP.splitlines(),
-        SYMBOLS=legend(spec.attention.mask, spec.attention.score),
+        SYMBOLS=legend(spec.attention),
         HEAD_PAD=str(padded(spec.head_dim)),
         VALUE_PAD=str(padded(spec.value_dim)),
         LOADED=interpreted if spec.arch == "interpreter" else "tile",
@@ -63,13 +63,15 @@ def escaped(text: str) -> str:
     return text.replace("\\", "/").replace('"""', "'''")
 
 
-def legend(mask: MaskExpr, score: ScoreProgram | None = None) -> list[str]:
+def legend(attention: AttentionSpec) -> list[str]:
     """Lines that say what the tensors and sizes are that a mask and a score read."""
+    mask, dropout = attention.mask, attention.dropout
     lines = [
-        f"  {f'w{w}':<12} tensor of the scores, {score.learned[w]}, {n} dimensions"
-        for w, n in learned_ranks(score).items()
-        if score is not None
+        f"  {f'w{w}':<12} tensor of the scores, {attention.learned[w]}, {n} dimensions"
+        for w, n in learned_ranks(attention.score).items()
     ]
+    if dropout is not None:
+        lines.append(f"  {f'w{dropout.seed}':<12} seed of the dropout of {dropout.probability:g}")
     lines += [
         f"  {f't{t}':<12} table, {mask.tables[t]}, {n} dimensions"
         for t, n in table_ranks(mask).items()

@@ -134,6 +134,9 @@ _SPELLINGS = (
     _Spelling("where", "input condition other", (), "where"),
     _Spelling("cast", "input *args **kwargs", (), "to type type_as float half bfloat16 double"),
     _Spelling("copy", "input memory_format=None", (torch.clone,), "contiguous clone"),
+    _Spelling(
+        "nan_to_num", "input nan=None posinf=None neginf=None", (torch.nan_to_num,), "nan_to_num"
+    ),
     _Spelling("dropout", "input p=0.5 training=True inplace=False", (F.dropout,)),
     _Spelling("dropout", "input p training", (torch.dropout,)),
     _Spelling(

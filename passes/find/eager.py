@@ -23,8 +23,14 @@ from sparse_compile.passes.find.operands import (
 from sparse_compile.passes.find.scores import ScorePath, ScoreWalk, product_above
 from sparse_compile.passes.find.sinks import Sunk
 from sparse_compile.passes.find.steps import Masked, fold
-from sparse_compile.passes.find.weights import WeightsPath, forward, product_below, read_elsewhere
-from sparse_compile.sites.site import AttentionSite, Operand, Refused, Scope
+from sparse_compile.passes.find.weights import (
+    Changes,
+    WeightsPath,
+    forward,
+    product_below,
+    read_elsewhere,
+)
+from sparse_compile.sites.site import AttentionSite, MaskOperand, Operand, Refused, Scope
 
 _GRAD_MODES = ("_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode")
 #: What keeps the best of the scores, by index or by a threshold.
@@ -84,10 +90,27 @@ def _match(softmax: Node, flow: Dataflow, scope: Scope) -> AttentionSite:
         ranked=ranked,
         score=program,
         sinks=sunk.sinks if sunk else None,
+        dropout=weights.changes.dropout,
+        zeroed=_is_zeroed(weights.changes, masks),
     )
     if ranked and (sunk or site.plain_score):
         raise Refused(*ranked)
     return site
+
+
+def _is_zeroed(changes: Changes, masks: tuple[MaskOperand, ...]) -> bool:
+    """Whether the weights of queries without keys are made 0.
+
+    Raises:
+        Refused: weights are made 0 that the scores have not hidden.
+    """
+    hidden = [mask.node for mask in masks if mask.role == "drop"]
+    if any(mask not in hidden for mask in changes.masks) or (changes.masks and len(masks) > 1):
+        raise Refused(
+            "`masked_fill` changes the attention weights after the softmax",
+            "mask the scores before the softmax instead",
+        )
+    return changes.zeroed or bool(changes.masks)
 
 
 def _check_sinks(sunk: Sunk, sides: _Sides, output: Node, flow: Dataflow) -> None:

@@ -131,7 +131,8 @@ class ScoreWalk:
         return self.back(call.args["input"], node).then(node, *steps)
 
     def _dropout(self, node: Node, call: Call) -> ScorePath:
-        check_no_dropout(call)
+        if dropout_of(call):
+            raise Refused("scores are dropped before the softmax", "drop weights after it")
         return self._pass(node, call)
 
     def _curve(self, node: Node, call: Call) -> ScorePath:
@@ -310,27 +311,28 @@ def check_product(product: Contraction) -> None:
         raise Refused("the scores do not sum over exactly one axis that q and k share")
 
 
-def check_no_dropout(call: Call) -> None:
-    """That a dropout does nothing.
+def dropout_of(call: Call) -> float:
+    """The probability with which a call of dropout drops.
 
     Raises:
-        Refused: it is active, or may be.
+        Refused: it is known only at run time.
     """
-    if call.args["training"] is not False:
-        hint = "set the attention dropout to 0, or call model.eval()"
-        check_no_probability(call.args["p"], "p", hint)
+    return 0.0 if call.args["training"] is False else probability(call.args["p"], "p")
 
 
-def check_no_probability(given: object, name: str, hint: str) -> None:
-    """That a dropout's probability is 0.
+def probability(given: object, name: str) -> float:
+    """A probability of dropout.
 
     Raises:
-        Refused: it is not, or known only at run time.
+        Refused: it is known only at run time.
     """
     known = values.number(given)
-    if known != 0.0:
-        shown = "a run-time probability" if known is None else f"{name}={known:g}"
-        raise Refused(f"dropout on the attention weights is active ({shown})", hint)
+    if known is None:
+        raise Refused(
+            f"dropout on the attention weights has a run-time probability ({name})",
+            "make it a Python number",
+        )
+    return known
 
 
 def _is_trained(value: object) -> bool:

@@ -13,7 +13,7 @@ from sparse_compile.passes.find import shapes, values
 from sparse_compile.passes.find.canonical import canonical, where
 from sparse_compile.passes.find.dataflow import Dataflow, constant
 from sparse_compile.passes.find.operands import Peeled, Reading, dead_nodes, peel
-from sparse_compile.passes.find.scores import check_no_probability
+from sparse_compile.passes.find.scores import probability
 from sparse_compile.sites.named import TENSOR, NamedMask
 from sparse_compile.sites.site import AttentionSite, Called, MaskOperand, Operand, Refused, Scope
 
@@ -30,8 +30,6 @@ def match_sdpa(node: Node, flow: Dataflow, scope: Scope) -> AttentionSite:
     if call is None:
         raise Refused("scaled_dot_product_attention is called in an unknown way")
     args = call.args
-    hint = "set the attention dropout to 0, or pass dropout_p=0.0 when not training"
-    check_no_probability(args["dropout_p"], "dropout_p", hint)
     given = tuple(_operand(args[name], name) for name in ("query", "key", "value"))
     q, k, v = _undo_repeats(given, node, flow)
     operands = q.operand, k.operand, v.operand
@@ -58,6 +56,7 @@ def match_sdpa(node: Node, flow: Dataflow, scope: Scope) -> AttentionSite:
         where=where(node),
         region=dead_nodes({node}, (q, k, v)),
         score=_score(masks),
+        dropout=probability(args["dropout_p"], "dropout_p"),
     )
 
 

@@ -68,6 +68,14 @@ def empty_row_policy(
     if assumed or site.sinks is not None or never_empty(predicate, masks.lengths, simplify):
         return EmptyRows.ZERO
     policy = _of_empty_rows(masks, [keep for keep in keeps if keep.fills], fills)
+    if site.zeroed and policy is EmptyRows.NAN_ADDED and masks.need_gradients:
+        raise Refused(
+            "rows may be fully masked by adding -inf, whose gradient is NaN, though the weights are "
+            "made 0",
+            "use masked_fill or torch.where with float('-inf')",
+        )
+    if site.zeroed:
+        return EmptyRows.ZERO
     if policy is not EmptyRows.MEAN_ADDED or is_linear:
         return policy
     # On such a row scores that are not linear in q·k are still there, and autograd sends gradients

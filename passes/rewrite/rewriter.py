@@ -75,8 +75,12 @@ class Rewriter:
             tables, sizes, lists = self._mask_data(insert, plan, q, k)
             data = tables, sizes, lists, scale, plan.spec.text
             learned = compute(plan.lifted.learned, site.scope, self._tables)
+            learned += _seed(insert, site)
             call = insert.call(ops.ATTENTION, q, k, v, learned, *data)
             out = insert.call(operator.getitem, call, 0)
+            if site.zeroed:
+                lse = insert.call(operator.getitem, call, 1)
+                out = _without_nan(insert, out, lse)
             if site.sinks is not None:
                 lse = insert.call(operator.getitem, call, 1)
                 out = _with_sinks(insert, site, out, lse, site.sinks)
@@ -266,6 +270,20 @@ def _scale(insert: Inserter, site: AttentionSite, q: Node) -> tuple[Node, float 
     return q, site.scale
 
 
+def _seed(insert: Inserter, site: AttentionSite) -> list[Node]:
+    """What the dropout of this call follows from, drawn in each call."""
+    if not site.dropout:
+        return []
+    kind = {"dtype": torch.int64, "device": device_of(site.q.node)}
+    return [insert.call(torch.randint, 0, (1 << 31) - 1, (2,), **kind)]
+
+
+def _without_nan(insert: Inserter, out: Node, lse: Node) -> Node:
+    """0 for queries whose weights are NaN, such as those that attend to one."""
+    strange = insert.method("unsqueeze", insert.method("isnan", lse), -1)
+    return insert.method("masked_fill", out, strange, 0.0)
+
+
 def _with_sinks(insert: Inserter, site: AttentionSite, out: Node, lse: Node, sinks: Node) -> Node:
     """``out`` times the share of the weight that keys get beside the sinks.
 
@@ -293,6 +311,8 @@ def _call_sdpa(
     insert: Inserter, plan: Plan, q: Node, k: Node, v: Node, scale: float | Node
 ) -> Node:
     given: dict[str, Any] = {"is_causal": plan.causal, "scale": scale}
+    if plan.site.dropout:
+        given["dropout_p"] = plan.site.dropout
     if example_value(q).shape[1] != example_value(k).shape[1]:
         given["enable_gqa"] = True
     return insert.call(F.scaled_dot_product_attention, q, k, v, **given)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sparse_compile.expr.dropout import Dropout
 from sparse_compile.expr.fold import Algebra, UnsupportedNode, fold, fold_real
 from sparse_compile.expr.mask_expr import MaskExpr
 from sparse_compile.expr.nodes import (
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
         evaluate_slope,
         grid,
         indices_at,
+        keeps,
     )
 
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "Algebra",
     "B",
     "Bit",
+    "Dropout",
     "FloorDiv",
     "FloorMod",
     "H",
@@ -76,6 +79,7 @@ __all__ = [
     "is_learned",
     "is_lookup",
     "is_table",
+    "keeps",
     "learned",
     "renumbered",
     "size_symbol",
@@ -87,7 +91,7 @@ __all__ = [
 
 
 _EVALUATION = frozenset(
-    "ScoreData add_learned_gradients evaluate evaluate_lookup evaluate_score evaluate_slope grid indices_at".split()
+    "ScoreData add_learned_gradients evaluate evaluate_lookup evaluate_score evaluate_slope grid indices_at keeps".split()
 )
 
 

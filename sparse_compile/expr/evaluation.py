@@ -14,6 +14,7 @@ import sympy
 import torch
 from torch import Tensor
 
+from sparse_compile.expr.dropout import BITS, SPREAD, Dropout
 from sparse_compile.expr.fold import fold, fold_real, joined
 from sparse_compile.expr.mask_expr import MaskExpr
 from sparse_compile.expr.nodes import table_index
@@ -226,6 +227,37 @@ def evaluate_lookup(lookup: sympy.Expr, like: Tensor, data: ScoreData) -> Tensor
     """A real expression that reads no score, at coordinates; in the shape and dtype of ``like``."""
     (value,) = _values_at(data, {}, lookup)
     return value.to(like.dtype).expand(like.shape)
+
+
+def keeps(dropout: Dropout, seed: Tensor, data: ScoreData) -> Tensor:
+    """Which pairs keep their weight, bool, in the broadcast shape of the coordinates.
+
+    Args:
+        dropout: the probability, and which coordinates matter.
+        seed: int64 [2], each below 2 ** 31.
+        data: ``b``, ``h``, ``q`` and ``kv``, and what else these are computed from.
+
+    >>> at = grid(torch.device("cpu"), b=range(1), h=range(1), q=range(100), kv=range(100))
+    >>> kept = keeps(Dropout(0.25), torch.tensor([1, 2]), ScoreData(at))
+    >>> kept.shape, round(float(kept.float().mean()), 1)
+    (torch.Size([1, 1, 100, 100]), 0.8)
+    """
+    q, kv = _values_at(data, {}, dropout.q, dropout.kv)
+    where = {"b": data.coordinates["b"], "h": data.coordinates["h"], "q": q, "kv": kv}
+    hashed = _mixed(seed[0] ^ _mixed(seed[1]))
+    for name, spread in SPREAD.items():
+        hashed = _mixed(hashed ^ (where[name] * spread & _WORD))
+    return (hashed >> 32 - BITS) < dropout.threshold
+
+
+_WORD = (1 << 32) - 1
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """``lowbias32`` of 32 bits that are held in int64."""
+    x = (x ^ x >> 16) * 0x7FEB352D & _WORD
+    x = (x ^ x >> 15) * 0x846CA68B & _WORD
+    return x ^ x >> 16
 
 
 def indices_at(lookup: sympy.Basic, data: ScoreData) -> list[Tensor]:

@@ -147,6 +147,8 @@ class AttentionSite:
         score: what happens to the scaled products, where that is known to be more than masking, or
             may be: ``w0()`` stands for what the first of ``masks`` adds, and so on.
         sinks: the scores of further columns, which take weight and have no value.
+        dropout: the probability of a weight to be dropped.
+        zeroed: whether the weights of a query without keys are made 0.
     """
 
     scope: Scope
@@ -166,6 +168,8 @@ class AttentionSite:
     score: ScoreProgram | None = None
     sinks: Node | None = None
     called: Called | None = None
+    dropout: float = 0.0
+    zeroed: bool = False
 
     @property
     def plain_score(self) -> ScoreProgram | None:

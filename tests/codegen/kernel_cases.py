@@ -19,6 +19,7 @@ from sparse_compile.expr import (
     N_KV,
     N_Q,
     B,
+    Dropout,
     FloorDiv,
     FloorMod,
     H,
@@ -29,13 +30,14 @@ from sparse_compile.expr import (
     dense_bit,
     evaluate,
     evaluate_score,
+    keeps,
     table,
 )
 from sparse_compile.expr import size_symbol as size
 from sparse_compile.layout import build_views
 from sparse_compile.layout.from_dense import dense_layout
 from sparse_compile.layout.superset import ProblemShape
-from sparse_compile.spec import AttentionSpec
+from sparse_compile.spec import AttentionSpec, EmptyRows
 from sparse_compile.spec.view import Order, View, natural
 from tests.tolerance import assert_close_as_eager, relative_error
 
@@ -61,6 +63,7 @@ class Case:
     views: tuple[View, ...] = ()
     score: ScoreProgram | None = None
     learned: Callable[[Case, torch.device], list[Tensor]] = lambda case, device: []
+    dropout: float = 0.0
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -297,15 +300,18 @@ def check(case: Case, device: torch.device, executor: Executor = triton_executor
     q, k, v, grad_out, grad_lse = _inputs(case, device)
     tables = case.tables(case, device)
     block_q, block_kv = case.block
+    learned = case.learned(case, device)
+    dropout = Dropout(case.dropout, len(learned)) if case.dropout else None
     spec = AttentionSpec(
-        case.mask, block_q=block_q, block_kv=block_kv, coverage=case.views, score=case.score
+        *(case.mask, EmptyRows.ZERO, block_q, block_kv, (), case.views, case.score, dropout)
     )
     layout = build_views(
         spec, ProblemShape(case.batch, case.heads[0], *case.n), tables, case.sizes, device
     )
     mask = dense(case, tables, device)
-    learned = case.learned(case, device)
-    own = tables, case.sizes, [], case.scale, spec, tuple(learned), layout
+    seed = torch.tensor([123456789, 987654321], device=device)
+    given = tuple(learned) + ((seed,) if dropout else ())
+    own = tables, case.sizes, [], case.scale, spec, given, layout
     call = AttentionCall(q, k, v, *own)
     out, lse = executor.forward(call)
     empty = ~mask.any(-1)
@@ -316,10 +322,13 @@ def check(case: Case, device: torch.device, executor: Executor = triton_executor
 
     exact = [t.detach().double().requires_grad_() for t in (q, k, v, *learned)]
     score = scoring(case, tables, exact[3:], device)
-    truth, true_lse = reference.attention(*exact[:3], mask, case.scale, score=score)
+    dropped = _dropped(case, dropout, seed)
+    truth, true_lse = reference.attention(
+        *exact[:3], mask, case.scale, score=score, dropped=dropped
+    )
     eager_inputs = [t.detach().clone().requires_grad_() for t in (q, k, v, *learned)]
     score = scoring(case, tables, eager_inputs[3:], device)
-    eager, eager_lse = _dense_eager(*eager_inputs[:3], mask, case.scale, score)
+    eager, eager_lse = _dense_eager(*eager_inputs[:3], mask, case.scale, score, dropped)
     true_grads = _gradients(truth, true_lse, exact, grad_out, grad_lse if weigh_lse else None)
     eager_grads = _gradients(
         eager, eager_lse, eager_inputs, grad_out, grad_lse if weigh_lse else None
@@ -387,6 +396,7 @@ def _dense_eager(
     mask: Tensor,
     scale: float,
     score: Callable[[Tensor], Tensor] | None,
+    dropped: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What a model would do, in the dtype of its inputs."""
     group = q.shape[1] // k.shape[1]
@@ -396,7 +406,19 @@ def _dense_eager(
     scores = (products if score is None else score(products)).masked_fill(
         ~mask & ~empty, float("-inf")
     )
-    return (scores.softmax(-1) @ v).masked_fill(empty, 0.0), scores.float().logsumexp(-1)
+    weights = scores.softmax(-1) if dropped is None else dropped(scores.softmax(-1))
+    return (weights @ v).masked_fill(empty, 0.0), scores.float().logsumexp(-1)
+
+
+def _dropped(
+    case: Case, dropout: Dropout | None, seed: Tensor
+) -> Callable[[Tensor], Tensor] | None:
+    """What dropout makes of weights [B, Hq, Nq, Nkv]."""
+    if dropout is None:
+        return None
+    kept = keeps(dropout, seed, ScoreData(_coordinates(case, seed.device)))
+    assert abs(float(kept.float().mean()) - (1 - case.dropout)) < 0.02
+    return lambda weights: weights * kept * dropout.factor
 
 
 def _gradients(

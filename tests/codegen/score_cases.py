@@ -62,6 +62,10 @@ CASES = [
     replace(
         _BY_NAME["strided in two views"], score=_learned("float32"), learned=biases, heads=(2, 1)
     ),
+    Case("dropout", CAUSAL, heads=(4, 2), batch=2, dropout=0.3),
+    Case("dropout and biases", CAUSAL, score=_learned("float32"), learned=biases, dropout=0.1),
+    replace(_BY_NAME["strided in two views"], dropout=0.5),
+    replace(_BY_NAME["empty rows"], dropout=0.1),
     Case("softcap", CAUSAL, heads=(6, 2), dims=(72, 40), score=softcap(2.0)),
     Case("saturated", EVERYTHING, n=(70, 90), score=softcap(0.3), dtype=torch.float16),
     Case("nearly linear", CAUSAL, heads=(3, 1), score=softcap(50.0)),

@@ -25,7 +25,7 @@ from sparse_compile.codegen.triton.blocks.sections import (
 from sparse_compile.codegen.triton.blocks.tiles import tiles_for
 from sparse_compile.codegen.triton.entries import axis_of, entries_of, merge_of
 from sparse_compile.codegen.triton.filled import escaped, head, precision
-from sparse_compile.codegen.triton.score import Scoring
+from sparse_compile.codegen.triton.score import PrintedScore, Scoring
 from sparse_compile.codegen.triton.text import (
     common,
     forward,
@@ -98,6 +98,8 @@ def kernel_of(spec: KernelSpec) -> Kernel:
     helpers = frozenset().union(*(one.helpers for one in every))
     if any(one.sums is Sums.DISTANCES for one in looked_up(attention)):
         helpers |= {"roll_rows"}
+    if attention.dropout is not None:
+        helpers |= {"mixed", "stays"}
     views = [f"view {v}   {view.predicate}" for v, view in enumerate(attention.views)]
     parts = head(
         common.HEADER,
@@ -250,6 +252,26 @@ class _Text:
             **self._operand_bases(),
         )
 
+    def _is_placed(self, score: PrintedScore, axis: str) -> bool:
+        """Whether a step needs the coordinates of its tile, however FULL the block is."""
+        attention = self.spec.attention
+        return axis in score.coordinates or bool(attention.dropout or self.definition is _LEARNED)
+
+    def _drop(self) -> dict[str, list[str] | str]:
+        """What drops weights, or the gradients of those that were dropped."""
+        dropout, by_key = self.spec.attention.dropout, self.lines == "kv"
+        if dropout is None:
+            rest: dict[str, list[str] | str] = {"KEPT": "weight", "DROP_GRAD": []}
+            return {"DROP": [], **(rest if by_key else {})}
+        factor = repr(dropout.factor)
+        stay = f"stay = stays(w{dropout.seed}, b, h, q, kv, {dropout.threshold})"
+        if by_key:
+            kept = f"kept = tl.where(stay, weight * {factor}, 0.0)"
+            grad = f"grad_weight = tl.where(stay, grad_weight * {factor}, 0.0)"
+            return {"DROP": [stay, kept], "KEPT": "kept", "DROP_GRAD": [grad]}
+        what = "weight" if self.definition.name == "forward" else "grad_weight"
+        return {"DROP": [stay, f"{what} = tl.where(stay, {what} * {factor}, 0.0)"]}
+
     def _between(self, is_first: bool) -> list[str]:
         """What stands before a view: sums over keys are added to those of earlier views."""
         several = self.definition is _LEARNED and not is_first
@@ -284,10 +306,11 @@ class _Text:
         step = fill(
             kernel.texts.STEP,
             SCORE=[
-                *([coordinates] if axis in score.coordinates or kernel is _LEARNED else []),
+                *([coordinates] if self._is_placed(score, axis) else []),
                 *(score.value if kernel.name == "forward" else score.slope),
             ],
             SLOPE=score.apply_slope,
+            **self._drop(),
             **self._of_learned("LEARNED"),
             MASK=masking,
             PRECISION=precision(self.spec),

@@ -149,7 +149,26 @@ $SOFTMAX_STEP
 '''
 
 HELPERS = {
-    "tanh": '''\
+    "mixed": '''\
+@triton.jit
+def mixed(x):
+    """Bits of a uint32, each of which depends on all of x: lowbias32."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+''',
+    "stays": '''\
+@triton.jit
+def stays(SEED, b, h, q, kv, THRESHOLD: tl.constexpr):
+    """Which pairs keep their weight: a function of a seed and of coordinates."""
+    first, second = tl.load(SEED).to(tl.uint32), tl.load(SEED + 1).to(tl.uint32)
+    x = mixed(first ^ mixed(second))
+    x = mixed(x ^ (b.to(tl.uint32) * 0x9E3779B1))
+    x = mixed(x ^ (h.to(tl.uint32) * 0x85EBCA77))
+    x = mixed(x ^ (q.to(tl.uint32) * 0xC2B2AE3D))
+    x = mixed(x ^ (kv.to(tl.uint32) * 0x27D4EB2F))
+    return (x >> 8) < THRESHOLD
+''',    "tanh": '''\
 @triton.jit
 def tanh(x):
     """tanh in fp32, to 3 units in the last place: a polynomial near 0, where 1 - 1 would cancel."""
