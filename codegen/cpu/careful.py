@@ -214,10 +214,10 @@ def gradients(call: AttentionCall, result: AttentionResult) -> tuple[Tensor, ...
     lse, delta = result.lse, delta_of(result)
     dq, dk, dv = (torch.zeros(t.shape) for t in (call.q, call.k, call.v))
     for b, h, head, rows in _chunks(call, lse != -math.inf):
-        of_rows = (t[b, h, rows].float() for t in (result.grad_out, delta, lse[..., None]))
+        grad, own, total = (t[b, h, rows].float() for t in (result.grad_out, delta, lse[..., None]))
         pairs = _pairs(call, b, h, head, rows)
         values = call.v[b, head].float()
-        dq[b, h, rows], by_key, by_value = pairs.gradients(values, *of_rows, learned)
+        dq[b, h, rows], by_key, by_value = pairs.gradients(values, grad, own, total, learned)
         dk[b, head] += by_key
         dv[b, head] += by_value
     grads = dq.to(call.q.dtype), dk.to(call.k.dtype), dv.to(call.v.dtype)

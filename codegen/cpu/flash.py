@@ -65,7 +65,7 @@ class Score:
         return self.program is not None or self.dropout is not None
 
     def is_fused(self, q: Tensor) -> bool:
-        """Whether PyTorch's operators compute them: with what is added, if anything, in q's dtype."""
+        """Whether PyTorch's operators compute them, with what is added in q's dtype."""
         if self.dropout is not None:
             return False
         if self.program is None:

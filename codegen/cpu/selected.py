@@ -113,9 +113,9 @@ def backward(call: AttentionCall, result: AttentionResult) -> Gradients:
     with full_precision(call.q.device.type):
         for chunk in _chunks(call):
             keys, exist = chunk.keys()
-            of_rows, values = map(chunk.rows, given), rows_at(call.v, keys).float()
+            (grad, delta, total), values = map(chunk.rows, given), rows_at(call.v, keys).float()
             pairs = chunk.pairs(keys, exist)
-            by_query, by_key, by_value = pairs.gradients(values, *of_rows, learned)
+            by_query, by_key, by_value = pairs.gradients(values, grad, delta, total, learned)
             chunk.write(dq, by_query.to(dq.dtype))
             _scatter(dk, keys, by_key)
             _scatter(dv, keys, by_value)

@@ -56,7 +56,7 @@ def entries_of(spec: KernelSpec, tiles: Tiles) -> tuple[Entry, ...]:
         + half("GRAD_K", "GRAD_V")
         + single("PART_GRAD_K", "PART_GRAD_V")
     )
-    found = (
+    found: tuple[Entry, ...] = (
         _loop("forward", spec, tiles.forward, ahead),
         _merge_forward(spec),
         _loop("backward_query", spec, tiles.backward_query, by_query, HAS_GRAD_LSE=True),
@@ -97,9 +97,9 @@ def strided(tensors: Line) -> tuple[Line, ...]:
 def data_lines(attention: AttentionSpec) -> tuple[Line, ...]:
     """What carries run-time data: a line for each tensor of the score and the mask; the sizes."""
     mask, dtypes = attention.mask, attention.learned
-    learned = (_table(f"w{w}", n, dtypes[w]) for w, n in learned_ranks(attention.score).items())
+    learned = [_table(f"w{w}", n, dtypes[w]) for w, n in learned_ranks(attention.score).items()]
     if attention.dropout is not None:
-        learned = (*learned, pointers("int64", f"w{attention.dropout.seed}"))
+        learned.append(pointers("int64", f"w{attention.dropout.seed}"))
     tables = (_table(f"t{t}", n, mask.tables[t]) for t, n in table_ranks(mask).items())
     return *learned, *tables, sizes(*(f"s{i}" for i in range(mask.n_sizes)))
 

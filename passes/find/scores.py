@@ -297,7 +297,7 @@ def check_product(product: Contraction) -> None:
         Refused: it is not.
     """
     out, left, right = product.out, product.left.axes, product.right.axes
-    if not 2 <= len(out) <= 4:
+    if not 2 <= len(out) <= 5:
         raise Refused(f"the scores have {len(out)} axes", "give q, k and v the shape [B, H, N, D]")
     query, key = out[-2:]
     crossed = (query in left) != (query in right) and (key in left) != (key in right)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,12 @@ from sparse_compile.passes.find.scores import probability
 from sparse_compile.sites.named import TENSOR, NamedMask
 from sparse_compile.sites.site import AttentionSite, Called, MaskOperand, Operand, Refused, Scope
 
-_AXES = {4: ("b", "h", "n", "d"), 3: ("b", "n", "d"), 2: ("n", "d")}
+_AXES = {
+    5: ("b1", "b2", "h", "n", "d"),
+    4: ("b", "h", "n", "d"),
+    3: ("b", "n", "d"),
+    2: ("n", "d"),
+}
 
 
 def match_sdpa(node: Node, flow: Dataflow, scope: Scope) -> AttentionSite:
@@ -39,7 +45,9 @@ def match_sdpa(node: Node, flow: Dataflow, scope: Scope) -> AttentionSite:
     shapes.check_output_dtype(output)
     score_shape = (*values.shape(given[0].node)[:-1], shapes.sizes(given[1])["n"])
     score_axes = (*operands[0].axes[:-2], "q", "kv")
-    masks = _masks(args["attn_mask"])
+    masks = tuple(
+        replace(mask, axes=score_axes, sizes=score_shape) for mask in _masks(args["attn_mask"])
+    )
     shapes.check_masks(masks, score_shape)
     causal = args["is_causal"]
     if not isinstance(causal, bool):

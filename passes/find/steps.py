@@ -84,15 +84,19 @@ CURVES: dict[str, Callable[[sympy.Expr], sympy.Expr]] = {
 }
 
 
+#: The axes of scores of some shape.
+Axes = Callable[[tuple[Any, ...]], tuple[str, ...]]
+
+
 def fold(
-    steps: tuple[Step, ...], flow: Dataflow
+    steps: tuple[Step, ...], flow: Dataflow, axes: Axes
 ) -> tuple[float | Node, tuple[MaskOperand, ...], ScoreProgram | None]:
     """The scale of the product, the operands of the scores, and what happens to these before masks.
 
     Raises:
         Refused: they cannot be told apart.
     """
-    folding = _Folding(flow)
+    folding = _Folding(flow, axes)
     for at, step in enumerate(steps):
         if isinstance(step, Shift):
             # Softmax ignores it, unless something else than a mask follows.
@@ -107,8 +111,8 @@ def fold(
 class _Folding:
     """The steps so far, as one scale, operands, and an expression over both."""
 
-    def __init__(self, flow: Dataflow) -> None:
-        self.flow = flow
+    def __init__(self, flow: Dataflow, axes: Axes) -> None:
+        self.flow, self.axes = flow, axes
         self.scale: float | Node = 1.0
         self.value: sympy.Expr = SCORE
         self.masks: list[MaskOperand] = []
@@ -176,7 +180,8 @@ class _Folding:
 
     def masked(self, step: Masked) -> None:
         """An operand; what it adds, or multiplies with, has a name in the program."""
-        mark, mask = learned(len(self.masks))(), step.mask
+        mark = learned(len(self.masks))()
+        mask = replace(step.mask, axes=self.axes(step.shape), sizes=step.shape)
         self.cap = self.cap if mask.role in ("keep", "drop") else None
         if mask.role == "add":
             if step.times != 1.0:

@@ -186,7 +186,7 @@ def _check(weights: Letters, v: Letters, product: Contraction) -> None:
             "multiply weights [.., N, N] with v [.., N, D]",
         )
     features = [letter for letter in v if letter not in weights]
-    if query in v or len(features) != 1 or len(weights) > 4:
+    if query in v or len(features) != 1 or len(weights) > 5:
         raise Refused("v has axes that are neither batch, heads, keys nor features")
     if set(product.out) != {*batch, query, features[0]}:
         raise Refused("the output lacks an axis of the weights")

@@ -14,14 +14,23 @@ import sympy
 import torch
 from torch.fx import GraphModule, Node
 
-from sparse_compile.expr import COORDINATES, KV, N_Q, SCORE, Q, ScoreProgram, learned
+from sparse_compile.expr import COORDINATES, KV, N_Q, SCORE, B, H, Q, ScoreProgram, learned
 from sparse_compile.passes.graph_edit import example_value
 from sparse_compile.passes.lift.emit import Emitter
 from sparse_compile.passes.lift.lift import Lifter
-from sparse_compile.passes.lift.masks import COORDINATES as BY_NAME
-from sparse_compile.passes.lift.masks import Keep, SiteMasks, axes_of
+from sparse_compile.passes.lift.masks import Keep, SiteMasks, aligned
 from sparse_compile.passes.lift.tabulated import DISTANCE, Span, settled, symbols_of
-from sparse_compile.passes.lift.value import DIMS, Cases, is_data, mapped, merged
+from sparse_compile.passes.lift.value import (
+    DIMS,
+    Case,
+    Cases,
+    Value,
+    is_data,
+    mapped,
+    merged,
+    size_expr,
+    substitute,
+)
 from sparse_compile.sites.site import Computed, MaskOperand, Refused
 
 
@@ -77,17 +86,26 @@ class Biases:
 
     def _unfolded(self, cases: Cases) -> Cases:
         """Cases whose values are lookups by distance, where arithmetic can be said so."""
-        found = []
+        found: list[Case] = []
         for condition, value in cases:
-            whole = None
-            if isinstance(value, sympy.Basic) and is_data(value) and {Q, KV} <= value.free_symbols:
-                whole = self.lifter.unfolded(value)
+            whole = self._by_distance(value)
             if whole is None:
                 found.append((condition, value))
-                continue
-            place = dict(zip(DIMS[: len(whole.shape)], value.args, strict=True))
-            found += [(sympy.And(condition, c), v.xreplace(place)) for c, v in whole.cases]
+            else:
+                found += [(sympy.And(condition, c), v) for c, v in whole]
         return merged(found)
+
+    def _by_distance(self, value: Value) -> Cases | None:
+        """A lookup by query and key as one by distance, if it can be said so."""
+        if not isinstance(value, sympy.Basic) or not is_data(value):
+            return None
+        whole = self.lifter.unfolded(value) if {Q, KV} <= value.free_symbols else None
+        if whole is None:
+            return None
+        place = dict(zip(DIMS, value.args, strict=False))
+        moved = substitute(whole.element, place)
+        assert not isinstance(moved, sympy.Basic)
+        return moved
 
     def _of_distances(self, mark: int, operand: MaskOperand, cases: Cases) -> None:
         shifted = mapped(cases, lambda expr: settled(expr.xreplace({KV: DISTANCE + Q})))
@@ -124,11 +142,17 @@ class Biases:
         assert site.scope.gm.graph is graph
         if not self.masks.memory.stays(operand.node, wanted.reader, site.output.node):
             raise Refused(f"its bias `{operand.node.name}` is changed in place afterwards")
-        axes = axes_of(value.dim(), site.score_axes)
-        sizes = zip(axes, value.shape, strict=True)
-        indices = [BY_NAME[axis] if axis and size != 1 else sympy.S.Zero for axis, size in sizes]
+        places, node = self.masks.places(operand), self.emitter.given(operand.node)
+        shape = list(value.shape)
+        if operand.axes[:1] == ("bh",) and len(shape) == 3 and shape[0] != 1:
+            heads = self.emitter.size(self.masks.lengths[H])
+            sizes = [-1, heads, *(self.emitter.size(size_expr(n)) for n in shape[1:])]
+            node = self.emitter.graph.call_function(torch.ops.aten.reshape.default, (node, sizes))
+            places, shape = (B, H, *places[1:]), [2, 2, *shape[1:]]
+        pairs = zip(aligned(len(shape), places), shape, strict=True)
+        indices = [sympy.S.Zero if size == 1 else at for at, size in pairs]
         shown = f"tensor {list(map(str, value.shape))}".replace("'", "")
-        lookup = self._tensor(self.emitter.given(operand.node), value.dtype, shown)
+        lookup = self._tensor(node, value.dtype, shown)
         self.found.append(Bias(mark, lookup(*indices)))
 
     def _tensor(self, node: Node, dtype: torch.dtype, shown: str) -> sympy.Function:

@@ -132,11 +132,11 @@ def _lift(
     linear = linear and not any(_is_trained(site.masks[one.mark].node) for one in biases.found)
     policy = empty_row_policy(masks, keeps, predicate, simplify, options.finite_fill, linear)
     fills = tuple(fill for keep in keeps for fill in keep.fills)
-    known = dict(empty_rows=policy, fills=fills, score=program, learned=biases.computed())
+    learned = biases.computed()
     examples = Examples.of(site.scope, example_inputs)
 
     def checked(lifted: LiftedMask) -> LiftedMask:
-        lifted = replace(lifted, **known)
+        lifted = replace(lifted, empty_rows=policy, fills=fills, score=program, learned=learned)
         asked = Question(masks, [keep.raw for keep in keeps], tuple(biases.found), lifted, examples)
         visited = verify(asked, options.verify_bytes, cache.slicer)
         return replace(lifted, visited=visited)

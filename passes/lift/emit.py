@@ -109,6 +109,12 @@ class Emitter:
                 self._copies[old] = self.graph.node_copy(old, self._copies.__getitem__)
         return self._copies[node]
 
+    def _is_plain(self, source: Node) -> bool:
+        """Whether a node is an input that holds bools where the mask is."""
+        value = source.meta["val"]
+        here = value.dtype == torch.bool and value.device == self.device
+        return source.op == "placeholder" and here
+
     def given(self, leaf: Node) -> Node:
         """A further input, which stands for a node of the captured graph."""
         first = next((n for n in self.graph.nodes if n.op != "placeholder"), None)
@@ -200,9 +206,7 @@ class Emitter:
         lookup = element.args[0] if isinstance(element, sympy.Ne) else None
         if lookup is not None and is_table(lookup) and is_whole(lookup, coordinates):
             source = self.lifter.node_of(lookup)
-            plain = source is not None and source.op == "placeholder"
-            value = source.meta["val"] if source is not None else None
-            if plain and value.dtype == torch.bool and value.device == self.device:
+            if source is not None and self._is_plain(source):
                 return self.copy(source), tuple("" if at == 0 else at.name for at in lookup.args)
         node = fold(element, _Writer(self, element))
         return node, tuple(coordinate.name for coordinate in coordinates)

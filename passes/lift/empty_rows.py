@@ -6,11 +6,9 @@ mean of V. Other finite fills leave masked keys a weight that depends on the sco
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import sympy
-import torch
 
 from sparse_compile.expr import KV, Q
 from sparse_compile.passes.lift.masks import Keep, SiteMasks, fill_kind
@@ -70,8 +68,7 @@ def empty_row_policy(
     policy = _of_empty_rows(masks, [keep for keep in keeps if keep.fills], fills)
     if site.zeroed and policy is EmptyRows.NAN_ADDED and masks.need_gradients:
         raise Refused(
-            "rows may be fully masked by adding -inf, whose gradient is NaN, though the weights are "
-            "made 0",
+            "rows may be fully masked by adding -inf, whose gradient is NaN where weights are made 0",
             "use masked_fill or torch.where with float('-inf')",
         )
     if site.zeroed:

@@ -11,7 +11,8 @@ import sympy
 import torch
 from torch.fx import Node
 
-from sparse_compile.expr import KV, B, H, Q
+from sparse_compile.expr import KV, B, FloorDiv, FloorMod, H, Q
+from sparse_compile.ops.pattern import on_axes
 from sparse_compile.passes.graph_edit import dimension, example_value, first_reader
 from sparse_compile.passes.lift.slice import Slice, Slicer, Wanted
 from sparse_compile.passes.lift.value import (
@@ -28,6 +29,9 @@ from sparse_compile.passes.mutation import Memory
 from sparse_compile.sites.site import AttentionSite, MaskOperand, Refused
 
 Lengths = Mapping[sympy.Symbol, sympy.Expr]
+
+#: The indices of scores, one for each of their axes.
+Places = tuple[sympy.Expr, ...]
 
 #: The coordinates of scores, by the names of their axes.
 COORDINATES = {"b": B, "h": H, "q": Q, "kv": KV}
@@ -80,6 +84,39 @@ class SiteMasks:
         dtype: torch.dtype = example_value(self.site.q.node).dtype
         return dtype
 
+    def places(self, operand: MaskOperand) -> Places:
+        """The indices of scores where an operand is applied, over ``b, h, q, kv``."""
+        axes = operand.axes or self.site.score_axes
+        sizes = dict(zip(axes, operand.sizes, strict=False))
+        found = []
+        for axis in axes:
+            if axis == "bh":
+                found.append(B * self.lengths[H] + H)
+            elif axis in COORDINATES:
+                found.append(COORDINATES[axis])
+            else:
+                whole, inner = COORDINATES[axis[0]], size_expr(sizes[f"{axis[0]}2"])
+                found.append((FloorDiv if axis[1] == "1" else FloorMod)(whole, inner))
+        return tuple(found)
+
+    def spread(self, tensor: torch.Tensor, operand: MaskOperand, heads: int) -> torch.Tensor:
+        """An operand as [b, h, q, kv], absent and broadcast axes of size one."""
+        axes = operand.axes or self.site.score_axes
+        while tensor.dim() > len(axes):
+            tensor = tensor.squeeze(0)
+        tensor = tensor[(None,) * (len(axes) - tensor.dim())]
+        if axes[0] == "bh":
+            return tensor.reshape(-1, heads if len(tensor) > 1 else 1, *tensor.shape[1:])
+        for at, axis in enumerate(axes):
+            if axis[1:] == "1":
+                pair = tensor.shape[at : at + 2]
+                if max(pair) > 1:
+                    full = [int(size) for size in operand.sizes[at : at + 2]]
+                    wanted = [*tensor.shape[:at], *full, *tensor.shape[at + 2 :]]
+                    tensor = tensor.expand(wanted)
+                return tensor.flatten(at, at + 1)
+        return on_axes(tensor, axes)
+
     @property
     def device(self) -> torch.device:
         """Of the first operand."""
@@ -113,8 +150,9 @@ def _lengths(site: AttentionSite) -> Lengths:
     sizes = {name: size_expr(dimension(*axis)) for name, axis in named.items()}
     for mask in reversed(site.masks):
         shape = example_value(mask.node).shape
-        for axis, size in zip(reversed(site.score_axes), reversed(shape), strict=False):
-            if size_expr(size) != 1:
+        axes = mask.axes or site.score_axes
+        for axis, size in zip(reversed(axes), reversed(shape), strict=False):
+            if axis in COORDINATES and size_expr(size) != 1:
                 sizes[axis] = size_expr(size)
     return {COORDINATES[axis]: size for axis, size in sizes.items()}
 
@@ -169,7 +207,7 @@ def read_operand(
     Raises:
         Refused: it has none that is known here.
     """
-    axes = masks.site.score_axes
+    axes = masks.places(operand)
     if operand.role == "factor":
         return Keep(sympy.true, (), True, bias=_cases_at(tensor.cases, tensor, axes))
     if operand.role == "add":
@@ -217,16 +255,29 @@ def _added(operand: MaskOperand, tensor: Lifted, masks: SiteMasks, assumed: floa
             "keys keep some weight",
             "apply the mask after the softcap",
         )
-    axes = masks.site.score_axes
+    axes = masks.places(operand)
     # The shorter one of two ways to say it.
     keep = sympy.Or(*kept) if len(kept) < 2 else sympy.Not(sympy.Or(*masked))
     condition = at_coordinates(keep, tensor, axes)
-    others = merged((c, 0 if _is_in(value, raw) else value) for c, value in cases)
+    others = _unmasked(cases, raw, masked)
     bias = None if all(value == 0 for _, value in others) else _cases_at(others, tensor, axes)
     if bias is not None and masks.site.score is None:
         raise Refused("it adds a bias that is not a mask")
     fills = tuple(map(operand.changed, raw))
     return Keep(condition, fills, True, tuple(raw), bias)
+
+
+def _unmasked(cases: Cases, raw: Sequence[float], masked: Sequence[sympy.Basic]) -> Cases:
+    """The cases of what is not masked; what they say of what is does not matter."""
+    known = set(sympy.And.make_args(sympy.Not(sympy.Or(*masked)))) if masked else set()
+    others = [
+        (sympy.And(*(part for part in sympy.And.make_args(c) if part not in known)), value)
+        for c, value in cases
+        if not _is_in(value, raw)
+    ]
+    if len(others) == 1:
+        return ((sympy.true, others[0][1]),)
+    return merged(others) or ((sympy.true, 0),)
 
 
 def _split(condition: sympy.Basic, value: Value) -> Cases:
@@ -262,19 +313,14 @@ def _says_zero(condition: sympy.Basic, value: sympy.Expr) -> bool:
 def _masks(operand: MaskOperand, value: Number, dtype: torch.dtype, assumed: float) -> bool:
     """Whether scores to which a number is added have no weight."""
     changed = operand.changed(float(value))
-    return fill_kind(changed, dtype) != "finite" and changed < 0 or changed <= assumed
+    return (fill_kind(changed, dtype) != "finite" and changed < 0) or changed <= assumed
 
 
 def _is_in(value: Value, numbers: Sequence[float]) -> bool:
     return not isinstance(value, sympy.Basic) and float(value) in numbers
 
 
-def axes_of(rank: int, axes: Sequence[str]) -> list[str]:
-    """What each axis of a tensor is that broadcasts against scores with the given axes."""
-    return [""] * (rank - len(axes)) + list(axes)[max(0, len(axes) - rank) :]
-
-
-def _cases_at(cases: Cases, tensor: Lifted, axes: Sequence[str]) -> Cases:
+def _cases_at(cases: Cases, tensor: Lifted, axes: Places) -> Cases:
     """Cases over ``DIMS`` of a tensor that broadcasts against scores with the given axes."""
 
     def placed(part: Any) -> Any:
@@ -283,13 +329,17 @@ def _cases_at(cases: Cases, tensor: Lifted, axes: Sequence[str]) -> Cases:
     return tuple((placed(condition), placed(value)) for condition, value in cases)
 
 
-def at_coordinates(condition: sympy.Basic, tensor: Lifted, axes: Sequence[str]) -> sympy.Basic:
+def at_coordinates(condition: sympy.Basic, tensor: Lifted, axes: Places) -> sympy.Basic:
     """A condition over ``DIMS`` of a mask that broadcasts against scores with the given axes."""
     rank = len(tensor.shape)
     if rank > len(axes):
         extra = rank - len(axes)
         if any(size != 1 for size in tensor.shape[:extra]):
             raise Refused("the mask has more dimensions than the scores")
-    names = enumerate(axes_of(rank, axes))
-    values = {DIMS[d]: COORDINATES.get(name, sympy.S.Zero) for d, name in names}
-    return condition.xreplace(values)
+    return condition.xreplace(dict(zip(DIMS, aligned(rank, axes), strict=False)))
+
+
+def aligned(rank: int, places: Places) -> list[sympy.Expr]:
+    """The indices of a tensor that broadcasts against scores with indices ``places``."""
+    lead: list[sympy.Expr] = [sympy.S.Zero] * (rank - len(places))
+    return [*lead, *places[max(0, len(places) - rank) :]]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +13,6 @@ from torch import Tensor
 from torch.fx import Interpreter, Node
 
 from sparse_compile.expr import KV, H, Q, ScoreData, evaluate, evaluate_lookup, grid, is_learned
-from sparse_compile.ops.pattern import on_axes
 from sparse_compile.passes.dense_tables import mask_data, selection_data
 from sparse_compile.passes.graph_edit import example_value
 from sparse_compile.passes.lift.biases import Bias
@@ -99,6 +96,11 @@ class Question:
     biases: Sequence[Bias]
     lifted: LiftedMask
     examples: Examples
+
+    @property
+    def heads(self) -> int:
+        """Query heads of the example."""
+        return self.examples.size(self.masks.lengths[H])
 
 
 def verify(asked: Question, verify_bytes: int, slicer: Slicer) -> Visited | None:
@@ -216,7 +218,7 @@ def _tensors(asked: Question, prefix: Prefix | None, leaves: Mapping[Node, Any])
 def _kept(asked: Question, tensors: Sequence[Any]) -> list[Tensor]:
     """For each operand, which scores it keeps, over [b, h, q, kv]."""
     site, kept = asked.masks.site, []
-    biased = {one.mark for one in asked.biases}
+    biased, heads = {one.mark for one in asked.biases}, asked.heads
     operands = enumerate(zip(site.masks, asked.fills, tensors, strict=False))
     for mark, (operand, known, mask) in operands:
         if operand.role == "factor":
@@ -228,7 +230,7 @@ def _kept(asked: Question, tensors: Sequence[Any]) -> list[Tensor]:
             _check_fills(mask, known)
         keep = ~_is_any(mask, known) if operand.role == "add" else mask.bool()
         keep = ~keep if operand.role == "drop" else keep
-        kept.append(on_axes(keep, site.score_axes))
+        kept.append(asked.masks.spread(keep, operand, heads))
     return kept
 
 
@@ -253,7 +255,8 @@ def _compare_biases(asked: Question, leaves: Mapping[Node, Any], tensors: Sequen
     for one in asked.biases:
         if is_learned(one.lookup) and one.cases is None:
             continue  # the operand itself
-        found = on_axes(tensors[one.mark], masks.site.score_axes)
+        operand = masks.site.masks[one.mark]
+        found = masks.spread(tensors[one.mark], operand, asked.heads)
         each = found.shape[0] * found.shape[1] * found.shape[3]
         for start, stop in chunks(found.shape[2], each, _CHUNK):
             part = found[:, :, start:stop]
@@ -295,7 +298,7 @@ def _compare(asked: Question, leaves: Mapping[Node, Any], kept: Sequence[Tensor]
     if chosen is not None and chosen.shape[1] > 1:
         chosen = chosen.repeat_interleave(lengths[H] // chosen.shape[1], 1)
     device = masks.device
-    shape = torch.broadcast_shapes((1, 1, 1, 1), *(mask[:, :, :1, :1].shape for mask in kept))
+    shape = [max([1, *(mask.shape[axis] for mask in kept)]) for axis in (0, 1)]
     pairs, partial, each = 0.0, 0.0, shape[0] * shape[1] * lengths[KV]
     for start, stop in chunks(lengths[Q], each, _CHUNK, tile=_BLOCK):
         queries, keys = range(start, stop), range(lengths[KV])

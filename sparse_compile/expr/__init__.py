@@ -91,7 +91,8 @@ __all__ = [
 
 
 _EVALUATION = frozenset(
-    "ScoreData add_learned_gradients evaluate evaluate_lookup evaluate_score evaluate_slope grid indices_at keeps".split()
+    "ScoreData add_learned_gradients evaluate evaluate_lookup evaluate_score evaluate_slope grid "
+    "indices_at keeps".split()
 )
 
 

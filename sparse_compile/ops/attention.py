@@ -178,9 +178,9 @@ def _like_gradients(
 def _kind_backward(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *rest: Any
 ) -> Kind:
-    *call, wanted = rest
-    read, lists, others = _kind(*call)
-    return [*read, grad_out, grad_lse, out, lse], lists, (*others, *wanted)
+    wanted: tuple[int, ...] = tuple(rest[-1])
+    read, lists, others = _kind(*rest[:-1])
+    return [*read, grad_out, grad_lse, out, lse], lists, (others, wanted)
 
 
 @operator(_like_gradients, kind=_kind_backward)

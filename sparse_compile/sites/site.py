@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import sympy
 import torch
@@ -48,11 +48,14 @@ class Operand:
 
     ``axes`` are among ``b`` (batch), ``h`` (heads: query heads for q and out, key heads for k and
     v), ``n`` (tokens) and ``d`` (features): ``("b", "n", "h", "d")`` for a [B, N, H, D] tensor.
-    An absent ``b`` or ``h`` means size one.
+    An absent ``b`` or ``h`` means size one. Where batch or heads are two axes, ``b1`` and ``h1``
+    are the outer ones, ``b2`` and ``h2`` the inner ones; where they are one axis, it is ``bh``, and
+    ``split`` says how many there are of both.
     """
 
     node: Node
     axes: tuple[str, ...] = ("b", "h", "n", "d")
+    split: tuple[Any, Any] = (1, 1)
 
     def renamed(self, names: Mapping[str, str]) -> Operand:
         """The same tensor, its axes called otherwise."""
@@ -72,6 +75,9 @@ class MaskOperand:
             the program passes a 0-dim tensor.
         then: what happens to the fill, or to what is added, afterwards, in order.
         curved: whether the scores go through a curve afterwards, so that no mask may be in it.
+        axes: of the scores that it is applied to, as of an :class:`Operand`; empty: as the site
+            says.
+        sizes: of these.
     """
 
     node: Node
@@ -79,6 +85,8 @@ class MaskOperand:
     fill: float | Node = float("-inf")
     then: tuple[Change, ...] = ()
     curved: bool = False
+    axes: tuple[str, ...] = ()
+    sizes: tuple[Any, ...] = ()
 
     def changed(self, value: float) -> float:
         """What becomes of a fill, or of a number that is added."""
@@ -137,7 +145,8 @@ class AttentionSite:
         causal: SDPA's ``is_causal`` (aligned to the upper left corner).
         masks: the operands of the scores, in the order in which they are applied.
         score_axes: the axes of the score tensor that masks broadcast against, among
-            ``("b", "h", "q", "kv")``, ``("b", "q", "kv")``, ``("q", "kv")``.
+            ``("b", "h", "q", "kv")``, ``("b", "q", "kv")``, ``("q", "kv")``, or with ``b1, b2`` or
+            ``h1, h2`` for one of them; where an operand does not say otherwise.
         where: source lines in the user's code, innermost last, as ``file.py:12 in forward``.
         region: every node that the rewrite makes dead, in graph order.
         annotation: the innermost pattern that the user attached to this code.

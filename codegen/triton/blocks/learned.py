@@ -128,12 +128,13 @@ def _by_distance(left: Tensor, extent: int) -> Tensor:
     Entry i of tile t is of the distance i - (t + 1) * extent.
     """
     tiles, width = left.shape[2:]
+    lead = left.shape[:2]
     padded = torch.nn.functional.pad(left.flip(2), (0, -width % extent))
-    blocks = padded.unflatten(3, (-1, extent))
+    blocks = padded.reshape(*lead, tiles, -1, extent)
     count = blocks.shape[3] + tiles
     # Tile t is moved t tiles to the right: a view of rows that are one shorter.
     moved = torch.nn.functional.pad(blocks, (0, 0, 0, tiles)).flatten(2, 3)
-    moved = moved[:, :, : tiles * (count - 1)].unflatten(2, (tiles, count - 1))
+    moved = moved[:, :, : tiles * (count - 1)].reshape(*lead, tiles, count - 1, extent)
     return moved.sum(2).flatten(2)
 
 

@@ -168,7 +168,8 @@ def stays(SEED, b, h, q, kv, THRESHOLD: tl.constexpr):
     x = mixed(x ^ (q.to(tl.uint32) * 0xC2B2AE3D))
     x = mixed(x ^ (kv.to(tl.uint32) * 0x27D4EB2F))
     return (x >> 8) < THRESHOLD
-''',    "tanh": '''\
+''',
+    "tanh": '''\
 @triton.jit
 def tanh(x):
     """tanh in fp32, to 3 units in the last place: a polynomial near 0, where 1 - 1 would cancel."""
