@@ -80,7 +80,8 @@ class Price:
         changes = lifted.reads_tensors or lifted.mask.n_sizes or grows(plan.site)
         made = 1 / self.sharing if changes else 0.0
         looked_up = partial if by_pair else 0.0
-        return Coverage(pairs, _classes(lifted, work), made, read, looked_up, _does_more(plan.spec))
+        more, scored = _does_more(plan.spec), plan.spec.score is not None
+        return Coverage(pairs, _classes(lifted, work), made, read, looked_up, more, scored)
 
     def _pairs(self, plan: Plan, work: Workload) -> float:
         """Pairs in blocks that the predicate leaves possible, for each query."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,9 +14,10 @@ from torch.fx import Node
 from sparse_compile.expr import KV, N_KV, N_Q, B, H, MaskExpr, Q, size_symbol
 from sparse_compile.options import Options
 from sparse_compile.passes.graph_edit import dimension
+from sparse_compile.passes.lift.biases import Biases, contributions
 from sparse_compile.passes.lift.bounds import Ranges
 from sparse_compile.passes.lift.emit import Emitter
-from sparse_compile.passes.lift.empty_rows import empty_row_policy
+from sparse_compile.passes.lift.empty_rows import LARGEST_ASSUMED, empty_row_policy
 from sparse_compile.passes.lift.expose import expose
 from sparse_compile.passes.lift.kept import Kept, is_topk_index, split_kept, topk_dim, topk_of
 from sparse_compile.passes.lift.lift import Lifter
@@ -64,7 +65,8 @@ def lift_mask(
     found: LiftedMask | Refused
     try:
         if not site.masks:
-            return LiftedMask(MaskExpr(sympy.Le(KV, Q) if site.causal else sympy.true))
+            own = MaskExpr(sympy.Le(KV, Q) if site.causal else sympy.true)
+            return LiftedMask(own, score=site.score)
         masks = SiteMasks.of(site, cache.slicer)
         key = (masks.key, options.finite_fill)
         if key not in cache.lifted:
@@ -119,18 +121,23 @@ def _lift(
     if nodes not in cache.traced:
         cache.traced[nodes] = _lifter(part)
     lifter, masks = cache.traced[nodes], masks.traced()
-    keeps = _keeps(masks, lifter)
+    keeps = _keeps(masks, lifter, options)
     simplify = Simplifier(Ranges({symbol: n - 1 for symbol, n in masks.lengths.items()}))
     conditions = [keep.condition for keep in keeps]
     conditions += [sympy.Le(KV, Q)] if site.causal else []
     predicate = simplify(sympy.And(*(simplify(condition) for condition in conditions)))
-    policy = empty_row_policy(masks, keeps, predicate, simplify, options.finite_fill)
-    fills = [keep.fills for keep in keeps]
+    biases = _biases(masks, lifter, keeps)
+    program = biases.program()
+    linear = program is None or program.derivative == 1
+    linear = linear and not any(_is_trained(site.masks[one.mark].node) for one in biases.found)
+    policy = empty_row_policy(masks, keeps, predicate, simplify, options.finite_fill, linear)
+    fills = tuple(fill for keep in keeps for fill in keep.fills)
+    learned = biases.computed()
     examples = Examples.of(site.scope, example_inputs)
 
     def checked(lifted: LiftedMask) -> LiftedMask:
-        lifted = replace(lifted, empty_rows=policy, fills=tuple(itertools.chain(*fills)))
-        asked = Question(masks, fills, lifted, examples)
+        lifted = replace(lifted, empty_rows=policy, fills=fills, score=program, learned=learned)
+        asked = Question(masks, [keep.raw for keep in keeps], tuple(biases.found), lifted, examples)
         visited = verify(asked, options.verify_bytes, cache.slicer)
         return replace(lifted, visited=visited)
 
@@ -154,13 +161,29 @@ def _lifter(part: Slice) -> Lifter:
     return Lifter(traced, part.leaves)
 
 
-def _keeps(masks: SiteMasks, lifter: Lifter) -> list[Keep]:
+def _is_trained(node: Node) -> bool:
+    return torch.is_grad_enabled() and bool(node.meta["example_value"].requires_grad)
+
+
+def _biases(masks: SiteMasks, lifter: Lifter, keeps: Sequence[Keep]) -> Biases:
+    """What the operands of the scores do beside masking."""
+    emitter = Emitter(lifter, masks.lengths, _size_holders(masks.part.scope))
+    biases = Biases(masks, lifter, emitter)
+    for mark, operand, cases in contributions(masks, keeps):
+        biases.add(mark, operand, cases)
+    if biases.found and masks.site.ranked is not None:
+        raise Refused(*masks.site.ranked)
+    return biases
+
+
+def _keeps(masks: SiteMasks, lifter: Lifter, options: Options) -> list[Keep]:
+    assumed = LARGEST_ASSUMED if options.finite_fill == "minus_inf" else -math.inf
     site, tensors = masks.site, [lifter.tensor(node) for node in lifter.outputs]
     fills = iter(tensors[len(site.masks) :])
     keeps = []
     for mask, tensor in zip(site.masks, tensors, strict=False):
         fill = next(fills) if isinstance(mask.fill, Node) else None
-        keeps.append(read_operand(mask, tensor, fill, site.score_axes))
+        keeps.append(read_operand(mask, tensor, fill, masks, assumed))
     return keeps
 
 

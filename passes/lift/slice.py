@@ -20,7 +20,7 @@ from sparse_compile.sites.site import Refused, Scope
 #: or take values to Python. The mask program starts after them.
 SOURCES = frozenset(
     "linear bilinear matmul mm bmm addmm addbmm baddbmm einsum tensordot mv dot inner outer "
-    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d embedding "
+    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d "
     "embedding_bag topk sort argsort kthvalue msort scaled_dot_product_attention softmax "
     "log_softmax layer_norm group_norm rms_norm batch_norm instance_norm "
     "multi_head_attention_forward gelu silu rand randn randint randperm rand_like randn_like "

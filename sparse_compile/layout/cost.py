@@ -47,6 +47,7 @@ class Coverage:
         made: which share of a layout is made in each call: 0 where it depends on sizes that do not
             change, 1 where it is made for this attention alone.
         read: elements of mask tensors that are read for it.
+        scored: whether scores go through a program.
     """
 
     pairs: float
@@ -55,6 +56,7 @@ class Coverage:
     read: int = 0
     looked_up: float = 0.0
     more: bool = False
+    scored: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ class Rates:
         written_out: how many times ``dense`` a softmax costs that is written out.
         rows: so many queries cost as much as one.
         looked_up: how many times ``sparse`` a pair costs whose mask is looked up.
+        scored: the same for a pair whose score goes through a program.
     """
 
     dense_call: float
@@ -117,6 +120,7 @@ class Rates:
     written_out: float
     rows: int
     looked_up: float
+    scored: float
 
 
 #: By device, and whether gradients are computed. CPU: fp32, one thread, torch 2.13. CUDA: bf16, one
@@ -124,19 +128,19 @@ class Rates:
 RATES = {
     ("cpu", False): Rates(
         *(5e-5, 7e-4, 0, 4e-3, 5e-5, 1.5e-4, 1.3e-9),
-        *(2.5e-11, 2.4e-11, 128, 1.8, 8, 1.2),
+        *(2.5e-11, 2.4e-11, 128, 1.8, 8, 1.2, 4),
     ),
     ("cpu", True): Rates(
         *(2.5e-4, 2.2e-3, 0, 4e-3, 5e-5, 5e-4, 1.3e-9),
-        *(8.7e-11, 1e-10, 128, 1.4, 8, 1.2),
+        *(8.7e-11, 1e-10, 128, 1.4, 8, 1.2, 4),
     ),
     ("cuda", False): Rates(
         *(1e-4, 1e-4, 2e-4, 1.8e-3, 0, 0, 5e-13),
-        *(8.6e-15, 6e-15, 16, 3, 100, 8),
+        *(8.6e-15, 6e-15, 16, 3, 100, 8, 1.6),
     ),
     ("cuda", True): Rates(
         *(7.5e-4, 7.5e-4, 8e-4, 1.8e-3, 0, 0, 5e-13),
-        *(3e-14, 2.1e-14, 16, 3, 100, 5.5),
+        *(3e-14, 2.1e-14, 16, 3, 100, 5.5, 1.6),
     ),
 }
 #: Multiprocessors of the H200, and how much slower those of other architectures are.
@@ -166,6 +170,7 @@ def blocks(target: Target, work: Workload, coverage: Coverage) -> Candidate:
     """Block-sparse attention."""
     rates = RATES[target.kind, work.trained]
     weighed = coverage.pairs + (rates.looked_up - 1) * coverage.looked_up
+    weighed *= rates.scored if coverage.scored else 1
     seconds = _pairs(target, work, weighed + rates.row) * rates.sparse
     calls = rates.sparse_call + rates.class_call * (coverage.classes - 1)
     calls += rates.more * coverage.more

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
+import sympy
+import torch
 from torch.fx import GraphModule, Node
 
-from sparse_compile.expr import MaskExpr, ScoreProgram
+from sparse_compile.expr import SCORE, MaskExpr, ScoreProgram
 from sparse_compile.sites.annotation import Annotation, bound_mask_named
 from sparse_compile.sites.named import NamedMask
 from sparse_compile.spec import EmptyRows
@@ -46,11 +48,14 @@ class Operand:
 
     ``axes`` are among ``b`` (batch), ``h`` (heads: query heads for q and out, key heads for k and
     v), ``n`` (tokens) and ``d`` (features): ``("b", "n", "h", "d")`` for a [B, N, H, D] tensor.
-    An absent ``b`` or ``h`` means size one.
+    An absent ``b`` or ``h`` means size one. Where batch or heads are two axes, ``b1`` and ``h1``
+    are the outer ones, ``b2`` and ``h2`` the inner ones; where they are one axis, it is ``bh``, and
+    ``split`` says how many there are of both.
     """
 
     node: Node
     axes: tuple[str, ...] = ("b", "h", "n", "d")
+    split: tuple[Any, Any] = (1, 1)
 
     def renamed(self, names: Mapping[str, str]) -> Operand:
         """The same tensor, its axes called otherwise."""
@@ -59,19 +64,57 @@ class Operand:
 
 @dataclass(frozen=True)
 class MaskOperand:
-    """One mask applied to the scores.
+    """One tensor applied to the scores: a mask, a bias or both.
 
     Attributes:
-        node: the mask tensor; broadcasts against the scores from the right.
+        node: the tensor; broadcasts against the scores from the right.
         role: ``"keep"``: bool, True attends and False gets ``fill``;
-            ``"drop"``: bool, True gets ``fill``; ``"add"``: floating, added to the scores.
-        fill: the score of masked entries for ``keep`` and ``drop``; unused for ``add``. A Node when
+            ``"drop"``: bool, True gets ``fill``; ``"add"``: numbers, added to the scores;
+            ``"factor"``: numbers, which scores are multiplied with, or divided by.
+        fill: the score of masked entries for ``keep`` and ``drop``; unused for others. A Node when
             the program passes a 0-dim tensor.
+        then: what happens to the fill, or to what is added, afterwards, in order.
+        curved: whether the scores go through a curve afterwards, so that no mask may be in it.
+        axes: of the scores that it is applied to, as of an :class:`Operand`; empty: as the site
+            says.
+        sizes: of these.
     """
 
     node: Node
     role: str
     fill: float | Node = float("-inf")
+    then: tuple[Change, ...] = ()
+    curved: bool = False
+    axes: tuple[str, ...] = ()
+    sizes: tuple[Any, ...] = ()
+
+    def changed(self, value: float) -> float:
+        """What becomes of a fill, or of a number that is added."""
+        for change in self.then:
+            value = change(value)
+        return value
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a program does to scores after it masked them, or added to them.
+
+    Attributes:
+        times: they are multiplied with it.
+        rounded: to this dtype; None: they are not.
+        least: they are at least this.
+    """
+
+    times: float = 1.0
+    rounded: torch.dtype | None = None
+    least: float = float("-inf")
+
+    def __call__(self, value: float) -> float:
+        """What becomes of a number."""
+        value = max(value * self.times, self.least) if self.times != 1.0 else max(value, self.least)
+        if self.rounded is not None:
+            value = float(torch.tensor(value, dtype=torch.float64).to(self.rounded))
+        return value
 
 
 @dataclass(frozen=True)
@@ -100,15 +143,21 @@ class AttentionSite:
         scale: what the scores are multiplied with: a number, or a SymFloat or 0-dim tensor Node.
         kind: ``"sdpa"``, ``"eager"`` or ``"call"`` (of this library's attention).
         causal: SDPA's ``is_causal`` (aligned to the upper left corner).
-        masks: the mask operands, in the order in which they are applied.
+        masks: the operands of the scores, in the order in which they are applied.
         score_axes: the axes of the score tensor that masks broadcast against, among
-            ``("b", "h", "q", "kv")``, ``("b", "q", "kv")``, ``("q", "kv")``.
+            ``("b", "h", "q", "kv")``, ``("b", "q", "kv")``, ``("q", "kv")``, or with ``b1, b2`` or
+            ``h1, h2`` for one of them; where an operand does not say otherwise.
         where: source lines in the user's code, innermost last, as ``file.py:12 in forward``.
         region: every node that the rewrite makes dead, in graph order.
         annotation: the innermost pattern that the user attached to this code.
         ranked: why its scores must exist, and what helps, unless the ranking that reads them can do
             without; None where nothing else reads them.
         called: for a call, the mask that it names; None where that is a tensor.
+        score: what happens to the scaled products, where that is known to be more than masking, or
+            may be: ``w0()`` stands for what the first of ``masks`` adds, and so on.
+        sinks: the scores of further columns, which take weight and have no value.
+        dropout: the probability of a weight to be dropped.
+        zeroed: whether the weights of a query without keys are made 0.
     """
 
     scope: Scope
@@ -128,12 +177,16 @@ class AttentionSite:
     score: ScoreProgram | None = None
     sinks: Node | None = None
     called: Called | None = None
+    dropout: float = 0.0
+    zeroed: bool = False
 
     @property
-    def shown_score(self) -> str:
-        """Scores that are not the scaled products ``score`` of q and k, in words; may be empty."""
-        parts = [] if self.score is None else [str(self.score)]
-        return ", ".join([*parts, *(["and a sink beside the keys"] if self.sinks else [])])
+    def plain_score(self) -> ScoreProgram | None:
+        """What happens to the scores if all that is added to them are masks; None: nothing."""
+        if self.score is None:
+            return None
+        value = self.score.value.xreplace({at: sympy.S.Zero for at in self.score.lookups})
+        return None if value == SCORE else ScoreProgram(value)
 
 
 @dataclass(frozen=True)
@@ -334,6 +387,22 @@ class Visited(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Computed:
+    """Tensors that a little program computes.
+
+    Attributes:
+        program: a functional ATen graph from ``leaves`` to the tensors.
+        leaves: as of a :class:`LiftedMask`, and so is ``scope``.
+        shown: the tensors in words, as ``tensor [1, 8, 512, 512]``.
+    """
+
+    program: GraphModule
+    leaves: tuple[Node, ...]
+    scope: Scope
+    shown: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class LiftedMask:
     """The meaning of a site's masks, and how to compute the run-time data it reads.
 
@@ -352,6 +421,8 @@ class LiftedMask:
             not return these.
         selection: the keys that an index selects; a query attends to those that ``mask`` allows.
         fills: the scores of masked keys, or what is added to them.
+        score: what happens to the scaled products before the mask; None: nothing.
+        learned: the tensors ``w0, w1, ...`` that it reads.
         visited: what is visited in the example that was compiled with; None where the mask depends
             on lengths alone, or on values that only a call has.
         unselected: why what an index selects is in ``mask`` instead; empty where nothing is.
@@ -369,6 +440,8 @@ class LiftedMask:
     selection: SelectedKeys | None = None
     unselected: str = ""
     fills: tuple[float, ...] = ()
+    score: ScoreProgram | None = None
+    learned: Computed | None = None
     visited: Visited | None = None
     otherwise: LiftedMask | Rejection | None = None
 
