@@ -135,3 +135,8 @@ def test_no_value_is_as_exact_as_one_that_is_not_finite() -> None:
     assert relative_error(torch.ones(2), nan) == torch.inf
     assert not is_as_exact(torch.ones(2), nan, torch.ones(2) * 2)
     assert not is_as_exact(torch.ones(2), torch.ones(2), nan)
+
+
+def test_nothing_is_as_exact_as_eager_where_eager_computes_something_else() -> None:
+    assert is_as_exact(torch.tensor([1.00011]), torch.tensor([1.0001]), torch.ones(1))
+    assert not is_as_exact(torch.tensor([1.105]), torch.tensor([1.1]), torch.ones(1))
