@@ -166,6 +166,6 @@ def _of_tokens(spec: AttentionSpec, n_q: int, n_kv: int) -> AttentionSpec:
 
     predicate = sympy.And(at_tokens(mask.predicate), (q < n_q) & (kv < n_kv))
     moved = MaskExpr(predicate, (*mask.tables, "int64", "int64"), mask.n_sizes)
-    score = score and ScoreProgram(at_tokens(score.value), score.learned)
+    score = score and replace(score, value=at_tokens(score.value))
     dropout = dropout and replace(dropout, q=q, kv=kv)
     return replace(spec, mask=moved, score=score, dropout=dropout)
