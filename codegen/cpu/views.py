@@ -18,7 +18,7 @@ from torch import Tensor
 from sparse_compile.codegen.attend import Gradients, add, merge
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.codegen.cpu import careful, executor
-from sparse_compile.expr import KV, N_KV, N_Q, MaskExpr, Q, ScoreProgram, table
+from sparse_compile.expr import KV, N_KV, N_Q, MaskExpr, Q, table
 from sparse_compile.layout import BlockLayout, Layout
 from sparse_compile.layout.block_layout import places_of
 from sparse_compile.spec import AttentionSpec

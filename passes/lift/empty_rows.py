@@ -68,7 +68,7 @@ def empty_row_policy(
     policy = _of_empty_rows(masks, [keep for keep in keeps if keep.fills], fills)
     if site.zeroed and policy is EmptyRows.NAN_ADDED and masks.need_gradients:
         raise Refused(
-            "rows may be fully masked by adding -inf, whose gradient is NaN where weights are made 0",
+            "rows may be fully masked by adding -inf: their gradient is NaN, though weights are 0",
             "use masked_fill or torch.where with float('-inf')",
         )
     if site.zeroed:

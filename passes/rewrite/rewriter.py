@@ -296,10 +296,10 @@ def _attended(
     score = replace(plan.spec.score or ScoreProgram(SCORE), absorbed=True)
     spec = replace(plan.spec, mask=rows, coverage=(), score=score)
     bare = replace(spec, where=(), score=None, dropout=None)
-    rest = [], *_lengths(insert, site), bare.text, device_of(site.q.node), []
+    rest: list[Any] = [[], *_lengths(insert, site), bare.text, device_of(site.q.node), []]
     made = insert.call(ops.LAYOUT, [table], DenseRead.text(()), *rest)
     lists = [insert.call(operator.getitem, made, part) for part in range(len(example_value(made)))]
-    data = learned, [table], [], lists, scale, spec.text
+    data: list[Any] = [learned, [table], [], lists, scale, spec.text]
     again = insert.call(operator.getitem, insert.call(ops.ATTENTION, *operands, *data), 0)
     return insert.call(torch.where, insert.method("unsqueeze", empty, -1), again, out)
 
