@@ -71,7 +71,7 @@ class Score:
         if self.program is None:
             return True
         exact = q.dtype == torch.float32 or all(t.dtype == q.dtype for t in self.data.learned)
-        return exact and self.program.derivative == 1
+        return exact and self.program.derivative == 1 and not self.program.absorbed
 
     def learned_gradients(self) -> list[Tensor]:
         """The sums that there are, in the dtypes of the learned tensors."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from sparse_compile.codegen.attend import Gradients, add, merge
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.codegen.cpu import careful, executor
-from sparse_compile.expr import KV, N_KV, N_Q, MaskExpr, Q, ScoreProgram, table
+from sparse_compile.expr import KV, N_KV, N_Q, MaskExpr, Q, table
 from sparse_compile.layout import BlockLayout, Layout
 from sparse_compile.layout.block_layout import places_of
 from sparse_compile.spec import AttentionSpec
@@ -166,6 +166,6 @@ def _of_tokens(spec: AttentionSpec, n_q: int, n_kv: int) -> AttentionSpec:
 
     predicate = sympy.And(at_tokens(mask.predicate), (q < n_q) & (kv < n_kv))
     moved = MaskExpr(predicate, (*mask.tables, "int64", "int64"), mask.n_sizes)
-    score = score and ScoreProgram(at_tokens(score.value), score.learned)
+    score = score and replace(score, value=at_tokens(score.value))
     dropout = dropout and replace(dropout, q=q, kv=kv)
     return replace(spec, mask=moved, score=score, dropout=dropout)

@@ -127,6 +127,8 @@ def print_score(
     taken = [line.partition(" = ")[0] for line in (*mask.before, *mask.inside)]
     before, inside, names = named_terms((value, *found), loop_axis, "s", taken)
     last = f"score = {names.get(value, value.text(names))}"
+    if program.absorbed:
+        last = "score *= 0.0  # absorbed by what was added"
     derivatives = [
         f"{name} = {names.get(slope, slope.text(names))}"
         for name, slope in zip(slopes, found, strict=True)

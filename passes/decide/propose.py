@@ -167,9 +167,10 @@ class _Proposer:
         site = self.trace.site
         learned = () if mask.score is None else mask.score.learned
         dropout = Dropout(site.dropout, len(learned)) if site.dropout else None
+        attended = mask.empty_rows is EmptyRows.ATTENDED
         return replace(
             spec,
-            empty_rows=mask.empty_rows,
+            empty_rows=EmptyRows.ZERO if attended else mask.empty_rows,
             where=site.where,
             score=mask.score,
             dropout=dropout,

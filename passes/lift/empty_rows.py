@@ -68,7 +68,7 @@ def empty_row_policy(
     policy = _of_empty_rows(masks, [keep for keep in keeps if keep.fills], fills)
     if site.zeroed and policy is EmptyRows.NAN_ADDED and masks.need_gradients:
         raise Refused(
-            "rows may be fully masked by adding -inf, whose gradient is NaN where weights are made 0",
+            "rows may be fully masked by adding -inf: their gradient is NaN, though weights are 0",
             "use masked_fill or torch.where with float('-inf')",
         )
     if site.zeroed:
@@ -77,16 +77,8 @@ def empty_row_policy(
         return policy
     # On such a row scores that are not linear in q·k are still there, and autograd sends gradients
     # through them: O(n) of work for linear ones only. With "minus_inf" masked scores get none.
-    if masks.need_gradients and finite_fill != "minus_inf":
-        raise Refused(
-            "rows may be fully masked, a finite mask is added to their scores, and these are not "
-            "linear in q·k (softcap), or have a bias that is trained: their gradients need all "
-            "scores of such a row",
-            "write the mask with masked_fill or torch.where instead of adding it, or set "
-            'options={"finite_fill": "minus_inf"}, with which masked scores get no gradient, also '
-            "where a whole row is masked",
-        )
-    return EmptyRows.MEAN
+    trained = masks.need_gradients and finite_fill != "minus_inf"
+    return EmptyRows.ATTENDED if trained else EmptyRows.MEAN
 
 
 def _of_empty_rows(

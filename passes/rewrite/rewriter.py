@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import sympy
 import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
 from sparse_compile import ops
+from sparse_compile.expr import SCORE, B, H, MaskExpr, Q, ScoreProgram
+from sparse_compile.expr import table as lookup_of
 from sparse_compile.layout.from_dense import DenseRead
 from sparse_compile.ops import pattern as pattern_ops
 from sparse_compile.ops.selection import CANONICAL_SELECTION, SELECT
@@ -79,6 +82,9 @@ class Rewriter:
             learned += _seed(insert, site)
             call = insert.call(ops.ATTENTION, q, k, v, learned, *data)
             out = insert.call(operator.getitem, call, 0)
+            if plan.lifted.empty_rows is EmptyRows.ATTENDED:
+                lse = insert.call(operator.getitem, call, 1)
+                out = _attended(insert, plan, (q, k, v), learned, scale, out, lse)
             if site.zeroed:
                 lse = insert.call(operator.getitem, call, 1)
                 out = _without_nan(insert, out, lse)
@@ -207,7 +213,8 @@ class Rewriter:
         """
         site, device, (tables, sizes) = plan.site, device_of(plan.site.q.node), data
         # The layout depends neither on where the attention stands nor on scores: layers share it.
-        spec = replace(plan.spec.blocks, where=(), empty_rows=EmptyRows.ZERO, score=None)
+        nothing: dict[str, Any] = {"where": (), "score": None, "dropout": None}
+        spec = replace(plan.spec.blocks, empty_rows=EmptyRows.ZERO, **nothing)
         given = tuple(tables), tuple(sizes), tuple(named)
         key = insert.gm, spec.text, _shape(site), device, reads, given
         if key not in self._layouts:
@@ -267,6 +274,34 @@ def _scale(insert: Inserter, site: AttentionSite, q: Node) -> tuple[Node, float 
         scaled = insert.call(operator.mul, q, site.scale)
         return insert.method("to", scaled, example_value(q).dtype), 1.0
     return q, site.scale
+
+
+def _attended(
+    insert: Inserter,
+    plan: Plan,
+    operands: tuple[Node, Node, Node],
+    learned: list[Node],
+    scale: float | Node,
+    out: Node,
+    lse: Node,
+) -> Node:
+    """``out`` with what queries without keys yield: the mean, as softmax over absorbed scores."""
+    site, mask = plan.site, plan.lifted.mask
+    empty = insert.call(operator.eq, lse, float("-inf"))
+    # Whether a row is empty rarely depends on the head.
+    alike = not mask.depends_on(H)
+    table = insert.call(operator.getitem, empty, (slice(None), 0)) if alike else empty
+    at = (B, Q) if alike else (B, H, Q)
+    rows = MaskExpr(sympy.Ne(lookup_of(0)(*at), 0), ("bool",))
+    score = replace(plan.spec.score or ScoreProgram(SCORE), absorbed=True)
+    spec = replace(plan.spec, mask=rows, coverage=(), score=score)
+    bare = replace(spec, where=(), score=None, dropout=None)
+    rest: list[Any] = [[], *_lengths(insert, site), bare.text, device_of(site.q.node), []]
+    made = insert.call(ops.LAYOUT, [table], DenseRead.text(()), *rest)
+    lists = [insert.call(operator.getitem, made, part) for part in range(len(example_value(made)))]
+    data: list[Any] = [learned, [table], [], lists, scale, spec.text]
+    again = insert.call(operator.getitem, insert.call(ops.ATTENTION, *operands, *data), 0)
+    return insert.call(torch.where, insert.method("unsqueeze", empty, -1), again, out)
 
 
 def _seed(insert: Inserter, site: AttentionSite) -> list[Node]:

@@ -172,7 +172,8 @@ def evaluate_score(program: ScoreProgram, score: Tensor, data: ScoreData = _NOTH
     >>> evaluate_score(softcap(2.0), torch.tensor([0.0, 100.0])).tolist()
     [0.0, 2.0]
     """
-    return _score_values(score, data, program.value)[0]
+    (value,) = _score_values(score, data, program.value)
+    return value * 0 if program.absorbed else value
 
 
 def evaluate_slope(
@@ -180,7 +181,7 @@ def evaluate_slope(
 ) -> tuple[Tensor, Tensor]:
     """:func:`evaluate_score`, and the derivative of each score."""
     value, slope = _score_values(score, data, program.value, program.derivative)
-    return value, slope
+    return value * 0 if program.absorbed else value, slope
 
 
 def add_learned_gradients(

@@ -36,6 +36,8 @@ class ScoreProgram:
             ``tanh, exp, log, sqrt``, integer powers, ``Abs, Max, Min`` and ``Piecewise``.
         learned: the dtypes of the tensors ``w0, w1, ...`` that it reads, such as ``"float32"``;
             their number of dimensions is the number of index expressions in their lookups.
+        absorbed: whether scores are 0 all the same, as of rows to which ``finfo.min`` was added:
+            they count alike, and autograd follows the program.
 
     >>> softcap(50.0).value, softcap(50.0).derivative
     (50*tanh(score/50), 1 - tanh(score/50)**2)
@@ -43,6 +45,7 @@ class ScoreProgram:
 
     value: sympy.Expr
     learned: tuple[str, ...] = ()
+    absorbed: bool = False
 
     def __str__(self) -> str:
         return str(self.value)
@@ -50,7 +53,8 @@ class ScoreProgram:
     @functools.cached_property
     def text(self) -> str:
         """A stable one-line spelling; :meth:`parse` reads it back."""
-        return "|".join([real_to_text(self.value), ",".join(self.learned)])
+        fields = [real_to_text(self.value), ",".join(self.learned), "absorbed" * self.absorbed]
+        return "|".join(fields)
 
     @staticmethod
     @functools.lru_cache(maxsize=1024)
@@ -60,8 +64,9 @@ class ScoreProgram:
         >>> ScoreProgram.parse(softcap(0.3).text) == softcap(0.3)
         True
         """
-        value, learned = text.split("|")
-        return ScoreProgram(from_text(value), tuple(name for name in learned.split(",") if name))
+        value, learned, absorbed = text.split("|")
+        dtypes = tuple(name for name in learned.split(",") if name)
+        return ScoreProgram(from_text(value), dtypes, bool(absorbed))
 
     def depends_on(self, symbol: sympy.Symbol) -> bool:
         """Whether the program mentions ``symbol``, such as one of ``B, H, Q, KV``."""

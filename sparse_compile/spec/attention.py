@@ -27,6 +27,8 @@ class EmptyRows(str, Enum):
             overwritten, so Q and K get no gradient.
         MEAN_ADDED: the mean of V, as *adding* finfo.min gives. The scores are absorbed by rounding,
             but autograd still sends the softmax gradient through them to Q and K.
+        ATTENDED: the same for scores that are not linear in q·k, or have a bias that is trained. No
+            executor knows it: the rewritten graph attends a second time, for these rows alone.
     """
 
     ZERO = "zero"
@@ -34,6 +36,7 @@ class EmptyRows(str, Enum):
     NAN_ADDED = "nan_added"
     MEAN = "mean"
     MEAN_ADDED = "mean_added"
+    ATTENDED = "attended"
 
 
 #: Of the text of a spec; graphs with another are not read.
@@ -174,7 +177,7 @@ class AttentionSpec:
         numbers = {old: new for new, old in enumerate(used)}
         score = self.score
         if score is not None:
-            score = ScoreProgram(renumbered(score.value, numbers), score.learned)
+            score = replace(score, value=renumbered(score.value, numbers))
         parts = (
             replace(part, predicate=renumbered(part.predicate, numbers)) for part in self.coverage
         )

@@ -73,8 +73,8 @@ def attention_of(site: AttentionSite, env: dict[Node, Any]) -> Tensor:
     heads = torch.arange(q.shape[1]) // group
     scale = env[site.scale] if isinstance(site.scale, Node) else site.scale
     scores = (q @ k[:, heads].mT) * scale
-    if site.score is not None:
-        scores = evaluate_score(site.score, scores)
+    if site.plain_score is not None:
+        scores = evaluate_score(site.plain_score, scores)
     axes = [("b", "h", "q", "kv").index(axis) for axis in site.score_axes]
     for axis in sorted({0, 1, 2, 3} - set(axes), reverse=True):
         scores = scores.squeeze(axis)
@@ -84,7 +84,12 @@ def attention_of(site: AttentionSite, env: dict[Node, Any]) -> Tensor:
     for mask in site.masks:
         value = env[mask.node].detach()
         if mask.role == "add":
+            for change in mask.then:
+                value = value * change.times
             scores = scores + value
+            continue
+        if mask.role == "factor":
+            scores = scores / value if site.score.value.has(1 / site.score.lookups[0]) else scores * value
             continue
         fill = env[mask.fill] if isinstance(mask.fill, Node) else mask.fill
         masked = ~value if mask.role == "keep" else value
