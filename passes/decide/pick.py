@@ -88,8 +88,8 @@ class Price:
         made = 1 / self.sharing if changes else 0.0
         looked_up = partial if by_pair else 0.0
         scored = plan.spec.score is not None or plan.spec.dropout is not None
-        distances, by_pair = _learns(plan) if work.trained else (False, 0)
-        learned = by_pair * work.batch * work.heads * work.n_q * pairs
+        distances, tensors = _learns(plan) if work.trained else (False, 0)
+        learned = tensors * work.batch * work.heads * work.n_q * pairs
         own = pairs, _classes(lifted, work), made, read, looked_up, _does_more(plan.spec)
         return Coverage(*own, scored, distances, learned)
 
