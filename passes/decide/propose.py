@@ -172,7 +172,7 @@ class _Proposer:
         site = self.trace.site
         learned = () if mask.score is None else mask.score.learned
         dropout = Dropout(site.dropout, len(learned)) if site.dropout else None
-        attended = mask.empty_rows is EmptyRows.ATTENDED
+        attended = mask.empty_rows in (EmptyRows.ATTENDED, EmptyRows.HALVED)
         return replace(
             spec,
             empty_rows=EmptyRows.ZERO if attended else mask.empty_rows,

@@ -89,7 +89,11 @@ def attention_of(site: AttentionSite, env: dict[Node, Any]) -> Tensor:
             scores = scores + value
             continue
         if mask.role == "factor":
-            scores = scores / value if site.score.value.has(1 / site.score.lookups[0]) else scores * value
+            scores = (
+                scores / value
+                if site.score.value.has(1 / site.score.lookups[0])
+                else scores * value
+            )
             continue
         fill = env[mask.fill] if isinstance(mask.fill, Node) else mask.fill
         masked = ~value if mask.role == "keep" else value
