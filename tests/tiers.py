@@ -56,6 +56,7 @@ ONE_IN = {
     "test_recognise_threshold": 32,
     "test_selecting_annotations": 13,
     "test_sharing": 5,
+    "test_sparsify": 9,
     # Whole programs: benchmarks, commands, processes of their own.
     "test_cli": 3,
     "test_demo": 2,
@@ -146,6 +147,7 @@ INDUCTOR_ONE_IN = {
     "test_score_models": 16,
     "test_selecting_annotations": 8,
     "test_sharing": 8,
+    "test_sparsify": 0,
 }
 
 
