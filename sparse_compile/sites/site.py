@@ -86,7 +86,7 @@ class MaskOperand:
     then: tuple[Change, ...] = ()
     curved: bool = False
     axes: tuple[str, ...] = ()
-    sizes: tuple[Any, ...] = ()
+    sizes: tuple[Any, ...] = field(default=(), compare=False)  # may be symbols: no hash
 
     def changed(self, value: float) -> float:
         """What becomes of a fill, or of a number that is added."""
@@ -103,11 +103,13 @@ class Change:
         times: they are multiplied with it.
         rounded: to this dtype; None: they are not.
         least: they are at least this.
+        shares: whether of two equal ones, the score and the least, each gets half of the gradient.
     """
 
     times: float = 1.0
     rounded: torch.dtype | None = None
     least: float = float("-inf")
+    shares: bool = False
 
     def __call__(self, value: float) -> float:
         """What becomes of a number."""
@@ -157,7 +159,8 @@ class AttentionSite:
             may be: ``w0()`` stands for what the first of ``masks`` adds, and so on.
         sinks: the scores of further columns, which take weight and have no value.
         dropout: the probability of a weight to be dropped.
-        zeroed: whether the weights of a query without keys are made 0.
+        zeroed: which weights are made 0: ``"nan"``, those that are NaN; ``"hidden"``, those of a
+            query without keys; empty: none.
     """
 
     scope: Scope
@@ -178,7 +181,7 @@ class AttentionSite:
     sinks: Node | None = None
     called: Called | None = None
     dropout: float = 0.0
-    zeroed: bool = False
+    zeroed: str = ""
 
     @property
     def plain_score(self) -> ScoreProgram | None:

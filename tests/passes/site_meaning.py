@@ -110,7 +110,9 @@ def _changed(site: AttentionSite, scores: Tensor, given: list[Tensor]) -> Tensor
     if site.score is None:
         return scores
     marks = {learned(i)(): learned(i)(*COORDINATES) for i in range(len(given))}
-    axes = {name: range(size) for name, size in zip(("b", "h", "q", "kv"), scores.shape)}
+    axes = {
+        name: range(size) for name, size in zip(("b", "h", "q", "kv"), scores.shape, strict=True)
+    }
     data = ScoreData(grid(scores.device, **axes), learned=given)
     return evaluate_score(ScoreProgram(site.score.value.xreplace(marks)), scores, data)
 

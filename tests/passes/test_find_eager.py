@@ -382,8 +382,8 @@ def test_weights_that_are_nan_are_made_zero() -> None:
     def filled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return (q @ k.mT).masked_fill(hidden, -INF).softmax(-1).masked_fill(hidden, 0.0) @ v
 
-    assert the_site(numbers, *qkv()).zeroed
-    assert the_site(filled, *qkv()).zeroed
+    assert the_site(numbers, *qkv()).zeroed == "nan"
+    assert the_site(filled, *qkv()).zeroed == "hidden"
 
 
 DROPOUTS = {
