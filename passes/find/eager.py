@@ -30,7 +30,8 @@ from sparse_compile.passes.find.weights import (
     product_below,
     read_elsewhere,
 )
-from sparse_compile.sites.site import AttentionSite, MaskOperand, Operand, Refused, Scope
+from sparse_compile.sites.operands import MaskOperand, Operand, Scope
+from sparse_compile.sites.site import AttentionSite, Refused
 
 _GRAD_MODES = ("_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode")
 #: What keeps the best of the scores, by index or by a threshold.

@@ -25,7 +25,8 @@ from sparse_compile.passes.find.steps import (
     Shift,
     Step,
 )
-from sparse_compile.sites.site import MaskOperand, Refused
+from sparse_compile.sites.operands import MaskOperand
+from sparse_compile.sites.site import Refused
 
 _LONGEST_SEARCH = 200
 """Nodes visited per softmax: sums are searched on both sides."""

@@ -15,7 +15,8 @@ from sparse_compile.expr import SCORE, ScoreProgram, learned
 from sparse_compile.expr.score import number, softcap
 from sparse_compile.passes.find import values
 from sparse_compile.passes.find.dataflow import Dataflow, constant
-from sparse_compile.sites.site import Change, MaskOperand, Refused
+from sparse_compile.sites.operands import Change, MaskOperand
+from sparse_compile.sites.site import Refused
 
 
 @dataclass(frozen=True)

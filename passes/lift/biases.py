@@ -31,7 +31,8 @@ from sparse_compile.passes.lift.value import (
     size_expr,
     substitute,
 )
-from sparse_compile.sites.site import Computed, MaskOperand, Refused
+from sparse_compile.sites.operands import MaskOperand
+from sparse_compile.sites.site import Computed, Refused
 
 
 @dataclass(frozen=True)

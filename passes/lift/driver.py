@@ -29,14 +29,8 @@ from sparse_compile.passes.lift.slice import Slice, Slicer, made_of
 from sparse_compile.passes.lift.tables import Selects, Tabler, with_program
 from sparse_compile.passes.lift.value import size_expr, solve_for_symbol
 from sparse_compile.passes.lift.verify import Examples, Question, verify
-from sparse_compile.sites.site import (
-    AttentionSite,
-    LiftedMask,
-    Refused,
-    Rejection,
-    Scope,
-    SelectedKeys,
-)
+from sparse_compile.sites.operands import Scope
+from sparse_compile.sites.site import AttentionSite, LiftedMask, Refused, Rejection, SelectedKeys
 from sparse_compile.spec import EmptyRows
 
 

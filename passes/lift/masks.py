@@ -26,7 +26,8 @@ from sparse_compile.passes.lift.value import (
     size_expr,
 )
 from sparse_compile.passes.mutation import Memory
-from sparse_compile.sites.site import AttentionSite, MaskOperand, Refused
+from sparse_compile.sites.operands import MaskOperand
+from sparse_compile.sites.site import AttentionSite, Refused
 
 Lengths = Mapping[sympy.Symbol, sympy.Expr]
 

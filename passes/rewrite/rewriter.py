@@ -31,14 +31,9 @@ from sparse_compile.passes.graph_edit import (
 from sparse_compile.passes.rewrite.indexer import replace_indexer, replace_lists
 from sparse_compile.passes.rewrite.tables import RealisedTables, compute, realise
 from sparse_compile.sites.named import INDEX, LISTS
+from sparse_compile.sites.operands import Operand
 from sparse_compile.sites.plan import Indexer, Plan
-from sparse_compile.sites.site import (
-    AttentionSite,
-    BlockScoresSite,
-    LiftedMask,
-    Operand,
-    PatternTable,
-)
+from sparse_compile.sites.site import AttentionSite, BlockScoresSite, LiftedMask, PatternTable
 from sparse_compile.spec import EmptyRows
 
 _CANONICAL = "bhnd"

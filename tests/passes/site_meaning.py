@@ -19,7 +19,8 @@ from sparse_compile.expr import (
     learned,
 )
 from sparse_compile.passes.find import find_attention
-from sparse_compile.sites.site import AttentionSite, MaskOperand, Operand, Rejection
+from sparse_compile.sites.operands import MaskOperand, Operand
+from sparse_compile.sites.site import AttentionSite, Rejection
 from tests.passes.capture import Captured
 
 Found = tuple[AttentionSite | Rejection, ...]
