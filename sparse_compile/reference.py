@@ -28,6 +28,7 @@ def attention(
     empty_rows: str = "zero",
     score: Callable[[Tensor], Tensor] | None = None,
     sinks: Tensor | None = None,
+    *,
     dropped: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Masked attention and its log-sum-exp, computed densely in fp64; differentiable.

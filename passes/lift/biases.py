@@ -31,7 +31,8 @@ from sparse_compile.passes.lift.value import (
     size_expr,
     substitute,
 )
-from sparse_compile.sites.site import Computed, MaskOperand, Refused
+from sparse_compile.sites.operands import MaskOperand
+from sparse_compile.sites.site import Computed, Refused
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Biases:
         masks: what was asked.
         lifter: of the traced graph that computes them.
         emitter: of the program that computes them.
+        direct: whether tensors for each pair are read as they are, whatever they follow from.
         dtypes: of the tensors.
         found: of each operand that contributes.
     """
@@ -65,6 +67,7 @@ class Biases:
     masks: SiteMasks
     lifter: Lifter
     emitter: Emitter
+    direct: bool = False
     dtypes: list[str] = field(default_factory=list)
     found: list[Bias] = field(default_factory=list)
     _outputs: list[Node] = field(default_factory=list)
@@ -74,7 +77,7 @@ class Biases:
         """What an operand contributes, given its element over the coordinates."""
         cases = self._unfolded(cases)
         symbols = symbols_of(cases)
-        if _is_beyond_integers(cases):
+        if _is_beyond_integers(cases) or (self.direct and _reads_data(cases)):
             self._direct(mark, operand)
         elif not _reads_data(cases) and symbols <= set(COORDINATES):
             self.found.append(Bias(mark, _piecewise(cases)))
@@ -140,7 +143,8 @@ class Biases:
         value, wanted = example_value(operand.node), self.masks.wanted[mark]
         graph, site = operand.node.graph, self.masks.site
         assert site.scope.gm.graph is graph
-        if not self.masks.memory.stays(operand.node, wanted.reader, site.output.node):
+        stays = self.masks.memory.stays(operand.node, wanted.reader, site.output.node)
+        if not stays or (torch.is_grad_enabled() and self.masks.memory.is_written(operand.node)):
             raise Refused(f"its bias `{operand.node.name}` is changed in place afterwards")
         places, node = self.masks.places(operand), self.emitter.given(operand.node)
         shape = list(value.shape)
