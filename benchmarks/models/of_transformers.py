@@ -233,6 +233,6 @@ IMAGES = (
     _image("vit", "ViT", _IMAGE),
     _image("swin", "Swin", _SWIN),
     _image("swinv2", "Swinv2", _SWIN),
-    _image("beit", "Beit", _IMAGE, use_relative_position_bias=True),
+    _image("beit", "Beit", _IMAGE, use_relative_position_bias=True, layer_scale_init_value=1.0),
 )
 TRANSFORMERS = (*ENCODERS, *DECODERS, *PAIRS, *IMAGES)
