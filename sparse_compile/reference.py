@@ -38,9 +38,8 @@ def attention(
             head h reads key head ``h // (Hq // Hkv)``.
         mask: bool, broadcastable to [B, Hq, Nq, Nkv]; True may attend. None: all may.
         scale: factor on the scores; default 1 / sqrt(D).
-        empty_rows: what a row without any True yields: ``"zero"``; ``"nan"``; ``"mean"`` of V over
-            all keys, no gradient to the scores; ``"nan_added"`` or ``"mean_added"``: the same
-            values, with the softmax gradient flowing to the scores.
+        empty_rows: what a row without any True yields: ``"zero"``; ``"nan"``; ``"mean"`` of V, no
+            gradient to the scores; ``"nan_added"``, ``"mean_added"``: the same with gradients.
         score: from scaled products [B, Hq, Nq, Nkv], fp64, to scores, before the mask.
         sinks: broadcastable to [B, Hq, Nq]: the score of one more key, whose value is 0. No row is
             empty then.
