@@ -100,9 +100,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def with_result(survey: Survey, result: Result) -> Survey:
-    """With a result in the place of that of the same case, or behind all others."""
+    """With a result in the place of that of the same case, in the order of all models."""
     known = results.of_case((*survey.results, result))
-    return replace(survey, results=tuple(known.values()))
+    cases = [(e.name, how, case.name) for e, how, case in units(ENTRIES.values())]
+    order = {case: number for number, case in enumerate(cases)}
+    ordered = sorted(known, key=lambda case: order.get(case, len(order)))
+    return replace(survey, results=tuple(known[case] for case in ordered))
 
 
 def write(survey: Survey, args: argparse.Namespace) -> None:
