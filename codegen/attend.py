@@ -20,7 +20,8 @@ from torch import Tensor
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.codegen.generators import executor
 
-Gradients = tuple[Tensor, Tensor, Tensor]
+#: Of q, k and v; then of the learned tensors that are wanted.
+Gradients = tuple[Tensor, ...]
 
 
 class Executor(Protocol):
@@ -31,7 +32,7 @@ class Executor(Protocol):
         ...
 
     def backward(self, call: AttentionCall, result: AttentionResult) -> Gradients:
-        """``(dq, dk, dv)`` in the dtypes and shapes of q, k, v."""
+        """``(dq, dk, dv, *wanted)`` in the dtypes and shapes of q, k, v and of learned tensors."""
         ...
 
 
@@ -51,7 +52,7 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def backward(call: AttentionCall, result: AttentionResult) -> Gradients:
-    """``(dq, dk, dv)`` of :func:`forward`; ``result`` holds 0 on empty rows."""
+    """The gradients of :func:`forward`; ``result`` holds 0 on empty rows."""
     return add([executor_for(piece).backward(piece, result) for piece in call.pieces()])
 
 
@@ -79,6 +80,5 @@ def merge(results: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> tuple
 
 
 def add(grads: Sequence[Gradients]) -> Gradients:
-    """The gradients of q, k and v, from those of each piece."""
-    dq, dk, dv = (functools.reduce(torch.add, parts) for parts in zip(*grads, strict=True))
-    return dq, dk, dv
+    """The gradients, from those of each piece."""
+    return tuple(functools.reduce(torch.add, parts) for parts in zip(*grads, strict=True))

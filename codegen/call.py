@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
+from sparse_compile.expr import ScoreData
 from sparse_compile.layout import Layout
 from sparse_compile.layout.lists import assembled
 from sparse_compile.layout.superset import ProblemShape
@@ -29,7 +31,7 @@ class AttentionCall:
             part of units index and count, int32, as in :class:`sparse_compile.selection.Selection`.
         scale: factor on the scores.
         spec: the mask, and the parts that cover it.
-        learned: further tensors that it reads, those that get gradients.
+        learned: the tensors ``w0, w1, ...`` that its score program reads; they may have gradients.
         layout: the blocks to visit; None where ``lists`` tell.
     """
 
@@ -68,6 +70,18 @@ class AttentionCall:
     def data(self) -> tuple[int, int, Sequence[Tensor], Sequence[int]]:
         """What a mask and a score program read besides coordinates: Nq, Nkv, tables and sizes."""
         return self.q.shape[2], self.k.shape[2], self.tables, self.sizes
+
+    def score_data(self, coordinates: Mapping[str, Tensor]) -> ScoreData:
+        """What its score program reads at coordinates."""
+        return ScoreData(coordinates, *self.data, self.learned)
+
+    def sums(self, wanted: Sequence[int]) -> list[Tensor | None]:
+        """Zeros to which gradients of learned tensors are added; None for those not wanted."""
+        wide = torch.promote_types(self.q.dtype, torch.float32)
+        return [
+            torch.zeros(t.shape, dtype=wide, device=t.device) if i in wanted else None
+            for i, t in enumerate(self.learned)
+        ]
 
     @functools.cached_property
     def blocks(self) -> Layout:
@@ -109,9 +123,11 @@ class AttentionResult:
         lse: fp32 [B, Hq, Nq], the natural log-sum-exp, -inf on empty rows.
         grad_out: gradient of ``out``.
         grad_lse: gradient of ``lse``, if anything read it.
+        wanted: numbers of the learned tensors whose gradients are asked for.
     """
 
     out: Tensor
     lse: Tensor
     grad_out: Tensor
     grad_lse: Tensor | None = None
+    wanted: tuple[int, ...] = ()

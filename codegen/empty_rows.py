@@ -67,22 +67,22 @@ def without(call: AttentionCall, result: AttentionResult) -> AttentionResult:
 
 
 def apply_backward(
-    call: AttentionCall, result: AttentionResult, grads: tuple[Tensor, Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
+    call: AttentionCall, result: AttentionResult, grads: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
     """The gradients with the share of the empty rows added.
 
     Args:
         call: says the policy.
         result: with the gradient of the empty rows, too.
-        grads: dq, dk and dv through the other rows.
+        grads: dq, dk and dv through the other rows, and those of learned tensors, which stay.
 
     Returns:
-        dq, dk and dv, in the dtypes given. With NAN, dv is NaN for every key head that has an empty
+        the same, in the dtypes given. With NAN, dv is NaN for every key head that has an empty
         row, as NaN weights make it; with NAN_ADDED also dk, and dq on the empty rows.
     """
-    policy, (dq, dk, dv) = call.spec.empty_rows, grads
+    policy, (dq, dk, dv, *others) = call.spec.empty_rows, grads
     if policy is EmptyRows.ZERO or not call.v.shape[2]:
-        return dq, dk, dv
+        return grads
     q, k, v, scale = call.q, call.k, call.v, call.scale
     group = _group(q, k)
     empty = result.lse.eq(-math.inf).unsqueeze(-1)
@@ -91,7 +91,7 @@ def apply_backward(
         dv = dv.masked_fill(touched, math.nan)
         if policy is EmptyRows.NAN_ADDED:
             dq, dk = dq.masked_fill(empty, math.nan), dk.masked_fill(touched, math.nan)
-        return dq, dk, dv
+        return dq, dk, dv, *others
     with full_precision(q.device.type):
         wide, n_kv = _wide(v), k.shape[2]
         rest = _by_key_head(result.grad_out.to(wide).masked_fill(~empty, 0.0), group)
@@ -101,7 +101,7 @@ def apply_backward(
             dq_rows, dk_rows = _through_scores(rest, rows, k.to(wide), v.to(wide))
             dq = _add(dq, dq_rows.reshape(q.shape) * (scale / n_kv))
             dk = _add(dk, dk_rows * (scale / n_kv))
-    return dq, dk, dv
+    return dq, dk, dv, *others
 
 
 def _through_scores(grads: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

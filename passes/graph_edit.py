@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -10,7 +11,8 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from sparse_compile.ops.fresh_size import unbound_sizes
-from sparse_compile.sites.site import AttentionSite, Operand
+from sparse_compile.sites.operands import Operand
+from sparse_compile.sites.site import AttentionSite
 
 T = TypeVar("T")
 
@@ -37,10 +39,14 @@ def fake_mode_of(nodes: Iterable[Node]) -> Any:
 
 
 def dimension(operand: Operand, axis: str) -> int | torch.SymInt:
-    """The size of an operand along one of its axes; one where it has none."""
-    if axis not in operand.axes:
-        return 1
-    size: int | torch.SymInt = example_value(operand.node).shape[operand.axes.index(axis)]
+    """The size of an operand along one of its axes, or two that are one; one where it has none."""
+    shape = example_value(operand.node).shape
+    if axis in "bh" and "bh" in operand.axes:
+        merged: int | torch.SymInt = operand.split["bh".index(axis)]
+        return merged
+    size: int | torch.SymInt = 1
+    for name in (axis, f"{axis}1", f"{axis}2"):
+        size = size * shape[operand.axes.index(name)] if name in operand.axes else size
     return size
 
 
@@ -51,6 +57,10 @@ def expected(operand: Operand, axis: str) -> int:
         hint = size.node.hint  # what the graph was captured with; None if nothing is known
         return _UNKNOWN if hint is None else int(hint)
     return int(size)
+
+
+#: The axes of operands, from the outermost.
+CANONICAL = ("b", "b1", "b2", "h", "h1", "h2", "n", "d")
 
 
 class Inserter:
@@ -71,6 +81,20 @@ class Inserter:
     def method(self, name: str, *args: Any, **kwargs: Any) -> Node:
         """A ``call_method`` node on ``args[0]``."""
         return self._insert("call_method", name, args, kwargs)
+
+    def length(self, operand: Operand, axis: str) -> int | Node:
+        """Size of an operand along an axis, as :func:`dimension`."""
+        known = dimension(operand, axis)
+        if isinstance(known, int):
+            return known
+        if axis == "b" and "bh" in operand.axes:
+            both = self.size(operand.node, operand.axes.index("bh"))
+            return self.call(operator.floordiv, both, operand.split[1])
+        names = [n for n in (axis, f"{axis}1", f"{axis}2") if n in operand.axes]
+        first, *rest = (self.size(operand.node, operand.axes.index(name)) for name in names)
+        for size in rest:
+            first = self.call(operator.mul, first, size)
+        return first
 
     def size(self, node: Node, dim: int) -> int | Node:
         """Size of a tensor node along ``dim``: an int where it is static, else a node."""

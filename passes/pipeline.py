@@ -94,8 +94,11 @@ def lift(trace: Trace, inputs: Sequence[Any], options: Options, cache: LiftCache
     site = trace.site
     check_fit(site)
     if site.called is not None:
-        return replace(trace, lifted=called_mask(site.called))
-    lifted = promised_mask(site) or lift_mask(site, inputs, options, cache)
+        return replace(trace, lifted=replace(called_mask(site.called), score=site.score))
+    promised = promised_mask(site)
+    if promised is not None:
+        return replace(trace, lifted=replace(promised, score=site.plain_score))
+    lifted = lift_mask(site, inputs, options, cache)
     if isinstance(lifted, Rejection):
         rejected = trace.rejected(lifted.reason, lifted.hint)
         return replace(trace, lifted=lifted, decision=rejected)

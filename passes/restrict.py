@@ -55,6 +55,8 @@ def promised_mask(site: AttentionSite) -> LiftedMask | None:
     note = site.annotation
     if note is None or not note.promise or not site.masks:
         return None
+    if any(mask.role == "factor" for mask in site.masks):
+        return None  # what scores are multiplied with is no mask
     own = LiftedMask(MaskExpr(sympy.Le(KV, Q) if site.causal else sympy.true))
     joined = _joined(own, note.bound.expr, note.key)
     return replace(joined, empty_rows=_promised_empty_rows(site, note))

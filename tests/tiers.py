@@ -46,6 +46,7 @@ ONE_IN = {
     "test_lift_models": 0,
     "test_memory_of_models": 0,
     "test_models": 0,
+    "test_models_table": 0,
     "test_score_models": 0,
     "test_recognise_checkpointed": 0,
     "test_recognise_own_scores": 26,

@@ -8,14 +8,22 @@ queries at a time. Finite operands pay for one sum of the result.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
-from sparse_compile.expr import ScoreData, evaluate, evaluate_slope
+from sparse_compile.expr import (
+    Dropout,
+    ScoreData,
+    ScoreProgram,
+    add_learned_gradients,
+    evaluate,
+    evaluate_slope,
+    keeps,
+)
 
 #: Scores that exist at once.
 _AT_ONCE = 1 << 22
@@ -53,6 +61,34 @@ def mixed(weights: Tensor, allowed: Tensor, x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
+class LearnedSums:
+    """Gradients of learned tensors, to which those of some pairs are added.
+
+    Attributes:
+        program: what reads them.
+        sums: as in :meth:`AttentionCall.sums`.
+    """
+
+    program: ScoreProgram | None
+    sums: Sequence[Tensor | None]
+
+    @staticmethod
+    def of(call: AttentionCall, result: AttentionResult) -> LearnedSums:
+        """Zeros, for those that are wanted."""
+        return LearnedSums(call.spec.score, call.sums(result.wanted))
+
+    def add(self, pairs: Pairs, d_score: Tensor) -> None:
+        """Add what pairs give, ``d_score`` being the gradient of their scores."""
+        if self.program is not None and any(total is not None for total in self.sums):
+            add_learned_gradients(self.program, pairs.product, d_score, pairs.data, self.sums)
+
+    def results(self, call: AttentionCall) -> list[Tensor]:
+        """Those that are wanted, in the dtypes of the tensors."""
+        pairs = zip(self.sums, call.learned, strict=True)
+        return [total.to(t.dtype) for total, t in pairs if total is not None]
+
+
+@dataclass(frozen=True, eq=False)
 class Pairs:
     """Queries, keys, and the scores of their pairs.
 
@@ -62,6 +98,9 @@ class Pairs:
         score: fp32 [..., R, L], -inf where hidden.
         slope: the derivative of a score by the product of a query and a key; broadcasts to score.
         keep: bool [..., R, L], what is not hidden.
+        product: the scaled products, fp32 [..., R, L].
+        data: what the score program reads.
+        dropout: of the weights.
     """
 
     query: Tensor
@@ -69,32 +108,43 @@ class Pairs:
     score: Tensor
     slope: Tensor
     keep: Tensor
+    product: Tensor
+    data: ScoreData
+    dropout: Dropout | None
 
     @staticmethod
     def of(
         call: AttentionCall, query: Tensor, key: Tensor, where: dict[str, Tensor], seen: Tensor
     ) -> Pairs:
         """The pairs at some coordinates, of which the mask, and ``seen``, hide some."""
-        score, slope = query @ key.mT * call.scale, torch.tensor(call.scale)
+        product = score = query @ key.mT * call.scale
+        slope, data = torch.tensor(call.scale), call.score_data(where)
         if call.spec.score is not None:
-            data = ScoreData(where, *call.data)
             score, by_product = evaluate_slope(call.spec.score, score, data)
             slope = by_product * call.scale
         keep = (evaluate(call.spec.mask, where, *call.data) & seen).expand(score.shape)
-        return Pairs(query, key, score.masked_fill(~keep, -math.inf), slope, keep)
+        score = score.masked_fill(~keep, -math.inf)
+        return Pairs(query, key, score, slope, keep, product, data, call.spec.dropout)
 
     def weights(self, total: Tensor) -> Tensor:
         """0 where hidden even in rows that are NaN; ``total`` is the log-sum-exp [..., R, 1]."""
         weights = (self.score - total.masked_fill(total == -math.inf, 0.0)).exp()
         return weights.masked_fill(~self.keep, 0.0)
 
+    def dropped(self, values: Tensor) -> Tensor:
+        """Weights, or what is done to weights, by dropout."""
+        if self.dropout is None:
+            return values
+        kept = keeps(self.dropout, self.data.learned[self.dropout.seed], self.data)
+        return values.masked_fill(~kept, 0.0) * self.dropout.factor
+
     def attend(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """Of values [..., L, Dv]: out [..., R, Dv], and the log-sum-exp [..., R, 1]."""
         total = self.score.logsumexp(-1, keepdim=True)
-        return mixed(self.weights(total), self.keep, value), total
+        return mixed(self.dropped(self.weights(total)), self.keep, value), total
 
     def gradients(
-        self, value: Tensor, grad: Tensor, delta: Tensor, total: Tensor
+        self, value: Tensor, grad: Tensor, delta: Tensor, total: Tensor, learned: LearnedSums
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Those of query, key and value.
 
@@ -104,12 +154,14 @@ class Pairs:
             delta: the product of each row of out and grad, less the gradient of ``total``;
                 [..., R, 1].
             total: the log-sum-exp [..., R, 1], maybe of more keys than these.
+            learned: where those of learned tensors are added.
         """
         weights, keep = self.weights(total), self.keep
-        d_score = weights * (grad @ value.mT - delta) * self.slope
-        d_score = d_score.masked_fill(~keep, 0.0)
+        d_score = (weights * (self.dropped(grad @ value.mT) - delta)).masked_fill(~keep, 0.0)
+        learned.add(self, d_score)
+        d_score = (d_score * self.slope).masked_fill(~keep, 0.0)
         dq, dk = mixed(d_score, keep, self.key), mixed(d_score.mT, keep.mT, self.query)
-        return dq, dk, mixed(weights.mT, keep.mT, grad)
+        return dq, dk, mixed(self.dropped(weights).mT, keep.mT, grad)
 
 
 def delta_of(result: AttentionResult) -> Tensor:
@@ -156,14 +208,17 @@ def mend(call: AttentionCall, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]
     return out, lse
 
 
-def gradients(call: AttentionCall, result: AttentionResult) -> tuple[Tensor, Tensor, Tensor]:
-    """``(dq, dk, dv)`` of a call of parts of blocks, in the dtypes of q, k and v."""
+def gradients(call: AttentionCall, result: AttentionResult) -> tuple[Tensor, ...]:
+    """Those of a call of parts of blocks, as executors return them."""
+    learned = LearnedSums.of(call, result)
     lse, delta = result.lse, delta_of(result)
     dq, dk, dv = (torch.zeros(t.shape) for t in (call.q, call.k, call.v))
     for b, h, head, rows in _chunks(call, lse != -math.inf):
-        of_rows = (t[b, h, rows].float() for t in (result.grad_out, delta, lse[..., None]))
+        grad, own, total = (t[b, h, rows].float() for t in (result.grad_out, delta, lse[..., None]))
         pairs = _pairs(call, b, h, head, rows)
-        dq[b, h, rows], by_key, by_value = pairs.gradients(call.v[b, head].float(), *of_rows)
+        values = call.v[b, head].float()
+        dq[b, h, rows], by_key, by_value = pairs.gradients(values, grad, own, total, learned)
         dk[b, head] += by_key
         dv[b, head] += by_value
-    return dq.to(call.q.dtype), dk.to(call.k.dtype), dv.to(call.v.dtype)
+    grads = dq.to(call.q.dtype), dk.to(call.k.dtype), dv.to(call.v.dtype)
+    return *grads, *learned.results(call)

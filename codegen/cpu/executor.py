@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparse_compile.codegen.attend import Gradients
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.codegen.cpu import flash
 from sparse_compile.codegen.cpu.batches import Batch, Gathered, Part, Strided, cut, parts_of
@@ -49,7 +50,7 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     for part in parts_of(call):
         qs, outs, lses = (part.query_side(x) for x in (operands[0], out, lse.unsqueeze(-1)))
         ks, vs = (part.key_side(x) for x in operands[1:])
-        for piece, bias in _pieces(plans, part, mask, ks, held=score.program is not None):
+        for piece, bias in _pieces(plans, part, mask, ks, held=score.is_held):
             keys, values = (part.per_head(piece.keys_of(x)) for x in (ks, vs))
             tiles = Tiles(piece.rows_of(qs), keys, values, bias, score.at(part, piece))
             _store(piece, outs, lses, *flash.forward(tiles))
@@ -75,11 +76,12 @@ def _store(piece: Batch, out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Ten
 
 
 @torch.no_grad()
-def backward(call: AttentionCall, result: AttentionResult) -> tuple[Tensor, Tensor, Tensor]:
+def backward(call: AttentionCall, result: AttentionResult) -> Gradients:
     """Gradients of :func:`forward`.
 
     Returns:
-        dq, dk and dv: contiguous, in the shapes of q, k and v. The same bits at each call.
+        dq, dk and dv: contiguous, in the shapes of q, k and v; then those of the learned tensors
+        that are wanted. The same bits at each call.
     """
     q, k, v, (layout,) = call.q, call.k, call.v, call.blocks.views
     out, lse, grad_out, grad_lse = result.out, result.lse, result.grad_out, result.grad_lse
@@ -100,16 +102,16 @@ def backward(call: AttentionCall, result: AttentionResult) -> tuple[Tensor, Tens
     dq = make(qw.shape, dtype=row_dtype)
     dk, dv = (torch.zeros(x.shape, dtype=wide) for x in (kw, vw))
     lse = lse.to(wide).unsqueeze(-1)
-    mask, score = MaskCall.make(call), Score.of(call)
+    mask, score = MaskCall.make(call), Score.of(call, result.wanted)
     for part in parts_of(call):
         rows = [part.query_side(x) for x in (grad, qw, ow, lse, dq)]
         keys = [part.key_side(x) for x in (kw, vw, dk, dv)]
-        held = score.program is not None
+        held = score.is_held
         for piece, bias in _pieces(plans, part, mask, keys[0], backward=True, held=held):
             _accumulate(piece, part, rows, keys, bias, score.at(part, piece))
     grads = ((dq, q), (dk, k), (dv, v))
     dq, dk, dv = (dx[..., : x.shape[2], : x.shape[3]].to(x.dtype).contiguous() for dx, x in grads)
-    return dq, dk, dv
+    return dq, dk, dv, *score.learned_gradients()
 
 
 def _accumulate(

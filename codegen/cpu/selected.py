@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparse_compile.codegen.attend import Gradients
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
-from sparse_compile.codegen.cpu.careful import Pairs, delta_of
+from sparse_compile.codegen.cpu.careful import LearnedSums, Pairs, delta_of
 from sparse_compile.codegen.precision import full_precision
 from sparse_compile.selection.chunks import chunks
 from sparse_compile.selection.selection import keys_of, rows_at
@@ -103,20 +104,22 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def backward(call: AttentionCall, result: AttentionResult) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`forward`: ``(dq, dk, dv)`` in the dtypes of q, k and v."""
+def backward(call: AttentionCall, result: AttentionResult) -> Gradients:
+    """Gradients of :func:`forward`, in the dtypes of q, k, v and of learned tensors."""
+    learned = LearnedSums.of(call, result)
     dq = torch.zeros_like(call.q)
     dk, dv = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (call.k, call.v))
     given = result.grad_out, delta_of(result), result.lse[..., None]
     with full_precision(call.q.device.type):
         for chunk in _chunks(call):
             keys, exist = chunk.keys()
-            of_rows, values = map(chunk.rows, given), rows_at(call.v, keys).float()
-            by_query, by_key, by_value = chunk.pairs(keys, exist).gradients(values, *of_rows)
+            (grad, delta, total), values = map(chunk.rows, given), rows_at(call.v, keys).float()
+            pairs = chunk.pairs(keys, exist)
+            by_query, by_key, by_value = pairs.gradients(values, grad, delta, total, learned)
             chunk.write(dq, by_query.to(dq.dtype))
             _scatter(dk, keys, by_key)
             _scatter(dv, keys, by_value)
-    return dq, dk.to(call.k.dtype), dv.to(call.v.dtype)
+    return dq, dk.to(call.k.dtype), dv.to(call.v.dtype), *learned.results(call)
 
 
 def _scatter(to: Tensor, keys: Tensor, rows: Tensor) -> None:

@@ -15,10 +15,10 @@ import sympy
 import torch
 from torch import Tensor
 
-from sparse_compile.codegen.attend import add, merge
+from sparse_compile.codegen.attend import Gradients, add, merge
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.codegen.cpu import careful, executor
-from sparse_compile.expr import KV, N_KV, N_Q, MaskExpr, Q, ScoreProgram, table
+from sparse_compile.expr import KV, N_KV, N_Q, MaskExpr, Q, table
 from sparse_compile.layout import BlockLayout, Layout
 from sparse_compile.layout.block_layout import places_of
 from sparse_compile.spec import AttentionSpec
@@ -37,23 +37,23 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def backward(call: AttentionCall, result: AttentionResult) -> tuple[Tensor, Tensor, Tensor]:
+def backward(call: AttentionCall, result: AttentionResult) -> Gradients:
     """Gradients of :func:`forward`; each view uses the merged ``out`` and ``lse``."""
     grads = _sums(call, result)
     return grads if careful.is_finite(*grads) else careful.gradients(call, result)
 
 
-def _sums(call: AttentionCall, result: AttentionResult) -> tuple[Tensor, Tensor, Tensor]:
+def _sums(call: AttentionCall, result: AttentionResult) -> Gradients:
     """The sums of the gradients through all views."""
     views, grads = _views(call), []
     for at in views:
         found = executor.backward(at.call(call), at.result(result))
         if at.plain and len(views) == 1:
             return found
-        dq, dk, dv = found
-        grads.append((at.q.put_back(dq), at.kv.put_back(dk), at.kv.put_back(dv)))
-    dq, dk, dv = (total.to(call.q.dtype).contiguous() for total in add(grads))
-    return dq, dk, dv
+        dq, dk, dv, *learned = found
+        grads.append((at.q.put_back(dq), at.kv.put_back(dk), at.kv.put_back(dv), *learned))
+    dq, dk, dv, *learned = add(grads)
+    return *(total.to(call.q.dtype).contiguous() for total in (dq, dk, dv)), *learned
 
 
 def _in_order(at: _Reordered, call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -128,8 +128,8 @@ class _Reordered:
         q, kv = places_of(part.q, view.n_q), places_of(part.kv, view.n_kv)
         runs = natural(view.block_q), natural(view.block_kv)
         moved = replace(view, q=runs[0], kv=runs[1], n_q=q.numel(), n_kv=kv.numel())
-        mask, score = _of_tokens(spec.part_mask(part), spec.score, *lengths)
-        moved_spec = replace(spec, mask=mask, coverage=(), score=score)
+        own = replace(spec, mask=spec.part_mask(part), coverage=())
+        moved_spec = _of_tokens(own, *lengths)
         return _Reordered(moved, moved_spec, _Side(view.n_q, q), _Side(view.n_kv, kv))
 
     def call(self, call: AttentionCall) -> AttentionCall:
@@ -149,14 +149,14 @@ class _Reordered:
         """The result of all views, in the order of this one."""
         out, grad_out = self.q.taken(result.out), self.q.taken(result.grad_out)
         grad_lse = None if result.grad_lse is None else self.q.taken(result.grad_lse)
-        return AttentionResult(out, self.q.taken(result.lse, -math.inf), grad_out, grad_lse)
+        lse = self.q.taken(result.lse, -math.inf)
+        return AttentionResult(out, lse, grad_out, grad_lse, result.wanted)
 
 
 @functools.lru_cache(maxsize=256)
-def _of_tokens(
-    mask: MaskExpr, score: ScoreProgram | None, n_q: int, n_kv: int
-) -> tuple[MaskExpr, ScoreProgram | None]:
-    """A predicate, false where there is no token, and a score at tokens that two tables name."""
+def _of_tokens(spec: AttentionSpec, n_q: int, n_kv: int) -> AttentionSpec:
+    """A mask, false where there is no token, and scores, at tokens that two tables name."""
+    mask, score, dropout = spec.mask, spec.score, spec.dropout
     q, kv = table(len(mask.tables))(Q), table(len(mask.tables) + 1)(KV)
     # Lengths stay those of the tokens, not of the gathered problem.
     lengths = {N_Q: sympy.Integer(n_q), N_KV: sympy.Integer(n_kv)}
@@ -166,4 +166,6 @@ def _of_tokens(
 
     predicate = sympy.And(at_tokens(mask.predicate), (q < n_q) & (kv < n_kv))
     moved = MaskExpr(predicate, (*mask.tables, "int64", "int64"), mask.n_sizes)
-    return moved, score and ScoreProgram(at_tokens(score.value))
+    score = score and replace(score, value=at_tokens(score.value))
+    dropout = dropout and replace(dropout, q=q, kv=kv)
+    return replace(spec, mask=moved, score=score, dropout=dropout)

@@ -135,13 +135,12 @@ def strides(**tensors: Tensor) -> dict[str, int]:
     }
 
 
-def table_values(number: int, table: Tensor) -> dict[str, Any]:
-    """A table of a mask, its strides and its sizes, by the names of their parameters.
+def table_values(name: str, table: Tensor) -> dict[str, Any]:
+    """A tensor that is looked up in, its strides and its sizes, by the names of their parameters.
 
-    >>> list(table_values(0, torch.zeros(2, 3)))
+    >>> list(table_values("t0", torch.zeros(2, 3)))
     ['t0', 't0_stride0', 't0_stride1', 't0_size0', 't0_size1']
     """
-    name = f"t{number}"
     strides = {f"{name}_stride{axis}": step for axis, step in enumerate(table.stride())}
     return {name: table} | strides | {f"{name}_size{i}": n for i, n in enumerate(table.shape)}
 

@@ -27,7 +27,7 @@ from sparse_compile.codegen.runtime.launch import (
     watcher,
 )
 from sparse_compile.codegen.triton.blocks.source import direct_lookups
-from sparse_compile.codegen.triton.entries import table_ranks
+from sparse_compile.codegen.triton.entries import learned_ranks, table_ranks
 from sparse_compile.codegen.triton.predicate import COORDINATE_BITS
 from sparse_compile.errors import UnsupportedDtype
 from sparse_compile.expr import MaskExpr
@@ -82,14 +82,16 @@ class Operands:
         copied = (name for name, t in signed.items() if not is_usable(t, name in described))
         return Operands(sign, tuple(copied), longer)
 
-    def of(self, given: dict[str, Any], tables: Sequence[Tensor]) -> dict[str, Any]:
-        """What a call gives by name, the tables of its mask added."""
+    def of(self, given: dict[str, Any], call: AttentionCall) -> dict[str, Any]:
+        """What a call gives by name, the tensors of its mask and its score added."""
         if self.sign != 1:
             given["Q"] = given["Q"] * self.sign
         for name in self.copied:
             given[name] = given[name].clone(memory_format=torch.contiguous_format)
-        for number, table in enumerate(tables):
+        for number, table in enumerate(call.tables):
             given[f"t{number}"] = table
+        for number, table in enumerate(call.learned):
+            given[f"w{number}"] = table
         for number, axis, n in self.longer:
             table = given[f"t{number}"]
             # Its last entry is repeated.
@@ -181,23 +183,25 @@ class Prepared:
         given = {"Q": call.q, "K": call.k, "V": call.v, **read}
         longer = too_short(call.spec.mask, call.tables, call.shape[2:])
         operands = Operands.prepared(given, described, call.scale, longer)
-        found = operands.of(dict(given), call.tables)
+        found = operands.of(dict(given), call)
         strided = {name.lower(): found[name] for name in given}
         strided |= {name.lower(): t for name, t in written.items()}
         batch, heads, n_q, n_kv = call.shape
         shape = {"batch": batch, "q_heads": heads, "kv_heads": call.k.shape[1]}
         shape |= {"n_q": n_q, "n_kv": n_kv}
         shape |= strides(**strided)
-        for number in table_ranks(call.spec.mask):
-            # Its strides and sizes; the table itself differs between calls.
-            _, *sizes = table_values(number, found[f"t{number}"]).items()
+        names = [f"t{number}" for number in table_ranks(call.spec.mask)]
+        names += [f"w{number}" for number in learned_ranks(call.spec.score)]
+        for name in names:
+            # Its strides and sizes; the tensor itself differs between calls.
+            _, *sizes = table_values(name, found[name]).items()
             shape |= sizes
         return Prepared(spec, operands, launchers, {**shape, **values})
 
     def running(self, call: AttentionCall, read: Mapping[str, Tensor]) -> Running:
         """One of the calls, with what it reads beside q, k and v."""
         operands = {"Q": call.q, "K": call.k, "V": call.v, **read}
-        given = self.operands.of(operands, call.tables)
+        given = self.operands.of(operands, call)
         given["scale"] = positive(call.scale)[1]
         for number, size in enumerate(call.sizes):
             given[f"s{number}"] = int(size)
@@ -278,7 +282,7 @@ def forget() -> None:
 
 def key_of(call: AttentionCall, *read: Tensor) -> tuple[Hashable, ...]:
     """What calls have in common that are prepared together."""
-    tensors = call.q, call.k, call.v, *read, *call.tables
+    tensors = call.q, call.k, call.v, *read, *call.tables, *call.learned
     known = [(t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15) for t in tensors]
     return positive(call.scale)[0], call.spec, *known
 

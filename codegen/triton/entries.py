@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,8 +23,8 @@ from sparse_compile.codegen.entry import (
 from sparse_compile.codegen.triton.blocks.sections import Described, across, described_views
 from sparse_compile.codegen.triton.blocks.tiles import Tiles
 from sparse_compile.codegen.triton.tile import Tile, padded
-from sparse_compile.expr import MaskExpr, table_index
-from sparse_compile.spec import KernelSpec
+from sparse_compile.expr import MaskExpr, ScoreProgram, table_index
+from sparse_compile.spec import AttentionSpec, KernelSpec
 
 #: Operands and results whose strides kernels are told.
 _STRIDED = ("Q", "K", "V", "OUT", "GRAD_OUT")
@@ -55,7 +56,7 @@ def entries_of(spec: KernelSpec, tiles: Tiles) -> tuple[Entry, ...]:
         + half("GRAD_K", "GRAD_V")
         + single("PART_GRAD_K", "PART_GRAD_V")
     )
-    found = (
+    found: tuple[Entry, ...] = (
         _loop("forward", spec, tiles.forward, ahead),
         _merge_forward(spec),
         _loop("backward_query", spec, tiles.backward_query, by_query, HAS_GRAD_LSE=True),
@@ -63,6 +64,8 @@ def entries_of(spec: KernelSpec, tiles: Tiles) -> tuple[Entry, ...]:
         _loop("backward_key_value", spec, tiles.backward_key_value, by_key),
         _merge_sum("merge_key_value", spec),
     )
+    if learned_ranks(spec.attention.score):
+        found += (_learned(spec, tiles.backward_learned),)
     return tuple(
         entry.of_section(number, _of_others(spec, axis_of(entry.name), own, entry.tile))
         for entry in found
@@ -91,15 +94,19 @@ def strided(tensors: Line) -> tuple[Line, ...]:
     return strides(*(tensor.name for tensor in tensors if tensor.name in _STRIDED))
 
 
-def mask_lines(mask: MaskExpr) -> tuple[Line, ...]:
-    """What carries a mask's run-time data: a line for each table, then the sizes."""
-    tables = tuple(_table(t, rank, mask.tables[t]) for t, rank in table_ranks(mask).items())
-    return *tables, sizes(*(f"s{i}" for i in range(mask.n_sizes)))
+def data_lines(attention: AttentionSpec) -> tuple[Line, ...]:
+    """What carries run-time data: a line for each tensor of the score and the mask; the sizes."""
+    mask, dtypes = attention.mask, attention.learned
+    learned = [_table(f"w{w}", n, dtypes[w]) for w, n in learned_ranks(attention.score).items()]
+    if attention.dropout is not None:
+        learned.append(pointers("int64", f"w{attention.dropout.seed}"))
+    tables = (_table(f"t{t}", n, mask.tables[t]) for t, n in table_ranks(mask).items())
+    return *learned, *tables, sizes(*(f"s{i}" for i in range(mask.n_sizes)))
 
 
-def _table(number: int, rank: int, dtype: str) -> Line:
+def _table(name: str, rank: int, dtype: str) -> Line:
     """A table, its strides and its sizes; ahead of time, the last of its strides is one."""
-    name, axes = f"t{number}", range(rank)
+    axes = range(rank)
     steps = [f"{name}_stride{axis}" for axis in axes]
     inner = integers(*steps[:-1], assumed=None) + integers(*steps[-1:], assumed=1)
     return pointers(dtype, name) + inner + sizes(*(f"{name}_size{axis}" for axis in axes))
@@ -108,6 +115,12 @@ def _table(number: int, rank: int, dtype: str) -> Line:
 def table_ranks(mask: MaskExpr) -> dict[int, int]:
     """The tables a predicate reads, and how many dimensions each has."""
     return {table_index(lookup): len(lookup.args) for lookup in mask.lookups}
+
+
+def learned_ranks(score: ScoreProgram | None) -> dict[int, int]:
+    """The learned tensors that a score program reads, and how many dimensions each has."""
+    lookups = () if score is None else score.lookups
+    return {table_index(lookup): len(lookup.args) for lookup in lookups}
 
 
 def _loop(name: str, spec: KernelSpec, tile: Tile, tensors: Line, **own: Any) -> Entry:
@@ -132,10 +145,26 @@ def _loop(name: str, spec: KernelSpec, tile: Tile, tensors: Line, **own: Any) ->
         *map(_view_lists, range(len(attention.parts))),
         *map(_in_order, others),
         *(_described(spec, across(axis), v) for v in described_views(spec, across(axis), tile)),
-        *mask_lines(attention.mask),
+        *data_lines(attention),
         *constants(**own, SECTION=0, GROUP=1),
     )
     return Entry(name, lines, tile.options, tile)
+
+
+def _learned(spec: KernelSpec, tile: Tile) -> Entry:
+    """The gradients of learned tensors: what it leaves, and whether, for each of their lookups."""
+    assert spec.attention.score is not None
+    lookups = range(len(spec.attention.score.lookups))
+    read = pointers(spec.dtype, "Q", "K", "V", "GRAD_OUT") + pointers("float32", "STATISTICS")
+    left = pointers("float32", *(f"SUM_{n}" for n in lookups))
+    own: dict[str, Any] = {f"WANT_{n}": True for n in lookups}
+    entry = _loop("backward_learned", spec, tile, read + left, **own)
+    # It goes through every line as a whole: no worklist, but the number of tiles of queries.
+    gone = {"items", "n_items", "heavy"}
+    lines = [tuple(p for p in line if p.name not in gone) for line in entry.lines]
+    at = next(n for n, line in enumerate(lines) if any(p.name == "rows" for p in line))
+    lines[at] += sizes("tiles")
+    return replace(entry, lines=tuple(lines))
 
 
 def _merge_forward(spec: KernelSpec) -> Entry:

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from sparse_compile.codegen.runtime.generated import fill
-from sparse_compile.codegen.triton.entries import table_ranks
+from sparse_compile.codegen.triton.entries import learned_ranks, table_ranks
 from sparse_compile.codegen.triton.score import PrintedScore
 from sparse_compile.codegen.triton.text.common import HELPERS, SOFTMAX_STEP
 from sparse_compile.codegen.triton.tile import padded
-from sparse_compile.expr import MaskExpr
+from sparse_compile.spec import AttentionSpec
 
 
 def filled(template: str, spec: Any, **holes: str | list[str]) -> str:
@@ -44,7 +44,7 @@ def head(
         MASK=escaped(str(spec.attention.mask)),
         WHERE=where(spec),
         SOFTMAX_STEP=SOFTMAX_STEP.splitlines(),
-        SYMBOLS=legend(spec.attention.mask),
+        SYMBOLS=legend(spec.attention),
         HEAD_PAD=str(padded(spec.head_dim)),
         VALUE_PAD=str(padded(spec.value_dim)),
         LOADED=interpreted if spec.arch == "interpreter" else "tile",
@@ -63,9 +63,16 @@ def escaped(text: str) -> str:
     return text.replace("\\", "/").replace('"""', "'''")
 
 
-def legend(mask: MaskExpr) -> list[str]:
-    """Lines that say what the tables and sizes of a mask are."""
+def legend(attention: AttentionSpec) -> list[str]:
+    """Lines that say what the tensors and sizes are that a mask and a score read."""
+    mask, dropout = attention.mask, attention.dropout
     lines = [
+        f"  {f'w{w}':<12} tensor of the scores, {attention.learned[w]}, {n} dimensions"
+        for w, n in learned_ranks(attention.score).items()
+    ]
+    if dropout is not None:
+        lines.append(f"  {f'w{dropout.seed}':<12} seed of the dropout of {dropout.probability:g}")
+    lines += [
         f"  {f't{t}':<12} table, {mask.tables[t]}, {n} dimensions"
         for t, n in table_ranks(mask).items()
     ]

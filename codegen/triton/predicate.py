@@ -199,25 +199,9 @@ class _Printer:
         return Term((name,), axes=axes, bits=_INT32_BITS if name[0] == "s" else COORDINATE_BITS)
 
     def table(self, index: int, args: Sequence[Term], exprs: Sequence[sympy.Expr]) -> Term:
-        pieces: list[str | Term] = [f"tl.load(t{index}"]
-        bounds = []
-        for axis, (arg, expr) in enumerate(zip(args, exprs, strict=True)):
-            if expr in (Q, KV):
-                # Neighbours stay neighbours, so the addresses cost nothing.
-                pieces += [" + ", arg, f".to(tl.int64) * t{index}_stride{axis}"]
-                bounds.append(f"({expr} < n_{expr})")
-            else:
-                rest = f", t{index}_size{axis}, t{index}_stride{axis})"
-                pieces += [" + table_offset(", arg, rest]
-        if bounds:
-            pieces.append(f", mask={' & '.join(dict.fromkeys(bounds))}, other=0")
         dtype = self.table_dtypes[index]
-        pieces.append(").to(tl.int32)" if dtype == "bool" else ")")
         bits = {"bool": 1, "int32": _INT32_BITS, "int64": _INT64_BITS}[dtype]
-        # A name of its own: a table without axes must not be called as its pointer is.
-        plain = exprs and all(isinstance(expr, sympy.Symbol) for expr in exprs)
-        hint = "_".join([f"t{index}", *(str(e) for e in exprs)]) if plain else f"t{index}_at"
-        return Term(tuple(pieces), axes=_axes(args), bits=bits, named=True, hint=hint)
+        return _lookup(f"t{index}", args, exprs, bits, ".to(tl.int32)" if dtype == "bool" else "")
 
     def operation(self, name: str, args: Sequence[Term], expr: sympy.Basic) -> Term:
         if name in ("//", "%"):
@@ -225,6 +209,31 @@ class _Printer:
         if name in COMPARISONS:
             return Term(_join(f" {name} ", args, _OR), _COMPARE, _axes(args))
         return _OPERATIONS[name](args)
+
+
+def _lookup(
+    name: str, args: Sequence[Term], exprs: Sequence[sympy.Expr], bits: int, cast: str
+) -> Term:
+    """What a tensor holds at some indices, which are ``exprs``."""
+    pieces: list[str | Term] = [f"tl.load({name}"]
+    bounds = []
+    for axis, (arg, expr) in enumerate(zip(args, exprs, strict=True)):
+        if expr == 0:
+            continue
+        if expr in (Q, KV):
+            # Neighbours stay neighbours, so the addresses cost nothing.
+            pieces += [" + ", arg, f".to(tl.int64) * {name}_stride{axis}"]
+            bounds.append(f"({expr} < n_{expr})")
+        else:
+            rest = f", {name}_size{axis}, {name}_stride{axis})"
+            pieces += [" + table_offset(", arg, rest]
+    if bounds:
+        pieces.append(f", mask={' & '.join(dict.fromkeys(bounds))}, other=0")
+    pieces.append(f"){cast}")
+    # A name of its own: a table without axes must not be called as its pointer is.
+    plain = exprs and all(isinstance(expr, sympy.Symbol) for expr in exprs)
+    hint = "_".join([name, *(str(e) for e in exprs)]) if plain else f"{name}_at"
+    return Term(tuple(pieces), axes=_axes(args), bits=bits, named=True, hint=hint)
 
 
 def _sum(args: Sequence[Term]) -> Term:
@@ -330,6 +339,9 @@ def _widened(terms: list[Term], bits: int) -> tuple[list[Term], int]:
 
 class _RealPrinter(_Printer):
     """The same with real numbers: these have no bits, so never become int64."""
+
+    def learned(self, index: int, args: Sequence[Term], exprs: Sequence[sympy.Expr]) -> Term:
+        return _lookup(f"w{index}", args, exprs, _REAL, ".to(tl.float32)")
 
     def symbol(self, name: str) -> Term:
         if name == "score":

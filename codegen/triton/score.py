@@ -6,8 +6,10 @@ A kernel without a program works on raw products, and the scale is part of the e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import sympy
 
 from sparse_compile.codegen.triton.predicate import (
     Printed,
@@ -29,7 +31,7 @@ class PrintedScore:
         factor: what turns a score into an exponent of 2.
         before: assignments that belong before the loop.
         value: lines that turn the products ``score`` of a tile into scores.
-        slope: the same, and leave the derivative in ``slope``.
+        slope: the same, and leave the derivatives in ``slope``, or ``by_0, by_1, ...``.
         coordinates: which of ``b, h, q, kv`` the lines read.
         helpers: as in :class:`sparse_compile.codegen.triton.predicate.Printed`.
         shown: lines of a module's description.
@@ -62,10 +64,20 @@ class Scoring:
     mask: Printed
 
     @staticmethod
-    def of(attention: AttentionSpec, mask: MaskExpr, loop_axis: str) -> Scoring:
-        """For a kernel whose loop runs over ``loop_axis``, and what it covers of the mask."""
-        printed = print_predicate(mask, loop_axis)
-        score = print_score(attention.score, mask.tables, loop_axis, printed)
+    def of(
+        attention: AttentionSpec, mask: MaskExpr, loop_axis: str, learned: bool = False
+    ) -> Scoring:
+        """For a kernel whose loop runs over ``loop_axis``, and what it covers of the mask.
+
+        Args:
+            learned: whether it is one that computes the gradients of learned tensors.
+        """
+        printed, program = print_predicate(mask, loop_axis), attention.score
+        slopes = {"slope": program.derivative} if program else {}
+        if learned and program:
+            by = enumerate(program.lookups)
+            slopes = {f"by_{n}": program.derivative_by(lookup) for n, lookup in by}
+        score = print_score(program, mask.tables, loop_axis, printed, slopes)
         return Scoring(score, printed)
 
     @property
@@ -85,7 +97,11 @@ class Scoring:
 
 
 def print_score(
-    program: ScoreProgram | None, tables: Sequence[str], loop_axis: str, mask: Printed
+    program: ScoreProgram | None,
+    tables: Sequence[str],
+    loop_axis: str,
+    mask: Printed,
+    slopes: Mapping[str, sympy.Expr],
 ) -> PrintedScore:
     """Source of a program for a kernel whose loop runs over ``loop_axis`` (``"q"`` or ``"kv"``).
 
@@ -94,9 +110,11 @@ def print_score(
         tables: dtypes of its tables.
         loop_axis: ``"q"`` or ``"kv"``.
         mask: as it is printed in the same loop, whose names are taken.
+        slopes: derivatives, by what they are called.
 
     >>> from sparse_compile.expr import softcap
-    >>> printed = print_score(softcap(50.0), (), "kv", Printed((), (), "", frozenset()))
+    >>> capped, nothing = softcap(50.0), Printed((), (), "", frozenset())
+    >>> printed = print_score(capped, (), "kv", nothing, {"slope": capped.derivative})
     >>> print("\\n".join(printed.slope))
     score *= scale
     s_0 = tanh(0.02 * score)
@@ -105,20 +123,25 @@ def print_score(
     """
     if program is None:
         return PrintedScore()
-    value, slope = real_terms(tables, program.value, program.derivative)
+    value, *found = real_terms(tables, program.value, *slopes.values())
     taken = [line.partition(" = ")[0] for line in (*mask.before, *mask.inside)]
-    before, inside, names = named_terms((value, slope), loop_axis, "s", taken)
+    before, inside, names = named_terms((value, *found), loop_axis, "s", taken)
     last = f"score = {names.get(value, value.text(names))}"
-    derivative = f"slope = {names.get(slope, slope.text(names))}"
+    if program.absorbed:
+        last = "score *= 0.0  # absorbed by what was added"
+    derivatives = [
+        f"{name} = {names.get(slope, slope.text(names))}"
+        for name, slope in zip(slopes, found, strict=True)
+    ]
     needed = {names.get(term) for term in subterms(value)}
     alone = [line for line in inside if line.partition(" = ")[0] in needed]
-    pieces = {piece for term in (*subterms(value), *subterms(slope)) for piece in term.pieces}
+    pieces = {piece for root in (value, *found) for t in subterms(root) for piece in t.pieces}
     return PrintedScore(
         factor="LOG2_E",
         before=before,
         value=("score *= scale", *alone, last),
-        slope=("score *= scale", *inside, derivative, last),
+        slope=("score *= scale", *inside, *derivatives, last),
         coordinates=frozenset(c.name for c in COORDINATES if c.name in pieces),
-        helpers=helpers_in(*before, *inside, derivative, last),
+        helpers=helpers_in(*before, *inside, *derivatives, last),
         shown=(f"score    {program}",),
     )

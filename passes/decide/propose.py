@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import sympy
 import torch
 
-from sparse_compile.expr import KV, Q
+from sparse_compile.expr import KV, Dropout, Q
 from sparse_compile.layout.cost import Candidate, dense, sdpa, why_not_listed
 from sparse_compile.layout.views.split_views import Split
 from sparse_compile.ops.operands import WIDEST, WIDEST_UNITS
@@ -77,7 +77,7 @@ class _Proposer:
         causal = mask.mask.predicate == sympy.Le(KV, Q)
         hides_nothing = mask.mask.predicate == sympy.true
         # SDPA knows no score programs, and does not return what sinks need.
-        plain = site.score is None and site.sinks is None and self.options.dense == "sdpa"
+        plain = mask.score is None and site.sinks is None and self.options.dense == "sdpa"
         if (causal or hides_nothing) and plain and mask.empty_rows is EmptyRows.ZERO:
             return self._without_mask(Plan(site, mask, spec, "sdpa", causal))
         reason = "only the blocks that its mask allows are visited"
@@ -85,6 +85,8 @@ class _Proposer:
             reason = "its blocks are found from the mask tensor in each call"
         why = [mask.unselected, *(way.cost.refusal for way in before)]
         reason += "".join(f"; not attention over selected keys: {text}" for text in why if text)
+        if site.dropout and mask.empty_rows not in (EmptyRows.ZERO, EmptyRows.NAN):
+            reason += "; a fully masked row yields the mean of the values without dropout"
         plan = Plan(site, mask, spec, self._executor, reason=reason, split=split)
         return self._proposal(plan, _too_large(site))
 
@@ -96,7 +98,12 @@ class _Proposer:
             refusal = "its annotation restricts what it attends to"
         if site.kind == "call":
             refusal = "as it is it is a call of this library's attention, which is sparse itself"
-        cost = replace(dense(self.price.target, Price.work_of(site)), refusal=refusal)
+        work = Price.work_of(site)
+        computed = [reading.mask.learned for reading in self.trace.readings]
+        # What is computed for each pair, where less says as much, is computed once for all layers.
+        if any(one is not None and "kv - q" in "".join(one.shown) for one in computed):
+            work = replace(work, made=work.added / self.price.sharing)
+        cost = replace(dense(self.price.target, work), refusal=refusal)
         return Proposal(cost, self.trace.rejected(refusal))
 
     @property
@@ -146,6 +153,7 @@ class _Proposer:
             reason += ", and those of the static part of the mask"
         plan = Plan(site, mask, spec, self._executor, reason=reason, split=split, selected=chosen)
         refusal, hint = _too_large(site, chosen.alone and called is not None), ""
+        refusal = refusal or _drops(site)
         if by_call and note is not None and note.parts is not None:
             refusal = "the pattern that it is called with selects keys, and its annotation others"
             hint = "remove the annotation"
@@ -162,7 +170,16 @@ class _Proposer:
 
     def _meant(self, spec: AttentionSpec, mask: LiftedMask) -> AttentionSpec:
         site = self.trace.site
-        return replace(spec, empty_rows=mask.empty_rows, where=site.where, score=site.score)
+        learned = () if mask.score is None else mask.score.learned
+        dropout = Dropout(site.dropout, len(learned)) if site.dropout else None
+        attended = mask.empty_rows in (EmptyRows.ATTENDED, EmptyRows.HALVED)
+        return replace(
+            spec,
+            empty_rows=EmptyRows.ZERO if attended else mask.empty_rows,
+            where=site.where,
+            score=mask.score,
+            dropout=dropout,
+        )
 
     # What the program's own mask selects ----------------------------------------------------------
 
@@ -182,7 +199,7 @@ class _Proposer:
             refusal += f"; they cannot be ranked apart: {made}" if made else ""
         elif made is not None:
             plan = replace(plan, reason=f"{plan.reason}; its top-k is left as it is: {made}")
-        refusal = refusal or _too_many(plan, selection, self.price.target)
+        refusal = refusal or _drops(site) or _too_many(plan, selection, self.price.target)
         return self._proposal(plan, refusal, hint)
 
 
@@ -199,6 +216,11 @@ def _too_large(site: AttentionSite, units: bool = False) -> str:
             if not isinstance(size, torch.SymInt) and size > limit:
                 return f"its {name} of {size} is beyond the {limit} that the kernels handle"
     return ""
+
+
+def _drops(site: AttentionSite) -> str:
+    """That weights of selected keys cannot be dropped, in words; or nothing."""
+    return "dropout on the weights of selected keys has no kernel" if site.dropout else ""
 
 
 def _too_many(plan: Plan, selection: SelectedKeys, target: Target) -> str:

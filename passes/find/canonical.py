@@ -47,7 +47,7 @@ _ALIASES = {
 }
 """Other keywords for the same parameters."""
 
-_OVERWRITING = (operator.imul, operator.itruediv, operator.iadd)
+_OVERWRITING = (operator.imul, operator.itruediv, operator.iadd, operator.isub)
 
 
 class _Spelling:
@@ -99,9 +99,23 @@ _SPELLINGS = (
         (operator.add, operator.iadd, torch.add),
         "add add_ __add__ __radd__",
     ),
-    _Spelling("sub", "input other alpha=1", (operator.sub, torch.sub), "sub __sub__"),
+    _Spelling(
+        "sub",
+        "input other alpha=1",
+        (operator.sub, operator.isub, torch.sub, torch.subtract),
+        "sub sub_ subtract subtract_ __sub__",
+    ),
+    _Spelling("neg", "input", (operator.neg, torch.neg, torch.negative), "neg neg_ negative"),
+    _Spelling("maximum", "input other", (torch.maximum,), "maximum"),
+    _Spelling("maximum", "input other", (torch.clamp_min,), "clamp_min clamp_min_"),
+    _Spelling("maximum", "input min", (torch.clamp, torch.clip), "clamp clamp_ clip clip_"),
     _Spelling("tanh", "input", (torch.tanh, torch.tanh_, F.tanh), "tanh tanh_"),
-    _Spelling("relu", "input inplace=False", (torch.relu, F.relu), "relu"),
+    _Spelling("exp", "input", (torch.exp,), "exp exp_"),
+    _Spelling("sigmoid", "input", (torch.sigmoid, F.sigmoid), "sigmoid sigmoid_"),
+    _Spelling("silu", "input inplace=False", (F.silu,)),
+    _Spelling("abs", "input", (torch.abs, operator.abs), "abs abs_"),
+    _Spelling("square", "input", (torch.square,), "square square_"),
+    _Spelling("relu", "input inplace=False", (torch.relu, F.relu), "relu relu_"),
     _Spelling("sum", "input dim=None keepdim=False dtype=None", (torch.sum,), "sum"),
     _Spelling("cat", "tensors dim=0", (torch.cat, torch.concat, torch.concatenate)),
     _Spelling("max", "input dim keepdim=False", (torch.max,), "max"),
@@ -120,6 +134,9 @@ _SPELLINGS = (
     _Spelling("where", "input condition other", (), "where"),
     _Spelling("cast", "input *args **kwargs", (), "to type type_as float half bfloat16 double"),
     _Spelling("copy", "input memory_format=None", (torch.clone,), "contiguous clone"),
+    _Spelling(
+        "nan_to_num", "input nan=None posinf=None neginf=None", (torch.nan_to_num,), "nan_to_num"
+    ),
     _Spelling("dropout", "input p=0.5 training=True inplace=False", (F.dropout,)),
     _Spelling("dropout", "input p training", (torch.dropout,)),
     _Spelling(
@@ -154,6 +171,10 @@ def canonical(node: object) -> Call | None:
     except TypeError:
         return None
     bound.apply_defaults()
+    if row.op == "max" and values.tensor(bound.arguments["dim"]) is not None:
+        return Call("maximum", {"input": node.args[0], "other": bound.arguments["dim"]})
+    if row.op == "maximum" and "min" in bound.arguments:
+        bound.arguments["other"] = bound.arguments.pop("min")
     name = op_name(node)
     in_place = node.target in _OVERWRITING or (name.endswith("_") and not name.endswith("__"))
     return Call(row.op, bound.arguments, in_place)

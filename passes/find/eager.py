@@ -23,8 +23,15 @@ from sparse_compile.passes.find.operands import (
 from sparse_compile.passes.find.scores import ScorePath, ScoreWalk, product_above
 from sparse_compile.passes.find.sinks import Sunk
 from sparse_compile.passes.find.steps import Masked, fold
-from sparse_compile.passes.find.weights import WeightsPath, forward, product_below, read_elsewhere
-from sparse_compile.sites.site import AttentionSite, Operand, Refused, Scope
+from sparse_compile.passes.find.weights import (
+    Changes,
+    WeightsPath,
+    forward,
+    product_below,
+    read_elsewhere,
+)
+from sparse_compile.sites.operands import MaskOperand, Operand, Scope
+from sparse_compile.sites.site import AttentionSite, Refused
 
 _GRAD_MODES = ("_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode")
 #: What keeps the best of the scores, by index or by a threshold.
@@ -63,15 +70,13 @@ def _match(softmax: Node, flow: Dataflow, scope: Scope) -> AttentionSite:
     shapes.check_operands(q.operand, k.operand, v.operand)
     shapes.check_output_dtype(output)
     shapes.head_dim(q.operand)  # Before the scale, which is often its root.
-    scale, masks, program = fold(scores.steps, flow)
+    scale, masks, program = fold(scores.steps, flow, sides.axes_at, sunk is not None)
     shapes.check_masks(masks, sides.score_shape)
-    if ranked and (sunk or program):
-        raise Refused(*ranked)
     if sunk:
         _check_sinks(sunk, sides, output.node, flow)
     numbers = (scale, *(mask.fill for mask in masks))
     _check_numbers(numbers, scores.product.node, output.node, flow)
-    return AttentionSite(
+    site = AttentionSite(
         scope,
         output,
         q.operand,
@@ -86,7 +91,27 @@ def _match(softmax: Node, flow: Dataflow, scope: Scope) -> AttentionSite:
         ranked=ranked,
         score=program,
         sinks=sunk.sinks if sunk else None,
+        dropout=weights.changes.dropout,
+        zeroed=_zeroed(weights.changes, masks),
     )
+    if ranked and (sunk or site.plain_score):
+        raise Refused(*ranked)
+    return site
+
+
+def _zeroed(changes: Changes, masks: tuple[MaskOperand, ...]) -> str:
+    """Which weights are made 0, as in :class:`AttentionSite`.
+
+    Raises:
+        Refused: weights are made 0 that the scores have not hidden.
+    """
+    hidden = [mask.node for mask in masks if mask.role == "drop"]
+    if any(mask not in hidden for mask in changes.masks) or (changes.masks and len(masks) > 1):
+        raise Refused(
+            "`masked_fill` changes the attention weights after the softmax",
+            "mask the scores before the softmax instead",
+        )
+    return "hidden" if changes.masks else "nan" * changes.zeroed
 
 
 def _check_sinks(sunk: Sunk, sides: _Sides, output: Node, flow: Dataflow) -> None:
@@ -105,31 +130,56 @@ class _Sides:
     def __init__(self, scores: ScorePath, weights: WeightsPath) -> None:
         self.scores, self.weights = scores, weights
         masked = [step.shape for step in scores.steps if isinstance(step, Masked)]
-        taken = (*scores.shapes, *weights.shapes)
-        fixed = [scores.shapes[0], *masked, weights.shapes[-1]]
-        ranks = {len(shape) for shape in fixed}
-        if max(ranks) > 4:
-            raise Refused(
-                f"the scores have {max(ranks)} axes", "give q, k and v the shape [B, H, N, D]"
-            )
-        four = [shape for shape in taken if len(shape) == 4]
-        if len(ranks) > 1 and (ranks != {3, 4} or any(len(shape) == 3 for shape in masked)):
-            raise Refused(
-                "masks are added to scores of merged batches and heads as well as to "
-                "[B, H, N, N] scores",
-                "keep the scores [B, H, N, N]",
-            )
-        if len(ranks) > 1 and not all(values.same_shape(shape, four[0]) for shape in four):
+        products = [scores.shapes[0], weights.shapes[-1]]
+        ranks = {len(shape) for shape in (*products, *masked)}
+        four = [s for s in (*scores.shapes, *weights.shapes) if len(s) == 4]
+        if {3, 4} <= ranks and not all(values.same_shape(shape, four[0]) for shape in four):
             raise Refused("the scores are split in two different ways", "keep them [B, H, N, N]")
-        self.split: tuple[Any, Any] | None = four[0][:2] if len(ranks) > 1 else None
-        self.score_shape = four[0] if self.split else fixed[0]
-        self.score_axes = _SCORE_AXES[len(self.score_shape)]
+        #: Batch and heads, where the products have them in one.
+        self.split: tuple[Any, Any] | None = four[0][:2] if {3, 4} <= ranks else None
+        if self.split is None and len(products[0]) != len(products[1]):
+            raise Refused("the scores are reshaped before the softmax", "keep them [B, H, N, N]")
+        self.score_shape = four[0] if self.split else products[0]
+        self.score_axes = self._axes_of_scores()
+
+    def _axes_of_scores(self) -> tuple[str, ...]:
+        rank = len(self.score_shape)
+        return (*self._names, "q", "kv") if rank == 5 else _SCORE_AXES[rank]
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        """What three axes before queries and keys are: heads in groups, or batches of batches."""
+        product = self.scores.product
+        *lead, _, key = product.out
+        k = product.right if key in product.right.axes else product.left
+        sizes = dict(zip(k.axes, values.shape(k.node), strict=True))
+        shared = not values.same(sizes.get(lead[-1], 1), self.score_shape[2])
+        return ("b", "h1", "h2") if shared else ("b1", "b2", "h")
+
+    def axes_at(self, shape: tuple[Any, ...]) -> tuple[str, ...]:
+        """The axes of scores of a shape that they take on their way.
+
+        Raises:
+            Refused: they are taken apart in a way that is not known.
+        """
+        whole = self.score_shape
+        if len(shape) == len(whole):
+            return self.score_axes
+        if len(shape) == 3 and self.split:
+            return ("bh", "q", "kv")
+        if len(shape) == 5 and len(whole) == 4:
+            if values.same(shape[0] * shape[1], whole[0]) and values.same(shape[2], whole[1]):
+                return ("b1", "b2", "h", "q", "kv")
+            if values.same(shape[1] * shape[2], whole[1]) and values.same(shape[0], whole[0]):
+                return ("b", "h1", "h2", "q", "kv")
+        raise Refused("the scores are reshaped before the softmax", "keep them [B, H, N, N]")
 
     def _lead(self, letters: Letters) -> dict[str, str]:
         batch = letters[:-2]
         if self.split and len(batch) == 1:
             return {batch[0]: MERGED}
-        return dict(zip(batch, ("b", "h"), strict=False))
+        names = self._names if len(batch) == 3 else ("b", "h")
+        return dict(zip(batch, names, strict=False))
 
     def q_and_k(self) -> tuple[Operand, Operand]:
         product = self.scores.product

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,9 @@ from sparse_compile.passes.find.canonical import (
     source,
 )
 from sparse_compile.passes.find.dataflow import Dataflow
-from sparse_compile.sites.site import Operand, Refused
+from sparse_compile.passes.graph_edit import CANONICAL
+from sparse_compile.sites.operands import Operand
+from sparse_compile.sites.site import Refused
 
 MERGED = "bh"
 """The axis of a [B*H, N, D] tensor that holds batch and heads."""
@@ -59,7 +61,7 @@ def peel(operand: Operand, reading: Reading) -> Peeled:
     heads, a widening cast. Nothing is peeled through a tensor that is overwritten meanwhile.
 
     Raises:
-        Refused: the tensor is overwritten before the output, or ``MERGED`` cannot be taken apart.
+        Refused: the tensor is overwritten before the output.
     """
     if not reading.flow.stays(operand.node, reading.at, reading.output):
         raise Refused(
@@ -74,18 +76,16 @@ def peel(operand: Operand, reading: Reading) -> Peeled:
         if gains:
             best = Peeled(step.operand, nodes)
         step, gains = _step(step.operand.node, step.operand.axes, reading)
-    if MERGED in best.operand.axes:
-        raise Refused(
-            "the mask is applied to [B, H, N, N] scores but the product is made of merged "
-            f"batches and heads, and `{operand.node.name}` does not show how they were merged",
-            "keep q, k and v four-dimensional",
-        )
+    if MERGED in best.operand.axes and reading.split is not None:
+        if not isinstance(reading.split[1], int):
+            raise Refused("the number of merged heads is known only at run time")
+        return replace(best, operand=replace(best.operand, split=reading.split))
     return best
 
 
 def _order(axes: tuple[str, ...]) -> int:
     """How convenient an order of axes is: features last, better still [B, H, N, D]."""
-    return (axes[-1] == "d") + (axes == tuple(a for a in ("b", "h", "n", "d") if a in axes))
+    return (axes[-1] == "d") + (axes == tuple(a for a in CANONICAL if a in axes))
 
 
 def _unchanged(step: Peeled, reading: Reading) -> bool:

@@ -14,8 +14,19 @@ from sparse_compile.passes.find.canonical import Call, canonical, is_reshape, op
 from sparse_compile.passes.find.contraction import Contraction, contraction
 from sparse_compile.passes.find.dataflow import Dataflow, breadth_first, constant
 from sparse_compile.passes.find.sinks import Sunk, own_maximum, unexpanded
-from sparse_compile.passes.find.steps import Factor, Masked, Narrowed, Step, Tanh
-from sparse_compile.sites.site import MaskOperand, Refused
+from sparse_compile.passes.find.steps import (
+    CURVES,
+    Curve,
+    Factor,
+    Floored,
+    Masked,
+    Narrowed,
+    OwnMaximum,
+    Shift,
+    Step,
+)
+from sparse_compile.sites.operands import MaskOperand
+from sparse_compile.sites.site import Refused
 
 _LONGEST_SEARCH = 200
 """Nodes visited per softmax: sums are searched on both sides."""
@@ -98,10 +109,10 @@ class ScoreWalk:
         # beta == 0 ignores the input, even if it is uninitialised.
         steps: list[Step] = [Factor(call.args["alpha"])]
         beta = values.number(call.args["beta"])
-        if beta == 1.0:
-            steps.append(_added(product.node, call.args["input"]))
-        elif beta != 0.0:
-            raise Refused(f"baddbmm adds its input times beta={call.args['beta']}", "use beta=1")
+        if beta is None:
+            raise Refused("baddbmm adds its input times a number known only at run time")
+        if beta != 0.0:
+            steps.append(_added(product.node, call.args["input"], beta))
         return replace(path, steps=tuple(steps))
 
     def _reshape(self, node: Node) -> ScorePath:
@@ -122,45 +133,60 @@ class ScoreWalk:
         return self.back(call.args["input"], node).then(node, *steps)
 
     def _dropout(self, node: Node, call: Call) -> ScorePath:
-        check_no_dropout(call)
+        if dropout_of(call):
+            raise Refused("scores are dropped before the softmax", "drop weights after it")
         return self._pass(node, call)
 
-    def _tanh(self, node: Node, call: Call) -> ScorePath:
-        return self._pass(node, call, Tanh())
+    def _curve(self, node: Node, call: Call) -> ScorePath:
+        return self._pass(node, call, Curve(call.op, CURVES[call.op]))
+
+    def _neg(self, node: Node, call: Call) -> ScorePath:
+        return self._pass(node, call, Factor(-1.0))
 
     def _mul(self, node: Node, call: Call) -> ScorePath:
         left, right = call.args["input"], call.args["other"]
-        if values.is_scalar(right):
+        if values.is_scalar(right) and not _is_trained(right):
             return self._pass(node, call, Factor(right))
-        if values.is_scalar(left) and not call.in_place:
+        if values.is_scalar(left) and not call.in_place and not _is_trained(left):
             return self.back(right, node).then(node, Factor(left))
-        raise Refused(
-            "the scores are multiplied by a tensor with more than one element",
-            "multiply q by it instead",
-        )
+        if not isinstance(left, Node) or not isinstance(right, Node):
+            raise _unknown(node)
+        path, other = self._either(left, right, node)
+        if call.in_place and other is left:
+            raise Refused("the scores are multiplied into another tensor in place")
+        return path.then(node, _factor(node, other))
 
     def _div(self, node: Node, call: Call) -> ScorePath:
-        if call.args["rounding_mode"] is not None or not values.is_scalar(call.args["other"]):
-            raise Refused(
-                "the scores are divided by something that is not a number",
-                "divide q by it instead",
-            )
-        return self._pass(node, call, Factor(call.args["other"], inverse=True))
+        other = call.args["other"]
+        if call.args["rounding_mode"] is not None:
+            raise Refused("the scores are rounded to whole numbers")
+        if values.is_scalar(other) and not _is_trained(other) and not _is_tensor(other, self.flow):
+            return self._pass(node, call, Factor(other, inverse=True))
+        return self._pass(node, call, _factor(node, other, inverse=True))
 
     def _add(self, node: Node, call: Call) -> ScorePath:
         left, right = call.args["input"], call.args["other"]
-        if values.number(right) == 0.0:
-            return self._pass(node, call)
-        if values.number(left) == 0.0 and not call.in_place:
-            return self.back(right, node).then(node)
+        times = values.number(call.args["alpha"])
+        for scores, other, beside in ((left, right, times), (right, left, None)):
+            known = constant(other, self.flow)
+            if isinstance(scores, Node) and not values.is_scalar(scores) and known is not None:
+                if times is None or (call.in_place and scores is right):
+                    break
+                if beside is None and times != 1.0:
+                    break  # it is the scores that are multiplied
+                shift = [Shift(known * times)] if known != 0.0 else []
+                return self.back(scores, node).then(node, *shift)
         if values.tensor(left) is None or values.tensor(right) is None:
-            raise Refused("a number is added to the scores", "leave it out: softmax ignores it")
-        if values.number(call.args["alpha"]) != 1.0:
-            raise Refused("torch.add with alpha is used on the scores", "multiply the mask first")
+            raise Refused(
+                "a number known only at run time is added to the scores",
+                "leave it out: softmax ignores it",
+            )
         path, other = self._either(left, right, node)
         if call.in_place and other is left:
             raise Refused("the scores are added to the mask in place", "add the mask to the scores")
-        return path.then(node, _added(node, other))
+        if times != 1.0 and (times is None or other is left):
+            raise Refused("torch.add with alpha is used on the scores", "multiply the mask first")
+        return path.then(node, _added(node, other, times))
 
     def _either(
         self, left: Node, right: Node, node: Node, first: bool = False
@@ -182,14 +208,34 @@ class ScoreWalk:
         raise next((refusal for side, refusal in refusals if product_above(side)), refusals[0][1])
 
     def _sub(self, node: Node, call: Call) -> ScorePath:
-        start = call.args["input"]
-        path = self.back(start, node) if isinstance(start, Node) else None
+        start, other = call.args["input"], call.args["other"]
+        times, known = values.number(call.args["alpha"]), constant(other, self.flow)
+        if not isinstance(start, Node) or values.is_scalar(start) or times is None:
+            raise _unknown(node)
+        path = self.back(start, node)
         shift = own_maximum(call)
-        if path is None or path.sunk is None:
-            raise _unknown(node)  # Unless an earlier reason says more.
-        if not shift:
+        if shift:
+            # The columns beside the scores are part of the maximum.
+            steps = () if path.sunk else (OwnMaximum(),)
+            return replace(path.then(node, *steps), nodes=(*path.nodes, node, *shift))
+        if path.sunk is not None:
             raise _unknown(path.sunk.join)
-        return replace(path.then(node), nodes=(*path.nodes, node, *shift))
+        if known is not None:
+            return path.then(node, Shift(-known * times))
+        if not isinstance(other, Node) or product_above(other, hops=1):
+            raise _unknown(node)
+        return path.then(node, _added(node, other, -times))
+
+    def _maximum(self, node: Node, call: Call) -> ScorePath:
+        """Scores that are no less than the least finite number: -inf becomes that."""
+        for scores, other in ((call.args["input"], call.args["other"]),) * 2:
+            known, dtype = constant(other, self.flow), values.dtype(node)
+            if known is not None and dtype is not None and isinstance(scores, Node):
+                if known > torch.finfo(dtype).min:
+                    break
+                shares = "cl" not in op_name(node)  # clamp, clip
+                return self.back(scores, node).then(node, Floored(known, shares))
+        raise _unknown(node)
 
     def _cat(self, node: Node, call: Call) -> ScorePath:
         """Scores with attention sinks beside them."""
@@ -239,9 +285,11 @@ _HANDLERS: dict[str, Callable[[ScoreWalk, Node, Call], ScorePath]] = {
     "dropout": ScoreWalk._dropout,
     "mul": ScoreWalk._mul,
     "div": ScoreWalk._div,
+    "neg": ScoreWalk._neg,
     "add": ScoreWalk._add,
     "sub": ScoreWalk._sub,
-    "tanh": ScoreWalk._tanh,
+    "maximum": ScoreWalk._maximum,
+    **dict.fromkeys(CURVES, ScoreWalk._curve),
     "masked_fill": ScoreWalk._masked_fill,
     "where": ScoreWalk._where,
 }
@@ -254,7 +302,7 @@ def check_product(product: Contraction) -> None:
         Refused: it is not.
     """
     out, left, right = product.out, product.left.axes, product.right.axes
-    if not 2 <= len(out) <= 4:
+    if not 2 <= len(out) <= 5:
         raise Refused(f"the scores have {len(out)} axes", "give q, k and v the shape [B, H, N, D]")
     query, key = out[-2:]
     crossed = (query in left) != (query in right) and (key in left) != (key in right)
@@ -268,30 +316,47 @@ def check_product(product: Contraction) -> None:
         raise Refused("the scores do not sum over exactly one axis that q and k share")
 
 
-def check_no_dropout(call: Call) -> None:
-    """That a dropout does nothing.
+def dropout_of(call: Call) -> float:
+    """The probability with which a call of dropout drops.
 
     Raises:
-        Refused: it is active, or may be.
+        Refused: it is known only at run time.
     """
-    if call.args["training"] is not False:
-        hint = "set the attention dropout to 0, or call model.eval()"
-        check_no_probability(call.args["p"], "p", hint)
+    return 0.0 if call.args["training"] is False else probability(call.args["p"], "p")
 
 
-def check_no_probability(given: object, name: str, hint: str) -> None:
-    """That a dropout's probability is 0.
+def probability(given: object, name: str) -> float:
+    """A probability of dropout.
 
     Raises:
-        Refused: it is not, or known only at run time.
+        Refused: it is known only at run time.
     """
     known = values.number(given)
-    if known != 0.0:
-        shown = "a run-time probability" if known is None else f"{name}={known:g}"
-        raise Refused(f"dropout on the attention weights is active ({shown})", hint)
+    if known is None:
+        raise Refused(
+            f"dropout on the attention weights has a run-time probability ({name})",
+            "make it a Python number",
+        )
+    return known
 
 
-def _added(node: Node, mask: Any) -> Masked:
+def _is_trained(value: object) -> bool:
+    example = values.tensor(value)
+    return example is not None and example.requires_grad
+
+
+def _is_tensor(value: object, flow: Dataflow) -> bool:
+    """Whether an argument is a tensor whose number is known at run time only."""
+    return values.tensor(value) is not None and constant(value, flow) is None
+
+
+def _factor(node: Node, other: Any, inverse: bool = False) -> Masked:
+    if not values.is_float(other):
+        raise Refused("the scores are multiplied by something that is no floating tensor")
+    return Masked(MaskOperand(other, "factor"), values.shape(node), inverse=inverse)
+
+
+def _added(node: Node, mask: Any, times: float = 1.0) -> Masked:
     dtype = values.dtype(mask)
     if dtype is None:
         raise Refused("something that is not a tensor is added to the scores")
@@ -300,12 +365,7 @@ def _added(node: Node, mask: Any) -> Masked:
             "a bool mask is added to the scores: that adds 0 or 1 and masks nothing",
             "use masked_fill(~mask, -inf), or SDPA's attn_mask",
         )
-    if not dtype.is_floating_point:
-        raise Refused(
-            f"a tensor of {values.short_dtype(dtype)} is added to the scores",
-            "use a bool mask with masked_fill",
-        )
-    return Masked(MaskOperand(mask, "add"), values.shape(node))
+    return Masked(MaskOperand(mask, "add"), values.shape(node), times)
 
 
 _UNKNOWN = {

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.fx import Node
 
+from sparse_compile.expr import SCORE, ScoreProgram, learned
 from sparse_compile.passes.find import shapes, values
 from sparse_compile.passes.find.canonical import canonical, where
 from sparse_compile.passes.find.dataflow import Dataflow, constant
 from sparse_compile.passes.find.operands import Peeled, Reading, dead_nodes, peel
-from sparse_compile.passes.find.scores import check_no_probability
+from sparse_compile.passes.find.scores import probability
 from sparse_compile.sites.named import TENSOR, NamedMask
-from sparse_compile.sites.site import AttentionSite, Called, MaskOperand, Operand, Refused, Scope
+from sparse_compile.sites.operands import MaskOperand, Operand, Scope
+from sparse_compile.sites.site import AttentionSite, Called, Refused
 
-_AXES = {4: ("b", "h", "n", "d"), 3: ("b", "n", "d"), 2: ("n", "d")}
+_AXES = {
+    5: ("b1", "b2", "h", "n", "d"),
+    4: ("b", "h", "n", "d"),
+    3: ("b", "n", "d"),
+    2: ("n", "d"),
+}
 
 
 def match_sdpa(node: Node, flow: Dataflow, scope: Scope) -> AttentionSite:
@@ -29,8 +37,6 @@ def match_sdpa(node: Node, flow: Dataflow, scope: Scope) -> AttentionSite:
     if call is None:
         raise Refused("scaled_dot_product_attention is called in an unknown way")
     args = call.args
-    hint = "set the attention dropout to 0, or pass dropout_p=0.0 when not training"
-    check_no_probability(args["dropout_p"], "dropout_p", hint)
     given = tuple(_operand(args[name], name) for name in ("query", "key", "value"))
     q, k, v = _undo_repeats(given, node, flow)
     operands = q.operand, k.operand, v.operand
@@ -40,7 +46,9 @@ def match_sdpa(node: Node, flow: Dataflow, scope: Scope) -> AttentionSite:
     shapes.check_output_dtype(output)
     score_shape = (*values.shape(given[0].node)[:-1], shapes.sizes(given[1])["n"])
     score_axes = (*operands[0].axes[:-2], "q", "kv")
-    masks = _masks(args["attn_mask"])
+    masks = tuple(
+        replace(mask, axes=score_axes, sizes=score_shape) for mask in _masks(args["attn_mask"])
+    )
     shapes.check_masks(masks, score_shape)
     causal = args["is_causal"]
     if not isinstance(causal, bool):
@@ -56,6 +64,8 @@ def match_sdpa(node: Node, flow: Dataflow, scope: Scope) -> AttentionSite:
         score_axes=score_axes,
         where=where(node),
         region=dead_nodes({node}, (q, k, v)),
+        score=_score(masks),
+        dropout=probability(args["dropout_p"], "dropout_p"),
     )
 
 
@@ -100,6 +110,12 @@ def _masks(mask: Any) -> tuple[MaskOperand, ...]:
             f"attn_mask is {values.short_dtype(dtype)}", "pass a bool mask, True to attend"
         )
     return (MaskOperand(mask, "add"),)
+
+
+def _score(masks: tuple[MaskOperand, ...]) -> ScoreProgram | None:
+    """What a mask adds, if it is floating, may be more than a mask."""
+    adds = any(mask.role == "add" for mask in masks)
+    return ScoreProgram(SCORE + learned(0)()) if adds else None
 
 
 def _scale(scale: Any, q: Operand, flow: Dataflow) -> float | Node:

@@ -9,15 +9,20 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sparse_compile.passes.find import values
-from sparse_compile.sites.site import MaskOperand, Operand, Refused
+from sparse_compile.sites.operands import MaskOperand, Operand
+from sparse_compile.sites.site import Refused
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CAST = "cast q, k and v to float32, float16 or bfloat16"
 
 
 def sizes(operand: Operand) -> dict[str, Any]:
-    """The size of each axis of an operand; absent axes have size one."""
-    return {"b": 1, "h": 1, **dict(zip(operand.axes, values.shape(operand.node), strict=True))}
+    """The size of each axis of an operand; absent axes have size one, two may be one."""
+    own = dict(zip(operand.axes, values.shape(operand.node), strict=True))
+    if "bh" in own:
+        return {"b": operand.split[0], "h": operand.split[1], **own}
+    whole = {axis: own.get(f"{axis}1", 1) * own.get(f"{axis}2", 1) for axis in "bh"}
+    return {**whole, **own}
 
 
 def check_operands(q: Operand, k: Operand, v: Operand) -> None:
@@ -70,8 +75,9 @@ def check_masks(masks: tuple[MaskOperand, ...], score_shape: tuple[Any, ...]) ->
     Raises:
         Refused: one does not.
     """
+    whole = score_shape
     for mask in masks:
-        shape = values.shape(mask.node)
+        shape, score_shape = values.shape(mask.node), mask.sizes or whole
         fits = len(shape) <= len(score_shape)
         for size, score in zip(reversed(shape), reversed(score_shape), strict=False):
             fits = fits and (values.same(size, 1) or not values.differ(size, score))

@@ -1,9 +1,9 @@
-"""What a program does to the scores, step by step: a scale, a score program and masks."""
+"""What a program does to the scores, step by step: a scale, a score program, masks and biases."""
 
 from __future__ import annotations
 
-import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,11 +11,12 @@ import sympy
 import torch
 from torch.fx import Node
 
-from sparse_compile.expr import SCORE, ScoreProgram
-from sparse_compile.expr.score import number
+from sparse_compile.expr import SCORE, ScoreProgram, learned
+from sparse_compile.expr.score import number, softcap
 from sparse_compile.passes.find import values
 from sparse_compile.passes.find.dataflow import Dataflow, constant
-from sparse_compile.sites.site import MaskOperand, Refused
+from sparse_compile.sites.operands import Change, MaskOperand
+from sparse_compile.sites.site import Refused
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,24 @@ class Factor:
 
 @dataclass(frozen=True)
 class Masked:
-    """A mask was applied to scores of this shape."""
+    """A mask or a bias was applied to scores of this shape; with ``times`` -1 it is subtracted."""
 
     mask: MaskOperand
     shape: tuple[Any, ...]
+    times: float = 1.0
+    inverse: bool = False
+
+
+@dataclass(frozen=True)
+class Shift:
+    """A number was added to all scores."""
+
+    value: float
+
+
+@dataclass(frozen=True)
+class OwnMaximum:
+    """The maximum of each row was subtracted from it, which softmax ignores."""
 
 
 @dataclass(frozen=True)
@@ -42,78 +57,197 @@ class Narrowed:
 
 
 @dataclass(frozen=True)
-class Tanh:
-    """The hyperbolic tangent of the scores took their place."""
+class Floored:
+    """Scores below the least finite number of their dtype were raised to it: -inf, that is.
+
+    Attributes:
+        least: that number.
+        shares: as of a :class:`Change`.
+    """
+
+    least: float
+    shares: bool
 
 
-Step = Factor | Masked | Narrowed | Tanh
+@dataclass(frozen=True)
+class Curve:
+    """A function of the scores took their place."""
+
+    name: str
+    function: Callable[[sympy.Expr], sympy.Expr]
+
+
+Step = Factor | Masked | Shift | OwnMaximum | Narrowed | Floored | Curve
+
+
+def _sigmoid(x: sympy.Expr) -> sympy.Expr:
+    return 1 / (1 + sympy.exp(-x))
+
+
+#: Functions of one number, by the names of the operators.
+CURVES: dict[str, Callable[[sympy.Expr], sympy.Expr]] = {
+    "tanh": sympy.tanh,
+    "exp": sympy.exp,
+    "sigmoid": _sigmoid,
+    "silu": lambda x: x * _sigmoid(x),
+    "relu": lambda x: sympy.Max(x, 0),
+    "abs": sympy.Abs,
+    "square": lambda x: x**2,
+}
+
+
+#: The axes of scores of some shape.
+Axes = Callable[[tuple[Any, ...]], tuple[str, ...]]
 
 
 def fold(
-    steps: tuple[Step, ...], flow: Dataflow
+    steps: tuple[Step, ...], flow: Dataflow, axes: Axes, sunk: bool
 ) -> tuple[float | Node, tuple[MaskOperand, ...], ScoreProgram | None]:
-    """The scale of the product, the masks on the scores, and what happens to it before them.
+    """The scale of the product, the operands of the scores, and what happens to these before masks.
+
+    Args:
+        steps: in the order in which the program applies them.
+        flow: the graph.
+        axes: of scores of some shape.
+        sunk: whether there are columns beside the scores then.
 
     Raises:
         Refused: they cannot be told apart.
     """
-    curves = [at for at, step in enumerate(steps) if isinstance(step, Tanh)]
-    if not curves:
-        return *_linear(steps, flow), None
-    if any(isinstance(step, Masked) for step in steps[: curves[-1]]):
+    folding = _Folding(flow, axes)
+    for at, step in enumerate(steps):
+        if isinstance(step, Shift):
+            # Softmax ignores it, unless something else than a mask follows.
+            plain = all(isinstance(later, (Narrowed, Floored)) for later in steps[at:][1:])
+            folding.value += 0 if plain and not sunk else number(step.value)
+        elif isinstance(step, OwnMaximum):
+            _check_ignored(steps[at:][1:], sunk)
+        else:
+            _FOLDS[type(step)](folding, step)
+    program = None if folding.value == SCORE else ScoreProgram(folding.value)
+    return folding.scale, tuple(folding.masks), program
+
+
+def _check_ignored(later: tuple[Step, ...], sunk: bool) -> None:
+    """That what was subtracted from all scores of a row is the same in the end."""
+    curved = any(isinstance(step, Curve) for step in later)
+    factors = any(isinstance(step, Masked) and step.mask.role == "factor" for step in later)
+    if sunk or curved or factors:
         raise Refused(
-            "the scores are masked before the tanh, which makes the masked value finite: masked "
-            "keys keep some weight",
-            "apply the mask after the softcap",
+            "the maximum of the scores is subtracted before something that it matters for",
+            "leave it out: softmax ignores it",
         )
-    first, *_ = cut = [steps[a:b] for a, b in itertools.pairwise([0, *curves, len(steps)])]
-    (scale, _), (cap, masks) = _linear(first, flow), _linear(cut[1][1:], flow)
-    value = SCORE
-    if not isinstance(scale, Node) and not isinstance(cap, Node) and cap:
-        # scale / cap, tanh, cap: the scale is that of the product, whatever the order.
-        scale, value = scale * cap, SCORE / number(cap)
-    for steps_after in cut[1:]:
-        factor, masks = _linear(steps_after[1:], flow)
-        if isinstance(factor, Node):
+
+
+class _Folding:
+    """The steps so far, as one scale, operands, and an expression over both."""
+
+    def __init__(self, flow: Dataflow, axes: Axes) -> None:
+        self.flow, self.axes = flow, axes
+        self.scale: float | Node = 1.0
+        self.value: sympy.Expr = SCORE
+        self.masks: list[MaskOperand] = []
+        #: Where the value is ``cap * tanh(score / cap)``, whatever the order of its factors.
+        self.cap: float | None = None
+
+    def factor(self, step: Factor) -> None:
+        """Numbers that nothing but masks comes before are part of the scale."""
+        known = constant(step.value, self.flow)
+        if known is None:
+            return self._run_time(step)
+        times = _invert(known) if step.inverse else known
+        self._change(Change(times=times), times)
+        if self.value == SCORE:
+            self._scale_by(times)
+        elif times == 0.0:
+            raise Refused("the scores are multiplied by zero after a curve, or a sum")
+        elif self.cap is not None and isinstance(self.scale, float):
+            self.cap *= times
+            self.scale *= times
+            self.value = softcap(self.cap).value
+        else:
+            self.value, self.cap = number(times) * self.value, None
+        return None
+
+    def _scale_by(self, times: float) -> None:
+        if isinstance(self.scale, Node) and times != 1.0:
             raise Refused(
-                "the softcapped scores are scaled by a number known only at run time",
-                "write the cap as a Python number",
+                f"the scores are scaled by {times:g} and by a number known only at run time",
+                "multiply q by one of them instead",
             )
-        if factor == 0.0:
-            raise Refused("the softcapped scores are multiplied by zero")
-        value = number(factor) * sympy.tanh(value)
-    return scale, masks, ScoreProgram(value)
+        if not isinstance(self.scale, Node):
+            self.scale *= times
 
+    def _run_time(self, step: Factor) -> None:
+        if self.value != SCORE or step.inverse or self.masks or isinstance(self.scale, Node):
+            raise Refused(
+                "the scores are scaled by a number known only at run time, and not just "
+                "multiplied once before the masks",
+                "multiply q by it instead",
+            )
+        scaled, self.scale = self.scale, _runtime(step.value)
+        self._scale_by(scaled)
 
-def _linear(
-    steps: tuple[Step, ...], flow: Dataflow
-) -> tuple[float | Node, tuple[MaskOperand, ...]]:
-    """The scale of scores, and the masks on the scaled scores, of steps without a curve."""
-    factor, runtime, masks = 1.0, None, list[MaskOperand]()
-    for step in steps:
-        if isinstance(step, Masked):
-            masks.append(step.mask)
-        elif isinstance(step, Narrowed):
-            _check_survives(masks, step.dtype)
-        elif isinstance(step, Factor):
-            if (known := constant(step.value, flow)) is not None:
-                known = _invert(known) if step.inverse else known
-                factor *= known
-                masks = [_scaled(mask, known) for mask in masks]
-                continue
-            if runtime is not None or step.inverse or masks:
+    def _change(self, change: Change, times: float = 1.0) -> None:
+        """What is done to the scores after they were masked."""
+        if times == 1.0 and change.rounded is None and change.least == -math.inf:
+            return
+        if times <= 0 and self.masks:
+            raise Refused("the scores are masked before they are scaled", "scale them first")
+        self.masks = [
+            replace(mask, then=(*mask.then, change))
+            if mask.role == "add" or isinstance(mask.fill, Node)
+            else replace(mask, fill=change(mask.fill))
+            for mask in self.masks
+        ]
+
+    def narrowed(self, step: Narrowed) -> None:
+        """Masked scores are rounded; that of others is a matter of precision."""
+        self._change(Change(rounded=step.dtype))
+
+    def floored(self, step: Floored) -> None:
+        """What masks with -inf masks with a finite number then."""
+        self._change(Change(least=step.least, shares=step.shares))
+
+    def masked(self, step: Masked) -> None:
+        """An operand; what it adds, or multiplies with, has a name in the program."""
+        mark = learned(len(self.masks))()
+        mask = replace(step.mask, axes=self.axes(step.shape), sizes=step.shape)
+        self.cap = self.cap if mask.role in ("keep", "drop") else None
+        if mask.role == "add":
+            if step.times != 1.0:
+                mask = replace(mask, then=(Change(times=step.times),))
+            self.value += mark if step.times == 1.0 else number(step.times) * mark
+        elif mask.role == "factor":
+            if any(one.role != "factor" for one in self.masks):
                 raise Refused(
-                    "the scores are scaled by a number known only at run time, and not just "
-                    "multiplied once before the masks",
+                    "the scores are multiplied by a tensor after something was added to them, or "
+                    "they were masked",
                     "multiply q by it instead",
                 )
-            runtime = _runtime(step.value)
-    if runtime is not None and factor != 1.0:
-        raise Refused(
-            f"the scores are scaled by {factor:g} and by a number known only at run time",
-            "multiply q by one of them instead",
-        )
-    return factor if runtime is None else runtime, tuple(masks)
+            self.value = self.value / mark if step.inverse else self.value * mark
+        self.masks.append(mask)
+
+    def curve(self, step: Curve) -> None:
+        """A function of all scores, of which none may be masked."""
+        if any(mask.role in ("keep", "drop") for mask in self.masks):
+            raise Refused(
+                f"the scores are masked before the {step.name}, which makes the masked value "
+                "finite: masked keys keep some weight",
+                "apply the mask after the softcap",
+            )
+        self.masks = [replace(mask, curved=True) for mask in self.masks]
+        self.cap = 1.0 if self.value == SCORE and step.name == "tanh" else None
+        self.value = step.function(self.value)
+
+
+_FOLDS: dict[type, Callable[[_Folding, Any], None]] = {
+    Factor: _Folding.factor,
+    Masked: _Folding.masked,
+    Narrowed: _Folding.narrowed,
+    Floored: _Folding.floored,
+    Curve: _Folding.curve,
+}
 
 
 def _runtime(value: Node) -> Node:
@@ -127,20 +261,3 @@ def _invert(value: float) -> float:
     if value == 0.0:
         raise Refused("the scores are divided by zero")
     return 1.0 / value
-
-
-def _scaled(mask: MaskOperand, factor: float) -> MaskOperand:
-    if factor == 1.0 or (mask.fill == -math.inf and mask.role != "add" and factor > 0):
-        return mask
-    if mask.role == "add" or isinstance(mask.fill, Node) or factor <= 0:
-        raise Refused("the scores are masked before they are scaled", "scale them first")
-    return replace(mask, fill=mask.fill * factor)
-
-
-def _check_survives(masks: list[MaskOperand], dtype: torch.dtype) -> None:
-    if any(mask.role == "add" or mask.fill != -math.inf for mask in masks):
-        raise Refused(
-            f"masked scores are rounded to {values.short_dtype(dtype)}, which changes the "
-            "masked value",
-            "mask with -inf, or after the cast",
-        )

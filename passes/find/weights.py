@@ -11,10 +11,11 @@ from sparse_compile.passes.find import values
 from sparse_compile.passes.find.canonical import canonical, is_reshape, op_name, where
 from sparse_compile.passes.find.contraction import Contraction, Letters, contraction
 from sparse_compile.passes.find.dataflow import breadth_first
-from sparse_compile.passes.find.scores import check_no_dropout
+from sparse_compile.passes.find.scores import dropout_of
 from sparse_compile.passes.find.sinks import Sunk
 from sparse_compile.passes.mutation import written_inputs
-from sparse_compile.sites.site import Operand, Refused
+from sparse_compile.sites.operands import Operand
+from sparse_compile.sites.site import Refused
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class WeightsPath:
         v: the other factor, by letters.
         nodes: the softmax, the nodes on the way, the product.
         shapes: the shapes that the weights take.
+        changes: what is done to them.
     """
 
     product: Contraction
@@ -34,6 +36,22 @@ class WeightsPath:
     v: Operand
     nodes: tuple[Node, ...]
     shapes: tuple[tuple[Any, ...], ...]
+    changes: Changes
+
+
+@dataclass
+class Changes:
+    """What is done to weights on the way.
+
+    Attributes:
+        dropout: the probability with which they are dropped.
+        zeroed: whether NaN is made 0.
+        masks: those of which the weights are made 0.
+    """
+
+    dropout: float = 0.0
+    zeroed: bool = False
+    masks: tuple[Node, ...] = ()
 
 
 def forward(softmax: Node, sunk: Sunk | None = None) -> WeightsPath:
@@ -46,7 +64,7 @@ def forward(softmax: Node, sunk: Sunk | None = None) -> WeightsPath:
     Raises:
         Refused: the weights are read elsewhere, changed, or not multiplied with v.
     """
-    node, nodes, wide = softmax, [softmax], 0
+    node, nodes, wide, changes = softmax, [softmax], 0, Changes()
     while True:
         reader = _only_reader(node)
         if sunk is not None and not wide and sunk.drops(reader, node):
@@ -61,8 +79,8 @@ def forward(softmax: Node, sunk: Sunk | None = None) -> WeightsPath:
                     "drop the columns of attention sinks, as in weights[..., :-1]",
                 )
             shapes = tuple(values.shape(n) for n in nodes[wide:])
-            return _with_v(product, node, (*nodes, reader), shapes)
-        if not _passes(reader, node):
+            return _with_v(product, node, (*nodes, reader), shapes, changes)
+        if not _passes(reader, node, changes):
             name = op_name(reader).strip("_")
             raise Refused(
                 f"`{name}` changes the attention weights after the softmax",
@@ -74,7 +92,6 @@ def forward(softmax: Node, sunk: Sunk | None = None) -> WeightsPath:
 
 _HINTS = {
     "masked_fill": "mask the scores before the softmax instead",
-    "nan_to_num": "rows without any key already give 0 with SDPA and a bool mask",
     "sub": "differential attention has no sparse form and is left as it is",
 }
 
@@ -115,7 +132,8 @@ def read_elsewhere(what: str, readers: list[Node], node: Node) -> Refused:
     )
 
 
-def _passes(reader: Node, node: Node) -> bool:
+def _passes(reader: Node, node: Node, changes: Changes) -> bool:
+    """Whether the weights go on, changed in a way that is known; notes how."""
     if is_reshape(reader):
         before, after = values.shape(node), values.shape(reader)
         return len(after) >= 2 and values.same_shape(before[-2:], after[-2:])
@@ -123,15 +141,31 @@ def _passes(reader: Node, node: Node) -> bool:
     if call is None or call.in_place or call.args.get("input") is not node:
         return False
     if call.op == "dropout":
-        check_no_dropout(call)
+        return _drops(dropout_of(call), changes)
+    if call.op == "nan_to_num" and call.args["nan"] in (None, 0):
+        changes.zeroed = True
+        return True
+    if call.op == "masked_fill" and values.number(call.args["value"]) == 0.0:
+        changes.masks = (*changes.masks, call.args["mask"])
         return True
     if call.op == "cast":
         return values.is_float(reader) and values.same_device(node, reader)
     return call.op == "copy"
 
 
+def _drops(probability: float, changes: Changes) -> bool:
+    if probability and changes.dropout:
+        raise Refused("dropout is applied to the attention weights twice", "apply it once")
+    changes.dropout = changes.dropout or probability
+    return True
+
+
 def _with_v(
-    product: Contraction, node: Node, nodes: tuple[Node, ...], shapes: tuple[tuple[Any, ...], ...]
+    product: Contraction,
+    node: Node,
+    nodes: tuple[Node, ...],
+    shapes: tuple[tuple[Any, ...], ...],
+    changes: Changes,
 ) -> WeightsPath:
     call = canonical(product.node)
     if call is not None and call.op == "baddbmm":
@@ -142,7 +176,7 @@ def _with_v(
     if v.node is node:
         weights, v = v, weights
     _check(weights.axes, v.axes, product)
-    return WeightsPath(product, weights.axes, v, nodes, shapes)
+    return WeightsPath(product, weights.axes, v, nodes, shapes, changes)
 
 
 def _check(weights: Letters, v: Letters, product: Contraction) -> None:
@@ -153,7 +187,7 @@ def _check(weights: Letters, v: Letters, product: Contraction) -> None:
             "multiply weights [.., N, N] with v [.., N, D]",
         )
     features = [letter for letter in v if letter not in weights]
-    if query in v or len(features) != 1 or len(weights) > 4:
+    if query in v or len(features) != 1 or len(weights) > 5:
         raise Refused("v has axes that are neither batch, heads, keys nor features")
     if set(product.out) != {*batch, query, features[0]}:
         raise Refused("the output lacks an axis of the weights")

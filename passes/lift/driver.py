@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,9 +14,10 @@ from torch.fx import Node
 from sparse_compile.expr import KV, N_KV, N_Q, B, H, MaskExpr, Q, size_symbol
 from sparse_compile.options import Options
 from sparse_compile.passes.graph_edit import dimension
+from sparse_compile.passes.lift.biases import Biases, contributions
 from sparse_compile.passes.lift.bounds import Ranges
 from sparse_compile.passes.lift.emit import Emitter
-from sparse_compile.passes.lift.empty_rows import empty_row_policy
+from sparse_compile.passes.lift.empty_rows import LARGEST_ASSUMED, empty_row_policy
 from sparse_compile.passes.lift.expose import expose
 from sparse_compile.passes.lift.kept import Kept, is_topk_index, split_kept, topk_dim, topk_of
 from sparse_compile.passes.lift.lift import Lifter
@@ -28,14 +29,9 @@ from sparse_compile.passes.lift.slice import Slice, Slicer, made_of
 from sparse_compile.passes.lift.tables import Selects, Tabler, with_program
 from sparse_compile.passes.lift.value import size_expr, solve_for_symbol
 from sparse_compile.passes.lift.verify import Examples, Question, verify
-from sparse_compile.sites.site import (
-    AttentionSite,
-    LiftedMask,
-    Refused,
-    Rejection,
-    Scope,
-    SelectedKeys,
-)
+from sparse_compile.sites.operands import Scope
+from sparse_compile.sites.site import AttentionSite, LiftedMask, Refused, Rejection, SelectedKeys
+from sparse_compile.spec import EmptyRows
 
 
 @dataclass
@@ -64,7 +60,8 @@ def lift_mask(
     found: LiftedMask | Refused
     try:
         if not site.masks:
-            return LiftedMask(MaskExpr(sympy.Le(KV, Q) if site.causal else sympy.true))
+            own = MaskExpr(sympy.Le(KV, Q) if site.causal else sympy.true)
+            return LiftedMask(own, score=site.score)
         masks = SiteMasks.of(site, cache.slicer)
         key = (masks.key, options.finite_fill)
         if key not in cache.lifted:
@@ -119,18 +116,29 @@ def _lift(
     if nodes not in cache.traced:
         cache.traced[nodes] = _lifter(part)
     lifter, masks = cache.traced[nodes], masks.traced()
-    keeps = _keeps(masks, lifter)
+    examples = Examples.of(site.scope, example_inputs)
+    keeps = _keeps(masks, lifter, options)
     simplify = Simplifier(Ranges({symbol: n - 1 for symbol, n in masks.lengths.items()}))
     conditions = [keep.condition for keep in keeps]
     conditions += [sympy.Le(KV, Q)] if site.causal else []
     predicate = simplify(sympy.And(*(simplify(condition) for condition in conditions)))
-    policy = empty_row_policy(masks, keeps, predicate, simplify, options.finite_fill)
-    fills = [keep.fills for keep in keeps]
-    examples = Examples.of(site.scope, example_inputs)
+    biases = _biases(masks, lifter, keeps)
+    program = biases.program()
+    trained = [one for one in biases.found if _is_trained(site.masks[one.mark].node)]
+    linear = (program is None or program.derivative == 1) and not trained
+    policy = empty_row_policy(masks, keeps, predicate, simplify, options.finite_fill, linear)
+    if policy in (EmptyRows.ATTENDED, EmptyRows.HALVED) and any(one.cases for one in trained):
+        # What is hidden may have been chosen by `where`, and then gets no gradient.
+        biases = _biases(masks, lifter, keeps, direct=True)
+        program = biases.program()
+    fills = tuple(fill for keep in keeps for fill in keep.fills)
+    learned = biases.computed()
+    if biases.found:
+        _check_finite(masks, examples)
 
     def checked(lifted: LiftedMask) -> LiftedMask:
-        lifted = replace(lifted, empty_rows=policy, fills=tuple(itertools.chain(*fills)))
-        asked = Question(masks, fills, lifted, examples)
+        lifted = replace(lifted, empty_rows=policy, fills=fills, score=program, learned=learned)
+        asked = Question(masks, [keep.raw for keep in keeps], tuple(biases.found), lifted, examples)
         visited = verify(asked, options.verify_bytes, cache.slicer)
         return replace(lifted, visited=visited)
 
@@ -154,13 +162,51 @@ def _lifter(part: Slice) -> Lifter:
     return Lifter(traced, part.leaves)
 
 
-def _keeps(masks: SiteMasks, lifter: Lifter) -> list[Keep]:
+def _check_finite(masks: SiteMasks, examples: Examples) -> None:
+    """That no bias is read from an input that may as well hold a mask: -inf, or what absorbs.
+
+    What a row yields that has nothing else depends on these numbers, which only a call has.
+    """
+    lengths = {examples.size(masks.lengths[KV])} - {1}
+    for leaf in masks.part.leaves:
+        value = examples.values.get(leaf)
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            continue
+        known = value.requires_grad or isinstance(value, torch.nn.Parameter)
+        if value.dim() and value.shape[-1] in lengths and not known:
+            raise Refused(
+                "it adds a bias that is not a mask: its values are only known at run time",
+                "pass a bool mask if it only says who may attend to whom, make it a parameter if "
+                "it is a bias, or promise what it is: "
+                "sparse_compile.mask(module, pattern, promise=True)",
+            )
+
+
+def _is_trained(node: Node) -> bool:
+    return torch.is_grad_enabled() and bool(node.meta["example_value"].requires_grad)
+
+
+def _biases(
+    masks: SiteMasks, lifter: Lifter, keeps: Sequence[Keep], direct: bool = False
+) -> Biases:
+    """What the operands of the scores do beside masking."""
+    emitter = Emitter(lifter, masks.lengths, _size_holders(masks.part.scope))
+    biases = Biases(masks, lifter, emitter, direct)
+    for mark, operand, cases in contributions(masks, keeps):
+        biases.add(mark, operand, cases)
+    if biases.found and masks.site.ranked is not None:
+        raise Refused(*masks.site.ranked)
+    return biases
+
+
+def _keeps(masks: SiteMasks, lifter: Lifter, options: Options) -> list[Keep]:
+    assumed = LARGEST_ASSUMED if options.finite_fill == "minus_inf" else -math.inf
     site, tensors = masks.site, [lifter.tensor(node) for node in lifter.outputs]
     fills = iter(tensors[len(site.masks) :])
     keeps = []
     for mask, tensor in zip(site.masks, tensors, strict=False):
         fill = next(fills) if isinstance(mask.fill, Node) else None
-        keeps.append(read_operand(mask, tensor, fill, site.score_axes))
+        keeps.append(read_operand(mask, tensor, fill, masks, assumed))
     return keeps
 
 

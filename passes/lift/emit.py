@@ -16,7 +16,8 @@ from sparse_compile.expr.fold import JOINS, NAMES, fold, joined
 from sparse_compile.passes.graph_edit import with_axes
 from sparse_compile.passes.lift.lift import Lifter
 from sparse_compile.passes.lift.slice import made_of
-from sparse_compile.passes.lift.value import Unliftable, size_expr
+from sparse_compile.passes.lift.tabulated import Span, Tabulated
+from sparse_compile.passes.lift.value import Element, Lifted, Unliftable, Value, size_expr
 
 aten = torch.ops.aten
 
@@ -76,6 +77,7 @@ class Emitter:
     ) -> None:
         """Begin. ``holders``: further inputs of the captured graph, which hold these sizes."""
         self.graph, self.lifter, self.lengths = Graph(), lifter, lengths
+        self._tables: dict[Tabulated, Node] = {}
         self.device: torch.device = lifter.outputs[0].meta["val"].device
         self._copies: dict[Node, Node] = {}
         self._sizes: dict[sympy.Expr, Node] = {}
@@ -106,6 +108,50 @@ class Emitter:
             if old in needed and old not in self._copies:
                 self._copies[old] = self.graph.node_copy(old, self._copies.__getitem__)
         return self._copies[node]
+
+    def _is_plain(self, source: Node) -> bool:
+        """Whether a node is an input that holds bools where the mask is."""
+        value = source.meta["val"]
+        here = value.dtype == torch.bool and value.device == self.device
+        return source.op == "placeholder" and here
+
+    def given(self, leaf: Node) -> Node:
+        """A further input, which stands for a node of the captured graph."""
+        first = next((n for n in self.graph.nodes if n.op != "placeholder"), None)
+        with self.graph.inserting_before(first):
+            copy = self.graph.placeholder(f"given{len(self._leaves)}")
+        self._leaves[copy] = leaf
+        return copy
+
+    def source(self, source: Node | Tabulated) -> Node:
+        """What a lookup reads, in the program."""
+        if isinstance(source, Node):
+            return self.copy(source)
+        if source not in self._tables:
+            args = [
+                self.element(arg.element, arg.dtype, source.axes)
+                if isinstance(arg, Lifted)
+                else arg
+                for arg in source.args
+            ]
+            made = self.graph.call_function(source.op, tuple(args), dict(source.kwargs))
+            self._tables[source] = made
+        return self._tables[source]
+
+    def element(self, element: Element, dtype: torch.dtype, axes: Sequence[Span]) -> Node:
+        """A tensor along some axes with the given element, of which it has all."""
+        writer = _Writer(self, sympy.S.Zero, axes)
+        if isinstance(element, sympy.Basic):
+            node = writer.tensor(fold(element, writer))
+        else:
+            *cases, (_, last) = element
+            node = writer.number(last, dtype)
+            for condition, value in reversed(cases):
+                where = writer.tensor(fold(condition, writer))
+                args = where, writer.number(value, dtype), node
+                node = self.graph.call_function(aten.where.self, args)
+        sizes = [self.size(axis.length) for axis in axes]
+        return self.graph.call_function(aten.expand.default, (node, sizes))
 
     def with_axes(self, node: Node, axes: Sequence[str], wanted: Sequence[str]) -> Node:
         """A tensor of the program with the axes that are wanted, in their order."""
@@ -160,9 +206,7 @@ class Emitter:
         lookup = element.args[0] if isinstance(element, sympy.Ne) else None
         if lookup is not None and is_table(lookup) and is_whole(lookup, coordinates):
             source = self.lifter.node_of(lookup)
-            value = source.meta["val"]
-            plain = source.op == "placeholder" and value.dtype == torch.bool
-            if plain and value.device == self.device:
+            if source is not None and self._is_plain(source):
                 return self.copy(source), tuple("" if at == 0 else at.name for at in lookup.args)
         node = fold(element, _Writer(self, element))
         return node, tuple(coordinate.name for coordinate in coordinates)
@@ -171,8 +215,15 @@ class Emitter:
 class _Writer:
     """The algebra whose values are nodes (or numbers) that broadcast over the coordinates."""
 
-    def __init__(self, emitter: Emitter, element: sympy.Basic) -> None:
-        self.emitter, self.coordinates = emitter, coordinates_of(element)
+    def __init__(
+        self, emitter: Emitter, element: sympy.Basic, axes: Sequence[Span] | None = None
+    ) -> None:
+        """Along ``axes``; unless given, those of the coordinates that the element reads."""
+        if axes is None:
+            lengths = emitter.lengths
+            axes = [Span(at, sympy.S.Zero, lengths[at]) for at in coordinates_of(element)]
+        self.emitter, self.axes = emitter, {axis.symbol: axis for axis in axes}
+        self.coordinates = tuple(self.axes)
         #: A table that is one lookup, as in t(b, kv), is the tensor itself whatever the lengths.
         lookup = element.args[0] if isinstance(element, sympy.Ne) else element
         self.whole = lookup if is_table(lookup) else None
@@ -196,11 +247,11 @@ class _Writer:
         return value
 
     def symbol(self, name: str) -> Any:
-        for coordinate in self.coordinates:
+        for coordinate, axis in self.axes.items():
             if coordinate.name == name:
-                length = self.emitter.size(self.emitter.lengths[coordinate])
+                first, end = map(self.emitter.size, (axis.first, axis.first + axis.length))
                 device = self.emitter.device
-                node = self._call(torch.int64, aten.arange.default, length, device=device)
+                node = self._call(torch.int64, aten.arange.start, first, end, device=device)
                 return self._place(node, torch.int64, [coordinate])
         return self.emitter.size_node(
             next(symbol for symbol in self.emitter._sizes if str(symbol) == name)
@@ -215,17 +266,22 @@ class _Writer:
 
     def table(self, index: int, args: Sequence[Any], exprs: Sequence[sympy.Expr]) -> Any:
         source = self.emitter.lifter.data[index]
-        value = source.meta["val"]
-        node = self.emitter.copy(source)
-        self.dtypes[node] = value.dtype
-        if value.device != self.emitter.device:
+        if isinstance(source, Tabulated):
+            dtype, device = source.dtype, source.device
+            sizes = [axis.length for axis in source.axes]
+        else:
+            value = source.meta["val"]
+            dtype, device = value.dtype, value.device
+            sizes = [size_expr(size) for size in value.shape]
+        node = self.emitter.source(source)
+        self.dtypes[node] = dtype
+        if device != self.emitter.device:
             options = {"device": self.emitter.device}
-            node = self._call(value.dtype, aten._to_copy.default, node, **options)
-        sizes = [size_expr(size) for size in value.shape]
+            node = self._call(dtype, aten._to_copy.default, node, **options)
         if self._is_plain(exprs, sizes):
-            return self._place(node, value.dtype, exprs)
+            return self._place(node, dtype, exprs)
         indices = [self._index(arg, size) for arg, size in zip(args, sizes, strict=True)]
-        return self._call(value.dtype, aten.index.Tensor, node, indices)
+        return self._call(dtype, aten.index.Tensor, node, indices)
 
     def _is_plain(self, exprs: Sequence[sympy.Expr], sizes: Sequence[sympy.Expr]) -> bool:
         named = [(expr, size) for expr, size in zip(exprs, sizes, strict=True) if size != 1]
@@ -233,13 +289,18 @@ class _Writer:
             return False
         whole = self.whole is not None and tuple(self.whole.args) == tuple(exprs)
         return all(
-            expr in self.coordinates and (whole or size == self.emitter.lengths[expr])
+            expr in self.axes
+            and self.axes[expr].first == 0
+            and (whole or size == self.axes[expr].length)
             for expr, size in named
         )
 
     def _index(self, arg: Any, size: sympy.Expr) -> Node:
         if not self._is_tensor(arg):
-            return self._tensor(arg)
+            # Of as many dimensions as others: some versions of PyTorch mistake a mixture.
+            shape = [1] * max(1, len(self.coordinates))
+            options = {"dtype": torch.int64, "device": self.emitter.device}
+            return self._call(torch.int64, aten.full.default, shape, arg, **options)
         # As when a predicate is evaluated: reads past the end are of entries that do not matter.
         last = self.emitter.size(size - 1)
         return self._call(self.dtypes[arg], aten.clamp.default, arg, 0, last)
@@ -283,6 +344,23 @@ class _Writer:
     def _joined(self, a: Any, b: Any) -> torch.dtype:
         dtypes = [self.dtypes[x] for x in (a, b) if self._is_tensor(x)]
         return functools.reduce(torch.promote_types, dtypes)
+
+    def tensor(self, value: Any) -> Node:
+        """A value as a tensor; a Boolean one is not a number."""
+        if isinstance(value, bool):
+            options = {"dtype": torch.bool, "device": self.emitter.device}
+            return self._call(torch.bool, aten.full.default, [], value, **options)
+        return self._tensor(value)
+
+    def number(self, value: Value, dtype: torch.dtype) -> Node:
+        """A number, or what an expression gives, in a dtype."""
+        if not isinstance(value, sympy.Basic):
+            options = {"dtype": dtype, "device": self.emitter.device}
+            return self._call(dtype, aten.full.default, [], value, **options)
+        node = self._tensor(fold(value, self))
+        if self.dtypes[node] != dtype:
+            node = self._call(dtype, aten._to_copy.default, node, dtype=dtype)
+        return node
 
     def _tensor(self, value: Any) -> Node:
         """A value as a tensor."""

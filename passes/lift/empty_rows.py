@@ -6,20 +6,18 @@ mean of V. Other finite fills leave masked keys a weight that depends on the sco
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import sympy
-import torch
 
 from sparse_compile.expr import KV, Q
-from sparse_compile.passes.lift.masks import Keep, SiteMasks
+from sparse_compile.passes.lift.masks import Keep, SiteMasks, fill_kind
 from sparse_compile.passes.lift.simplify import Simplifier
-from sparse_compile.sites.site import AttentionSite, Refused
+from sparse_compile.sites.site import Refused
 from sparse_compile.spec import EmptyRows
 
 #: With ``finite_fill="minus_inf"``, fills up to this one count as minus infinity.
-_LARGEST_ASSUMED = -1e4
+LARGEST_ASSUMED = -1e4
 _FINITE_HINT = (
     'options={"finite_fill": "minus_inf"} reads fills <= -1e4 as float("-inf"), which differs from '
     "the program only where a whole row is masked"
@@ -38,27 +36,13 @@ def never_empty(
     return False
 
 
-def fill_kind(fill: float, dtype: torch.dtype) -> str:
-    """How a fill acts on scores of a dtype.
-
-    Returns:
-        ``"inf"``; ``"absorbing"``: adding any score to it gives it back; ``"half"``: the least
-        float16, which does not absorb; ``"finite"``: anything else.
-    """
-    rounded = torch.tensor(fill, dtype=torch.float64).to(dtype).item()
-    if math.isinf(rounded):
-        return "inf"
-    if dtype == torch.float16:
-        return "half" if rounded == torch.finfo(dtype).min else "finite"
-    return "absorbing" if rounded <= torch.finfo(torch.bfloat16).min else "finite"
-
-
 def empty_row_policy(
     masks: SiteMasks,
     keeps: Sequence[Keep],
     predicate: sympy.Basic,
     simplify: Simplifier,
     finite_fill: str,
+    is_linear: bool,
 ) -> EmptyRows:
     """What the program yields on fully masked rows.
 
@@ -68,6 +52,7 @@ def empty_row_policy(
         predicate: what they say together.
         simplify: in the ranges of the coordinates.
         finite_fill: the option of that name.
+        is_linear: whether scores are the scaled products and what has no gradient.
 
     Raises:
         Refused: when masked keys would still have weight, or no policy describes the program.
@@ -80,27 +65,42 @@ def empty_row_policy(
     # With a sink, a row without keys gives all its weight to that, and yields 0.
     if assumed or site.sinks is not None or never_empty(predicate, masks.lengths, simplify):
         return EmptyRows.ZERO
-    policy = _of_empty_rows(site, keeps, fills)
-    if policy is not EmptyRows.MEAN_ADDED or site.score is None:
+    masking = [keep for keep in keeps if keep.fills]
+    policy = _of_empty_rows(masks, masking, fills)
+    if site.zeroed:
+        policy = _zeroed(masks, policy)
+    tied = any(keep.tied for keep in masking)
+    if policy is not EmptyRows.MEAN_ADDED or (is_linear and not tied):
         return policy
     # On such a row scores that are not linear in q·k are still there, and autograd sends gradients
     # through them: O(n) of work for linear ones only. With "minus_inf" masked scores get none.
-    if masks.need_gradients and finite_fill != "minus_inf":
+    trained = masks.need_gradients and finite_fill != "minus_inf"
+    if not trained:
+        return EmptyRows.MEAN
+    return EmptyRows.HALVED if tied else EmptyRows.ATTENDED
+
+
+def _zeroed(masks: SiteMasks, policy: EmptyRows) -> EmptyRows:
+    """The policy where weights are made 0 after the softmax."""
+    if policy is EmptyRows.NAN_ADDED and masks.need_gradients:
         raise Refused(
-            "rows may be fully masked, a finite mask is added to their scores, and these are not "
-            "linear in q·k (softcap): their gradients need all scores of such a row",
-            "write the mask with masked_fill or torch.where instead of adding it, or set "
-            'options={"finite_fill": "minus_inf"}, with which masked scores get no gradient, also '
-            "where a whole row is masked",
+            "rows may be fully masked by adding -inf: their gradient is NaN, though weights are 0",
+            "use masked_fill or torch.where with float('-inf')",
         )
-    return EmptyRows.MEAN
+    is_nan = policy in (EmptyRows.NAN, EmptyRows.NAN_ADDED)
+    return EmptyRows.ZERO if is_nan or masks.site.zeroed == "hidden" else policy
 
 
 def _of_empty_rows(
-    site: AttentionSite, keeps: Sequence[Keep], fills: Mapping[float, str]
+    masks: SiteMasks, keeps: Sequence[Keep], fills: Mapping[float, str]
 ) -> EmptyRows:
+    site = masks.site
     # SDPA's is_causal masks with -inf.
     kinds = set(fills.values()) | ({"inf"} if site.causal else set())
+    if len(keeps) > 1 and all(keep.adds and keep.condition == keeps[0].condition for keep in keeps):
+        # One mask, added several times.
+        total = sum(min(keep.fills) for keep in keeps)
+        kinds, keeps = {fill_kind(total, masks.dtype)}, keeps[:1]
     if "half" in kinds:
         raise Refused(
             "it masks float16 scores with finfo.min, which leaves fully masked rows a softmax over "
@@ -127,7 +127,7 @@ def _check_finite(fills: Mapping[float, str], finite_fill: str) -> bool:
     biases = [fill for fill, kind in fills.items() if kind == "finite"]
     if not biases:
         return finite_fill == "minus_inf" and "half" in fills.values()
-    if finite_fill == "minus_inf" and max(biases) <= _LARGEST_ASSUMED:
+    if finite_fill == "minus_inf" and max(biases) <= LARGEST_ASSUMED:
         return True
-    hint = _FINITE_HINT if max(biases) <= _LARGEST_ASSUMED else "mask with float('-inf')"
+    hint = _FINITE_HINT if max(biases) <= LARGEST_ASSUMED else "mask with float('-inf')"
     raise Refused(f"it masks with the finite score {max(biases):g}, which is a bias", hint)

@@ -147,7 +147,7 @@ def split_kept(
     """
     leaves = lifter.leaves.items()
     bounds = {node: bound_of(ranked) for node, leaf in leaves if (ranked := ranking_of(leaf))}
-    read_nodes = {lifter.node_of(lookup) for lookup in predicate.atoms(AppliedUndef)}
+    read_nodes = lifter.nodes_of(predicate.atoms(AppliedUndef))
     if not any(_threshold(node, bounds) for read in read_nodes for node in made_of(read)):
         return predicate, None
     for part in sympy.And.make_args(predicate):
@@ -208,6 +208,8 @@ def _reached(threshold: _Threshold, negated: bool, lifter: Lifter) -> Reached | 
     if not isinstance(read, sympy.Basic) or not is_data(read):
         return None
     node = lifter.node_of(read)
+    if node is None:
+        return None
     values = _least_of(node) or node
     if values not in threshold.sources or values.meta["val"].dim() != len(bounds.shape):
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import sympy
@@ -19,8 +19,10 @@ from sparse_compile.passes.lift.constants import recognise
 from sparse_compile.passes.lift.scalars import RULES, cast, elementwise
 from sparse_compile.passes.lift.simplify import Simplifier
 from sparse_compile.passes.lift.slice import call_name, made_of
+from sparse_compile.passes.lift.tabulated import Tabulated, by_distance, elements_of
 from sparse_compile.passes.lift.value import (
     DIMS,
+    Element,
     Lifted,
     Shape,
     Unliftable,
@@ -51,7 +53,7 @@ class Lifter:
         """Lift ``gm``; its placeholders stand for ``leaves`` of the captured graph."""
         self.gm = gm
         self.leaves = dict(zip(gm.graph.find_nodes(op="placeholder"), leaves, strict=True))
-        self.data: dict[int, Node] = {}
+        self.data: dict[int, Node | Tabulated] = {}
         self._opaque = opaque_nodes(gm)
         self._values: dict[Node, Any] = {}
         self._numbers: dict[Node, Any] = {}
@@ -64,9 +66,14 @@ class Lifter:
         nodes: Sequence[Node] = output.args[0]
         return nodes
 
-    def node_of(self, lookup: sympy.Basic) -> Node:
-        """The node that a lookup reads."""
-        return self.data[table_index(lookup)]
+    def node_of(self, lookup: sympy.Basic) -> Node | None:
+        """The node that a lookup reads; None if it reads what was tabulated."""
+        found = self.data[table_index(lookup)]
+        return found if isinstance(found, Node) else None
+
+    def nodes_of(self, lookups: Iterable[sympy.Basic]) -> set[Node]:
+        """The nodes that lookups read."""
+        return {node for lookup in lookups if (node := self.node_of(lookup)) is not None}
 
     def tensor(self, node: Node) -> Lifted:
         """The lifted value of a tensor node."""
@@ -112,8 +119,24 @@ class Lifter:
         with contextlib.suppress(Unliftable):
             return self._checked(self._symbolic(node, name, shape, dtype))
         with contextlib.suppress(Unliftable):
+            return self._tabulated(node, name, shape, dtype)
+        with contextlib.suppress(Unliftable):
             return self._constant(node, shape, dtype)
         return self._lookup(node, shape, dtype)
+
+    def unfolded(self, lookup: sympy.Basic) -> Lifted | None:
+        """What arithmetic on floating data makes, by distance; None if that is not all."""
+        node = self.node_of(lookup)
+        if node is None or node not in self._opaque:
+            return None
+        for needed in node.all_input_nodes:
+            self.tensor(needed)
+        value = node.meta["val"]
+        shape = tuple(size_expr(size) for size in value.shape)
+        try:
+            return self._tabulated(node, call_name(node), shape, value.dtype)
+        except Unliftable:
+            return None
 
     def _checked(self, lifted: Lifted) -> Lifted:
         lifted = cleaned(lifted, self.simplifier(lifted.shape))
@@ -177,6 +200,26 @@ class Lifter:
             raise Unliftable(f"{name} has no symbolic meaning")
         return reindexed(tensor, shape, indices)
 
+    def _tabulated(self, node: Node, name: str, shape: Shape, dtype: torch.dtype) -> Lifted:
+        """A node that depends on the distance of two dimensions, as a lookup by distance."""
+        op = node.target
+        pointwise = isinstance(op, torch._ops.OpOverload) and _is_elementwise(op, name)
+        if not (pointwise or name in _CASTS):
+            raise Unliftable(f"{name} has no symbolic meaning")
+        args = [self._argument(arg) for arg in node.args]
+        args = [align(arg, len(shape)) if isinstance(arg, Lifted) else arg for arg in args]
+        found = by_distance(elements_of(args), shape)
+        if found is None or any(isinstance(arg, sympy.Basic) for arg in args):
+            raise Unliftable("it is no function of a distance")
+        moved = tuple(
+            Lifted((), arg.dtype, found.moved(arg.element)) if isinstance(arg, Lifted) else arg
+            for arg in args
+        )
+        assert isinstance(op, torch._ops.OpOverload)
+        device = node.meta["val"].device
+        table = Tabulated(op, moved, node.kwargs, found.axes, dtype, device)
+        return Lifted(shape, dtype, self._read(table, dtype, found.indices))
+
     # Nodes without a symbolic meaning ------------------------------------------------------------
 
     def _constant(self, node: Node, shape: Shape, dtype: torch.dtype) -> Lifted:
@@ -206,14 +249,18 @@ class Lifter:
         return result
 
     def _lookup(self, node: Node, shape: Shape, dtype: torch.dtype) -> Lifted:
-        number = len(self.data)
-        self.data[number] = node
-        letter = "m" if dtype == torch.bool else "f" if dtype.is_floating_point else "i"
-        function = sympy.Function(f"{letter}{number}", integer=True)
         indices = [DIMS[d] if size != 1 else sympy.S.Zero for d, size in enumerate(shape)]
-        value = function(*indices)
-        element = sympy.Ne(value, 0) if dtype == torch.bool else single(value)
-        return Lifted(shape, dtype, element)
+        return Lifted(shape, dtype, self._read(node, dtype, indices))
+
+    def _read(
+        self, source: Node | Tabulated, dtype: torch.dtype, indices: Sequence[sympy.Expr]
+    ) -> Element:
+        """The element that a lookup of data reads."""
+        number = len(self.data)
+        self.data[number] = source
+        letter = "m" if dtype == torch.bool else "f" if dtype.is_floating_point else "i"
+        value = sympy.Function(f"{letter}{number}", integer=True)(*indices)
+        return sympy.Ne(value, 0) if dtype == torch.bool else single(value)
 
 
 def _size(value: Any) -> sympy.Expr:
@@ -255,6 +302,8 @@ def _computes_with(node: Node, data: set[Node]) -> bool:
     name = call_name(node)
     if not isinstance(node.target, torch._ops.OpOverload) or name in _HANDLERS:
         return False
+    if name == "add" and not all(source in data for source in node.all_input_nodes):
+        return False  # of a mask, perhaps
     if name not in _CASTS and not _is_elementwise(node.target, name):
         return False
     return any(source in data for source in node.all_input_nodes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,13 +11,28 @@ import sympy
 import torch
 from torch.fx import Node
 
-from sparse_compile.expr import KV, B, H, Q
+from sparse_compile.expr import KV, B, FloorDiv, FloorMod, H, Q
+from sparse_compile.ops.pattern import on_axes
 from sparse_compile.passes.graph_edit import dimension, example_value, first_reader
 from sparse_compile.passes.lift.slice import Slice, Slicer, Wanted
-from sparse_compile.passes.lift.value import DIMS, Lifted, reads_data, size_expr
-from sparse_compile.sites.site import AttentionSite, MaskOperand, Refused
+from sparse_compile.passes.lift.value import (
+    ABSORBING,
+    DIMS,
+    Cases,
+    Lifted,
+    Number,
+    Value,
+    merged,
+    size_expr,
+)
+from sparse_compile.passes.mutation import Memory
+from sparse_compile.sites.operands import MaskOperand
+from sparse_compile.sites.site import AttentionSite, Refused
 
 Lengths = Mapping[sympy.Symbol, sympy.Expr]
+
+#: The indices of scores, one for each of their axes.
+Places = tuple[sympy.Expr, ...]
 
 #: The coordinates of scores, by the names of their axes.
 COORDINATES = {"b": B, "h": H, "q": Q, "kv": KV}
@@ -31,12 +47,14 @@ class SiteMasks:
         wanted: the masks, then the fills that are nodes, each with the first node that reads it.
         part: the slice that computes these.
         lengths: number of batch entries, heads, queries and keys, in torch's size symbols.
+        memory: which tensors of its graph share memory.
     """
 
     site: AttentionSite
     wanted: tuple[Wanted, ...]
     part: Slice
     lengths: Lengths
+    memory: Memory
 
     @staticmethod
     def of(site: AttentionSite, slicer: Slicer) -> SiteMasks:
@@ -48,7 +66,8 @@ class SiteMasks:
         nodes = [mask.node for mask in site.masks]
         nodes += [mask.fill for mask in site.masks if isinstance(mask.fill, Node)]
         wanted = tuple(Wanted(node, first_reader(site, node)) for node in nodes)
-        return SiteMasks(site, wanted, slicer(wanted, site.scope), _lengths(site))
+        memory = slicer.graph(site.scope).memory
+        return SiteMasks(site, wanted, slicer(wanted, site.scope), _lengths(site), memory)
 
     def traced(self) -> SiteMasks:
         """The same after tracing, which may have fixed a size.
@@ -66,6 +85,45 @@ class SiteMasks:
         dtype: torch.dtype = example_value(self.site.q.node).dtype
         return dtype
 
+    def places(self, operand: MaskOperand) -> Places:
+        """The indices of scores where an operand is applied, over ``b, h, q, kv``."""
+        axes = operand.axes or self.site.score_axes
+        sizes = dict(zip(axes, operand.sizes, strict=False))
+        found = []
+        for axis in axes:
+            if axis == "bh":
+                found.append(B * self.lengths[H] + H)
+            elif axis in COORDINATES:
+                found.append(COORDINATES[axis])
+            else:
+                whole, inner = COORDINATES[axis[0]], size_expr(sizes[f"{axis[0]}2"])
+                found.append((FloorDiv if axis[1] == "1" else FloorMod)(whole, inner))
+        return tuple(found)
+
+    def spread(self, tensor: torch.Tensor, operand: MaskOperand, heads: int) -> torch.Tensor:
+        """An operand as [b, h, q, kv], absent and broadcast axes of size one."""
+        axes = operand.axes or self.site.score_axes
+        while tensor.dim() > len(axes):
+            tensor = tensor.squeeze(0)
+        tensor = tensor[(None,) * (len(axes) - tensor.dim())]
+        if axes[0] == "bh":
+            return tensor.reshape(-1, heads if len(tensor) > 1 else 1, *tensor.shape[1:])
+        for at, axis in enumerate(axes):
+            if axis[1:] == "1":
+                pair = tensor.shape[at : at + 2]
+                if max(pair) > 1:
+                    full = [int(size) for size in operand.sizes[at : at + 2]]
+                    wanted = [*tensor.shape[:at], *full, *tensor.shape[at + 2 :]]
+                    tensor = tensor.expand(wanted)
+                return tensor.flatten(at, at + 1)
+        return on_axes(tensor, axes)
+
+    @property
+    def device(self) -> torch.device:
+        """Of the first operand."""
+        device: torch.device = example_value(self.site.masks[0].node).device
+        return device
+
     @property
     def need_gradients(self) -> bool:
         """Whether autograd follows the scores when they are masked."""
@@ -80,8 +138,8 @@ class SiteMasks:
     def key(self) -> Any:
         """What determines their meaning."""
         site = self.site
-        roles = tuple((mask.role, mask.fill) for mask in site.masks)
-        scores = (site.score is None, site.sinks is None, self.need_gradients)
+        roles = tuple((mask.role, mask.fill, mask.then, mask.curved) for mask in site.masks)
+        scores = (site.score, site.sinks is None, self.need_gradients)
         ranked = site.ranked is None
         plan = (site.kind, site.causal, site.score_axes, self.dtype, ranked, scores)
         return (self.part.nodes, self.part.outputs, roles, plan, tuple(self.lengths.items()))
@@ -93,8 +151,9 @@ def _lengths(site: AttentionSite) -> Lengths:
     sizes = {name: size_expr(dimension(*axis)) for name, axis in named.items()}
     for mask in reversed(site.masks):
         shape = example_value(mask.node).shape
-        for axis, size in zip(reversed(site.score_axes), reversed(shape), strict=False):
-            if size_expr(size) != 1:
+        axes = mask.axes or site.score_axes
+        for axis, size in zip(reversed(axes), reversed(shape), strict=False):
+            if axis in COORDINATES and size_expr(size) != 1:
                 sizes[axis] = size_expr(size)
     return {COORDINATES[axis]: size for axis, size in sizes.items()}
 
@@ -104,18 +163,40 @@ class Keep:
     """What one operand does to the scores.
 
     Attributes:
-        condition: which scores stay as they are, over ``b, h, q, kv``.
+        condition: which scores are not masked, over ``b, h, q, kv``.
         fills: what masked scores get, without repetition.
         adds: whether a fill is added to the score (else it takes its place).
+        raw: the fills as the operand holds them.
+        tied: whether masked scores are equal to a floor that they are raised to.
+        bias: what it adds to the others, or multiplies them with, over ``b, h, q, kv``; None:
+            nothing.
     """
 
     condition: sympy.Basic
     fills: tuple[float, ...]
     adds: bool
+    raw: tuple[float, ...] = ()
+    tied: bool = False
+    bias: Cases | None = None
+
+
+def fill_kind(fill: float, dtype: torch.dtype) -> str:
+    """How a fill acts on scores of a dtype.
+
+    Returns:
+        ``"inf"``; ``"absorbing"``: adding any score to it gives it back; ``"half"``: the least
+        float16, which does not absorb; ``"finite"``: anything else.
+    """
+    rounded = torch.tensor(fill, dtype=torch.float64).to(dtype).item()
+    if math.isinf(rounded):
+        return "inf"
+    if dtype == torch.float16:
+        return "half" if rounded == torch.finfo(dtype).min else "finite"
+    return "absorbing" if rounded <= ABSORBING else "finite"
 
 
 def read_operand(
-    operand: MaskOperand, tensor: Lifted, fill: Lifted | None, axes: Sequence[str]
+    operand: MaskOperand, tensor: Lifted, fill: Lifted | None, masks: SiteMasks, assumed: float
 ) -> Keep:
     """The meaning of an operand.
 
@@ -123,18 +204,22 @@ def read_operand(
         operand: the operand.
         tensor: its lifted value.
         fill: the lifted value of its fill, where that is a node.
-        axes: the axes of the scores.
+        masks: of the attention.
+        assumed: fills up to this one count as minus infinity.
 
     Raises:
-        Refused: when it is a bias rather than a mask.
+        Refused: it has none that is known here.
     """
+    axes = masks.places(operand)
+    if operand.role == "factor":
+        return Keep(sympy.true, (), True, bias=_cases_at(tensor.cases, tensor, axes))
     if operand.role == "add":
-        return _added(tensor, axes)
+        return _added(operand, tensor, masks, assumed)
     if tensor.dtype != torch.bool:
         raise Refused("the condition of its masked_fill or where is not a bool tensor")
     condition = at_coordinates(tensor.condition, tensor, axes)
     keep = condition if operand.role == "keep" else sympy.Not(condition)
-    return Keep(keep, (_fill_value(operand, fill),), adds=False)
+    return Keep(keep, (operand.changed(_fill_value(operand, fill)),), adds=False)
 
 
 def _fill_value(operand: MaskOperand, fill: Lifted | None) -> float:
@@ -150,43 +235,127 @@ def _fill_value(operand: MaskOperand, fill: Lifted | None) -> float:
     return float(values[0])
 
 
-def _added(tensor: Lifted, axes: Sequence[str]) -> Keep:
-    if tensor.is_float_data:
-        raise Refused(
-            "it adds a bias that is not a mask: its values are only known at run time",
-            "pass a bool mask if it only says who may attend to whom, or promise what it is: "
-            "sparse_compile.mask(module, pattern, promise=True)",
-        )
+def _added(operand: MaskOperand, tensor: Lifted, masks: SiteMasks, assumed: float) -> Keep:
+    """What an operand masks, and what it adds to the scores that it does not."""
     if tensor.dtype == torch.bool:
         raise Refused(
             "it adds a bool mask to the scores, which adds 1 where it is True and masks nothing",
             "use torch.where or masked_fill with float('-inf')",
         )
     kept: list[sympy.Basic] = []
-    fills: list[float] = []
-    for condition, value in tensor.cases:
-        if isinstance(value, sympy.Basic) and reads_data(value):
-            raise Refused(
-                "it adds a bias that is not provably a mask: it is computed from integers that "
-                "need not be 0 and 1",
-                "turn them into bool first, as in torch.where(mask.bool(), 0.0, float('-inf'))",
-            )
-        if isinstance(value, sympy.Basic) or not value <= 0:
-            raise Refused(f"it adds a bias that is not a mask: it takes the value {value}")
-        if value == 0:
+    masked: list[sympy.Basic] = []
+    raw: list[float] = []
+    cases = merged(case for one in tensor.cases for case in _split(*one))
+    for condition, value in cases:
+        if isinstance(value, sympy.Basic) or not _masks(operand, value, masks.dtype, assumed):
             kept.append(condition)
         else:
-            fills.append(float(value))
-    return Keep(at_coordinates(sympy.Or(*kept), tensor, axes), tuple(fills), adds=True)
+            masked.append(condition)
+            raw.append(float(value))
+    if raw and operand.curved:
+        raise Refused(
+            "the scores are masked before a curve, which makes the masked value finite: masked "
+            "keys keep some weight",
+            "apply the mask after the softcap",
+        )
+    axes = masks.places(operand)
+    # The shorter one of two ways to say it.
+    keep = sympy.Or(*kept) if len(kept) < 2 else sympy.Not(sympy.Or(*masked))
+    condition = at_coordinates(keep, tensor, axes)
+    others = _unmasked(cases, raw, masked)
+    bias = None if all(value == 0 for _, value in others) else _cases_at(others, tensor, axes)
+    if bias is not None and masks.site.score is None:
+        raise Refused("it adds a bias that is not a mask")
+    fills = tuple(map(operand.changed, raw))
+    tied, raised = _meets_floor(operand, raw)
+    return Keep(condition, fills, not raised, tuple(raw), tied, bias)
 
 
-def at_coordinates(condition: sympy.Basic, tensor: Lifted, axes: Sequence[str]) -> sympy.Basic:
+def _meets_floor(operand: MaskOperand, raw: Sequence[float]) -> tuple[bool, bool]:
+    """Whether masked scores equal a floor whose gradient they share; whether they are below it."""
+    tied = raised = False
+    for value in raw:
+        for change in operand.then:
+            before = value * change.times
+            tied |= change.shares and before == change.least
+            raised |= before < change.least
+            value = change(value)
+    return tied, raised
+
+
+def _unmasked(cases: Cases, raw: Sequence[float], masked: Sequence[sympy.Basic]) -> Cases:
+    """The cases of what is not masked; what they say of what is does not matter."""
+    known = set(sympy.And.make_args(sympy.Not(sympy.Or(*masked)))) if masked else set()
+    others = [
+        (sympy.And(*(part for part in sympy.And.make_args(c) if part not in known)), value)
+        for c, value in cases
+        if not _is_in(value, raw)
+    ]
+    if len(others) == 1:
+        return ((sympy.true, others[0][1]),)
+    return merged(others) or ((sympy.true, 0),)
+
+
+def _split(condition: sympy.Basic, value: Value) -> Cases:
+    """``(1 - m) * min`` for an integer m that is read: 0 for 1, min for 0, and whatever else."""
+    if not isinstance(value, sympy.Basic) or len(value.free_symbols) == 0:
+        return ((condition, value),)
+    lookups = {node for node in value.atoms(sympy.core.function.AppliedUndef)}
+    if len(lookups) != 1:
+        return ((condition, value),)
+    (lookup,) = lookups
+    if _says_zero(condition, value):
+        return ((condition, 0),)
+    slope = sympy.expand(value).coeff(lookup)
+    root = sympy.cancel(lookup - value / slope) if slope.is_number and slope != 0 else None
+    if root is None or not root.is_Integer or abs(slope) < -ABSORBING:
+        return ((condition, value),)
+    masked = root - 1 if slope > 0 else root + 1
+    is_root, is_masked = sympy.Eq(lookup, root), sympy.Eq(lookup, masked)
+    rest = sympy.And(condition, sympy.Not(is_root), sympy.Not(is_masked))
+    return (
+        (sympy.And(condition, is_root), 0),
+        (sympy.And(condition, is_masked), float(-abs(slope))),
+        (rest, value),
+    )
+
+
+def _says_zero(condition: sympy.Basic, value: sympy.Expr) -> bool:
+    """Whether a condition is, among others, that an expression is 0."""
+    equal = [part for part in sympy.And.make_args(condition) if isinstance(part, sympy.Eq)]
+    return any(sympy.expand(p.lhs - p.rhs) in (value, sympy.expand(-value)) for p in equal)
+
+
+def _masks(operand: MaskOperand, value: Number, dtype: torch.dtype, assumed: float) -> bool:
+    """Whether scores to which a number is added have no weight."""
+    changed = operand.changed(float(value))
+    return (fill_kind(changed, dtype) != "finite" and changed < 0) or changed <= assumed
+
+
+def _is_in(value: Value, numbers: Sequence[float]) -> bool:
+    return not isinstance(value, sympy.Basic) and float(value) in numbers
+
+
+def _cases_at(cases: Cases, tensor: Lifted, axes: Places) -> Cases:
+    """Cases over ``DIMS`` of a tensor that broadcasts against scores with the given axes."""
+
+    def placed(part: Any) -> Any:
+        return at_coordinates(part, tensor, axes) if isinstance(part, sympy.Basic) else part
+
+    return tuple((placed(condition), placed(value)) for condition, value in cases)
+
+
+def at_coordinates(condition: sympy.Basic, tensor: Lifted, axes: Places) -> sympy.Basic:
     """A condition over ``DIMS`` of a mask that broadcasts against scores with the given axes."""
     rank = len(tensor.shape)
     if rank > len(axes):
         extra = rank - len(axes)
         if any(size != 1 for size in tensor.shape[:extra]):
             raise Refused("the mask has more dimensions than the scores")
-    names = [""] * (rank - len(axes)) + list(axes)[max(0, len(axes) - rank) :]
-    values = {DIMS[d]: COORDINATES.get(name, sympy.S.Zero) for d, name in enumerate(names)}
-    return condition.xreplace(values)
+    return condition.xreplace(dict(zip(DIMS, aligned(rank, axes), strict=False)))
+
+
+def aligned(rank: int, places: Places) -> list[sympy.Expr]:
+    """The indices of a tensor that broadcasts against scores with indices ``places``."""
+    lead: list[sympy.Expr] = [sympy.S.Zero] * (rank - len(places))
+    return [*lead, *places[max(0, len(places) - rank) :]]

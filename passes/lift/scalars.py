@@ -17,6 +17,8 @@ from torch._ops import OpOverload
 
 from sparse_compile.expr import FloorDiv, FloorMod
 from sparse_compile.passes.lift.value import (
+    ABSORBING,
+    Case,
     Element,
     Lifted,
     Number,
@@ -45,7 +47,9 @@ def elementwise(
         conditions = (cast(a, torch.bool) if isinstance(a, Lifted) else truth(a) for a in args)
         return _LOGIC[name](*conditions)
     if any(isinstance(arg, Lifted) and arg.is_float_data for arg in args):
-        raise Unliftable("it computes with floating data")
+        if name != "add" or kwargs.get("alpha", 1) != 1:
+            raise Unliftable("it computes with floating data")
+        return _masked_data(op, args, dtype)
     cases = [arg.cases if isinstance(arg, Lifted) else ((sympy.true, arg),) for arg in args]
     dtypes = tuple(arg.dtype if isinstance(arg, Lifted) else None for arg in args)
     results = [
@@ -55,6 +59,27 @@ def elementwise(
     if dtype == torch.bool:
         return sympy.Or(*(sympy.And(c, _as_condition(v)) for c, v in results))
     return merged(results)
+
+
+def _masked_data(op: OpOverload, args: Sequence[Lifted | Value], dtype: torch.dtype) -> Element:
+    """Floating data to which a mask is added: 0, or what absorbs it."""
+    data, mask = sorted(args, key=lambda a: not (isinstance(a, Lifted) and a.is_float_data))
+    if not isinstance(data, Lifted) or not isinstance(mask, Lifted) or mask.is_float_data:
+        raise Unliftable("it computes with floating data")
+    if data.dtype != dtype:
+        raise Unliftable("it converts floating data")
+    results: list[Case] = []
+    for condition, (number, value) in combinations([cast(mask, dtype), data.cases]):
+        if isinstance(number, sympy.Basic) or not (number == 0 or number <= ABSORBING):
+            raise Unliftable("it computes with floating data")
+        if not isinstance(value, sympy.Basic):
+            value = _run(op, (value, number), (dtype, dtype), {})
+        results.append((condition, value if number == 0 or not _is_data(value) else number))
+    return merged(results)
+
+
+def _is_data(value: Value) -> bool:
+    return isinstance(value, sympy.Basic)
 
 
 def cast(tensor: Lifted, dtype: torch.dtype) -> Element:

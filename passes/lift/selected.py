@@ -167,7 +167,7 @@ def bool_read(condition: sympy.Basic, lifter: Lifter) -> BoolRead | None:
         return None
     lookup, number = condition.args
     node = lifter.node_of(lookup)
-    if number != 0 or node.meta["val"].dtype != torch.bool:
+    if number != 0 or node is None or node.meta["val"].dtype != torch.bool:
         return None
     return BoolRead(lookup, node, isinstance(condition, sympy.Eq))
 
@@ -181,7 +181,7 @@ def split_selection(
         NotSelected: an index takes part, in a way that lists of keys cannot say.
     """
     lookups = predicate.atoms(sympy.core.function.AppliedUndef)
-    named = {lookup for lookup in lookups if is_named(lifter.node_of(lookup))}
+    named = {lookup for lookup in lookups if any(map(is_named, lifter.nodes_of([lookup])))}
     if not named:
         return predicate, None
     if len(named) > 1:
@@ -190,7 +190,7 @@ def split_selection(
     parts = sympy.And.make_args(predicate)
     if [part for part in parts if part.has(lookup)] != [sympy.Ne(lookup, 0)]:
         raise NotSelected("it does not just narrow the mask to the keys that its index selects")
-    named_node = lifter.node_of(lookup)
+    (named_node,) = lifter.nodes_of([lookup])
     rest = {part: bool_read(part, lifter) for part in parts if not part.has(lookup)}
     among = {part: read for part, read in rest.items() if read and _alike(read, lookup, named_node)}
     chosen = _read(lookup, named_node, lengths, tuple(among.values()))

@@ -14,13 +14,14 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from sparse_compile.passes.mutation import Memory, is_off, memory_of
-from sparse_compile.sites.site import Refused, Scope
+from sparse_compile.sites.operands import Scope
+from sparse_compile.sites.site import Refused
 
 #: Function and method names whose results a mask is computed *from*: they are expensive, random,
 #: or take values to Python. The mask program starts after them.
 SOURCES = frozenset(
     "linear bilinear matmul mm bmm addmm addbmm baddbmm einsum tensordot mv dot inner outer "
-    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d embedding "
+    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d "
     "embedding_bag topk sort argsort kthvalue msort scaled_dot_product_attention softmax "
     "log_softmax layer_norm group_norm rms_norm batch_norm instance_norm "
     "multi_head_attention_forward gelu silu rand randn randint randperm rand_like randn_like "

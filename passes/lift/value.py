@@ -37,6 +37,9 @@ Element: TypeAlias = sympy.Basic | Cases
 Shape: TypeAlias = tuple[sympy.Expr, ...]
 
 _MOST_CASES = 64
+#: What absorbs any score or bias that is added to it, in fp32 and bf16: their least numbers do, and
+#: so does what a scale leaves of these.
+ABSORBING = -1e30
 
 
 # Names of torch's sympy functions for sizes; they are not exported publicly, their names are what

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,17 +12,18 @@ import torch
 from torch import Tensor
 from torch.fx import Interpreter, Node
 
-from sparse_compile.expr import KV, H, Q, evaluate, grid
-from sparse_compile.ops.pattern import on_axes
+from sparse_compile.expr import KV, H, Q, ScoreData, evaluate, evaluate_lookup, grid, is_learned
 from sparse_compile.passes.dense_tables import mask_data, selection_data
 from sparse_compile.passes.graph_edit import example_value
+from sparse_compile.passes.lift.biases import Bias
 from sparse_compile.passes.lift.kept import arguments_of, is_topk_index, topk_dim, topk_of
 from sparse_compile.passes.lift.masks import SiteMasks
 from sparse_compile.passes.lift.prefix import CannotRun, Prefix, bytes_of, prefix_of
 from sparse_compile.passes.lift.slice import Slicer
 from sparse_compile.passes.lift.value import Unliftable, size_expr
 from sparse_compile.selection.chunks import chunks
-from sparse_compile.sites.site import LiftedMask, Refused, Scope, Visited
+from sparse_compile.sites.operands import Scope
+from sparse_compile.sites.site import LiftedMask, Refused, Visited
 
 _CHUNK = 1 << 22
 _MOST_RANDOM = 1 << 24
@@ -87,15 +86,22 @@ class Question:
 
     Attributes:
         masks: of the attention.
-        fills: for each operand, the scores it gives to masked entries.
+        fills: for each operand, what it holds where it masks by adding.
+        biases: what operands contribute to scores.
         lifted: what they were understood to be.
         examples: what the program is run with.
     """
 
     masks: SiteMasks
     fills: Sequence[Sequence[float]]
+    biases: Sequence[Bias]
     lifted: LiftedMask
     examples: Examples
+
+    @property
+    def heads(self) -> int:
+        """Query heads of the example."""
+        return self.examples.size(self.masks.lengths[H])
 
 
 def verify(asked: Question, verify_bytes: int, slicer: Slicer) -> Visited | None:
@@ -148,7 +154,9 @@ class _NotComputed(Refused):
 def _check(asked: Question, prefix: Prefix | None, leaves: Mapping[Node, Any]) -> Visited:
     """Compare for some values of the leaves; the pairs in blocks, for each query."""
     try:
-        kept = _kept(asked, _tensors(asked, prefix, leaves))
+        tensors = _tensors(asked, prefix, leaves)
+        kept = _kept(asked, tensors)
+        _compare_biases(asked, leaves, tensors)
     except Refused:
         raise
     except Exception as error:  # The user's operators: anything can be raised.
@@ -211,22 +219,64 @@ def _tensors(asked: Question, prefix: Prefix | None, leaves: Mapping[Node, Any])
 def _kept(asked: Question, tensors: Sequence[Any]) -> list[Tensor]:
     """For each operand, which scores it keeps, over [b, h, q, kv]."""
     site, kept = asked.masks.site, []
-    for operand, known, mask in zip(site.masks, asked.fills, tensors, strict=False):
+    biased, heads = {one.mark for one in asked.biases}, asked.heads
+    operands = enumerate(zip(site.masks, asked.fills, tensors, strict=False))
+    for mark, (operand, known, mask) in operands:
+        if operand.role == "factor":
+            continue
         for dim in range(mask.dim()):
             if mask.stride(dim) == 0 and mask.shape[dim] > 1:
                 mask = mask.narrow(dim, 0, 1)
-        if operand.role == "add":
+        if operand.role == "add" and mark not in biased:
             _check_fills(mask, known)
-        keep = mask == 0 if operand.role == "add" else mask.bool()
+        keep = ~_is_any(mask, known) if operand.role == "add" else mask.bool()
         keep = ~keep if operand.role == "drop" else keep
-        kept.append(on_axes(keep, site.score_axes))
+        kept.append(asked.masks.spread(keep, operand, heads))
     return kept
 
 
-def _check_fills(mask: Tensor, fills: Sequence[float]) -> None:
-    known = mask == 0
+def _is_any(mask: Tensor, fills: Sequence[float]) -> Tensor:
+    """Where a tensor holds one of some numbers."""
+    found = torch.zeros_like(mask, dtype=torch.bool)
     for fill in fills:
-        known |= mask == fill
+        found |= mask == fill
+    return found
+
+
+def _compare_biases(asked: Question, leaves: Mapping[Node, Any], tensors: Sequence[Any]) -> None:
+    """Raise where what is read in the place of an operand differs from what it adds."""
+    computed, masks, examples = asked.lifted.learned, asked.masks, asked.examples
+    read: Sequence[Tensor] = ()
+    if computed is not None and any(one.cases is not None for one in asked.biases):
+        direct = {masks.site.masks[one.mark].node: tensors[one.mark] for one in asked.biases}
+        values = {**direct, **examples.values, **leaves}
+        with torch.no_grad():
+            read = Interpreter(computed.program).run(*(values[leaf] for leaf in computed.leaves))
+    lengths = {symbol: examples.size(expr) for symbol, expr in masks.lengths.items()}
+    for one in asked.biases:
+        if is_learned(one.lookup) and one.cases is None:
+            continue  # the operand itself
+        operand = masks.site.masks[one.mark]
+        found = masks.spread(tensors[one.mark], operand, asked.heads)
+        each = found.shape[0] * found.shape[1] * found.shape[3]
+        for start, stop in chunks(found.shape[2], each, _CHUNK):
+            part = found[:, :, start:stop]
+            queries = range(start, stop)
+            axes = zip("bh", part.shape, strict=False)
+            where = {name: range(size) for name, size in axes}
+            coordinates = grid(part.device, **where, q=queries, kv=range(part.shape[3]))
+            data = ScoreData(coordinates, lengths[Q], lengths[KV], learned=read)
+            expected = evaluate_lookup(one.lookup, part, data)
+            masked = _is_any(part, asked.fills[one.mark])
+            if not torch.equal(expected.masked_fill(masked, 0), part.masked_fill(masked, 0)):
+                raise Refused(
+                    "internal check failed: a bias as understood differs from the program's",
+                    "please report this bias",
+                )
+
+
+def _check_fills(mask: Tensor, fills: Sequence[float]) -> None:
+    known = (mask == 0) | _is_any(mask, fills)
     if not bool(known.all()):
         raise Refused(
             f"internal check failed: it adds {mask[~known][0].item()}, which was not understood",
@@ -248,8 +298,8 @@ def _compare(asked: Question, leaves: Mapping[Node, Any], kept: Sequence[Tensor]
     chosen = None if selection is None else selection.dense(lengths[Q], lengths[KV])
     if chosen is not None and chosen.shape[1] > 1:
         chosen = chosen.repeat_interleave(lengths[H] // chosen.shape[1], 1)
-    device = kept[0].device
-    shape = functools.reduce(operator.and_, (mask[:, :, :1, :1] for mask in kept)).shape
+    device = masks.device
+    shape = [max([1, *(mask.shape[axis] for mask in kept)]) for axis in (0, 1)]
     pairs, partial, each = 0.0, 0.0, shape[0] * shape[1] * lengths[KV]
     for start, stop in chunks(lengths[Q], each, _CHUNK, tile=_BLOCK):
         queries, keys = range(start, stop), range(lengths[KV])

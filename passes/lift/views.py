@@ -251,6 +251,15 @@ def index_select(step: Step) -> Lifted:
     return index(replace(step, args=(tensor, where)))
 
 
+def embedding(step: Step) -> Lifted:
+    """``weight[indices]``, rows of a matrix."""
+    weight, indices, padding = step.args[:3]
+    if padding != -1:
+        raise Unliftable("an embedding has a row without gradient")
+    rank = len(indices.shape)
+    return _read_at(step, weight, [0], [indices.cases], {1: rank})
+
+
 def _read_at(
     step: Step,
     tensor: Lifted,
@@ -310,4 +319,5 @@ VIEWS: dict[str, Handler] = {
     "_unsafe_index": index,
     "gather": gather,
     "index_select": index_select,
+    "embedding": embedding,
 }

@@ -7,16 +7,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import sympy
 import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
 from sparse_compile import ops
+from sparse_compile.expr import SCORE, B, H, MaskExpr, Q, ScoreProgram
+from sparse_compile.expr import table as lookup_of
 from sparse_compile.layout.from_dense import DenseRead
 from sparse_compile.ops import pattern as pattern_ops
 from sparse_compile.ops.selection import CANONICAL_SELECTION, SELECT
 from sparse_compile.passes.dense_tables import dense_reads
 from sparse_compile.passes.graph_edit import (
+    CANONICAL,
     Inserter,
     device_of,
     dimension,
@@ -25,16 +29,11 @@ from sparse_compile.passes.graph_edit import (
     with_axes,
 )
 from sparse_compile.passes.rewrite.indexer import replace_indexer, replace_lists
-from sparse_compile.passes.rewrite.tables import RealisedTables, realise
+from sparse_compile.passes.rewrite.tables import RealisedTables, compute, realise
 from sparse_compile.sites.named import INDEX, LISTS
+from sparse_compile.sites.operands import Operand
 from sparse_compile.sites.plan import Indexer, Plan
-from sparse_compile.sites.site import (
-    AttentionSite,
-    BlockScoresSite,
-    LiftedMask,
-    Operand,
-    PatternTable,
-)
+from sparse_compile.sites.site import AttentionSite, BlockScoresSite, LiftedMask, PatternTable
 from sparse_compile.spec import EmptyRows
 
 _CANONICAL = "bhnd"
@@ -74,8 +73,16 @@ class Rewriter:
         else:
             tables, sizes, lists = self._mask_data(insert, plan, q, k)
             data = tables, sizes, lists, scale, plan.spec.text
-            call = insert.call(ops.ATTENTION, q, k, v, [], *data)
+            learned = compute(plan.lifted.learned, site.scope, self._tables)
+            learned += _seed(insert, site)
+            call = insert.call(ops.ATTENTION, q, k, v, learned, *data)
             out = insert.call(operator.getitem, call, 0)
+            if plan.lifted.empty_rows in (EmptyRows.ATTENDED, EmptyRows.HALVED):
+                lse = insert.call(operator.getitem, call, 1)
+                out = _attended(insert, plan, (q, k, v), learned, scale, out, lse)
+            if site.zeroed:
+                lse = insert.call(operator.getitem, call, 1)
+                out = _without_nan(insert, out, lse)
             if site.sinks is not None:
                 lse = insert.call(operator.getitem, call, 1)
                 out = _with_sinks(insert, site, out, lse, site.sinks)
@@ -114,7 +121,7 @@ class Rewriter:
         if example_value(node).dtype != dtype:
             # Autocast, or an upcast inside the attention: the program computes in this dtype.
             node = insert.method("to", node, dtype)
-        return with_axes(insert.method, node, operand.axes, _CANONICAL)
+        return _flattened(insert, node, operand)
 
     def _mask_data(
         self, insert: Inserter, plan: Plan, q: Node, k: Node
@@ -201,7 +208,8 @@ class Rewriter:
         """
         site, device, (tables, sizes) = plan.site, device_of(plan.site.q.node), data
         # The layout depends neither on where the attention stands nor on scores: layers share it.
-        spec = replace(plan.spec.blocks, where=(), empty_rows=EmptyRows.ZERO, score=None)
+        nothing: dict[str, Any] = {"where": (), "score": None, "dropout": None}
+        spec = replace(plan.spec.blocks, empty_rows=EmptyRows.ZERO, **nothing)
         given = tuple(tables), tuple(sizes), tuple(named)
         key = insert.gm, spec.text, _shape(site), device, reads, given
         if key not in self._layouts:
@@ -232,9 +240,7 @@ def _dims(site: AttentionSite) -> list[tuple[Operand, str]]:
 
 def _lengths(insert: Inserter, site: AttentionSite) -> list[int | Node]:
     """Batch, heads, both lengths and the heads of the keys, as arguments."""
-    return [
-        insert.size(x.node, x.axes.index(axis)) if axis in x.axes else 1 for x, axis in _dims(site)
-    ]
+    return [insert.length(x, axis) for x, axis in _dims(site)]
 
 
 def _shape(site: AttentionSite) -> tuple[str, ...]:
@@ -265,6 +271,50 @@ def _scale(insert: Inserter, site: AttentionSite, q: Node) -> tuple[Node, float 
     return q, site.scale
 
 
+def _attended(
+    insert: Inserter,
+    plan: Plan,
+    operands: tuple[Node, Node, Node],
+    learned: list[Node],
+    scale: float | Node,
+    out: Node,
+    lse: Node,
+) -> Node:
+    """``out`` with what queries without keys yield: the mean, as softmax over absorbed scores."""
+    site, mask = plan.site, plan.lifted.mask
+    empty = insert.call(operator.eq, lse, float("-inf"))
+    # Whether a row is empty rarely depends on the head.
+    alike = not mask.depends_on(H)
+    table = insert.call(operator.getitem, empty, (slice(None), 0)) if alike else empty
+    at = (B, Q) if alike else (B, H, Q)
+    rows = MaskExpr(sympy.Ne(lookup_of(0)(*at), 0), ("bool",))
+    score = replace(plan.spec.score or ScoreProgram(SCORE), absorbed=True)
+    if plan.lifted.empty_rows is EmptyRows.HALVED:
+        score = replace(score, value=score.value / 2)
+    spec = replace(plan.spec, mask=rows, coverage=(), score=score)
+    bare = replace(spec, where=(), score=None, dropout=None)
+    rest: list[Any] = [[], *_lengths(insert, site), bare.text, device_of(site.q.node), []]
+    made = insert.call(ops.LAYOUT, [table], DenseRead.text(()), *rest)
+    lists = [insert.call(operator.getitem, made, part) for part in range(len(example_value(made)))]
+    data: list[Any] = [learned, [table], [], lists, scale, spec.text]
+    again = insert.call(operator.getitem, insert.call(ops.ATTENTION, *operands, *data), 0)
+    return insert.call(torch.where, insert.method("unsqueeze", empty, -1), again, out)
+
+
+def _seed(insert: Inserter, site: AttentionSite) -> list[Node]:
+    """What the dropout of this call follows from, drawn in each call."""
+    if not site.dropout:
+        return []
+    kind = {"dtype": torch.int64, "device": device_of(site.q.node)}
+    return [insert.call(torch.randint, 0, (1 << 31) - 1, (2,), **kind)]
+
+
+def _without_nan(insert: Inserter, out: Node, lse: Node) -> Node:
+    """0 for queries whose weights are NaN, such as those that attend to one."""
+    strange = insert.method("unsqueeze", insert.method("isnan", lse), -1)
+    return insert.method("masked_fill", out, strange, 0.0)
+
+
 def _with_sinks(insert: Inserter, site: AttentionSite, out: Node, lse: Node, sinks: Node) -> Node:
     """``out`` times the share of the weight that keys get beside the sinks.
 
@@ -292,14 +342,41 @@ def _call_sdpa(
     insert: Inserter, plan: Plan, q: Node, k: Node, v: Node, scale: float | Node
 ) -> Node:
     given: dict[str, Any] = {"is_causal": plan.causal, "scale": scale}
+    if plan.site.dropout:
+        given["dropout_p"] = plan.site.dropout
     if example_value(q).shape[1] != example_value(k).shape[1]:
         given["enable_gqa"] = True
     return insert.call(F.scaled_dot_product_attention, q, k, v, **given)
 
 
+def _flattened(insert: Inserter, node: Node, operand: Operand) -> Node:
+    """An operand, which ``node`` holds, as [B, H, N, D]."""
+    if "bh" in operand.axes:
+        at = operand.axes.index("bh")
+        node = insert.method("unflatten", node, at, (-1, operand.split[1]))
+        axes = (*operand.axes[:at], "b", "h", *operand.axes[at + 1 :])
+    else:
+        axes = operand.axes
+    names = [axis for axis in CANONICAL if axis in axes]
+    node = with_axes(insert.method, node, axes, names)
+    for outer, inner in (("b1", "b2"), ("h1", "h2")):
+        if outer in names and inner in names:
+            at = names.index(outer)
+            node = insert.method("flatten", node, at, at + 1)
+            names[at : at + 2] = [outer[0]]
+    return with_axes(insert.method, node, [name[0] for name in names], _CANONICAL)
+
+
 def _restore_axes(insert: Inserter, site: AttentionSite, out: Node) -> Node:
     """Back to the axes, and where a later view relies on it the memory order, of the old output."""
-    out = with_axes(insert.method, out, _CANONICAL, site.output.axes)
+    names = list(_CANONICAL)
+    for outer, inner in (("b1", "b2"), ("h1", "h2")):
+        if inner in site.output.axes:
+            at = names.index(outer[0])
+            size = insert.size(site.q.node, site.q.axes.index(inner))
+            out = insert.method("unflatten", out, at, (-1, size))
+            names[at : at + 1] = [outer, inner]
+    out = with_axes(insert.method, out, names, site.output.axes)
     old = site.output.node
     reordered = example_value(old).is_contiguous() and not example_value(out).is_contiguous()
     if reordered and not all(map(_swaps_heads_and_tokens, old.users)):

@@ -10,7 +10,8 @@ from torch.fx.node import map_arg
 
 from sparse_compile.ops.fresh_size import unbound_sizes
 from sparse_compile.passes.graph_edit import example_value, fake_mode_of
-from sparse_compile.sites.site import LiftedMask, Scope
+from sparse_compile.sites.operands import Scope
+from sparse_compile.sites.site import Computed, LiftedMask
 
 
 class RealisedTables:
@@ -51,6 +52,17 @@ def realise(
     nodes = [hand_down(node, scope, cache) for node in cache.outputs[lifted.program]]
     count = lifted.n_lifted_tables
     return nodes[:count], list(nodes[count:])
+
+
+def compute(learned: Computed | None, scope: Scope, cache: RealisedTables) -> list[Node]:
+    """The tensors that scores read, as nodes of ``scope.gm``; further arguments as above."""
+    if learned is None:
+        return []
+    if learned.program not in cache.outputs:
+        leaves = tuple(hand_down(leaf, learned.scope, cache) for leaf in learned.leaves)
+        found = _inline(learned.program, leaves, learned.scope.gm, cache)
+        cache.outputs[learned.program] = found
+    return [hand_down(node, scope, cache) for node in cache.outputs[learned.program]]
 
 
 def _inline(

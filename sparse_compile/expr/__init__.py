@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sparse_compile.expr.dropout import Dropout
 from sparse_compile.expr.fold import Algebra, UnsupportedNode, fold, fold_real
 from sparse_compile.expr.mask_expr import MaskExpr
 from sparse_compile.expr.nodes import (
@@ -20,7 +21,10 @@ from sparse_compile.expr.nodes import (
     H,
     Q,
     dense_bit,
+    is_learned,
+    is_lookup,
     is_table,
+    learned,
     renumbered,
     size_symbol,
     table,
@@ -32,10 +36,14 @@ from sparse_compile.expr.text import from_text, to_text
 if TYPE_CHECKING:
     from sparse_compile.expr.evaluation import (
         ScoreData,
+        add_learned_gradients,
         evaluate,
+        evaluate_lookup,
         evaluate_score,
         evaluate_slope,
         grid,
+        indices_at,
+        keeps,
     )
 
 __all__ = [
@@ -48,6 +56,7 @@ __all__ = [
     "Algebra",
     "B",
     "Bit",
+    "Dropout",
     "FloorDiv",
     "FloorMod",
     "H",
@@ -56,15 +65,22 @@ __all__ = [
     "ScoreData",
     "ScoreProgram",
     "UnsupportedNode",
+    "add_learned_gradients",
     "dense_bit",
     "evaluate",
+    "evaluate_lookup",
     "evaluate_score",
     "evaluate_slope",
     "fold",
     "fold_real",
     "from_text",
     "grid",
+    "indices_at",
+    "is_learned",
+    "is_lookup",
     "is_table",
+    "keeps",
+    "learned",
     "renumbered",
     "size_symbol",
     "softcap",
@@ -74,9 +90,15 @@ __all__ = [
 ]
 
 
+_EVALUATION = frozenset(
+    "ScoreData add_learned_gradients evaluate evaluate_lookup evaluate_score evaluate_slope grid "
+    "indices_at keeps".split()
+)
+
+
 def __getattr__(name: str) -> Any:
     # Evaluation needs torch; predicates, and the patterns made of them, do not.
-    if name not in ("ScoreData", "evaluate", "evaluate_score", "evaluate_slope", "grid"):
+    if name not in _EVALUATION:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from sparse_compile.expr import evaluation
 

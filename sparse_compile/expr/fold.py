@@ -13,7 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import sympy
 from sympy.logic.boolalg import BooleanFalse, BooleanTrue
 
-from sparse_compile.expr.nodes import Bit, FloorDiv, FloorMod, is_table, table_index
+from sparse_compile.expr.nodes import Bit, FloorDiv, FloorMod, is_learned, is_table, table_index
 
 T = TypeVar("T")
 
@@ -89,6 +89,10 @@ class RealAlgebra(Algebra[T], Protocol):
         """A constant that is no integer."""
         ...
 
+    def learned(self, index: int, args: Sequence[T], exprs: Sequence[sympy.Expr]) -> T:
+        """A lookup of a real number; as for ``table``."""
+        ...
+
 
 class UnsupportedNode(TypeError):
     """A predicate holds a node that no algebra knows; says which."""
@@ -139,6 +143,8 @@ def _real_value(node: sympy.Basic, algebra: RealAlgebra[T], value: Callable[[sym
             return algebra.operation(name, [value(node.args[0])], node)
     if isinstance(node, sympy.Pow) and node.exp.is_negative:
         return algebra.operation(RECIPROCAL, [value(sympy.Pow(node.base, -node.exp))], node)
+    if is_learned(node):
+        return algebra.learned(table_index(node), [value(arg) for arg in node.args], node.args)
     if isinstance(node, sympy.Pow) and node.exp == sympy.S.Half:
         return algebra.operation("sqrt", [value(node.base)], node)
     return _value(node, algebra, value)

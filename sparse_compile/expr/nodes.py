@@ -45,13 +45,32 @@ def table(index: int) -> Any:
     return sympy.Function(f"t{index}", integer=True)
 
 
-def is_table(expr: sympy.Basic) -> bool:
-    """Whether ``expr`` is a table lookup such as ``t0(b, kv)``."""
+def learned(index: int) -> Any:
+    """The ``index``-th real-valued tensor of a score program, as a function of its coordinates.
+
+    >>> learned(0)(H, KV - Q)
+    w0(h, kv - q)
+    """
+    return sympy.Function(f"w{index}", real=True)
+
+
+def is_lookup(expr: sympy.Basic) -> bool:
+    """Whether ``expr`` reads a tensor: a table, or one of real numbers."""
     return isinstance(expr, sympy.core.function.AppliedUndef)
 
 
+def is_learned(expr: sympy.Basic) -> bool:
+    """Whether ``expr`` reads a tensor of real numbers, such as ``w0(h, kv)``."""
+    return is_lookup(expr) and expr.func.__name__[0] == "w"
+
+
+def is_table(expr: sympy.Basic) -> bool:
+    """Whether ``expr`` is a table lookup such as ``t0(b, kv)``."""
+    return is_lookup(expr) and expr.func.__name__[0] != "w"
+
+
 def table_index(expr: sympy.Basic) -> int:
-    """Which table a lookup reads: 3 for ``t3(b, q)``."""
+    """Which tensor a lookup reads: 3 for ``t3(b, q)``."""
     return int(expr.func.__name__[1:])
 
 

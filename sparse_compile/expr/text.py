@@ -16,7 +16,7 @@ from typing import Any
 import sympy
 
 from sparse_compile.expr.fold import FUNCTIONS, JOINS, OPERATORS, RECIPROCAL, fold, fold_real
-from sparse_compile.expr.nodes import COORDINATES, N_KV, N_Q, SCORE, size_symbol, table
+from sparse_compile.expr.nodes import COORDINATES, N_KV, N_Q, SCORE, learned, size_symbol, table
 
 _NAMED = {symbol.name: symbol for symbol in (*COORDINATES, N_Q, N_KV, SCORE)}
 _BUILD: dict[str, Callable[..., Any]] = {
@@ -44,6 +44,9 @@ class _Spelling:
 
     def table(self, index: int, args: Sequence[str], exprs: Sequence[sympy.Expr]) -> str:
         return _join(f"t{index}", args)
+
+    def learned(self, index: int, args: Sequence[str], exprs: Sequence[sympy.Expr]) -> str:
+        return _join(f"w{index}", args)
 
     def operation(self, name: str, args: Sequence[str], expr: sympy.Basic) -> str:
         if name in JOINS:
@@ -77,8 +80,8 @@ def _read(token: str, tokens: Iterator[str]) -> sympy.Basic:
         return _atom(token)
     head = next(tokens)
     args = [_read(first, tokens) for first in iter(tokens.__next__, ")")]
-    if re.fullmatch(r"t\d+", head):
-        return table(int(head[1:]))(*args)
+    if re.fullmatch(r"[tw]\d+", head):
+        return (table if head[0] == "t" else learned)(int(head[1:]))(*args)
     return _BUILD[head](*args)
 
 

@@ -33,8 +33,9 @@ from sparse_compile.passes.dense_tables import mask_data, selection_data, shown_
 from sparse_compile.passes.graph_edit import device_of, example_value, expected
 from sparse_compile.selection import Selection, SelectionReport
 from sparse_compile.sites.annotation import Annotation
+from sparse_compile.sites.operands import Operand
 from sparse_compile.sites.plan import Plan, Trace
-from sparse_compile.sites.site import AttentionSite, LiftedMask, Operand, Rejection
+from sparse_compile.sites.site import AttentionSite, LiftedMask, Rejection
 from sparse_compile.spec import AttentionSpec, KernelSpec
 from sparse_compile.spec.target import Target
 
@@ -122,7 +123,7 @@ class Examined:
             utilisation=_utilisation(plan, layout),
             selection=None if plan.selected is None else plan.selected.shown,
             lists=self._lists(),
-            score=plan.site.shown_score or None,
+            score=_score(plan),
         )
 
     def _lists(self) -> SelectionReport | None:
@@ -375,3 +376,13 @@ class _Values(Interpreter):
     def _sizes(self, operand: Operand) -> dict[str, Any]:
         shape = self._shapes.get(operand.node, example_value(operand.node).shape)
         return dict(zip(operand.axes, shape, strict=True))
+
+
+def _score(plan: Plan) -> str | None:
+    """Scores that are not the scaled products ``score`` of q and k, in words."""
+    program, learned = plan.lifted.score, plan.lifted.learned
+    parts = [] if program is None else [str(program)]
+    shown = () if learned is None else enumerate(learned.shown)
+    parts += [f"w{number} is {text}" for number, text in shown]
+    parts += ["and a sink beside the keys"] if plan.site.sinks else []
+    return ", ".join(parts) or None

@@ -146,7 +146,7 @@ def attention(
         q: [B, Hq, Nq, D], float32, float16 or bfloat16.
         k: [B, Hkv, Nkv, D], same dtype; Hkv divides Hq.
         v: [B, Hkv, Nkv, Dv], same dtype.
-        learned: further tensors that it reads and that get gradients; none so far.
+        learned: the tensors ``w0, w1, ...`` of the score program, which may have gradients.
         tables: the tensors ``t0, t1, ...`` of the mask.
         sizes: the integers ``s0, s1, ...`` of the mask.
         lists: as in :class:`AttentionCall`: those of :func:`layout` for the parts of blocks; then
@@ -169,15 +169,18 @@ def attention(
     return empty_rows.apply_forward(call, out, lse), lse
 
 
-def _like_gradients(q: Tensor, k: Tensor, v: Tensor, learned: Sequence[Tensor]) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t in (q, k, v, *learned)]
+def _like_gradients(
+    q: Tensor, k: Tensor, v: Tensor, learned: Sequence[Tensor], wanted: Sequence[int]
+) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in (q, k, v, *(learned[i] for i in wanted))]
 
 
 def _kind_backward(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *call: Any
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *rest: Any
 ) -> Kind:
-    read, lists, others = _kind(*call)
-    return [*read, grad_out, grad_lse, out, lse], lists, others
+    wanted: tuple[int, ...] = tuple(rest[-1])
+    read, lists, others = _kind(*rest[:-1])
+    return [*read, grad_out, grad_lse, out, lse], lists, (others, wanted)
 
 
 @operator(_like_gradients, kind=_kind_backward)
@@ -195,12 +198,16 @@ def attention_backward(
     lists: Sequence[Tensor],
     scale: float,
     spec: str,
+    wanted: Sequence[int],
 ) -> list[Tensor]:
-    """Gradients of :func:`attention`: of q, k, v and each of ``learned``, contiguous."""
+    """Gradients of :func:`attention`: of q, k, v and ``wanted`` of the learned tensors, contiguous.
+
+    Other arguments are those of :func:`attention`, its results and their gradients.
+    """
     call = AttentionCall(
         q, k, v, tables, sizes, lists, scale, AttentionSpec.parse(spec), tuple(learned)
     )
-    result = AttentionResult(out, lse, grad_out, grad_lse)
+    result = AttentionResult(out, lse, grad_out, grad_lse, tuple(wanted))
     grads = attend.backward(call, empty_rows.without(call, result))
     return list(empty_rows.apply_backward(call, result, grads))
 
@@ -218,10 +225,13 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     learned, tables, lists = ([next(left) for _ in range(n)] for n in ctx.lengths)
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    dq, dk, dv, *others = attention_backward(
+    wanted = [i for i, needed in enumerate(ctx.needs_input_grad[3]) if needed]
+    dq, dk, dv, *found = attention_backward(
         *(grad_out, grad_lse, out, lse, q, k, v, learned, tables),
-        *(ctx.sizes, lists, ctx.scale, ctx.spec),
+        *(ctx.sizes, lists, ctx.scale, ctx.spec, wanted),
     )
+    left = iter(found)
+    others = [next(left) if i in wanted else None for i in range(len(learned))]
     # torch.library takes a list for one of tensors, unless something else is in it.
     no_sizes: Any = None if ctx.sizes else []
     nothing = [None] * len(tables), no_sizes, [None] * len(lists)

@@ -15,7 +15,7 @@ from sparse_compile.expr import MaskExpr, ScoreProgram
 
 #: Of what a call is made of. Graphs that were compiled for another one stay in caches on disk, and
 #: this text is all that tells them apart: count on whenever that changes.
-_VERSION = 1
+_VERSION = 2
 #: In the place of the key of what selects: index and count are given; an index is given, of which
 #: lists are made; the mask is a tensor, which is given.
 LISTS, INDEX, TENSOR = "lists", "index", "tensor"

@@ -2,76 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
+import sympy
 from torch.fx import GraphModule, Node
 
-from sparse_compile.expr import MaskExpr, ScoreProgram
+from sparse_compile.expr import SCORE, MaskExpr, ScoreProgram
 from sparse_compile.sites.annotation import Annotation, bound_mask_named
 from sparse_compile.sites.named import NamedMask
+from sparse_compile.sites.operands import MaskOperand, Operand, Scope
 from sparse_compile.spec import EmptyRows
 from sparse_compile.spec.indexer import BlockScoresSpec, IndexerSpec
-
-
-@dataclass(frozen=True)
-class Scope:
-    """The graph a node lives in: the captured graph, or the body of a higher-order call in it.
-
-    Attributes:
-        gm: the graph.
-        parent: the scope of the call, None for the captured graph itself.
-        call: the node in ``parent`` that calls ``gm``, such as an activation checkpoint.
-        inputs: for each placeholder of ``gm`` in order, the node of ``parent`` that feeds it.
-    """
-
-    gm: GraphModule
-    parent: Scope | None = None
-    call: Node | None = None
-    inputs: tuple[Node, ...] = ()
-
-    @property
-    def feeds(self) -> dict[Node, Node]:
-        """The node of ``parent`` that each placeholder stands for, in order.
-
-        A site that was rewritten may have handed the body more, which is in neither.
-        """
-        return dict(zip(self.gm.graph.find_nodes(op="placeholder"), self.inputs, strict=False))
-
-
-@dataclass(frozen=True)
-class Operand:
-    """A tensor node and the meaning of its axes, in order.
-
-    ``axes`` are among ``b`` (batch), ``h`` (heads: query heads for q and out, key heads for k and
-    v), ``n`` (tokens) and ``d`` (features): ``("b", "n", "h", "d")`` for a [B, N, H, D] tensor.
-    An absent ``b`` or ``h`` means size one.
-    """
-
-    node: Node
-    axes: tuple[str, ...] = ("b", "h", "n", "d")
-
-    def renamed(self, names: Mapping[str, str]) -> Operand:
-        """The same tensor, its axes called otherwise."""
-        return Operand(self.node, tuple(names[axis] for axis in self.axes))
-
-
-@dataclass(frozen=True)
-class MaskOperand:
-    """One mask applied to the scores.
-
-    Attributes:
-        node: the mask tensor; broadcasts against the scores from the right.
-        role: ``"keep"``: bool, True attends and False gets ``fill``;
-            ``"drop"``: bool, True gets ``fill``; ``"add"``: floating, added to the scores.
-        fill: the score of masked entries for ``keep`` and ``drop``; unused for ``add``. A Node when
-            the program passes a 0-dim tensor.
-    """
-
-    node: Node
-    role: str
-    fill: float | Node = float("-inf")
 
 
 @dataclass(frozen=True)
@@ -100,15 +42,22 @@ class AttentionSite:
         scale: what the scores are multiplied with: a number, or a SymFloat or 0-dim tensor Node.
         kind: ``"sdpa"``, ``"eager"`` or ``"call"`` (of this library's attention).
         causal: SDPA's ``is_causal`` (aligned to the upper left corner).
-        masks: the mask operands, in the order in which they are applied.
+        masks: the operands of the scores, in the order in which they are applied.
         score_axes: the axes of the score tensor that masks broadcast against, among
-            ``("b", "h", "q", "kv")``, ``("b", "q", "kv")``, ``("q", "kv")``.
+            ``("b", "h", "q", "kv")``, ``("b", "q", "kv")``, ``("q", "kv")``, or with ``b1, b2`` or
+            ``h1, h2`` for one of them; where an operand does not say otherwise.
         where: source lines in the user's code, innermost last, as ``file.py:12 in forward``.
         region: every node that the rewrite makes dead, in graph order.
         annotation: the innermost pattern that the user attached to this code.
         ranked: why its scores must exist, and what helps, unless the ranking that reads them can do
             without; None where nothing else reads them.
         called: for a call, the mask that it names; None where that is a tensor.
+        score: what happens to the scaled products, where that is known to be more than masking, or
+            may be: ``w0()`` stands for what the first of ``masks`` adds, and so on.
+        sinks: the scores of further columns, which take weight and have no value.
+        dropout: the probability of a weight to be dropped.
+        zeroed: which weights are made 0: ``"nan"``, those that are NaN; ``"hidden"``, those of a
+            query without keys; empty: none.
     """
 
     scope: Scope
@@ -128,12 +77,16 @@ class AttentionSite:
     score: ScoreProgram | None = None
     sinks: Node | None = None
     called: Called | None = None
+    dropout: float = 0.0
+    zeroed: str = ""
 
     @property
-    def shown_score(self) -> str:
-        """Scores that are not the scaled products ``score`` of q and k, in words; may be empty."""
-        parts = [] if self.score is None else [str(self.score)]
-        return ", ".join([*parts, *(["and a sink beside the keys"] if self.sinks else [])])
+    def plain_score(self) -> ScoreProgram | None:
+        """What happens to the scores if all that is added to them are masks; None: nothing."""
+        if self.score is None:
+            return None
+        value = self.score.value.xreplace({at: sympy.S.Zero for at in self.score.lookups})
+        return None if value == SCORE else ScoreProgram(value)
 
 
 @dataclass(frozen=True)
@@ -334,6 +287,22 @@ class Visited(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Computed:
+    """Tensors that a little program computes.
+
+    Attributes:
+        program: a functional ATen graph from ``leaves`` to the tensors.
+        leaves: as of a :class:`LiftedMask`, and so is ``scope``.
+        shown: the tensors in words, as ``tensor [1, 8, 512, 512]``.
+    """
+
+    program: GraphModule
+    leaves: tuple[Node, ...]
+    scope: Scope
+    shown: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class LiftedMask:
     """The meaning of a site's masks, and how to compute the run-time data it reads.
 
@@ -352,6 +321,8 @@ class LiftedMask:
             not return these.
         selection: the keys that an index selects; a query attends to those that ``mask`` allows.
         fills: the scores of masked keys, or what is added to them.
+        score: what happens to the scaled products before the mask; None: nothing.
+        learned: the tensors ``w0, w1, ...`` that it reads.
         visited: what is visited in the example that was compiled with; None where the mask depends
             on lengths alone, or on values that only a call has.
         unselected: why what an index selects is in ``mask`` instead; empty where nothing is.
@@ -369,6 +340,8 @@ class LiftedMask:
     selection: SelectedKeys | None = None
     unselected: str = ""
     fills: tuple[float, ...] = ()
+    score: ScoreProgram | None = None
+    learned: Computed | None = None
     visited: Visited | None = None
     otherwise: LiftedMask | Rejection | None = None
 

@@ -11,7 +11,7 @@ from enum import Enum
 import sympy
 
 from sparse_compile.errors import SparseCompileError
-from sparse_compile.expr import MaskExpr, ScoreProgram, renumbered, table_index
+from sparse_compile.expr import Dropout, MaskExpr, ScoreProgram, renumbered, table_index
 from sparse_compile.spec.view import Order, Units, View, natural
 
 
@@ -27,6 +27,9 @@ class EmptyRows(str, Enum):
             overwritten, so Q and K get no gradient.
         MEAN_ADDED: the mean of V, as *adding* finfo.min gives. The scores are absorbed by rounding,
             but autograd still sends the softmax gradient through them to Q and K.
+        ATTENDED: the same for scores that are not linear in q·k, or have a bias that is trained. No
+            executor knows it: the rewritten graph attends a second time, for these rows alone.
+        HALVED: as ATTENDED, with half of the gradients: those of a maximum of two equal numbers.
     """
 
     ZERO = "zero"
@@ -34,10 +37,12 @@ class EmptyRows(str, Enum):
     NAN_ADDED = "nan_added"
     MEAN = "mean"
     MEAN_ADDED = "mean_added"
+    ATTENDED = "attended"
+    HALVED = "halved"
 
 
 #: Of the text of a spec; graphs with another are not read.
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ class AttentionSpec:
             Empty: the whole mask by blocks in plain order.
         score: what happens to the scaled products of q and k before the mask; None: nothing. The
             tables that it reads are among those of the mask.
+        dropout: of the weights; None: none is dropped.
     """
 
     mask: MaskExpr
@@ -67,6 +73,7 @@ class AttentionSpec:
     where: tuple[str, ...] = ()
     coverage: tuple[View | Units, ...] = ()
     score: ScoreProgram | None = None
+    dropout: Dropout | None = None
 
     @staticmethod
     def of_units(mask: MaskExpr, unit_q: int = 1, unit_kv: int = 64) -> AttentionSpec:
@@ -170,7 +177,9 @@ class AttentionSpec:
     def _trimmed(self) -> tuple[AttentionSpec, tuple[int, ...]]:
         mask, used = self.mask.trimmed(self._score_tables)
         numbers = {old: new for new, old in enumerate(used)}
-        score = self.score and ScoreProgram(renumbered(self.score.value, numbers))
+        score = self.score
+        if score is not None:
+            score = replace(score, value=renumbered(score.value, numbers))
         parts = (
             replace(part, predicate=renumbered(part.predicate, numbers)) for part in self.coverage
         )
@@ -222,8 +231,20 @@ class AttentionSpec:
             "views": [view.fields for view in self.views],
             "units": [part.fields for part in self.units],
             **({} if self.score is None else {"score": self.score.text}),
+            **({} if self.dropout is None else {"dropout": self._drops}),
         }
         return json.dumps(fields, separators=(",", ":"))
+
+    @property
+    def _drops(self) -> list[float]:
+        assert self.dropout is not None
+        return [self.dropout.probability, self.dropout.seed]
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """The dtypes of the tensors ``w0, w1, ...``; the seed of a dropout is the last one."""
+        own = () if self.score is None else self.score.learned
+        return own if self.dropout is None else (*own, "int64")
 
     @staticmethod
     @functools.lru_cache(maxsize=1024)
@@ -254,6 +275,7 @@ class AttentionSpec:
             where=tuple(fields["where"]),
             coverage=(*views, *units),
             score=ScoreProgram.parse(fields["score"]) if "score" in fields else None,
+            dropout=Dropout(*fields["dropout"]) if "dropout" in fields else None,
         )
 
 

@@ -65,7 +65,9 @@ def apply(SCORES, VALUES, SLOPES, scale, N: tl.constexpr):
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=str)
 def test_printed_programs_are_what_is_evaluated(program: ScoreProgram, tmp_path: Path) -> None:
-    printed = print_score(program, (), "kv", Printed((), (), "", frozenset()))
+    printed = print_score(
+        program, (), "kv", Printed((), (), "", frozenset()), {"slope": program.derivative}
+    )
     lines = "\n    ".join([*printed.before, *printed.slope])
     helpers = "\n\n".join(common.HELPERS[name] for name in sorted(printed.helpers))
     module = load_module("printed_score", _MODULE.format(helpers=helpers, lines=lines))

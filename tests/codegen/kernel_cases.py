@@ -19,6 +19,7 @@ from sparse_compile.expr import (
     N_KV,
     N_Q,
     B,
+    Dropout,
     FloorDiv,
     FloorMod,
     H,
@@ -29,13 +30,14 @@ from sparse_compile.expr import (
     dense_bit,
     evaluate,
     evaluate_score,
+    keeps,
     table,
 )
 from sparse_compile.expr import size_symbol as size
 from sparse_compile.layout import build_views
 from sparse_compile.layout.from_dense import dense_layout
 from sparse_compile.layout.superset import ProblemShape
-from sparse_compile.spec import AttentionSpec
+from sparse_compile.spec import AttentionSpec, EmptyRows
 from sparse_compile.spec.view import Order, View, natural
 from tests.tolerance import assert_close_as_eager, relative_error
 
@@ -45,7 +47,7 @@ S0, S1 = size(0), size(1)
 
 @dataclass(frozen=True)
 class Case:
-    """One problem. ``tables`` makes the mask's tensors on a device."""
+    """One problem. ``tables`` makes the mask's tensors on a device, ``learned`` the score's."""
 
     name: str
     mask: MaskExpr
@@ -60,6 +62,8 @@ class Case:
     scale: float = 0.2
     views: tuple[View, ...] = ()
     score: ScoreProgram | None = None
+    learned: Callable[[Case, torch.device], list[Tensor]] = lambda case, device: []
+    dropout: float = 0.0
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -92,6 +96,16 @@ def distances(case: Case, device: torch.device) -> list[Tensor]:
     near = torch.rand(200, generator=generator) < 0.6
     both = torch.randint(-3, 4, (case.n[1], 2 * case.n[0]), generator=generator, dtype=torch.int32)
     return [near.to(device), both.to(device).mT[::2]]
+
+
+def biases(case: Case, device: torch.device) -> list[Tensor]:
+    """Tensors that scores read: of distances, of keys, of pairs, and two temperatures."""
+    generator = torch.Generator().manual_seed(9)
+    heads, (n_q, n_kv) = case.heads[0], case.n
+    shapes = (heads, n_q + n_kv - 1), (case.batch, n_kv), (heads, n_q, n_kv), (n_q,), ()
+    made = [torch.randn(shape, generator=generator) for shape in shapes]
+    made[2] = made[2].mT.contiguous().mT  # keys are not what lies side by side in memory
+    return [t.to(device, case.dtype) for t in made]
 
 
 def bits(case: Case, device: torch.device) -> list[Tensor]:
@@ -286,25 +300,35 @@ def check(case: Case, device: torch.device, executor: Executor = triton_executor
     q, k, v, grad_out, grad_lse = _inputs(case, device)
     tables = case.tables(case, device)
     block_q, block_kv = case.block
+    learned = case.learned(case, device)
+    dropout = Dropout(case.dropout, len(learned)) if case.dropout else None
     spec = AttentionSpec(
-        case.mask, block_q=block_q, block_kv=block_kv, coverage=case.views, score=case.score
+        *(case.mask, EmptyRows.ZERO, block_q, block_kv, (), case.views, case.score, dropout)
     )
     layout = build_views(
         spec, ProblemShape(case.batch, case.heads[0], *case.n), tables, case.sizes, device
     )
     mask = dense(case, tables, device)
-    call = AttentionCall(q, k, v, tables, case.sizes, [], case.scale, spec, layout=layout)
+    seed = torch.tensor([123456789, 987654321], device=device)
+    given = tuple(learned) + ((seed,) if dropout else ())
+    own = tables, case.sizes, [], case.scale, spec, given, layout
+    call = AttentionCall(q, k, v, *own)
     out, lse = executor.forward(call)
     empty = ~mask.any(-1)
     weigh_lse = not bool(empty.any())  # the log-sum-exp of an empty row has no gradient
-    result = AttentionResult(out, lse, grad_out, grad_lse if weigh_lse else None)
+    wanted = tuple(range(len(learned)))
+    result = AttentionResult(out, lse, grad_out, grad_lse if weigh_lse else None, wanted)
     ours = executor.backward(call, result)
 
-    exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
-    score = scoring(case, tables, device)
-    truth, true_lse = reference.attention(*exact, mask, case.scale, score=score)
-    eager_inputs = [t.detach().clone().requires_grad_() for t in (q, k, v)]
-    eager, eager_lse = _dense_eager(*eager_inputs, mask, case.scale, score)
+    exact = [t.detach().double().requires_grad_() for t in (q, k, v, *learned)]
+    score = scoring(case, tables, exact[3:], device)
+    dropped = _dropped(case, dropout, seed)
+    truth, true_lse = reference.attention(
+        *exact[:3], mask, case.scale, score=score, dropped=dropped
+    )
+    eager_inputs = [t.detach().clone().requires_grad_() for t in (q, k, v, *learned)]
+    score = scoring(case, tables, eager_inputs[3:], device)
+    eager, eager_lse = _dense_eager(*eager_inputs[:3], mask, case.scale, score, dropped)
     true_grads = _gradients(truth, true_lse, exact, grad_out, grad_lse if weigh_lse else None)
     eager_grads = _gradients(
         eager, eager_lse, eager_inputs, grad_out, grad_lse if weigh_lse else None
@@ -314,9 +338,12 @@ def check(case: Case, device: torch.device, executor: Executor = triton_executor
     assert not out[empty.expand(lse.shape)].any()
     assert relative_error(lse[~lse.isinf()], true_lse[~lse.isinf()]) <= 1e-5
     assert_close_as_eager("out", out, eager, truth)
+    names = ("dq", "dk", "dv", *(f"dw{i}" for i in wanted))
+    sources = (q, k, v, *learned)
     for name, value, e, t, source in zip(
-        ("dq", "dk", "dv"), ours, eager_grads, true_grads, (q, k, v), strict=True
+        names, ours, eager_grads, true_grads, sources, strict=True
     ):
+        assert value.shape == source.shape
         assert value.is_contiguous()
         assert value.dtype == source.dtype
         assert_close_as_eager(name, value, e, t)
@@ -353,12 +380,12 @@ def _coordinates(case: Case, device: torch.device) -> dict[str, Tensor]:
 
 
 def scoring(
-    case: Case, tables: list[Tensor], device: torch.device
+    case: Case, tables: list[Tensor], learned: list[Tensor], device: torch.device
 ) -> Callable[[Tensor], Tensor] | None:
     """The score program of a case, on scores [B, Hq, Nq, Nkv]."""
     if case.score is None:
         return None
-    data = ScoreData(_coordinates(case, device), *case.n, tables, case.sizes)
+    data = ScoreData(_coordinates(case, device), *case.n, tables, case.sizes, learned)
     return partial(evaluate_score, case.score, data=data)
 
 
@@ -369,6 +396,7 @@ def _dense_eager(
     mask: Tensor,
     scale: float,
     score: Callable[[Tensor], Tensor] | None,
+    dropped: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What a model would do, in the dtype of its inputs."""
     group = q.shape[1] // k.shape[1]
@@ -378,7 +406,19 @@ def _dense_eager(
     scores = (products if score is None else score(products)).masked_fill(
         ~mask & ~empty, float("-inf")
     )
-    return (scores.softmax(-1) @ v).masked_fill(empty, 0.0), scores.float().logsumexp(-1)
+    weights = scores.softmax(-1) if dropped is None else dropped(scores.softmax(-1))
+    return (weights @ v).masked_fill(empty, 0.0), scores.float().logsumexp(-1)
+
+
+def _dropped(
+    case: Case, dropout: Dropout | None, seed: Tensor
+) -> Callable[[Tensor], Tensor] | None:
+    """What dropout makes of weights [B, Hq, Nq, Nkv]."""
+    if dropout is None:
+        return None
+    kept = keeps(dropout, seed, ScoreData(_coordinates(case, seed.device)))
+    assert abs(float(kept.float().mean()) - (1 - case.dropout)) < 0.02
+    return lambda weights: weights * kept * dropout.factor
 
 
 def _gradients(

@@ -10,16 +10,18 @@ import torch
 from sparse_compile.expr import (
     KV,
     N_KV,
+    N_Q,
     SCORE,
     B,
     H,
     MaskExpr,
     Q,
     ScoreProgram,
+    learned,
     softcap,
 )
 from tests.codegen.kernel_cases import CASES as PLAIN
-from tests.codegen.kernel_cases import CAUSAL, EVERYTHING, T0, Case, documents
+from tests.codegen.kernel_cases import CAUSAL, EVERYTHING, T0, Case, biases, documents
 
 _BY_NAME = {case.name: case for case in PLAIN}
 #: ALiBi, whose slope depends on the head: 2 ** -(h + 1).
@@ -32,7 +34,38 @@ STRANGE = ScoreProgram(
     - sympy.sqrt(1 + SCORE**2) * 0.1
 )
 
+W0, W1, W2, W3, W4 = map(learned, range(5))
+
+
+def _learned(dtype: str) -> ScoreProgram:
+    """A bias of distances, one of keys, one of pairs, and temperatures of queries and of all.
+
+    The last is one number: in half precision its gradient is a matter of luck.
+    """
+    near, all_pairs = W0(H, KV - Q + N_Q - 1), W4() if dtype == "float32" else sympy.S.Half
+    value = SCORE * sympy.exp(W3(Q) / 4) + near + sympy.tanh(W1(B, KV))
+    return ScoreProgram(value + W2(H, Q, KV) * all_pairs, (dtype,) * 5)
+
+
 CASES = [
+    Case("learned", CAUSAL, heads=(4, 2), score=_learned("float32"), learned=biases),
+    Case(
+        "learned, of some documents",
+        MaskExpr((KV <= Q) & sympy.Eq(T0(B, Q), T0(B, KV)), ("int64",)),
+        batch=2,
+        n=(90, 110),
+        tables=documents,
+        score=_learned("bfloat16"),
+        learned=biases,
+        dtype=torch.bfloat16,
+    ),
+    replace(
+        _BY_NAME["strided in two views"], score=_learned("float32"), learned=biases, heads=(2, 1)
+    ),
+    Case("dropout", CAUSAL, heads=(4, 2), batch=2, dropout=0.3),
+    Case("dropout and biases", CAUSAL, score=_learned("float32"), learned=biases, dropout=0.1),
+    replace(_BY_NAME["strided in two views"], dropout=0.5),
+    replace(_BY_NAME["empty rows"], dropout=0.1),
     Case("softcap", CAUSAL, heads=(6, 2), dims=(72, 40), score=softcap(2.0)),
     Case("saturated", EVERYTHING, n=(70, 90), score=softcap(0.3), dtype=torch.float16),
     Case("nearly linear", CAUSAL, heads=(3, 1), score=softcap(50.0)),

@@ -79,7 +79,7 @@ class Problem:
     def backward(self, out: Tensor, lse: Tensor) -> list[Tensor]:
         found: list[Tensor] = attention_backward(
             *(self.grad, None, out, lse, self.q, self.k, self.v, [], list(self.layout.tables), []),
-            *(self.lists, 0.5, self.layout.spec.text),
+            *(self.lists, 0.5, self.layout.spec.text, []),
         )
         return found
 

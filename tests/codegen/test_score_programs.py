@@ -120,7 +120,10 @@ def test_cpu(case: Case) -> None:
     check(case, CPU, views)
 
 
-@pytest.mark.parametrize("case", CASES[:4], ids=str)
+HALF = ("dropout", "softcap", "saturated", "nearly linear", "window")
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in HALF], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_cpu_in_half_precision(case: Case, dtype: torch.dtype) -> None:
     check(replace(case, dtype=dtype), CPU, views)

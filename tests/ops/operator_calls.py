@@ -153,7 +153,7 @@ def block_calls(problem: Problem) -> Iterator[Call]:
     yield OPS.attention, call
     out, lse = OPS.attention(*call)
     for grad_lse in (None, torch.randn(lse.shape)):
-        yield OPS.attention_backward, (torch.randn_like(out), grad_lse, out, lse, *call)
+        yield OPS.attention_backward, (torch.randn_like(out), grad_lse, out, lse, *call, [])
 
 
 def selected_calls(problem: Problem) -> Iterator[Call]:
@@ -176,7 +176,7 @@ def selected_calls(problem: Problem) -> Iterator[Call]:
             call = q, k, v, [], [], [], lists, 0.2, spec.text
             yield OPS.attention, call
             out, lse = OPS.attention(*call)
-            args = torch.randn_like(out), torch.randn(lse.shape), out, lse, *call
+            args = torch.randn_like(out), torch.randn(lse.shape), out, lse, *call, []
             yield OPS.attention_backward, args
 
 

@@ -100,7 +100,9 @@ def test_opcheck_backward_and_layout() -> None:
     q, k, v = operands(requires_grad=False)
     call = (q, k, v, [], [keep()], [], packed(), 0.25, DOCS.text)
     out, lse = ops.attention(*call)
-    torch.library.opcheck(ops.attention_backward, (torch.randn_like(out), None, out, lse, *call))
+    torch.library.opcheck(
+        ops.attention_backward, (torch.randn_like(out), None, out, lse, *call, [])
+    )
     for spec, tables in ((DOCS, [keep()]), (WINDOW, [])):
         shape = 2, 6, 50, 50, 2
         layout_args = (tables, "[]", [], *shape, spec.text, torch.device("cpu"), [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,13 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_compile.codegen.attend import Gradients
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.codegen.entry import labelled
 from sparse_compile.codegen.triton import calls
+from sparse_compile.codegen.triton.blocks.learned import Looked, looked_up, total
 from sparse_compile.codegen.triton.calls import Prepared, Running
 from sparse_compile.codegen.triton.entries import axis_of, merge_of
 from sparse_compile.codegen.triton.tile import Tile, padded
 from sparse_compile.errors import BadShape
+from sparse_compile.expr import table_index
 from sparse_compile.layout import Layout
 from sparse_compile.layout.block_layout import places_of
 from sparse_compile.layout.schedule import Schedule, workers_of
@@ -204,12 +208,12 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     return calls.served(("forward", *calls.key_of(call)), prepare, run, call.q.device)
 
 
-def backward(call: AttentionCall, result: AttentionResult) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`forward`: ``(dq, dk, dv)``, contiguous, in the dtype of q."""
+def backward(call: AttentionCall, result: AttentionResult) -> Gradients:
+    """Gradients of :func:`forward`: ``(dq, dk, dv, *wanted)``, contiguous, in their dtypes."""
     _check_layout(call)
     q, k, v = call.q, call.k, call.v
     if not q.numel() or not k.numel():
-        return calls.zeros(q), calls.zeros(k), calls.zeros(v)
+        return tuple(map(calls.zeros, (q, k, v, *(call.learned[i] for i in result.wanted))))
     has_grad_lse, n_q = result.grad_lse is not None, q.shape[2]
     rows = (n_q // 128 + 1) * 128  # at least one that does not exist
     read = {"OUT": result.out, "GRAD_OUT": result.grad_out.to(q.dtype)}
@@ -222,7 +226,7 @@ def backward(call: AttentionCall, result: AttentionResult) -> tuple[Tensor, Tens
         values = {"rows": rows, "HAS_GRAD_LSE": has_grad_lse}
         return _prepared(call, "backward", (read, {}), widths, **values)
 
-    def run(prepared: Prepared, blocks: _Blocks) -> tuple[Tensor, Tensor, Tensor]:
+    def run(prepared: Prepared, blocks: _Blocks) -> Gradients:
         dq = _gradient(q, blocks.complete[0])
         dk, dv = (_gradient(t, blocks.complete[1]) for t in (k, v))
         lse = result.lse.contiguous()
@@ -234,10 +238,55 @@ def backward(call: AttentionCall, result: AttentionResult) -> tuple[Tensor, Tens
         by_query.run(running, taken, lse)
         by_key.run(running, {"GRAD_K": dk, "GRAD_V": dv, **_in_order(blocks, statistics, n_q)}, lse)
         sign = prepared.operands.sign
-        return dq if sign == 1 else dq.mul_(sign), dk, dv
+        others = _learned(running, result.wanted) if result.wanted else []
+        return dq if sign == 1 else dq.mul_(sign), dk, dv, *others
 
     key = "backward", has_grad_lse, *calls.key_of(call, *read.values())
     return calls.served(key, prepare, run, q.device)
+
+
+def _learned(running: Running, wanted: Sequence[int]) -> list[Tensor]:
+    """The gradients of learned tensors, after those of queries, whose statistics they read."""
+    call, spec = running.call, running.call.spec
+    tile: Tile = running.tile("backward_learned")
+    looked = looked_up(spec)
+    asked = [one for one in looked if table_index(one.lookup) in wanted]
+    subtiles, views = spec.block_q // tile.m, call.blocks.views
+    sections = spec.sections("q")
+    lines = [views[own[0]].grid[0] for own in sections]
+    tiles = max(lines) * subtiles
+    left = {
+        one.number: torch.zeros(
+            one.shape(call, tiles, tile.m), dtype=torch.float32, device=call.q.device
+        )
+        for one in asked
+    }
+    given = {f"SUM_{one.number}": left.get(one.number) for one in looked}
+    own = {f"WANT_{one.number}": one in asked for one in looked}
+    batch, heads, _, _ = call.shape
+    for number, section in enumerate(sections):
+        grid = lines[number] * subtiles, heads, batch
+        values = {**given, **own, **_list_values(call.blocks, "q", section), "tiles": tiles}
+        running.start(labelled("backward_learned", number), grid, values)
+    return [_sum_of(call, i, asked, left, tile.m) for i in wanted]
+
+
+def _sum_of(
+    call: AttentionCall,
+    number: int,
+    looked: Sequence[Looked],
+    left: Mapping[int, Tensor],
+    extent: int,
+) -> Tensor:
+    """The gradient of a learned tensor, from what its lookups left."""
+    of = call.learned[number]
+    parts = [
+        total(call, one, left[one.number], extent)
+        for one in looked
+        if table_index(one.lookup) == number
+    ]
+    found = functools.reduce(torch.add, parts) if parts else of.new_zeros(of.shape)
+    return found.to(of.dtype)
 
 
 def _gradient(of: Tensor, complete: bool) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from sparse_compile.codegen.entry import Entry, Kernel
 from sparse_compile.codegen.runtime.generated import fill
+from sparse_compile.codegen.triton.blocks.learned import Sums, lines_of, looked_up
 from sparse_compile.codegen.triton.blocks.sections import (
     OVER_KEYS,
     OVER_QUERIES,
@@ -24,8 +25,16 @@ from sparse_compile.codegen.triton.blocks.sections import (
 from sparse_compile.codegen.triton.blocks.tiles import tiles_for
 from sparse_compile.codegen.triton.entries import axis_of, entries_of, merge_of
 from sparse_compile.codegen.triton.filled import escaped, head, precision
-from sparse_compile.codegen.triton.score import Scoring
-from sparse_compile.codegen.triton.text import common, forward, key_value, loops, merge, query
+from sparse_compile.codegen.triton.score import PrintedScore, Scoring
+from sparse_compile.codegen.triton.text import (
+    common,
+    forward,
+    key_value,
+    learned,
+    loops,
+    merge,
+    query,
+)
 from sparse_compile.codegen.triton.tile import Tile
 from sparse_compile.expr import KV, MaskExpr, Q, table_index
 from sparse_compile.spec import KernelSpec
@@ -74,6 +83,7 @@ _KERNELS = (
     _Kernel("backward_query", query, merge.SUM, OVER_KEYS),
     _Kernel("backward_key_value", key_value, merge.SUM, OVER_QUERIES),
 )
+_LEARNED = _Kernel("backward_learned", learned, "", OVER_KEYS)
 
 
 def kernel_of(spec: KernelSpec) -> Kernel:
@@ -83,7 +93,13 @@ def kernel_of(spec: KernelSpec) -> Kernel:
     attention = spec.attention
     masks = [attention.part_mask(view) for view in attention.parts]
     scorings = {axis: [Scoring.of(attention, mask, axis) for mask in masks] for axis in ("kv", "q")}
-    helpers = frozenset().union(*(one.helpers for over in scorings.values() for one in over))
+    by_learned = [Scoring.of(attention, mask, "kv", learned=True) for mask in masks]
+    every = [one for over in (*scorings.values(), by_learned) for one in over]
+    helpers = frozenset().union(*(one.helpers for one in every))
+    if any(one.sums is Sums.DISTANCES for one in looked_up(attention)):
+        helpers |= {"roll_rows"}
+    if attention.dropout is not None:
+        helpers |= {"mixed", "stays"}
     views = [f"view {v}   {view.predicate}" for v, view in enumerate(attention.views)]
     parts = head(
         common.HEADER,
@@ -99,6 +115,9 @@ def kernel_of(spec: KernelSpec) -> Kernel:
         own = entry[kernel.name]
         text = _Text(kernel, spec, own.tile, scorings[across(kernel.lines)])
         parts += [text.kernel(own), text.merge(entry[merge_of(kernel.name)])]
+    if _LEARNED.name in entry:
+        own = entry[_LEARNED.name]
+        parts.append(_Text(_LEARNED, spec, own.tile, by_learned).kernel(own))
     return Kernel(spec.name, "\n\n".join(parts), entries)
 
 
@@ -145,6 +164,7 @@ class _Text:
             self.definition.texts.KERNEL,
             SHAPE=self._shape(),
             FACTOR=self.scorings[0].score.factor,
+            BUFFERS=self._buffers(),
             SECTIONS=self._dispatched(bodies, [""]),
             **self._operand_bases(),
         )
@@ -160,6 +180,15 @@ class _Text:
             SHAPE=[*self._shape(), f"TILE: tl.constexpr = {extent}"],
             ROWS=self._dispatched(rows, []),
         )
+
+    def _buffers(self) -> list[str]:
+        """What the kernel of learned tensors leaves, in words."""
+        if self.definition is not _LEARNED:
+            return []
+        return [
+            f"SUM_{one.number}: by {one.lookup}, {one.sums.name.lower()}"
+            for one in looked_up(self.spec.attention)
+        ]
 
     def _shape(self) -> list[str]:
         attention, tile = self.spec.attention, self.tile
@@ -215,10 +244,45 @@ class _Text:
             LISTS=[line for v in section.views for line in self._lists(v)],
             FIRST_BLOCK=fill(loops.FIRST_BLOCK, V=str(first_view)).splitlines(),
             VIEWS="\n\n".join(views).splitlines(),
-            **{name: fill(text, WIDE=holes["WIDE"]).splitlines() for name, text in parts.items()},
+            **{
+                **{n: fill(text, WIDE=holes["WIDE"]).splitlines() for n, text in parts.items()},
+                **self._of_learned("START", "EARLIER"),
+            },
             **holes,
             **self._operand_bases(),
         )
+
+    def _is_placed(self, score: PrintedScore, axis: str) -> bool:
+        """Whether a step needs the coordinates of its tile, however FULL the block is."""
+        attention = self.spec.attention
+        return axis in score.coordinates or bool(attention.dropout or self.definition is _LEARNED)
+
+    def _drop(self) -> dict[str, list[str] | str]:
+        """What drops weights, or the gradients of those that were dropped."""
+        dropout, by_key = self.spec.attention.dropout, self.lines == "kv"
+        if dropout is None:
+            rest: dict[str, list[str] | str] = {"KEPT": "weight", "DROP_GRAD": []}
+            return {"DROP": [], **(rest if by_key else {})}
+        factor = repr(dropout.factor)
+        stay = f"stay = stays(w{dropout.seed}, b, h, q, kv, {dropout.threshold})"
+        if by_key:
+            kept = f"kept = tl.where(stay, weight * {factor}, 0.0)"
+            grad = f"grad_weight = tl.where(stay, grad_weight * {factor}, 0.0)"
+            return {"DROP": [stay, kept], "KEPT": "kept", "DROP_GRAD": [grad]}
+        what = "weight" if self.definition.name == "forward" else "grad_weight"
+        return {"DROP": [stay, f"{what} = tl.where(stay, {what} * {factor}, 0.0)"]}
+
+    def _between(self, is_first: bool) -> list[str]:
+        """What stands before a view: sums over keys are added to those of earlier views."""
+        several = self.definition is _LEARNED and not is_first
+        return ["tl.debug_barrier()"] if several else []
+
+    def _of_learned(self, *holes: str) -> dict[str, list[str]]:
+        """What some holes of the kernel of learned tensors are filled with."""
+        if self.definition is not _LEARNED:
+            return {}
+        lines = lines_of(looked_up(self.spec.attention))
+        return {hole: lines[hole] for hole in holes}
 
     def _lists(self, number: int) -> list[str]:
         """Lines that find the lists of a line of a view."""
@@ -242,10 +306,12 @@ class _Text:
         step = fill(
             kernel.texts.STEP,
             SCORE=[
-                *([coordinates] if axis in score.coordinates else []),
+                *([coordinates] if self._is_placed(score, axis) else []),
                 *(score.value if kernel.name == "forward" else score.slope),
             ],
             SLOPE=score.apply_slope,
+            **self._drop(),
+            **self._of_learned("LEARNED"),
             MASK=masking,
             PRECISION=precision(self.spec),
             **{f"LOAD_{operand.name}": operand.load(blocks) for operand in kernel.operands},
@@ -253,7 +319,7 @@ class _Text:
         return fill(
             loops.VIEW,
             TITLE=title(view, number, len(parts)),
-            BEFORE=scoring.before,
+            BEFORE=[*self._between(is_first), *scoring.before],
             STEP=step.splitlines(),
             **holes,
         )

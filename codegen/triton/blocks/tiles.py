@@ -11,11 +11,18 @@ from sparse_compile.spec import KernelSpec
 
 @dataclass(frozen=True)
 class Tiles:
-    """The tiles of the three kernels."""
+    """The tiles of the kernels."""
 
     forward: Tile
     backward_query: Tile
     backward_key_value: Tile
+
+    @property
+    def backward_learned(self) -> Tile:
+        """As that of queries, and square: it adds up along diagonals."""
+        tile = self.backward_query
+        extent = min(tile.m, tile.n)
+        return replace(tile, m=extent, n=extent)
 
 
 def _by_tma(m: int, n: int, warps: int, stages: int) -> Tile:
@@ -65,7 +72,9 @@ def tiles_for(spec: KernelSpec) -> Tiles:
     """
     block_q, block_kv = spec.attention.block_q, spec.attention.block_kv
     tiles = _chosen(spec)
-    if any(lookup.has(KV) for lookup in spec.attention.mask.lookups):
+    score = spec.attention.score
+    lookups = (*spec.attention.mask.lookups, *(score.lookups if score else ()))
+    if any(lookup.has(KV) for lookup in lookups):
         # Addresses and entries of a table take registers, for every key of a tile.
         tiles = replace(tiles, forward=replace(tiles.forward, n=min(tiles.forward.n, 64)))
     return Tiles(

@@ -207,7 +207,7 @@ class TableBounds:
         values |= {"n_q": self.problem.n_q, "n_kv": self.problem.n_kv}
         for number in {lookup.index for lookup in lookups}:
             table = self.tables[number]
-            values |= table_values(number, table)
+            values |= table_values(f"t{number}", table)
             _within_reach(max((*table.stride(), *table.shape), default=0))
         if most_rows > 65535:
             raise ValueError("a table has more rows than a grid")

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from sparse_compile.codegen.entry import Entry, Kind, Line, constants, number, pointers, sizes
-from sparse_compile.codegen.triton.entries import mask_lines, strided
+from sparse_compile.codegen.triton.entries import data_lines, strided
 from sparse_compile.codegen.triton.selected.spec import SelectedKernelSpec
 from sparse_compile.codegen.triton.selected.tiles import Tiles
 from sparse_compile.codegen.triton.selected.united import union_tile
@@ -84,7 +84,7 @@ def _entry(
         tensors,
         *strided(tensors),
         sizes("lists", of_queries, "most", *shape, "n_q", "n_kv") + number("scale"),
-        *mask_lines(spec.attention.mask),
+        *data_lines(spec.attention),
         *constants(GROUPS_PER_LIST=1, GROUPS_PER_KEY=1, **own),
     )
     return Entry(name, lines, tile.options, tile)

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_compile.codegen.attend import Gradients
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
+from sparse_compile.codegen.cpu import selected as gathered
 from sparse_compile.codegen.triton import calls
 from sparse_compile.codegen.triton.calls import Prepared, Running
 from sparse_compile.codegen.triton.selected import latent, united
@@ -227,14 +229,17 @@ def _work(launch: Running, stretch: int) -> dict[str, Any]:
     return {"WORK": work, "PLACES": order, "n_work": work.shape[2]}
 
 
-def backward(call: AttentionCall, result: AttentionResult) -> tuple[Tensor, Tensor, Tensor]:
+def backward(call: AttentionCall, result: AttentionResult) -> Gradients:
     """As :func:`sparse_compile.codegen.cpu.selected.backward`."""
     if call.is_empty:
-        return calls.zeros(call.q), calls.zeros(call.k), calls.zeros(call.v)
+        wanted = (call.learned[number] for number in result.wanted)
+        return tuple(map(calls.zeros, (call.q, call.k, call.v, *wanted)))
+    if result.wanted:
+        return gathered.backward(call, result)  # kernels know gradients of q, k and v alone
     has_grad_lse = result.grad_lse is not None
     read = {"OUT": result.out, "GRAD_OUT": result.grad_out.to(call.q.dtype)}
 
-    def run(prepared: Prepared, _: None) -> tuple[Tensor, Tensor, Tensor]:
+    def run(prepared: Prepared, _: None) -> Gradients:
         dq = torch.empty(call.q.shape, dtype=call.q.dtype, device=call.q.device)
         dk, dv = (calls.zeros(t, torch.float32) for t in (call.k, call.v))
         lse = result.lse.contiguous()

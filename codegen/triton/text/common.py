@@ -149,6 +149,26 @@ $SOFTMAX_STEP
 '''
 
 HELPERS = {
+    "mixed": '''\
+@triton.jit
+def mixed(x):
+    """Bits of a uint32, each of which depends on all of x: lowbias32."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+''',
+    "stays": '''\
+@triton.jit
+def stays(SEED, b, h, q, kv, THRESHOLD: tl.constexpr):
+    """Which pairs keep their weight: a function of a seed and of coordinates."""
+    first, second = tl.load(SEED).to(tl.uint32), tl.load(SEED + 1).to(tl.uint32)
+    x = mixed(first ^ mixed(second))
+    x = mixed(x ^ (b.to(tl.uint32) * 0x9E3779B1))
+    x = mixed(x ^ (h.to(tl.uint32) * 0x85EBCA77))
+    x = mixed(x ^ (q.to(tl.uint32) * 0xC2B2AE3D))
+    x = mixed(x ^ (kv.to(tl.uint32) * 0x27D4EB2F))
+    return (x >> 8) < THRESHOLD
+''',
     "tanh": '''\
 @triton.jit
 def tanh(x):
@@ -160,6 +180,14 @@ def tanh(x):
     # Past the largest exponent this is 1 - 2 / inf = 1, and 1 - 2 / 1 on the other side.
     far = 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
     return tl.where(z < 0.390625, near, far)
+''',
+    "roll_rows": '''\
+@triton.jit
+def roll_rows(x):
+    """Row i of a square tile moved i places to the left, around its end: diagonals in columns."""
+    EXTENT: tl.constexpr = x.shape[0]
+    row, column = tl.arange(0, EXTENT)[:, None], tl.arange(0, EXTENT)[None, :]
+    return tl.gather(x, (row + column) % EXTENT, 1)
 ''',
     "table_offset": '''\
 @triton.jit

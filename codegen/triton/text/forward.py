@@ -46,6 +46,7 @@ score = tl.dot(query, key.T$PRECISION)
 $SCORE
 $MASK
 weight, shrink, peak, total = softmax_step(score, peak, total, factor)
+$DROP
 value = $LOAD_V
 out = tl.dot(weight.to(value.dtype), value, out * shrink[:, None]$PRECISION)
 """

@@ -61,10 +61,12 @@ score = tl.dot(key, query.T$PRECISION)
 $SCORE
 $MASK
 weight = tl.exp2(score * factor - lse[None, :])
+$DROP
 grad_out = $LOAD_GRAD_OUT
-grad_v = tl.dot(weight.to(grad_out.dtype), grad_out, grad_v$PRECISION)
+grad_v = tl.dot($KEPT.to(grad_out.dtype), grad_out, grad_v$PRECISION)
 delta = $LOAD_DELTA
 grad_weight = tl.dot(value, grad_out.T$PRECISION)
+$DROP_GRAD
 grad_score = weight * (grad_weight - delta[None, :])
 $SLOPE
 grad_k = tl.dot(grad_score.to(query.dtype), query, grad_k$PRECISION)

@@ -56,6 +56,7 @@ $MASK
 weight = tl.exp2(score * factor - lse[:, None])
 value = $LOAD_V
 grad_weight = tl.dot(grad_out, value.T$PRECISION)
+$DROP
 grad_score = weight * (grad_weight - delta[:, None])
 $SLOPE
 grad_q = tl.dot(grad_score.to(key.dtype), key, grad_q$PRECISION)

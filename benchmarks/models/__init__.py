@@ -1,0 +1,1 @@
+"""What becomes of the attention of unmodified models, and how exact it is: the survey."""
