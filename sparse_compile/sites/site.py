@@ -86,7 +86,7 @@ class MaskOperand:
     then: tuple[Change, ...] = ()
     curved: bool = False
     axes: tuple[str, ...] = ()
-    sizes: tuple[Any, ...] = ()
+    sizes: tuple[Any, ...] = field(default=(), compare=False)  # may be symbols: no hash
 
     def changed(self, value: float) -> float:
         """What becomes of a fill, or of a number that is added."""
