@@ -233,3 +233,33 @@ def test_the_launcher_of_triton_is_known(monkeypatch: pytest.MonkeyPatch) -> Non
     bound([tensor.data_ptr()], device=1)
     launched, repeated = ([getattr(a, "data_ptr", lambda a=a: a)() for a in one] for one in seen)
     assert repeated == launched
+
+
+def test_the_code_of_multi_head_attention_can_be_run_under_a_mode() -> None:
+    """expand/python_mha.py runs a copy of it, which does not hand itself over to the mode."""
+    import torch.nn.functional as F
+    from torch.overrides import TorchFunctionMode
+
+    from sparse_compile.passes.expand.python_mha import ASKS, as_python
+
+    called: list[str] = []
+
+    class Watching(TorchFunctionMode):
+        def __torch_function__(
+            self, func: object, types: object, args: tuple[object, ...] = (), kwargs: object = None
+        ) -> object:
+            called.append(getattr(func, "__name__", ""))
+            assert callable(func)
+            return func(*args, **(kwargs or {}))  # type: ignore[arg-type]
+
+    module = torch.nn.MultiheadAttention(8, 2)
+    x, bias = torch.randn(5, 1, 8), module.in_proj_bias
+    projections = module.in_proj_weight, bias, None, None, False, 0.0, module.out_proj.weight
+    arguments = (x, x, x, 8, 2, *projections, module.out_proj.bias)
+    assert ASKS in F.multi_head_attention_forward.__code__.co_names
+    with Watching():
+        F.multi_head_attention_forward(*arguments)
+        assert called == ["multi_head_attention_forward"]
+        found, _ = as_python()(*arguments)
+    assert {"linear", "softmax", "bmm"} <= set(called)
+    assert torch.equal(found, module(x, x, x)[0])
