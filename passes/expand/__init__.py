@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from sparse_compile.passes.expand.ambient import Ambient
+from sparse_compile.passes.expand.flex import flexible
 from sparse_compile.passes.expand.inputs import Inputs
 from sparse_compile.passes.expand.layers import module_attention, native_attention, native_layer
 from sparse_compile.passes.expand.names import name_of
@@ -29,6 +30,7 @@ _RECIPES: dict[str, Callable[[Node, Collection[int], Inputs], Recipe]] = {
     "multi_head_attention_forward": module_attention,
     "_native_multi_head_attention": native_attention,
     "_transformer_encoder_layer_fwd": native_layer,
+    "flex_attention": flexible,
 }
 
 _PLAIN = "pass plain tensors"

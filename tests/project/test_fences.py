@@ -263,3 +263,32 @@ def test_the_code_of_multi_head_attention_can_be_run_under_a_mode() -> None:
         found, _ = as_python()(*arguments)
     assert {"linear", "softmax", "bmm"} <= set(called)
     assert torch.equal(found, module(x, x, x)[0])
+
+
+def test_a_block_mask_is_a_tuple_that_starts_with_its_lists() -> None:
+    """expand/flex.py and expand/blocks.py read it, and the arguments of the operator, by place."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def causal(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+        return q >= kv
+
+    mask = create_block_mask(causal, None, None, 32, 32, device="cpu", BLOCK_SIZE=(16, 8))
+    items = mask.as_tuple()
+    assert items[:2] == (32, 32)
+    lists = mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices
+    assert all(item is one for item, one in zip(items[2:6], lists, strict=True))
+    assert items[-3:] == (16, 8, causal)
+
+    seen: list[tuple[object, ...]] = []
+
+    def backend(gm: torch.fx.GraphModule, _: list[object]) -> object:
+        seen.extend(node.args for node in gm.graph.nodes if node.name == "flex_attention")
+        return gm
+
+    q = torch.randn(1, 1, 32, 8)
+    torch.compile(flex_attention, backend=backend)(q, q, q, block_mask=mask, scale=0.5)
+    ((*operands, score_mod, blocks, scale, _, score_given, mask_given),) = seen
+    assert len(operands) == 3
+    assert len(blocks) == len(items)
+    assert (scale, score_given, mask_given) == (0.5, (), ())
+    assert [str(one.target)[:5] for one in (score_mod, blocks[-1])] == ["score", "mask_"]
