@@ -21,6 +21,7 @@ from sparse_compile.selection import PooledGate
 NO_MASKS = {
     *("BoundMask", "Pattern", "Scored", "Scorer", "Selecting", "Tables"),
     "NSA",  # its selection is here; native_sparse_attention() is in benchmarks.selected_peers
+    "DraftTree",  # drafts are verified, never trained
 }
 UNIT = 64
 
@@ -142,6 +143,52 @@ def _two_kinds(size: Size) -> MaskMod:
     return mask_mod
 
 
+def _segments(size: Size) -> tuple[list[int], list[int]]:
+    """A prompt of a quarter of the tokens, and its continuations of a sixteenth each."""
+    prompt, answer = size.n // 4, size.n // 16
+    return [prompt, *[answer] * 12], [-1, *[0] * 8, *range(1, 5)]
+
+
+def _tree(size: Size) -> P.PrefixTree:
+    tree = P.PrefixTree.of_segments(*_segments(size))
+    return P.PrefixTree(*(torch.tensor(t, device=size.device) for t in (tree.tout, tree.tin)))
+
+
+def _tour(size: Size) -> MaskMod:
+    tree = _tree(size)
+    return lambda b, h, q, kv: (tree.tin[kv] <= tree.tin[q]) & (tree.tin[q] < tree.tout[kv])
+
+
+def _starts(size: Size) -> torch.Tensor:
+    return torch.arange(9, device=size.device) * size.n // 8
+
+
+def _packed(size: Size) -> MaskMod:
+    starts, places = _starts(size), torch.arange(size.n, device=size.device)
+    sequence = torch.searchsorted(starts, places, right=True) - 1
+    own = places - starts[sequence]
+    return lambda b, h, q, kv: (
+        (sequence[q] == sequence[kv]) & (kv <= q) & ((q - kv < 64) | (own[kv] < 4))
+    )
+
+
+def _diffusion(size: Size) -> MaskMod:
+    half = size.n // 2
+
+    def mask_mod(b: Any, h: Any, q: Any, kv: Any) -> Any:
+        clean_q, clean_kv = q >= half, kv >= half
+        row = torch.where(clean_q, (q - half) // UNIT, q // UNIT)
+        column = torch.where(clean_kv, (kv - half) // UNIT, kv // UNIT)
+        # Inductor on the CPU compiles no ==, which the authors write, of bools of positions.
+        return (
+            ((row == column) & ~(clean_q ^ clean_kv))
+            | ((row > column) & clean_kv & ~clean_q)
+            | ((row >= column) & clean_kv & clean_q)
+        )
+
+    return mask_mod
+
+
 WRITTEN = (
     *map(_beside_peers, _EXPORTS),
     Case("all", ("All",), lambda size: P.All(), _plain(lambda b, h, q, kv: q * kv >= 0)),
@@ -161,6 +208,14 @@ WRITTEN = (
     Case(
         "predicate", ("Predicate",), lambda size: P.Predicate(_near_or_even), _plain(_near_or_even)
     ),
+    Case("prefix-tree", ("PrefixTree",), _tree, _tour),
+    Case(
+        "packed",
+        ("Packed",),
+        lambda size: P.Packed(_starts(size), P.presets.streaming_llm(64, 4)),
+        _packed,
+    ),
+    Case("block-diffusion", ("BlockDiffusion",), lambda size: P.BlockDiffusion(UNIT), _diffusion),
     Case(
         "heads",
         ("Heads", "heads"),

@@ -79,6 +79,16 @@ def cases(scale: int = 1) -> list[Case]:
         Case(P.Documents(per_batch) & P.Causal(), even),
         Case(P.Padding((n, n // 2)) & P.Causal(), even),
         Case(P.Padding((n, n // 3), side="left") & P.Causal(), even),
+        Case(P.PrefixTree.of_segments((n // 2, n // 4, n // 8, n // 8), (-1, 0, 0, 2)), even),
+        Case(P.PrefixTree.of_parents(torch.arange(n) // 3 - 1), even),
+        Case(
+            P.DraftTree.of_parents(torch.arange(40) // 2 - 1, torch.tensor([100, n - 40])), (40, n)
+        ),
+        Case(P.Packed((0, 100, n // 2, n), P.presets.streaming_llm(30, 2)), even),
+        Case(P.Packed((0, 90, n), P.PrefixLM((20, 70)) & P.BlockLocal(64)), even),
+        Case(P.Packed((0, 90, n), P.Causal("lower_right"), (0, 50, 117)), (117, n)),
+        Case(P.BlockDiffusion(16), even),
+        Case(P.presets.llama4_chunked(64), ragged),
         Case(P.BlockSparse(layout < 0.3, 32) | P.SlidingWindow(1), even),
         Case(P.Predicate(near_or_even), ragged),
         Case(P.heads([P.Strided(16), P.SlidingWindow(20), P.Dilated(5, 4), P.Causal()]), even),

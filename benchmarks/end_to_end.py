@@ -174,16 +174,20 @@ def milliseconds(call: Callable[[], Any], calls: int = 7) -> list[float]:
     return found
 
 
-def peers_of(model: Model) -> list[tuple[str, str, str]]:
+def peers_of(model: Model, forced: bool) -> list[tuple[str, str, str]]:
     """Name, attention implementation and backend."""
     found = [
         (f"inductor+{model.dense}", model.dense, "inductor"),
         ("sparse_compile", model.dense, "sparse_compile"),
     ]
+    if forced:
+        return [("sparse_compile, all rewritten", model.dense, "sparse_compile")]
     return found + ([("hf flex_attention", "flex_attention", "inductor")] if model.flex else [])
 
 
-def measured(model: Model, implementation: str, backend: str, inputs: Inputs) -> dict[str, Any]:
+def measured(
+    model: Model, implementation: str, backend: str, inputs: Inputs, forced: bool
+) -> dict[str, Any]:
     """What one peer takes, and what it gives; or why it gives nothing."""
     torch._dynamo.reset()
     gc.collect()
@@ -191,7 +195,8 @@ def measured(model: Model, implementation: str, backend: str, inputs: Inputs) ->
     torch.manual_seed(0)
     module = model.build(implementation)
     module.train(model.trained)
-    compiled = torch.compile(module, backend=backend)
+    options = {"decide": "sparse"} if forced else None
+    compiled = torch.compile(module, backend=backend, options=options)
     row: dict[str, Any] = {}
 
     def forward() -> Tensor:
@@ -219,11 +224,12 @@ def measured(model: Model, implementation: str, backend: str, inputs: Inputs) ->
     return row
 
 
-def compared(name: str, model: Model) -> list[dict[str, Any]]:
+def compared(name: str, model: Model, forced: bool) -> list[dict[str, Any]]:
     """Every peer on one model; outputs against those of the first one that runs."""
     inputs, rows, truth = model.inputs(), [], None
-    for peer, implementation, backend in peers_of(model):
-        row = {"model": name, "peer": peer, **measured(model, implementation, backend, inputs)}
+    for peer, implementation, backend in peers_of(model, forced):
+        found = measured(model, implementation, backend, inputs, forced)
+        row = {"model": name, "peer": peer, **found}
         out = row.pop("out", None)
         if out is not None:
             truth = out if truth is None else truth
@@ -240,10 +246,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", default=",".join(MODELS))
     parser.add_argument("--json")
+    parser.add_argument("--forced", action="store_true", help="only us, and without a price")
     args = parser.parse_args()
     rows = []
     for name in args.only.split(","):
-        rows += compared(name, MODELS[name])
+        rows += compared(name, MODELS[name], args.forced)
         if args.json:
             write_json(args.json, rows, transformers=transformers.__version__)
 

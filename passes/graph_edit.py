@@ -11,7 +11,8 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from sparse_compile.ops.fresh_size import unbound_sizes
-from sparse_compile.sites.site import AttentionSite, Operand
+from sparse_compile.sites.operands import Operand
+from sparse_compile.sites.site import AttentionSite
 
 T = TypeVar("T")
 

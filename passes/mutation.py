@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from sparse_compile.passes.graph_edit import example_value, fake_mode_of
 from sparse_compile.passes.watch import Unwatched, draws, storages, watch, written_arguments
-from sparse_compile.sites.site import Scope
+from sparse_compile.sites.operands import Scope
 
 #: Python's operators that write to their first operand.
 IN_PLACE = (

@@ -67,3 +67,11 @@ class BrokenPromise(SparseCompileError):
 
 class BadFactory(SparseCompileError):
     """A ``pkg.module:factory`` that the command line cannot import or call."""
+
+
+class NothingToSparsify(SparseCompileError):
+    """A model without attention that is sparse by hand."""
+
+
+class WeightsNeeded(SparseCompileError):
+    """Attention weights are asked for or dropped, where they are never made."""

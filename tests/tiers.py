@@ -48,6 +48,7 @@ ONE_IN = {
     "test_lift_models": 0,
     "test_memory_of_models": 0,
     "test_models": 0,
+    "test_models_table": 0,
     "test_score_models": 0,
     "test_recognise_checkpointed": 0,
     "test_recognise_own_scores": 26,
@@ -58,6 +59,7 @@ ONE_IN = {
     "test_recognise_threshold": 32,
     "test_selecting_annotations": 13,
     "test_sharing": 5,
+    "test_sparsify": 9,
     # Whole programs: benchmarks, commands, processes of their own.
     "test_cli": 3,
     "test_demo": 2,
@@ -97,12 +99,14 @@ ONE_IN = {
     "test_lift_realise": 5,
     "test_lift_simplify": 2,
     "test_lift_slice": 4,
+    "test_lift_trees_and_blocks": 12,
     "test_listed": 2,
     "test_mask_writes": 14,
     "test_no_keys": 4,
     "test_nsa": 4,
     "test_operator_results": 5,
     "test_ops": 2,
+    "test_packed": 3,
     "test_pattern_attention": 14,
     "test_pipeline": 2,
     "test_pooled": 3,
@@ -115,7 +119,9 @@ ONE_IN = {
     "test_sequences": 3,
     "test_soft_gate": 4,
     "test_split_views": 10,
+    "test_trees": 3,
     "test_triton_predicate": 3,
+    "test_visited": 2,
 }
 
 
@@ -136,6 +142,7 @@ INDUCTOR_ONE_IN = {
     "test_direct": 8,
     "test_direct_scores": 4,
     "test_held_layouts": 0,
+    "test_lift_trees_and_blocks": 16,
     "test_models": 0,
     "test_nsa": 0,
     "test_pattern_attention": 16,
@@ -148,6 +155,7 @@ INDUCTOR_ONE_IN = {
     "test_score_models": 16,
     "test_selecting_annotations": 8,
     "test_sharing": 8,
+    "test_sparsify": 0,
 }
 
 

@@ -3,6 +3,7 @@
     python -m benchmarks.models --only bert,mistral
     python -m benchmarks.models --part 3/12 --json part.json
     python -m benchmarks.models --read benchmarks/results/models.json --markdown docs/MODELS.md
+    python -m benchmarks.models --read models.json --only bert --json models.json
 
 It ends with 1 if something raised an exception or is not as exact as eager.
 """
@@ -31,10 +32,14 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         prog="python -m benchmarks.models", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("--only", metavar="NAMES", help="of models, with commas; default all")
-    parser.add_argument("--part", metavar="K/N", default="1/1", help="the K-th of N parts")
+    parser.add_argument("--part", metavar="K/N", help="the K-th of N parts; default all")
     parser.add_argument("--json", metavar="FILE", help="write the results")
     parser.add_argument("--markdown", metavar="FILE", help="write the page")
-    parser.add_argument("--read", metavar="FILE", help="results to write again, not to make")
+    parser.add_argument(
+        "--read",
+        metavar="FILE",
+        help="results to begin with: makes only those that are named, or none",
+    )
     return parser.parse_args(argv)
 
 
@@ -83,13 +88,24 @@ def surveyed(every: Sequence[tuple[Entry, str, Case]]) -> Iterator[Result]:
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
     torch.set_num_threads(1)
-    survey = results.read(args.read) if args.read else Survey(results.versions(), ())
-    if not args.read:
-        for result in surveyed(part(units(chosen(args.only)), args.part)):
-            survey = replace(survey, results=(*survey.results, result))
+    survey = results.read(args.read) if args.read else Survey({}, ())
+    if args.only or args.part or not args.read:
+        every = part(units(chosen(args.only)), args.part or "1/1")
+        survey = replace(survey, environment={**survey.environment, **results.versions()})
+        for result in surveyed(every):
+            survey = with_result(survey, result)
             write(survey, args)
     write(survey, args)
     return 0 if survey.ok else 1
+
+
+def with_result(survey: Survey, result: Result) -> Survey:
+    """With a result in the place of that of the same case, in the order of all models."""
+    known = results.of_case((*survey.results, result))
+    cases = [(e.name, how, case.name) for e, how, case in units(ENTRIES.values())]
+    order = {case: number for number, case in enumerate(cases)}
+    ordered = sorted(known, key=lambda case: order.get(case, len(order)))
+    return replace(survey, results=tuple(known[case] for case in ordered))
 
 
 def write(survey: Survey, args: argparse.Namespace) -> None:

@@ -51,7 +51,7 @@ _SWIN = dict(
     initializer_range=0.15,
 )
 #: Computed without graph breaks, and in fp64 too.
-_EXPERTS = dict(num_local_experts=3, num_experts_per_tok=2, experts_implementation="batched_mm")
+_EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2, experts_implementation="batched_mm")
 _DISENTANGLED = dict(
     relative_attention=True,
     max_relative_positions=32,

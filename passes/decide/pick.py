@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.fx import Node
 
 from sparse_compile.codegen.generators import block_shapes
-from sparse_compile.expr import B, H, MaskExpr
+from sparse_compile.expr import KV, B, H, MaskExpr, Q
 from sparse_compile.layout.cost import Candidate, Coverage, Workload, blocks, cheapest, dense, lists
 from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.layout.views.split_views import Split, choose_views, rounded
@@ -52,7 +53,13 @@ class Price:
         operands = (example_value(x.node) for x in (site.q, site.k, site.v))
         trained = torch.is_grad_enabled() and any(x.requires_grad for x in operands)
         sizes = expected(site.q, "b"), expected(site.q, "h"), n_q, n_kv
-        return Workload(*sizes, features, trained, site.kind == "eager")
+        added = _added(site)
+        learned = sum(math.prod(sizes) for node in added if example_value(node).requires_grad)
+        return Workload(
+            *(*sizes, features, trained, site.kind == "eager"),
+            added=len(added) * math.prod(sizes),
+            added_trained=learned if trained else 0.0,
+        )
 
     def of(self, plan: Plan, n_kv: int | None = None) -> Candidate:
         """What a plan costs; what a pattern selects besides is known in a call only."""
@@ -80,8 +87,11 @@ class Price:
         changes = lifted.reads_tensors or lifted.mask.n_sizes or grows(plan.site)
         made = 1 / self.sharing if changes else 0.0
         looked_up = partial if by_pair else 0.0
-        more, scored = _does_more(plan.spec), plan.spec.score is not None
-        return Coverage(pairs, _classes(lifted, work), made, read, looked_up, more, scored)
+        scored = plan.spec.score is not None or plan.spec.dropout is not None
+        distances, tensors = _learns(plan) if work.trained else (False, 0)
+        learned = tensors * work.batch * work.heads * work.n_q * pairs
+        own = pairs, _classes(lifted, work), made, read, looked_up, _does_more(plan.spec)
+        return Coverage(*own, scored, distances, learned)
 
     def _pairs(self, plan: Plan, work: Workload) -> float:
         """Pairs in blocks that the predicate leaves possible, for each query."""
@@ -107,6 +117,27 @@ def views_for(
 def grows(site: AttentionSite) -> bool:
     """Whether the number of keys changes from call to call."""
     return isinstance(dimension(site.k, "n"), torch.SymInt)
+
+
+def _added(site: AttentionSite) -> list[Node]:
+    """What is added to scores by query and key."""
+    shapes = [(mask, example_value(mask.node).shape) for mask in site.masks if mask.role == "add"]
+    return [mask.node for mask, shape in shapes if len(shape) > 1 and 1 not in shape[-2:]]
+
+
+def _learns(plan: Plan) -> tuple[bool, int]:
+    """Whether a tensor by distance gets gradients, and how many by pair do."""
+    score = plan.spec.score
+    trained = any(
+        example_value(mask.node).requires_grad
+        for mask in plan.site.masks
+        if mask.role in ("add", "factor")
+    )
+    if score is None or not trained:
+        return False, 0
+    both = [lookup for lookup in score.lookups if {Q, KV} <= lookup.free_symbols]
+    by_pair = [lookup for lookup in both if Q in lookup.args and KV in lookup.args]
+    return len(both) > len(by_pair), len(by_pair)
 
 
 def _does_more(spec: AttentionSpec) -> bool:

@@ -98,7 +98,12 @@ class _Proposer:
             refusal = "its annotation restricts what it attends to"
         if site.kind == "call":
             refusal = "as it is it is a call of this library's attention, which is sparse itself"
-        cost = replace(dense(self.price.target, Price.work_of(site)), refusal=refusal)
+        work = Price.work_of(site)
+        computed = [reading.mask.learned for reading in self.trace.readings]
+        # What is computed for each pair, where less says as much, is computed once for all layers.
+        if any(one is not None and "kv - q" in "".join(one.shown) for one in computed):
+            work = replace(work, made=work.added / self.price.sharing)
+        cost = replace(dense(self.price.target, work), refusal=refusal)
         return Proposal(cost, self.trace.rejected(refusal))
 
     @property
@@ -167,7 +172,7 @@ class _Proposer:
         site = self.trace.site
         learned = () if mask.score is None else mask.score.learned
         dropout = Dropout(site.dropout, len(learned)) if site.dropout else None
-        attended = mask.empty_rows is EmptyRows.ATTENDED
+        attended = mask.empty_rows in (EmptyRows.ATTENDED, EmptyRows.HALVED)
         return replace(
             spec,
             empty_rows=EmptyRows.ZERO if attended else mask.empty_rows,

@@ -14,8 +14,9 @@ from sparse_compile.passes.find.eager import match_eager
 from sparse_compile.passes.find.indexer import find_indexer
 from sparse_compile.passes.find.sdpa import match_called, match_sdpa
 from sparse_compile.passes.mutation import bodies, memory_of, scope_of_body
+from sparse_compile.sites.operands import Scope
 from sparse_compile.sites.shadow import Expanded
-from sparse_compile.sites.site import AttentionSite, Refused, Rejection, Scope
+from sparse_compile.sites.site import AttentionSite, Refused, Rejection
 
 __all__ = ["find_attention", "find_indexer"]
 

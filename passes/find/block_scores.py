@@ -17,7 +17,8 @@ from sparse_compile.passes.find.chain import UNMASKED, Chain
 from sparse_compile.passes.find.contraction import contraction
 from sparse_compile.passes.find.dataflow import breadth_first
 from sparse_compile.passes.mutation import written_inputs
-from sparse_compile.sites.site import BlockScoresSite, Operand, Refused, Scope
+from sparse_compile.sites.operands import Operand, Scope
+from sparse_compile.sites.site import BlockScoresSite, Refused
 from sparse_compile.spec.indexer import BlockScoresSpec
 
 #: A top-k and the products that it is made of are fewer steps apart.

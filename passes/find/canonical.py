@@ -106,7 +106,7 @@ _SPELLINGS = (
         "sub sub_ subtract subtract_ __sub__",
     ),
     _Spelling("neg", "input", (operator.neg, torch.neg, torch.negative), "neg neg_ negative"),
-    _Spelling("maximum", "input other", (torch.maximum, torch.fmax), "maximum fmax"),
+    _Spelling("maximum", "input other", (torch.maximum,), "maximum"),
     _Spelling("maximum", "input other", (torch.clamp_min,), "clamp_min clamp_min_"),
     _Spelling("maximum", "input min", (torch.clamp, torch.clip), "clamp clamp_ clip clip_"),
     _Spelling("tanh", "input", (torch.tanh, torch.tanh_, F.tanh), "tanh tanh_"),

@@ -15,7 +15,8 @@ from sparse_compile.passes.find.contraction import Contraction, contraction
 from sparse_compile.passes.find.dataflow import Dataflow, constant
 from sparse_compile.passes.find.scores import product_above
 from sparse_compile.passes.mutation import memory_of
-from sparse_compile.sites.site import AttentionSite, MaskOperand, Operand, Refused, Scope
+from sparse_compile.sites.operands import MaskOperand, Operand, Scope
+from sparse_compile.sites.site import AttentionSite, Refused
 from sparse_compile.spec.indexer import Step
 
 #: Calls that read a tensor's shape, dtype or device, not its values.

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from sparse_compile.passes.find import values
 from sparse_compile.passes.find.canonical import Call, canonical
-from sparse_compile.sites.site import Operand
+from sparse_compile.sites.operands import Operand
 
 Letters = tuple[str, ...]
 

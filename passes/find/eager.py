@@ -30,7 +30,8 @@ from sparse_compile.passes.find.weights import (
     product_below,
     read_elsewhere,
 )
-from sparse_compile.sites.site import AttentionSite, MaskOperand, Operand, Refused, Scope
+from sparse_compile.sites.operands import MaskOperand, Operand, Scope
+from sparse_compile.sites.site import AttentionSite, Refused
 
 _GRAD_MODES = ("_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode")
 #: What keeps the best of the scores, by index or by a threshold.
@@ -69,7 +70,7 @@ def _match(softmax: Node, flow: Dataflow, scope: Scope) -> AttentionSite:
     shapes.check_operands(q.operand, k.operand, v.operand)
     shapes.check_output_dtype(output)
     shapes.head_dim(q.operand)  # Before the scale, which is often its root.
-    scale, masks, program = fold(scores.steps, flow, sides.axes_at)
+    scale, masks, program = fold(scores.steps, flow, sides.axes_at, sunk is not None)
     shapes.check_masks(masks, sides.score_shape)
     if sunk:
         _check_sinks(sunk, sides, output.node, flow)
@@ -91,15 +92,15 @@ def _match(softmax: Node, flow: Dataflow, scope: Scope) -> AttentionSite:
         score=program,
         sinks=sunk.sinks if sunk else None,
         dropout=weights.changes.dropout,
-        zeroed=_is_zeroed(weights.changes, masks),
+        zeroed=_zeroed(weights.changes, masks),
     )
     if ranked and (sunk or site.plain_score):
         raise Refused(*ranked)
     return site
 
 
-def _is_zeroed(changes: Changes, masks: tuple[MaskOperand, ...]) -> bool:
-    """Whether the weights of queries without keys are made 0.
+def _zeroed(changes: Changes, masks: tuple[MaskOperand, ...]) -> str:
+    """Which weights are made 0, as in :class:`AttentionSite`.
 
     Raises:
         Refused: weights are made 0 that the scores have not hidden.
@@ -110,7 +111,7 @@ def _is_zeroed(changes: Changes, masks: tuple[MaskOperand, ...]) -> bool:
             "`masked_fill` changes the attention weights after the softmax",
             "mask the scores before the softmax instead",
         )
-    return changes.zeroed or bool(changes.masks)
+    return "hidden" if changes.masks else "nan" * changes.zeroed
 
 
 def _check_sinks(sunk: Sunk, sides: _Sides, output: Node, flow: Dataflow) -> None:

@@ -23,15 +23,14 @@ from sparse_compile.passes.find.chain import (
     operand_of,
 )
 from sparse_compile.passes.find.dataflow import Dataflow, breadth_first
+from sparse_compile.sites.operands import Operand, Scope
 from sparse_compile.sites.site import (
     AttentionSite,
     IndexerSite,
     LiftedMask,
-    Operand,
     Reached,
     Refused,
     Rejection,
-    Scope,
     ScoringSite,
 )
 from sparse_compile.spec.indexer import IndexerSpec

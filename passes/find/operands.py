@@ -18,7 +18,8 @@ from sparse_compile.passes.find.canonical import (
 )
 from sparse_compile.passes.find.dataflow import Dataflow
 from sparse_compile.passes.graph_edit import CANONICAL
-from sparse_compile.sites.site import Operand, Refused
+from sparse_compile.sites.operands import Operand
+from sparse_compile.sites.site import Refused
 
 MERGED = "bh"
 """The axis of a [B*H, N, D] tensor that holds batch and heads."""

@@ -21,10 +21,12 @@ from sparse_compile.passes.find.steps import (
     Floored,
     Masked,
     Narrowed,
+    OwnMaximum,
     Shift,
     Step,
 )
-from sparse_compile.sites.site import MaskOperand, Refused
+from sparse_compile.sites.operands import MaskOperand
+from sparse_compile.sites.site import Refused
 
 _LONGEST_SEARCH = 200
 """Nodes visited per softmax: sums are searched on both sides."""
@@ -213,7 +215,9 @@ class ScoreWalk:
         path = self.back(start, node)
         shift = own_maximum(call)
         if shift:
-            return replace(path.then(node), nodes=(*path.nodes, node, *shift))
+            # The columns beside the scores are part of the maximum.
+            steps = () if path.sunk else (OwnMaximum(),)
+            return replace(path.then(node, *steps), nodes=(*path.nodes, node, *shift))
         if path.sunk is not None:
             raise _unknown(path.sunk.join)
         if known is not None:
@@ -229,7 +233,8 @@ class ScoreWalk:
             if known is not None and dtype is not None and isinstance(scores, Node):
                 if known > torch.finfo(dtype).min:
                     break
-                return self.back(scores, node).then(node, Floored(known))
+                shares = "cl" not in op_name(node)  # clamp, clip
+                return self.back(scores, node).then(node, Floored(known, shares))
         raise _unknown(node)
 
     def _cat(self, node: Node, call: Call) -> ScorePath:

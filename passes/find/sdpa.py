@@ -16,7 +16,8 @@ from sparse_compile.passes.find.dataflow import Dataflow, constant
 from sparse_compile.passes.find.operands import Peeled, Reading, dead_nodes, peel
 from sparse_compile.passes.find.scores import probability
 from sparse_compile.sites.named import TENSOR, NamedMask
-from sparse_compile.sites.site import AttentionSite, Called, MaskOperand, Operand, Refused, Scope
+from sparse_compile.sites.operands import MaskOperand, Operand, Scope
+from sparse_compile.sites.site import AttentionSite, Called, Refused
 
 _AXES = {
     5: ("b1", "b2", "h", "n", "d"),

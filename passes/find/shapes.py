@@ -9,7 +9,8 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sparse_compile.passes.find import values
-from sparse_compile.sites.site import MaskOperand, Operand, Refused
+from sparse_compile.sites.operands import MaskOperand, Operand
+from sparse_compile.sites.site import Refused
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CAST = "cast q, k and v to float32, float16 or bfloat16"

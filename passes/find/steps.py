@@ -15,7 +15,8 @@ from sparse_compile.expr import SCORE, ScoreProgram, learned
 from sparse_compile.expr.score import number, softcap
 from sparse_compile.passes.find import values
 from sparse_compile.passes.find.dataflow import Dataflow, constant
-from sparse_compile.sites.site import Change, MaskOperand, Refused
+from sparse_compile.sites.operands import Change, MaskOperand
+from sparse_compile.sites.site import Refused
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ class Shift:
 
 
 @dataclass(frozen=True)
+class OwnMaximum:
+    """The maximum of each row was subtracted from it, which softmax ignores."""
+
+
+@dataclass(frozen=True)
 class Narrowed:
     """The scores were rounded to a dtype with less range or precision."""
 
@@ -52,9 +58,15 @@ class Narrowed:
 
 @dataclass(frozen=True)
 class Floored:
-    """Scores below the least finite number of their dtype were raised to it: -inf, that is."""
+    """Scores below the least finite number of their dtype were raised to it: -inf, that is.
+
+    Attributes:
+        least: that number.
+        shares: as of a :class:`Change`.
+    """
 
     least: float
+    shares: bool
 
 
 @dataclass(frozen=True)
@@ -65,7 +77,7 @@ class Curve:
     function: Callable[[sympy.Expr], sympy.Expr]
 
 
-Step = Factor | Masked | Shift | Narrowed | Floored | Curve
+Step = Factor | Masked | Shift | OwnMaximum | Narrowed | Floored | Curve
 
 
 def _sigmoid(x: sympy.Expr) -> sympy.Expr:
@@ -89,9 +101,15 @@ Axes = Callable[[tuple[Any, ...]], tuple[str, ...]]
 
 
 def fold(
-    steps: tuple[Step, ...], flow: Dataflow, axes: Axes
+    steps: tuple[Step, ...], flow: Dataflow, axes: Axes, sunk: bool
 ) -> tuple[float | Node, tuple[MaskOperand, ...], ScoreProgram | None]:
     """The scale of the product, the operands of the scores, and what happens to these before masks.
+
+    Args:
+        steps: in the order in which the program applies them.
+        flow: the graph.
+        axes: of scores of some shape.
+        sunk: whether there are columns beside the scores then.
 
     Raises:
         Refused: they cannot be told apart.
@@ -101,11 +119,24 @@ def fold(
         if isinstance(step, Shift):
             # Softmax ignores it, unless something else than a mask follows.
             plain = all(isinstance(later, (Narrowed, Floored)) for later in steps[at:][1:])
-            folding.value += 0 if plain else number(step.value)
+            folding.value += 0 if plain and not sunk else number(step.value)
+        elif isinstance(step, OwnMaximum):
+            _check_ignored(steps[at:][1:], sunk)
         else:
             _FOLDS[type(step)](folding, step)
     program = None if folding.value == SCORE else ScoreProgram(folding.value)
     return folding.scale, tuple(folding.masks), program
+
+
+def _check_ignored(later: tuple[Step, ...], sunk: bool) -> None:
+    """That what was subtracted from all scores of a row is the same in the end."""
+    curved = any(isinstance(step, Curve) for step in later)
+    factors = any(isinstance(step, Masked) and step.mask.role == "factor" for step in later)
+    if sunk or curved or factors:
+        raise Refused(
+            "the maximum of the scores is subtracted before something that it matters for",
+            "leave it out: softmax ignores it",
+        )
 
 
 class _Folding:
@@ -176,7 +207,7 @@ class _Folding:
 
     def floored(self, step: Floored) -> None:
         """What masks with -inf masks with a finite number then."""
-        self._change(Change(least=step.least))
+        self._change(Change(least=step.least, shares=step.shares))
 
     def masked(self, step: Masked) -> None:
         """An operand; what it adds, or multiplies with, has a name in the program."""

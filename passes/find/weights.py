@@ -14,7 +14,8 @@ from sparse_compile.passes.find.dataflow import breadth_first
 from sparse_compile.passes.find.scores import dropout_of
 from sparse_compile.passes.find.sinks import Sunk
 from sparse_compile.passes.mutation import written_inputs
-from sparse_compile.sites.site import Operand, Refused
+from sparse_compile.sites.operands import Operand
+from sparse_compile.sites.site import Refused
 
 
 @dataclass(frozen=True)

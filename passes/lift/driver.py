@@ -29,14 +29,9 @@ from sparse_compile.passes.lift.slice import Slice, Slicer, made_of
 from sparse_compile.passes.lift.tables import Selects, Tabler, with_program
 from sparse_compile.passes.lift.value import size_expr, solve_for_symbol
 from sparse_compile.passes.lift.verify import Examples, Question, verify
-from sparse_compile.sites.site import (
-    AttentionSite,
-    LiftedMask,
-    Refused,
-    Rejection,
-    Scope,
-    SelectedKeys,
-)
+from sparse_compile.sites.operands import Scope
+from sparse_compile.sites.site import AttentionSite, LiftedMask, Refused, Rejection, SelectedKeys
+from sparse_compile.spec import EmptyRows
 
 
 @dataclass
@@ -121,6 +116,7 @@ def _lift(
     if nodes not in cache.traced:
         cache.traced[nodes] = _lifter(part)
     lifter, masks = cache.traced[nodes], masks.traced()
+    examples = Examples.of(site.scope, example_inputs)
     keeps = _keeps(masks, lifter, options)
     simplify = Simplifier(Ranges({symbol: n - 1 for symbol, n in masks.lengths.items()}))
     conditions = [keep.condition for keep in keeps]
@@ -128,12 +124,17 @@ def _lift(
     predicate = simplify(sympy.And(*(simplify(condition) for condition in conditions)))
     biases = _biases(masks, lifter, keeps)
     program = biases.program()
-    linear = program is None or program.derivative == 1
-    linear = linear and not any(_is_trained(site.masks[one.mark].node) for one in biases.found)
+    trained = [one for one in biases.found if _is_trained(site.masks[one.mark].node)]
+    linear = (program is None or program.derivative == 1) and not trained
     policy = empty_row_policy(masks, keeps, predicate, simplify, options.finite_fill, linear)
+    if policy in (EmptyRows.ATTENDED, EmptyRows.HALVED) and any(one.cases for one in trained):
+        # What is hidden may have been chosen by `where`, and then gets no gradient.
+        biases = _biases(masks, lifter, keeps, direct=True)
+        program = biases.program()
     fills = tuple(fill for keep in keeps for fill in keep.fills)
     learned = biases.computed()
-    examples = Examples.of(site.scope, example_inputs)
+    if biases.found:
+        _check_finite(masks, examples)
 
     def checked(lifted: LiftedMask) -> LiftedMask:
         lifted = replace(lifted, empty_rows=policy, fills=fills, score=program, learned=learned)
@@ -161,14 +162,36 @@ def _lifter(part: Slice) -> Lifter:
     return Lifter(traced, part.leaves)
 
 
+def _check_finite(masks: SiteMasks, examples: Examples) -> None:
+    """That no bias is read from an input that may as well hold a mask: -inf, or what absorbs.
+
+    What a row yields that has nothing else depends on these numbers, which only a call has.
+    """
+    lengths = {examples.size(masks.lengths[KV])} - {1}
+    for leaf in masks.part.leaves:
+        value = examples.values.get(leaf)
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            continue
+        known = value.requires_grad or isinstance(value, torch.nn.Parameter)
+        if value.dim() and value.shape[-1] in lengths and not known:
+            raise Refused(
+                "it adds a bias that is not a mask: its values are only known at run time",
+                "pass a bool mask if it only says who may attend to whom, make it a parameter if "
+                "it is a bias, or promise what it is: "
+                "sparse_compile.mask(module, pattern, promise=True)",
+            )
+
+
 def _is_trained(node: Node) -> bool:
     return torch.is_grad_enabled() and bool(node.meta["example_value"].requires_grad)
 
 
-def _biases(masks: SiteMasks, lifter: Lifter, keeps: Sequence[Keep]) -> Biases:
+def _biases(
+    masks: SiteMasks, lifter: Lifter, keeps: Sequence[Keep], direct: bool = False
+) -> Biases:
     """What the operands of the scores do beside masking."""
     emitter = Emitter(lifter, masks.lengths, _size_holders(masks.part.scope))
-    biases = Biases(masks, lifter, emitter)
+    biases = Biases(masks, lifter, emitter, direct)
     for mark, operand, cases in contributions(masks, keeps):
         biases.add(mark, operand, cases)
     if biases.found and masks.site.ranked is not None:

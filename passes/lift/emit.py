@@ -297,7 +297,10 @@ class _Writer:
 
     def _index(self, arg: Any, size: sympy.Expr) -> Node:
         if not self._is_tensor(arg):
-            return self._tensor(arg)
+            # Of as many dimensions as others: some versions of PyTorch mistake a mixture.
+            shape = [1] * max(1, len(self.coordinates))
+            options = {"dtype": torch.int64, "device": self.emitter.device}
+            return self._call(torch.int64, aten.full.default, shape, arg, **options)
         # As when a predicate is evaluated: reads past the end are of entries that do not matter.
         last = self.emitter.size(size - 1)
         return self._call(self.dtypes[arg], aten.clamp.default, arg, 0, last)

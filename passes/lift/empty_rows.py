@@ -65,20 +65,30 @@ def empty_row_policy(
     # With a sink, a row without keys gives all its weight to that, and yields 0.
     if assumed or site.sinks is not None or never_empty(predicate, masks.lengths, simplify):
         return EmptyRows.ZERO
-    policy = _of_empty_rows(masks, [keep for keep in keeps if keep.fills], fills)
-    if site.zeroed and policy is EmptyRows.NAN_ADDED and masks.need_gradients:
-        raise Refused(
-            "rows may be fully masked by adding -inf: their gradient is NaN, though weights are 0",
-            "use masked_fill or torch.where with float('-inf')",
-        )
+    masking = [keep for keep in keeps if keep.fills]
+    policy = _of_empty_rows(masks, masking, fills)
     if site.zeroed:
-        return EmptyRows.ZERO
-    if policy is not EmptyRows.MEAN_ADDED or is_linear:
+        policy = _zeroed(masks, policy)
+    tied = any(keep.tied for keep in masking)
+    if policy is not EmptyRows.MEAN_ADDED or (is_linear and not tied):
         return policy
     # On such a row scores that are not linear in q·k are still there, and autograd sends gradients
     # through them: O(n) of work for linear ones only. With "minus_inf" masked scores get none.
     trained = masks.need_gradients and finite_fill != "minus_inf"
-    return EmptyRows.ATTENDED if trained else EmptyRows.MEAN
+    if not trained:
+        return EmptyRows.MEAN
+    return EmptyRows.HALVED if tied else EmptyRows.ATTENDED
+
+
+def _zeroed(masks: SiteMasks, policy: EmptyRows) -> EmptyRows:
+    """The policy where weights are made 0 after the softmax."""
+    if policy is EmptyRows.NAN_ADDED and masks.need_gradients:
+        raise Refused(
+            "rows may be fully masked by adding -inf: their gradient is NaN, though weights are 0",
+            "use masked_fill or torch.where with float('-inf')",
+        )
+    is_nan = policy in (EmptyRows.NAN, EmptyRows.NAN_ADDED)
+    return EmptyRows.ZERO if is_nan or masks.site.zeroed == "hidden" else policy
 
 
 def _of_empty_rows(

@@ -26,7 +26,8 @@ from sparse_compile.passes.lift.value import (
     size_expr,
 )
 from sparse_compile.passes.mutation import Memory
-from sparse_compile.sites.site import AttentionSite, MaskOperand, Refused
+from sparse_compile.sites.operands import MaskOperand
+from sparse_compile.sites.site import AttentionSite, Refused
 
 Lengths = Mapping[sympy.Symbol, sympy.Expr]
 
@@ -166,6 +167,7 @@ class Keep:
         fills: what masked scores get, without repetition.
         adds: whether a fill is added to the score (else it takes its place).
         raw: the fills as the operand holds them.
+        tied: whether masked scores are equal to a floor that they are raised to.
         bias: what it adds to the others, or multiplies them with, over ``b, h, q, kv``; None:
             nothing.
     """
@@ -174,6 +176,7 @@ class Keep:
     fills: tuple[float, ...]
     adds: bool
     raw: tuple[float, ...] = ()
+    tied: bool = False
     bias: Cases | None = None
 
 
@@ -264,7 +267,20 @@ def _added(operand: MaskOperand, tensor: Lifted, masks: SiteMasks, assumed: floa
     if bias is not None and masks.site.score is None:
         raise Refused("it adds a bias that is not a mask")
     fills = tuple(map(operand.changed, raw))
-    return Keep(condition, fills, True, tuple(raw), bias)
+    tied, raised = _meets_floor(operand, raw)
+    return Keep(condition, fills, not raised, tuple(raw), tied, bias)
+
+
+def _meets_floor(operand: MaskOperand, raw: Sequence[float]) -> tuple[bool, bool]:
+    """Whether masked scores equal a floor whose gradient they share; whether they are below it."""
+    tied = raised = False
+    for value in raw:
+        for change in operand.then:
+            before = value * change.times
+            tied |= change.shares and before == change.least
+            raised |= before < change.least
+            value = change(value)
+    return tied, raised
 
 
 def _unmasked(cases: Cases, raw: Sequence[float], masked: Sequence[sympy.Basic]) -> Cases:

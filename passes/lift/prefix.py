@@ -19,7 +19,7 @@ from torch.fx import Graph, Interpreter, Node
 from sparse_compile.passes.lift.normalize import functorch_levels_restored
 from sparse_compile.passes.lift.slice import SOURCES, Order, Slice, Slicer, Wanted, call_name
 from sparse_compile.passes.mutation import Effect
-from sparse_compile.sites.site import Scope
+from sparse_compile.sites.operands import Scope
 
 #: Bytes that may be computed while compiling beside a mask's own computation.
 _MOST_BESIDE = 1 << 30

@@ -14,7 +14,8 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from sparse_compile.passes.mutation import Memory, is_off, memory_of
-from sparse_compile.sites.site import Refused, Scope
+from sparse_compile.sites.operands import Scope
+from sparse_compile.sites.site import Refused
 
 #: Function and method names whose results a mask is computed *from*: they are expensive, random,
 #: or take values to Python. The mask program starts after them.

@@ -22,7 +22,8 @@ from sparse_compile.passes.lift.prefix import CannotRun, Prefix, bytes_of, prefi
 from sparse_compile.passes.lift.slice import Slicer
 from sparse_compile.passes.lift.value import Unliftable, size_expr
 from sparse_compile.selection.chunks import chunks
-from sparse_compile.sites.site import LiftedMask, Refused, Scope, Visited
+from sparse_compile.sites.operands import Scope
+from sparse_compile.sites.site import LiftedMask, Refused, Visited
 
 _CHUNK = 1 << 22
 _MOST_RANDOM = 1 << 24

@@ -11,8 +11,9 @@ from sparse_compile.ops.indexer import BLOCK_SCORES, INDEXED_TOPK
 from sparse_compile.ops.kept import INDEXED_KEPT
 from sparse_compile.passes.graph_edit import Inserter, with_axes
 from sparse_compile.passes.rewrite.tables import RealisedTables, realise
+from sparse_compile.sites.operands import Operand
 from sparse_compile.sites.plan import Indexer
-from sparse_compile.sites.site import AttentionSite, BlockScoresSite, IndexerSite, Operand
+from sparse_compile.sites.site import AttentionSite, BlockScoresSite, IndexerSite
 
 
 def replace_indexer(indexer: Indexer, realised: RealisedTables) -> None:

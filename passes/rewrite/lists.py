@@ -31,7 +31,7 @@ from sparse_compile.passes.graph_edit import example_value, fake_mode_of
 from sparse_compile.passes.mutation import Memory, bodies, scope_of_body
 from sparse_compile.passes.rewrite.tables import RealisedTables, hand_down, place_for
 from sparse_compile.sites.annotation import bound_mask_named
-from sparse_compile.sites.site import Scope
+from sparse_compile.sites.operands import Scope
 from sparse_compile.spec import AttentionSpec
 
 _LISTING = (CANONICAL_SELECTION, LAYOUT)

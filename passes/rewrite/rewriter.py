@@ -31,14 +31,9 @@ from sparse_compile.passes.graph_edit import (
 from sparse_compile.passes.rewrite.indexer import replace_indexer, replace_lists
 from sparse_compile.passes.rewrite.tables import RealisedTables, compute, realise
 from sparse_compile.sites.named import INDEX, LISTS
+from sparse_compile.sites.operands import Operand
 from sparse_compile.sites.plan import Indexer, Plan
-from sparse_compile.sites.site import (
-    AttentionSite,
-    BlockScoresSite,
-    LiftedMask,
-    Operand,
-    PatternTable,
-)
+from sparse_compile.sites.site import AttentionSite, BlockScoresSite, LiftedMask, PatternTable
 from sparse_compile.spec import EmptyRows
 
 _CANONICAL = "bhnd"
@@ -82,7 +77,7 @@ class Rewriter:
             learned += _seed(insert, site)
             call = insert.call(ops.ATTENTION, q, k, v, learned, *data)
             out = insert.call(operator.getitem, call, 0)
-            if plan.lifted.empty_rows is EmptyRows.ATTENDED:
+            if plan.lifted.empty_rows in (EmptyRows.ATTENDED, EmptyRows.HALVED):
                 lse = insert.call(operator.getitem, call, 1)
                 out = _attended(insert, plan, (q, k, v), learned, scale, out, lse)
             if site.zeroed:
@@ -294,6 +289,8 @@ def _attended(
     at = (B, Q) if alike else (B, H, Q)
     rows = MaskExpr(sympy.Ne(lookup_of(0)(*at), 0), ("bool",))
     score = replace(plan.spec.score or ScoreProgram(SCORE), absorbed=True)
+    if plan.lifted.empty_rows is EmptyRows.HALVED:
+        score = replace(score, value=score.value / 2)
     spec = replace(plan.spec, mask=rows, coverage=(), score=score)
     bare = replace(spec, where=(), score=None, dropout=None)
     rest: list[Any] = [[], *_lengths(insert, site), bare.text, device_of(site.q.node), []]

@@ -10,7 +10,8 @@ from torch.fx.node import map_arg
 
 from sparse_compile.ops.fresh_size import unbound_sizes
 from sparse_compile.passes.graph_edit import example_value, fake_mode_of
-from sparse_compile.sites.site import Computed, LiftedMask, Scope
+from sparse_compile.sites.operands import Scope
+from sparse_compile.sites.site import Computed, LiftedMask
 
 
 class RealisedTables:

@@ -99,7 +99,7 @@ class ScoreProgram:
         """
         pieces = self.value.replace(
             lambda node: isinstance(node, _KINKED) and node.has(what),
-            lambda node: node.rewrite(sympy.Piecewise),
+            _pieces,
         )
         # A lookup is a number like any other: sympy need not look into it.
         lookups = {node: sympy.Dummy(real=True) for node in pieces.atoms(sympy.Function)}
@@ -114,6 +114,14 @@ class ScoreProgram:
             raise ValueError(f"ScoreProgram: unknown symbols {sorted(unknown)} in {self.value}")
         if any(is_lookup(node) and node.has(SCORE) for node in self.value.atoms(sympy.Function)):
             raise ValueError(f"ScoreProgram: a table is indexed by the score in {self.value}")
+
+
+def _pieces(node: sympy.Expr) -> sympy.Expr:
+    """A kinked function as pieces; the derivative of ``Abs`` at 0 is 0, as torch has it."""
+    if not isinstance(node, sympy.Abs):
+        return node.rewrite(sympy.Piecewise)
+    (x,) = node.args
+    return sympy.Piecewise((x, x > 0), (-x, x < 0), (0, True))
 
 
 def _is_size(symbol: sympy.Symbol) -> bool:

@@ -33,8 +33,9 @@ from sparse_compile.passes.dense_tables import mask_data, selection_data, shown_
 from sparse_compile.passes.graph_edit import device_of, example_value, expected
 from sparse_compile.selection import Selection, SelectionReport
 from sparse_compile.sites.annotation import Annotation
+from sparse_compile.sites.operands import Operand
 from sparse_compile.sites.plan import Plan, Trace
-from sparse_compile.sites.site import AttentionSite, LiftedMask, Operand, Rejection
+from sparse_compile.sites.site import AttentionSite, LiftedMask, Rejection
 from sparse_compile.spec import AttentionSpec, KernelSpec
 from sparse_compile.spec.target import Target
 

@@ -17,8 +17,9 @@ from sparse_compile.passes.graph_edit import with_axes
 from sparse_compile.selection import Selection, canonical
 from sparse_compile.sites.annotation import bound_mask_named
 from sparse_compile.sites.named import INDEX, LISTS
+from sparse_compile.sites.operands import Operand
 from sparse_compile.sites.plan import Plan, SelectedPlan
-from sparse_compile.sites.site import LiftedMask, Operand
+from sparse_compile.sites.site import LiftedMask
 
 
 def pattern_tables(lifted: LiftedMask, shape: ProblemShape, device: torch.device) -> list[Tensor]:

@@ -23,6 +23,9 @@ class Workload:
         features: D + Dv.
         trained: whether its gradients will be computed.
         written_out: whether the program writes its softmax out, so that all scores exist.
+        added: elements of what it adds to scores for each pair, as often as they are read.
+        made: those of them that it computes for that from less.
+        added_trained: those that get gradients.
     """
 
     batch: int
@@ -32,6 +35,9 @@ class Workload:
     features: int
     trained: bool = False
     written_out: bool = False
+    added: float = 0.0
+    made: float = 0.0
+    added_trained: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,8 @@ class Coverage:
             change, 1 where it is made for this attention alone.
         read: elements of mask tensors that are read for it.
         scored: whether scores go through a program.
+        distances: whether it learns a tensor by distance.
+        learned: pairs, of all heads, for which a gradient is written.
     """
 
     pairs: float
@@ -57,6 +65,8 @@ class Coverage:
     looked_up: float = 0.0
     more: bool = False
     scored: bool = False
+    distances: bool = False
+    learned: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -90,6 +100,23 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class ScoreRates:
+    """What it costs that scores are more than products.
+
+    Attributes:
+        scored: how many times ``Rates.sparse`` a pair costs whose score goes through a program.
+        added: seconds for an element that a dense program adds to a score.
+        made: for one that it has to compute for that.
+        learned: for a pair whose gradient is written for what was added, dense or sparse.
+    """
+
+    scored: float
+    added: float = 0.0
+    made: float = 0.0
+    learned: float = 0.0
+
+
+@dataclass(frozen=True)
 class Rates:
     """Seconds of one core, or of all of an H200.
 
@@ -104,7 +131,7 @@ class Rates:
         written_out: how many times ``dense`` a softmax costs that is written out.
         rows: so many queries cost as much as one.
         looked_up: how many times ``sparse`` a pair costs whose mask is looked up.
-        scored: the same for a pair whose score goes through a program.
+        scores: of what happens to scores.
     """
 
     dense_call: float
@@ -120,7 +147,7 @@ class Rates:
     written_out: float
     rows: int
     looked_up: float
-    scored: float
+    scores: ScoreRates
 
 
 #: By device, and whether gradients are computed. CPU: fp32, one thread, torch 2.13. CUDA: bf16, one
@@ -128,21 +155,27 @@ class Rates:
 RATES = {
     ("cpu", False): Rates(
         *(5e-5, 7e-4, 0, 4e-3, 5e-5, 1.5e-4, 1.3e-9),
-        *(2.5e-11, 2.4e-11, 128, 1.8, 8, 1.2, 4),
+        *(2.5e-11, 2.4e-11, 128, 1.8, 8, 1.2),
+        ScoreRates(4.0),
     ),
     ("cpu", True): Rates(
         *(2.5e-4, 2.2e-3, 0, 4e-3, 5e-5, 5e-4, 1.3e-9),
-        *(8.7e-11, 1e-10, 128, 1.4, 8, 1.2, 4),
+        *(8.7e-11, 1e-10, 128, 1.4, 8, 1.2),
+        ScoreRates(4.0),
     ),
     ("cuda", False): Rates(
         *(1e-4, 1e-4, 2e-4, 1.8e-3, 0, 0, 5e-13),
-        *(8.6e-15, 6e-15, 16, 3, 100, 8, 1.6),
+        *(8.6e-15, 6e-15, 16, 3, 100, 8),
+        ScoreRates(2.4, 2.4e-12, 7e-12),
     ),
     ("cuda", True): Rates(
         *(7.5e-4, 7.5e-4, 8e-4, 1.8e-3, 0, 0, 5e-13),
-        *(3e-14, 2.1e-14, 16, 3, 100, 5.5, 1.6),
+        *(3e-14, 2.1e-14, 16, 3, 100, 5.5),
+        ScoreRates(2.2, 2.4e-12, 7e-12, 8e-12),
     ),
 }
+#: What learning a tensor by distance adds, as a factor.
+_LEARNS_DISTANCES = 1.5
 #: Multiprocessors of the H200, and how much slower those of other architectures are.
 _H200 = 132
 _OLDER = {"sm_70": 8.0, "sm_75": 8.0, "sm_80": 2.3, "sm_86": 4.0, "sm_89": 2.5}
@@ -163,15 +196,20 @@ def dense(target: Target, work: Workload) -> Candidate:
     factor = rates.written_out if work.written_out else 1
     seconds = _pairs(target, work, work.n_kv) * rates.dense * factor
     what = f"all {work.n_kv} pairs per query"
-    return Candidate("dense", (("the call", rates.dense_call), (what, seconds)))
+    bias = work.added * rates.scores.added + work.made * rates.scores.made
+    bias += work.added_trained * rates.scores.learned
+    parts = ("the call", rates.dense_call), (what, seconds), ("what is added to scores", bias)
+    return Candidate("dense", parts)
 
 
 def blocks(target: Target, work: Workload, coverage: Coverage) -> Candidate:
     """Block-sparse attention."""
     rates = RATES[target.kind, work.trained]
     weighed = coverage.pairs + (rates.looked_up - 1) * coverage.looked_up
-    weighed *= rates.scored if coverage.scored else 1
+    if coverage.scored:
+        weighed *= rates.scores.scored * (_LEARNS_DISTANCES if coverage.distances else 1)
     seconds = _pairs(target, work, weighed + rates.row) * rates.sparse
+    seconds += coverage.learned * rates.scores.learned
     calls = rates.sparse_call + rates.class_call * (coverage.classes - 1)
     calls += rates.more * coverage.more
     layout = (rates.layout + rates.a_class * coverage.classes) * coverage.made

@@ -11,6 +11,7 @@ with ``&``, ``|`` and ``~``. Making one needs neither torch nor triton.
 from sparse_compile.patterns import presets
 from sparse_compile.patterns.base import All, And, BoundMask, Heads, Not, Or, Pattern, Tables, heads
 from sparse_compile.patterns.blocks import BigBird, BlockLocal, BlockSparse, Random
+from sparse_compile.patterns.diffusion import BlockDiffusion
 from sparse_compile.patterns.documents import Documents, Padding, PrefixLM
 from sparse_compile.patterns.global_ import Global, Longformer
 from sparse_compile.patterns.grids import Axial, Neighborhood, SlidingTile
@@ -24,6 +25,7 @@ from sparse_compile.patterns.learned import (
     XAttention,
 )
 from sparse_compile.patterns.local import Causal, Dilated, Fixed, SlidingWindow, Strided
+from sparse_compile.patterns.packed import Packed
 from sparse_compile.patterns.predicate import Predicate
 from sparse_compile.patterns.scored import Scored, Threshold, TopK, TopP, TopRatio
 from sparse_compile.patterns.scorers import (
@@ -37,6 +39,7 @@ from sparse_compile.patterns.scorers import (
     Scorer,
 )
 from sparse_compile.patterns.selecting import Selected, Selecting
+from sparse_compile.patterns.trees import DraftTree, PrefixTree
 
 __all__ = [
     "DSA",
@@ -46,6 +49,7 @@ __all__ = [
     "Antidiagonal",
     "Axial",
     "BigBird",
+    "BlockDiffusion",
     "BlockLocal",
     "BlockSparse",
     "BoundMask",
@@ -53,6 +57,7 @@ __all__ = [
     "Compressed",
     "Dilated",
     "Documents",
+    "DraftTree",
     "Fixed",
     "Gate",
     "Global",
@@ -67,10 +72,12 @@ __all__ = [
     "Not",
     "Or",
     "OverlapPool",
+    "Packed",
     "Padding",
     "Pattern",
     "Predicate",
     "PrefixLM",
+    "PrefixTree",
     "Quest",
     "Random",
     "Scored",

@@ -27,7 +27,8 @@ def _checked_ids(where: str, ids: Any) -> Any:
     return frozen(where, ids, (1, 2), "Write [tokens] or [batch, tokens].")
 
 
-def _checked_starts(where: str, starts: Any) -> Any:
+def checked_starts(where: str, starts: Any) -> Any:
+    """Where sequences start, and the end of the last; ``where`` names it."""
     starts = frozen(where, starts, (1,), "Write the starts and the end: (0, 3, 8).", least=2)
     if not is_tensor(starts) and (starts[0] != 0 or list(starts) != sorted(starts)):
         raise bad(
@@ -37,7 +38,7 @@ def _checked_starts(where: str, starts: Any) -> Any:
 
 
 _Ids = Annotated[Any, optional(_checked_ids)]
-_Starts = Annotated[Any, optional(_checked_starts)]
+_Starts = Annotated[Any, optional(checked_starts)]
 
 
 @dataclass(frozen=True, repr=False, eq=False)

@@ -13,9 +13,9 @@ from __future__ import annotations
 from sparse_compile.patterns.base import Pattern, heads
 from sparse_compile.patterns.blocks import BigBird, BlockLocal
 from sparse_compile.patterns.checks import bad, whole
-from sparse_compile.patterns.global_ import Longformer
+from sparse_compile.patterns.global_ import Global, Longformer
 from sparse_compile.patterns.grids import Axial
-from sparse_compile.patterns.local import Fixed, Strided
+from sparse_compile.patterns.local import Causal, Fixed, SlidingWindow, Strided
 
 #: Heads of BlockBERT that use each of the permutations, by the number of blocks.
 _BLOCKBERT_HEADS = {2: (10, 2), 3: (8, 2, 2)}
@@ -83,3 +83,32 @@ def axial_transformer_64() -> Pattern:
     Ho et al. 2019, https://arxiv.org/abs/1912.12180.
     """
     return Axial((64, 64))
+
+
+def streaming_llm(recent: int = 1020, sinks: int = 4) -> Pattern:
+    """StreamingLLM: the last tokens, and the first few as attention sinks.
+
+    Xiao et al. 2023, https://arxiv.org/abs/2309.17453. A cache of 1024 or 2048 keys, four of them
+    sinks.
+
+    Args:
+        recent: how many of the last keys a query sees, itself among them.
+        sinks: how many keys at the start all later ones see.
+
+    >>> streaming_llm(2, sinks=1).dense(5, 5)[0, 0].int().tolist()
+    [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 0, 1, 1, 0], [1, 0, 0, 1, 1]]
+    """
+    near = SlidingWindow(whole("streaming_llm: recent", recent, 2) - 1, 0)
+    return near | (Global(sinks, rows=False) & Causal())
+
+
+def llama4_chunked(chunk: int = 8192) -> Pattern:
+    """The local layers of Llama 4: a query sees what came before in its own chunk of 8192 tokens.
+
+    Meta 2025, https://huggingface.co/meta-llama/Llama-4-Scout-17B-16E (``attention_chunk_size``);
+    three layers of four. ``Packed(cu_seqlens, llama4_chunked())`` counts in each sequence.
+
+    >>> llama4_chunked(2).dense(4, 4)[0, 0].int().tolist()
+    [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+    """
+    return BlockLocal(chunk) & Causal()

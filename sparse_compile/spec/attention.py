@@ -29,6 +29,7 @@ class EmptyRows(str, Enum):
             but autograd still sends the softmax gradient through them to Q and K.
         ATTENDED: the same for scores that are not linear in q·k, or have a bias that is trained. No
             executor knows it: the rewritten graph attends a second time, for these rows alone.
+        HALVED: as ATTENDED, with half of the gradients: those of a maximum of two equal numbers.
     """
 
     ZERO = "zero"
@@ -37,6 +38,7 @@ class EmptyRows(str, Enum):
     MEAN = "mean"
     MEAN_ADDED = "mean_added"
     ATTENDED = "attended"
+    HALVED = "halved"
 
 
 #: Of the text of a spec; graphs with another are not read.

@@ -304,6 +304,106 @@ def test_an_additive_mask_in_place() -> None:
     assert [m.role for m in the_site(f, *qkv(), torch.randn(N, M)).masks] == ["add"]
 
 
+def integers_added(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT + torch.ones(N, M).tril().long()).softmax(-1) @ v
+
+
+def subtracted_with_a_factor(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.sub(q @ k.mT, torch.arange(M), alpha=0.5).softmax(-1) @ v
+
+
+def added_then_scaled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q @ k.mT + torch.arange(M)) * 0.5).softmax(-1) @ v
+
+
+def added_then_curved(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (torch.tanh((q @ k.mT + torch.arange(M)) / 5) * 5).softmax(-1) @ v
+
+
+def temperature_of_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT * torch.arange(1.0, H + 1)[:, None, None]).softmax(-1) @ v
+
+
+def divided_and_curved(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (F.silu(q @ k.mT / torch.arange(1.0, M + 1)) + 1.5).square().softmax(-1) @ v
+
+
+OPERANDS = {
+    integers_added: ("score + w0()", ["add"]),
+    subtracted_with_a_factor: ("score - 0.5*w0()", ["add"]),
+    added_then_scaled: ("0.5*score + 0.5*w0()", ["add"]),
+    added_then_curved: ("5*tanh(0.2*score + 0.2*w0())", ["add"]),
+    temperature_of_heads: ("score*w0()", ["factor"]),
+    divided_and_curved: ("(score/((1 + exp(-score/w0()))*w0()) + 1.5)**2", ["factor"]),
+}
+
+
+@pytest.mark.parametrize("fn", OPERANDS, ids=lambda fn: fn.__name__)
+def test_what_scores_become_is_a_program(fn: Callable[..., Tensor]) -> None:
+    shown, roles = OPERANDS[fn]
+    site = the_site(fn, *qkv())
+    assert_plain(site)
+    assert (str(site.score), [m.role for m in site.masks]) == (shown, roles)
+
+
+def test_a_trained_scale_is_an_operand() -> None:
+    scale = nn.Parameter(torch.tensor(0.3))
+    site = the_site(lambda q, k, v: (q @ k.mT * scale).softmax(-1) @ v, *qkv(), grad=True)
+    assert (site.scale, [m.role for m in site.masks]) == (1.0, ["factor"])
+
+
+def test_a_divisor_known_at_run_time_is_an_operand() -> None:
+    site = the_site(lambda q, k, v, s: (q @ k.mT / s).softmax(-1) @ v, *qkv(), torch.tensor(0.3))
+    assert (site.scale, [m.role for m in site.masks]) == (1.0, ["factor"])
+
+
+MAXIMA = {
+    "amax": lambda s: s - s.amax(-1, keepdim=True),
+    "max": lambda s: s - s.max(dim=-1, keepdim=True).values,
+    "first of max": lambda s: s - s.max(-1, True)[0],
+    "detached": lambda s: s - s.amax(-1, keepdim=True).detach(),
+    "in place": lambda s: s.sub_(s.amax(3, keepdim=True)),
+}
+
+
+@pytest.mark.parametrize("name", MAXIMA)
+def test_a_row_minus_its_maximum_is_the_row(name: str) -> None:
+    site = the_site(lambda q, k, v: MAXIMA[name](q @ k.mT * 0.3).softmax(-1) @ v, *qkv())
+    assert_plain(site)
+    assert (site.scale, site.score, site.masks) == (0.3, None, ())
+
+
+def test_weights_that_are_nan_are_made_zero() -> None:
+    hidden = torch.ones(N, M).triu().bool()  # the last keys of every row, all of the first
+
+    def numbers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT).masked_fill(hidden, -INF).softmax(-1).nan_to_num() @ v
+
+    def filled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT).masked_fill(hidden, -INF).softmax(-1).masked_fill(hidden, 0.0) @ v
+
+    assert the_site(numbers, *qkv()).zeroed == "nan"
+    assert the_site(filled, *qkv()).zeroed == "hidden"
+
+
+DROPOUTS = {
+    "F": lambda w: F.dropout(w, 0.1),
+    "keywords": lambda w: F.dropout(w, p=0.1, training=True),
+    "torch": lambda w: torch.dropout(w, 0.1, True),
+    "module": nn.Dropout(0.1),
+    "never and once": lambda w: F.dropout(F.dropout(w, 0.1), 0.3, training=False),
+}
+
+
+@pytest.mark.parametrize("name", DROPOUTS)
+def test_dropout_of_weights(name: str) -> None:
+    captured = capture_one(lambda q, k, v: DROPOUTS[name]((q @ k.mT).softmax(-1)) @ v, *qkv())
+    (site,) = find_attention(captured.gm)
+    assert isinstance(site, AttentionSite)
+    assert_plain(site)
+    assert site.dropout == 0.1
+
+
 EINSUM_AXES = {
     "bqhd,bkhd->bhqk": ("bhqk,bkhd->bqhd", ("b", "n", "h", "d"), ("b", "n", "h", "d")),
     "...qhd,...khd->...hqk": ("...hqk,...khd->...qhd", ("b", "n", "h", "d"), ("b", "n", "h", "d")),
@@ -487,6 +587,50 @@ def test_merged_heads_without_a_mask_are_a_batch() -> None:
 
     site = the_site(f, *qkv())
     assert site.score_axes == ("b", "q", "kv")
+
+
+def grouped_by_view(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    grouped = q.view(B, 2, 2, N, D)
+    return (grouped @ k[:, :2, None].mT).softmax(-1) @ v[:, :2, None]
+
+
+def grouped_by_einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.einsum("bgrqd,bgkd->bgrqk", q.view(B, 2, 2, N, D), k[:, :2])
+    scores = scores + torch.arange(2.0)[:, None, None] * torch.arange(M)
+    return torch.einsum("bgrqk,bgkd->bgrqd", scores.softmax(-1), v[:, :2])
+
+
+def windows_of_images(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scores of all windows, viewed as images and windows to add the mask."""
+    q, k, v = (x.reshape(4, 2, -1, D) for x in (q, k, v))
+    scores = (q @ k.mT).view(2, 2, 2, N, M) + torch.arange(2.0).view(2, 1, 1, 1) * torch.arange(M)
+    return scores.view(4, 2, N, M).softmax(-1) @ v
+
+
+FIVE_AXES = {
+    grouped_by_view: (("b", "h1", "h2", "q", "kv"), []),
+    grouped_by_einsum: (("b", "h1", "h2", "q", "kv"), [("b", "h1", "h2", "q", "kv")]),
+    windows_of_images: (("b", "h", "q", "kv"), [("b1", "b2", "h", "q", "kv")]),
+}
+
+
+@pytest.mark.parametrize("fn", FIVE_AXES, ids=lambda fn: fn.__name__)
+def test_five_axes(fn: Callable[..., Tensor]) -> None:
+    site = the_site(fn, *qkv())
+    assert (site.score_axes, [mask.axes for mask in site.masks]) == FIVE_AXES[fn]
+
+
+def test_operands_of_merged_heads() -> None:
+    def f(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, m: Tensor) -> Tensor:
+        q, k, v = (x.reshape(B * H, -1, D) for x in (q, k, v))
+        scores = torch.baddbmm(bias, q, k.mT, beta=0.5, alpha=0.3).view(B, H, N, M)
+        weights = scores.masked_fill(~m, -INF).softmax(-1).view(B * H, N, M)
+        return torch.bmm(weights, v).view(B, H, N, D)
+
+    site = the_site(f, *qkv(), torch.randn(B * H, N, M), keep())
+    assert_plain(site)
+    assert (site.scale, str(site.score)) == (0.3, "score + 0.5*w0()")
+    assert [mask.axes for mask in site.masks] == [("bh", "q", "kv"), ("b", "h", "q", "kv")]
 
 
 def test_autocast_around_and_inside() -> None:

@@ -47,10 +47,6 @@ def bool_added(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT + causal()).softmax(-1) @ v
 
 
-def integers_added(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return (q @ k.mT + causal().long()).softmax(-1) @ v
-
-
 def softmax_over_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT).softmax(-2) @ v
 
@@ -79,16 +75,8 @@ def heads_mixed_after(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return weights @ v
 
 
-def dropout(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.dropout(softmax_of(q, k), 0.1) @ v
-
-
 def masked_after_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return softmax_of(q, k).masked_fill(~causal(), 0.0) @ v
-
-
-def nan_to_num(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return (q @ k.mT).masked_fill(~causal(), -INF).softmax(-1).nan_to_num() @ v
 
 
 def multiplied_after_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -148,10 +136,6 @@ def sinks_of_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def masked_then_softcapped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (torch.tanh((q @ k.mT).masked_fill(~causal(), -INF) / 30) * 30).softmax(-1) @ v
-
-
-def masked_by_adding_then_softcapped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return (torch.tanh((q @ k.mT + causal().float().log()) / 30) * 30).softmax(-1) @ v
 
 
 def softcapped_scores_in_the_loss(q: Tensor, k: Tensor, v: Tensor) -> Any:
@@ -250,12 +234,64 @@ def two_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT + (q + 1) @ (k * 2).mT).softmax(-1) @ v
 
 
-def per_head_temperature(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return (q @ k.mT * torch.ones(H, 1, 1)).softmax(-1) @ v
+def masked_by_a_negative_temperature(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q @ k.mT).masked_fill(~causal(), -INF) * -torch.ones(H, 1, 1)).softmax(-1) @ v
 
 
-def masked_then_scaled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return ((q @ k.mT + torch.zeros(N, N)) * 0.5).softmax(-1) @ v
+def added_then_multiplied_by_a_tensor(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q @ k.mT + torch.ones(N)) * torch.ones(H, 1, 1)).softmax(-1) @ v
+
+
+def multiplied_by_integers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT * torch.arange(N)).softmax(-1) @ v
+
+
+def added_to_with_a_negative_scale(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q @ k.mT + torch.ones(N)) * -1.0).softmax(-1) @ v
+
+
+def dropped_before_the_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.dropout(q @ k.mT, 0.1).softmax(-1) @ v
+
+
+def dropped_twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.dropout(F.dropout(softmax_of(q, k), 0.1), 0.2) @ v
+
+
+def dropped_with_a_mask_of_its_own(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = softmax_of(q, k)
+    return (weights * torch.bernoulli(torch.full((N, N), 0.9))) @ v
+
+
+def whole_heads_dropped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.dropout2d(softmax_of(q, k), 0.1) @ v
+
+
+def nan_made_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return softmax_of(q, k).nan_to_num(1.0) @ v
+
+
+def masked_after_softmax_by_another_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = (q @ k.mT).masked_fill(~causal(), -INF)
+    return scores.softmax(-1).masked_fill(torch.ones(N, N).triu().bool(), 0.0) @ v
+
+
+def masked_after_softmax_with_a_number(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    hidden = ~causal()
+    return (q @ k.mT).masked_fill(hidden, -INF).softmax(-1).masked_fill(hidden, 0.1) @ v
+
+
+def raised(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).clamp(max=10).softmax(-1) @ v
+
+
+def another_maximum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT
+    return (scores - scores.amax(-2, keepdim=True)).softmax(-1) @ v
+
+
+def subtracted_from_a_bias(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (torch.ones(N) - q @ k.mT).softmax(-1) @ v
 
 
 def masked_with_a_negative_scale(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -273,18 +309,8 @@ def fill_changed_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.where(causal(), scores, fill).softmax(-1) @ v
 
 
-def maximum_subtracted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    scores = q @ k.mT
-    return (scores - scores.amax(-1, keepdim=True)).softmax(-1) @ v
-
-
 def clamped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT).clamp(min=-10).softmax(-1) @ v
-
-
-def five_axes(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    grouped = q.view(B, 2, 2, N, D)
-    return (grouped @ k[:, :2, None].mT).softmax(-1) @ v[:, :2, None]
 
 
 def query_broadcast(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -297,13 +323,6 @@ def keys_of_one_batch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def scores_broadcast_by_the_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q[:1] @ k[:1].mT + torch.zeros(3, 1, N, N)).softmax(-1) @ v[:1]
-
-
-def window_partition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Scores of all windows, viewed as images and windows to add the mask."""
-    q, k, v = (x.reshape(4, 2, N, D) for x in (q, k, v))
-    scores = (q @ k.mT).view(2, 2, 2, N, N) + torch.zeros(2, 1, N, N)
-    return scores.view(4, 2, N, N).softmax(-1) @ v
 
 
 def queries_and_keys_reshaped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -325,16 +344,13 @@ REJECTED: dict[Case, str] = {
     weights_for_two_values: "weights are also read by `matmul` (test_find_near_misses.py:",
     scores_in_the_loss: "scores are also read by `square`",
     bool_added: "adds 0 or 1",
-    integers_added: "int64 is added",
     softmax_over_queries: "over the queries",
     softmax_over_heads: "over the heads",
     softmax_without_an_axis: "does not say over which axis",
     talking_heads: "heads are mixed",
     heads_mixed_by_linear: "`permute` changes the scores",
     heads_mixed_after: "not summed over the keys",
-    dropout: "p=0.1",
     masked_after_softmax: "`masked_fill` changes the attention weights",
-    nan_to_num: "`nan_to_num` changes the attention weights",
     multiplied_after_softmax: "`mul` changes the attention weights",
     renormalized: "weights are also read by",
     differential: "`sub` changes the attention weights",
@@ -347,7 +363,6 @@ REJECTED: dict[Case, str] = {
     another_maximum_subtracted: "not known as attention sinks",
     sinks_of_scores: "scores are also read by `mean`",
     masked_then_softcapped: "masked before the tanh",
-    masked_by_adding_then_softcapped: "masked before the tanh",
     softcapped_scores_in_the_loss: "scores are also read by `square`",
     softcapped_at_zero: "multiplied by zero",
     another_curve: "`atan` changes the scores",
@@ -366,18 +381,27 @@ REJECTED: dict[Case, str] = {
     detached: "`detach` changes the attention weights",
     without_gradients: "gradients are switched on or off",
     two_products: "sum of two products",
-    per_head_temperature: "more than one element",
-    masked_then_scaled: "masked before they are scaled",
+    masked_by_a_negative_temperature: "or they were masked",
+    added_then_multiplied_by_a_tensor: "after something was added",
+    multiplied_by_integers: "no floating tensor",
+    added_to_with_a_negative_scale: "masked before they are scaled",
+    dropped_before_the_softmax: "dropped before the softmax",
+    dropped_twice: "twice",
+    dropped_with_a_mask_of_its_own: "`mul` changes the attention weights",
+    whole_heads_dropped: "`dropout2d` changes the attention weights",
+    nan_made_one: "`nan_to_num` changes the attention weights",
+    masked_after_softmax_by_another_mask: "`masked_fill` changes the attention weights",
+    masked_after_softmax_with_a_number: "`masked_fill` changes the attention weights",
+    raised: "`clamp` changes the scores",
+    another_maximum: "read by",
+    subtracted_from_a_bias: "`ones` changes the scores",
     masked_with_a_negative_scale: "masked before they are scaled",
     chosen_from_another_tensor: "another tensor",
     fill_changed_in_place: "another tensor",
-    maximum_subtracted: "subtracted",
     clamped: "`clamp` changes the scores",
-    five_axes: "5 axes",
     query_broadcast: "q is broadcast",
     keys_of_one_batch: "batch size 1",
     scores_broadcast_by_the_mask: "larger shape",
-    window_partition: "5 axes",
     queries_and_keys_reshaped: "reshaped before the softmax",
     wide_scores_narrow_output: "float32 operands but the output is bfloat16",
     doubles: "float64",
@@ -452,23 +476,8 @@ def test_integers_are_not_attention() -> None:
     assert all(isinstance(rejection, Rejection) for rejection in found)
 
 
-def test_a_trained_scale_is_rejected() -> None:
-    scale = torch.nn.Parameter(torch.tensor(0.3))
-    (found,) = find_attention(
-        capture_one(
-            lambda q, k, v: (q @ k.mT * scale).softmax(-1) @ v,
-            *tensors(*[(B, H, N, D)] * 3),
-            grad=True,
-        ).gm
-    )
-    assert isinstance(found, Rejection)
-    assert "trained parameter" in found.reason
-    assert found.hint == "multiply q by it instead"
-
-
 def test_scales_known_at_run_time_are_rejected_in_combination() -> None:
     cases = (
-        lambda q, k, v, s: (q @ k.mT / s).softmax(-1) @ v,
         lambda q, k, v, s: (q @ k.mT * 0.5 * s).softmax(-1) @ v,
         lambda q, k, v, s: (q @ k.mT * s * s).softmax(-1) @ v,
         lambda q, k, v, s: ((q @ k.mT).masked_fill(~causal(), -INF) * s).softmax(-1) @ v,

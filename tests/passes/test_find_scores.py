@@ -76,7 +76,7 @@ SOFTCAPS = [
 @pytest.mark.parametrize("fn", SOFTCAPS, ids=lambda fn: fn.__name__)
 def test_softcap(fn: Program) -> None:
     site = the_site(fn, *qkv())
-    assert site.score == softcap(5.0)
+    assert site.plain_score == softcap(5.0)
     scale = 1.0 if fn is queries_scaled_before else 0.25
     assert site.scale == pytest.approx(scale, rel=1e-15)
     assert len(site.masks) == 1
@@ -94,7 +94,7 @@ def test_a_bare_tanh_and_two_of_them() -> None:
 
 def test_half_precision_rounds_between_the_steps() -> None:
     args = [t.bfloat16() for t in qkv()]
-    assert the_site(as_gemma, *args).score == softcap(5.0)
+    assert the_site(as_gemma, *args).plain_score == softcap(5.0)
 
 
 def sinks() -> Tensor:
@@ -155,7 +155,7 @@ def test_sinks(fn: Program) -> None:
     assert_plain(site)
     assert site.sinks is not None
     assert shape(site.sinks)[-1] == (2 if fn is two_columns else 1)
-    assert (site.score is not None) == (fn is with_a_softcap)
+    assert (site.plain_score is not None) == (fn is with_a_softcap)
 
 
 def test_sinks_are_read_before_they_are_expanded() -> None:

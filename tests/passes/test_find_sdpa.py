@@ -158,6 +158,19 @@ def test_dynamic_shapes() -> None:
     )
 
 
+def test_dropout() -> None:
+    (site,) = find_attention(capture_one(lambda q, k, v: sdpa(q, k, v, dropout_p=0.1), *qkv()).gm)
+    assert isinstance(site, AttentionSite)
+    assert site.dropout == 0.1
+
+
+def test_five_axes() -> None:
+    args = tensors(*[(2, 3, 2, N, D)] * 3)
+    site = the_site(lambda q, k, v, m: sdpa(q, k, v, m), *args, keep(3, 1, N, N))
+    assert site.q.axes == site.output.axes == ("b1", "b2", "h", "n", "d")
+    assert site.score_axes == ("b1", "b2", "h", "q", "kv")
+
+
 def test_autocast_decides_the_dtype_of_the_output() -> None:
     captured = capture_one(lambda q, k, v: sdpa(q, k, v), *qkv(), autocast=torch.bfloat16)
     (site,) = find_attention(captured.gm)
@@ -211,16 +224,15 @@ def test_a_region_compiled_once_and_called_once_or_twice() -> None:
 
 
 REJECTED: dict[str, tuple[Any, list[Tensor], str]] = {
-    "dropout": (lambda q, k, v: sdpa(q, k, v, dropout_p=0.1), qkv(), "dropout_p=0.1"),
+    "six axes": (
+        lambda q, k, v: sdpa(q, k, v),
+        tensors(*[(2, 1, 2, 2, N, D)] * 3),
+        "query has 6 axes",
+    ),
     "double": (
         lambda q, k, v: sdpa(q, k, v),
         [x.double() for x in qkv()],
         "float64",
-    ),
-    "five axes": (
-        lambda q, k, v: sdpa(q, k, v),
-        tensors(*[(2, 2, 2, N, D)] * 3),
-        "query has 5 axes",
     ),
     "k of another batch size": (
         lambda q, k, v: sdpa(q, k, v),

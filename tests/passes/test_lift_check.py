@@ -19,8 +19,9 @@ from sparse_compile.passes.lift import LiftCache, lift_mask, prefix
 from sparse_compile.passes.lift.slice import Slice, Slicer, Wanted
 from sparse_compile.passes.mutation import Effect, effect
 from sparse_compile.passes.watch import Unwatched
+from sparse_compile.sites.operands import Scope
 from sparse_compile.sites.plan import Plan
-from sparse_compile.sites.site import LiftedMask, Rejection, Scope
+from sparse_compile.sites.site import LiftedMask, Rejection
 from tests.passes.lifting import Captured, attend, capture, lift, lifted, refused, sites
 from tests.passes.rewritten import Rewritten
 

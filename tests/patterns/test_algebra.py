@@ -62,6 +62,17 @@ PRINTED = [
         "Documents(cu_seqlens=tensor([0, 5], dtype=int32))",
     ),
     (P.Padding(tensor([3, 4]), side="left"), "Padding(tensor([3, 4]), side='left')"),
+    (P.BlockDiffusion(16), "BlockDiffusion(16)"),
+    (P.PrefixTree((3, 2, 3)), "PrefixTree((3, 2, 3))"),
+    (P.PrefixTree.of_segments((1, 1), (-1, 0)), "PrefixTree((2, 2))"),
+    (P.PrefixTree.of_parents((-1, 0, 0, 1)), "PrefixTree((4, 3, 4, 3), tin=(0, 1, 3, 2))"),
+    (P.PrefixTree(tensor([2, 2]), align="lower_right"), None),
+    (P.DraftTree(((True, False), (1, 1)), (3, 4)), "DraftTree(((1, 0), (1, 1)), context=(3, 4))"),
+    (P.DraftTree.of_parents(tensor([-1, 0])), "DraftTree(tensor([[True, False], [True, True]]))"),
+    (P.Packed([0, 3], P.Causal()), "Packed((0, 3), Causal())"),
+    (P.Packed(tensor([0, 3]), P.Causal() & P.All(), (0, 1)), None),
+    (P.presets.llama4_chunked(), "(BlockLocal(8192) & Causal())"),
+    (P.presets.streaming_llm(), None),
     (P.heads([P.Causal(), P.All()]), "heads([Causal(), All()])"),
     (P.Heads((P.Causal(), P.All()), 4), "heads([Causal(), All()], per=4)"),
     (P.Causal() & P.SlidingWindow(128), "(Causal() & SlidingWindow(128))"),
@@ -164,6 +175,9 @@ LEAVES = [
     P.PrefixLM(tensor([4, 1])),
     P.Documents((0, 0, 0, 1, 1, 1, 1, 2, 2), q_ids=((0, 0, 1, 1, 2, 2), (2, 2, 2, 1, 1, 1))),
     P.BlockSparse(((1, 0, 1), (0, 1, 1)), 3),
+    P.PrefixTree.of_parents((-1, 0, 0, 1, 2, 4, -1, 6, 1), align="lower_right"),
+    P.DraftTree.of_parents((-1, 0, 0, 2, -1, 4), (3, 1)),
+    P.Packed((0, 4, 9), P.Causal("lower_right"), tensor([0, 2, 6])),
     P.heads([P.Causal(), P.All(), P.Global(2)]),
     P.Predicate(lambda b, h, q, kv: (q + kv + h) % 3 == b),
 ]
@@ -204,7 +218,9 @@ def test_patterns_need_neither_torch_nor_triton() -> None:
         "import sys\n"
         "from sparse_compile import patterns as P\n"
         "made = (P.Causal() & P.Documents((0, 0, 1)) | ~P.Neighborhood((4, 4), 3)\n"
-        "        | P.BigBird(64, 3, 2, 3) | P.Padding([1, 2]) | P.heads([P.All(), P.Strided(8)])\n"
+        "        | P.BigBird(64, 3, 2, 3) | P.Padding([1, 2]) | P.BlockDiffusion(4)\n"
+        "        | P.Packed((0, 3), P.Causal()) | P.DraftTree.of_parents((-1, 0))\n"
+        "        | P.heads([P.All(), P.Strided(8)])\n"
         "        | P.Predicate(lambda b, h, q, kv: (q - kv).abs() < 3))\n"
         "print(made.bound().expr, made, hash(made), made == made)\n"
         "heavy = {'torch', 'triton', 'numpy'} & set(sys.modules)\n"

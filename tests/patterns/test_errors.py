@@ -165,6 +165,57 @@ MADE: list[tuple[Callable[[], object], str]] = [
         lambda: P.presets.blockbert(512, 4),
         "blockbert of 4 blocks. Write 2 or 3, as in the paper.",
     ),
+    (lambda: P.BlockDiffusion(0), "BlockDiffusion: block is 0. Write 1 or more."),
+    (
+        lambda: P.PrefixTree((2, 2), (0, 1, 2)),
+        "PrefixTree: tin has the sizes [3], but tout has [2]. Write both for the same tokens.",
+    ),
+    (
+        lambda: P.PrefixTree.of_parents((1, 0)),
+        "PrefixTree: token 0 is below itself. Every token must lead to a root, -1.",
+    ),
+    (
+        lambda: P.PrefixTree.of_parents((-1, 3)),
+        "PrefixTree: the parent of 1 is 3. Write -1 for none, or below 2.",
+    ),
+    (
+        lambda: P.PrefixTree.of_parents(()),
+        "PrefixTree: parents has the sizes [0]. Write [tokens] or [batch, tokens].",
+    ),
+    (
+        lambda: P.PrefixTree.of_segments((3, 1), (-1,)),
+        "PrefixTree: 2 lengths and 1 parents of segments. Write one of each for every segment.",
+    ),
+    (
+        lambda: P.PrefixTree.of_segments((3, 0), (-1, 0)),
+        "PrefixTree: a segment length is 0. Write 1 or more.",
+    ),
+    (
+        lambda: P.DraftTree(((1, 0),)),
+        "DraftTree: sees has the sizes [1, 2]. Write [drafts, drafts] or [batch, drafts, drafts].",
+    ),
+    (lambda: P.DraftTree(((1,),), -1), "DraftTree: context is -1. Write 0 or more."),
+    (
+        lambda: P.DraftTree.of_parents((0,)),
+        "DraftTree: the parent of 0 is 0. Write -1 for none, or below 1.",
+    ),
+    (
+        lambda: P.Packed((0, 3), 4),  # type: ignore[arg-type]
+        "Packed: 4 is no pattern. Write one, as in Packed(c, Causal()).",
+    ),
+    (
+        lambda: P.Packed((0, 3), P.Causal() & P.Random(2, 1, 0)),
+        "Packed: Random(2, 1, 0) cannot be counted anew in each sequence. Combine it, as in "
+        "Packed(cu_seqlens, All()) & Random(2, 1, 0).",
+    ),
+    (
+        lambda: P.Packed((0, 3), P.Causal(), (0, 1, 2)),
+        "Packed: 1 sequences of keys and 2 of queries. Write as many of both.",
+    ),
+    (
+        lambda: P.presets.streaming_llm(1),
+        "streaming_llm: recent is 1. Write 2 or more.",
+    ),
     (lambda: P.Predicate(3), "Predicate(3) is no function. Pass one of (b, h, q, kv)."),
 ]
 
@@ -296,6 +347,51 @@ MISFITS: list[tuple[P.Pattern, tuple[int, int, int, int], str]] = [
         (4, 4, 1, 8),
         "heads: 3 patterns with per=1 are for 3 heads, but there are 8. Write 8 patterns, one for "
         "each head.",
+    ),
+    (
+        P.BlockDiffusion(4),
+        (9, 9, 1, 1),
+        "BlockDiffusion: 9 queries and 9 keys are no two halves, noisy and clean. Put the clean "
+        "sequence behind the noisy one, of as many tokens.",
+    ),
+    (
+        P.PrefixTree((2, 2)),
+        (3, 3, 1, 1),
+        "PrefixTree: a tree of 2 tokens does not fit 3 queries and 3 keys. Write a tree of 3 "
+        "tokens, and as many queries or fewer.",
+    ),
+    (
+        P.PrefixTree(((2, 2), (1, 2))),
+        (2, 2, 3, 1),
+        "PrefixTree: 2 trees for a batch of 3. Write 3 trees, or one.",
+    ),
+    (
+        P.DraftTree(((1, 0), (1, 1))),
+        (3, 9, 1, 1),
+        "DraftTree: a tree of 2 drafts does not fit 3 queries and 9 keys. Write a tree of 3 "
+        "drafts, and keys for them and for the context.",
+    ),
+    (
+        P.DraftTree(((1, 0), (1, 1)), 4),
+        (2, 5, 1, 1),
+        "DraftTree: a context of 4 keys and 2 drafts, but there are 5 keys. Write a context of 3 "
+        "or less.",
+    ),
+    (
+        P.DraftTree(((1, 0), (1, 1)), (4, 3)),
+        (2, 9, 3, 1),
+        "DraftTree: 2 contexts for a batch of 3. Write 3 contexts, or one.",
+    ),
+    (
+        P.Packed((0, 3), P.Causal()),
+        (4, 4, 1, 1),
+        "Packed: the sequences end at 3, but there are 4 queries. The last entry is the number of "
+        "tokens of all sequences; write q_cu_seqlens= if the queries are others than the keys.",
+    ),
+    (
+        P.Packed((0, 3, 5), P.Global(3)),
+        (5, 5, 1, 1),
+        "Global: token 2 is global, but there are 2 keys. Name tokens below 2.",
     ),
     (
         P.Predicate(lambda b, h, q, kv: torch.arange(5)[kv] > 2, name="short"),

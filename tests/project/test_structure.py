@@ -26,7 +26,7 @@ SOURCES = sorted(
 #: Folders from the innermost outwards: each imports only those before it.
 ORDER = (
     *("errors", "expr", "spec", "patterns", "layout", "selection", "sites", "codegen", "ops"),
-    *("passes", "api", "backend", "inspect", "cli"),
+    *("passes", "api", "integrations", "backend", "inspect", "cli"),
 )
 RANK = {name: number for number, name in enumerate(ORDER)}
 RANK |= {"reference": RANK["expr"], "options": RANK["spec"]}
