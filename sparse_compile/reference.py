@@ -34,14 +34,12 @@ def attention(
     """Masked attention and its log-sum-exp, computed densely in fp64; differentiable.
 
     Args:
-        q: [B, Hq, Nq, D], any floating dtype.
-        k: [B, Hkv, Nkv, D]; query head h reads key head ``h // (Hq // Hkv)``.
-        v: [B, Hkv, Nkv, Dv].
+        q, k, v: [B, Hq, Nq, D], [B, Hkv, Nkv, D] and [B, Hkv, Nkv, Dv], any floating dtype; query
+            head h reads key head ``h // (Hq // Hkv)``.
         mask: bool, broadcastable to [B, Hq, Nq, Nkv]; True may attend. None: all may.
         scale: factor on the scores; default 1 / sqrt(D).
-        empty_rows: what a row without any True yields: ``"zero"``; ``"nan"``; ``"mean"`` of V over
-            all keys, no gradient to the scores; ``"nan_added"`` or ``"mean_added"``: the same
-            values, with the softmax gradient flowing to the scores.
+        empty_rows: what a row without any True yields: ``"zero"``; ``"nan"``; ``"mean"`` of V, no
+            gradient to the scores; ``"nan_added"``, ``"mean_added"``: the same with gradients.
         score: from scaled products [B, Hq, Nq, Nkv], fp64, to scores, before the mask.
         sinks: broadcastable to [B, Hq, Nq]: the score of one more key, whose value is 0. No row is
             empty then.
@@ -73,10 +71,7 @@ def attention(
         weights = torch.cat([scores.masked_fill(~mask, -math.inf), sink], -1).softmax(-1)
         kept = weights[..., :-1] if dropped is None else dropped(weights[..., :-1])
         return _mixed(kept, v, mask), lse.detach() if bool(empty.any()) else lse
-    absorbed = scores - scores.detach()
-    fill = {"zero": scores * 0, "mean": torch.zeros_like(scores), "nan": scores.detach() * math.nan}
-    fill["nan_added"] = absorbed + math.nan
-    chosen = torch.where(empty, fill.get(empty_rows, absorbed), scores)
+    chosen = torch.where(empty, _of_empty_rows(scores, empty_rows), scores)
     kept = chosen.masked_fill(~mask & ~empty, -math.inf)
     seen = mask if empty_rows == "zero" else mask | empty
     weights = kept.softmax(-1).masked_fill(~seen & ~empty, 0.0)
@@ -84,6 +79,14 @@ def attention(
     if empty_rows == "zero":
         out = out.masked_fill(empty, 0.0)
     return out, lse.detach() if bool(empty.any()) else lse
+
+
+def _of_empty_rows(scores: Tensor, policy: str) -> Tensor:
+    """What stands for the scores of a row that may attend to nothing."""
+    absorbed = scores - scores.detach()
+    fill = {"zero": scores * 0, "mean": torch.zeros_like(scores), "nan": scores.detach() * math.nan}
+    fill["nan_added"] = absorbed + math.nan
+    return fill.get(policy, absorbed)
 
 
 def _scores(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:

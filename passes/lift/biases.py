@@ -19,6 +19,7 @@ from sparse_compile.passes.graph_edit import example_value
 from sparse_compile.passes.lift.emit import Emitter
 from sparse_compile.passes.lift.lift import Lifter
 from sparse_compile.passes.lift.masks import Keep, SiteMasks, aligned
+from sparse_compile.passes.lift.slice import call_name, made_of
 from sparse_compile.passes.lift.tabulated import DISTANCE, Span, settled, symbols_of
 from sparse_compile.passes.lift.value import (
     DIMS,
@@ -33,6 +34,9 @@ from sparse_compile.passes.lift.value import (
 )
 from sparse_compile.sites.operands import MaskOperand
 from sparse_compile.sites.site import Computed, Refused
+
+#: What is added to scores as a mask is larger, unless it is a logarithm.
+_HUGE = 1e4
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,8 @@ class Biases:
 
     def add(self, mark: int, operand: MaskOperand, cases: Cases) -> None:
         """What an operand contributes, given its element over the coordinates."""
+        if not example_value(operand.node).requires_grad:
+            self._check_moderate(cases)
         cases = self._unfolded(cases)
         symbols = symbols_of(cases)
         if _is_beyond_integers(cases) or (self.direct and _reads_data(cases)):
@@ -86,6 +92,22 @@ class Biases:
         else:
             axes = tuple(c for c in COORDINATES if c in symbols)
             self._computed(mark, operand, cases, axes, axes)
+
+    def _check_moderate(self, cases: Cases) -> None:
+        """That data that is added holds no masks: nothing huge goes into it, and no logarithm.
+
+        What a row yields that has nothing else would depend on these numbers.
+        """
+        for lookup in {at for _, value in cases for at in _lookups(value)}:
+            node = self.lifter.node_of(lookup)
+            for made in () if node is None else made_of(node):
+                numbers = [arg for arg in made.args if isinstance(arg, float)]
+                if call_name(made) == "log" or any(abs(n) >= _HUGE for n in numbers):
+                    raise Refused(
+                        "it adds a bias that may be a mask: its values are only known at run time, "
+                        "and may be as low as a mask's",
+                        "write the mask with torch.where or masked_fill on a bool tensor",
+                    )
 
     def _unfolded(self, cases: Cases) -> Cases:
         """Cases whose values are lookups by distance, where arithmetic can be said so."""
@@ -143,8 +165,9 @@ class Biases:
         value, wanted = example_value(operand.node), self.masks.wanted[mark]
         graph, site = operand.node.graph, self.masks.site
         assert site.scope.gm.graph is graph
-        stays = self.masks.memory.stays(operand.node, wanted.reader, site.output.node)
-        if not stays or (torch.is_grad_enabled() and self.masks.memory.is_written(operand.node)):
+        # What is trained reads it again.
+        until = graph.output_node() if torch.is_grad_enabled() else site.output.node
+        if not self.masks.memory.stays(operand.node, wanted.reader, until):
             raise Refused(f"its bias `{operand.node.name}` is changed in place afterwards")
         places, node = self.masks.places(operand), self.emitter.given(operand.node)
         shape = list(value.shape)
@@ -188,6 +211,14 @@ def contributions(masks: SiteMasks, keeps: Sequence[Keep]) -> list[tuple[int, Ma
     """The operands that do more than to mask."""
     pairs = enumerate(zip(masks.site.masks, keeps, strict=True))
     return [(i, operand, keep.bias) for i, (operand, keep) in pairs if keep.bias is not None]
+
+
+def _lookups(value: Value) -> set[sympy.Basic]:
+    """The lookups of data in a value."""
+    found: set[sympy.Basic] = set()
+    if isinstance(value, sympy.Basic):
+        found = value.atoms(sympy.core.function.AppliedUndef)
+    return found
 
 
 def _reads_data(cases: Cases) -> bool:
