@@ -78,9 +78,10 @@ def line(result: Result, seconds: float) -> str:
 
 def surveyed(every: Sequence[tuple[Entry, str, Case]]) -> Iterator[Result]:
     """Check and print, one after the other."""
+    at = results.commit()
     for entry, implementation, case in every:
         began = time.perf_counter()
-        result = check(entry, implementation, case)
+        result = replace(check(entry, implementation, case), commit=at)
         print(line(result, time.perf_counter() - began), flush=True)
         yield result
 

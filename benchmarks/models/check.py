@@ -68,6 +68,7 @@ class Result:
         exactness: against eager; None: not compared.
         seconds: until the first call, with its gradients, was done.
         error: the exception, and where it was raised; empty without one.
+        commit: that it was made at.
     """
 
     model: str
@@ -78,6 +79,7 @@ class Result:
     exactness: Exactness | None = None
     seconds: float = 0.0
     error: str = ""
+    commit: str = ""
 
     @property
     def rewritten(self) -> int:

@@ -28,12 +28,16 @@ class Survey:
         return all(result.ok for result in self.results)
 
 
+def commit() -> str:
+    """That results are made at."""
+    return environment()["commit"][:10]
+
+
 def versions() -> dict[str, str]:
-    """Of everything that a result depends on."""
-    known = environment()
+    """Of the packages that results depend on."""
     found = {name: version(name) for name in ("transformers", "timm", "diffusers")}
     installed = {name: number for name, number in found.items() if number is not None}
-    return {"torch": known["torch"], **installed, "commit": known["commit"]}
+    return {"torch": environment()["torch"], **installed}
 
 
 def to_json(survey: Survey) -> str:

@@ -49,10 +49,11 @@ def page(survey: Survey, length: int, window: int, bar: float, options: object) 
     """docs/MODELS.md."""
     intro = _INTRO.format(command=COMMAND, length=length, window=window, bar=bar, options=options)
     versions = ", ".join(f"{name} {number}" for name, number in survey.environment.items())
+    commits = ", ".join(dict.fromkeys(result.commit for result in survey.results))
     reasons = _reasons(survey.results)
     lines = [
         intro,
-        f"{_summary(survey.results)} Made with {versions}.",
+        f"{_summary(survey.results)} Made with {versions}, at {commits}.",
         "",
         f"| {' | '.join(_COLUMNS)} |",
         "| --- " * len(_COLUMNS) + "|",
