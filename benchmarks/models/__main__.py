@@ -1,7 +1,7 @@
 """The survey of models: what is found and rewritten in each, and how exact it is.
 
     python -m benchmarks.models --only bert,mistral
-    python -m benchmarks.models --part 3/12 --json part.json
+    python -m benchmarks.models --part 3/16 --json part.json
     python -m benchmarks.models --read benchmarks/results/models.json --markdown docs/MODELS.md
     python -m benchmarks.models --read models.json --only bert --json models.json
 

@@ -18,8 +18,8 @@ from benchmarks.models.results import of_case, read
 from benchmarks.models.zoo import ENTRIES, version
 
 ROOT = Path(__file__).parents[2]
-#: Two to three minutes on a core, each.
-PARTS = 12
+#: Two to three minutes of a core, each.
+PARTS = 16
 
 
 def commits() -> int:
