@@ -40,6 +40,8 @@ ONE_IN = {
     "test_compiled": 26,
     "test_composition": 4,
     "test_dense_masks": 19,
+    "test_expand": 11,
+    "test_expand_flex": 8,
     "test_find_block_scores": 7,
     "test_find_indexer": 10,
     "test_find_models": 0,
