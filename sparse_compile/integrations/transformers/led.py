@@ -16,7 +16,7 @@ from sparse_compile.integrations.transformers.windowed import (
     Tokens,
     WindowAndGlobal,
     either,
-    states_after,
+    through,
 )
 
 
@@ -49,12 +49,8 @@ class LEDEncoder(modeling.LEDEncoder):  # type: ignore[misc]
         hidden = self.layernorm_embedding(embeds + self.embed_positions(embeds.shape[:2]))
         hidden = nn.functional.dropout(hidden, p=self.dropout, training=self.training)
         dropped = self.layerdrop if self.training else 0.0
-        states = states_after(self.layers, hidden, Tokens.of(marks), dropped)
-        kept = (
-            tuple(states)
-            if either(output_hidden_states, self.config.output_hidden_states)
-            else None
-        )
+        keep = either(output_hidden_states, self.config.output_hidden_states)
+        last, states = through(self.layers, hidden, Tokens.of(marks), keep, dropped)
         if not either(return_dict, self.config.return_dict):
-            return (states[-1],) if kept is None else (states[-1], kept)
-        return modeling.LEDEncoderBaseModelOutput(states[-1], kept)
+            return (last,) if states is None else (last, states)
+        return modeling.LEDEncoderBaseModelOutput(last, states)

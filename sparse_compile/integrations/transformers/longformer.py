@@ -17,7 +17,7 @@ from sparse_compile.integrations.transformers.windowed import (
     Tokens,
     WindowAndGlobal,
     either,
-    states_after,
+    through,
 )
 
 _OPTIONS = "output_attentions", "output_hidden_states", "return_dict"
@@ -58,9 +58,9 @@ class LongformerModel(modeling.LongformerModel):  # type: ignore[misc]
             marks = torch.ones(hidden.shape[:2], device=hidden.device)
         if global_attention_mask is not None:
             marks = self._merge_to_attention_mask(marks, global_attention_mask)
-        states = states_after(self.encoder.layer, hidden, Tokens.of(marks))
-        pooled = None if self.pooler is None else self.pooler(states[-1])
-        kept = tuple(states) if asked["output_hidden_states"] else None
+        keep = asked["output_hidden_states"]
+        last, states = through(self.encoder.layer, hidden, Tokens.of(marks), keep)
+        pooled = None if self.pooler is None else self.pooler(last)
         if not asked["return_dict"]:
-            return (states[-1], pooled) if kept is None else (states[-1], pooled, kept)
-        return modeling.LongformerBaseModelOutputWithPooling(states[-1], pooled, kept)
+            return (last, pooled) if states is None else (last, pooled, states)
+        return modeling.LongformerBaseModelOutputWithPooling(last, pooled, states)

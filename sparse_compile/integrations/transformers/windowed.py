@@ -117,25 +117,24 @@ def _split(
     return q, k, v
 
 
-def states_after(
-    layers: Iterable[Any], hidden: Tensor, tokens: Tokens, dropped: float = 0.0
-) -> list[Tensor]:
-    """The hidden states before the first layer and after each, [B, N, features].
+def through(
+    layers: Iterable[Any], hidden: Tensor, tokens: Tokens, keep: bool, dropped: float = 0.0
+) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    """The hidden states after all layers, [B, N, features]; and those before and between them.
 
     Args:
         layers: of an encoder.
         hidden: what enters it.
         tokens: what each token is.
+        keep: whether those of all layers are kept.
         dropped: how probable it is that a layer is left out, as LED's are in training.
     """
     has_global, states = False if tokens.none_is_global() else None, [hidden]
     for layer in layers:
-        if dropped and torch.rand([]) < dropped:
-            states.append(states[-1])
-            continue
-        outputs = layer(states[-1], attention_mask=tokens, is_global_attn=has_global)
-        states.append(outputs[0])
-    return states
+        if not dropped or torch.rand([]) >= dropped:
+            hidden = layer(hidden, attention_mask=tokens, is_global_attn=has_global)[0]
+        states = [*states, hidden] if keep else states
+    return hidden, tuple(states) if keep else None
 
 
 def either(given: bool | None, otherwise: bool) -> bool:
