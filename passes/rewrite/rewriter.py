@@ -80,7 +80,7 @@ class Rewriter:
             if plan.lifted.empty_rows in (EmptyRows.ATTENDED, EmptyRows.HALVED):
                 lse = insert.call(operator.getitem, call, 1)
                 out = _attended(insert, plan, (q, k, v), learned, scale, out, lse)
-            if site.zeroed:
+            if site.zeroed in ("nan", "hidden"):
                 lse = insert.call(operator.getitem, call, 1)
                 out = _without_nan(insert, out, lse)
             if site.sinks is not None:
@@ -88,6 +88,7 @@ class Rewriter:
                 out = _with_sinks(insert, site, out, lse, site.sinks)
         if plan.indexer is not None:
             self._note_indexer(plan.indexer, plan.lifted)
+        _drop_asserts(site)
         out = _restore_axes(insert, site, out)
         site.output.node.replace_all_uses_with(out)
         self._replaced[site.output.node] = out
@@ -336,6 +337,14 @@ def _with_sinks(insert: Inserter, site: AttentionSite, out: Node, lse: Node, sin
     distance = insert.call(operator.sub, insert.method("unsqueeze", lse, -1), sinks)
     shared = insert.call(operator.mul, out, insert.call(torch.sigmoid, distance))
     return insert.method("to", shared, example_value(out).dtype)
+
+
+def _drop_asserts(site: AttentionSite) -> None:
+    """Erase what ``torch.export`` asserts of tensors that are gone: it would keep them alive."""
+    for node in site.region:
+        for user in list(node.users):
+            if user.target is torch.ops.aten._assert_tensor_metadata.default:
+                user.graph.erase_node(user)
 
 
 def _call_sdpa(
