@@ -59,7 +59,9 @@ def test_modules_that_are_trained(module: type[nn.Module]) -> None:
     model, x = module(), torch.randn(2, N, E)
     compiled = torch.compile(model, backend="sparse_compile", options=SPARSE)
     parameters = list(model.parameters())
-    for found, truth in zip(train(compiled, parameters, x), train(model, parameters, x)):
+    for found, truth in zip(
+        train(compiled, parameters, x), train(model, parameters, x), strict=True
+    ):
         assert relative_error(found, truth) < 1e-5
 
 
