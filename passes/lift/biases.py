@@ -165,8 +165,9 @@ class Biases:
         value, wanted = example_value(operand.node), self.masks.wanted[mark]
         graph, site = operand.node.graph, self.masks.site
         assert site.scope.gm.graph is graph
-        stays = self.masks.memory.stays(operand.node, wanted.reader, site.output.node)
-        if not stays or (torch.is_grad_enabled() and self.masks.memory.is_written(operand.node)):
+        # What is trained reads it again.
+        until = graph.output_node() if torch.is_grad_enabled() else site.output.node
+        if not self.masks.memory.stays(operand.node, wanted.reader, until):
             raise Refused(f"its bias `{operand.node.name}` is changed in place afterwards")
         places, node = self.masks.places(operand), self.emitter.given(operand.node)
         shape = list(value.shape)

@@ -335,7 +335,9 @@ def _with_sinks(insert: Inserter, site: AttentionSite, out: Node, lse: Node, sin
         if axis not in site.score_axes:
             sinks = insert.method("unsqueeze", sinks, position)
     distance = insert.call(operator.sub, insert.method("unsqueeze", lse, -1), sinks)
-    shared = insert.call(operator.mul, out, insert.call(torch.sigmoid, distance))
+    # Not as a sigmoid, whose gradient is computed of what is left of 1: nothing, near it.
+    share = insert.call(torch.exp, insert.call(F.logsigmoid, distance))
+    shared = insert.call(operator.mul, out, share)
     return insert.method("to", shared, example_value(out).dtype)
 
 
