@@ -28,6 +28,7 @@ from sparse_compile.passes.graph_edit import (
     first_reader,
     with_axes,
 )
+from sparse_compile.passes.rewrite.asserts import drop_asserts
 from sparse_compile.passes.rewrite.indexer import replace_indexer, replace_lists
 from sparse_compile.passes.rewrite.tables import RealisedTables, compute, realise
 from sparse_compile.sites.named import INDEX, LISTS
@@ -88,7 +89,7 @@ class Rewriter:
                 out = _with_sinks(insert, site, out, lse, site.sinks)
         if plan.indexer is not None:
             self._note_indexer(plan.indexer, plan.lifted)
-        _drop_asserts(site)
+        drop_asserts(site.region)
         out = _restore_axes(insert, site, out)
         site.output.node.replace_all_uses_with(out)
         self._replaced[site.output.node] = out
@@ -339,14 +340,6 @@ def _with_sinks(insert: Inserter, site: AttentionSite, out: Node, lse: Node, sin
     share = insert.call(torch.exp, insert.call(F.logsigmoid, distance))
     shared = insert.call(operator.mul, out, share)
     return insert.method("to", shared, example_value(out).dtype)
-
-
-def _drop_asserts(site: AttentionSite) -> None:
-    """Erase what ``torch.export`` asserts of tensors that are gone: it would keep them alive."""
-    for node in site.region:
-        for user in list(node.users):
-            if user.target is torch.ops.aten._assert_tensor_metadata.default:
-                user.graph.erase_node(user)
 
 
 def _call_sdpa(

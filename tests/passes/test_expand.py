@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
+import sparse_compile
+from sparse_compile import patterns as P
 from sparse_compile.options import Options
 from sparse_compile.passes import pipeline
 from sparse_compile.passes.expand import expand
@@ -356,3 +358,15 @@ def test_shadows_have_no_dead_nodes_and_the_metadata_of_the_call() -> None:
 
     torch._dynamo.reset()
     torch.compile(model, backend=backend)(*torch.randn(3, B, N, E))
+
+
+def test_annotations_of_modules_hold() -> None:
+    model = Attend(FIRST, {"need_weights": True})
+    sparse_compile.mask(model.attention, P.SlidingWindow(9))
+    i = torch.arange(N)
+    far = (i[:, None] - i).abs() > 9
+    truth = Attend(FIRST, {"attn_mask": far, "need_weights": True})
+    x, seen = torch.randn(B, N, E), Rewritten()
+    with torch.no_grad():
+        assert_same([seen.compiled(model)(x, x, x)], [truth(x, x, x)])
+    assert only_plan(seen).site.annotation is not None
