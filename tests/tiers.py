@@ -36,6 +36,7 @@ ONE_IN = {
     "test_windows_aot": 0,
     # Models through torch.compile: 0.5 to 2 s each, those of transformers more.
     "test_annotations": 10,
+    "test_aten_graphs": 5,
     "test_backend": 12,
     "test_compiled": 26,
     "test_composition": 4,
@@ -48,6 +49,7 @@ ONE_IN = {
     "test_lift_models": 0,
     "test_memory_of_models": 0,
     "test_models": 0,
+    "test_opaque_calls": 3,
     "test_models_table": 0,
     "test_score_models": 0,
     "test_recognise_checkpointed": 0,
@@ -146,6 +148,7 @@ INDUCTOR_ONE_IN = {
     "test_interface": 0,
     "test_lift_trees_and_blocks": 16,
     "test_models": 0,
+    "test_opaque_calls": 3,
     "test_nsa": 0,
     "test_pattern_attention": 16,
     "test_readme": 0,

@@ -113,9 +113,8 @@ def _attention(score_mod: Spread, mask_mod: Spread) -> Callable[..., tuple[Tenso
             k, v = (x.repeat_interleave(heads // k.shape[1], 1) for x in (k, v))
         scores = torch.matmul(_single(q), _single(k).transpose(-2, -1)) * scale
         scores = score_mod(scores, *places, *score_given)
-        weights = torch.softmax(torch.where(keep, scores, -math.inf), -1)
-        # Of a query without any key they are NaN, and are made 0.
-        weights = weights.nan_to_num(0.0)
+        # Of a query without any key they are 0.
+        weights = torch._safe_softmax(torch.where(keep, scores, -math.inf), -1)
         weights = weights if weights.dtype == q.dtype else weights.to(q.dtype)
         return (torch.matmul(weights, v),)
 

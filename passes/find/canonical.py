@@ -134,6 +134,10 @@ _SPELLINGS = (
     _Spelling("where", "input condition other", (), "where"),
     _Spelling("cast", "input *args **kwargs", (), "to type type_as float half bfloat16 double"),
     _Spelling("copy", "input memory_format=None", (torch.clone,), "contiguous clone"),
+    _Spelling("softmax", "input dim half_to_float=False", (), "_softmax"),
+    _Spelling("softmax", "input dim dtype=None", (torch._safe_softmax,)),
+    _Spelling("cast", "input *args **kwargs", (), "_to_copy"),
+    _Spelling("pad", "input pad value=0 mode='constant'", (), "constant_pad_nd"),
     _Spelling(
         "nan_to_num", "input nan=None posinf=None neginf=None", (torch.nan_to_num,), "nan_to_num"
     ),
@@ -147,13 +151,20 @@ _SPELLINGS = (
 )
 
 _BY_TARGET: dict[Any, _Spelling] = {target: row for row in _SPELLINGS for target in row.targets}
+#: Operators of ATen, which have the names and parameters of functions, or else of methods.
+_BY_OPERATOR = {
+    **{target: row for target, row in _BY_TARGET.items() if isinstance(target, str)},
+    **{getattr(target, "__name__", ""): row for target, row in _BY_TARGET.items()},
+}
 
 _FRAME = re.compile(r'File "(?P<path>[^"]+)", line (?P<line>\d+), in (?P<function>.+)')
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _OURS = os.path.join(os.path.dirname(errors.__file__), "api") + os.sep
 _KEPT = 3
 
-_RESHAPES = frozenset("view reshape flatten unflatten unsqueeze squeeze view_as reshape_as".split())
+_RESHAPES = frozenset(
+    "view reshape flatten unflatten unsqueeze squeeze view_as reshape_as _unsafe_view".split()
+)
 _EXPANDS = frozenset("expand expand_as broadcast_to repeat tile".split())
 _PERMUTES = frozenset("transpose swapaxes swapdims permute movedim moveaxis t mT T".split())
 
@@ -162,7 +173,8 @@ def canonical(node: object) -> Call | None:
     """The meaning of a node; None for an op, or a way to call one, that is not in the table."""
     if not isinstance(node, Node) or not _is_call(node):
         return None
-    row = _BY_TARGET.get(node.target)
+    aten = _aten_name(node.target)
+    row = _BY_TARGET.get(node.target) if aten is None else _BY_OPERATOR.get(aten)
     if row is None:
         return None
     named = {_ALIASES.get(name, name): value for name, value in node.kwargs.items()}
@@ -185,8 +197,19 @@ def op_name(node: Node) -> str:
     if node.op == "call_function":
         if node.target is builtins.getattr:
             return str(node.args[1])
-        return str(getattr(node.target, "__name__", node.target))
+        aten = _aten_name(node.target)
+        return aten if aten is not None else str(getattr(node.target, "__name__", node.target))
     return "return" if node.op == "output" else str(node.target)
+
+
+def _aten_name(target: object) -> str | None:
+    """The name of an operator of ATen, as graphs from ``torch.export`` call; None for others."""
+    if isinstance(target, torch._ops.OpOverload):
+        target = target.overloadpacket
+    if not isinstance(target, torch._ops.OpOverloadPacket):
+        return None
+    library, _, name = target._qualified_op_name.partition("::")
+    return name if library == "aten" else None
 
 
 def where(node: Node) -> tuple[str, ...]:
@@ -205,7 +228,7 @@ def where(node: Node) -> tuple[str, ...]:
 
 def source(node: Node) -> Node | None:
     """The tensor that a unary view, cast or copy starts from."""
-    first = node.args[0] if node.args else node.kwargs.get("input")
+    first = node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("self"))
     return first if isinstance(first, Node) and values.tensor(first) is not None else None
 
 
@@ -217,7 +240,10 @@ def is_reshape(node: Node) -> bool:
     if node.target is operator.getitem:
         index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
         return all(i is None or i is Ellipsis or i == slice(None) for i in index)
-    return _is_call(node) and op_name(node) in _RESHAPES
+    if not _is_call(node):
+        return False
+    same = values.same_shape(tuple(values.shape(start)), tuple(values.shape(node)))
+    return op_name(node) in _RESHAPES or (op_name(node) in _EXPANDS and same)
 
 
 def is_expand(node: Node) -> bool:
@@ -235,7 +261,8 @@ def permutation(node: Node) -> tuple[int, ...] | None:
     rank = len(values.shape(start))
     # Asking the op itself, on sizes that tell the axes apart, serves every way to write it.
     probe = torch.empty(tuple(range(2, rank + 2)), device="meta")
-    rest, keywords = node.args[1:], {k: v for k, v in node.kwargs.items() if k != "input"}
+    rest = node.args[1:]
+    keywords = {name: given for name, given in node.kwargs.items() if name not in ("input", "self")}
     if node.op == "call_method":
         moved = getattr(probe, str(node.target))(*rest, **keywords)
     else:

@@ -22,7 +22,7 @@ from sparse_compile.spec.indexer import Step
 #: Calls that read a tensor's shape, dtype or device, not its values.
 READS_NO_VALUES = frozenset(
     "size dim shape zeros_like ones_like full_like empty_like new_zeros new_ones new_full "
-    "new_empty".split()
+    "new_empty sym_size sym_stride sym_numel _assert_tensor_metadata".split()
 )
 
 

@@ -33,6 +33,8 @@ from sparse_compile.passes.find.weights import (
 from sparse_compile.sites.operands import MaskOperand, Operand, Scope
 from sparse_compile.sites.site import AttentionSite, Refused
 
+#: The softmax that yields 0 where all scores are -inf.
+SAFE = "_safe_softmax"
 _GRAD_MODES = ("_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode")
 #: What keeps the best of the scores, by index or by a threshold.
 _RANKS = frozenset("topk ge gt le lt greater_equal greater less_equal less".split())
@@ -92,7 +94,7 @@ def _match(softmax: Node, flow: Dataflow, scope: Scope) -> AttentionSite:
         score=program,
         sinks=sunk.sinks if sunk else None,
         dropout=weights.changes.dropout,
-        zeroed=_zeroed(weights.changes, masks),
+        zeroed=_zeroed(weights.changes, masks) or "empty" * (op_name(softmax) == SAFE),
     )
     if ranked and (sunk or site.plain_score):
         raise Refused(*ranked)

@@ -109,7 +109,8 @@ def _step(node: Node, axes: tuple[str, ...], reading: Reading) -> tuple[Peeled |
     base = source(nodes[-1]) if nodes else None
     if base is not None:
         return Peeled(Operand(base, axes), nodes), True
-    copies = call is not None and call.op == "copy"
+    same = is_reshape(node) and values.same_shape(values.shape(start), values.shape(node))
+    copies = same or (call is not None and call.op == "copy")
     floats = values.is_float(start) and values.is_float(node)
     casts = call is not None and call.op == "cast" and floats and values.widens(start, node)
     further = Peeled(Operand(start, axes), (node,)) if copies or casts else None

@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from sparse_compile.passes.find import values
 from sparse_compile.passes.find.canonical import canonical, is_reshape, op_name, where
+from sparse_compile.passes.find.chain import READS_NO_VALUES
 from sparse_compile.passes.find.contraction import Contraction, Letters, contraction
 from sparse_compile.passes.find.dataflow import breadth_first
 from sparse_compile.passes.find.scores import dropout_of
@@ -97,7 +98,7 @@ _HINTS = {
 
 
 def _only_reader(node: Node) -> Node:
-    readers = list(node.users)
+    readers = [reader for reader in node.users if op_name(reader) not in READS_NO_VALUES]
     overwriting = next((r for r in readers if node in written_inputs(r)), None)
     if overwriting is not None:
         raise Refused(

@@ -122,6 +122,19 @@ def cat(step: Step) -> Lifted:
     return result
 
 
+def constant_pad(step: Step) -> Lifted:
+    """A constant around a tensor, in its last dimensions."""
+    tensor, around, value = step.args
+    indices: list[sympy.Expr] = list(DIMS[: len(step.shape)])
+    inside = []
+    for number in range(len(around) // 2):
+        before, dim = around[2 * number], len(step.shape) - 1 - number
+        size = tensor.shape[dim]
+        inside += [DIMS[dim] >= before, DIMS[dim] < before + size]
+        indices[dim] = sympy.S.Zero if size == 1 else DIMS[dim] - before
+    return _chosen(step, sympy.And(*inside), reindexed(tensor, step.shape, indices), value)
+
+
 def stack(step: Step) -> Lifted:
     """Tensors one after the other along a new dimension."""
     tensors, dim = step.args[0], dim_of(step.args[1], len(step.shape))
@@ -279,6 +292,7 @@ BUILDERS: dict[str, Handler] = {
     "where": where,
     "masked_fill": masked_fill,
     "cat": cat,
+    "constant_pad_nd": constant_pad,
     "stack": stack,
     "slice_scatter": slice_scatter,
     "select_scatter": select_scatter,

@@ -82,7 +82,7 @@ def empty_row_policy(
 
 def _zeroed(masks: SiteMasks, policy: EmptyRows) -> EmptyRows:
     """The policy where weights are made 0 after the softmax."""
-    if policy is EmptyRows.NAN_ADDED and masks.need_gradients:
+    if policy is EmptyRows.NAN_ADDED and masks.need_gradients and masks.site.zeroed != "empty":
         raise Refused(
             "rows may be fully masked by adding -inf: their gradient is NaN, though weights are 0",
             "use masked_fill or torch.where with float('-inf')",

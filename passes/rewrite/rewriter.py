@@ -28,6 +28,7 @@ from sparse_compile.passes.graph_edit import (
     first_reader,
     with_axes,
 )
+from sparse_compile.passes.rewrite.asserts import drop_asserts
 from sparse_compile.passes.rewrite.indexer import replace_indexer, replace_lists
 from sparse_compile.passes.rewrite.tables import RealisedTables, compute, realise
 from sparse_compile.sites.named import INDEX, LISTS
@@ -80,7 +81,7 @@ class Rewriter:
             if plan.lifted.empty_rows in (EmptyRows.ATTENDED, EmptyRows.HALVED):
                 lse = insert.call(operator.getitem, call, 1)
                 out = _attended(insert, plan, (q, k, v), learned, scale, out, lse)
-            if site.zeroed:
+            if site.zeroed in ("nan", "hidden"):
                 lse = insert.call(operator.getitem, call, 1)
                 out = _without_nan(insert, out, lse)
             if site.sinks is not None:
@@ -88,6 +89,7 @@ class Rewriter:
                 out = _with_sinks(insert, site, out, lse, site.sinks)
         if plan.indexer is not None:
             self._note_indexer(plan.indexer, plan.lifted)
+        drop_asserts(site.region)
         out = _restore_axes(insert, site, out)
         site.output.node.replace_all_uses_with(out)
         self._replaced[site.output.node] = out

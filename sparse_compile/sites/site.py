@@ -57,7 +57,7 @@ class AttentionSite:
         sinks: the scores of further columns, which take weight and have no value.
         dropout: the probability of a weight to be dropped.
         zeroed: which weights are made 0: ``"nan"``, those that are NaN; ``"hidden"``, those of a
-            query without keys; empty: none.
+            query without keys; ``"empty"``, those of a query with all scores -inf; empty: none.
     """
 
     scope: Scope

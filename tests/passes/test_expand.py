@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
+import sparse_compile
+from sparse_compile import patterns as P
 from sparse_compile.options import Options
 from sparse_compile.passes import pipeline
 from sparse_compile.passes.expand import expand
@@ -48,10 +50,8 @@ FIRST = {"batch_first": True}
 FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "bool mask": (FIRST, {"attn_mask": CAUSAL}),
     "tokens first": ({}, {"attn_mask": CAUSAL}),
-    "floating mask": (FIRST, {"attn_mask": minus_inf(CAUSAL)}),
     "mask for each head": (FIRST, {"attn_mask": CAUSAL.expand(B * H, N, N)}),
     "padding": (FIRST, {"key_padding_mask": PADDED}),
-    "floating padding": (FIRST, {"key_padding_mask": minus_inf(PADDED)}),
     "both": (FIRST, {"attn_mask": CAUSAL, "key_padding_mask": PADDED}),
     "both and a hint": (
         FIRST,
@@ -103,6 +103,17 @@ def test_modules_are_rewritten(name: str, weights: bool) -> None:
     assert only_plan(seen).site.kind == ("eager" if weights else "sdpa")
     assert seen.traces[0].where[-1].startswith("test_expand.py:")
     assert not any("softmax" in target or "scaled_dot" in target for target in seen.targets())
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_a_floating_mask_that_is_made_is_read(weights: bool) -> None:
+    class Causal(Attend):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            mask = nn.Transformer.generate_square_subsequent_mask(q.shape[1])
+            return self.attention(q, k, v, attn_mask=mask, need_weights=weights)[0]
+
+    plan = only_plan(compare(Causal(FIRST, {}), operands(FIRST)))
+    assert str(plan.lifted.mask.predicate) == "kv <= q"
 
 
 @pytest.mark.parametrize("weights", [False, True])
@@ -281,6 +292,10 @@ LEFT: dict[str, tuple[Callable[..., Any], str]] = {
         "inside a torch.func transform",
     ),
     "fp64": (lambda x: module().double()(*[x.double()] * 3), "float64"),
+    "a mask that may be a bias": (
+        lambda x: module(attn_mask=minus_inf(CAUSAL))(x, x, x),
+        "its values are only known at run time",
+    ),
     "nothing is hidden": (
         lambda x: module(attn_mask=None)(x, x, x),
         "PyTorch's own kernel already skips",
@@ -343,3 +358,15 @@ def test_shadows_have_no_dead_nodes_and_the_metadata_of_the_call() -> None:
 
     torch._dynamo.reset()
     torch.compile(model, backend=backend)(*torch.randn(3, B, N, E))
+
+
+def test_annotations_of_modules_hold() -> None:
+    model = Attend(FIRST, {"need_weights": True})
+    sparse_compile.mask(model.attention, P.SlidingWindow(9))
+    i = torch.arange(N)
+    far = (i[:, None] - i).abs() > 9
+    truth = Attend(FIRST, {"attn_mask": far, "need_weights": True})
+    x, seen = torch.randn(B, N, E), Rewritten()
+    with torch.no_grad():
+        assert_same([seen.compiled(model)(x, x, x)], [truth(x, x, x)])
+    assert only_plan(seen).site.annotation is not None

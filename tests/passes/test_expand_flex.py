@@ -20,7 +20,7 @@ B, H, N, D, BLOCK = 2, 4, 48, 16, 16
 DOCUMENTS = torch.arange(N) // 20
 OF_BATCH = torch.stack([DOCUMENTS, torch.arange(N) // 13])
 SLOPES, DISTANCES = torch.randn(H), torch.randn(H, 2 * N)
-PAIRS = torch.randn(H, N, N)
+PAIRS = torch.nn.Parameter(torch.randn(H, N, N))
 
 Mask = Callable[[Any, Any, Any, Any], Any]
 Score = Callable[[Any, Any, Any, Any, Any], Any]

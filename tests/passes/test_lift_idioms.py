@@ -314,6 +314,24 @@ def _named(mask: Mask) -> Callable[..., Tensor]:
     return eval(f"lambda {names}: attend(x, mask({names}))", scope)  # type: ignore[no-any-return]
 
 
+def padded(x: Tensor, pad: Tensor) -> Tensor:
+    n = x.shape[2]
+    i, around = torch.arange(n - 3), torch.nn.functional.pad
+    band = around(i[None] <= i[:, None], (2, 1, 0, 3), value=True)
+    added = torch.zeros(2, n - 2).masked_fill(pad[:, 1:-1] == 0, -torch.inf)
+    return band & (around(added, (1, 1)) == 0)[:, None, None] & around(band, (-1, 1))
+
+
+def test_padding_and_cropping() -> None:
+    """With sizes that are known: a trace of them makes others known, too."""
+    given = inputs(2, 16)
+    captured = capture(_named(padded), given["x"], given["pad"])
+    found = lift(captured)
+    assert isinstance(found, LiftedMask), found
+    check(found, captured, padded, batch=2, n=16, seed=5)
+    assert found.mask.tables == ("bool",)
+
+
 def test_writes_through_views() -> None:
     captured = capture(lambda x: attend(x, m17_through_a_view(x)), inputs(2, 16)["x"])
     found = lift(captured)
