@@ -66,13 +66,14 @@ CANONICAL = ("b", "b1", "b2", "h", "h1", "h2", "n", "d")
 class Inserter:
     """Appends nodes before an anchor node, each with the ``example_value`` torch.compile expects.
 
-    Values are computed under the fake mode of the anchor's own value: any other mode would not mix
-    with the graph's, and nodes without a value make AOTAutograd's cache refuse the graph.
+    Values are computed under the fake mode of the anchor's own value, or of what it reads: any
+    other mode would not mix with the graph's, and nodes without a value make AOTAutograd's cache
+    refuse the graph.
     """
 
     def __init__(self, gm: GraphModule, anchor: Node) -> None:
         self.gm, self.anchor = gm, anchor
-        self._fake_mode = example_value(anchor).fake_mode
+        self.fake_mode = fake_mode_of((anchor, *anchor.all_input_nodes))
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
         """A ``call_function`` node."""
@@ -108,7 +109,7 @@ class Inserter:
         fake_kwargs = map_arg(kwargs, example_value)
         # Dynamo has finished binding sizes that are only known at run time, as a layout's length;
         # AOTAutograd traces the graph anew and binds its own.
-        with self._fake_mode, unbound_sizes(self._fake_mode):
+        with self.fake_mode, unbound_sizes(self.fake_mode):
             if op == "call_method":
                 value = getattr(fake_args[0], target)(*fake_args[1:], **fake_kwargs)
             else:

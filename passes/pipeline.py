@@ -18,6 +18,7 @@ from sparse_compile.errors import RestrictionFailed
 from sparse_compile.options import Options
 from sparse_compile.passes.decide.pick import decide, declares_range
 from sparse_compile.passes.decide.propose import propose
+from sparse_compile.passes.expand import expand
 from sparse_compile.passes.find import find_attention, find_indexer
 from sparse_compile.passes.graph_edit import device_of
 from sparse_compile.passes.lift import LiftCache, lift_mask
@@ -30,11 +31,13 @@ from sparse_compile.passes.restrict import (
 )
 from sparse_compile.passes.rewrite.lists import hold_layouts, remember_given, share_lists
 from sparse_compile.passes.rewrite.rewriter import Rewriter
+from sparse_compile.passes.rewrite.shadows import settle
 from sparse_compile.sites.plan import Plan, Trace
+from sparse_compile.sites.shadow import Expanded
 from sparse_compile.sites.site import LiftedMask, Ranking, Rejection
 from sparse_compile.spec.target import Target
 
-PASSES = ("find", "lift", "restrict", "propose", "decide", "rewrite")
+PASSES = ("expand", "find", "lift", "restrict", "propose", "decide", "rewrite")
 
 
 def run(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> tuple[Trace, ...]:
@@ -57,7 +60,7 @@ def plan(
     options: Options,
     target: Target | None = None,
 ) -> tuple[Trace, ...]:
-    """All passes but the last: ``gm`` stays as it is.
+    """All passes but the last: ``gm`` computes what it does, and nothing reads what is added.
 
     Args:
         gm: the graph that Dynamo captured.
@@ -66,7 +69,7 @@ def plan(
         target: what to plan for; default the device of each attention.
     """
     guards, cache = not declares_range(example_inputs), LiftCache()
-    traces = find(gm)
+    traces = find(gm, expand(gm, example_inputs))
     lifting = partial(lift, inputs=example_inputs, options=options, cache=cache)
     traces = _each("lift", lifting, traces)
     traces = _each("restrict", restrict, traces)
@@ -80,11 +83,12 @@ def plan(
     return _each("decide", lambda trace: decide(trace, sharing[_masks(trace)], guards), traces)
 
 
-def find(gm: GraphModule) -> tuple[Trace, ...]:
+def find(gm: GraphModule, expanded: Expanded) -> tuple[Trace, ...]:
     """Every attention of a graph, with its annotation."""
     began = time.perf_counter()
-    found = [with_annotation(one) for one in find_attention(gm)]
+    found = [with_annotation(one) for one in find_attention(gm, expanded)]
     traces = [Trace(one, decision=one if isinstance(one, Rejection) else None) for one in found]
+    traces = [replace(trace, shadow=expanded.shadow_of(trace.node)) for trace in traces]
     seconds = time.perf_counter() - began
     return tuple(trace.timed("find", seconds / len(traces)) for trace in traces)
 
@@ -119,6 +123,7 @@ def rewrite(gm: GraphModule, traces: Sequence[Trace], options: Options) -> None:
     Raises:
         RestrictionFailed: what an annotation restricts was left as it was.
     """
+    settle(traces)
     rewriter = Rewriter(options.check_promises)
     for trace in traces:
         if isinstance(trace.decided, Plan):

@@ -107,6 +107,21 @@ def gate_inputs() -> Scope:
     return {**scope, "attention_inputs": pairs}
 
 
+def of_transformers() -> Scope:
+    from transformers import AutoModelForCausalLM, LongformerConfig, LongformerModel, MistralConfig
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    longer = {"num_attention_heads": 2, "attention_window": 8, "max_position_embeddings": 128}
+    return {
+        "AutoModelForCausalLM": AutoModelForCausalLM,
+        "LongformerModel": LongformerModel,
+        "config": MistralConfig(**sizes, **heads, sliding_window=16),
+        "longformer_config": LongformerConfig(**sizes, **longer, sep_token_id=2),
+    }
+
+
 def compiles(scope: Scope) -> None:
     close(scope["fast"](scope["tokens"]), scope["model"](scope["tokens"]))
 
@@ -163,6 +178,17 @@ def dense(scope: Scope, pattern: Any) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
 
+def means_the_same(scope: Scope) -> None:
+    tokens = torch.randint(5, 50, (1, 40))
+    decoder = scope["decoder"].eval()
+    eager = scope["AutoModelForCausalLM"].from_config(scope["config"], attn_implementation="eager")
+    eager.load_state_dict(decoder.state_dict())
+    close(decoder(tokens).logits, eager.eval()(tokens).logits)
+    by_hand = scope["LongformerModel"](scope["longformer_config"]).eval()
+    by_hand.load_state_dict(scope["encoder"].state_dict())
+    close(scope["encoder"](tokens)[0], by_hand(tokens)[0])
+
+
 def close(found: Tensor, truth: Tensor) -> None:
     torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-4)
 
@@ -182,6 +208,7 @@ SNIPPETS: dict[str, list[tuple[Callable[[], Scope], Check]]] = {
         (lambda: operands(1300), selects),
         (native_sparse, differentiable),
         (latent, differentiable),
+        (of_transformers, means_the_same),
     ],
     "docs/training-a-gate.md": [(gate_inputs, learns), (lambda: operands(200, 32), selects)],
     "docs/DESIGN.md": [],

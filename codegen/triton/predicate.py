@@ -218,8 +218,8 @@ def _lookup(
     pieces: list[str | Term] = [f"tl.load({name}"]
     bounds = []
     for axis, (arg, expr) in enumerate(zip(args, exprs, strict=True)):
-        if expr == 0:
-            continue
+        if expr == 0 and name[0] == "w":
+            continue  # an axis of size one
         if expr in (Q, KV):
             # Neighbours stay neighbours, so the addresses cost nothing.
             pieces += [" + ", arg, f".to(tl.int64) * {name}_stride{axis}"]

@@ -302,11 +302,18 @@ def _computes_with(node: Node, data: set[Node]) -> bool:
     name = call_name(node)
     if not isinstance(node.target, torch._ops.OpOverload) or name in _HANDLERS:
         return False
-    if name == "add" and not all(source in data for source in node.all_input_nodes):
+    others = [source for source in node.all_input_nodes if source not in data]
+    if name == "add" and len(others) == 1 and not any(map(_of_windows, made_of(others[0]))):
         return False  # of a mask, perhaps
     if name not in _CASTS and not _is_elementwise(node.target, name):
         return False
     return any(source in data for source in node.all_input_nodes)
+
+
+def _of_windows(node: Node) -> bool:
+    """Whether a tensor has more axes than scores: as masks of windows, which take long to read."""
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dim() > 4
 
 
 def _is_elementwise(op: torch._ops.OpOverload, name: str) -> bool:

@@ -157,6 +157,9 @@ class Symbolic:
             "Write & for `and`, | for `or`, ~ for `not`, and torch.where(...) for `if`.",
         )
 
+    #: Coordinates are on none; functions of transformers ask, to move to it what they compute.
+    device = "cpu"
+
     def __getattr__(self, name: str) -> Any:
         if name not in OPERATIONS:
             raise AttributeError(f"coordinates have no {name!r}")

@@ -12,6 +12,7 @@ from torch.fx import Node
 from sparse_compile.layout.cost import Candidate
 from sparse_compile.layout.views.split_views import Split
 from sparse_compile.sites.annotation import Annotation
+from sparse_compile.sites.shadow import Shadow
 from sparse_compile.sites.site import AttentionSite, LiftedMask, Rejection, ScoringSite
 from sparse_compile.spec import AttentionSpec
 from sparse_compile.spec.indexer import BlockScoresSpec, IndexerSpec
@@ -129,6 +130,7 @@ class Trace:
 
     Attributes:
         found: the attention, or why what looked like one is none.
+        shadow: what it stands in, if that is a call written out beside itself.
         lifted: its mask, or why it is not understood.
         readings: the mask with the annotation, each way in which it can be said.
         target: the device that it is planned for.
@@ -138,6 +140,7 @@ class Trace:
     """
 
     found: AttentionSite | Rejection
+    shadow: Shadow | None = None
     lifted: LiftedMask | Rejection | None = None
     readings: tuple[Reading, ...] = ()
     target: Target | None = None

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import sparse_compile
 from sparse_compile.cli import main
 from sparse_compile.errors import BadOption, UnknownOption
+from sparse_compile.inspect.explain import explain_with
 from sparse_compile.options import Options
 from sparse_compile.passes import pipeline
 from tests.tolerance import relative_error
@@ -258,11 +259,16 @@ NEAR_MISSES = [
     _masked_after_softmax,
     _masked_before_the_softcap,
     _scores_used_twice,
-    _dropout,
     _finite_fill,
-    _distance_bias,
     _weights_changed,
 ]
+
+
+@pytest.mark.parametrize("program", [_dropout, _distance_bias], ids=["dropout", "distance bias"])
+def test_what_was_a_near_miss_is_rewritten(program: Callable[[Tensor], object]) -> None:
+    q = torch.randn(1, 2, 60, 16)
+    report = explain_with({"decide": "sparse"})(program, q)
+    assert all(site.rewritten for site in report.sites), str(report)
 
 
 @pytest.mark.parametrize("program", NEAR_MISSES, ids=lambda f: f.__name__.strip("_"))

@@ -256,34 +256,6 @@ def test_rejections(name: str) -> None:
     assert rejection.where[-1].startswith("test_find_sdpa.py:")
 
 
-def test_opaque_calls_say_what_to_write() -> None:
-    attention = nn.MultiheadAttention(8, 2, batch_first=True).eval()
-    encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
-    x = torch.randn(2, 5, 8)
-    for fn, name in (
-        (lambda x: attention(x, x, x)[0], "nn.MultiheadAttention"),
-        (encoder, "nn.TransformerEncoderLayer"),
-    ):
-        (rejection,) = find_attention(capture_one(fn, x).gm)
-        assert isinstance(rejection, Rejection)
-        assert name in rejection.reason
-        assert rejection.hint
-
-
-def test_flex_attention_is_left_alone() -> None:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    def causal(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        return torch.where(q >= kv, score, -float("inf"))
-
-    args = tensors(*[(1, 2, 16, 16)] * 3)
-    (rejection,) = find_attention(
-        capture_one(lambda q, k, v: flex_attention(q, k, v, causal), *args).gm
-    )
-    assert isinstance(rejection, Rejection)
-    assert "flex_attention" in rejection.reason
-
-
 def test_attention_inside_vmap_is_rejected() -> None:
     found = find_attention(capture_one(torch.vmap(sdpa), *qkv()).gm)
     assert sites(found) == ()

@@ -28,7 +28,7 @@ STARTS = (0, 5, 5, 12, 13)
 
 
 @pytest.mark.parametrize("tensor", [False, True])
-@pytest.mark.parametrize("mask, rule", MASKS, ids=lambda case: str(case)[:40])
+@pytest.mark.parametrize("mask, rule", MASKS, ids=[str(mask)[:40] for mask, _ in MASKS])
 def test_each_sequence_is_as_it_is_alone(mask: P.Pattern, rule: Rule, tensor: bool) -> None:
     starts = torch.tensor(STARTS, dtype=torch.int32) if tensor else STARTS
     sequence = [0] * 5 + [2] * 7 + [3]

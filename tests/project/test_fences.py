@@ -233,3 +233,62 @@ def test_the_launcher_of_triton_is_known(monkeypatch: pytest.MonkeyPatch) -> Non
     bound([tensor.data_ptr()], device=1)
     launched, repeated = ([getattr(a, "data_ptr", lambda a=a: a)() for a in one] for one in seen)
     assert repeated == launched
+
+
+def test_the_code_of_multi_head_attention_can_be_run_under_a_mode() -> None:
+    """expand/python_mha.py runs a copy of it, which does not hand itself over to the mode."""
+    import torch.nn.functional as F
+    from torch.overrides import TorchFunctionMode
+
+    from sparse_compile.passes.expand.python_mha import ASKS, as_python
+
+    called: list[str] = []
+
+    class Watching(TorchFunctionMode):
+        def __torch_function__(
+            self, func: object, types: object, args: tuple[object, ...] = (), kwargs: object = None
+        ) -> object:
+            called.append(getattr(func, "__name__", ""))
+            assert callable(func)
+            return func(*args, **(kwargs or {}))  # type: ignore[arg-type]
+
+    module = torch.nn.MultiheadAttention(8, 2)
+    x, bias = torch.randn(5, 1, 8), module.in_proj_bias
+    projections = module.in_proj_weight, bias, None, None, False, 0.0, module.out_proj.weight
+    arguments = (x, x, x, 8, 2, *projections, module.out_proj.bias)
+    assert ASKS in F.multi_head_attention_forward.__code__.co_names
+    with Watching():
+        F.multi_head_attention_forward(*arguments)
+        assert called == ["multi_head_attention_forward"]
+        found, _ = as_python()(*arguments)
+    assert {"linear", "softmax", "bmm"} <= set(called)
+    assert torch.equal(found, module(x, x, x)[0])
+
+
+def test_a_block_mask_is_a_tuple_that_starts_with_its_lists() -> None:
+    """expand/flex.py and expand/blocks.py read it, and the arguments of the operator, by place."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def causal(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+        return q >= kv
+
+    mask = create_block_mask(causal, None, None, 32, 32, device="cpu", BLOCK_SIZE=(16, 8))
+    items = mask.as_tuple()
+    assert items[:2] == (32, 32)
+    lists = mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices
+    assert all(item is one for item, one in zip(items[2:6], lists, strict=True))
+    assert items[-3:] == (16, 8, causal)
+
+    seen: list[tuple[object, ...]] = []
+
+    def backend(gm: torch.fx.GraphModule, _: list[object]) -> object:
+        seen.extend(node.args for node in gm.graph.nodes if node.name == "flex_attention")
+        return gm
+
+    q = torch.randn(1, 1, 32, 8)
+    torch.compile(flex_attention, backend=backend)(q, q, q, block_mask=mask, scale=0.5)
+    ((*operands, score_mod, blocks, scale, _, score_given, mask_given),) = seen
+    assert len(operands) == 3
+    assert len(blocks) == len(items)
+    assert (scale, score_given, mask_given) == (0.5, (), ())
+    assert [str(one.target)[:5] for one in (score_mod, blocks[-1])] == ["score", "mask_"]

@@ -1,10 +1,17 @@
 """What this library does for models of transformers.
 
->>> from sparse_compile.integrations.transformers import sparsify
+Importing it makes ``attn_implementation="sparse_compile"`` known, see :func:`register`.
+:func:`sparsify` is for Longformer, LED and BigBird, which are sparse by hand.
 
-:func:`sparsify` has it compute the attention that Longformer, LED and BigBird do in chunks.
+>>> from sparse_compile.integrations import transformers as _
+>>> from transformers import AttentionInterface
+>>> "sparse_compile" in AttentionInterface()
+True
 """
 
+from sparse_compile.integrations.transformers.interface import NAME, register
 from sparse_compile.integrations.transformers.sparsify import sparsify
 
-__all__ = ["sparsify"]
+__all__ = ["NAME", "register", "sparsify"]
+
+register()
