@@ -117,11 +117,14 @@ def test_checkpointed_training(implementation: str) -> None:
     assert outer[0] is outer[1]
 
 
-def test_active_dropout_is_named() -> None:
-    graphs = capture(bert("eager").train(), tokens(), grad=True, fullgraph=False)
-    found = rejections(find_all(graphs))
-    assert len(found) == LAYERS
-    assert all("dropout" in rejection.reason for rejection in found)
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_active_dropout_is_found(implementation: str) -> None:
+    model = bert(implementation).train()
+    graphs = capture(model, tokens(), grad=True, fullgraph=False)
+    found = find_all(graphs)
+    assert rejections(found) == ()
+    assert model.config.attention_probs_dropout_prob == 0.1
+    assert [site.dropout for site in sites(found)] == [0.1] * LAYERS
 
 
 def test_a_router_is_not_attention() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparse_compile import reference
+from sparse_compile.sites.site import LiftedMask
 from sparse_compile.spec import EmptyRows
 from tests.passes.lifting import attend, eager, lifted, refused
 
@@ -163,16 +164,36 @@ def test_scores_upcast_before_the_mask() -> None:
 
 
 @pytest.mark.parametrize("fill", [-100.0, -1e4, -1e9])
-def test_finite_fills_are_a_bias(fill: float) -> None:
-    for form in (added(fill), filled(fill), sdpa_added(fill)):
-        assert "finite score" in refused(form, *data()).reason
+def test_finite_fills_leave_some_weight(fill: float) -> None:
+    for form in (filled(fill), through_where(fill)):
+        found = refused(form, *data())
+        assert "finite score" in found.reason
         if fill == -100.0:
+            assert "finite_fill" not in found.hint
             assert "finite score" in refused(form, *data(), finite_fill="minus_inf").reason
         else:
-            assert "finite_fill" in refused(form, *data()).hint
-            found = lifted(form, *data(), finite_fill="minus_inf")
-            assert found.empty_rows is EmptyRows.ZERO
-            assert str(found.mask) == "(kv <= q) & Ne(t0(b, kv), 0)"
+            assert "finite_fill" in found.hint
+            assert_assumed(lifted(form, *data(), finite_fill="minus_inf"))
+
+
+@pytest.mark.parametrize("fill", [-100.0, -1e4, -1e9])
+def test_finite_numbers_that_are_added_are_a_bias(fill: float) -> None:
+    for form in (added(fill), sdpa_added(fill)):
+        found = lifted(form, *data())
+        assert (str(found.mask), found.empty_rows) == ("True", EmptyRows.ZERO)
+        assert found.score is not None
+        assert found.learned is not None
+        if fill <= -1e4:
+            assert_assumed(lifted(form, *data(), finite_fill="minus_inf"))
+        else:
+            assert lifted(form, *data(), finite_fill="minus_inf").score == found.score
+
+
+def assert_assumed(found: LiftedMask) -> None:
+    """As if -inf were meant."""
+    assert found.empty_rows is EmptyRows.ZERO
+    assert str(found.mask) == "(kv <= q) & Ne(t0(b, kv), 0)"
+    assert found.score is None
 
 
 def test_two_added_minima_overflow_where_both_mask() -> None:

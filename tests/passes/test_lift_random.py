@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from sparse_compile.expr import MaskExpr, evaluate
+from sparse_compile.expr import KV, MaskExpr, Q, evaluate
 from sparse_compile.passes.lift.lift import Lifter
 from sparse_compile.passes.lift.masks import at_coordinates
 from sparse_compile.passes.lift.value import Lifted, reads_data
@@ -159,7 +159,7 @@ def lifted_program(program: Program) -> Lifted:
 
 
 def dense(found: Lifted) -> Tensor:
-    predicate = at_coordinates(found.condition, found, ("q", "kv"))
+    predicate = at_coordinates(found.condition, found, (Q, KV))
     coordinates = {"q": torch.arange(N)[:, None], "kv": torch.arange(N)}
     return evaluate(MaskExpr(predicate), coordinates, N, N).expand(N, N)
 
