@@ -173,6 +173,13 @@ def _check_finite(masks: SiteMasks, examples: Examples) -> None:
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
             continue
         known = value.requires_grad or isinstance(value, torch.nn.Parameter)
+        if known and _hides(value):
+            raise Refused(
+                "it adds a parameter that hides keys with -inf or numbers as low: what it holds is "
+                "only known at run time",
+                "keep what it hides in a bool buffer, True to attend, and pass that as attn_mask "
+                'or write masked_fill(~allowed, float("-inf"))',
+            )
         if value.dim() and value.shape[-1] in lengths and not known:
             raise Refused(
                 "it adds a bias that is not a mask: its values are only known at run time",
@@ -180,6 +187,12 @@ def _check_finite(masks: SiteMasks, examples: Examples) -> None:
                 "it is a bias, or promise what it is: "
                 "sparse_compile.mask(module, pattern, promise=True)",
             )
+
+
+def _hides(value: torch.Tensor) -> bool:
+    """Whether a parameter of the example holds numbers that no bias has."""
+    known = type(value) in (torch.Tensor, torch.nn.Parameter)  # no fake one
+    return known and not bool((value.detach() > LARGEST_ASSUMED).all())
 
 
 def _is_trained(node: Node) -> bool:
