@@ -7,6 +7,7 @@ be faster, and something in the program stands in the way.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -144,7 +145,9 @@ def _share(kept: Tensor, causal: bool) -> float:
         kept = kept & torch.ones(kept.shape[-2:], dtype=torch.bool, device=kept.device).tril()
     rows, keys = kept.shape[-2:]
     padded = torch.nn.functional.pad(kept, (0, -keys % _BLOCK, 0, -rows % _BLOCK))
-    held = padded.unflatten(-1, (-1, _BLOCK)).any(-1).unflatten(-2, (-1, _BLOCK)).any(-2)
+    *lead, rows, keys = padded.shape
+    tiles = padded.reshape(*lead, rows // _BLOCK, _BLOCK, keys // _BLOCK, _BLOCK)
+    held = tiles.any(-1).any(-2)
     return float(held.float().mean()) if held.numel() else 1.0
 
 
@@ -165,6 +168,7 @@ def _pays(trace: Trace, share: float, sharing: int, options: Options) -> bool:
 
 def _work(trace: Trace) -> Workload | None:
     """What there is to do, by the sizes of the scores; None where one is not known."""
+    assert trace.node is not None
     if isinstance(trace.found, AttentionSite):
         q, k, v = (example_value(x.node) for x in (trace.site.q, trace.site.k, trace.site.v))
         shape, features = [*q.shape[:-1], k.shape[-2]], q.shape[-1] + v.shape[-1]
@@ -176,9 +180,7 @@ def _work(trace: Trace) -> Workload | None:
     if len(sizes) < len(numbers) or len(shape) < 2:
         return None
     *lead, n_q, n_kv, wide = sizes
-    count = 1
-    for size in lead:
-        count *= size
+    count = math.prod(lead)
     needs = example_value(trace.node).requires_grad
     trained, eager = torch.is_grad_enabled() and needs, _is_written_out(trace)
     return Workload(1, count, n_q, n_kv, wide, trained, eager)
