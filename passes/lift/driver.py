@@ -31,7 +31,6 @@ from sparse_compile.passes.lift.value import size_expr, solve_for_symbol
 from sparse_compile.passes.lift.verify import Examples, Question, verify
 from sparse_compile.sites.operands import Scope
 from sparse_compile.sites.site import AttentionSite, LiftedMask, Refused, Rejection, SelectedKeys
-from sparse_compile.spec import EmptyRows
 
 
 @dataclass
