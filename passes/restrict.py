@@ -130,10 +130,11 @@ def _joined(lifted: LiftedMask, expr: MaskExpr, key: str) -> LiftedMask:
 
 def _promised_empty_rows(site: AttentionSite, note: Annotation) -> EmptyRows:
     """As the program's own, where its fill is known without reading its mask tensors."""
-    (fill, *more) = {mask.fill for mask in site.masks}
     adds = any(mask.role == "add" for mask in site.masks)
-    if site.kind == "sdpa" or adds or more or isinstance(fill, Node):
+    fills = [mask.changed(mask.fill) for mask in site.masks if not isinstance(mask.fill, Node)]
+    if site.kind == "sdpa" or adds or len(fills) < len(site.masks) or len({*fills}) > 1:
         return EmptyRows.ZERO
+    fill, *_ = fills
     diagonal = note.bound.expr.predicate.xreplace({KV: Q})
     if diagonal == sympy.true and dimension(site.q, "n") == dimension(site.k, "n"):
         return EmptyRows.ZERO  # every query sees itself

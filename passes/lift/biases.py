@@ -190,13 +190,18 @@ class Biases:
 
     def program(self) -> ScoreProgram | None:
         """What happens to the scaled products; None: nothing."""
-        site = self.masks.site
-        if site.score is None:
+        score = self.masks.site.score
+        if score is None:
             return None
+        program = self.program_of(score.value)
+        return None if program.value == SCORE else program
+
+    def program_of(self, value: sympy.Expr) -> ScoreProgram:
+        """A value over marks of operands as one over what they contribute."""
         lookups = {one.mark: one.lookup for one in self.found}
-        marks = {learned(i)(): lookups.get(i, sympy.S.Zero) for i in range(len(site.masks))}
-        value = site.score.value.xreplace(marks)
-        return None if value == SCORE else ScoreProgram(value, tuple(self.dtypes))
+        count = len(self.masks.site.masks)
+        marks = {learned(i)(): lookups.get(i, sympy.S.Zero) for i in range(count)}
+        return ScoreProgram(value.xreplace(marks), tuple(self.dtypes))
 
     def computed(self) -> Computed | None:
         """The program that computes the tensors."""

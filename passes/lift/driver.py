@@ -17,11 +17,11 @@ from sparse_compile.passes.graph_edit import dimension
 from sparse_compile.passes.lift.biases import Biases, contributions
 from sparse_compile.passes.lift.bounds import Ranges
 from sparse_compile.passes.lift.emit import Emitter
-from sparse_compile.passes.lift.empty_rows import LARGEST_ASSUMED, empty_row_policy
+from sparse_compile.passes.lift.empty_rows import LARGEST_ASSUMED, Level, of_empty_rows
 from sparse_compile.passes.lift.expose import expose
 from sparse_compile.passes.lift.kept import Kept, is_topk_index, split_kept, topk_dim, topk_of
 from sparse_compile.passes.lift.lift import Lifter
-from sparse_compile.passes.lift.masks import Keep, Lengths, SiteMasks, read_operand
+from sparse_compile.passes.lift.masks import Keep, Lengths, SiteMasks, is_trained, read_operand
 from sparse_compile.passes.lift.normalize import normalise
 from sparse_compile.passes.lift.selected import NotSelected, check_heads, split_selection, uncast
 from sparse_compile.passes.lift.simplify import Simplifier
@@ -124,10 +124,10 @@ def _lift(
     predicate = simplify(sympy.And(*(simplify(condition) for condition in conditions)))
     biases = _biases(masks, lifter, keeps)
     program = biases.program()
-    trained = [one for one in biases.found if _is_trained(site.masks[one.mark].node)]
+    trained = [one for one in biases.found if is_trained(site.masks[one.mark])]
     linear = (program is None or program.derivative == 1) and not trained
-    policy = empty_row_policy(masks, keeps, predicate, simplify, options.finite_fill, linear)
-    if policy in (EmptyRows.ATTENDED, EmptyRows.HALVED) and any(one.cases for one in trained):
+    empty = of_empty_rows(masks, keeps, predicate, simplify, options.finite_fill, linear)
+    if empty.levels and any(one.cases for one in trained):
         # What is hidden may have been chosen by `where`, and then gets no gradient.
         biases = _biases(masks, lifter, keeps, direct=True)
         program = biases.program()
@@ -135,14 +135,20 @@ def _lift(
     learned = biases.computed()
     if biases.found:
         _check_finite(masks, examples)
+    reading = _Reading(masks, lifter, simplify, predicate)
+    fallbacks = tuple(_fallback(reading, level, biases) for level in empty.levels)
+    if fallbacks:
+        fallbacks = (*fallbacks[:-1], replace(fallbacks[-1], empty_rows=empty.policy))
+    policy = EmptyRows.ZERO if fallbacks else empty.policy
 
     def checked(lifted: LiftedMask) -> LiftedMask:
         lifted = replace(lifted, empty_rows=policy, fills=fills, score=program, learned=learned)
-        asked = Question(masks, [keep.raw for keep in keeps], tuple(biases.found), lifted, examples)
+        lifted = replace(lifted, fallbacks=fallbacks)
+        ways = [[state.fills for state in level.states] for level in empty.levels]
+        asked = Question(masks, keeps, tuple(biases.found), lifted, examples, ways)
         visited = verify(asked, options.verify_bytes, cache.slicer)
         return replace(lifted, visited=visited)
 
-    reading = _Reading(masks, lifter, simplify, predicate)
     lifted = checked(_with_selection(reading))
     selection = lifted.selection
     if selection is None or selection.waits is None or site.ranked is not None:
@@ -180,10 +186,6 @@ def _check_finite(masks: SiteMasks, examples: Examples) -> None:
                 "it is a bias, or promise what it is: "
                 "sparse_compile.mask(module, pattern, promise=True)",
             )
-
-
-def _is_trained(node: Node) -> bool:
-    return torch.is_grad_enabled() and bool(node.meta["example_value"].requires_grad)
 
 
 def _biases(
@@ -227,16 +229,49 @@ def _with_selection(reading: _Reading) -> LiftedMask:
 
 def _tabled(reading: _Reading, predicate: sympy.Basic, chosen: Selects | None = None) -> LiftedMask:
     """The predicate with run-time data as tables and sizes, and the program that computes them."""
+    lifted, _ = _tabled_with(reading, predicate, (), chosen)
+    return lifted
+
+
+def _tabled_with(
+    reading: _Reading,
+    predicate: sympy.Basic,
+    conditions: Sequence[sympy.Basic],
+    chosen: Selects | None = None,
+) -> tuple[LiftedMask, Sequence[sympy.Basic]]:
+    """The same, and further conditions over its tables and sizes."""
     masks, lifter = reading.masks, reading.lifter
     lengths, scope = masks.lengths, masks.part.scope
-    tabled = Tabler(same_length=lengths[Q] == lengths[KV])(predicate)
-    named, sizes = _named_sizes(reading.simplify(tabled.predicate), lengths)
+    tabled = Tabler(same_length=lengths[Q] == lengths[KV])(predicate, *conditions)
+    spelled = [reading.simplify(one) for one in (tabled.predicate, *tabled.others)]
+    (named, *others), sizes = _named_sizes(spelled, lengths)
     if not tabled.contents and not tabled.dense and not sizes and chosen is None:
-        return LiftedMask(MaskExpr(named))
+        return LiftedMask(MaskExpr(named)), others
     emitter = Emitter(lifter, lengths, _size_holders(scope))
     lifted = with_program(emitter, tabled, named, sizes, chosen)
     selection = None if chosen is None else _selection(chosen, lifter)
-    return replace(lifted, scope=scope, selection=selection)
+    return replace(lifted, scope=scope, selection=selection), others
+
+
+def _fallback(reading: _Reading, level: Level, biases: Biases) -> LiftedMask:
+    """What a query without keys attends to, with scores that count alike."""
+    *cases, (last, _) = level.values
+    lifted, conditions = _tabled_with(reading, level.condition, [where for _, where in cases])
+    masks = reading.masks
+    if lifted.dense and not all(
+        masks.memory.stays(node, masks.wanted[0].reader, masks.site.output.node)
+        for node in lifted.leaves
+        if node.graph is masks.site.output.node.graph
+    ):
+        raise Refused(
+            "rows may be fully masked, and its mask tensor is changed in place before they are "
+            "attended to",
+            "change it after the attention",
+        )
+    value = last
+    for (other, _), where in zip(reversed(cases), reversed(conditions), strict=True):
+        value = sympy.Piecewise((other, where), (value, True))
+    return replace(lifted, score=replace(biases.program_of(value), absorbed=True))
 
 
 def _selection(chosen: Selects, lifter: Lifter) -> SelectedKeys:
@@ -255,18 +290,19 @@ def _selection(chosen: Selects, lifter: Lifter) -> SelectedKeys:
 
 
 def _named_sizes(
-    predicate: sympy.Basic, lengths: Lengths
-) -> tuple[sympy.Basic, tuple[sympy.Symbol, ...]]:
-    """The predicate with n_q and n_kv, and s0, s1, ... for the other sizes, which are returned."""
+    conditions: Sequence[sympy.Basic], lengths: Lengths
+) -> tuple[list[sympy.Basic], tuple[sympy.Symbol, ...]]:
+    """Conditions with n_q and n_kv, and s0, s1, ... for the other sizes, which are returned."""
     names: dict[sympy.Basic, sympy.Expr] = {}
     for coordinate, length in ((KV, N_KV), (Q, N_Q)):
         solved = solve_for_symbol(lengths[coordinate], length)
         if solved is not None:
             names.setdefault(*solved)
     known = {B, H, Q, KV}
-    rest = sorted((s for s in predicate.free_symbols if s not in known | names.keys()), key=str)
+    found = {symbol for condition in conditions for symbol in condition.free_symbols}
+    rest = sorted(found - known - names.keys(), key=str)
     names |= {symbol: size_symbol(number) for number, symbol in enumerate(rest)}
-    return predicate.xreplace(names), tuple(rest)
+    return [condition.xreplace(names) for condition in conditions], tuple(rest)
 
 
 def _size_holders(scope: Scope) -> dict[sympy.Symbol, Node]:

@@ -46,11 +46,13 @@ class Tabled:
 
     Attributes:
         predicate: in terms of ``t0(...), t1(...), ...``.
+        others: further conditions in the same terms.
         contents: for each table, its element, over the coordinates that it is indexed with.
         dense: the same for each of the tables of bits, which come last; the elements are Booleans.
     """
 
     predicate: sympy.Basic
+    others: tuple[sympy.Basic, ...]
     contents: tuple[sympy.Basic, ...]
     dense: tuple[sympy.Basic, ...]
 
@@ -63,15 +65,16 @@ class Tabler:
         self._tables: dict[sympy.Basic, int] = {}
         self._dense: dict[sympy.Basic, sympy.Symbol] = {}
 
-    def __call__(self, predicate: sympy.Basic) -> Tabled:
-        """The predicate over tables."""
-        replaced = self._replace(predicate)
+    def __call__(self, predicate: sympy.Basic, *others: sympy.Basic) -> Tabled:
+        """The predicate over tables, and further conditions."""
+        replaced = [self._replace(condition) for condition in (predicate, *others)]
         first = len(self._tables)
         bits = {
             symbol: dense_bit(first + number, [c.name for c in coordinates_of(element)])
             for number, (element, symbol) in enumerate(self._dense.items())
         }
-        return Tabled(replaced.xreplace(bits), tuple(self._tables), tuple(self._dense))
+        whole, *rest = (condition.xreplace(bits) for condition in replaced)
+        return Tabled(whole, tuple(rest), tuple(self._tables), tuple(self._dense))
 
     def _replace(self, expr: sympy.Basic) -> sympy.Basic:
         if not reads_data(expr):

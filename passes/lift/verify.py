@@ -17,7 +17,7 @@ from sparse_compile.passes.dense_tables import mask_data, selection_data
 from sparse_compile.passes.graph_edit import example_value
 from sparse_compile.passes.lift.biases import Bias
 from sparse_compile.passes.lift.kept import arguments_of, is_topk_index, topk_dim, topk_of
-from sparse_compile.passes.lift.masks import SiteMasks
+from sparse_compile.passes.lift.masks import Keep, SiteMasks
 from sparse_compile.passes.lift.prefix import CannotRun, Prefix, bytes_of, prefix_of
 from sparse_compile.passes.lift.slice import Slicer
 from sparse_compile.passes.lift.value import Unliftable, size_expr
@@ -86,17 +86,24 @@ class Question:
 
     Attributes:
         masks: of the attention.
-        fills: for each operand, what it holds where it masks by adding.
+        keeps: for each operand, what it does.
         biases: what operands contribute to scores.
         lifted: what they were understood to be.
         examples: what the program is run with.
+        ways: for each of the fallbacks, by which numbers the operands hide its keys; None: one does
+            not.
     """
 
     masks: SiteMasks
-    fills: Sequence[Sequence[float]]
+    keeps: Sequence[Keep]
     biases: Sequence[Bias]
     lifted: LiftedMask
     examples: Examples
+    ways: Sequence[Sequence[Sequence[float | None]]] = ()
+
+    def fills(self, operand: int) -> list[float]:
+        """What an operand holds where it masks, or what the scores get then."""
+        return [float(fill) for _, fill in self.keeps[operand].hidden]
 
     @property
     def heads(self) -> int:
@@ -147,6 +154,10 @@ def verify(asked: Question, verify_bytes: int, slicer: Slicer) -> Visited | None
     return pairs if known else None
 
 
+#: Ways in which pairs are hidden, or not: each of masks over [b, h, q, kv] that hold together.
+Ways = Sequence[Sequence[Tensor]]
+
+
 class _NotComputed(Refused):
     """The program's own operators failed."""
 
@@ -157,11 +168,17 @@ def _check(asked: Question, prefix: Prefix | None, leaves: Mapping[Node, Any]) -
         tensors = _tensors(asked, prefix, leaves)
         kept = _kept(asked, tensors)
         _compare_biases(asked, leaves, tensors)
+        fallen = [_fallen(asked, tensors, ways) for ways in asked.ways]
     except Refused:
         raise
     except Exception as error:  # The user's operators: anything can be raised.
         raise _NotComputed(f"its mask could not be computed for a check: {error}") from error
-    return _compare(asked, leaves, kept)
+    visible = _compare(asked, asked.lifted, leaves, [kept])
+    before: Ways = [kept]
+    for fallback, expected in zip(asked.lifted.fallbacks, fallen, strict=True):
+        _compare(asked, fallback, leaves, expected, before)
+        before = [*before, *expected]
+    return visible
 
 
 def _example(leaf: Node, examples: Examples) -> Any:
@@ -220,19 +237,46 @@ def _kept(asked: Question, tensors: Sequence[Any]) -> list[Tensor]:
     """For each operand, which scores it keeps, over [b, h, q, kv]."""
     site, kept = asked.masks.site, []
     biased, heads = {one.mark for one in asked.biases}, asked.heads
-    operands = enumerate(zip(site.masks, asked.fills, tensors, strict=False))
-    for mark, (operand, known, mask) in operands:
+    for mark, (operand, mask) in enumerate(zip(site.masks, tensors, strict=False)):
         if operand.role == "factor":
             continue
-        for dim in range(mask.dim()):
-            if mask.stride(dim) == 0 and mask.shape[dim] > 1:
-                mask = mask.narrow(dim, 0, 1)
+        known = asked.fills(mark)
+        mask = _unexpanded(mask)
         if operand.role == "add" and mark not in biased:
             _check_fills(mask, known)
         keep = ~_is_any(mask, known) if operand.role == "add" else mask.bool()
         keep = ~keep if operand.role == "drop" else keep
         kept.append(asked.masks.spread(keep, operand, heads))
     return kept
+
+
+def _unexpanded(tensor: Tensor) -> Tensor:
+    """A tensor without what was only expanded."""
+    for dim in range(tensor.dim()):
+        if tensor.stride(dim) == 0 and tensor.shape[dim] > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
+
+
+def _fallen(
+    asked: Question, tensors: Sequence[Any], ways: Sequence[Sequence[float | None]]
+) -> Ways:
+    """Ways in which pairs are hidden, as masks."""
+    site, heads = asked.masks.site, asked.heads
+    found = []
+    for way in ways:
+        together = []
+        for mark, (operand, fill, mask) in enumerate(zip(site.masks, way, tensors, strict=False)):
+            if operand.role == "factor":
+                continue
+            mask, known = _unexpanded(mask), asked.fills(mark)
+            hidden = _is_any(mask, known if fill is None else [fill])
+            if operand.role != "add":
+                hidden = mask.bool() if operand.role == "drop" else ~mask.bool()
+            holds = ~hidden if fill is None else hidden
+            together.append(asked.masks.spread(holds, operand, heads))
+        found.append(together)
+    return found
 
 
 def _is_any(mask: Tensor, fills: Sequence[float]) -> Tensor:
@@ -267,7 +311,7 @@ def _compare_biases(asked: Question, leaves: Mapping[Node, Any], tensors: Sequen
             coordinates = grid(part.device, **where, q=queries, kv=range(part.shape[3]))
             data = ScoreData(coordinates, lengths[Q], lengths[KV], learned=read)
             expected = evaluate_lookup(one.lookup, part, data)
-            masked = _is_any(part, asked.fills[one.mark])
+            masked = _is_any(part, asked.fills(one.mark))
             if not torch.equal(expected.masked_fill(masked, 0), part.masked_fill(masked, 0)):
                 raise Refused(
                     "internal check failed: a bias as understood differs from the program's",
@@ -284,9 +328,19 @@ def _check_fills(mask: Tensor, fills: Sequence[float]) -> None:
         )
 
 
-def _compare(asked: Question, leaves: Mapping[Node, Any], kept: Sequence[Tensor]) -> Visited:
-    """Raise where the masks differ; the pairs in their blocks, for each query."""
-    masks, lifted, examples = asked.masks, asked.lifted, asked.examples
+def _compare(
+    asked: Question,
+    lifted: LiftedMask,
+    leaves: Mapping[Node, Any],
+    ways: Ways,
+    ignored: Ways = (),
+) -> Visited:
+    """Raise where a mask is not what holds in one of some ways, but for pairs that do not matter.
+
+    Returns:
+        the pairs in its blocks, for each query.
+    """
+    masks, examples = asked.masks, asked.examples
     lengths = {symbol: examples.size(expr) for symbol, expr in masks.lengths.items()}
     outputs: Sequence[Any] = ()
     if lifted.program is not None:
@@ -299,7 +353,8 @@ def _compare(asked: Question, leaves: Mapping[Node, Any], kept: Sequence[Tensor]
     if chosen is not None and chosen.shape[1] > 1:
         chosen = chosen.repeat_interleave(lengths[H] // chosen.shape[1], 1)
     device = masks.device
-    shape = [max([1, *(mask.shape[axis] for mask in kept)]) for axis in (0, 1)]
+    given = [mask for way in (*ways, *ignored) for mask in way]
+    shape = [max([1, *(mask.shape[axis] for mask in given)]) for axis in (0, 1)]
     pairs, partial, each = 0.0, 0.0, shape[0] * shape[1] * lengths[KV]
     for start, stop in chunks(lengths[Q], each, _CHUNK, tile=_BLOCK):
         queries, keys = range(start, stop), range(lengths[KV])
@@ -307,12 +362,11 @@ def _compare(asked: Question, leaves: Mapping[Node, Any], kept: Sequence[Tensor]
         found = evaluate(lifted.mask, coordinates, lengths[Q], lengths[KV], tables, sizes)
         if chosen is not None:
             found = found & chosen[:, :, start:stop]
-        expected = torch.ones((), dtype=torch.bool, device=device)
-        for mask in kept:
-            expected = expected & (mask[:, :, start:stop] if mask.shape[2] > 1 else mask)
+        expected = _hold(ways, start, stop, device)
         if masks.site.causal:
             expected = expected & (coordinates["kv"] <= coordinates["q"])
-        _raise_if_different(found, expected, start)
+        wrong = (found != expected) & ~_hold(ignored, start, stop, device)
+        _raise_if_any(wrong, start)
         held, hidden = (_pairs_in_blocks(x, len(queries), len(keys)) for x in (found, ~found))
         pairs += held
         # Blocks that hold both are counted twice.
@@ -333,8 +387,18 @@ def _pairs_in_blocks(found: Tensor, rows: int, keys: int) -> float:
     return pairs / count
 
 
-def _raise_if_different(found: Tensor, expected: Tensor, start: int) -> None:
-    wrong = found != expected
+def _hold(ways: Ways, start: int, stop: int, device: torch.device) -> Tensor:
+    """Where one of some ways holds, for some queries."""
+    found = torch.zeros((), dtype=torch.bool, device=device)
+    for way in ways:
+        together = torch.ones((), dtype=torch.bool, device=device)
+        for mask in way:
+            together = together & (mask[:, :, start:stop] if mask.shape[2] > 1 else mask)
+        found = found | together
+    return found
+
+
+def _raise_if_any(wrong: Tensor, start: int) -> None:
     if not bool(wrong.any()):
         return
     wrong = wrong[(None,) * (4 - wrong.dim())]

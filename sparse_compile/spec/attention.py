@@ -27,9 +27,6 @@ class EmptyRows(str, Enum):
             overwritten, so Q and K get no gradient.
         MEAN_ADDED: the mean of V, as *adding* finfo.min gives. The scores are absorbed by rounding,
             but autograd still sends the softmax gradient through them to Q and K.
-        ATTENDED: the same for scores that are not linear in q·k, or have a bias that is trained. No
-            executor knows it: the rewritten graph attends a second time, for these rows alone.
-        HALVED: as ATTENDED, with half of the gradients: those of a maximum of two equal numbers.
     """
 
     ZERO = "zero"
@@ -37,8 +34,6 @@ class EmptyRows(str, Enum):
     NAN_ADDED = "nan_added"
     MEAN = "mean"
     MEAN_ADDED = "mean_added"
-    ATTENDED = "attended"
-    HALVED = "halved"
 
 
 #: Of the text of a spec; graphs with another are not read.
