@@ -100,7 +100,7 @@ class Biases:
         """
         for lookup in {at for _, value in cases for at in _lookups(value)}:
             node = self.lifter.node_of(lookup)
-            for made in () if node is None else made_of(node):
+            for made in () if node is None or node in self.lifter.strange else made_of(node):
                 numbers = [arg for arg in made.args if isinstance(arg, float)]
                 if call_name(made) == "log" or any(abs(n) >= _HUGE for n in numbers):
                     raise Refused(

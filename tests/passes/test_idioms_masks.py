@@ -23,6 +23,7 @@ from tests.passes.idioms import (
     causal,
     left,
     qkv,
+    right,
     visible,
 )
 
@@ -246,8 +247,20 @@ def low_of_fp32(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
     return scores.softmax(-1).to(q.dtype) @ v
 
 
-def one_minus_ones(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
-    return (q @ k.mT * 0.25 + (1 - pad[:, None, None]) * torch.finfo(q.dtype).min).softmax(-1) @ v
+def one_minus_half(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+    """As BERT did: a mask where the padding is 0 or 1."""
+    inverted = 1 - pad[:, None, None].to(q.dtype)
+    return (q @ k.mT * 0.25 + inverted * torch.finfo(q.dtype).min).softmax(-1) @ v
+
+
+def one_minus_bools(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+    return one_minus_half(q, k, v, pad != 0)
+
+
+def one_minus_filled_half(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+    inverted = 1.0 - pad[:, None, None].to(dtype=q.dtype)
+    low = torch.finfo(q.dtype).min
+    return (q @ k.mT * 0.25 + inverted.masked_fill(inverted.bool(), low)).softmax(-1) @ v
 
 
 def filled_half(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
@@ -258,16 +271,35 @@ def sdpa_half(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
     return sdpa(q, k, v, visible(pad))
 
 
-HALF = [low_added, low_filled, low_of_fp32, filled_half, sdpa_half]
+OF_PADDING = [low_of_fp32, one_minus_half, one_minus_bools, one_minus_filled_half]
+HALF = [low_added, low_filled, filled_half, sdpa_half, *OF_PADDING]
 
 
 @pytest.mark.parametrize("program", HALF, ids=lambda program: program.__name__)
 def test_bfloat16(program: Program) -> None:
     mask = assert_rewritten(program, *qkv(), left(), dtype=torch.bfloat16).mask
-    assert mask == ("t0[b, kv] != 0" if program is low_of_fp32 else PADDED)
+    assert mask == ("t0[b, kv] != 0" if program in OF_PADDING else PADDED)
 
 
-@pytest.mark.parametrize("program", [low_of_fp32, filled_half], ids=lambda p: p.__name__)
+@pytest.mark.parametrize("program", [one_minus_half, one_minus_bools, one_minus_filled_half])
+def test_bfloat16_where_an_entry_is_padding(program: Program) -> None:
+    """All its rows are the mean of the values, and have gradients."""
+    pad = (torch.arange(N) < torch.tensor([[N], [0]])).long()
+    assert_rewritten(program, *qkv(), pad, dtype=torch.bfloat16)
+
+
+def test_integers_that_are_no_bits() -> None:
+    """Two hides less than nothing: it is a bias like any other."""
+    pad = (torch.arange(N) * 7 % 3).repeat(B, 1)
+    given = [x.detach() for x in qkv()]
+    site = assert_rewritten(one_minus_half, *given, pad, dtype=torch.bfloat16)
+    assert site.mask == "t0[b, kv] != 0"
+    assert site.score.startswith("score + w0(b, kv)")
+
+
+@pytest.mark.parametrize(
+    "program", [low_of_fp32, filled_half, low_filled], ids=lambda p: p.__name__
+)
 def test_float16(program: Program) -> None:
     assert_rewritten(program, *qkv(), left(), dtype=torch.float16)
 
@@ -280,11 +312,15 @@ def test_the_least_float16_where_no_row_is_fully_masked() -> None:
     assert assert_rewritten(program, *qkv(), dtype=torch.float16).mask == CAUSAL
 
 
-@pytest.mark.parametrize("program", [low_added, low_filled], ids=lambda p: p.__name__)
+@pytest.mark.parametrize(
+    "program", [low_added, one_minus_half, one_minus_bools], ids=lambda p: p.__name__
+)
 def test_the_least_float16_absorbs_nothing(program: Program) -> None:
+    """A sum with it is rounded to multiples of 32, or is minus infinity."""
     given = [x.detach().half() for x in qkv()]
-    site = assert_left("float16 scores with finfo.min", program, *given, left())
+    site = assert_left("adds finfo.min to float16 scores", program, *given, left())
     assert 'float("-inf")' in site.hint
+    assert_rewritten(program, *given, right(), dtype=torch.float16, finite_fill="minus_inf")
 
 
 # What is left, and why ------------------------------------------------------------------------
