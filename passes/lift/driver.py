@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from sparse_compile.options import Options
 from sparse_compile.passes.graph_edit import dimension
 from sparse_compile.passes.lift.biases import Biases, contributions
 from sparse_compile.passes.lift.bounds import Ranges
+from sparse_compile.passes.lift.data_masks import is_kept, with_hidden
 from sparse_compile.passes.lift.emit import Emitter
 from sparse_compile.passes.lift.empty_rows import LARGEST_ASSUMED, Level, of_empty_rows
 from sparse_compile.passes.lift.expose import expose
@@ -117,7 +118,7 @@ def _lift(
         cache.traced[nodes] = _lifter(part)
     lifter, masks = cache.traced[nodes], masks.traced()
     examples = Examples.of(site.scope, example_inputs)
-    keeps = _keeps(masks, lifter, options)
+    keeps = _with_data(masks, lifter, _keeps(masks, lifter, options), examples)
     simplify = Simplifier(Ranges({symbol: n - 1 for symbol, n in masks.lengths.items()}))
     conditions = [keep.condition for keep in keeps]
     conditions += [sympy.Le(KV, Q)] if site.causal else []
@@ -133,8 +134,6 @@ def _lift(
         program = biases.program()
     fills = tuple(fill for keep in keeps for fill in keep.fills)
     learned = biases.computed()
-    if biases.found:
-        _check_finite(masks, examples)
     reading = _Reading(masks, lifter, simplify, predicate)
     fallbacks = tuple(_fallback(reading, level, biases) for level in empty.levels)
     if fallbacks:
@@ -168,24 +167,37 @@ def _lifter(part: Slice) -> Lifter:
     return Lifter(traced, part.leaves)
 
 
-def _check_finite(masks: SiteMasks, examples: Examples) -> None:
-    """That no bias is read from an input that may as well hold a mask: -inf, or what absorbs.
+def _with_data(
+    masks: SiteMasks, lifter: Lifter, keeps: Sequence[Keep], examples: Examples
+) -> list[Keep]:
+    """What operands do, some of which may read a mask in floating numbers beside a bias.
 
-    What a row yields that has nothing else depends on these numbers, which only a call has.
+    Raises:
+        Refused: of an input, which may as well hold one: -inf, or what absorbs. What a row yields
+            that has nothing else depends on these numbers, which only a call has.
     """
-    lengths = {examples.size(masks.lengths[KV])} - {1}
-    for leaf in masks.part.leaves:
-        value = examples.values.get(leaf)
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-            continue
-        known = value.requires_grad or isinstance(value, torch.nn.Parameter)
-        if value.dim() and value.shape[-1] in lengths and not known:
+    lengths, found = {examples.size(masks.lengths[KV])} - {1}, list(keeps)
+    for mark, keep in enumerate(keeps):
+        read = made_of(lifter.outputs[mark]) if keep.bias is not None else ()
+        leaves = [lifter.leaves[node] for node in read if node in lifter.leaves]
+        suspects = [leaf for leaf in leaves if _may_hold_mask(examples.value_of(leaf), lengths)]
+        if suspects and all(map(is_kept, suspects)):
+            found[mark] = with_hidden(masks, lifter, mark, keep)
+        elif suspects:
             raise Refused(
                 "it adds a bias that is not a mask: its values are only known at run time",
                 "pass a bool mask if it only says who may attend to whom, make it a parameter if "
                 "it is a bias, or promise what it is: "
                 "sparse_compile.mask(module, pattern, promise=True)",
             )
+    return found
+
+
+def _may_hold_mask(value: Any, lengths: Container[int]) -> bool:
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or not value.dim():
+        return False
+    known = value.requires_grad or isinstance(value, torch.nn.Parameter)
+    return value.shape[-1] in lengths and not known
 
 
 def _biases(

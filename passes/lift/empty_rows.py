@@ -111,6 +111,9 @@ def of_empty_rows(
         return nothing
     if site.zeroed == "hidden":
         return nothing
+    several = site.causal + sum(bool(keep.hidden) for keep in keeps) > 1
+    if several and any(keep.data for keep in keeps):
+        raise _DIFFERENT  # The best of its numbers may be hidden by another mask.
     states = states_of(masks, keeps, simplify)
     _check_known(masks, states)
     trained = masks.need_gradients and finite_fill != "minus_inf"

@@ -67,6 +67,7 @@ class Lifter:
         self._values: dict[Node, Any] = {}
         self._numbers: dict[Node, Any] = {}
         self._simplifiers: dict[Shape, Simplifier] = {}
+        self._computed: dict[tuple[Any, str], Node] = {}
 
     @property
     def outputs(self) -> Sequence[Node]:
@@ -95,6 +96,17 @@ class Lifter:
         value = self._argument(node)
         assert isinstance(value, Lifted)
         return value
+
+    def computed(self, op: torch._ops.OpOverload, *args: Any) -> Node:
+        """A node of the graph that computes more."""
+        made = self._computed.get((op, repr(args)))
+        if made is None:
+            values = map_arg(args, lambda node: node.meta["val"])
+            (output,), mode = self.gm.graph.find_nodes(op="output"), values[0].fake_mode
+            with self.gm.graph.inserting_before(output), mode, torch.no_grad():
+                made = self._computed[op, repr(args)] = self.gm.graph.call_function(op, args)
+                made.meta["val"] = op(*values)
+        return made
 
     def simplifier(self, shape: Shape) -> Simplifier:
         """A simplifier for coordinates in ``shape``."""

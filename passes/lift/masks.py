@@ -173,12 +173,14 @@ class Keep:
         hidden: which scores are masked by which of the fills, as the operand holds them.
         bias: what it adds to the others, or multiplies them with, over ``b, h, q, kv``; None:
             nothing.
+        data: whether only a call knows its numbers, of which the lowest are a mask.
     """
 
     condition: sympy.Basic
     fills: tuple[float, ...] = ()
     hidden: Cases = ()
     bias: Cases | None = None
+    data: bool = False
 
 
 def is_trained(operand: MaskOperand) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from sparse_compile.expr import KV, H, Q, ScoreData, evaluate, evaluate_lookup, 
 from sparse_compile.passes.dense_tables import mask_data, selection_data
 from sparse_compile.passes.graph_edit import example_value
 from sparse_compile.passes.lift.biases import Bias
+from sparse_compile.passes.lift.data_masks import hides
 from sparse_compile.passes.lift.kept import arguments_of, is_topk_index, topk_dim, topk_of
 from sparse_compile.passes.lift.masks import Keep, SiteMasks
 from sparse_compile.passes.lift.prefix import CannotRun, Prefix, bytes_of, prefix_of
@@ -57,6 +59,12 @@ class Examples:
             if isinstance(value, torch.SymInt):
                 values[node] = int(size_expr(value).xreplace(symbols))
         return Examples(values, symbols)
+
+    def value_of(self, leaf: Node) -> Any:
+        """The value of an input, or of a constant of a graph; None if it is not known."""
+        if leaf.op == "get_attr":
+            return operator.attrgetter(str(leaf.target))(leaf.graph.owning_module)
+        return self.values.get(leaf)
 
     def size(self, size: Any) -> int:
         """The example value of a size."""
@@ -149,7 +157,8 @@ def verify(asked: Question, verify_bytes: int, slicer: Slicer) -> Visited | None
         with contextlib.suppress(_NotComputed):  # Random inputs that the program itself refuses.
             _check(asked, prefix, drawn)
     known = asked.lifted.program is not None and all(
-        leaf in examples.values or not isinstance(example_value(leaf), Tensor) for leaf in leaves
+        examples.value_of(leaf) is not None or not isinstance(example_value(leaf), Tensor)
+        for leaf in leaves
     )
     return pairs if known else None
 
@@ -183,8 +192,9 @@ def _check(asked: Question, prefix: Prefix | None, leaves: Mapping[Node, Any]) -
 
 def _example(leaf: Node, examples: Examples) -> Any:
     """The example value of a leaf; made up for results of operations that are not run here."""
-    if leaf in examples.values:
-        return examples.values[leaf]
+    known = examples.value_of(leaf)
+    if known is not None:
+        return known
     fake = leaf.meta["example_value"]
     if not isinstance(fake, Tensor):
         return examples.size(fake) if examples.knows(fake) else 1
@@ -240,13 +250,10 @@ def _kept(asked: Question, tensors: Sequence[Any]) -> list[Tensor]:
     for mark, (operand, mask) in enumerate(zip(site.masks, tensors, strict=False)):
         if operand.role == "factor":
             continue
-        known = asked.fills(mark)
         mask = _unexpanded(mask)
         if operand.role == "add" and mark not in biased:
-            _check_fills(mask, known)
-        keep = ~_is_any(mask, known) if operand.role == "add" else mask.bool()
-        keep = ~keep if operand.role == "drop" else keep
-        kept.append(asked.masks.spread(keep, operand, heads))
+            _check_fills(mask, asked.fills(mark))
+        kept.append(asked.masks.spread(~_hidden(asked, mark, mask), operand, heads))
     return kept
 
 
@@ -269,14 +276,21 @@ def _fallen(
         for mark, (operand, fill, mask) in enumerate(zip(site.masks, way, tensors, strict=False)):
             if operand.role == "factor":
                 continue
-            mask, known = _unexpanded(mask), asked.fills(mark)
-            hidden = _is_any(mask, known if fill is None else [fill])
-            if operand.role != "add":
-                hidden = mask.bool() if operand.role == "drop" else ~mask.bool()
+            hidden = _hidden(asked, mark, _unexpanded(mask), fill)
             holds = ~hidden if fill is None else hidden
             together.append(asked.masks.spread(holds, operand, heads))
         found.append(together)
     return found
+
+
+def _hidden(asked: Question, mark: int, mask: Tensor, fill: float | None = None) -> Tensor:
+    """Where an operand hides scores; with ``fill``, by that alone."""
+    role, keep = asked.masks.site.masks[mark].role, asked.keeps[mark]
+    if role != "add":
+        return mask.bool() if role == "drop" else ~mask.bool()
+    if keep.data:
+        return hides(mask, fill)
+    return _is_any(mask, asked.fills(mark) if fill is None else [fill])
 
 
 def _is_any(mask: Tensor, fills: Sequence[float]) -> Tensor:
@@ -311,7 +325,7 @@ def _compare_biases(asked: Question, leaves: Mapping[Node, Any], tensors: Sequen
             coordinates = grid(part.device, **where, q=queries, kv=range(part.shape[3]))
             data = ScoreData(coordinates, lengths[Q], lengths[KV], learned=read)
             expected = evaluate_lookup(one.lookup, part, data)
-            masked = _is_any(part, asked.fills(one.mark))
+            masked = _hidden(asked, one.mark, part)
             if not torch.equal(expected.masked_fill(masked, 0), part.masked_fill(masked, 0)):
                 raise Refused(
                     "internal check failed: a bias as understood differs from the program's",

@@ -336,7 +336,7 @@ def _ruined(insert: Inserter, operands: tuple[Node, ...], out: Node, rows: Node)
 
     Args:
         insert: what inserts.
-        operands: [B, H, N, D], some with fewer heads; those that NaN reaches.
+        operands: those that NaN reaches: v [B, Hkv, N, Dv], or q, k and v.
         out: [B, Hq, Nq, Dv].
         rows: the queries, bool [B, Hq, Nq].
     """
@@ -344,7 +344,9 @@ def _ruined(insert: Inserter, operands: tuple[Node, ...], out: Node, rows: Node)
     factor = insert.method("masked_fill", insert.method("to", rows, torch.float32), rows, math.nan)
     total: Node | float = 0.0
     for operand in operands:
-        one = insert.method("sum", operand, (2, 3), True)
+        # A key is read by all rows, a query by its own.
+        axes = (3,) if len(operands) > 1 and operand is operands[0] else (2, 3)
+        one = insert.method("sum", operand, axes, True)
         if insert.size(operand, 1) != heads:
             group = insert.call(operator.floordiv, heads, insert.size(operand, 1))
             one = insert.method("repeat_interleave", one, group, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy
 import pytest
@@ -215,6 +216,79 @@ class Buffered(nn.Module):
 
 def test_a_mask_in_a_buffer() -> None:
     assert assert_rewritten(Buffered(), *qkv()).mask == "tensor [1, 1, 40, 40]"
+
+
+def layout_of(heads: int) -> Tensor:
+    """Which blocks of 8 are attended to, bool [heads, 5, 5]; each attends to itself."""
+    kept = torch.rand(heads, N // 8, N // 8, generator=torch.Generator().manual_seed(0)) < 0.4
+    return kept | torch.eye(N // 8, dtype=torch.bool)
+
+
+def blocks_by_index(layout: Tensor) -> Tensor:
+    at = torch.arange(N)
+    return layout[:, at[:, None] // 8, at // 8]
+
+
+def blocks_by_head(layout: Tensor) -> Tensor:
+    at = torch.arange(N)
+    return layout[torch.arange(H)[:, None, None], at[:, None] // 8, at[None] // 8]
+
+
+@pytest.mark.parametrize("heads", [1, H])
+@pytest.mark.parametrize("made", [blocks_by_index, blocks_by_head], ids=lambda f: f.__name__)
+def test_a_table_of_blocks(made: Callable[[Tensor], Tensor], heads: int) -> None:
+    """It is read as it is, and no tensor of all pairs exists."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor, layout: Tensor) -> Tensor:
+        keep = made(layout.expand(H, -1, -1)) & causal()
+        return (q @ k.mT * 0.25).masked_fill(~keep, LOW).softmax(-1) @ v
+
+    shown = assert_rewritten(program, *qkv(), layout_of(heads)).mask
+    head = "h" if heads > 1 else "0"
+    assert shown == f"kv <= q and t0[{head}, q // 8, kv // 8] != 0"
+
+
+def test_numbers_of_blocks() -> None:
+    """A table of integers that is compared, for queries that come last."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor, level: Tensor) -> Tensor:
+        n_q, n_kv = q.shape[2], k.shape[2]
+        at = torch.arange(n_q)[:, None] + n_kv - n_q
+        return sdpa(q, k, v, level[at // 8, torch.arange(n_kv) // 8] > 2)
+
+    level = torch.arange(25, dtype=torch.int32).view(5, 5) * 7 % 9
+    shown = assert_rewritten(program, *qkv(n_q=16), level).mask
+    assert shown.startswith("t0[")
+    assert "kv // 8" in shown
+
+
+def test_a_table_of_pairs_is_a_tensor() -> None:
+    def by_token(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+        at = torch.arange(N)
+        return sdpa(q, k, v, seen[0, at[:, None], at])
+
+    def by_kind(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+        kind = seen[0, 0].cumsum(0)
+        return sdpa(q, k, v, seen[0][kind[:, None], kind])
+
+    seen = torch.rand(1, N, N, generator=torch.Generator().manual_seed(1)) < 0.5
+    for program in (by_token, by_kind):
+        assert assert_rewritten(program, *qkv(), seen).mask == "tensor [1, 1, 40, 40]"
+
+
+def test_elements_of_a_tensor() -> None:
+    """A table without axes; and one of bits that index another."""
+
+    def gated(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+        return (q @ k.mT).masked_fill(~(causal() | seen[0, 2, 3]), LOW).softmax(-1) @ v
+
+    def by_bits(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+        kind = seen[0, 0].long()
+        return (q @ k.mT).masked_fill(~seen[0][kind[:, None], kind], LOW).softmax(-1) @ v
+
+    seen = torch.rand(1, N, N, generator=torch.Generator().manual_seed(1)) < 0.5
+    assert assert_rewritten(gated, *qkv(), seen).mask == "kv <= q or t0[] != 0"
+    assert_rewritten(by_bits, *qkv(), seen)
 
 
 def test_a_length_that_changes() -> None:
