@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from sparse_compile.expr import KV, MaskExpr, Q, renumbered, table_index
+from sparse_compile.expr import KV, MaskExpr, Q, ScoreProgram, renumbered, table_index
 from sparse_compile.passes.graph_edit import dimension
 from sparse_compile.sites.annotation import META_KEY, Annotation, annotation_named
 from sparse_compile.sites.plan import Reading, SelectedPlan, Trace
@@ -18,6 +18,7 @@ from sparse_compile.spec import EmptyRows
 
 _NOTHING = MaskExpr(sympy.false)
 _EVERYTHING = LiftedMask(MaskExpr(sympy.true))
+_EVENLY = replace(_EVERYTHING, score=ScoreProgram(sympy.S.Zero, absorbed=True))
 
 
 def annotation_of(node: Node | None) -> Annotation | None:
@@ -59,7 +60,10 @@ def promised_mask(site: AttentionSite) -> LiftedMask | None:
         return None  # what scores are multiplied with is no mask
     own = LiftedMask(MaskExpr(sympy.Le(KV, Q) if site.causal else sympy.true))
     joined = _joined(own, note.bound.expr, note.key)
-    return replace(joined, empty_rows=_promised_empty_rows(site, note))
+    policy = _promised_empty_rows(site, note)
+    if policy is EmptyRows.MEAN and site.dropout:
+        return replace(joined, fallbacks=(_EVENLY,))  # no executor drops from a mean
+    return replace(joined, empty_rows=policy)
 
 
 def restrict(trace: Trace) -> Trace:

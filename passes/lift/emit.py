@@ -206,7 +206,7 @@ class Emitter:
         value = source if isinstance(source, Tabulated) else source.meta["val"]
         node = self.source(source)
         if value.device != self.device:
-            options = {"device": self.device}
+            options: dict[str, Any] = {"device": self.device}
             node = self.graph.call_function(aten._to_copy.default, (node,), options)
         return node, value.dtype
 

@@ -34,6 +34,12 @@ STRANGE = ScoreProgram(
     - sympy.sqrt(1 + SCORE**2) * 0.1
 )
 
+#: Scores that count alike, of which some have gradients.
+HALF_MOVED = ScoreProgram(
+    sympy.Piecewise((SCORE, sympy.Ne(T0(B, KV), 0) & (KV < Q)), (SCORE / 2, KV < 20), (0, True)),
+    absorbed=True,
+)
+
 W0, W1, W2, W3, W4 = map(learned, range(5))
 
 
@@ -64,6 +70,8 @@ CASES = [
     ),
     Case("dropout", CAUSAL, heads=(4, 2), batch=2, dropout=0.3),
     Case("dropout and biases", CAUSAL, score=_learned("float32"), learned=biases, dropout=0.1),
+    Case("even, without gradients", CAUSAL, score=ScoreProgram(sympy.S.Zero, absorbed=True)),
+    replace(_BY_NAME["padding"], score=HALF_MOVED, dtype=torch.float32),
     replace(_BY_NAME["strided in two views"], dropout=0.5),
     replace(_BY_NAME["empty rows"], dropout=0.1),
     Case("softcap", CAUSAL, heads=(6, 2), dims=(72, 40), score=softcap(2.0)),
