@@ -19,6 +19,7 @@ from sparse_compile.passes.lift.bounds import Ranges
 from sparse_compile.passes.lift.data_masks import is_kept, with_hidden
 from sparse_compile.passes.lift.emit import Emitter
 from sparse_compile.passes.lift.empty_rows import LARGEST_ASSUMED, Level, of_empty_rows
+from sparse_compile.passes.lift.examples import Examples
 from sparse_compile.passes.lift.expose import expose
 from sparse_compile.passes.lift.kept import Kept, is_topk_index, split_kept, topk_dim, topk_of
 from sparse_compile.passes.lift.lift import Lifter
@@ -29,7 +30,7 @@ from sparse_compile.passes.lift.simplify import Simplifier
 from sparse_compile.passes.lift.slice import Slice, Slicer, made_of
 from sparse_compile.passes.lift.tables import Selects, Tabler, with_program
 from sparse_compile.passes.lift.value import size_expr, solve_for_symbol
-from sparse_compile.passes.lift.verify import Examples, Question, verify
+from sparse_compile.passes.lift.verify import Question, verify
 from sparse_compile.sites.operands import Scope
 from sparse_compile.sites.site import AttentionSite, LiftedMask, Refused, Rejection, SelectedKeys
 from sparse_compile.spec import EmptyRows

@@ -21,6 +21,7 @@ from sparse_compile.expr import COORDINATES, MaskExpr
 from sparse_compile.layout.from_dense import NO_READS, DenseRead
 from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.layout.views.split_views import rounded
+from sparse_compile.ops.fresh_size import told_apart
 from sparse_compile.ops.masked import MASKED_ATTENTION, composed_of
 from sparse_compile.ops.operands import WIDEST, WIDEST_UNITS, check_operands
 from sparse_compile.ops.untraced import untraced
@@ -197,7 +198,8 @@ def _pattern_data(
         tables, lists = [*tables, *more], [*lists, index, count]
         if plan.blocks and _fits_blocks(q, v, index, named.units):
             spec = plan.blocks
-            lists = ops.LAYOUT(tables, NO_READS, [], *lengths, kv_heads, spec, q.device, lists)
+            where = spec, q.device, lists, told_apart()
+            lists = ops.LAYOUT(tables, NO_READS, [], *lengths, kv_heads, *where)
     return spec, tables, lists
 
 
@@ -277,7 +279,9 @@ def _tensor_data(q: Tensor, k: Tensor, mask: Tensor, text: str) -> _Data:
     lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
     shared = tuple([bool(size == 1) for size in mask.shape])
     spec, reads = _plan_of_tensor(shared, q.device.type, text)
-    bits, *lists = ops.LAYOUT([mask], reads, [], *lengths, k.shape[1], spec, q.device, [])
+    nothing: list[Tensor] = []
+    where = spec, q.device, nothing, told_apart()
+    bits, *lists = ops.LAYOUT([mask], reads, [], *lengths, k.shape[1], *where)
     return spec, [bits], lists
 
 
