@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sparse_compile.expr import Dropout, ScoreData, grid, keeps
 from tests.passes.idioms import (
@@ -176,6 +177,28 @@ def test_a_length_that_changes() -> None:
         return (scores + torch.where(pad[:, None, None].bool(), 0.0, low)).softmax(-1) @ v
 
     assert assert_rewritten(program, *qkv(), left(), dynamic=True).mask == CAUSAL
+
+
+def test_in_a_checkpoint() -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+        out: Tensor = checkpoint(gpt_neo, q, k, v, pad, use_reentrant=False)
+        return out
+
+    assert assert_rewritten(program, *qkv(), left()).mask == WINDOW
+
+
+def test_weights_made_zero_beside_others() -> None:
+    """Of one mask, in one graph: only those that are NaN become 0."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+        hidden = ~visible(pad)
+        scores = (q @ k.mT).masked_fill(hidden, -INF)
+        zero = scores.softmax(-1).nan_to_num() @ v
+        plain = (q @ k.mT).masked_fill(hidden, -INF).softmax(-1) @ v
+        late = torch.arange(N)[:, None] > 20
+        return torch.where(late, plain, zero)
+
+    assert_rewritten(program, *[x.detach() for x in qkv()], left())
 
 
 class Neo(nn.Module):
