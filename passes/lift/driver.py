@@ -135,6 +135,7 @@ def _lift(
         program = biases.program()
     fills = tuple(fill for keep in keeps for fill in keep.fills)
     learned = biases.computed()
+    _check_finite(masks, lifter, keeps, examples)
     reading = _Reading(masks, lifter, simplify, predicate)
     fallbacks = tuple(_fallback(reading, level, biases) for level in empty.levels)
     if fallbacks:
@@ -168,30 +169,40 @@ def _lifter(part: Slice) -> Lifter:
     return Lifter(traced, part.leaves)
 
 
+def _suspects(masks: SiteMasks, lifter: Lifter, mark: int, examples: Examples) -> list[Node]:
+    """Inputs that a bias is read from, and that may as well hold a mask: -inf, or what absorbs."""
+    lengths = {examples.size(masks.lengths[KV])} - {1}
+    read = made_of(lifter.outputs[mark])
+    leaves = [lifter.leaves[node] for node in read if node in lifter.leaves]
+    return [leaf for leaf in leaves if _may_hold_mask(examples.value_of(leaf), lengths)]
+
+
 def _with_data(
     masks: SiteMasks, lifter: Lifter, keeps: Sequence[Keep], examples: Examples
 ) -> list[Keep]:
-    """What operands do, some of which may read a mask in floating numbers beside a bias.
-
-    Raises:
-        Refused: of an input, which may as well hold one: -inf, or what absorbs. What a row yields
-            that has nothing else depends on these numbers, which only a call has.
-    """
-    lengths, found = {examples.size(masks.lengths[KV])} - {1}, list(keeps)
+    """What operands do, some of which read a mask in floating numbers beside a bias."""
+    found = list(keeps)
     for mark, keep in enumerate(keeps):
-        read = made_of(lifter.outputs[mark]) if keep.bias is not None else ()
-        leaves = [lifter.leaves[node] for node in read if node in lifter.leaves]
-        suspects = [leaf for leaf in leaves if _may_hold_mask(examples.value_of(leaf), lengths)]
+        suspects = _suspects(masks, lifter, mark, examples) if keep.bias is not None else []
         if suspects and all(map(is_kept, suspects)):
             found[mark] = with_hidden(masks, lifter, mark, keep)
-        elif suspects:
-            raise Refused(
-                "it adds a bias that is not a mask: its values are only known at run time",
-                "pass a bool mask if it only says who may attend to whom, make it a parameter if "
-                "it is a bias, or promise what it is: "
-                "sparse_compile.mask(module, pattern, promise=True)",
-            )
     return found
+
+
+def _check_finite(
+    masks: SiteMasks, lifter: Lifter, keeps: Sequence[Keep], examples: Examples
+) -> None:
+    """That no bias is read from an input that may as well hold a mask.
+
+    What a row yields that has nothing else depends on these numbers, which only a call has.
+    """
+    biases = [mark for mark, keep in enumerate(keeps) if keep.bias is not None and not keep.data]
+    if any(_suspects(masks, lifter, mark, examples) for mark in biases):
+        raise Refused(
+            "it adds a bias that is not a mask: its values are only known at run time",
+            "pass a bool mask if it only says who may attend to whom, make it a parameter if it is "
+            "a bias, or promise what it is: sparse_compile.mask(module, pattern, promise=True)",
+        )
 
 
 def _may_hold_mask(value: Any, lengths: Container[int]) -> bool:

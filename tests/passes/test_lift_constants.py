@@ -58,11 +58,11 @@ def test_a_constant_that_is_written_to() -> None:
 
 
 def test_a_number_beside_other_indices() -> None:
-    """A tensor of no dimensions that comes after others that index."""
+    """The table is read at a constant, which comes after others that index."""
 
     def program(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
         at = torch.arange(N)
-        keep = seen[torch.arange(4)[:, None], at // 8, torch.full([], 0)]
+        keep = seen[torch.arange(4)[:, None], at // 8, torch.ones(1, N, dtype=torch.int64)]
         return F.scaled_dot_product_attention(q, k, v, keep[None, :, None])
 
     seen = torch.arange(4 * 5 * 2).view(4, 5, 2) % 3 != 2
