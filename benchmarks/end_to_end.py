@@ -225,8 +225,8 @@ def problem_of(name: str, device: str, tiny: bool, forced: bool = False) -> Prob
     dense, options = built(model.dense), {"decide": "sparse"} if forced else None
     peers = (
         Peer(f"inductor+{model.dense}", dense, "inductor"),
-        Peer("hf flex_attention", built("flex_attention"), "inductor", ways=FLEX_WAYS),
         Peer("sparse_compile", dense, "sparse_compile", options, ours=True),
+        Peer("hf flex_attention", built("flex_attention"), "inductor", ways=FLEX_WAYS),
     )
     return Problem(
         name,
@@ -242,7 +242,7 @@ def arguments(words: Sequence[str] | None, names: Sequence[str], doc: str) -> ar
     parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
     parser.add_argument("--only", nargs="+", choices=names, default=list(names), metavar="NAME")
     parser.add_argument("--json", help="rows and verdicts are added to this file after each model")
-    parser.add_argument("--seconds", type=float, default=240.0, help="for each model")
+    parser.add_argument("--seconds", type=float, default=280.0, help="for each model")
     parser.add_argument("--calls", type=int, default=7, help="that are timed")
     parser.add_argument("--tiny", action="store_true", help="to test the benchmark itself")
     default = "cuda" if torch.cuda.is_available() else "cpu"

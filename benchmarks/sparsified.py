@@ -67,7 +67,8 @@ class Model:
         kind, config: its class in transformers, and that of its configuration.
         settings: of its configuration.
         tiny: those that differ where only the benchmark itself is tested.
-        length: the setting that says how many tokens it can take, if one does.
+        length: the setting that says how many tokens it can take, if one does; and how many more
+            than there are it has to say.
         marked: whether its first token is global.
         part: of the module, which is measured; empty for all of it.
     """
@@ -76,15 +77,15 @@ class Model:
     config: str
     settings: dict[str, Any]
     tiny: dict[str, Any]
-    length: str = ""
+    length: tuple[str, int] | None = None
     marked: bool = False
     part: str = ""
 
     def build(self, n: int, sparsified: bool, device: str, tiny: bool) -> nn.Module:
         """In fp32, with the same weights each time."""
         settings = self.settings | (self.tiny if tiny else {})
-        if self.length:
-            settings |= {self.length: n + 2}
+        if self.length is not None:
+            settings |= {self.length[0]: n + self.length[1]}
         torch.manual_seed(0)
         with torch.device(device):
             config = getattr(transformers, self.config)(**settings)
@@ -109,7 +110,7 @@ MODELS = {
         "LongformerConfig",
         {**_SIZES, "attention_window": [512] * LAYERS, "sep_token_id": 2, "pad_token_id": 1},
         {**_TINY, "attention_window": [32, 32]},
-        "max_position_embeddings",
+        ("max_position_embeddings", 2),
         marked=True,
     ),
     "bigbird": Model(
@@ -122,7 +123,7 @@ MODELS = {
             "num_random_blocks": 3,
         },
         {**_TINY, "block_size": 8, "num_random_blocks": 1},
-        "max_position_embeddings",
+        ("max_position_embeddings", 0),
     ),
     "led": Model(
         "LEDModel",
@@ -148,7 +149,7 @@ MODELS = {
             "decoder_attention_heads": 2,
             "attention_window": [32, 32],
         },
-        "max_encoder_position_embeddings",
+        ("max_encoder_position_embeddings", 0),
         marked=True,
         part="encoder",
     ),

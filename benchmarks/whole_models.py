@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Inputs = dict[str, Any]
+Inputs = dict[str, Tensor]
 Row = dict[str, Any]
 
 #: A peer may be so many times as far from the truth as the first that runs; FlexAttention's rule.
@@ -226,7 +226,7 @@ def _measured(
     problem: Problem, peer: Peer, setting: Setting, truth: Results | None, until: float
 ) -> Row:
     """One peer, one way: what it gives is compared, and then timed."""
-    _clean(setting)
+    _clean()
     row: Row = {}
     made, why = _attempt(lambda: _Run(problem, peer, setting), until)
     if made is None:
@@ -250,7 +250,7 @@ def _measured(
         row |= {f"{what}_{key}": value for key, value in (times or {}).items()}
     made.module = None
     del made
-    _clean(setting)
+    _clean()
     return row
 
 
@@ -294,18 +294,30 @@ def loss_of(out: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _truth(problem: Problem, setting: Setting) -> Results:
-    """Output and gradients in fp32, from weights in the dtype that is measured."""
-    _clean(setting)
+    """Output and gradients in fp32, from weights in the dtype that is measured.
+
+    Some sequences at a time, since fp32 takes more memory; the loss is a sum over them.
+    """
+    _clean()
     module = problem.truth().to(setting.dtype).float().train(problem.trained)
-    inputs = {
-        name: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x
-        for name, x in problem.inputs.items()
-    }
-    with torch.set_grad_enabled(problem.trained):
-        out = module(**inputs)[0]
-    if problem.trained:
-        loss_of(out, setting.dtype).backward()
-    return Results(out.detach().cpu(), _gradients(module) if problem.trained else {})
+    outs = []
+    for inputs in _eighths(problem.inputs):
+        with torch.set_grad_enabled(problem.trained):
+            out = module(**inputs)[0]
+        if problem.trained:
+            loss_of(out, setting.dtype).backward()
+        outs.append(out.detach().cpu())
+        del out
+    return Results(torch.cat(outs), _gradients(module) if problem.trained else {})
+
+
+def _eighths(inputs: Inputs) -> Iterator[Inputs]:
+    """Inputs of an eighth of the batch each, or of one entry, floating ones in fp32."""
+    whole = {name: x.float() if x.is_floating_point() else x for name, x in inputs.items()}
+    batch = len(next(iter(whole.values())))
+    step = max(1, batch // 8)
+    for first in range(0, batch, step):
+        yield {name: x[first : first + step] for name, x in whole.items()}
 
 
 def _gradients(module: nn.Module) -> dict[str, Tensor]:
@@ -370,9 +382,7 @@ def _attempt(call: Callable[[], Any], until: float) -> tuple[Any, str]:
         why = "out of time"
     except Exception as error:
         why = _told(error)
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    _free()
     return None, why
 
 
@@ -405,8 +415,12 @@ def _limited(until: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def _clean(setting: Setting) -> None:
+def _clean() -> None:
     torch._dynamo.reset()
-    gc.collect()
-    if setting.device == "cuda":
+    _free()
+
+
+def _free() -> None:
+    if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()

@@ -120,7 +120,7 @@ class LongT5TransientGlobalAttention(modeling.LongT5TransientGlobalAttention):  
             bias = torch.cat(
                 [_near_bias(self, hidden_states), _side_bias(self, hidden_states)], dim=1
             )
-        near, side = bias.split([2 * self.block_len - 1, bias.shape[1] - 2 * self.block_len + 1], 1)
+        near, side = bias[:, : 2 * self.block_len - 1], bias[:, 2 * self.block_len - 1 :]
         operands = _projected(self, hidden_states)
         found = _near(self, operands, near, tokens)
         out = _unsplit(found[0])
@@ -211,7 +211,8 @@ def _biases(attention: Any, table: Any, distances: Tensor) -> Tensor:
         num_buckets=attention.relative_attention_num_buckets,
         max_distance=attention.relative_attention_max_distance,
     )
-    return table(buckets).t().contiguous()
+    values: Tensor = table(buckets)
+    return values.t().contiguous()
 
 
 def _near_bias(attention: Any, hidden: Tensor) -> Tensor:
@@ -258,13 +259,13 @@ def _sides(
     sums = attention.global_input_layer_norm(_sums(tokens.without_padding(hidden), size, last))
     k, v = _split(attention.k(sums), attention), _split(attention.v(sums), attention)
     batch, heads, _, features = query.shape
-    q = F.pad(query, (0, 0, 0, rows * size - length)).unflatten(2, (rows, size))
+    q = F.pad(query, (0, 0, 0, rows * size - length)).view(batch, heads, rows, size, features)
     q = q.transpose(2, 3).reshape(batch, heads * size, rows, features)
     mask, score = _side_texts(size, _dtype(bias), last is not None)
     out, lse = attend((q, k, v), [bias], [] if last is None else [last], mask, score)
-    out = out.unflatten(1, (heads, size)).transpose(2, 3).flatten(2, 3)
-    lse = lse.unflatten(1, (heads, size)).transpose(2, 3).flatten(2, 3)
-    return out[:, :, :length], lse[:, :, :length]
+    found = (x.reshape(batch, heads, size, rows, *x.shape[3:]) for x in (out, lse))
+    out, lse = (x.transpose(2, 3).flatten(2, 3)[:, :, :length] for x in found)
+    return out, lse
 
 
 def _sums(hidden: Tensor, size: int, last: Tensor | None) -> Tensor:
@@ -277,7 +278,8 @@ def _sums(hidden: Tensor, size: int, last: Tensor | None) -> Tensor:
     """
     length = hidden.shape[1]
     count = length // size
-    padded = F.pad(hidden, (0, 0, 0, -length % size)).unflatten(1, (-1, size)).sum(2)
+    padded = F.pad(hidden, (0, 0, 0, -length % size))
+    padded = padded.view(hidden.shape[0], -1, size, hidden.shape[2]).sum(2)
     number = torch.arange(padded.shape[1], device=hidden.device)[:, None]
     ends = count - 1 if last is None else last[:, None, None]
     rest = padded.masked_fill(number < ends, 0.0).sum(1, keepdim=True)
@@ -297,7 +299,8 @@ def _near_texts(reach: int, dtype: str, padded: bool) -> tuple[str, str]:
 
 @functools.lru_cache
 def _near_programs(reach: int, dtype: str, padded: bool) -> tuple[str, str]:
-    seen, tables = sympy.Le(sympy.Abs(Q - KV), reach), ()
+    seen: sympy.Basic = sympy.Le(sympy.Abs(Q - KV), reach)
+    tables: tuple[str, ...] = ()
     if padded:
         real, tables = table(0), ("bool",)
         seen = sympy.And(seen, sympy.Ne(real(B, Q), 0), sympy.Ne(real(B, KV), 0))

@@ -1,36 +1,26 @@
-"""Attention whose scores look up trained numbers: an operator for captured graphs.
+"""Attention whose scores look up trained numbers, with the log-sum-exp of its scores.
 
 A position bias is a small tensor that a score program reads, with gradients, and no tensor of all
-pairs exists, whichever backend compiles the graph. The result comes with its log-sum-exp, by which
-attentions of the same queries to different keys become one.
+pairs exists, whichever backend compiles the graph. By their log-sum-exps attentions of the same
+queries to different keys become one.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from sparse_compile import ops
 from sparse_compile.expr import MaskExpr, ScoreProgram
 from sparse_compile.layout.from_dense import NO_READS
 from sparse_compile.layout.superset import ProblemShape
-from sparse_compile.ops.fresh_size import unbound_sizes
+from sparse_compile.ops.scored import SCORED_ATTENTION, composed_of
 from sparse_compile.ops.untraced import untraced
 from sparse_compile.passes.decide.pick import views_for
-
-_LIBRARY: Any = torch.library.Library("sparse_compile", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define(
-    "scored_attention(Tensor q, Tensor k, Tensor v, Tensor[] learned, Tensor[] tables, str mask, "
-    "str score, float scale) -> (Tensor, Tensor)"
-)
-_SCORED = torch.ops.sparse_compile.scored_attention.default
 
 #: Lengths that views are chosen for, which is a matter of cost alone.
 _USUAL = ProblemShape(1, 1, 4096, 4096)
@@ -58,9 +48,10 @@ def attend(
         [B, Hq, Nq, Dv], 0 for a query that may attend to nothing; and the log-sum-exp of its
         scores, fp32 [B, Hq, Nq], -inf there.
     """
-    call = _SCORED if torch.compiler.is_compiling() else _composed
-    out, lse = call(*operands, list(learned), list(tables), mask, score, scale)
-    return out, lse
+    if torch.compiler.is_compiling():
+        out, lse = SCORED_ATTENTION(*operands, list(learned), list(tables), mask, score, scale)
+        return out, lse
+    return _composed(operands, learned, tables, mask, score, scale)
 
 
 def joined(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
@@ -80,30 +71,27 @@ def joined(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _composed(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    learned: list[Tensor],
-    tables: list[Tensor],
+    operands: tuple[Tensor, Tensor, Tensor],
+    learned: Sequence[Tensor],
+    tables: Sequence[Tensor],
     mask: str,
     score: str,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    # While Dynamo only asks for the shapes of the results, sizes inside belong to no node.
-    asked = torch.compiler.is_compiling() and get_proxy_mode() is None
-    with unbound_sizes(getattr(q, "fake_mode", None)) if asked else contextlib.nullcontext():
-        spec = _spec(mask, score, q.device.type)
-        lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
-        lists = ops.LAYOUT(tables, NO_READS, [], *lengths, k.shape[1], spec, q.device, [])
-        out, lse = ops.ATTENTION(q, k, v, learned, tables, [], lists, scale, spec)
+    (q, k, v), device = operands, operands[0].device
+    spec, lengths = _spec(mask, score, device.type), (q.shape[0], q.shape[1], q.shape[2])
+    data = list(tables), NO_READS, [], *lengths, k.shape[2], k.shape[1], spec, device, []
+    lists = ops.LAYOUT(*data)
+    out, lse = ops.ATTENTION(q, k, v, list(learned), list(tables), [], lists, scale, spec)
     return out, lse
 
 
-_LIBRARY.impl("scored_attention", _composed, "CompositeImplicitAutograd")
+composed_of(_composed)
 
 
 @functools.lru_cache(maxsize=64)
 @untraced
 def _spec(mask: str, score: str, device: str) -> str:
+    """The text of the spec of both."""
     spec, _ = views_for(MaskExpr.parse(mask), device, _USUAL)
     return replace(spec, score=ScoreProgram.parse(score)).text
