@@ -40,6 +40,7 @@ PARTS: dict[str, int] = {
     "test_opaque_calls": 2,
     "test_recognise_threshold": 2,
     "test_score_models": 2,
+    "test_longt5": 3,
     "test_sparsify": 3,
     # Many cases of one meaning.
     "test_device_layout": 2,
