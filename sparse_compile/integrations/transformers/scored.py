@@ -79,9 +79,9 @@ def _composed(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     (q, k, v), device = operands, operands[0].device
-    spec, lengths = _spec(mask, score, device.type), (q.shape[0], q.shape[1], q.shape[2])
-    data = list(tables), NO_READS, [], *lengths, k.shape[2], k.shape[1], spec, device, []
-    lists = ops.LAYOUT(*data)
+    spec = _spec(mask, score, device.type)
+    lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+    lists = ops.LAYOUT(list(tables), NO_READS, [], *lengths, k.shape[1], spec, device, [])
     out, lse = ops.ATTENTION(q, k, v, list(learned), list(tables), [], lists, scale, spec)
     return out, lse
 
