@@ -194,6 +194,7 @@ def test_compiled_in_one_graph(kind: str, backend: str, padding: int) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_lengths_need_no_other_graph(kind: str) -> None:
+    """But for whole blocks, which nothing is added to: none of these are."""
     torch._dynamo.reset()
     model = longt5(kind)
     other, graphs = sparse(model), []
@@ -203,7 +204,7 @@ def test_other_lengths_need_no_other_graph(kind: str) -> None:
         return gm
 
     compiled = torch.compile(other, backend=counted, fullgraph=True, dynamic=True)
-    for n in (29, 40, 55):
+    for n in (29, 42, 55):
         assert_same(model, Named(compiled), batch(n, 11))
     assert len(graphs) == 1
 
