@@ -66,12 +66,14 @@ ONE_IN = {
     "test_recognise_threshold": 32,
     "test_selecting_annotations": 13,
     "test_sharing": 5,
+    "test_longt5": 9,
     "test_sparsify": 9,
     # Whole programs: benchmarks, commands, processes of their own.
     "test_cli": 3,
     "test_demo": 2,
     "test_selected_peers": 3,
     "test_train_gate": 2,
+    "test_whole_models": 4,
     # Many cases of one meaning: 0.05 to 1 s each.
     "test_algebra": 3,
     "test_benchmarks": 5,
@@ -172,7 +174,9 @@ INDUCTOR_ONE_IN = {
     "test_score_models": 16,
     "test_selecting_annotations": 8,
     "test_sharing": 8,
+    "test_longt5": 0,
     "test_sparsify": 0,
+    "test_whole_models": 0,
 }
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import sympy
 import torch
+from torch import Tensor
 
 from sparse_compile.expr import (
     KV,
@@ -13,6 +14,7 @@ from sparse_compile.expr import (
     N_Q,
     SCORE,
     B,
+    FloorDiv,
     H,
     MaskExpr,
     Q,
@@ -53,6 +55,25 @@ def _learned(dtype: str) -> ScoreProgram:
     return ScoreProgram(value + W2(H, Q, KV) * all_pairs, (dtype,) * 5)
 
 
+def _last_keys(case: Case, device: torch.device) -> list[Tensor]:
+    """int32 [B]: the last key of each batch entry; one has none."""
+    return [torch.arange(case.batch, device=device, dtype=torch.int32) * 40 - 1]
+
+
+def _by_distance(case: Case, device: torch.device) -> list[Tensor]:
+    """[2, Nq + Nkv + 1], for two groups of heads."""
+    generator = torch.Generator().manual_seed(3)
+    numbers = torch.randn(2, sum(case.n) + 1, generator=generator)
+    return [numbers.to(device, case.dtype)]
+
+
+def _of_blocks(last: sympy.Expr, dtype: str) -> ScoreProgram:
+    """Biases by distance, where queries behind ``last`` count as that one, as in LongT5."""
+    head = FloorDiv(H, 2)
+    near, behind = W0(head, KV - Q + N_Q), W0(head, KV - last + N_Q)
+    return ScoreProgram(SCORE + sympy.Piecewise((near, Q <= last), (behind, True)), (dtype,))
+
+
 CASES = [
     Case("learned", CAUSAL, heads=(4, 2), score=_learned("float32"), learned=biases),
     Case(
@@ -67,6 +88,25 @@ CASES = [
     ),
     replace(
         _BY_NAME["strided in two views"], score=_learned("float32"), learned=biases, heads=(2, 1)
+    ),
+    Case(
+        "learned, behind the last block",
+        MaskExpr(sympy.Le(KV, T0(B)), ("int32",)),
+        heads=(4, 2),
+        batch=3,
+        n=(70, 69),
+        tables=_last_keys,
+        score=_of_blocks(T0(B), "float32"),
+        learned=_by_distance,
+    ),
+    Case(
+        "learned, behind the last key",
+        EVERYTHING,
+        heads=(4, 2),
+        n=(130, 129),
+        score=_of_blocks(N_KV - 1, "bfloat16"),
+        learned=_by_distance,
+        dtype=torch.bfloat16,
     ),
     Case("dropout", CAUSAL, heads=(4, 2), batch=2, dropout=0.3),
     Case("dropout and biases", CAUSAL, score=_learned("float32"), learned=biases, dropout=0.1),
