@@ -172,9 +172,14 @@ def _lifter(part: Slice) -> Lifter:
 def _suspects(masks: SiteMasks, lifter: Lifter, mark: int, examples: Examples) -> list[Node]:
     """Inputs that a bias is read from, and that may as well hold a mask: -inf, or what absorbs."""
     lengths = {examples.size(masks.lengths[KV])} - {1}
-    read = made_of(lifter.outputs[mark])
-    leaves = [lifter.leaves[node] for node in read if node in lifter.leaves]
+    leaves = _leaves(lifter, mark)
     return [leaf for leaf in leaves if _may_hold_mask(examples.value_of(leaf), lengths)]
+
+
+def _leaves(lifter: Lifter, mark: int) -> list[Node]:
+    """The inputs that an operand is computed of."""
+    read = made_of(lifter.outputs[mark])
+    return [lifter.leaves[node] for node in read if node in lifter.leaves]
 
 
 def _with_data(
@@ -197,6 +202,14 @@ def _check_finite(
     What a row yields that has nothing else depends on these numbers, which only a call has.
     """
     biases = [mark for mark, keep in enumerate(keeps) if keep.bias is not None and not keep.data]
+    read = [leaf for mark in biases for leaf in _leaves(lifter, mark)]
+    if any(_hides(examples.value_of(leaf)) for leaf in read):
+        raise Refused(
+            "it adds a parameter that hides keys with -inf or numbers as low: what it holds is "
+            "only known at run time",
+            "keep what it hides in a bool buffer, True to attend, and pass that as attn_mask "
+            'or write masked_fill(~allowed, float("-inf"))',
+        )
     if any(_suspects(masks, lifter, mark, examples) for mark in biases):
         raise Refused(
             "it adds a bias that is not a mask: its values are only known at run time",
@@ -208,8 +221,19 @@ def _check_finite(
 def _may_hold_mask(value: Any, lengths: Container[int]) -> bool:
     if not isinstance(value, torch.Tensor) or not value.is_floating_point() or not value.dim():
         return False
-    known = value.requires_grad or isinstance(value, torch.nn.Parameter)
-    return value.shape[-1] in lengths and not known
+    return value.shape[-1] in lengths and not _is_bias(value)
+
+
+def _is_bias(value: torch.Tensor) -> bool:
+    return value.requires_grad or isinstance(value, torch.nn.Parameter)
+
+
+def _hides(value: Any) -> bool:
+    """Whether a parameter of the example holds numbers that no bias has."""
+    if type(value) not in (torch.Tensor, torch.nn.Parameter):  # no tensor, or a fake one
+        return False
+    real = value.is_floating_point() and _is_bias(value)
+    return real and not bool((value.detach() > LARGEST_ASSUMED).all())
 
 
 def _biases(

@@ -16,7 +16,7 @@ from sparse_compile import ops
 from sparse_compile.api.data import data_of, tables_of
 from sparse_compile.api.plan import Direct, capped, name_at_once, name_of, planned
 from sparse_compile.api.select import lists_of, selected_of
-from sparse_compile.errors import BadShape, PatternMisuse
+from sparse_compile.errors import BadDevice, BadShape, PatternMisuse
 from sparse_compile.expr import COORDINATES, MaskExpr
 from sparse_compile.layout.from_dense import NO_READS, DenseRead
 from sparse_compile.layout.superset import ProblemShape
@@ -78,7 +78,7 @@ def attention(
         [B, Hq, Nq, Dv]; 0 for a query that may attend to nothing.
 
     Raises:
-        BadShape, UnsupportedDtype: q, k, v and the mask do not fit together.
+        BadShape, BadDevice, UnsupportedDtype: q, k, v and the mask do not fit together.
         BadPattern: the pattern does not fit these lengths, or the tensor is a bias.
         PatternMisuse: the mask is of another kind.
 
@@ -107,6 +107,7 @@ def _check(operands: Operands, mask: Pattern | Tensor | None, sinks: Tensor | No
     if not torch.compiler.is_compiling():
         # Attention to blocks takes less, see below.
         check_operands(*operands, WIDEST_UNITS if isinstance(mask, Pattern) else WIDEST)
+        _check_data(q=q, mask=mask, sinks=sinks)
         if isinstance(mask, Pattern):
             mask.check(q.shape[2], k.shape[2], q.shape[0], q.shape[1])
     if isinstance(mask, Tensor):
@@ -116,6 +117,15 @@ def _check(operands: Operands, mask: Pattern | Tensor | None, sinks: Tensor | No
             f"sparse_compile: attention() got sinks of shape {list(sinks.shape)}. Give [Hq], one "
             f"for each of {q.shape[1]} query heads."
         )
+
+
+def _check_data(**given: object) -> None:
+    for name, tensor in given.items():
+        if isinstance(tensor, Tensor) and tensor.is_meta:
+            raise BadDevice(
+                f"sparse_compile: attention() got {name} on the meta device, which holds no data. "
+                "Move it to the CPU or a GPU."
+            )
 
 
 def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:

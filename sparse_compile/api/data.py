@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile import ops
+from sparse_compile.errors import BadDevice
 from sparse_compile.expr import MaskExpr, table_index
 from sparse_compile.layout.from_dense import NO_READS
 from sparse_compile.layout.tensor_state import memory_of, state_of
@@ -114,6 +115,12 @@ def _state(pattern: Pattern) -> tuple[Hashable, ...] | None:
     if tensors == []:
         _CONSTANT.add(id(pattern))
         weakref.finalize(pattern, _CONSTANT.discard, id(pattern))
+    for tensor in tensors or ():
+        if tensor.is_meta:
+            raise BadDevice(
+                f"sparse_compile: {pattern!r} reads a tensor on the meta device, which holds no "
+                "data. Make it of one on the CPU or a GPU."
+            )
     states = None if tensors is None else [state_of(tensor) for tensor in tensors]
     return None if states is None or None in states else tuple(states)
 

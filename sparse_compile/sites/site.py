@@ -144,6 +144,7 @@ class Rejection:
         node: the node that looked like attention.
         annotation: as in :class:`AttentionSite`.
         unmet: whether the annotation restricts, so that leaving the program as it was is wrong.
+        masks: what hides its scores, as far as that is known where no site was found.
     """
 
     reason: str
@@ -152,6 +153,7 @@ class Rejection:
     node: Node | None = None
     annotation: Annotation | None = None
     unmet: bool = False
+    masks: tuple[MaskOperand, ...] = ()
 
 
 class Refused(Exception):
@@ -160,15 +162,16 @@ class Refused(Exception):
     Attributes:
         reason: one sentence for a user.
         hint: what would change that, if anything is known to.
+        masks: as in :class:`Rejection`.
     """
 
-    def __init__(self, reason: str, hint: str = "") -> None:
+    def __init__(self, reason: str, hint: str = "", masks: tuple[MaskOperand, ...] = ()) -> None:
         super().__init__(reason)
-        self.reason, self.hint = reason, hint
+        self.reason, self.hint, self.masks = reason, hint, masks
 
     def at(self, where: tuple[str, ...] = (), node: Node | None = None) -> Rejection:
         """What it says of a node that stands at these source lines."""
-        return Rejection(self.reason, self.hint, where, node)
+        return Rejection(self.reason, self.hint, where, node, masks=self.masks)
 
 
 @dataclass(frozen=True)
