@@ -17,7 +17,7 @@ from sparse_compile.api.attention import attend, attend_with_lse
 from sparse_compile.errors import BadPattern, BadShape, PatternMisuse, WeightsNeeded
 from sparse_compile.flex.block_mask import BlockMask, meaning_of
 from sparse_compile.flex.program import program_of
-from sparse_compile.flex.record import Recorded, record
+from sparse_compile.flex.record import given, record
 from sparse_compile.flex.signatures import like_torch
 from sparse_compile.ops.operands import check_operands
 from sparse_compile.sites.named import GIVEN, NamedMask, NamedPart
@@ -80,9 +80,12 @@ def flex_attention(
     sizes = query.shape[0], query.shape[1], query.shape[2], key.shape[2]
     known = all([has_static_value(size) for size in sizes])
     text, tables, learned, n_sizes = _planned(recorded.text, sizes if known else None)
-    given = [_given(recorded, one, query.device) for one in (*tables, *learned)]
+    read = [
+        given(recorded.tensors[number], dtype, query.device)
+        for number, dtype in (*tables, *learned)
+    ]
     factor = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
-    call = (query, key, value), text, factor, given
+    call = (query, key, value), text, factor, read
     if not wants_lse:
         out = attend(*call, sizes=recorded.sizes[:n_sizes])
         return out if return_aux is None else (out, AuxOutput())
@@ -101,13 +104,6 @@ def _planned(
     names = () if program.score is None else program.score.learned
     learned = tuple(zip(program.learned, names, strict=True))
     return named.text, tables, learned, program.mask.n_sizes
-
-
-def _given(recorded: Recorded, read: _Read, device: torch.device) -> Tensor:
-    """A tensor in the dtype that is read; a number has one axis of one entry."""
-    number, dtype = read
-    tensor = recorded.tensors[number].to(device=device, dtype=getattr(torch, dtype))
-    return tensor if tensor.dim() else tensor.reshape(1)
 
 
 def _check(

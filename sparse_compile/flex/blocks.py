@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,14 +19,16 @@ from torch import Tensor
 from sparse_compile.errors import BadPattern
 from sparse_compile.expr import MaskExpr, evaluate
 from sparse_compile.flex.program import program_of
-from sparse_compile.flex.record import Recorded
+from sparse_compile.flex.record import Recorded, given
 from sparse_compile.layout.block_layout import FULL, PARTIAL, place_in_group
 from sparse_compile.layout.build import build_layout
 from sparse_compile.layout.interop.coo import to_coo
 from sparse_compile.layout.superset import Problem, ProblemShape
 
 #: Pairs that are looked at in one go.
-_PAIRS = 1 << 24
+_PAIRS = 1 << 22
+#: Places among the queries, and the keys, of a block that are looked at first.
+_FEW = 9
 
 
 class Lists(NamedTuple):
@@ -108,31 +112,20 @@ def visited_blocks(
     shape = ProblemShape(sizes[0], sizes[1], *lengths)
     program = program_of(recorded.text, tuple(shape))
     tables = [
-        recorded.tensors[number].detach().to(device, getattr(torch, dtype)).reshape(-1)
-        if not recorded.tensors[number].dim()
-        else recorded.tensors[number].detach().to(device, getattr(torch, dtype))
+        given(recorded.tensors[number], dtype, device).detach().contiguous()
         for number, dtype in zip(program.tables, program.mask.tables, strict=True)
     ]
     numbers = recorded.sizes[: program.mask.n_sizes]
-    problem = Problem.of(program.mask, shape, block, numbers)
-    layout = build_layout(problem, [table.contiguous() for table in tables], device)
+    layout = build_layout(Problem.of(program.mask, shape, block, numbers), tables, device)
     found = to_coo(layout)
-    batches, heads = layout.batches, layout.heads
-    b, h = found.classes // heads, found.classes % heads
+    b, h = found.classes // layout.heads, found.classes % layout.heads
     partial = found.kinds == PARTIAL
-    known = found.select(partial)
-    some, every = _looked_at(
-        program.mask,
-        (b[partial], h[partial], known.q_blocks, known.kv_blocks),
-        block,
-        lengths,
-        tables,
-        numbers,
-    )
+    at = [part[partial] for part in (b, h, found.q_blocks, found.kv_blocks)]
+    some, every = _Pairs(program.mask, tables, numbers, block, lengths).kinds(at)
     kept, full = torch.ones_like(partial), found.kinds == FULL
     kept[partial], full[partial] = some, every
     b, h, q, kv, full = (x[kept] for x in (b, h, found.q_blocks, found.kv_blocks, full))
-    return _spread(Visited(b * sizes[1] + h, q, kv, full), (batches, heads), sizes)
+    return _spread(Visited(b * sizes[1] + h, q, kv, full), (layout.batches, layout.heads), sizes)
 
 
 def _spread(one: Visited, classes: tuple[int, int], sizes: tuple[int, ...]) -> Visited:
@@ -149,29 +142,55 @@ def _spread(one: Visited, classes: tuple[int, int], sizes: tuple[int, ...]) -> V
     return Visited(group, q, kv, full)
 
 
-def _looked_at(
-    mask: MaskExpr,
-    blocks: tuple[Tensor, Tensor, Tensor, Tensor],
-    block: tuple[int, int],
-    lengths: tuple[int, int],
-    tables: list[Tensor],
-    numbers: tuple[int, ...],
-) -> tuple[Tensor, Tensor]:
-    """Whether some pair of each block attends, and whether every one does."""
-    device, at_once = blocks[0].device, max(1, _PAIRS // math.prod(block))
-    inside = [torch.arange(size, device=device) for size in block]
-    some, every = [], []
-    for b, h, q, kv in zip(*(torch.split(part, at_once) for part in blocks), strict=True):
-        at_q = q[:, None, None] * block[0] + inside[0][:, None]
-        at_kv = kv[:, None, None] * block[1] + inside[1]
-        places = {"b": b[:, None, None], "h": h[:, None, None], "q": at_q, "kv": at_kv}
-        allowed = evaluate(mask, places, *lengths, tables, numbers)
-        allowed = allowed & (at_q < lengths[0]) & (at_kv < lengths[1])
-        allowed = allowed.expand(len(q), *block).flatten(1)
-        some.append(allowed.any(1))
-        every.append(allowed.all(1))
-    nothing = torch.zeros(0, dtype=torch.bool, device=device)
-    return torch.cat([nothing, *some]), torch.cat([nothing, *every])
+@dataclass(frozen=True)
+class _Pairs:
+    """A mask, to be looked at pair by pair.
+
+    Attributes:
+        mask, tables, numbers: the predicate, and what it reads.
+        block, lengths: of queries and of keys.
+    """
+
+    mask: MaskExpr
+    tables: Sequence[Tensor]
+    numbers: tuple[int, ...]
+    block: tuple[int, int]
+    lengths: tuple[int, int]
+
+    def kinds(self, at: Sequence[Tensor]) -> Tensor:
+        """Whether some pair of each block attends, and whether all do: bool [2, blocks].
+
+        Args:
+            at: int64, batch entry, head, block of queries and block of keys of each block.
+        """
+        # Few pairs tell of most blocks that they are neither empty nor full.
+        found = self._look(at, [_few(size) for size in self.block])
+        open_ = found[0] == found[1]
+        device = at[0].device
+        rest = [part[open_] for part in at]
+        found[:, open_] = self._look(rest, [torch.arange(n, device=device) for n in self.block])
+        return found
+
+    def _look(self, at: Sequence[Tensor], inside: Sequence[Tensor]) -> Tensor:
+        device, (n_q, n_kv) = at[0].device, self.lengths
+        rows, columns = (part.to(device) for part in inside)
+        at_once = max(1, _PAIRS // (len(rows) * len(columns)))
+        found = [torch.zeros(2, 0, dtype=torch.bool, device=device)]
+        for b, h, q, kv in zip(*(torch.split(part, at_once) for part in at), strict=True):
+            if not len(q):
+                continue
+            at_q = q[:, None, None] * self.block[0] + rows[:, None]
+            at_kv = kv[:, None, None] * self.block[1] + columns
+            places = {"b": b[:, None, None], "h": h[:, None, None], "q": at_q, "kv": at_kv}
+            allowed = evaluate(self.mask, places, n_q, n_kv, self.tables, self.numbers)
+            allowed = (allowed & (at_q < n_q) & (at_kv < n_kv)).flatten(1)
+            found.append(torch.stack([allowed.any(1), allowed.all(1)]))
+        return torch.cat(found, 1)
+
+
+def _few(size: int) -> Tensor:
+    """Places in a block, its ends among them."""
+    return torch.linspace(0, size - 1, min(size, _FEW)).long()
 
 
 def visited_in(lists: Lists) -> Visited:

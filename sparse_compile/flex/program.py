@@ -30,6 +30,7 @@ from sparse_compile.expr import (
 )
 from sparse_compile.flex import reals
 from sparse_compile.flex.reals import Real, is_real
+from sparse_compile.flex.steps import as_steps
 from sparse_compile.layout.intervals import UNKNOWN, Span, span
 from sparse_compile.patterns.symbolic_ops import OPERATIONS, is_truth
 
@@ -101,6 +102,7 @@ class _Reader:
 
     def __init__(self, lengths: Lengths) -> None:
         self._values: dict[str, Any] = {}
+        self._steps: dict[str, ast.Call] = {}
         self._tables: dict[int, int] = {}
         self._learned: dict[int, int] = {}
         self._dtypes: dict[int, str] = {}
@@ -127,7 +129,8 @@ class _Reader:
             return
         node = _parsed(call)
         assert isinstance(node, ast.Call)
-        self._values[name] = self._step(node, dtype.removeprefix("torch."))
+        self._steps[name] = node
+        self._values[name] = self._step(name, dtype.removeprefix("torch."))
 
     def operand(self, node: ast.expr) -> Any:
         """What an argument of a step stands for."""
@@ -159,7 +162,8 @@ class _Reader:
             return self._entry(value)
         return value
 
-    def _step(self, call: ast.Call, dtype: str) -> Any:
+    def _step(self, step: str, dtype: str) -> Any:
+        call = self._steps[step]
         assert isinstance(call.func, ast.Name)
         name = call.func.id.strip("_")
         if name == "getitem":
@@ -171,6 +175,8 @@ class _Reader:
                 f"sparse_compile: a mask_mod or score_mod calls {name} on a whole tensor. Index it "
                 "by b, h, q_idx or kv_idx."
             )
+        if "float" not in dtype and name not in reals.COMPARISONS and any(map(is_real, args)):
+            return self._rounded(step, name, args)
         try:
             return self._operation(name, dtype)(*args, **options)
         except TypeError as error:
@@ -182,13 +188,21 @@ class _Reader:
                 if name not in reals.OPERATIONS:
                     raise _inexpressible(f"calls torch's {name}")
                 return reals.OPERATIONS[name](*args, **options)
-            if any(is_real(arg) for arg in args):
-                if name not in reals.COMPARISONS:
-                    raise _inexpressible(f"makes a whole number of a real one ({name})")
+            if any(map(is_real, args)):
                 return reals.compared(name, *args)
-            return _whole_operation(name)(*_sympified(args), **_renamed(options))
+            return _whole_operation(name)(*map(_sympified, args), **_renamed(options))
 
         return operation
+
+    def _rounded(self, step: str, name: str, args: list[Any]) -> Any:
+        """A whole number that is made of a real one."""
+        found, source = None, args[0]
+        if isinstance(source, Real) and source.finite == sympy.true and self._lengths is not None:
+            if not source.value.has(SCORE):
+                found = as_steps(step, self._steps, source.value, self._lengths)
+        if found is None:
+            raise _inexpressible(f"makes a whole number of a real one ({name})")
+        return found
 
     def _looked_up(self, table_of: ast.expr, places: ast.expr) -> Any:
         assert isinstance(table_of, ast.Name)
@@ -270,23 +284,20 @@ def _items(shape: str) -> list[str]:
     return [part for part in shape.strip("()").split(",") if part]
 
 
-def _sympified(args: list[Any] | tuple[Any, ...]) -> list[Any]:
-    found: list[Any] = []
-    for arg in args:
-        if isinstance(arg, bool):
-            found.append(sympy.true if arg else sympy.false)
-        elif isinstance(arg, float):
-            if not arg.is_integer():
-                raise _inexpressible(f"computes a whole number from {arg}")
-            found.append(sympy.Integer(int(arg)))
-        else:
-            found.append(sympy.Integer(arg) if isinstance(arg, int) else arg)
-    return found
+def _sympified(value: Any) -> Any:
+    """A number of Python as one of sympy."""
+    if isinstance(value, bool):
+        return sympy.true if value else sympy.false
+    if isinstance(value, float):
+        if not value.is_integer():
+            raise _inexpressible(f"computes a whole number from {value}")
+        return sympy.Integer(int(value))
+    return sympy.Integer(value) if isinstance(value, int) else value
 
 
 def _renamed(options: Mapping[str, Any]) -> dict[str, Any]:
     names = {"size": "shape", "fill_value": "value"}
-    return {names.get(name, name): value for name, value in options.items()}
+    return {names.get(name, name): _sympified(value) for name, value in options.items()}
 
 
 def _whole_operation(name: str) -> Callable[..., Any]:

@@ -221,7 +221,7 @@ def compared(name: str, a: Any, b: Any) -> sympy.Basic:
     """
     left, right = _finite(a, b)
     left, right = (_exact(side) for side in (left, right))
-    scale = sympy.ilcm(1, *(x.q for x in (left - right).atoms(sympy.Rational)))
+    scale = math.lcm(*(int(x.q) for x in (left - right).atoms(sympy.Rational)))
     if scale > 1 and (left - right).is_polynomial(*(left - right).free_symbols):
         left, right = sympy.expand(scale * left), sympy.expand(scale * right)
     return COMPARISONS[name](left, right)

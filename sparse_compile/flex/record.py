@@ -67,6 +67,12 @@ def record(
     return Recorded("\n".join(lines), tuple(recorder.tensors), tuple(recorder.sizes))
 
 
+def given(tensor: Tensor, dtype: str, device: torch.device) -> Tensor:
+    """A recorded tensor as it is read; one of a single number has one axis of one entry."""
+    tensor = tensor.to(device=device, dtype=getattr(torch, dtype))
+    return tensor if tensor.dim() else tensor.reshape(1)
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _name_of(function: Any) -> str:
     return str(getattr(function, "__name__", function))
