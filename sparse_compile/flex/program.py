@@ -223,7 +223,9 @@ class _Reader:
         reach = span(place, self._spans, lambda *_: UNKNOWN)
         low, high = reach.lo, reach.hi
         known = reach is not UNKNOWN and isinstance(low, int) and isinstance(high, int)
-        if known and size.is_Integer and (high >= int(size) or low < -int(size)):
+        beyond = known and size.is_Integer and (high >= int(size) or low < -int(size))
+        # Of a sum of places the reach is what it takes; of other numbers it may be too wide.
+        if beyond and place.is_polynomial() and sympy.total_degree(place) <= 1:
             raise BadPattern(
                 f"sparse_compile: a mask_mod or score_mod reads a tensor of shape "
                 f"{list(tensor.shape)} at {place}, which goes from {low} to {high}. "

@@ -1,8 +1,8 @@
-"""Whole numbers that a function makes of real ones, as sums of steps.
+"""Whole numbers that a function makes of real ones, as steps.
 
 T5's buckets are logarithms of distances, rounded down. What depends on one place, or on the
-distance of two, is computed for all of them by torch itself; where it changes seldom, it is a sum
-of jumps at thresholds.
+distance of two, is computed for all of them by torch itself; where it changes seldom, it is said by
+the places where it does.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from sparse_compile.expr import COORDINATES, KV, Q, is_lookup
 from sparse_compile.ops.untraced import untraced
 
-#: Jumps of a sum, at most.
+#: Steps, at most.
 _MOST = 128
 
 
@@ -30,7 +30,7 @@ def as_steps(
     source: sympy.Expr,
     lengths: tuple[int, int, int, int],
 ) -> sympy.Expr | None:
-    """A whole number as a sum of steps; None where it is none.
+    """A whole number as steps; None where there are too many, or it depends on more.
 
     Args:
         name: of the step that computes it, as ``v7``.
@@ -51,15 +51,11 @@ def as_steps(
     meant = torch.where(real.isfinite(), torch.arange(count), -1).cummax(0).values
     meant = torch.where(meant < 0, int(real.isfinite().int().argmax()), meant)
     values = values[meant]
-    jumps = values.diff()
-    where = jumps.nonzero().flatten().tolist()
-    if len(where) > _MOST:
+    jumps = values.diff().nonzero().flatten().tolist()
+    if len(jumps) > _MOST:
         return None
-    total = sympy.Integer(int(values[0]))
-    for at in where:
-        step = sympy.Ge(argument, first + at + 1)
-        total += sympy.Piecewise((sympy.Integer(int(jumps[at])), step), (sympy.S.Zero, True))
-    return total
+    pieces = [(sympy.Integer(int(values[at])), sympy.Le(argument, first + at)) for at in jumps]
+    return sympy.Piecewise(*pieces, (sympy.Integer(int(values[-1])), True))
 
 
 def _argument(
