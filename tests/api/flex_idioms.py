@@ -180,9 +180,8 @@ SCORES: dict[str, Idiom] = {
 def places(n_q: int = N, n_kv: int = N) -> list[Tensor]:
     """Coordinates that broadcast to [B, H, n_q, n_kv]."""
     sizes = B, H, n_q, n_kv
-    return [
-        torch.arange(n).view([-1 if i == a else 1 for i in range(4)]) for a, n in enumerate(sizes)
-    ]
+    shapes = ([-1 if i == axis else 1 for i in range(4)] for axis in range(4))
+    return [torch.arange(n).view(shape) for n, shape in zip(sizes, shapes, strict=True)]
 
 
 def dense(
