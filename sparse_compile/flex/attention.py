@@ -17,7 +17,7 @@ from sparse_compile.api.attention import attend, attend_with_lse
 from sparse_compile.errors import BadPattern, BadShape, PatternMisuse, WeightsNeeded
 from sparse_compile.flex.block_mask import BlockMask, meaning_of
 from sparse_compile.flex.program import program_of
-from sparse_compile.flex.record import given, record
+from sparse_compile.flex.record import Recorded, given, record
 from sparse_compile.flex.signatures import like_torch
 from sparse_compile.ops.operands import check_operands
 from sparse_compile.sites.named import GIVEN, NamedMask, NamedPart
@@ -77,20 +77,29 @@ def flex_attention(
     _note_options(kernel_options)
     wants_lse = _wants_lse(return_lse, return_aux)
     recorded = record(meaning_of(block_mask), score_mod, query.device)
-    sizes = query.shape[0], query.shape[1], query.shape[2], key.shape[2]
-    known = all([has_static_value(size) for size in sizes])
-    text, tables, learned, n_sizes = _planned(recorded.text, sizes if known else None)
+    factor = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    out, lse = _attend((query, key, value), recorded, factor, wants_lse)
+    if return_aux is not None:
+        return out, AuxOutput(lse=lse)
+    return (out, lse) if return_lse else out
+
+
+def _attend(
+    operands: tuple[Tensor, Tensor, Tensor], recorded: Recorded, scale: float, wants_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Output, and log-sum-exp if it is wanted."""
+    query, key, _ = operands
+    lengths = query.shape[0], query.shape[1], query.shape[2], key.shape[2]
+    known = all([has_static_value(length) for length in lengths])
+    text, tables, learned, n_sizes = _planned(recorded.text, lengths if known else None)
     read = [
         given(recorded.tensors[number], dtype, query.device)
         for number, dtype in (*tables, *learned)
     ]
-    factor = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
-    call = (query, key, value), text, factor, read
-    if not wants_lse:
-        out = attend(*call, sizes=recorded.sizes[:n_sizes])
-        return out if return_aux is None else (out, AuxOutput())
-    out, lse = attend_with_lse(*call, sizes=recorded.sizes[:n_sizes])
-    return (out, lse) if return_aux is None else (out, AuxOutput(lse=lse))
+    sizes = recorded.sizes[:n_sizes]
+    if wants_lse:
+        return attend_with_lse(operands, text, scale, read, sizes=sizes)
+    return attend(operands, text, scale, read, sizes=sizes), None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

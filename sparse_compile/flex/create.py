@@ -56,7 +56,7 @@ def create_block_mask(
     ...     return (q_idx >= kv_idx) & (q_idx - kv_idx < 256)
     >>> mask = create_block_mask(window, None, None, 1024, 1024, device="cpu")
     >>> mask.kv_num_blocks.tolist(), round(mask.sparsity(), 1)
-    ([[[1, 2, 2, 2, 2, 2, 2, 2]]], 67.2)
+    ([[[1, 1, 2, 2, 2, 2, 2, 2]]], 67.2)
     """
     _check_function(mask_mod)
     block = check_block(BLOCK_SIZE)

@@ -198,7 +198,7 @@ class Recorder(TorchFunctionMode):
             return f"s{len(self.sizes) - 1}"
         if isinstance(value, float) and not has_static_value(value):
             # A float that torch.compile knows by name only: a tensor of one number.
-            return self._tensor(torch.full((), value, device=self._values[0].device))
+            return self._tensor(torch.ones((), device=self._values[0].device) * value)
         shown: str = _shown(value)
         return shown
 

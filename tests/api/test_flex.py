@@ -106,8 +106,12 @@ def compare(idiom: Idiom, run: Callable[..., Tensor], dtype: torch.dtype = torch
     truth, exact = trained(written_out(idiom), [x.double() for x in tensors])
     eager, rough = trained(written_out(idiom), tensors)
     assert_close_as_eager("out", out, eager, truth)
-    for name, mine, one, other in zip("qkvwx", grads, rough, exact, strict=False):
+    for name, mine, one, other in zip("qkv", grads, rough, exact, strict=False):
         assert_close_as_eager(f"grad of {name}", mine, one, other)
+    for mine, one, other in zip(grads[3:], rough[3:], exact[3:], strict=True):
+        # Few sums over all pairs: in half precision chance decides which is closer.
+        allowed = 1e-5 if dtype == torch.float32 else 2 * relative_error(one, other)
+        assert relative_error(mine, other) <= allowed
 
 
 # Idioms ------------------------------------------------------------------------------------------
@@ -338,8 +342,8 @@ def test_the_backend_plans_it_and_reports() -> None:
     report = sparse_compile.explain(lambda *x: flex_attention(*x, score(), mask), *operands())
     (site,) = report.sites
     assert site.rewritten
-    assert "q - kv" in str(report)
-    assert "exp" in str(report)
+    assert site.mask == "q >= kv and abs(kv - q) <= 9"
+    assert "score + 0.25*(kv - q)*exp(" in str(report)
 
 
 # Masks -------------------------------------------------------------------------------------------
@@ -697,9 +701,9 @@ def test_mistakes(name: str) -> None:
 
 def test_mistakes_in_compiled_code_are_told() -> None:
     torch._dynamo.reset()
-    function = torch.compile(scored, backend="aot_eager", fullgraph=True)
+    function = torch.compile(flex_attention, backend="aot_eager", fullgraph=True)
     with pytest.raises(Exception, match=r"calls torch's sin\. Say it with"):
-        function(lambda s, b, h, q, kv: s + torch.sin(s))
+        function(*operands(), lambda s, b, h, q, kv: s + torch.sin(s))
 
 
 def test_options_of_kernels_are_noted_once(monkeypatch: pytest.MonkeyPatch) -> None:
