@@ -70,7 +70,10 @@ def record(
 def given(tensor: Tensor, dtype: str, device: torch.device) -> Tensor:
     """A recorded tensor as it is read; one of a single number has one axis of one entry."""
     tensor = tensor.to(device=device, dtype=getattr(torch, dtype))
-    return tensor if tensor.dim() else tensor.reshape(1)
+    if tensor.dim():
+        return tensor
+    # Not by reshape: what is made of constants alone AOTAutograd computes while it traces.
+    return torch.zeros(1, dtype=tensor.dtype, device=device) + tensor
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
