@@ -1,6 +1,9 @@
 """How long the first training step of a model takes to compile, against Inductor, from cold caches.
 
 python -m benchmarks.compile_time --out benchmarks/results/compile_time.json
+python -m benchmarks.compile_time --survey --jobs 8 --threads 1 --repeats 1
+
+The second measures the models of the survey, which are smaller, instead of those of this file.
 
 Every measurement is a process of its own with empty caches; backends alternate, so that a busy
 machine disturbs both alike. Processor seconds, which count the compilers that Inductor starts, say
@@ -18,6 +21,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +31,8 @@ import transformers
 from torch import Tensor, nn
 
 from benchmarks.environment import settings, write_json
+from benchmarks.models.exactness import values
+from benchmarks.models.zoo import ENTRIES, version
 
 Row = dict[str, Any]
 #: What one process measures.
@@ -96,9 +103,20 @@ def session_seconds() -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def measure(name: str, what: str) -> Row:
+def subject(name: str, survey: bool) -> tuple[nn.Module, dict[str, Any], Callable[[Any], Any]]:
+    """A model in training mode, what it is called with, and a step of the model compiled."""
+    if not survey:
+        model, inputs = model_of(name), inputs_of(name)
+        return model, inputs, partial(step, inputs=inputs)
+    entry = ENTRIES[name]
+    model = entry.build(entry.implementations[-1], False).train()
+    inputs = entry.inputs("right" if "right" in entry.paddings else "none")
+    return model, inputs, lambda call: values(call, model, inputs, True)
+
+
+def measure(name: str, what: str, survey: bool = False) -> Row:
     """Seconds of the first training step, or of ``explain``, in this process."""
-    model, inputs = model_of(name), inputs_of(name)
+    model, inputs, stepped = subject(name, survey)
     row: Row = {"model": name, "what": what}
     wall, cpu = time.perf_counter(), session_seconds()
     if what == EXPLAIN:
@@ -107,11 +125,11 @@ def measure(name: str, what: str) -> Row:
         report = sparse_compile.explain(model, **inputs)
         row |= {"sites": len(report.sites), "rewritten": sum(s.rewritten for s in report.sites)}
     else:
-        step(torch.compile(model, backend=what), inputs)
+        stepped(torch.compile(model, backend=what))
     return row | {"wall_s": time.perf_counter() - wall, "cpu_s": session_seconds() - cpu}
 
 
-def in_fresh_process(name: str, what: str, threads: int) -> Row:
+def in_fresh_process(name: str, what: str, threads: int, survey: bool = False) -> Row:
     """:func:`measure` in a process and a session of its own, without anything cached."""
     with tempfile.TemporaryDirectory() as cache:
         variables = {
@@ -121,6 +139,7 @@ def in_fresh_process(name: str, what: str, threads: int) -> Row:
             "TORCHINDUCTOR_COMPILE_THREADS": str(threads),
         }
         command = [sys.executable, "-m", "benchmarks.compile_time", "--measure", name, what]
+        command += ["--survey"] * survey
         done = subprocess.run(
             command,
             env=os.environ | variables,
@@ -159,7 +178,9 @@ def printed(line: Row) -> str:
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--only", nargs="+", default=list(_CONFIGS), choices=list(_CONFIGS))
+    parser.add_argument("--only", nargs="+", help="names of models; all")
+    parser.add_argument("--survey", action="store_true", help="the models of the survey")
+    parser.add_argument("--jobs", type=int, default=1, help="models at a time")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--measure", nargs=2, metavar=("MODEL", "WHAT"), help="in this process")
@@ -167,19 +188,33 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def names(args: argparse.Namespace) -> list[str]:
+    """Of the models to measure."""
+    known = [n for n in ENTRIES if version(ENTRIES[n].package)] if args.survey else list(_CONFIGS)
+    unknown = set(args.only or ()) - set(known)
+    if unknown:
+        raise SystemExit(f"unknown models {sorted(unknown)}; known are {', '.join(known)}")
+    return args.only or known
+
+
 def main() -> None:
     args = arguments()
     if args.measure:
         torch.set_num_threads(args.threads)
-        print(json.dumps(measure(*args.measure)))
+        print(json.dumps(measure(*args.measure, args.survey)))
         return
+
+    def measured(name: str) -> list[Row]:
+        runs = [what for _ in range(args.repeats) for what in (*BACKENDS, EXPLAIN)]
+        return [in_fresh_process(name, what, args.threads, args.survey) for what in runs]
+
     rows: list[Row] = []
-    for name in args.only:
-        for _ in range(args.repeats):
-            rows += [in_fresh_process(name, w, args.threads) for w in (*BACKENDS, EXPLAIN)]
-        print(printed(summary([row for row in rows if row["model"] == name])[0]), flush=True)
-        if args.out:
-            write_json(args.out, rows, summary=summary(rows), config=settings(args))
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for found in pool.map(measured, names(args)):
+            rows += found
+            print(printed(summary(found)[0]), flush=True)
+            if args.out:
+                write_json(args.out, rows, summary=summary(rows), config=settings(args))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 
 import sparse_compile.backend  # noqa: F401  which is also the name of a function
 from sparse_compile.options import Options
+from tests.rotation import commits, has_turn
 from tests.tiers import is_slow, is_through_inductor
 
 
@@ -26,10 +27,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if is_slow(item.path.stem, item.name):
             item.add_marker(pytest.mark.slow)
+    if config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.markexpr:
+        _leave_out(config, items, commits())
+
+
+def _leave_out(config: pytest.Config, items: list[pytest.Item], turn: int) -> None:
+    """See :mod:`tests.rotation`."""
+    others = [item for item in items if not has_turn(item.path.stem, item.name, turn)]
+    if others:
+        config.hook.pytest_deselected(items=others)
+        left_out = set(others)
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -172,10 +172,9 @@ class _Proposer:
         site = self.trace.site
         learned = () if mask.score is None else mask.score.learned
         dropout = Dropout(site.dropout, len(learned)) if site.dropout else None
-        attended = mask.empty_rows in (EmptyRows.ATTENDED, EmptyRows.HALVED)
         return replace(
             spec,
-            empty_rows=EmptyRows.ZERO if attended else mask.empty_rows,
+            empty_rows=mask.empty_rows if mask.empty_rows.is_executed else EmptyRows.ZERO,
             where=site.where,
             score=mask.score,
             dropout=dropout,

@@ -31,7 +31,6 @@ from sparse_compile.passes.lift.value import size_expr, solve_for_symbol
 from sparse_compile.passes.lift.verify import Examples, Question, verify
 from sparse_compile.sites.operands import Scope
 from sparse_compile.sites.site import AttentionSite, LiftedMask, Refused, Rejection, SelectedKeys
-from sparse_compile.spec import EmptyRows
 
 
 @dataclass
@@ -127,7 +126,7 @@ def _lift(
     trained = [one for one in biases.found if _is_trained(site.masks[one.mark].node)]
     linear = (program is None or program.derivative == 1) and not trained
     policy = empty_row_policy(masks, keeps, predicate, simplify, options.finite_fill, linear)
-    if policy in (EmptyRows.ATTENDED, EmptyRows.HALVED) and any(one.cases for one in trained):
+    if not policy.is_executed and any(one.cases for one in trained):
         # What is hidden may have been chosen by `where`, and then gets no gradient.
         biases = _biases(masks, lifter, keeps, direct=True)
         program = biases.program()

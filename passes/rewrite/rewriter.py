@@ -78,7 +78,7 @@ class Rewriter:
             learned += _seed(insert, site)
             call = insert.call(ops.ATTENTION, q, k, v, learned, *data)
             out = insert.call(operator.getitem, call, 0)
-            if plan.lifted.empty_rows in (EmptyRows.ATTENDED, EmptyRows.HALVED):
+            if not plan.lifted.empty_rows.is_executed:
                 lse = insert.call(operator.getitem, call, 1)
                 out = _attended(insert, plan, (q, k, v), learned, scale, out, lse)
             if site.zeroed in ("nan", "hidden"):

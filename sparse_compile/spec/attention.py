@@ -40,6 +40,11 @@ class EmptyRows(str, Enum):
     ATTENDED = "attended"
     HALVED = "halved"
 
+    @property
+    def is_executed(self) -> bool:
+        """Whether executors know it; the others are a matter of the rewritten graph."""
+        return self not in (EmptyRows.ATTENDED, EmptyRows.HALVED)
+
 
 #: Of the text of a spec; graphs with another are not read.
 _VERSION = 2
@@ -105,6 +110,8 @@ class AttentionSpec:
         return replace(self, mask=whole, coverage=parts)
 
     def __post_init__(self) -> None:
+        if not self.empty_rows.is_executed:
+            raise ValueError(f"no executor knows rows that are {self.empty_rows.value}")
         if self.coverage != (*self.views, *self.units):
             raise ValueError("parts of blocks come before parts of units")
 

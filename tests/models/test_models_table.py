@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,17 +15,11 @@ from benchmarks.models.check import Case, Result, check, units
 from benchmarks.models.entry import Entry
 from benchmarks.models.results import of_case, read
 from benchmarks.models.zoo import ENTRIES, version
+from tests.rotation import commits
 
 ROOT = Path(__file__).parents[2]
-#: Two to three minutes of a core, each.
-PARTS = 16
-
-
-def commits() -> int:
-    """How many there are: the same number in every process of a run."""
-    count = ["git", "rev-list", "--count", "HEAD"]
-    done = subprocess.run(count, cwd=ROOT, capture_output=True, text=True, check=False)
-    return int(done.stdout) if done.returncode == 0 else 0
+#: A minute or two of a core, each.
+PARTS = 32
 
 
 @functools.cache

@@ -218,16 +218,16 @@ def test_explain_shows_both_parts_of_the_mask() -> None:
 
 
 def test_what_cannot_be_rewritten_is_an_error() -> None:
-    class Biased(nn.Module):
+    class Dropping(nn.Module):
         def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            bias = torch.arange(N, dtype=q.dtype).expand(N, N)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=True)
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=0.1, enable_gqa=True)
 
-    model = mask(Biased(), P.Causal() & CHOSEN)
+    model = mask(Dropping(), P.Causal() & CHOSEN)
     with pytest.raises(Exception, match="cannot be honoured") as caught:
         compiled(model)(*operands(4, 2, N, N, torch.float32))
     found = getattr(caught.value, "inner_exception", caught.value)
     assert isinstance(found, RestrictionFailed)
+    assert "dropout on the weights of selected keys has no kernel" in str(found)
 
 
 @pytest.mark.parametrize(

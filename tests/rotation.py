@@ -1,0 +1,71 @@
+"""Tests that take turns: of those that repeat one meaning at many shapes, a part per commit.
+
+``pytest`` without paths is what everybody runs on the whole, CI too. What it leaves out of a file
+runs with the next commits; ``pytest tests``, and any path or name given, leaves out nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import zlib
+from pathlib import Path
+
+#: Into how many parts the tests of files are divided.
+PARTS: dict[str, int] = {
+    # Kernels compiled ahead of time.
+    "test_selected_source": 3,
+    "test_triton_source": 3,
+    # Kernels in Triton's interpreter.
+    "interpreted_device_layout": 2,
+    "interpreted_kernels": 2,
+    "interpreted_operators": 2,
+    "interpreted_scores": 2,
+    "interpreted_selected": 2,
+    # Models, and programs through torch.compile.
+    "test_annotations": 2,
+    "test_dense_masks": 2,
+    "test_direct": 2,
+    "test_expand": 3,
+    "test_expand_flex": 3,
+    "test_find_models": 2,
+    "test_held_layouts": 2,
+    "test_idioms_biases": 2,
+    "test_idioms_dropout": 2,
+    "test_idioms_masks": 2,
+    "test_idioms_scores": 2,
+    "test_interface": 3,
+    "test_lift_models": 2,
+    "test_models": 2,
+    "test_opaque_calls": 2,
+    "test_recognise_threshold": 2,
+    "test_score_models": 2,
+    "test_sparsify": 3,
+    # Many cases of one meaning.
+    "test_device_layout": 2,
+    "test_lift_idioms": 2,
+    "test_lift_trees_and_blocks": 2,
+    "test_score_programs": 2,
+    "test_split_views": 2,
+}
+
+
+@functools.cache
+def commits() -> int:
+    """How many there are: the same number in every process of a run."""
+    count = ["git", "rev-list", "--count", "HEAD"]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(count, cwd=root, capture_output=True, text=True, check=False)
+    return int(done.stdout) if done.returncode == 0 else 0
+
+
+def has_turn(file: str, name: str, turn: int) -> bool:
+    """Whether a test runs now.
+
+    Args:
+        file: name of its file, without ``.py``.
+        name: of the test, with its parameters.
+        turn: which part of each file runs, modulo how many it has.
+    """
+    parts = PARTS.get(file, 1)
+    return zlib.crc32(name.encode()) % parts == turn % parts
