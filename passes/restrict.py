@@ -10,8 +10,10 @@ import torch
 from torch.fx import Node
 
 from sparse_compile.expr import KV, MaskExpr, Q, ScoreProgram, renumbered, table_index
+from sparse_compile.passes.given import given_mask
 from sparse_compile.passes.graph_edit import dimension
 from sparse_compile.sites.annotation import META_KEY, Annotation, annotation_named
+from sparse_compile.sites.named import GIVEN
 from sparse_compile.sites.plan import Reading, SelectedPlan, Trace
 from sparse_compile.sites.site import AttentionSite, Called, LiftedMask, PatternTable, Rejection
 from sparse_compile.spec import EmptyRows
@@ -76,8 +78,17 @@ def restrict(trace: Trace) -> Trace:
     return replace(trace, readings=tuple(_reading(site.annotation, mask) for mask in masks))
 
 
-def called_mask(called: Called) -> LiftedMask:
-    """What a call attends to whatever is selected."""
+def called_mask(site: AttentionSite) -> LiftedMask:
+    """What a call attends to whatever is selected, and what becomes of its scores."""
+    called = site.called
+    assert called is not None
+    static = called.mask.static
+    if static is not None and static.key == GIVEN:
+        return given_mask(site, called)
+    return replace(_static_mask(called), score=site.score)
+
+
+def _static_mask(called: Called) -> LiftedMask:
     static = called.mask.static
     return LiftedMask(_NOTHING) if static is None else _joined(_EVERYTHING, static.mask, static.key)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -80,6 +80,42 @@ def data_of(pattern: Pattern | None, call: Call) -> Data:
             _KEPT.popitem(last=False)
     _KEPT.move_to_end(where)
     return kept[1]
+
+
+#: What of a mask is given with its tables: lengths, heads of the keys, sizes, spec and device.
+GivenCall = tuple[tuple[int, int, int, int], int, tuple[int, ...], str, torch.device]
+
+
+def given_data(tables: Sequence[Tensor], call: GivenCall) -> Data:
+    """Tables of their own memory, and the lists of the blocks; calls share them while nothing
+    writes to the tables.
+
+    Args:
+        tables: the tensors ``t0, t1, ...``, in the dtypes of the mask.
+        call: see :data:`GivenCall`.
+    """
+    plain = all(type(tensor) is Tensor for tensor in tables)
+    if torch.compiler.is_compiling() or not tables or not plain or _is_recorded(call[-1]):
+        return _given_data(tables, call)
+    states = tuple(state_of(tensor) for tensor in tables)
+    if None in states:
+        return _given_data(tables, call)
+    # That a state is one of the same memory can only be told while that lives.
+    memories = tuple(tensor.untyped_storage() for tensor in tables)
+    known, key = memory_of(tables[0]), ("given", call, states, torch.is_inference_mode_enabled())
+    found = known.get(key)
+    if found is None or [memory() for memory in found[0]] != [*memories]:
+        found = tuple(map(weakref.ref, memories)), _given_data(tables, call)
+        known[key] = found
+    data: Data = found[1]
+    return data
+
+
+def _given_data(tables: Sequence[Tensor], call: GivenCall) -> Data:
+    lengths, kv_heads, sizes, text, device = call
+    like = torch.contiguous_format
+    own = [tensor.detach().clone(memory_format=like) for tensor in tables]
+    return own, ops.LAYOUT(own, NO_READS, list(sizes), *lengths, kv_heads, text, device, [])
 
 
 def canonical_of(index: Tensor, units: int, device: torch.device) -> tuple[Tensor, Tensor]:
