@@ -31,7 +31,6 @@ BAR = 1e-5
 _WORSE = 1.1
 #: Further from fp64 than this, eager computes something else there: nothing is learnt from it.
 _ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
-_OPERANDS = ("output", "q", "k", "v")
 #: A gradient as small as this beside the largest is zero but for rounding.
 _NOTHING = 1e-6
 
@@ -140,10 +139,15 @@ def values(program: Program, given: dict[str, Tensor], grad: bool) -> Values:
         if not grad:
             return {"output": out}
         wanted = {name: x for name, x in given.items() if x.requires_grad}
-        generator = torch.Generator().manual_seed(7)
-        loss = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
-        grads = torch.autograd.grad((out * loss).sum(), list(wanted.values()), allow_unused=True)
+        loss = (out * _weights(out)).sum()
+        grads = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
     return {"output": out.detach(), **dict(zip(wanted, grads, strict=True))}
+
+
+def _weights(out: Tensor) -> Tensor:
+    """The gradient of the output: always the same."""
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
 
 
 def compared(
@@ -181,12 +185,10 @@ def _further(
     truth, rounding = truths[name], torch.finfo(own.dtype).eps / 2
     assert truth is not None
     own_error, error = relative_error(own, truth), relative_error(value, truth)
-    if error <= max(_WORSE * own_error, rounding):
+    if error <= _WORSE * own_error + rounding / 2:  # one more rounding, in norm
         return ""
     norms = {key: _norm(x) for key, x in truths.items() if x is not None}
-    # A parameter of scores has a gradient of terms that cancel: sums of q times its gradient, say.
-    terms = _norm(given["q"]) * norms.get("q", 0.0)
-    if name not in _OPERANDS and error * norms[name] <= rounding * terms:
+    if error * norms[name] <= rounding * _cancelled(name, truths, given):
         return ""
     if own_error <= _ROUNDING[own.dtype]:
         return f"{error:.1e} from fp64, where eager is {own_error:.1e} from it"
@@ -196,6 +198,21 @@ def _further(
     if norms[name] <= _NOTHING * largest and _norm(value) <= 20 * rounding * largest:
         return ""
     return f"{beside:.1e} from eager, which is {own_error:.1e} from fp64"
+
+
+def _cancelled(name: str, truths: Values, given: dict[str, Tensor]) -> float:
+    """How large the terms are of which a gradient is a sum, and which cancel.
+
+    That of a score is a weight times ``grad . v - grad . out``, where ``out`` has been rounded, and
+    goes to q times k. That of what scores are multiplied with is a sum of q times its gradient.
+    """
+    out = truths["output"]
+    if name in ("output", "v") or out is None:
+        return 0.0
+    if name not in ("q", "k"):
+        return _norm(given["q"]) * _norm(truths["q"]) if truths["q"] is not None else 0.0
+    other = given["k" if name == "q" else "q"]
+    return _norm(out * _weights(out)) * _norm(other) / (other.numel() / other.shape[-1]) ** 0.5
 
 
 def _norm(value: Tensor) -> float:

@@ -21,6 +21,7 @@ from benchmarks.fuzz.scores import (
     MULTIPLYING,
     PRODUCTS,
     REPEATED,
+    REPLACING,
     SCALES,
     SDPA,
     SOFTMAX,
@@ -79,7 +80,8 @@ def draw(seed: int) -> Program:
     program = replace(program, masks=_masks(d, program))
     program = _hidden(d, program, sdpa)
     s = program.sizes
-    tokens_first = "joined" in program.output or program.product == "einsum, tokens first"
+    moved = program.product in ("einsum, tokens first", "module")
+    tokens_first = "joined" in program.output or moved
     same = s.D == s.E and s.rank == 4 and not tokens_first
     dynamic = s.rank == 4 and d.chance(0.05) and min(s.B, s.H, s.G, s.NQ) > 1
     return replace(program, layers=2 if same and d.chance(0.1) else 1, dynamic=dynamic)
@@ -120,7 +122,12 @@ def _sdpa(d: Draw, program: Program) -> Program:
     steps = (Piece("times"),) if d.chance(0.4) else ()
     biases = (Added(d.piece(BIASES)),) if d.chance(0.25) else ()
     program = replace(program, product=d.one(list(SDPA)), steps=steps, biases=biases)
-    return _repeated(d, program, True)
+    if program.product != "module":
+        return _repeated(d, program, True)
+    heads = program.sizes.H
+    sizes = replace(program.sizes, G=heads, E=program.sizes.D, rank=4)
+    softmax = d.one(["method", "function"])  # which is asked for the weights
+    return replace(program, sizes=sizes, steps=(), softmax=softmax, memory="contiguous")
 
 
 def _written(d: Draw, program: Program) -> Program:
@@ -175,15 +182,19 @@ def _masks(d: Draw, program: Program) -> tuple[Joined, ...]:
 def _hidden(d: Draw, program: Program, sdpa: bool) -> Program:
     """With a way to hide keys that fits what is done before."""
     fill = d.weighted({"infinity": 0.55, "least": 0.43, "number": 0.02})
-    hiding = d.one(["masked_fill", "masked_fill", "added", "inverted"] if sdpa else list(HIDING))
+    ways = {"masked_fill": 2, "added": 1, "inverted": 1} if sdpa else dict.fromkeys(HIDING, 1.0)
+    hiding = d.weighted({name: 0.1 if name == "by index" else p for name, p in ways.items()})
     if hiding in IN_PLACE and _saved(program):
         hiding = "masked_fill"
     if hiding in MULTIPLYING and fill == "infinity":
         fill = "least"
+    if hiding not in REPLACING and fill == "number":
+        fill = "hundred"
     narrow = all(mask.how in NARROWING for mask in program.masks)
     program = replace(program, hiding=hiding, fill=fill)
     if sdpa:
-        return replace(program, causal=not program.masks and not program.biases and d.chance(0.5))
+        bare = not program.masks and not program.biases and program.product != "module"
+        return replace(program, causal=bare and d.chance(0.5))
     late = [name for name in LATE if d.chance(0.04)]
     weights = [name for name in WEIGHTS if d.chance(0.05)]
     return replace(

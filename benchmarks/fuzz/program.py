@@ -15,6 +15,7 @@ from benchmarks.fuzz.scores import (
     FILLS,
     HIDING,
     LATE,
+    OF_MODULE,
     OUTPUTS,
     PRODUCTS,
     REPEATED,
@@ -112,7 +113,9 @@ class Program:
         others = {2: "qk", 3: "bqk", 5: "bwhqk"}
         if self.sizes.rank in others:
             return others[self.sizes.rank]
-        return "bhqk" if self.product in SDPA else PRODUCTS[self.product].layout
+        if self.product in SDPA:
+            return "nqk, whole" if self.product == "module" else "bhqk"
+        return PRODUCTS[self.product].layout
 
     def reads(self) -> tuple[str, ...]:
         """The names of the tensors that it takes besides q, k and v."""
@@ -120,7 +123,8 @@ class Program:
         idioms += [STEPS[step.name] for step in self.steps if self.product not in SDPA]
         idioms += [BIASES[bias.piece.name] for bias in self.biases]
         names = [name for idiom in idioms for name in idiom.reads]
-        return tuple(dict.fromkeys(names + (["sinks"] if self.sinks else [])))
+        names += ["sinks"] if self.sinks else []
+        return tuple(dict.fromkeys([*names, *(OF_MODULE if self.product == "module" else ())]))
 
 
 _Q, _K, _V = "B, H, NQ, D", "B, G, NK, D", "B, G, NK, E"
@@ -238,11 +242,13 @@ def _sdpa(program: Program) -> Iterator[str]:
     floating = program.biases or program.hiding != "masked_fill"
     joined = " + ".join(terms)
     if terms:
-        yield f"mask = ({joined}).to(q.dtype)" if floating else f"mask = {joined}"
+        hidden = "~" if program.product == "module" else ""  # whose masks say what is hidden
+        yield f"mask = ({joined}).to(q.dtype)" if floating else f"mask = {hidden}({joined})"
     mask = ", attn_mask=mask" if terms else ", is_causal=True" if program.causal else ""
     scaled = any(step.name in ("times", "in place") for step in program.steps)
     gqa = program.sizes.G != program.sizes.H and not program.repeated
     given = {"mask": mask, "scale": ", scale=0.25" * scaled, "gqa": ", enable_gqa=True" * gqa}
+    given["weights"] = str(program.softmax == "function")
     yield f"out = {SDPA[program.product].format(**given)}"
 
 

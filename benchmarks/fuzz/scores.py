@@ -93,7 +93,14 @@ SDPA = {
     "sdpa": "F.scaled_dot_product_attention(q, k, v{mask}{scale}{gqa})",
     "sdpa by keywords": "F.scaled_dot_product_attention(query=q, key=k, value=v, "
     "dropout_p=0.0{mask}{scale}{gqa})",
+    "module": "F.multi_head_attention_forward(\n"
+    "    *(x.transpose(1, 2).flatten(2).transpose(0, 1) for x in (q, k, v)),\n"
+    "    *(H * D, H, w_in, None, None, None, False, 0.0, w_out, None),\n"
+    "    need_weights={weights}{mask},\n"
+    ")[0]",
 }
+#: What the call of a module reads besides.
+OF_MODULE = ("w_in", "w_out")
 
 #: How keys and values get as many heads as the queries have.
 REPEATED = {
@@ -183,6 +190,7 @@ FILLS = {
     "infinity": "-INF",
     "least": "torch.finfo(q.dtype).min",
     "number": "-1e4",
+    "hundred": "-100.0",
 }
 #: Statements by which scores ``s`` lose hidden keys: of ``{m}``, what is kept, and ``{fill}``.
 HIDING = {
@@ -204,6 +212,10 @@ HIDING = {
 }
 #: Those that multiply the fill, which infinity does not bear.
 MULTIPLYING = ("inverted", "inverted integers")
+REPLACING = (
+    *("masked_fill", "masked_fill of not", "masked_fill of zero"),
+    *("where", "where of tensors", "method where", "in place", "by index"),
+)
 IN_PLACE = ("in place", "by index", "added in place")
 #: Statements on scores that are masked.
 LATE = {
@@ -241,6 +253,8 @@ def fitted(value: str, axes: str, layout: str) -> str:
         return f"{value}.unflatten(1, (G, H // G))" if "h" in axes else f"{value}.unsqueeze(2)"
     if layout == "nqk":
         return f"{value}.expand(B, H, -1, -1).flatten(0, 1)"
+    if layout == "nqk, whole":
+        return f"{value}.expand(B, H, NQ, NK).flatten(0, 1)"
     if layout == "qk":
         return f"{value}[0, 0]"
     if layout == "bqk":
