@@ -18,6 +18,7 @@ from benchmarks.fuzz.scores import (
     HIDING,
     IN_PLACE,
     LATE,
+    MERGED,
     MULTIPLYING,
     PRODUCTS,
     REPEATED,
@@ -149,7 +150,7 @@ def _written(d: Draw, program: Program) -> Program:
         steps=tuple(steps),
         biases=tuple(biases),
         softmax=d.one(list(SOFTMAX)),
-        sinks=d.chance(0.08),
+        sinks=d.chance(0.03 if of.before == MERGED else 0.08),
         output=("joined",) if rank == 4 and d.chance(0.2) else (),
     )
     if _saved(program):
@@ -196,7 +197,7 @@ def _hidden(d: Draw, program: Program, sdpa: bool) -> Program:
         bare = not program.masks and not program.biases and program.product != "module"
         return replace(program, causal=bare and d.chance(0.5))
     late = [name for name in LATE if d.chance(0.04)]
-    weights = [name for name in WEIGHTS if d.chance(0.05)]
+    weights = [name for name in WEIGHTS if d.chance(0.02 if name == "masked again" else 0.05)]
     return replace(
         program,
         several=narrow and len(program.masks) > 1 and d.chance(0.12),

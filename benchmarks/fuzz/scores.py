@@ -30,7 +30,8 @@ class Product:
     weight: float = 1.0
 
 
-_MERGED = ("q, k, v = (x.reshape(B * H, -1, x.shape[-1]) for x in (q, k, v))",)
+#: Batch and heads in one axis.
+MERGED = ("q, k, v = (x.reshape(B * H, -1, x.shape[-1]) for x in (q, k, v))",)
 _TOKENS_FIRST = ("q, k, v = (x.transpose(1, 2) for x in (q, k, v))",)
 _GROUPED = ("q = q.reshape(B, G, H // G, NQ, D)",)
 _OUT_OF_MERGED = "torch.bmm(w, v).view(B, H, NQ, E)"
@@ -57,17 +58,17 @@ PRODUCTS: dict[str, Product] = {
         'torch.einsum("...qk,...kd->...qd", w, v)',
         ranks=_ANY,
     ),
-    "bmm": Product("torch.bmm(q, k.transpose(1, 2))", _OUT_OF_MERGED, layout="nqk", before=_MERGED),
+    "bmm": Product("torch.bmm(q, k.transpose(1, 2))", _OUT_OF_MERGED, layout="nqk", before=MERGED),
     "bmm, viewed": Product(
         "torch.bmm(q, k.mT).view(B, H, NQ, NK)",
         "torch.bmm(w.view(B * H, NQ, NK), v).view(B, H, NQ, E)",
-        before=_MERGED,
+        before=MERGED,
     ),
     "baddbmm": Product(
         "torch.baddbmm(q.new_empty(B * H, NQ, NK), q, k.mT, beta=0, alpha=0.5)",
         _OUT_OF_MERGED,
         layout="nqk",
-        before=_MERGED,
+        before=MERGED,
     ),
     "grouped einsum": Product(
         'torch.einsum("bgrqd,bgkd->bgrqk", q, k)',

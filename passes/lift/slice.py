@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.utils._pytree import tree_leaves
 
 from sparse_compile.passes.mutation import Memory, is_off, memory_of
 from sparse_compile.sites.operands import Scope
@@ -195,11 +196,14 @@ class Order:
         return picked[::-1], leaves[::-1]
 
     def _made_like(self, node: Node) -> list[Node]:
-        """A tensor that is written to, of which a node reads the dtype or shape, and no value."""
+        """Scores, say, of which a node reads the dtype or shape, and no value."""
         like = node.args[0] if node.args and call_name(node) in LIKE else None
-        if not isinstance(like, Node) or list(node.all_input_nodes).count(like) != 1:
+        if not isinstance(like, Node) or like in tree_leaves((node.args[1:], node.kwargs)):
             return []
-        return [like] if self.memory.is_written(like) else []
+        if any(self._encloses(opening, closing, like) for opening, closing in self.brackets):
+            return []
+        value = like.meta.get("example_value")
+        return [like] if isinstance(value, torch.Tensor) and value.is_floating_point() else []
 
     def _is_leaf(self, node: Node) -> bool:
         """Whether a node is the result of a source, or a part of one that has several."""

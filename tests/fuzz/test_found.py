@@ -32,6 +32,16 @@ EQUAL = {
     "zeros like scores that were written to": Program(
         steps=(Piece("in place"),), masks=(Joined(Piece("arange")),), hiding="added zeros"
     ),
+    "zeros like what follows from them": Program(
+        steps=(Piece("in place"), Piece("number")),
+        masks=(Joined(Piece("arange")),),
+        hiding="added zeros",
+    ),
+    "a number and one of the call": Program(
+        steps=(Piece("times"), Piece("number of a tensor"), Piece("divided"), Piece("softcap")),
+        masks=(Joined(Piece("padding")),),
+        grad=True,
+    ),
 }
 
 
