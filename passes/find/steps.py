@@ -170,13 +170,12 @@ class _Folding:
         return None
 
     def _scale_by(self, times: float) -> None:
-        if isinstance(self.scale, Node) and times != 1.0:
-            raise Refused(
-                f"the scores are scaled by {times:g} and by a number known only at run time",
-                "multiply q by one of them instead",
-            )
         if not isinstance(self.scale, Node):
             self.scale *= times
+        elif times == 0.0:
+            raise Refused("the scores are multiplied by zero")
+        elif times != 1.0:
+            self.value = number(times) * self.value
 
     def _run_time(self, step: Factor) -> None:
         if self.value != SCORE or step.inverse or self.masks or isinstance(self.scale, Node):

@@ -14,7 +14,7 @@ from torch.fx import Node
 from sparse_compile.expr import KV, N_KV, N_Q, B, H, MaskExpr, Q, size_symbol
 from sparse_compile.options import Options
 from sparse_compile.passes.graph_edit import dimension
-from sparse_compile.passes.lift.biases import Biases, contributions
+from sparse_compile.passes.lift.biases import Bias, Biases, contributions
 from sparse_compile.passes.lift.bounds import Ranges
 from sparse_compile.passes.lift.data_masks import is_kept, with_hidden
 from sparse_compile.passes.lift.emit import Emitter
@@ -27,7 +27,7 @@ from sparse_compile.passes.lift.masks import Keep, Lengths, SiteMasks, is_traine
 from sparse_compile.passes.lift.normalize import normalise
 from sparse_compile.passes.lift.selected import NotSelected, check_heads, split_selection, uncast
 from sparse_compile.passes.lift.simplify import Simplifier
-from sparse_compile.passes.lift.slice import Slice, Slicer, made_of
+from sparse_compile.passes.lift.slice import Slice, Slicer, call_name, made_of
 from sparse_compile.passes.lift.tables import Selects, Tabler, with_program
 from sparse_compile.passes.lift.value import size_expr, solve_for_symbol
 from sparse_compile.passes.lift.verify import Question, verify
@@ -129,6 +129,12 @@ def _lift(
     trained = [one for one in biases.found if is_trained(site.masks[one.mark])]
     linear = (program is None or program.derivative == 1) and not trained
     empty = of_empty_rows(masks, keeps, predicate, simplify, options.finite_fill, linear)
+    if empty.policy is EmptyRows.NAN_ADDED and not all(_is_chosen(masks, one) for one in trained):
+        raise Refused(
+            "rows may be fully masked by adding -inf: then what is trained beside has gradients of "
+            "NaN, which are not followed",
+            "use masked_fill or torch.where with float('-inf')",
+        )
     if empty.levels and any(one.cases for one in trained):
         # What is hidden may have been chosen by `where`, and then gets no gradient.
         biases = _biases(masks, lifter, keeps, direct=True)
@@ -234,6 +240,11 @@ def _hides(value: Any) -> bool:
         return False
     real = value.is_floating_point() and _is_bias(value)
     return real and not bool((value.detach() > LARGEST_ASSUMED).all())
+
+
+def _is_chosen(masks: SiteMasks, bias: Bias) -> bool:
+    """Whether `where` or `masked_fill` chooses between a bias and -inf: no NaN reaches it then."""
+    return call_name(masks.site.masks[bias.mark].node) in ("where", "masked_fill")
 
 
 def _biases(

@@ -59,8 +59,16 @@ def with_sinks(insert: Inserter, site: AttentionSite, out: Node, lse: Node, sink
         sinks = insert.method("reshape", sinks, 1, -1, 1, 1)  # from [Hq]
     if example_value(sinks).shape[-1] != 1:
         sinks = insert.call(torch.logsumexp, sinks, -1, True)
+    axes = list(site.score_axes)
+    for outer, inner in (("b1", "b2"), ("h1", "h2")):
+        if inner in axes:
+            at = axes.index(outer)
+            whole = [-1] * len(axes)
+            whole[at : at + 2] = [insert.length(site.q, axis) for axis in (outer, inner)]
+            sinks = insert.method("flatten", insert.method("expand", sinks, *whole), at, at + 1)
+            axes[at : at + 2] = [outer[0]]
     for position, axis in enumerate(("b", "h", "q")):
-        if axis not in site.score_axes:
+        if axis not in axes:
             sinks = insert.method("unsqueeze", sinks, position)
     distance = insert.call(operator.sub, insert.method("unsqueeze", lse, -1), sinks)
     # Not as a sigmoid, whose gradient is computed of what is left of 1: nothing, near it.
