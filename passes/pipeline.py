@@ -32,6 +32,7 @@ from sparse_compile.passes.restrict import (
 from sparse_compile.passes.rewrite.lists import hold_layouts, remember_given, share_lists
 from sparse_compile.passes.rewrite.rewriter import Rewriter
 from sparse_compile.passes.rewrite.shadows import settle
+from sparse_compile.passes.stays_dense import find_dense, warn_of
 from sparse_compile.sites.plan import Plan, Trace
 from sparse_compile.sites.shadow import Expanded
 from sparse_compile.sites.site import LiftedMask, Ranking, Rejection
@@ -50,7 +51,9 @@ def run(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> tup
         BadPattern, RestrictionFailed: an annotation does not fit, or cannot be honoured.
     """
     traces = plan(gm, example_inputs, options)
+    dense = find_dense(gm, traces, example_inputs, options)
     rewrite(gm, traces, options)
+    warn_of(dense)
     return traces
 
 

@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from sparse_compile.expr import KV, MaskExpr, Q, renumbered, table_index
+from sparse_compile.expr import KV, MaskExpr, Q, ScoreProgram, renumbered, table_index
 from sparse_compile.passes.given import given_mask
 from sparse_compile.passes.graph_edit import dimension
 from sparse_compile.sites.annotation import META_KEY, Annotation, annotation_named
@@ -20,6 +20,7 @@ from sparse_compile.spec import EmptyRows
 
 _NOTHING = MaskExpr(sympy.false)
 _EVERYTHING = LiftedMask(MaskExpr(sympy.true))
+_EVENLY = replace(_EVERYTHING, score=ScoreProgram(sympy.S.Zero, absorbed=True))
 
 
 def annotation_of(node: Node | None) -> Annotation | None:
@@ -61,7 +62,10 @@ def promised_mask(site: AttentionSite) -> LiftedMask | None:
         return None  # what scores are multiplied with is no mask
     own = LiftedMask(MaskExpr(sympy.Le(KV, Q) if site.causal else sympy.true))
     joined = _joined(own, note.bound.expr, note.key)
-    return replace(joined, empty_rows=_promised_empty_rows(site, note))
+    policy = _promised_empty_rows(site, note)
+    if policy is EmptyRows.MEAN and site.dropout:
+        return replace(joined, fallbacks=(_EVENLY,))  # no executor drops from a mean
+    return replace(joined, empty_rows=policy)
 
 
 def restrict(trace: Trace) -> Trace:
@@ -141,10 +145,11 @@ def _joined(lifted: LiftedMask, expr: MaskExpr, key: str) -> LiftedMask:
 
 def _promised_empty_rows(site: AttentionSite, note: Annotation) -> EmptyRows:
     """As the program's own, where its fill is known without reading its mask tensors."""
-    (fill, *more) = {mask.fill for mask in site.masks}
     adds = any(mask.role == "add" for mask in site.masks)
-    if site.kind == "sdpa" or adds or more or isinstance(fill, Node):
+    fills = [mask.changed(mask.fill) for mask in site.masks if not isinstance(mask.fill, Node)]
+    if site.kind == "sdpa" or adds or len(fills) < len(site.masks) or len({*fills}) > 1:
         return EmptyRows.ZERO
+    fill, *_ = fills
     diagonal = note.bound.expr.predicate.xreplace({KV: Q})
     if diagonal == sympy.true and dimension(site.q, "n") == dimension(site.k, "n"):
         return EmptyRows.ZERO  # every query sees itself

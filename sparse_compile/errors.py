@@ -31,6 +31,10 @@ class BadShape(SparseCompileError):
     """Query, key, value or mask shapes that do not fit together."""
 
 
+class BadDevice(SparseCompileError):
+    """Tensors of one attention on several devices, or on one that computes nothing."""
+
+
 class UnsupportedDtype(SparseCompileError):
     """A dtype that no kernel handles."""
 
@@ -79,3 +83,10 @@ class NothingToSparsify(SparseCompileError):
 
 class WeightsNeeded(SparseCompileError):
     """Attention weights are asked for or dropped, where they are never made."""
+
+
+class StaysDense(UserWarning):
+    """Attention with a sparse mask that compiled code computes densely, and what would change that.
+
+    To silence it: ``warnings.simplefilter("ignore", sparse_compile.errors.StaysDense)``.
+    """

@@ -49,10 +49,21 @@ def match_eager(softmax: Node, flow: Dataflow, scope: Scope) -> AttentionSite | 
     """
     try:
         return _match(softmax, flow, scope)
-    except Refused:
+    except Refused as refused:
         if product_above(softmax.all_input_nodes[0]) and product_below(softmax):
-            raise
+            raise Refused(refused.reason, refused.hint, _hiding(softmax, flow)) from None
         return None  # A router, a pooling or a classifier.
+
+
+def _hiding(softmax: Node, flow: Dataflow) -> tuple[MaskOperand, ...]:
+    """What hides the scores that a softmax reads, if that is known."""
+    call = canonical(softmax)
+    assert call is not None
+    try:
+        steps = ScoreWalk(flow).back(call.args["input"], softmax).steps
+    except Refused:
+        return ()
+    return tuple(step.mask for step in steps if isinstance(step, Masked))
 
 
 def _match(softmax: Node, flow: Dataflow, scope: Scope) -> AttentionSite:

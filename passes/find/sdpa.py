@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -36,7 +37,20 @@ def match_sdpa(node: Node, flow: Dataflow, scope: Scope) -> AttentionSite:
     call = canonical(node)
     if call is None:
         raise Refused("scaled_dot_product_attention is called in an unknown way")
-    args = call.args
+    masks = _masks(call.args["attn_mask"])
+    try:
+        return _site(node, call.args, masks, flow, scope)
+    except Refused as refused:
+        raise Refused(refused.reason, refused.hint, masks) from None
+
+
+def _site(
+    node: Node,
+    args: Mapping[str, Any],
+    given_masks: tuple[MaskOperand, ...],
+    flow: Dataflow,
+    scope: Scope,
+) -> AttentionSite:
     given = tuple(_operand(args[name], name) for name in ("query", "key", "value"))
     q, k, v = _undo_repeats(given, node, flow)
     operands = q.operand, k.operand, v.operand
@@ -46,9 +60,7 @@ def match_sdpa(node: Node, flow: Dataflow, scope: Scope) -> AttentionSite:
     shapes.check_output_dtype(output)
     score_shape = (*values.shape(given[0].node)[:-1], shapes.sizes(given[1])["n"])
     score_axes = (*operands[0].axes[:-2], "q", "kv")
-    masks = tuple(
-        replace(mask, axes=score_axes, sizes=score_shape) for mask in _masks(args["attn_mask"])
-    )
+    masks = tuple(replace(mask, axes=score_axes, sizes=score_shape) for mask in given_masks)
     shapes.check_masks(masks, score_shape)
     causal = args["is_causal"]
     if not isinstance(causal, bool):

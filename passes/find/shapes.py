@@ -46,6 +46,9 @@ def check_operands(q: Operand, k: Operand, v: Operand) -> None:
         )
     if not _divides(key["h"], query["h"]):
         raise Refused(f"q has {query['h']} heads, not a multiple of the {key['h']} of k and v")
+    for name, features in (("q and k have", query["d"]), ("v has", value["d"])):
+        if isinstance(features, int) and features == 0:
+            raise Refused(f"{name} no features", "give q, k and v at least one feature")
     if values.differ(query["d"], key["d"]) or values.differ(key["n"], value["n"]):
         raise Refused("the shapes of q, k and v do not fit together")
 
@@ -118,6 +121,11 @@ def _check_dtype(operand: Operand) -> None:
         raise Refused(
             f"`{operand.node.name}` is a {type(example).__name__}, not a plain tensor",
             "pass plain tensors",
+        )
+    if example is not None and example.is_meta:
+        raise Refused(
+            f"`{operand.node.name}` is on the meta device, which holds no data",
+            "move the model and its inputs to the CPU or a GPU",
         )
     dtype = values.dtype(operand.node)
     if dtype not in _DTYPES:

@@ -194,12 +194,7 @@ class _Folding:
             return
         if times <= 0 and self.masks:
             raise Refused("the scores are masked before they are scaled", "scale them first")
-        self.masks = [
-            replace(mask, then=(*mask.then, change))
-            if mask.role == "add" or isinstance(mask.fill, Node)
-            else replace(mask, fill=change(mask.fill))
-            for mask in self.masks
-        ]
+        self.masks = [replace(mask, then=(*mask.then, change)) for mask in self.masks]
 
     def narrowed(self, step: Narrowed) -> None:
         """Masked scores are rounded; that of others is a matter of precision."""
@@ -215,8 +210,7 @@ class _Folding:
         mask = replace(step.mask, axes=self.axes(step.shape), sizes=step.shape)
         self.cap = self.cap if mask.role in ("keep", "drop") else None
         if mask.role == "add":
-            if step.times != 1.0:
-                mask = replace(mask, then=(Change(times=step.times),))
+            mask = replace(mask, times=step.times)
             self.value += mark if step.times == 1.0 else number(step.times) * mark
         elif mask.role == "factor":
             if any(one.role != "factor" for one in self.masks):

@@ -49,7 +49,8 @@ class Slice:
 
     Attributes:
         scope: the innermost one that ``leaves`` live in; the others live in its parents.
-        leaves: inputs: placeholders, and results of operations that are not sliced through.
+        leaves: inputs: placeholders, constants of the graph, and results of operations that are not
+            sliced through.
         nodes: what is computed, in order; those of outer scopes first.
         outputs: the wanted nodes.
         aliases: for each placeholder of an inner scope, the outer node it stands for.
@@ -179,7 +180,7 @@ class Order:
             writes = any(self.memory.of(t) in memory for t in self.writes.get(node, ()))
             if node not in needed and node not in forced and not writes:
                 continue
-            if node.op == "placeholder" or (self._is_leaf(node) and not writes):
+            if node.op in ("placeholder", "get_attr") or (self._is_leaf(node) and not writes):
                 leaves.append(node)
                 continue
             if writes and self._is_source(node):

@@ -16,11 +16,12 @@ from sparse_compile import ops
 from sparse_compile.api.data import data_of, given_data, tables_of
 from sparse_compile.api.plan import Direct, capped, name_at_once, name_of, planned
 from sparse_compile.api.select import lists_of, selected_of
-from sparse_compile.errors import BadShape, PatternMisuse
+from sparse_compile.errors import BadDevice, BadShape, PatternMisuse
 from sparse_compile.expr import COORDINATES, MaskExpr
 from sparse_compile.layout.from_dense import NO_READS, DenseRead
 from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.layout.views.split_views import rounded
+from sparse_compile.ops.fresh_size import told_apart
 from sparse_compile.ops.masked import (
     MASKED_ATTENTION,
     MASKED_ATTENTION_AND_LSE,
@@ -81,7 +82,7 @@ def attention(
         [B, Hq, Nq, Dv]; 0 for a query that may attend to nothing.
 
     Raises:
-        BadShape, UnsupportedDtype: q, k, v and the mask do not fit together.
+        BadShape, BadDevice, UnsupportedDtype: q, k, v and the mask do not fit together.
         BadPattern: the pattern does not fit these lengths, or the tensor is a bias.
         PatternMisuse: the mask is of another kind.
 
@@ -110,6 +111,7 @@ def _check(operands: Operands, mask: Pattern | Tensor | None, sinks: Tensor | No
     if not torch.compiler.is_compiling():
         # Attention to blocks takes less, see below.
         check_operands(*operands, WIDEST_UNITS if isinstance(mask, Pattern) else WIDEST)
+        _check_data(q=q, mask=mask, sinks=sinks)
         if isinstance(mask, Pattern):
             mask.check(q.shape[2], k.shape[2], q.shape[0], q.shape[1])
     if isinstance(mask, Tensor):
@@ -119,6 +121,15 @@ def _check(operands: Operands, mask: Pattern | Tensor | None, sinks: Tensor | No
             f"sparse_compile: attention() got sinks of shape {list(sinks.shape)}. Give [Hq], one "
             f"for each of {q.shape[1]} query heads."
         )
+
+
+def _check_data(**given: object) -> None:
+    for name, tensor in given.items():
+        if isinstance(tensor, Tensor) and tensor.is_meta:
+            raise BadDevice(
+                f"sparse_compile: attention() got {name} on the meta device, which holds no data. "
+                "Move it to the CPU or a GPU."
+            )
 
 
 def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
@@ -243,7 +254,8 @@ def _pattern_data(
         tables, lists = [*tables, *more], [*lists, index, count]
         if plan.blocks and _fits_blocks(q, v, index, named.units):
             spec = plan.blocks
-            lists = ops.LAYOUT(tables, NO_READS, [], *lengths, kv_heads, spec, q.device, lists)
+            where = spec, q.device, lists, told_apart()
+            lists = ops.LAYOUT(tables, NO_READS, [], *lengths, kv_heads, *where)
     return spec, tables, lists
 
 
@@ -324,7 +336,9 @@ def _tensor_data(q: Tensor, k: Tensor, mask: Tensor, text: str) -> _Data:
     lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
     shared = tuple([bool(size == 1) for size in mask.shape])
     spec, reads = _plan_of_tensor(shared, q.device.type, text)
-    bits, *lists = ops.LAYOUT([mask], reads, [], *lengths, k.shape[1], spec, q.device, [])
+    nothing: list[Tensor] = []
+    where = spec, q.device, nothing, told_apart()
+    bits, *lists = ops.LAYOUT([mask], reads, [], *lengths, k.shape[1], *where)
     return spec, [bits], lists
 
 

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from sparse_compile import ops
+from sparse_compile.errors import BadDevice
 from sparse_compile.expr import MaskExpr, table_index
 from sparse_compile.layout.from_dense import NO_READS
 from sparse_compile.layout.tensor_state import memory_of, state_of
+from sparse_compile.ops.fresh_size import told_apart
 from sparse_compile.ops.pattern import PATTERN_TABLE
 from sparse_compile.ops.selection import CANONICAL_SELECTION
 from sparse_compile.patterns.base import Pattern
@@ -51,7 +53,8 @@ def make_data(call: Call) -> Data:
     made = [PATTERN_TABLE(key, *table, *lengths, device) for table in tables]
     if not text:
         return made, []
-    return made, ops.LAYOUT(made, NO_READS, list(sizes), *lengths, kv_heads, text, device, [])
+    where: tuple[Any, ...] = text, device, [], told_apart()
+    return made, ops.LAYOUT(made, NO_READS, list(sizes), *lengths, kv_heads, *where)
 
 
 def data_of(pattern: Pattern | None, call: Call) -> Data:
@@ -148,6 +151,12 @@ def _state(pattern: Pattern) -> tuple[Hashable, ...] | None:
     if tensors == []:
         _CONSTANT.add(id(pattern))
         weakref.finalize(pattern, _CONSTANT.discard, id(pattern))
+    for tensor in tensors or ():
+        if tensor.is_meta:
+            raise BadDevice(
+                f"sparse_compile: {pattern!r} reads a tensor on the meta device, which holds no "
+                "data. Make it of one on the CPU or a GPU."
+            )
     states = None if tensors is None else [state_of(tensor) for tensor in tensors]
     return None if states is None or None in states else tuple(states)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -34,6 +33,7 @@ from sparse_compile.passes.graph_edit import device_of, example_value, expected
 from sparse_compile.selection import Selection, SelectionReport
 from sparse_compile.sites.annotation import Annotation
 from sparse_compile.sites.operands import Operand
+from sparse_compile.sites.place import modules_around, place, readable_path
 from sparse_compile.sites.plan import Plan, Trace
 from sparse_compile.sites.site import AttentionSite, LiftedMask, Rejection
 from sparse_compile.spec import AttentionSpec, KernelSpec
@@ -102,7 +102,7 @@ class Examined:
     def report(self) -> SiteReport:
         """The site as users see it."""
         trace, plan = self.trace, self.trace.decided
-        where, said = _place(trace.node, trace.where), _said_of(trace.annotation, trace.node)
+        where, said = place(trace.node, trace.where), _said_of(trace.annotation, trace.node)
         costs = [way.cost for way in trace.proposals]
         ways = tuple(f"{c.name}: {c.refusal}" if c.refusal else c.shown for c in costs)
         is_left, mask = isinstance(plan, Rejection), _mask_of(trace)
@@ -150,32 +150,13 @@ class Examined:
         return build_views(blocks, self.shape, tables, self.sizes, device_of(plan.site.q.node))
 
 
-def _place(node: Node | None, where: Sequence[str]) -> str:
-    """Where a node stands: its module, then its source line."""
-    paths = [path for path, _ in _modules(node).values()]
-    module = _readable_path(paths[-1]) if paths else ""
-    return ", ".join(part for part in (module, where[-1] if where else "") if part) or "unknown"
-
-
-def _readable_path(path: str) -> str:
-    # Dynamo's path starts at a local or global variable: L['self'].layers.0
-    # and goes through the wrapper that annotates a module.
-    path = path.replace(".forward.__self__", "")
-    return re.sub(r"^[LG]\['(?:(?:self|fn)'\]\.?|(\w+)'\])", r"\1", path)
-
-
-def _modules(node: Node | None) -> dict[str, Any]:
-    """The modules around a node, outermost first."""
-    return ({} if node is None else node.meta.get("nn_module_stack")) or {}
-
-
 def _said_of(annotation: Annotation | None, node: Node | None) -> str | None:
     """What the user's annotation says of a node, and on what it is; None without one."""
     if annotation is None:
         return None
-    stack = _modules(node)
+    stack = modules_around(node)
     keys = [key for key in stack if key.split("@")[0] == str(annotation.module)]
-    return annotation.shown(_readable_path(stack[keys[-1]][0]) if keys else "")
+    return annotation.shown(readable_path(stack[keys[-1]][0]) if keys else "")
 
 
 def _mask_of(trace: Trace) -> str | None:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from sparse_compile.codegen.call import AttentionCall
-from sparse_compile.errors import BadShape, UnsupportedDtype
+from sparse_compile.errors import BadDevice, BadShape, UnsupportedDtype
 from sparse_compile.layout.lists import count_worklists
+from sparse_compile.ops.learned import check_learned
 from sparse_compile.selection import check_lists
 from sparse_compile.spec import AttentionSpec
 
@@ -27,10 +28,11 @@ def check_call(call: AttentionCall) -> None:
     """Raise before anything runs if the operands and the selections of a call do not fit.
 
     Raises:
-        BadShape, UnsupportedDtype: what does not fit.
+        BadShape, BadDevice, UnsupportedDtype: what does not fit.
         BadPattern: on the CPU, what :func:`check_lists` finds in the lists of a selection.
     """
     check_operands(call.q, call.k, call.v, widest(call.spec))
+    check_learned(call)
     parts, of_blocks = call.spec.units, len(call.spec.parts)
     worklists = count_worklists(call.spec, call.q.device)
     first = of_blocks + 2 * worklists
@@ -54,8 +56,11 @@ def check_operands(q: Tensor, k: Tensor, v: Tensor, widest: tuple[int, int] = WI
 
     Raises:
         UnsupportedDtype: the dtype is not float32, float16 or bfloat16.
-        BadShape: ranks, batch, head counts, lengths or feature sizes disagree.
+        BadDevice: they are on several devices.
+        BadShape: one is not a dense tensor; ranks, batch, head counts, lengths or feature sizes
+            disagree.
     """
+    _check_dense(q=q, k=k, v=v)
     if q.dtype not in SUPPORTED_DTYPES:
         raise UnsupportedDtype(q.dtype)
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
@@ -67,6 +72,14 @@ def check_operands(q: Tensor, k: Tensor, v: Tensor, widest: tuple[int, int] = WI
             f"sparse_compile: q, k and v must be [B, H, N, D], got {shapes}. "
             "Use unsqueeze to add the missing dimension."
         )
+    if not q.device == k.device == v.device:
+        devices = f"q on {q.device}, k on {k.device}, v on {v.device}"
+        raise BadDevice(
+            f"sparse_compile: q, k and v must be on one device, got {devices}. "
+            "Move them with .to()."
+        )
+    if min(q.shape[1], k.shape[1]) == 0:
+        raise BadShape(f"sparse_compile: attention needs at least one head, got {shapes}.")
     if q.shape[1] % k.shape[1] or k.shape[1] != v.shape[1]:
         raise BadShape(
             f"sparse_compile: {q.shape[1]} query heads cannot share {k.shape[1]} key and "
@@ -80,6 +93,17 @@ def check_operands(q: Tensor, k: Tensor, v: Tensor, widest: tuple[int, int] = WI
     if not 1 <= q.shape[3] <= widest[0] or not 1 <= v.shape[3] <= widest[1]:
         either = " and ".join(map(str, dict.fromkeys(widest)))
         raise BadShape(f"sparse_compile: head dims must lie in 1 to {either}, got {shapes}.")
+
+
+def _check_dense(**given: object) -> None:
+    for name, tensor in given.items():
+        if not isinstance(tensor, Tensor):
+            what = f"a value of type {type(tensor).__name__}"
+        elif tensor.layout is not torch.strided:
+            what = f"one of layout {tensor.layout}"
+        else:
+            continue
+        raise BadShape(f"sparse_compile: {name} must be a dense tensor, got {what}.")
 
 
 def check_selection(
