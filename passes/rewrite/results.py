@@ -63,7 +63,7 @@ def with_sinks(insert: Inserter, site: AttentionSite, out: Node, lse: Node, sink
     for outer, inner in (("b1", "b2"), ("h1", "h2")):
         if inner in axes:
             at = axes.index(outer)
-            whole = [-1] * len(axes)
+            whole: list[int | Node] = [-1] * len(axes)
             whole[at : at + 2] = [insert.length(site.q, axis) for axis in (outer, inner)]
             sinks = insert.method("flatten", insert.method("expand", sinks, *whole), at, at + 1)
             axes[at : at + 2] = [outer[0]]
