@@ -1,28 +1,41 @@
 """Whole models whose scores are more than products: forward and training step, side by side.
 
-Peers: torch.compile with Inductor, and transformers' own flex_attention path where it runs. What
-each gives is compared with the first of them before it is timed; random weights, bf16.
+Peers: torch.compile with Inductor, over SDPA or, where a model does not have it, eager attention;
+and transformers' own flex_attention path where it runs. Random weights, bf16. What each gives,
+gradients included, is compared with a run in fp32 before it is timed. GPT-OSS has a single expert,
+since rounding alone would choose others and tell nothing about attention.
 
-    python -m benchmarks.end_to_end --only t5,swin --json end_to_end.json
+    python -m benchmarks.end_to_end --only t5 swin --json end_to_end_h200.json
+
+Results are added to those that the file has; each model replaces its own.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import functools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
+from benchmarks import fp32_attention
 from benchmarks.environment import write_json
-
-Inputs = dict[str, Tensor]
+from benchmarks.whole_models import (
+    FLEX_WAYS,
+    Inputs,
+    Peer,
+    Problem,
+    Row,
+    Setting,
+    compared,
+    verdict,
+)
 
 
 @dataclass(frozen=True)
@@ -30,229 +43,241 @@ class Model:
     """A model to measure.
 
     Attributes:
-        build: makes it, for an attention implementation.
-        inputs: of a call.
-        dense: the implementation that Inductor gets, and we.
-        flex: whether transformers' flex_attention knows it.
-        trained: whether a training step is timed, too.
+        kind: its class in transformers; that of its configuration follows from it.
+        settings: of its configuration.
+        tiny: those that differ where only the benchmark itself is tested.
+        batch, n: sequences of a call, and their tokens; or images of n x n.
+        dense: the attention implementation that Inductor gets, and we.
+        sparse: whether its masks skip much, so that 2.5 times Inductor's speed is to be reached.
     """
 
-    build: Callable[[str], nn.Module]
-    inputs: Callable[[], Inputs]
+    kind: str
+    config: str
+    settings: dict[str, Any]
+    tiny: dict[str, Any]
+    batch: int = 1
+    n: int = 16384
     dense: str = "sdpa"
-    flex: bool = True
-    trained: bool = True
+    sparse: bool = True
+    facts: Row = field(default_factory=dict)
+
+    def build(self, implementation: str, device: str, tiny: bool) -> nn.Module:
+        """In fp32, with the same weights each time."""
+        settings = self.settings | (self.tiny if tiny else {})
+        config = getattr(transformers, self.config)(
+            **settings, attn_implementation=implementation, use_cache=False
+        )
+        torch.manual_seed(0)
+        with torch.device(device):
+            made: nn.Module = getattr(transformers, self.kind)(config)
+        return made
+
+    def inputs(self, device: str, tiny: bool) -> Inputs:
+        """Of a call."""
+        generator = torch.Generator(device).manual_seed(2)
+        given: dict[str, Any] = {"generator": generator, "device": device}
+        if self.kind == "SwinModel":
+            size, batch = (32, 2) if tiny else (self.n, self.batch)
+            pixels = torch.randn(batch, 3, size, size, **given)
+            return {"pixel_values": pixels.to(torch.bfloat16)}
+        shape = (min(self.batch, 2), 96) if tiny else (self.batch, self.n)
+        return {"input_ids": torch.randint(5, 1000, shape, **given)}
 
 
-def _ids(batch: int, n: int) -> Inputs:
-    return {"input_ids": torch.randint(5, 1000, (batch, n), device="cuda")}
-
-
-def _make(kind: str, config: Any) -> nn.Module:
-    with torch.device("cuda"):
-        return getattr(transformers, kind)(config).to(torch.bfloat16)
-
-
-def gpt_oss(implementation: str) -> nn.Module:
-    config = transformers.GptOssConfig(
-        vocab_size=1024,
-        hidden_size=2880,
-        intermediate_size=2880,
-        num_hidden_layers=4,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        head_dim=64,
-        sliding_window=128,
-        num_local_experts=2,
-        num_experts_per_tok=1,
-        max_position_embeddings=131072,
-        attn_implementation=implementation,
-        use_cache=False,
-    )
-    return _make("GptOssModel", config)
-
-
-def gemma2(implementation: str) -> nn.Module:
-    config = transformers.Gemma2Config(
-        vocab_size=1024,
-        hidden_size=2304,
-        intermediate_size=9216,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=256,
-        sliding_window=4096,
-        max_position_embeddings=32768,
-        attn_implementation=implementation,
-        use_cache=False,
-    )
-    return _make("Gemma2Model", config)
-
-
-def gemma3(implementation: str) -> nn.Module:
-    config = transformers.Gemma3TextConfig(
-        vocab_size=1024,
-        hidden_size=2560,
-        intermediate_size=10240,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=256,
-        sliding_window=1024,
-        max_position_embeddings=65536,
-        attn_implementation=implementation,
-        use_cache=False,
-    )
-    return _make("Gemma3TextModel", config)
-
-
-def t5(implementation: str) -> nn.Module:
-    config = transformers.T5Config(
-        vocab_size=1024,
-        d_model=768,
-        d_kv=64,
-        d_ff=3072,
-        num_layers=4,
-        num_heads=12,
-        dropout_rate=0.0,
-        attn_implementation=implementation,
-    )
-    return _make("T5EncoderModel", config)
-
-
-def swin(implementation: str) -> nn.Module:
-    config = transformers.SwinConfig(
-        image_size=224,
-        patch_size=4,
-        embed_dim=128,
-        depths=[2, 2, 18, 2],
-        num_heads=[4, 8, 16, 32],
-        window_size=7,
-        drop_path_rate=0.0,
-        attn_implementation=implementation,
-    )
-    return _make("SwinModel", config)
-
-
-def modernbert(implementation: str) -> nn.Module:
-    config = transformers.ModernBertConfig(
-        vocab_size=1024,
-        pad_token_id=0,
-        cls_token_id=1,
-        sep_token_id=2,
-        bos_token_id=1,
-        eos_token_id=2,
-        reference_compile=False,
-        attn_implementation=implementation,
-    )
-    return _make("ModernBertModel", config)
-
+_TEXT = {"vocab_size": 1024}
+_TINY_TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "sliding_window": 16,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
 
 MODELS = {
-    "gpt_oss": Model(gpt_oss, lambda: _ids(1, 16384), dense="eager"),
-    "gemma2": Model(gemma2, lambda: _ids(1, 16384), dense="eager"),
-    "t5": Model(t5, lambda: _ids(1, 8192), flex=False),
-    "swin": Model(
-        swin,
-        lambda: {"pixel_values": torch.randn(64, 3, 224, 224, device="cuda", dtype=torch.bfloat16)},
-        flex=False,
+    "gpt_oss": Model(
+        "GptOssModel",
+        "GptOssConfig",
+        {
+            **_TEXT,
+            "hidden_size": 2880,
+            "intermediate_size": 2880,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "sliding_window": 128,
+            "num_local_experts": 1,
+            "num_experts_per_tok": 1,
+            "max_position_embeddings": 131072,
+        },
+        _TINY_TEXT,
+        dense="eager",
     ),
-    "modernbert": Model(modernbert, lambda: _ids(8, 8192)),
-    "gemma3": Model(gemma3, lambda: _ids(1, 32768)),
+    "gemma2": Model(
+        "Gemma2Model",
+        "Gemma2Config",
+        {
+            **_TEXT,
+            "hidden_size": 2304,
+            "intermediate_size": 9216,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "sliding_window": 4096,
+            "max_position_embeddings": 32768,
+        },
+        _TINY_TEXT,
+        dense="eager",
+    ),
+    "t5": Model(
+        "T5EncoderModel",
+        "T5Config",
+        {
+            **_TEXT,
+            "d_model": 768,
+            "d_kv": 64,
+            "d_ff": 3072,
+            "num_layers": 4,
+            "num_heads": 12,
+            "dropout_rate": 0.0,
+        },
+        {"d_model": 32, "d_kv": 16, "d_ff": 32, "num_layers": 2, "num_heads": 2},
+        n=8192,
+        sparse=False,
+    ),
+    "swin": Model(
+        "SwinModel",
+        "SwinConfig",
+        {
+            "image_size": 224,
+            "patch_size": 4,
+            "embed_dim": 128,
+            "depths": [2, 2, 18, 2],
+            "num_heads": [4, 8, 16, 32],
+            "window_size": 7,
+            "drop_path_rate": 0.0,
+        },
+        {
+            "image_size": 32,
+            "embed_dim": 16,
+            "depths": [2, 1],
+            "num_heads": [1, 2],
+            "window_size": 4,
+        },
+        batch=64,
+        n=224,
+        sparse=False,
+    ),
+    "modernbert": Model(
+        "ModernBertModel",
+        "ModernBertConfig",
+        {
+            **_TEXT,
+            "pad_token_id": 0,
+            "cls_token_id": 1,
+            "sep_token_id": 2,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "reference_compile": False,
+        },
+        {
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "local_attention": 16,
+            "global_attn_every_n_layers": 2,
+        },
+        batch=8,
+        n=8192,
+    ),
+    "gemma3": Model(
+        "Gemma3TextModel",
+        "Gemma3TextConfig",
+        {
+            **_TEXT,
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "sliding_window": 1024,
+            "max_position_embeddings": 65536,
+        },
+        _TINY_TEXT,
+        n=32768,
+    ),
 }
 
 
-def milliseconds(call: Callable[[], Any], calls: int = 7) -> list[float]:
-    """Of each of some calls, after two that are not counted."""
-    found = []
-    for number in range(calls + 2):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        call()
-        torch.cuda.synchronize()
-        found += [(time.perf_counter() - began) * 1e3] if number > 1 else []
-    return found
+def problem_of(name: str, device: str, tiny: bool, forced: bool = False) -> Problem:
+    """A model with its peers."""
+    model = MODELS[name]
+
+    def built(implementation: str) -> Callable[[], nn.Module]:
+        return functools.partial(model.build, implementation, device, tiny)
+
+    dense, options = built(model.dense), {"decide": "sparse"} if forced else None
+    peers = (
+        Peer(f"inductor+{model.dense}", dense, "inductor"),
+        Peer("sparse_compile", dense, "sparse_compile", options, ours=True),
+        Peer("hf flex_attention", built("flex_attention"), "inductor", ways=FLEX_WAYS),
+    )
+    return Problem(
+        name,
+        built(fp32_attention.NAME),
+        peers,
+        model.inputs(device, tiny),
+        bars=(1.05, 2.5 if model.sparse else 1.05),
+    )
 
 
-def peers_of(model: Model, forced: bool) -> list[tuple[str, str, str]]:
-    """Name, attention implementation and backend."""
-    found = [
-        (f"inductor+{model.dense}", model.dense, "inductor"),
-        ("sparse_compile", model.dense, "sparse_compile"),
-    ]
-    if forced:
-        return [("sparse_compile, all rewritten", model.dense, "sparse_compile")]
-    return found + ([("hf flex_attention", "flex_attention", "inductor")] if model.flex else [])
+def arguments(words: Sequence[str] | None, names: Sequence[str], doc: str) -> argparse.Namespace:
+    """What the command line asks for."""
+    parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=names, default=list(names), metavar="NAME")
+    parser.add_argument("--json", help="rows and verdicts are added to this file after each model")
+    parser.add_argument("--seconds", type=float, default=280.0, help="for each model")
+    parser.add_argument("--calls", type=int, default=7, help="that are timed")
+    parser.add_argument("--tiny", action="store_true", help="to test the benchmark itself")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default)
+    parser.add_argument("--forced", action="store_true", help="rewrite whatever the price is")
+    return parser.parse_args(words)
 
 
-def measured(
-    model: Model, implementation: str, backend: str, inputs: Inputs, forced: bool
-) -> dict[str, Any]:
-    """What one peer takes, and what it gives; or why it gives nothing."""
-    torch._dynamo.reset()
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.manual_seed(0)
-    module = model.build(implementation)
-    module.train(model.trained)
-    options = {"decide": "sparse"} if forced else None
-    compiled = torch.compile(module, backend=backend, options=options)
-    row: dict[str, Any] = {}
-
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return compiled(**inputs)[0]
-
-    def step() -> None:
-        module.zero_grad(set_to_none=True)
-        compiled(**inputs)[0].float().square().mean().backward()
-
-    try:
-        began = time.perf_counter()
-        row["out"] = forward().float().cpu()
-        row["compile_s"] = round(time.perf_counter() - began, 1)
-        torch.cuda.reset_peak_memory_stats()
-        row["forward_ms"] = milliseconds(forward)
-        row["forward_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        if model.trained:
-            step()
-            torch.cuda.reset_peak_memory_stats()
-            row["step_ms"] = milliseconds(step, 5)
-            row["step_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    except Exception as error:
-        row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-    return row
-
-
-def compared(name: str, model: Model, forced: bool) -> list[dict[str, Any]]:
-    """Every peer on one model; outputs against those of the first one that runs."""
-    inputs, rows, truth = model.inputs(), [], None
-    for peer, implementation, backend in peers_of(model, forced):
-        found = measured(model, implementation, backend, inputs, forced)
-        row = {"model": name, "peer": peer, **found}
-        out = row.pop("out", None)
-        if out is not None:
-            truth = out if truth is None else truth
-            row["difference"] = float((out - truth).norm() / truth.norm())
-        for what in ("forward_ms", "step_ms"):
-            if what in row:
-                row[what] = round(statistics.median(row[what]), 3)
-        print(row, flush=True)
-        rows.append(row)
-    return rows
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--only", default=",".join(MODELS))
-    parser.add_argument("--json")
-    parser.add_argument("--forced", action="store_true", help="only us, and without a price")
-    args = parser.parse_args()
-    rows = []
-    for name in args.only.split(","):
-        rows += compared(name, MODELS[name], args.forced)
+def measure(args: argparse.Namespace, problem: Callable[..., Problem]) -> list[Row]:
+    """Everything that was asked for; the verdicts."""
+    setting = Setting(args.device, seconds=args.seconds, calls=args.calls)
+    verdicts = []
+    for name in args.only:
+        asked = problem(name, args.device, args.tiny, args.forced)
+        rows = compared(asked, setting, note=lambda row: print(row, flush=True))
+        verdicts.append(verdict(asked, rows))
+        print(verdicts[-1], flush=True)
         if args.json:
-            write_json(args.json, rows, transformers=transformers.__version__)
+            add_to_json(args.json, name, rows, verdicts[-1])
+    return verdicts
+
+
+def add_to_json(path: str, name: str, rows: list[Row], judged: Row) -> None:
+    """Put the rows of a model in the place of those that a file has of it."""
+    before = json.loads(Path(path).read_text()) if Path(path).exists() else {}
+    kept = [row for row in before.get("rows", []) if row["model"] != name]
+    others = [row for row in before.get("verdicts", []) if row["model"] != name]
+    more = {"transformers": transformers.__version__, "verdicts": [*others, judged]}
+    write_json(path, [*kept, *rows], **more)
+
+
+def main(words: Sequence[str] | None = None) -> list[Row]:
+    """Measure what the command line asks for."""
+    fp32_attention.register()
+    return measure(arguments(words, list(MODELS), __doc__ or ""), problem_of)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def lift(trace: Trace, inputs: Sequence[Any], options: Options, cache: LiftCache
     site = trace.site
     check_fit(site)
     if site.called is not None:
-        return replace(trace, lifted=replace(called_mask(site.called), score=site.score))
+        return replace(trace, lifted=called_mask(site))
     promised = promised_mask(site)
     if promised is not None:
         return replace(trace, lifted=replace(promised, score=site.plain_score))

@@ -9,15 +9,18 @@ import sympy
 import torch
 from torch.fx import Node
 
-from sparse_compile.expr import KV, MaskExpr, Q, renumbered, table_index
+from sparse_compile.expr import KV, MaskExpr, Q, ScoreProgram, renumbered, table_index
+from sparse_compile.passes.given import given_mask
 from sparse_compile.passes.graph_edit import dimension
 from sparse_compile.sites.annotation import META_KEY, Annotation, annotation_named
+from sparse_compile.sites.named import GIVEN
 from sparse_compile.sites.plan import Reading, SelectedPlan, Trace
 from sparse_compile.sites.site import AttentionSite, Called, LiftedMask, PatternTable, Rejection
 from sparse_compile.spec import EmptyRows
 
 _NOTHING = MaskExpr(sympy.false)
 _EVERYTHING = LiftedMask(MaskExpr(sympy.true))
+_EVENLY = replace(_EVERYTHING, score=ScoreProgram(sympy.S.Zero, absorbed=True))
 
 
 def annotation_of(node: Node | None) -> Annotation | None:
@@ -59,7 +62,10 @@ def promised_mask(site: AttentionSite) -> LiftedMask | None:
         return None  # what scores are multiplied with is no mask
     own = LiftedMask(MaskExpr(sympy.Le(KV, Q) if site.causal else sympy.true))
     joined = _joined(own, note.bound.expr, note.key)
-    return replace(joined, empty_rows=_promised_empty_rows(site, note))
+    policy = _promised_empty_rows(site, note)
+    if policy is EmptyRows.MEAN and site.dropout:
+        return replace(joined, fallbacks=(_EVENLY,))  # no executor drops from a mean
+    return replace(joined, empty_rows=policy)
 
 
 def restrict(trace: Trace) -> Trace:
@@ -72,8 +78,17 @@ def restrict(trace: Trace) -> Trace:
     return replace(trace, readings=tuple(_reading(site.annotation, mask) for mask in masks))
 
 
-def called_mask(called: Called) -> LiftedMask:
-    """What a call attends to whatever is selected."""
+def called_mask(site: AttentionSite) -> LiftedMask:
+    """What a call attends to whatever is selected, and what becomes of its scores."""
+    called = site.called
+    assert called is not None
+    static = called.mask.static
+    if static is not None and static.key == GIVEN:
+        return given_mask(site, called)
+    return replace(_static_mask(called), score=site.score)
+
+
+def _static_mask(called: Called) -> LiftedMask:
     static = called.mask.static
     return LiftedMask(_NOTHING) if static is None else _joined(_EVERYTHING, static.mask, static.key)
 
@@ -130,10 +145,11 @@ def _joined(lifted: LiftedMask, expr: MaskExpr, key: str) -> LiftedMask:
 
 def _promised_empty_rows(site: AttentionSite, note: Annotation) -> EmptyRows:
     """As the program's own, where its fill is known without reading its mask tensors."""
-    (fill, *more) = {mask.fill for mask in site.masks}
     adds = any(mask.role == "add" for mask in site.masks)
-    if site.kind == "sdpa" or adds or more or isinstance(fill, Node):
+    fills = [mask.changed(mask.fill) for mask in site.masks if not isinstance(mask.fill, Node)]
+    if site.kind == "sdpa" or adds or len(fills) < len(site.masks) or len({*fills}) > 1:
         return EmptyRows.ZERO
+    fill, *_ = fills
     diagonal = note.bound.expr.predicate.xreplace({KV: Q})
     if diagonal == sympy.true and dimension(site.q, "n") == dimension(site.k, "n"):
         return EmptyRows.ZERO  # every query sees itself

@@ -22,8 +22,8 @@ from sparse_compile.errors import StaysDense
 from sparse_compile.layout.cost import RATES, Coverage, Workload, blocks, cheapest, dense
 from sparse_compile.options import Options
 from sparse_compile.passes.graph_edit import device_of, example_value
+from sparse_compile.passes.lift.examples import Examples
 from sparse_compile.passes.lift.slice import Slicer, Wanted
-from sparse_compile.passes.lift.verify import Examples
 from sparse_compile.sites.operands import MaskOperand, Scope
 from sparse_compile.sites.place import place
 from sparse_compile.sites.plan import Trace

@@ -61,6 +61,10 @@ class BadPattern(SparseCompileError, ValueError):
     """A pattern whose parameters make no sense, or do not fit the lengths it is used with."""
 
 
+class Inexpressible(BadPattern):
+    """A mask_mod or score_mod that does what no predicate or score program can say."""
+
+
 class RestrictionFailed(SparseCompileError):
     """An attention that the user restricted to a pattern, and that cannot be rewritten."""
 

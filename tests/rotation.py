@@ -51,6 +51,7 @@ PARTS: dict[str, int] = {
     "test_recognise_selected_models": 2,
     "test_recognise_threshold": 2,
     "test_score_models": 2,
+    "test_longt5": 3,
     "test_selecting_annotations": 2,
     "test_sparsify": 4,
     # Many cases of one meaning.

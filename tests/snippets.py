@@ -122,6 +122,22 @@ def of_transformers() -> Scope:
     }
 
 
+def flex() -> Scope:
+    n = 300
+    scope = operands(n, heads=2)
+    ids, table = torch.arange(n) // 90, torch.randn(2, 2 * n - 1, requires_grad=True)
+    return {**scope, "ids": ids, "table": table}
+
+
+def follows_the_functions(scope: Scope) -> None:
+    q, k, v, ids, table = (scope[name] for name in ("q", "k", "v", "ids", "table"))
+    at = torch.arange(scope["n"])
+    keep = (ids[:, None] == ids) & (at <= at[:, None])
+    bias = table[:, at[:, None] - at + scope["n"] - 1].masked_fill(~keep, -torch.inf)
+    close(scope["out"], F.scaled_dot_product_attention(q, k, v, attn_mask=bias))
+    assert torch.isfinite(torch.autograd.grad(scope["out"].sum(), table)[0]).all()
+
+
 def compiles(scope: Scope) -> None:
     close(scope["fast"](scope["tokens"]), scope["model"](scope["tokens"]))
 
@@ -209,6 +225,7 @@ SNIPPETS: dict[str, list[tuple[Callable[[], Scope], Check]]] = {
         (native_sparse, differentiable),
         (latent, differentiable),
         (of_transformers, means_the_same),
+        (flex, follows_the_functions),
     ],
     "docs/training-a-gate.md": [(gate_inputs, learns), (lambda: operands(200, 32), selects)],
     "docs/DESIGN.md": [],

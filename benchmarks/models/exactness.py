@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,11 +106,18 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
 def _in_double(model: nn.Module, inputs: Inputs, training: bool) -> dict[str, Tensor]:
     exact = copy.deepcopy(model).double()
     doubled = {name: x.double() if _is_real(x) else x for name, x in inputs.items()}
+    with in_double():
+        return values(exact, exact, doubled, training)
+
+
+@contextlib.contextmanager
+def in_double() -> Iterator[None]:
+    """What a program makes or asks for in fp32 is fp64."""
     usual = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
         with _InDouble():
-            return values(exact, exact, doubled, training)
+            yield
     finally:
         torch.set_default_dtype(usual)
 

@@ -23,12 +23,14 @@ from sparse_compile.codegen.cpu.batches import Batch, Part
 from sparse_compile.codegen.cpu.bias import Bias
 from sparse_compile.expr import (
     COORDINATES,
+    SCORE,
     Dropout,
     ScoreData,
     ScoreProgram,
     add_learned_gradients,
     evaluate_score,
     evaluate_slope,
+    is_learned,
     keeps,
 )
 
@@ -70,8 +72,13 @@ class Score:
             return False
         if self.program is None:
             return True
-        exact = q.dtype == torch.float32 or all(t.dtype == q.dtype for t in self.data.learned)
-        return exact and self.program.derivative == 1 and not self.program.absorbed
+        if self.program.derivative != 1 or self.program.absorbed:
+            return False
+        # A sum, or anything computed, is rounded to half precision, where the program's own is not.
+        read = is_learned(self.program.value - SCORE)
+        return q.dtype == torch.float32 or (
+            read and all(t.dtype == q.dtype for t in self.data.learned)
+        )
 
     def learned_gradients(self) -> list[Tensor]:
         """The sums that there are, in the dtypes of the learned tensors."""

@@ -30,7 +30,7 @@ from sparse_compile.codegen.triton.blocks.source import direct_lookups
 from sparse_compile.codegen.triton.entries import learned_ranks, table_ranks
 from sparse_compile.codegen.triton.predicate import COORDINATE_BITS
 from sparse_compile.errors import UnsupportedDtype
-from sparse_compile.expr import MaskExpr
+from sparse_compile.spec import AttentionSpec
 
 LIMIT = 1 << COORDINATE_BITS
 #: What calls of equal shapes share, by what they have in common.
@@ -123,11 +123,11 @@ def single(grad_lse: Tensor | None, unused: Tensor) -> Tensor:
 
 
 def too_short(
-    mask: MaskExpr, tables: Sequence[Tensor], lengths: tuple[int, int]
+    spec: AttentionSpec, tables: Sequence[Tensor], lengths: tuple[int, int]
 ) -> tuple[tuple[int, int, int], ...]:
     """Tables that a plain ``q`` or ``kv`` indexes beyond their end: number, dimension, length."""
     found = []
-    for number, axis, coordinate in sorted(direct_lookups(mask)):
+    for number, axis, coordinate in sorted(direct_lookups(spec)):
         n = lengths[0 if coordinate == "q" else 1]
         if tables[number].shape[axis] < n:
             found.append((number, axis, n))
@@ -181,7 +181,7 @@ class Prepared:
             if parameter.kind is Kind.DESCRIPTOR and label.startswith(direction)
         }
         given = {"Q": call.q, "K": call.k, "V": call.v, **read}
-        longer = too_short(call.spec.mask, call.tables, call.shape[2:])
+        longer = too_short(call.spec, call.tables, call.shape[2:])
         operands = Operands.prepared(given, described, call.scale, longer)
         found = operands.of(dict(given), call)
         strided = {name.lower(): found[name] for name in given}
@@ -190,7 +190,7 @@ class Prepared:
         shape = {"batch": batch, "q_heads": heads, "kv_heads": call.k.shape[1]}
         shape |= {"n_q": n_q, "n_kv": n_kv}
         shape |= strides(**strided)
-        names = [f"t{number}" for number in table_ranks(call.spec.mask)]
+        names = [f"t{number}" for number in table_ranks(call.spec.mask, call.spec.score)]
         names += [f"w{number}" for number in learned_ranks(call.spec.score)]
         for name in names:
             # Its strides and sizes; the tensor itself differs between calls.

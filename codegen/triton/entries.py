@@ -100,7 +100,8 @@ def data_lines(attention: AttentionSpec) -> tuple[Line, ...]:
     learned = [_table(f"w{w}", n, dtypes[w]) for w, n in learned_ranks(attention.score).items()]
     if attention.dropout is not None:
         learned.append(pointers("int64", f"w{attention.dropout.seed}"))
-    tables = (_table(f"t{t}", n, mask.tables[t]) for t, n in table_ranks(mask).items())
+    ranks = table_ranks(mask, attention.score)
+    tables = (_table(f"t{t}", n, mask.tables[t]) for t, n in ranks.items())
     return *learned, *tables, sizes(*(f"s{i}" for i in range(mask.n_sizes)))
 
 
@@ -112,9 +113,11 @@ def _table(name: str, rank: int, dtype: str) -> Line:
     return pointers(dtype, name) + inner + sizes(*(f"{name}_size{axis}" for axis in axes))
 
 
-def table_ranks(mask: MaskExpr) -> dict[int, int]:
-    """The tables a predicate reads, and how many dimensions each has."""
-    return {table_index(lookup): len(lookup.args) for lookup in mask.lookups}
+def table_ranks(mask: MaskExpr, score: ScoreProgram | None) -> dict[int, int]:
+    """The tables that a predicate and a score program read, and how many dimensions each has."""
+    lookups = (*mask.lookups, *(() if score is None else score.table_lookups))
+    ranks = {table_index(lookup): len(lookup.args) for lookup in lookups}
+    return dict(sorted(ranks.items()))
 
 
 def learned_ranks(score: ScoreProgram | None) -> dict[int, int]:

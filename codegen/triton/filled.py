@@ -74,7 +74,7 @@ def legend(attention: AttentionSpec) -> list[str]:
         lines.append(f"  {f'w{dropout.seed}':<12} seed of the dropout of {dropout.probability:g}")
     lines += [
         f"  {f't{t}':<12} table, {mask.tables[t]}, {n} dimensions"
-        for t, n in table_ranks(mask).items()
+        for t, n in table_ranks(mask, attention.score).items()
     ]
     return lines + [f"  {f's{i}':<12} size, a run-time integer" for i in range(mask.n_sizes)]
 

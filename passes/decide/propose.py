@@ -78,15 +78,14 @@ class _Proposer:
         hides_nothing = mask.mask.predicate == sympy.true
         # SDPA knows no score programs, and does not return what sinks need.
         plain = mask.score is None and site.sinks is None and self.options.dense == "sdpa"
-        if (causal or hides_nothing) and plain and mask.empty_rows is EmptyRows.ZERO:
+        filled = mask.fallbacks or mask.empty_rows is not EmptyRows.ZERO
+        if (causal or hides_nothing) and plain and not filled:
             return self._without_mask(Plan(site, mask, spec, "sdpa", causal))
         reason = "only the blocks that its mask allows are visited"
         if mask.dense:
             reason = "its blocks are found from the mask tensor in each call"
         why = [mask.unselected, *(way.cost.refusal for way in before)]
         reason += "".join(f"; not attention over selected keys: {text}" for text in why if text)
-        if site.dropout and mask.empty_rows not in (EmptyRows.ZERO, EmptyRows.NAN):
-            reason += "; a fully masked row yields the mean of the values without dropout"
         plan = Plan(site, mask, spec, self._executor, reason=reason, split=split)
         return self._proposal(plan, _too_large(site))
 
@@ -174,7 +173,7 @@ class _Proposer:
         dropout = Dropout(site.dropout, len(learned)) if site.dropout else None
         return replace(
             spec,
-            empty_rows=mask.empty_rows if mask.empty_rows.is_executed else EmptyRows.ZERO,
+            empty_rows=mask.empty_rows,
             where=site.where,
             score=mask.score,
             dropout=dropout,

@@ -8,6 +8,7 @@ from collections.abc import Container, Iterator
 from torch.fx import GraphModule, Node
 
 from sparse_compile.ops.masked import MASKED_ATTENTION
+from sparse_compile.ops.scored import SCORED_ATTENTION
 from sparse_compile.passes.find.canonical import canonical, op_name, where
 from sparse_compile.passes.find.dataflow import Dataflow
 from sparse_compile.passes.find.eager import match_eager
@@ -106,6 +107,8 @@ def _match(node: Node, flow: Dataflow, scope: Scope) -> AttentionSite | None:
     name, call = op_name(node), canonical(node)
     if node.target is MASKED_ATTENTION:
         return match_called(node, scope)
+    if node.target is SCORED_ATTENTION:
+        raise Refused("it is this library's already, and runs on its blocks as it stands")
     if name == "scaled_dot_product_attention":
         return match_sdpa(node, flow, scope)
     return match_eager(node, flow, scope) if call is not None and call.op == "softmax" else None

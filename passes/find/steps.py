@@ -170,13 +170,12 @@ class _Folding:
         return None
 
     def _scale_by(self, times: float) -> None:
-        if isinstance(self.scale, Node) and times != 1.0:
-            raise Refused(
-                f"the scores are scaled by {times:g} and by a number known only at run time",
-                "multiply q by one of them instead",
-            )
         if not isinstance(self.scale, Node):
             self.scale *= times
+        elif times == 0.0:
+            raise Refused("the scores are multiplied by zero")
+        elif times != 1.0:
+            self.value = number(times) * self.value
 
     def _run_time(self, step: Factor) -> None:
         if self.value != SCORE or step.inverse or self.masks or isinstance(self.scale, Node):
@@ -194,12 +193,7 @@ class _Folding:
             return
         if times <= 0 and self.masks:
             raise Refused("the scores are masked before they are scaled", "scale them first")
-        self.masks = [
-            replace(mask, then=(*mask.then, change))
-            if mask.role == "add" or isinstance(mask.fill, Node)
-            else replace(mask, fill=change(mask.fill))
-            for mask in self.masks
-        ]
+        self.masks = [replace(mask, then=(*mask.then, change)) for mask in self.masks]
 
     def narrowed(self, step: Narrowed) -> None:
         """Masked scores are rounded; that of others is a matter of precision."""
@@ -215,8 +209,7 @@ class _Folding:
         mask = replace(step.mask, axes=self.axes(step.shape), sizes=step.shape)
         self.cap = self.cap if mask.role in ("keep", "drop") else None
         if mask.role == "add":
-            if step.times != 1.0:
-                mask = replace(mask, then=(Change(times=step.times),))
+            mask = replace(mask, times=step.times)
             self.value += mark if step.times == 1.0 else number(step.times) * mark
         elif mask.role == "factor":
             if any(one.role != "factor" for one in self.masks):

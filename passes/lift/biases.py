@@ -100,7 +100,7 @@ class Biases:
         """
         for lookup in {at for _, value in cases for at in _lookups(value)}:
             node = self.lifter.node_of(lookup)
-            for made in () if node is None else made_of(node):
+            for made in () if node is None or node in self.lifter.strange else made_of(node):
                 numbers = [arg for arg in made.args if isinstance(arg, float)]
                 if call_name(made) == "log" or any(abs(n) >= _HUGE for n in numbers):
                     raise Refused(
@@ -190,13 +190,18 @@ class Biases:
 
     def program(self) -> ScoreProgram | None:
         """What happens to the scaled products; None: nothing."""
-        site = self.masks.site
-        if site.score is None:
+        score = self.masks.site.score
+        if score is None:
             return None
+        program = self.program_of(score.value)
+        return None if program.value == SCORE else program
+
+    def program_of(self, value: sympy.Expr) -> ScoreProgram:
+        """A value over marks of operands as one over what they contribute."""
         lookups = {one.mark: one.lookup for one in self.found}
-        marks = {learned(i)(): lookups.get(i, sympy.S.Zero) for i in range(len(site.masks))}
-        value = site.score.value.xreplace(marks)
-        return None if value == SCORE else ScoreProgram(value, tuple(self.dtypes))
+        count = len(self.masks.site.masks)
+        marks = {learned(i)(): lookups.get(i, sympy.S.Zero) for i in range(count)}
+        return ScoreProgram(value.xreplace(marks), tuple(self.dtypes))
 
     def computed(self) -> Computed | None:
         """The program that computes the tensors."""

@@ -11,13 +11,13 @@ import sympy
 import torch
 from torch.fx import Graph, Node
 
-from sparse_compile.expr import COORDINATES, is_table
+from sparse_compile.expr import COORDINATES, is_table, table_index
 from sparse_compile.expr.fold import JOINS, NAMES, fold, joined
 from sparse_compile.passes.graph_edit import with_axes
 from sparse_compile.passes.lift.lift import Lifter
 from sparse_compile.passes.lift.slice import made_of
 from sparse_compile.passes.lift.tabulated import Span, Tabulated
-from sparse_compile.passes.lift.value import Element, Lifted, Unliftable, Value, size_expr
+from sparse_compile.passes.lift.value import DIMS, Element, Lifted, Unliftable, Value, size_expr
 
 aten = torch.ops.aten
 
@@ -188,14 +188,27 @@ class Emitter:
 
     def table(self, element: sympy.Basic) -> tuple[Node, torch.dtype]:
         """A tensor over its coordinates with the given element, contiguous and its own memory."""
-        writer = _Writer(self, element)
-        node: Node = fold(element, writer)
-        dtype = writer.dtypes[node]
+        if is_table(element) and element.free_symbols and element.free_symbols <= set(DIMS):
+            node, dtype = self._here(table_index(element))
+        else:
+            writer = _Writer(self, element)
+            node = fold(element, writer)
+            dtype = writer.dtypes[node]
         if dtype not in _TABLE_DTYPES:
             dtype = torch.int32 if dtype.itemsize < 4 and dtype != torch.uint16 else torch.int64
             node = self.graph.call_function(aten._to_copy.default, (node,), {"dtype": dtype})
         options: dict[str, Any] = {"memory_format": torch.contiguous_format}
         return self.graph.call_function(aten.clone.default, (node,), options), dtype
+
+    def _here(self, number: int) -> tuple[Node, torch.dtype]:
+        """Data where the mask is, and its dtype."""
+        source = self.lifter.data[number]
+        value = source if isinstance(source, Tabulated) else source.meta["val"]
+        node = self.source(source)
+        if value.device != self.device:
+            options: dict[str, Any] = {"device": self.device}
+            node = self.graph.call_function(aten._to_copy.default, (node,), options)
+        return node, value.dtype
 
     def mask(self, element: sympy.Basic) -> tuple[Node, tuple[str, ...]]:
         """A bool tensor with the given element, and what its axes are.
@@ -298,7 +311,7 @@ class _Writer:
     def _index(self, arg: Any, size: sympy.Expr) -> Node:
         if not self._is_tensor(arg):
             # Of as many dimensions as others: some versions of PyTorch mistake a mixture.
-            shape = [1] * max(1, len(self.coordinates))
+            shape = [1] * len(self.coordinates)
             options = {"dtype": torch.int64, "device": self.emitter.device}
             return self._call(torch.int64, aten.full.default, shape, arg, **options)
         # As when a predicate is evaluated: reads past the end are of entries that do not matter.

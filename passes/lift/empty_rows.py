@@ -2,16 +2,25 @@
 
 Softmax over a row of -inf is NaN, and SDPA makes that 0. Over a row of finfo.min it is uniform: the
 mean of V. Other finite fills leave masked keys a weight that depends on the scores: a bias.
+
+Where masks differ, a row without keys attends to the hidden ones with the highest score, evenly;
+the others, which are lower by more than any score, have no weight. Executors know the even mean
+over all keys. What they do not know is attention of its own, for these rows alone: a *level*.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import sympy
+import torch
 
-from sparse_compile.expr import KV, Q
-from sparse_compile.passes.lift.masks import Keep, SiteMasks, fill_kind
+from sparse_compile.expr import KV, SCORE, Q, learned
+from sparse_compile.expr.score import number
+from sparse_compile.passes.lift.hidden import State, states_of
+from sparse_compile.passes.lift.masks import Keep, SiteMasks, fill_kind, is_trained
 from sparse_compile.passes.lift.simplify import Simplifier
 from sparse_compile.sites.site import Refused
 from sparse_compile.spec import EmptyRows
@@ -22,6 +31,41 @@ _FINITE_HINT = (
     'options={"finite_fill": "minus_inf"} reads fills <= -1e4 as float("-inf"), which differs from '
     "the program only where a whole row is masked"
 )
+_DIFFERENT = Refused(
+    "it masks several times, in different ways, and rows may be fully masked: what such a row "
+    "yields depends on which mask hides which key",
+    "combine the masks as bool tensors before turning them into scores",
+)
+
+
+@dataclass(frozen=True)
+class Level:
+    """Hidden keys of one score, to which a query attends that sees none, and none of a higher one.
+
+    Attributes:
+        states: how they are hidden.
+        condition: which pairs these are; what it says of pairs that such a query does not have does
+            not matter.
+        values: what the gradient of their scores follows, over ``score`` and marks of operands,
+            each with the pairs it is for: the first that fits.
+    """
+
+    states: tuple[State, ...]
+    condition: sympy.Basic
+    values: tuple[tuple[sympy.Expr, sympy.Basic], ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What queries without keys yield.
+
+    Attributes:
+        policy: that, or what those yield that have keys at no level.
+        levels: what they attend to instead, the highest first.
+    """
+
+    policy: EmptyRows
+    levels: tuple[Level, ...] = ()
 
 
 def never_empty(
@@ -36,14 +80,14 @@ def never_empty(
     return False
 
 
-def empty_row_policy(
+def of_empty_rows(
     masks: SiteMasks,
     keeps: Sequence[Keep],
     predicate: sympy.Basic,
     simplify: Simplifier,
     finite_fill: str,
     is_linear: bool,
-) -> EmptyRows:
+) -> Outcome:
     """What the program yields on fully masked rows.
 
     Args:
@@ -55,71 +99,150 @@ def empty_row_policy(
         is_linear: whether scores are the scaled products and what has no gradient.
 
     Raises:
-        Refused: when masked keys would still have weight, or no policy describes the program.
+        Refused: when masked keys would still have weight, or it is not known what it yields.
     """
-    site = masks.site
+    site, nothing = masks.site, Outcome(EmptyRows.ZERO)
     if site.kind == "call":
-        return EmptyRows.ZERO
+        return nothing
     fills = {fill: fill_kind(fill, masks.dtype) for keep in keeps for fill in keep.fills}
     assumed = _check_finite(fills, finite_fill)
     # With a sink, a row without keys gives all its weight to that, and yields 0.
     if assumed or site.sinks is not None or never_empty(predicate, masks.lengths, simplify):
-        return EmptyRows.ZERO
-    masking = [keep for keep in keeps if keep.fills]
-    policy = _of_empty_rows(masks, masking, fills)
-    if site.zeroed:
-        policy = _zeroed(masks, policy)
-    tied = any(keep.tied for keep in masking)
-    if policy is not EmptyRows.MEAN_ADDED or (is_linear and not tied):
-        return policy
-    # On such a row scores that are not linear in q·k are still there, and autograd sends gradients
-    # through them: O(n) of work for linear ones only. With "minus_inf" masked scores get none.
+        return nothing
+    if site.zeroed == "hidden":
+        return nothing
+    several = site.causal + sum(bool(keep.hidden) for keep in keeps) > 1
+    if several and any(keep.data for keep in keeps):
+        raise _DIFFERENT  # The best of its numbers may be hidden by another mask.
+    states = states_of(masks, keeps, simplify)
+    _check_known(masks, states)
     trained = masks.need_gradients and finite_fill != "minus_inf"
-    if not trained:
-        return EmptyRows.MEAN
-    return EmptyRows.HALVED if tied else EmptyRows.ATTENDED
+    reading = _Reading(masks, keeps, predicate, simplify, states, trained)
+    if all(state.score == -math.inf for state in states):
+        return Outcome(reading.without_any())
+    policy = reading.mean(is_linear)
+    if policy is not None and not site.dropout:
+        return Outcome(policy)
+    return reading.levels()
 
 
-def _zeroed(masks: SiteMasks, policy: EmptyRows) -> EmptyRows:
-    """The policy where weights are made 0 after the softmax."""
-    if policy is EmptyRows.NAN_ADDED and masks.need_gradients and masks.site.zeroed != "empty":
+def _check_known(masks: SiteMasks, states: Sequence[State]) -> None:
+    """That the scores of all hidden pairs are known."""
+    if masks.site.causal and not all(state.score == -math.inf for state in states):
+        raise _DIFFERENT  # SDPA's is_causal masks with -inf.
+    if all(state.score is not None for state in states):
+        return
+    if masks.dtype == torch.float16:
         raise Refused(
-            "rows may be fully masked by adding -inf: their gradient is NaN, though weights are 0",
-            "use masked_fill or torch.where with float('-inf')",
-        )
-    is_nan = policy in (EmptyRows.NAN, EmptyRows.NAN_ADDED)
-    return EmptyRows.ZERO if is_nan or masks.site.zeroed == "hidden" else policy
-
-
-def _of_empty_rows(
-    masks: SiteMasks, keeps: Sequence[Keep], fills: Mapping[float, str]
-) -> EmptyRows:
-    site = masks.site
-    # SDPA's is_causal masks with -inf.
-    kinds = set(fills.values()) | ({"inf"} if site.causal else set())
-    if len(keeps) > 1 and all(keep.adds and keep.condition == keeps[0].condition for keep in keeps):
-        # One mask, added several times.
-        total = sum(min(keep.fills) for keep in keeps)
-        kinds, keeps = {fill_kind(total, masks.dtype)}, keeps[:1]
-    if "half" in kinds:
-        raise Refused(
-            "it masks float16 scores with finfo.min, which leaves fully masked rows a softmax over "
+            "it adds finfo.min to float16 scores, which leaves fully masked rows a softmax over "
             "their scores, and rows may be fully masked",
-            'mask with float("-inf"), use bfloat16, or set options={"finite_fill": "minus_inf"}',
+            'mask with float("-inf") or by masked_fill, use bfloat16, or set '
+            'options={"finite_fill": "minus_inf"}',
         )
-    if kinds == {"inf"} and site.kind == "sdpa":
-        return EmptyRows.ZERO
-    if kinds == {"inf"} and len({keep.adds for keep in keeps}) == 1:
-        return EmptyRows.NAN_ADDED if keeps[0].adds else EmptyRows.NAN
-    if kinds == {"absorbing"} and len(keeps) == 1 and len(fills) == 1:
-        return EmptyRows.MEAN_ADDED if keeps[0].adds else EmptyRows.MEAN
-    if kinds == {"absorbing"} and len(fills) == 1 and not any(keep.adds for keep in keeps):
-        return EmptyRows.MEAN
-    raise Refused(
-        "it masks several times, in different ways, and rows may be fully masked: what such a row "
-        "yields depends on which mask hides which key",
-        "combine the masks as bool tensors before turning them into scores",
-    )
+    raise _DIFFERENT
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How pairs are hidden; arguments as above, and whether scores get gradients."""
+
+    masks: SiteMasks
+    keeps: Sequence[Keep]
+    predicate: sympy.Basic
+    simplify: Simplifier
+    states: tuple[State, ...]
+    trained: bool
+
+    def mean(self, is_linear: bool) -> EmptyRows | None:
+        """The policy of rows that are the mean of all values, where an executor knows it."""
+        if len({state.score for state in self.states}) > 1:
+            return None
+        if is_linear and all(min(state.shares) == 1.0 for state in self.states):
+            return EmptyRows.MEAN_ADDED
+        still = all(self._value(state) == 0 for state in self.states)
+        return EmptyRows.MEAN if still else None
+
+    def without_any(self) -> EmptyRows:
+        """What rows yield whose scores all are -inf."""
+        site = self.masks.site
+        moved = {state.shares[0] > 0 for state in self.states if state.score == -math.inf}
+        if site.kind == "sdpa" or site.zeroed:
+            if site.zeroed == "nan" and True in moved and self.masks.need_gradients:
+                raise Refused(
+                    "rows may be fully masked by adding -inf: their gradient is NaN, though "
+                    "weights are 0",
+                    "use masked_fill or torch.where with float('-inf')",
+                )
+            return EmptyRows.ZERO
+        if len(moved) > 1 and self.masks.need_gradients:
+            raise _DIFFERENT
+        return EmptyRows.NAN_ADDED if moved == {True} else EmptyRows.NAN
+
+    def levels(self) -> Outcome:
+        """What rows attend to that see no key, score by score."""
+        scores = sorted({state.score for state in self.states if state.score is not None})
+        found: list[Level] = []
+        for score in reversed([score for score in scores if score > -math.inf]):
+            here = tuple(state for state in self.states if state.score == score)
+            below = [s.condition for s in self.states if s.score is not None and s.score < score]
+            found.append(Level(here, self._shortest(here, below), tuple(self._values(here))))
+        anything = sympy.Or(self.predicate, *(level.condition for level in found))
+        # The lowest level is all that is left, unless there is -inf below.
+        complete = scores[0] > -math.inf
+        if complete or never_empty(anything, self.masks.lengths, self.simplify):
+            return Outcome(EmptyRows.ZERO, tuple(found))
+        return Outcome(self.without_any(), tuple(found))
+
+    def _shortest(self, here: Iterable[State], below: Sequence[sympy.Basic]) -> sympy.Basic:
+        """Which pairs are of some states, of those of a query that has none of higher scores."""
+        own = sympy.Or(*(state.condition for state in here))
+        ways = own, sympy.Or(self.predicate, own), sympy.Not(sympy.Or(*below))
+        return min(map(self.simplify, ways), key=sympy.count_ops)
+
+    def _values(self, states: Sequence[State]) -> Iterable[tuple[sympy.Expr, sympy.Basic]]:
+        """The values of some states; what fits none before is of the last."""
+        groups: dict[sympy.Expr, list[State]] = {}
+        for state in states:
+            groups.setdefault(self._value(state), []).append(state)
+        left = list(states)
+        for value, group in list(groups.items())[:-1]:
+            left = [state for state in left if state not in group]
+            yield value, self._told_apart(group, left)
+        yield list(groups)[-1], sympy.true
+
+    def _told_apart(self, group: Sequence[State], others: Sequence[State]) -> sympy.Basic:
+        """What holds for some states, and not for others."""
+        for at, keep in enumerate(self.keeps):
+            mine, theirs = ({state.fills[at] for state in some} for some in (group, others))
+            if mine == {None} and None not in theirs:
+                return keep.condition
+            if theirs == {None} and None not in mine:
+                return self.simplify(sympy.Not(keep.condition))
+        return self.simplify(sympy.Or(*(state.condition for state in group)))
+
+    def _value(self, state: State) -> sympy.Expr:
+        """What the gradient of a hidden score follows: of what reaches it, as much as does.
+
+        What comes after a mask is linear: a curve would make masked scores finite.
+        """
+        site = self.masks.site
+        whole = SCORE if site.score is None else site.score.value
+        if not self.trained:
+            return sympy.S.Zero
+        if min(state.shares) == 1.0:
+            return whole
+        later = {learned(i)(): sympy.Dummy() for i in range(state.first + 1, len(site.masks))}
+        named = whole.xreplace(later)
+        terms = [number(state.shares[0]) * named.xreplace(dict.fromkeys(later.values(), 0))]
+        for (mark, name), operand, share in zip(
+            later.items(),
+            site.masks[state.first + 1 :],
+            state.shares[state.first + 2 :],
+            strict=True,
+        ):
+            if is_trained(operand):
+                terms.append(number(share) * sympy.diff(named, name) * mark)
+        return sympy.Add(*terms)
 
 
 def _check_finite(fills: Mapping[float, str], finite_fill: str) -> bool:

@@ -16,7 +16,13 @@ from sparse_compile.expr import table_index
 from sparse_compile.passes.lift.bounds import Ranges
 from sparse_compile.passes.lift.builders import BUILDERS
 from sparse_compile.passes.lift.constants import recognise
-from sparse_compile.passes.lift.scalars import RULES, cast, elementwise
+from sparse_compile.passes.lift.scalars import (
+    RULES,
+    cast,
+    cast_bits,
+    elementwise,
+    elementwise_partly,
+)
 from sparse_compile.passes.lift.simplify import Simplifier
 from sparse_compile.passes.lift.slice import call_name, made_of
 from sparse_compile.passes.lift.tabulated import Tabulated, by_distance, elements_of
@@ -39,6 +45,7 @@ _LARGEST_EXPRESSION = 4000
 
 _HANDLERS: dict[str, Handler] = {**VIEWS, **BUILDERS}
 _CASTS = ("_to_copy", "convert_element_type")
+_HALF = (torch.float16, torch.bfloat16)
 
 
 class Lifter:
@@ -54,10 +61,13 @@ class Lifter:
         self.gm = gm
         self.leaves = dict(zip(gm.graph.find_nodes(op="placeholder"), leaves, strict=True))
         self.data: dict[int, Node | Tabulated] = {}
+        #: Nodes that are read only where what they follow from is neither 0 nor 1.
+        self.strange: set[Node] = set()
         self._opaque = opaque_nodes(gm)
         self._values: dict[Node, Any] = {}
         self._numbers: dict[Node, Any] = {}
         self._simplifiers: dict[Shape, Simplifier] = {}
+        self._computed: dict[tuple[Any, str], Node] = {}
 
     @property
     def outputs(self) -> Sequence[Node]:
@@ -86,6 +96,17 @@ class Lifter:
         value = self._argument(node)
         assert isinstance(value, Lifted)
         return value
+
+    def computed(self, op: torch._ops.OpOverload, *args: Any) -> Node:
+        """A node of the graph that computes more."""
+        made = self._computed.get((op, repr(args)))
+        if made is None:
+            values = map_arg(args, lambda node: node.meta["val"])
+            (output,), mode = self.gm.graph.find_nodes(op="output"), values[0].fake_mode
+            with self.gm.graph.inserting_before(output), mode, torch.no_grad():
+                made = self._computed[op, repr(args)] = self.gm.graph.call_function(op, args)
+                made.meta["val"] = op(*values)
+        return made
 
     def simplifier(self, shape: Shape) -> Simplifier:
         """A simplifier for coordinates in ``shape``."""
@@ -118,6 +139,8 @@ class Lifter:
             raise Unliftable("it reads uninitialised memory")
         with contextlib.suppress(Unliftable):
             return self._checked(self._symbolic(node, name, shape, dtype))
+        with contextlib.suppress(Unliftable):
+            return self._partly(node, name, shape, dtype)
         with contextlib.suppress(Unliftable):
             return self._tabulated(node, name, shape, dtype)
         with contextlib.suppress(Unliftable):
@@ -199,6 +222,28 @@ class Lifter:
         else:
             raise Unliftable(f"{name} has no symbolic meaning")
         return reindexed(tensor, shape, indices)
+
+    def _partly(self, node: Node, name: str, shape: Shape, dtype: torch.dtype) -> Lifted:
+        """A node in half precision whose element is known where integers that it reads are 0 or 1.
+
+        ``(1 - m) * min`` hides keys if m is 0 or 1; other integers need not be what they were.
+        """
+        if dtype not in _HALF or not isinstance(node.target, torch._ops.OpOverload):
+            raise Unliftable(f"{name} has no symbolic meaning")
+        args = [self._argument(arg) for arg in node.args]
+        args = [align(arg, len(shape)) if isinstance(arg, Lifted) else arg for arg in args]
+        kwargs = {key: self._argument(value) for key, value in node.kwargs.items()}
+        indices = [DIMS[d] if size != 1 else sympy.S.Zero for d, size in enumerate(shape)]
+        own = self._read(node, dtype, indices)
+        assert not isinstance(own, sympy.Basic)
+        if name in _CASTS:
+            element = cast_bits(args[0], dtype, own)
+        elif _is_elementwise(node.target, name):
+            element = elementwise_partly(node.target, args, kwargs, own)
+        else:
+            raise Unliftable(f"{name} has no symbolic meaning")
+        self.strange.add(node)
+        return self._checked(Lifted(shape, dtype, element))
 
     def _tabulated(self, node: Node, name: str, shape: Shape, dtype: torch.dtype) -> Lifted:
         """A node that depends on the distance of two dimensions, as a lookup by distance."""

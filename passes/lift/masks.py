@@ -79,7 +79,11 @@ class SiteMasks:
     @property
     def dtype(self) -> torch.dtype:
         """Of the scores when they are masked."""
-        value = self._scores
+        return self.dtype_at(0)
+
+    def dtype_at(self, number: int) -> torch.dtype:
+        """Of the scores when an operand is applied to them."""
+        value = self._scores_at(number)
         if self.site.kind == "eager" and value is not None and value.is_floating_point():
             return value.dtype
         dtype: torch.dtype = example_value(self.site.q.node).dtype
@@ -126,22 +130,23 @@ class SiteMasks:
 
     @property
     def need_gradients(self) -> bool:
-        """Whether autograd follows the scores when they are masked."""
-        return self._scores is None or self._scores.requires_grad
+        """Whether autograd follows the scores when they are masked, or what is added to them."""
+        scores = self._scores_at(0)
+        return scores is None or scores.requires_grad or any(map(is_trained, self.site.masks))
 
-    @property
-    def _scores(self) -> torch.Tensor | None:
-        value = self.wanted[0].reader.meta.get("example_value")
+    def _scores_at(self, number: int) -> torch.Tensor | None:
+        """Scores after an operand was applied to them."""
+        value = self.wanted[number].reader.meta.get("example_value")
         return value if isinstance(value, torch.Tensor) else None
 
     @property
     def key(self) -> Any:
         """What determines their meaning."""
         site = self.site
-        roles = tuple((mask.role, mask.fill, mask.then, mask.curved) for mask in site.masks)
+        roles = tuple((m.role, m.fill, m.times, m.then, m.curved) for m in site.masks)
         scores = (site.score, site.sinks is None, self.need_gradients)
-        ranked = site.ranked is None
-        plan = (site.kind, site.causal, site.score_axes, self.dtype, ranked, scores)
+        weights = site.ranked is None, bool(site.dropout), site.zeroed
+        plan = (site.kind, site.causal, site.score_axes, self.dtype, weights, scores)
         return (self.part.nodes, self.part.outputs, roles, plan, tuple(self.lengths.items()))
 
 
@@ -165,19 +170,22 @@ class Keep:
     Attributes:
         condition: which scores are not masked, over ``b, h, q, kv``.
         fills: what masked scores get, without repetition.
-        adds: whether a fill is added to the score (else it takes its place).
-        raw: the fills as the operand holds them.
-        tied: whether masked scores are equal to a floor that they are raised to.
+        hidden: which scores are masked by which of the fills, as the operand holds them.
         bias: what it adds to the others, or multiplies them with, over ``b, h, q, kv``; None:
             nothing.
+        data: whether only a call knows its numbers, of which the lowest are a mask.
     """
 
     condition: sympy.Basic
-    fills: tuple[float, ...]
-    adds: bool
-    raw: tuple[float, ...] = ()
-    tied: bool = False
+    fills: tuple[float, ...] = ()
+    hidden: Cases = ()
     bias: Cases | None = None
+    data: bool = False
+
+
+def is_trained(operand: MaskOperand) -> bool:
+    """Whether what an operand adds gets a gradient."""
+    return torch.is_grad_enabled() and bool(example_value(operand.node).requires_grad)
 
 
 def fill_kind(fill: float, dtype: torch.dtype) -> str:
@@ -212,14 +220,15 @@ def read_operand(
     """
     axes = masks.places(operand)
     if operand.role == "factor":
-        return Keep(sympy.true, (), True, bias=_cases_at(tensor.cases, tensor, axes))
+        return Keep(sympy.true, bias=_cases_at(tensor.cases, tensor, axes))
     if operand.role == "add":
         return _added(operand, tensor, masks, assumed)
     if tensor.dtype != torch.bool:
         raise Refused("the condition of its masked_fill or where is not a bool tensor")
     condition = at_coordinates(tensor.condition, tensor, axes)
     keep = condition if operand.role == "keep" else sympy.Not(condition)
-    return Keep(keep, (operand.changed(_fill_value(operand, fill)),), adds=False)
+    value = _fill_value(operand, fill)
+    return Keep(keep, (operand.changed(value),), ((sympy.Not(keep), value),))
 
 
 def _fill_value(operand: MaskOperand, fill: Lifted | None) -> float:
@@ -267,20 +276,8 @@ def _added(operand: MaskOperand, tensor: Lifted, masks: SiteMasks, assumed: floa
     if bias is not None and masks.site.score is None:
         raise Refused("it adds a bias that is not a mask")
     fills = tuple(map(operand.changed, raw))
-    tied, raised = _meets_floor(operand, raw)
-    return Keep(condition, fills, not raised, tuple(raw), tied, bias)
-
-
-def _meets_floor(operand: MaskOperand, raw: Sequence[float]) -> tuple[bool, bool]:
-    """Whether masked scores equal a floor whose gradient they share; whether they are below it."""
-    tied = raised = False
-    for value in raw:
-        for change in operand.then:
-            before = value * change.times
-            tied |= change.shares and before == change.least
-            raised |= before < change.least
-            value = change(value)
-    return tied, raised
+    hidden = _cases_at(tuple(zip(masked, raw, strict=True)), tensor, axes)
+    return Keep(condition, fills, hidden, bias)
 
 
 def _unmasked(cases: Cases, raw: Sequence[float], masked: Sequence[sympy.Basic]) -> Cases:

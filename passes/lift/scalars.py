@@ -19,6 +19,7 @@ from sparse_compile.expr import FloorDiv, FloorMod
 from sparse_compile.passes.lift.value import (
     ABSORBING,
     Case,
+    Cases,
     Element,
     Lifted,
     Number,
@@ -61,6 +62,27 @@ def elementwise(
     return merged(results)
 
 
+def elementwise_partly(
+    op: OpOverload, args: Sequence[Lifted | Value], kwargs: Mapping[str, Any], own: Cases
+) -> Element:
+    """The same where it follows from numbers; elsewhere ``own``, the element as it is computed."""
+    if not any(isinstance(arg, Lifted) and _is_mixed(arg) for arg in args):
+        raise Unliftable("nothing is known of its element")
+    cases = [arg.cases if isinstance(arg, Lifted) else ((sympy.true, arg),) for arg in args]
+    dtypes = tuple(arg.dtype if isinstance(arg, Lifted) else None for arg in args)
+    return merged(
+        (condition, own[0][1] if any(map(_is_data, values)) else _run(op, values, dtypes, kwargs))
+        for condition, values in combinations(cases)
+    )
+
+
+def _is_mixed(tensor: Lifted) -> bool:
+    """Whether an element is known in some cases, and data in others."""
+    if tensor.dtype == torch.bool or not tensor.is_float_data:
+        return False
+    return any(not isinstance(value, sympy.Basic) for _, value in tensor.cases)
+
+
 def _masked_data(op: OpOverload, args: Sequence[Lifted | Value], dtype: torch.dtype) -> Element:
     """Floating data to which a mask is added: 0, or what absorbs it."""
     data, mask = sorted(args, key=lambda a: not (isinstance(a, Lifted) and a.is_float_data))
@@ -91,6 +113,22 @@ def cast(tensor: Lifted, dtype: torch.dtype) -> Element:
     if dtype == torch.bool:
         return sympy.Or(*(sympy.And(c, truth(v)) for c, v in tensor.cases))
     return merged((c, cast_value(v, tensor.dtype, dtype)) for c, v in tensor.cases)
+
+
+def cast_bits(tensor: Lifted, dtype: torch.dtype, own: Cases) -> Element:
+    """The element of ``tensor.to(dtype)`` where integers are 0 or 1; elsewhere ``own``."""
+    if tensor.dtype.is_floating_point:
+        raise Unliftable("nothing is known of its element")
+    found: list[Case] = []
+    for condition, value in tensor.cases:
+        if not isinstance(value, sympy.Basic):
+            found.append((condition, cast_value(value, tensor.dtype, dtype)))
+            continue
+        for bit in (0, 1):
+            found.append((sympy.And(condition, sympy.Eq(value, bit)), float(bit)))
+        rest = sympy.And(condition, sympy.Ne(value, 0), sympy.Ne(value, 1))
+        found.append((rest, own[0][1]))
+    return merged(found)
 
 
 def cast_value(value: Value, source: torch.dtype, target: torch.dtype) -> Value:

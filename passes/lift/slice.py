@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.utils._pytree import tree_leaves
 
 from sparse_compile.passes.mutation import Memory, is_off, memory_of
 from sparse_compile.sites.operands import Scope
@@ -29,6 +30,8 @@ SOURCES = frozenset(
     "bernoulli_ random_ uniform_ normal_ exponential_ cauchy_ geometric_ log_normal_ item tolist "
     "nonzero unique unique_consecutive masked_select _transformer_encoder_layer_fwd".split()
 )
+#: Those whose results say nothing of the values of their first argument.
+LIKE = frozenset("new_zeros new_ones new_full zeros_like ones_like full_like".split())
 VMAP = "_vmap_increment_nesting"
 _OPENING = {VMAP: "vmap", "_enter_autocast": "autocast"}
 _CLOSING = {"_vmap_decrement_nesting": "vmap", "_exit_autocast": "autocast"}
@@ -49,7 +52,8 @@ class Slice:
 
     Attributes:
         scope: the innermost one that ``leaves`` live in; the others live in its parents.
-        leaves: inputs: placeholders, and results of operations that are not sliced through.
+        leaves: inputs: placeholders, constants of the graph, and results of operations that are not
+            sliced through.
         nodes: what is computed, in order; those of outer scopes first.
         outputs: the wanted nodes.
         aliases: for each placeholder of an inner scope, the outer node it stands for.
@@ -165,6 +169,7 @@ class Order:
         for want in wanted:
             read_at.setdefault(want.reader, []).append(want.node)
         needed: set[Node] = set()
+        likened: set[Node] = set()
         memory: set[object] = set()
         picked: list[Node] = []
         leaves: list[Node] = []
@@ -178,15 +183,28 @@ class Order:
             need(read_at.get(node, ()))
             writes = any(self.memory.of(t) in memory for t in self.writes.get(node, ()))
             if node not in needed and node not in forced and not writes:
+                leaves += [node] if node in likened else []
                 continue
-            if node.op == "placeholder" or (self._is_leaf(node) and not writes):
+            if node.op in ("placeholder", "get_attr") or (self._is_leaf(node) and not writes):
                 leaves.append(node)
                 continue
             if writes and self._is_source(node):
                 raise self._cannot_replay(node)
             picked.append(node)
-            need(node.all_input_nodes)
+            like = self._made_like(node)
+            likened.update(like)
+            need(given for given in node.all_input_nodes if given not in like)
         return picked[::-1], leaves[::-1]
+
+    def _made_like(self, node: Node) -> list[Node]:
+        """Scores, say, of which a node reads the dtype or shape, and no value."""
+        like = node.args[0] if node.args and call_name(node) in LIKE else None
+        if not isinstance(like, Node) or like in tree_leaves((node.args[1:], node.kwargs)):
+            return []
+        if any(self._encloses(opening, closing, like) for opening, closing in self.brackets):
+            return []
+        value = like.meta.get("example_value")
+        return [like] if isinstance(value, torch.Tensor) and value.is_floating_point() else []
 
     def _is_leaf(self, node: Node) -> bool:
         """Whether a node is the result of a source, or a part of one that has several."""

@@ -1,7 +1,8 @@
 """From lookups of run-time data to tables: outputs of a program that the kernels read.
 
 Run-time data is read along queries or along keys. What is read along both at once is a dense
-matrix: it may only say who attends to whom, and becomes a table of bits.
+matrix: it may only say who attends to whom, and becomes a table of bits. Unless it says so of
+blocks, as in ``layout[h, q // 64, kv // 64]``: that is a table as it is.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from sparse_compile.passes.lift.emit import Emitter, coordinates_of, is_whole
 from sparse_compile.passes.lift.kept import Kept, emit_kept
 from sparse_compile.passes.lift.masks import Lengths
 from sparse_compile.passes.lift.selected import Chosen, emit_selection
-from sparse_compile.passes.lift.value import is_data, reads_data
+from sparse_compile.passes.lift.value import DIMS, is_data, reads_data
 from sparse_compile.sites.site import DenseTable, LiftedMask
 
 #: What a table holds ready-made. Sums stay in the predicate, so that their terms can be shared.
@@ -46,11 +47,14 @@ class Tabled:
 
     Attributes:
         predicate: in terms of ``t0(...), t1(...), ...``.
-        contents: for each table, its element, over the coordinates that it is indexed with.
+        others: further conditions in the same terms.
+        contents: for each table, its element, over the coordinates that it is indexed with; or over
+            ``DIMS``, where it is data as it is.
         dense: the same for each of the tables of bits, which come last; the elements are Booleans.
     """
 
     predicate: sympy.Basic
+    others: tuple[sympy.Basic, ...]
     contents: tuple[sympy.Basic, ...]
     dense: tuple[sympy.Basic, ...]
 
@@ -63,15 +67,16 @@ class Tabler:
         self._tables: dict[sympy.Basic, int] = {}
         self._dense: dict[sympy.Basic, sympy.Symbol] = {}
 
-    def __call__(self, predicate: sympy.Basic) -> Tabled:
-        """The predicate over tables."""
-        replaced = self._replace(predicate)
+    def __call__(self, predicate: sympy.Basic, *others: sympy.Basic) -> Tabled:
+        """The predicate over tables, and further conditions."""
+        replaced = [self._replace(condition) for condition in (predicate, *others)]
         first = len(self._tables)
         bits = {
             symbol: dense_bit(first + number, [c.name for c in coordinates_of(element)])
             for number, (element, symbol) in enumerate(self._dense.items())
         }
-        return Tabled(replaced.xreplace(bits), tuple(self._tables), tuple(self._dense))
+        whole, *rest = (condition.xreplace(bits) for condition in replaced)
+        return Tabled(whole, tuple(rest), tuple(self._tables), tuple(self._dense))
 
     def _replace(self, expr: sympy.Basic) -> sympy.Basic:
         if not reads_data(expr):
@@ -81,12 +86,12 @@ class Tabler:
         if isinstance(expr, sympy.core.relational.Relational):
             if _worth_a_table(expr):
                 return sympy.Ne(self._table(expr), 0)
-            if any(_both(lookup) for lookup in expr.atoms(AppliedUndef)):
+            if any(_both(at) and not _is_of_blocks(at) for at in expr.atoms(AppliedUndef)):
                 return self._dense_condition(expr)
         if isinstance(expr, _NOT_LINEAR) and _worth_a_table(expr):
             return self._table(expr)
         if is_data(expr):
-            return self._table(expr)
+            return self._whole(expr) if _both(expr) else self._table(expr)
         return expr.func(*map(self._replace, expr.args))
 
     def _gathered(self, expr: sympy.Basic) -> list[sympy.Basic]:
@@ -110,6 +115,11 @@ class Tabler:
         bit = sympy.Symbol(name, integer=True, nonnegative=True)
         return sympy.Ne(self._dense.setdefault(relation, bit), 0)
 
+    def _whole(self, lookup: sympy.Basic) -> sympy.Expr:
+        """A lookup in data that becomes a table as it is."""
+        own = lookup.func(*(DIMS[d] if at != 0 else at for d, at in enumerate(lookup.args)))
+        return table(self._tables.setdefault(own, len(self._tables)))(*lookup.args)
+
     def _table(self, expr: sympy.Basic) -> sympy.Expr:
         number = self._tables.setdefault(self._along_keys(expr), len(self._tables))
         return table(number)(*coordinates_of(expr))
@@ -130,6 +140,15 @@ def _worth_a_table(expr: sympy.Basic) -> bool:
     coordinates = coordinates_of(expr)
     lookups = expr.atoms(AppliedUndef)
     return not _both(expr) and any(coordinates_of(node) == coordinates for node in lookups)
+
+
+def _is_of_blocks(lookup: sympy.Basic) -> bool:
+    """Whether a lookup by query and key says the same of several neighbours of both."""
+    alone = [at for at in lookup.args if {Q, KV} & at.free_symbols]
+    return all(
+        len({Q, KV} & at.free_symbols) == 1 and at.has(FloorDiv, FloorMod) and not reads_data(at)
+        for at in alone
+    )
 
 
 def _both(expr: sympy.Basic) -> bool:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor
 from torch.fx import Interpreter, Node
@@ -16,13 +15,14 @@ from sparse_compile.expr import KV, H, Q, ScoreData, evaluate, evaluate_lookup, 
 from sparse_compile.passes.dense_tables import mask_data, selection_data
 from sparse_compile.passes.graph_edit import example_value
 from sparse_compile.passes.lift.biases import Bias
-from sparse_compile.passes.lift.kept import arguments_of, is_topk_index, topk_dim, topk_of
-from sparse_compile.passes.lift.masks import SiteMasks
+from sparse_compile.passes.lift.data_masks import hides
+from sparse_compile.passes.lift.examples import Examples, draws, example_of
+from sparse_compile.passes.lift.kept import is_topk_index
+from sparse_compile.passes.lift.masks import Keep, SiteMasks
 from sparse_compile.passes.lift.prefix import CannotRun, Prefix, bytes_of, prefix_of
 from sparse_compile.passes.lift.slice import Slicer
-from sparse_compile.passes.lift.value import Unliftable, size_expr
+from sparse_compile.passes.lift.value import Unliftable
 from sparse_compile.selection.chunks import chunks
-from sparse_compile.sites.operands import Scope
 from sparse_compile.sites.site import LiftedMask, Refused, Visited
 
 _CHUNK = 1 << 22
@@ -32,71 +32,29 @@ _BLOCK = 32
 
 
 @dataclass(frozen=True)
-class Examples:
-    """Concrete values for a captured graph's inputs and sizes.
-
-    Attributes:
-        values: of the outermost graph's placeholders: tensors, or ints.
-        symbols: of torch's size symbols.
-    """
-
-    values: Mapping[Node, Any]
-    symbols: Mapping[sympy.Symbol, int]
-
-    @staticmethod
-    def of(scope: Scope, example_inputs: Sequence[Any]) -> Examples:
-        """From what Dynamo passes to a backend."""
-        while scope.parent is not None:
-            scope = scope.parent
-        holders = [node for node in scope.gm.graph.nodes if node.op == "placeholder"]
-        values = dict(zip(holders, example_inputs, strict=True))
-        symbols: dict[sympy.Symbol, int] = {}
-        for node, value in values.items():
-            symbols.update(_symbols(node.meta.get("example_value"), value))
-        for node, value in values.items():
-            if isinstance(value, torch.SymInt):
-                values[node] = int(size_expr(value).xreplace(symbols))
-        return Examples(values, symbols)
-
-    def size(self, size: Any) -> int:
-        """The example value of a size."""
-        expr = size if isinstance(size, sympy.Basic) else size_expr(size)
-        return int(expr.xreplace(self.symbols))
-
-    def knows(self, size: Any) -> bool:
-        """Whether the example says what a size is."""
-        return bool(size_expr(size).free_symbols <= set(self.symbols))
-
-
-def _symbols(fake: Any, value: Any) -> Iterator[tuple[sympy.Symbol, int]]:
-    if isinstance(fake, torch.SymInt):
-        symbol = fake.node.expr
-        # Integer inputs come as SymInts too; what they were in this call is their hint.
-        number = value if isinstance(value, int) else value.node.hint
-        if symbol.is_Symbol and number is not None:
-            yield symbol, int(number)
-    elif isinstance(fake, Tensor) and isinstance(value, Tensor):
-        for size, number in zip(fake.shape, value.shape, strict=True):
-            yield from _symbols(size, int(number))
-
-
-@dataclass(frozen=True)
 class Question:
     """What is to be compared.
 
     Attributes:
         masks: of the attention.
-        fills: for each operand, what it holds where it masks by adding.
+        keeps: for each operand, what it does.
         biases: what operands contribute to scores.
         lifted: what they were understood to be.
         examples: what the program is run with.
+        ways: for each of the fallbacks, by which numbers the operands hide its keys; None: one does
+            not.
     """
 
     masks: SiteMasks
-    fills: Sequence[Sequence[float]]
+    keeps: Sequence[Keep]
     biases: Sequence[Bias]
     lifted: LiftedMask
     examples: Examples
+    ways: Sequence[Sequence[Sequence[float | None]]] = ()
+
+    def fills(self, operand: int) -> list[float]:
+        """What an operand holds where it masks, or what the scores get then."""
+        return [float(fill) for _, fill in self.keeps[operand].hidden]
 
     @property
     def heads(self) -> int:
@@ -129,22 +87,27 @@ def verify(asked: Question, verify_bytes: int, slicer: Slicer) -> Visited | None
             f"checking its mask takes {needed / 2**30:.1f} GiB, more than verify_bytes allows",
             f'options={{"verify_bytes": {needed}}} allows it; or compile with a shorter example',
         )
-    leaves = {leaf: _example(leaf, examples) for leaf in masks.part.leaves}
+    leaves = {leaf: example_of(leaf, examples) for leaf in masks.part.leaves}
     prefix = _prefix(masks, examples, slicer)
     pairs = _check(asked, prefix, leaves)
     if prefix is not None and prefix.beside > _MOST_RANDOM:
         prefix = None
-    for draw in _draws(leaves.values()) if needed <= _MOST_RANDOM else ():
+    for draw in draws(leaves.values()) if needed <= _MOST_RANDOM else ():
         drawn = {
-            node: _example(node, examples) if is_topk_index(node) else draw(value)
+            node: example_of(node, examples) if is_topk_index(node) else draw(value)
             for node, value in leaves.items()
         }
         with contextlib.suppress(_NotComputed):  # Random inputs that the program itself refuses.
             _check(asked, prefix, drawn)
     known = asked.lifted.program is not None and all(
-        leaf in examples.values or not isinstance(example_value(leaf), Tensor) for leaf in leaves
+        examples.value_of(leaf) is not None or not isinstance(example_value(leaf), Tensor)
+        for leaf in leaves
     )
     return pairs if known else None
+
+
+#: Ways in which pairs are hidden, or not: each of masks over [b, h, q, kv] that hold together.
+Ways = Sequence[Sequence[Tensor]]
 
 
 class _NotComputed(Refused):
@@ -157,36 +120,17 @@ def _check(asked: Question, prefix: Prefix | None, leaves: Mapping[Node, Any]) -
         tensors = _tensors(asked, prefix, leaves)
         kept = _kept(asked, tensors)
         _compare_biases(asked, leaves, tensors)
+        fallen = [_fallen(asked, tensors, ways) for ways in asked.ways]
     except Refused:
         raise
     except Exception as error:  # The user's operators: anything can be raised.
         raise _NotComputed(f"its mask could not be computed for a check: {error}") from error
-    return _compare(asked, leaves, kept)
-
-
-def _example(leaf: Node, examples: Examples) -> Any:
-    """The example value of a leaf; made up for results of operations that are not run here."""
-    if leaf in examples.values:
-        return examples.values[leaf]
-    fake = leaf.meta["example_value"]
-    if not isinstance(fake, Tensor):
-        return examples.size(fake) if examples.knows(fake) else 1
-    shape = [examples.size(size) for size in fake.shape]
-    if fake.dtype.is_floating_point:
-        return torch.randn(shape, device=fake.device).to(fake.dtype)
-    if is_topk_index(leaf):
-        return _topk(leaf, shape, examples)
-    return torch.randint(0, 2, shape, device=fake.device).to(fake.dtype)
-
-
-def _topk(leaf: Node, shape: Sequence[int], examples: Examples) -> Tensor:
-    """Indices as a top-k gives them: distinct, and all that there may be occur."""
-    source, dim = topk_of(leaf), topk_dim(leaf)
-    assert source is not None
-    given = arguments_of(source)["input"]
-    full = [examples.size(size) for size in example_value(given).shape]
-    device = leaf.meta["example_value"].device
-    return torch.rand(full, device=device).topk(shape[dim], dim).indices
+    visible = _compare(asked, asked.lifted, leaves, [kept])
+    before: Ways = [kept]
+    for fallback, expected in zip(asked.lifted.fallbacks, fallen, strict=True):
+        _compare(asked, fallback, leaves, expected, before)
+        before = [*before, *expected]
+    return visible
 
 
 def _prefix(masks: SiteMasks, examples: Examples, slicer: Slicer) -> Prefix | None:
@@ -220,19 +164,50 @@ def _kept(asked: Question, tensors: Sequence[Any]) -> list[Tensor]:
     """For each operand, which scores it keeps, over [b, h, q, kv]."""
     site, kept = asked.masks.site, []
     biased, heads = {one.mark for one in asked.biases}, asked.heads
-    operands = enumerate(zip(site.masks, asked.fills, tensors, strict=False))
-    for mark, (operand, known, mask) in operands:
+    for mark, (operand, mask) in enumerate(zip(site.masks, tensors, strict=False)):
         if operand.role == "factor":
             continue
-        for dim in range(mask.dim()):
-            if mask.stride(dim) == 0 and mask.shape[dim] > 1:
-                mask = mask.narrow(dim, 0, 1)
+        mask = _unexpanded(mask)
         if operand.role == "add" and mark not in biased:
-            _check_fills(mask, known)
-        keep = ~_is_any(mask, known) if operand.role == "add" else mask.bool()
-        keep = ~keep if operand.role == "drop" else keep
-        kept.append(asked.masks.spread(keep, operand, heads))
+            _check_fills(mask, asked.fills(mark))
+        kept.append(asked.masks.spread(~_hidden(asked, mark, mask), operand, heads))
     return kept
+
+
+def _unexpanded(tensor: Tensor) -> Tensor:
+    """A tensor without what was only expanded."""
+    for dim in range(tensor.dim()):
+        if tensor.stride(dim) == 0 and tensor.shape[dim] > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
+
+
+def _fallen(
+    asked: Question, tensors: Sequence[Any], ways: Sequence[Sequence[float | None]]
+) -> Ways:
+    """Ways in which pairs are hidden, as masks."""
+    site, heads = asked.masks.site, asked.heads
+    found = []
+    for way in ways:
+        together = []
+        for mark, (operand, fill, mask) in enumerate(zip(site.masks, way, tensors, strict=False)):
+            if operand.role == "factor":
+                continue
+            hidden = _hidden(asked, mark, _unexpanded(mask), fill)
+            holds = ~hidden if fill is None else hidden
+            together.append(asked.masks.spread(holds, operand, heads))
+        found.append(together)
+    return found
+
+
+def _hidden(asked: Question, mark: int, mask: Tensor, fill: float | None = None) -> Tensor:
+    """Where an operand hides scores; with ``fill``, by that alone."""
+    role, keep = asked.masks.site.masks[mark].role, asked.keeps[mark]
+    if role != "add":
+        return mask.bool() if role == "drop" else ~mask.bool()
+    if keep.data:
+        return hides(mask, fill)
+    return _is_any(mask, asked.fills(mark) if fill is None else [fill])
 
 
 def _is_any(mask: Tensor, fills: Sequence[float]) -> Tensor:
@@ -267,7 +242,7 @@ def _compare_biases(asked: Question, leaves: Mapping[Node, Any], tensors: Sequen
             coordinates = grid(part.device, **where, q=queries, kv=range(part.shape[3]))
             data = ScoreData(coordinates, lengths[Q], lengths[KV], learned=read)
             expected = evaluate_lookup(one.lookup, part, data)
-            masked = _is_any(part, asked.fills[one.mark])
+            masked = _hidden(asked, one.mark, part)
             if not torch.equal(expected.masked_fill(masked, 0), part.masked_fill(masked, 0)):
                 raise Refused(
                     "internal check failed: a bias as understood differs from the program's",
@@ -284,9 +259,19 @@ def _check_fills(mask: Tensor, fills: Sequence[float]) -> None:
         )
 
 
-def _compare(asked: Question, leaves: Mapping[Node, Any], kept: Sequence[Tensor]) -> Visited:
-    """Raise where the masks differ; the pairs in their blocks, for each query."""
-    masks, lifted, examples = asked.masks, asked.lifted, asked.examples
+def _compare(
+    asked: Question,
+    lifted: LiftedMask,
+    leaves: Mapping[Node, Any],
+    ways: Ways,
+    ignored: Ways = (),
+) -> Visited:
+    """Raise where a mask is not what holds in one of some ways, but for pairs that do not matter.
+
+    Returns:
+        the pairs in its blocks, for each query.
+    """
+    masks, examples = asked.masks, asked.examples
     lengths = {symbol: examples.size(expr) for symbol, expr in masks.lengths.items()}
     outputs: Sequence[Any] = ()
     if lifted.program is not None:
@@ -299,7 +284,8 @@ def _compare(asked: Question, leaves: Mapping[Node, Any], kept: Sequence[Tensor]
     if chosen is not None and chosen.shape[1] > 1:
         chosen = chosen.repeat_interleave(lengths[H] // chosen.shape[1], 1)
     device = masks.device
-    shape = [max([1, *(mask.shape[axis] for mask in kept)]) for axis in (0, 1)]
+    given = [mask for way in (*ways, *ignored) for mask in way]
+    shape = [max([1, *(mask.shape[axis] for mask in given)]) for axis in (0, 1)]
     pairs, partial, each = 0.0, 0.0, shape[0] * shape[1] * lengths[KV]
     for start, stop in chunks(lengths[Q], each, _CHUNK, tile=_BLOCK):
         queries, keys = range(start, stop), range(lengths[KV])
@@ -307,12 +293,11 @@ def _compare(asked: Question, leaves: Mapping[Node, Any], kept: Sequence[Tensor]
         found = evaluate(lifted.mask, coordinates, lengths[Q], lengths[KV], tables, sizes)
         if chosen is not None:
             found = found & chosen[:, :, start:stop]
-        expected = torch.ones((), dtype=torch.bool, device=device)
-        for mask in kept:
-            expected = expected & (mask[:, :, start:stop] if mask.shape[2] > 1 else mask)
+        expected = _hold(ways, start, stop, device)
         if masks.site.causal:
             expected = expected & (coordinates["kv"] <= coordinates["q"])
-        _raise_if_different(found, expected, start)
+        wrong = (found != expected) & ~_hold(ignored, start, stop, device)
+        _raise_if_any(wrong, start)
         held, hidden = (_pairs_in_blocks(x, len(queries), len(keys)) for x in (found, ~found))
         pairs += held
         # Blocks that hold both are counted twice.
@@ -333,8 +318,18 @@ def _pairs_in_blocks(found: Tensor, rows: int, keys: int) -> float:
     return pairs / count
 
 
-def _raise_if_different(found: Tensor, expected: Tensor, start: int) -> None:
-    wrong = found != expected
+def _hold(ways: Ways, start: int, stop: int, device: torch.device) -> Tensor:
+    """Where one of some ways holds, for some queries."""
+    found = torch.zeros((), dtype=torch.bool, device=device)
+    for way in ways:
+        together = torch.ones((), dtype=torch.bool, device=device)
+        for mask in way:
+            together = together & (mask[:, :, start:stop] if mask.shape[2] > 1 else mask)
+        found = found | together
+    return found
+
+
+def _raise_if_any(wrong: Tensor, start: int) -> None:
     if not bool(wrong.any()):
         return
     wrong = wrong[(None,) * (4 - wrong.dim())]
@@ -344,29 +339,3 @@ def _raise_if_different(found: Tensor, expected: Tensor, start: int) -> None:
         f"(b={b}, h={h}, q={q + start}, kv={kv})",
         "please report this mask",
     )
-
-
-def _draws(leaves: Iterable[Any]) -> list[Callable[[Any], Any]]:
-    """Ways to make other inputs. On a GPU only values that occurred: an index out of range there
-    would end the process."""
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    if not tensors:
-        return []
-    generator = torch.Generator().manual_seed(0)
-    small = all(leaf.device.type == "cpu" for leaf in tensors)
-
-    def shuffled(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or leaf.numel() == 0:
-            return leaf
-        if leaf.dtype == torch.bool:
-            return torch.randint(0, 2, leaf.shape, generator=generator).bool().to(leaf.device)
-        order = torch.randint(0, leaf.numel(), leaf.shape, generator=generator)
-        return leaf.detach().reshape(-1)[order.to(leaf.device)]
-
-    def little(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or leaf.dtype.is_floating_point or leaf.dtype.is_complex:
-            return shuffled(leaf)
-        high = 2 if leaf.dtype == torch.bool else 3
-        return torch.randint(0, high, leaf.shape, generator=generator).to(leaf.dtype)
-
-    return [shuffled, little, little] if small else [shuffled, shuffled]

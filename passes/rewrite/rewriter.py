@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.fx import Node
 
 from sparse_compile import ops
-from sparse_compile.expr import SCORE, B, H, MaskExpr, Q, ScoreProgram
+from sparse_compile.expr import B, H, MaskExpr, Q
 from sparse_compile.expr import table as lookup_of
 from sparse_compile.layout.from_dense import DenseRead
 from sparse_compile.ops import pattern as pattern_ops
@@ -30,12 +30,13 @@ from sparse_compile.passes.graph_edit import (
 )
 from sparse_compile.passes.rewrite.asserts import drop_asserts
 from sparse_compile.passes.rewrite.indexer import replace_indexer, replace_lists
+from sparse_compile.passes.rewrite.results import ruined, with_sinks, without_nan
 from sparse_compile.passes.rewrite.tables import RealisedTables, compute, realise
 from sparse_compile.sites.named import INDEX, LISTS
 from sparse_compile.sites.operands import Operand
 from sparse_compile.sites.plan import Indexer, Plan
 from sparse_compile.sites.site import AttentionSite, BlockScoresSite, LiftedMask, PatternTable
-from sparse_compile.spec import EmptyRows
+from sparse_compile.spec import AttentionSpec, EmptyRows
 
 _CANONICAL = "bhnd"
 
@@ -78,15 +79,15 @@ class Rewriter:
             learned += _seed(insert, site)
             call = insert.call(ops.ATTENTION, q, k, v, learned, *data)
             out = insert.call(operator.getitem, call, 0)
-            if not plan.lifted.empty_rows.is_executed:
+            if plan.lifted.fallbacks:
                 lse = insert.call(operator.getitem, call, 1)
-                out = _attended(insert, plan, (q, k, v), learned, scale, out, lse)
+                out = self._fall_back(insert, plan, (q, k, v), (learned, scale), out, lse)
             if site.zeroed in ("nan", "hidden"):
                 lse = insert.call(operator.getitem, call, 1)
-                out = _without_nan(insert, out, lse)
+                out = without_nan(insert, out, lse)
             if site.sinks is not None:
                 lse = insert.call(operator.getitem, call, 1)
-                out = _with_sinks(insert, site, out, lse, site.sinks)
+                out = with_sinks(insert, site, out, lse, site.sinks)
         if plan.indexer is not None:
             self._note_indexer(plan.indexer, plan.lifted)
         drop_asserts(site.region)
@@ -151,6 +152,56 @@ class Rewriter:
         if any(part.listed for part in plan.spec.parts):
             named = self._layout(insert, plan, (tables, sizes), named=named)
         return tables, sizes, lists + named
+
+    def _fall_back(
+        self,
+        insert: Inserter,
+        plan: Plan,
+        operands: tuple[Node, Node, Node],
+        scores: tuple[list[Node], float | Node],
+        out: Node,
+        lse: Node,
+    ) -> Node:
+        """``out`` with what queries without keys yield: attention to those of its fallbacks."""
+        lifted, (learned, scale) = plan.lifted, scores
+        # Whether a row is empty rarely depends on the head.
+        alike = lifted.selection is None and plan.selected is None and not lifted.mask.depends_on(H)
+        empty = insert.call(operator.eq, lse, float("-inf"))
+        for fallback in lifted.fallbacks:
+            table, at = _rows_of(insert, empty, alike)
+            spec, data = self._of_rows(insert, plan, fallback, table, at)
+            call = insert.call(ops.ATTENTION, *operands, learned, *data, scale, spec.text)
+            again, lse = (insert.call(operator.getitem, call, part) for part in (0, 1))
+            out = insert.call(torch.where, insert.method("unsqueeze", empty, -1), again, out)
+            still = insert.call(operator.eq, lse, float("-inf"))
+            empty = insert.call(operator.and_, empty, still)
+            alike = alike and not fallback.mask.depends_on(H)
+        policy = lifted.fallbacks[-1].empty_rows
+        if policy is EmptyRows.ZERO:
+            return out
+        reached = operands if policy is EmptyRows.NAN_ADDED else operands[2:]
+        return ruined(insert, reached, out, empty)
+
+    def _of_rows(
+        self,
+        insert: Inserter,
+        plan: Plan,
+        fallback: LiftedMask,
+        table: Node,
+        at: tuple[sympy.Symbol, ...],
+    ) -> tuple[AttentionSpec, tuple[list[Node], list[int | Node], list[Node]]]:
+        """Attention of the rows that a table names to the keys of a fallback."""
+        mask, number = fallback.mask, len(fallback.mask.tables)
+        rows = sympy.And(sympy.Ne(lookup_of(number)(*at), 0), mask.predicate)
+        whole = MaskExpr(rows, (*mask.tables, "bool"), mask.n_sizes)
+        spec = replace(plan.spec, mask=whole, coverage=(), score=fallback.score)
+        tables, sizes = realise(fallback, plan.site.scope, self._tables)
+        tables, reads = [*tables, table], dense_reads(fallback)
+        found = replace(plan, spec=spec)
+        lists = self._layout(insert, found, (tables, sizes), reads)
+        for read, words in zip(reads, lists, strict=False):
+            tables[read.table] = words
+        return spec, (tables, sizes, lists[len(reads) :])
 
     def _select(
         self, insert: Inserter, plan: Plan, content: tuple[Node, Node], data: _Data
@@ -273,34 +324,11 @@ def _scale(insert: Inserter, site: AttentionSite, q: Node) -> tuple[Node, float 
     return q, site.scale
 
 
-def _attended(
-    insert: Inserter,
-    plan: Plan,
-    operands: tuple[Node, Node, Node],
-    learned: list[Node],
-    scale: float | Node,
-    out: Node,
-    lse: Node,
-) -> Node:
-    """``out`` with what queries without keys yield: the mean, as softmax over absorbed scores."""
-    site, mask = plan.site, plan.lifted.mask
-    empty = insert.call(operator.eq, lse, float("-inf"))
-    # Whether a row is empty rarely depends on the head.
-    alike = not mask.depends_on(H)
-    table = insert.call(operator.getitem, empty, (slice(None), 0)) if alike else empty
-    at = (B, Q) if alike else (B, H, Q)
-    rows = MaskExpr(sympy.Ne(lookup_of(0)(*at), 0), ("bool",))
-    score = replace(plan.spec.score or ScoreProgram(SCORE), absorbed=True)
-    if plan.lifted.empty_rows is EmptyRows.HALVED:
-        score = replace(score, value=score.value / 2)
-    spec = replace(plan.spec, mask=rows, coverage=(), score=score)
-    bare = replace(spec, where=(), score=None, dropout=None)
-    rest: list[Any] = [[], *_lengths(insert, site), bare.text, device_of(site.q.node), []]
-    made = insert.call(ops.LAYOUT, [table], DenseRead.text(()), *rest)
-    lists = [insert.call(operator.getitem, made, part) for part in range(len(example_value(made)))]
-    data: list[Any] = [learned, [table], [], lists, scale, spec.text]
-    again = insert.call(operator.getitem, insert.call(ops.ATTENTION, *operands, *data), 0)
-    return insert.call(torch.where, insert.method("unsqueeze", empty, -1), again, out)
+def _rows_of(insert: Inserter, empty: Node, alike: bool) -> tuple[Node, tuple[sympy.Symbol, ...]]:
+    """A table of queries [B, Hq, Nq], and its coordinates; one head of it, if all are alike."""
+    if not alike:
+        return empty, (B, H, Q)
+    return insert.call(operator.getitem, empty, (slice(None), 0)), (B, Q)
 
 
 def _seed(insert: Inserter, site: AttentionSite) -> list[Node]:
@@ -309,37 +337,6 @@ def _seed(insert: Inserter, site: AttentionSite) -> list[Node]:
         return []
     kind = {"dtype": torch.int64, "device": device_of(site.q.node)}
     return [insert.call(torch.randint, 0, (1 << 31) - 1, (2,), **kind)]
-
-
-def _without_nan(insert: Inserter, out: Node, lse: Node) -> Node:
-    """0 for queries whose weights are NaN, such as those that attend to one."""
-    strange = insert.method("unsqueeze", insert.method("isnan", lse), -1)
-    return insert.method("masked_fill", out, strange, 0.0)
-
-
-def _with_sinks(insert: Inserter, site: AttentionSite, out: Node, lse: Node, sinks: Node) -> Node:
-    """``out`` times the share of the weight that keys get beside the sinks.
-
-    Args:
-        insert: what inserts.
-        site: the attention.
-        out: [B, H, Nq, Dv], without sinks.
-        lse: fp32 [B, H, Nq], -inf where there are no keys, whose share is 0 then.
-        sinks: as in :class:`AttentionSite`.
-    """
-    sinks = insert.method("to", sinks, torch.float32)
-    if site.kind == "call":
-        sinks = insert.method("reshape", sinks, 1, -1, 1, 1)  # from [Hq]
-    if example_value(sinks).shape[-1] != 1:
-        sinks = insert.call(torch.logsumexp, sinks, -1, True)
-    for position, axis in enumerate(("b", "h", "q")):
-        if axis not in site.score_axes:
-            sinks = insert.method("unsqueeze", sinks, position)
-    distance = insert.call(operator.sub, insert.method("unsqueeze", lse, -1), sinks)
-    # Not as a sigmoid, whose gradient is computed of what is left of 1: nothing, near it.
-    share = insert.call(torch.exp, insert.call(F.logsigmoid, distance))
-    shared = insert.call(operator.mul, out, share)
-    return insert.method("to", shared, example_value(out).dtype)
 
 
 def _call_sdpa(

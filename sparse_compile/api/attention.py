@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_compile import ops
-from sparse_compile.api.data import data_of, tables_of
+from sparse_compile.api.data import data_of, given_data, tables_of
 from sparse_compile.api.plan import Direct, capped, name_at_once, name_of, planned
 from sparse_compile.api.select import lists_of, selected_of
 from sparse_compile.errors import BadDevice, BadShape, PatternMisuse
@@ -21,14 +21,19 @@ from sparse_compile.expr import COORDINATES, MaskExpr
 from sparse_compile.layout.from_dense import NO_READS, DenseRead
 from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.layout.views.split_views import rounded
-from sparse_compile.ops.masked import MASKED_ATTENTION, composed_of
+from sparse_compile.ops.fresh_size import told_apart
+from sparse_compile.ops.masked import (
+    MASKED_ATTENTION,
+    MASKED_ATTENTION_AND_LSE,
+    composed_of,
+)
 from sparse_compile.ops.operands import WIDEST, WIDEST_UNITS, check_operands
 from sparse_compile.ops.untraced import untraced
 from sparse_compile.passes.decide.pick import views_for
 from sparse_compile.patterns.base import Pattern
 from sparse_compile.patterns.learned import NSA
 from sparse_compile.selection.split import without_selection
-from sparse_compile.sites.named import BY_TENSOR, EVERYONE, TENSOR, NamedMask
+from sparse_compile.sites.named import BY_TENSOR, EVERYONE, GIVEN, TENSOR, NamedMask
 
 #: Stands for lengths and head counts that torch.compile knows by name only.
 _UNKNOWN = 4096
@@ -148,7 +153,7 @@ def attend(
     Args:
         operands: q, k and v, as for :func:`attention`; ``scale`` and ``sinks``, too.
         text: of a :class:`sparse_compile.sites.named.NamedMask`.
-        given: the tensors that it selects by, or is.
+        given: the tensors that it selects by, or is, or reads.
         sizes: its integers.
         owner: the pattern; what it makes is kept while it does not change.
     """
@@ -156,6 +161,24 @@ def attend(
         out: Tensor = MASKED_ATTENTION(*operands, list(given), sinks, list(sizes), text, scale)
         return out
     return _direct(operands, list(given), sinks, sizes, text, scale, owner)
+
+
+def attend_with_lse(
+    operands: Operands,
+    text: str,
+    scale: float,
+    given: Sequence[Tensor] = (),
+    *,
+    sizes: Sequence[int] = (),
+) -> tuple[Tensor, Tensor]:
+    """:func:`attend`, and the natural log-sum-exp of the scores [B, Hq, Nq] in fp32, with a
+    gradient; -inf where a query may attend to nothing.
+    """
+    if torch.compiler.is_compiling():
+        call = *operands, list(given), None, list(sizes), text, scale
+        out, lse = MASKED_ATTENTION_AND_LSE(*call)
+        return out, lse
+    return _with_lse(operands, list(given), None, sizes, text, scale)
 
 
 def _direct(
@@ -169,15 +192,39 @@ def _direct(
 ) -> Tensor:
     """The same, in terms of the operators with kernels."""
     q, k, v = operands
-    if NamedMask.parse(text).selects == TENSOR:
-        spec, tables, lists = _tensor_data(q, k, given[0], text)
-    else:
-        plan = planned(text, q.device.type, _usual(q, k), sinks is not None)
+    if NamedMask.parse(text).selects != TENSOR and sinks is None:
+        plan = planned(text, q.device.type, _usual(q, k))
         if not plan.spec:
             return _by_sdpa(q, k, v, plan.causal, scale)
-        spec, tables, lists = _pattern_data(operands, given, sizes, text, plan, owner)
-    out, lse = ops.ATTENTION(q, k, v, [], tables, list(sizes), lists, scale, spec)
-    return out if sinks is None else _with_sinks(out, lse, sinks)
+    return _with_lse(operands, given, sinks, sizes, text, scale, owner)[0]
+
+
+def _with_lse(
+    operands: Operands,
+    given: list[Tensor],
+    sinks: Tensor | None,
+    sizes: Sequence[int],
+    text: str,
+    scale: float,
+    owner: Pattern | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp, that without the sinks, by this library's own kernels."""
+    (q, k, v), named = operands, NamedMask.parse(text)
+    learned: list[Tensor] = []
+    if named.selects == TENSOR:
+        spec, tables, lists = _tensor_data(q, k, given[0], text)
+    else:
+        plan = planned(text, q.device.type, _usual(q, k), True)
+        if named.static is not None and named.static.key == GIVEN:
+            lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+            count = len(named.static.mask.tables)
+            spec, learned = plan.spec, given[count:]
+            call = lengths, k.shape[1], tuple(sizes), plan.static, q.device
+            tables, lists = given_data(given[:count], call)
+        else:
+            spec, tables, lists = _pattern_data(operands, given, sizes, text, plan, owner)
+    out, lse = ops.ATTENTION(q, k, v, learned, tables, list(sizes), lists, scale, spec)
+    return (out if sinks is None else _with_sinks(out, lse, sinks)), lse
 
 
 def _pattern_data(
@@ -207,11 +254,13 @@ def _pattern_data(
         tables, lists = [*tables, *more], [*lists, index, count]
         if plan.blocks and _fits_blocks(q, v, index, named.units):
             spec = plan.blocks
-            lists = ops.LAYOUT(tables, NO_READS, [], *lengths, kv_heads, spec, q.device, lists)
+            where = spec, q.device, lists, told_apart()
+            lists = ops.LAYOUT(tables, NO_READS, [], *lengths, kv_heads, *where)
     return spec, tables, lists
 
 
-composed_of(_direct)
+composed_of("masked_attention", _direct)
+composed_of("masked_attention_and_lse", _with_lse)
 
 
 def _fits_blocks(q: Tensor, v: Tensor, index: Tensor, units: tuple[int, int]) -> bool:
@@ -287,7 +336,9 @@ def _tensor_data(q: Tensor, k: Tensor, mask: Tensor, text: str) -> _Data:
     lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
     shared = tuple([bool(size == 1) for size in mask.shape])
     spec, reads = _plan_of_tensor(shared, q.device.type, text)
-    bits, *lists = ops.LAYOUT([mask], reads, [], *lengths, k.shape[1], spec, q.device, [])
+    nothing: list[Tensor] = []
+    where = spec, q.device, nothing, told_apart()
+    bits, *lists = ops.LAYOUT([mask], reads, [], *lengths, k.shape[1], *where)
     return spec, [bits], lists
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from sparse_compile.errors import BadDevice
 from sparse_compile.expr import MaskExpr, table_index
 from sparse_compile.layout.from_dense import NO_READS
 from sparse_compile.layout.tensor_state import memory_of, state_of
+from sparse_compile.ops.fresh_size import told_apart
 from sparse_compile.ops.pattern import PATTERN_TABLE
 from sparse_compile.ops.selection import CANONICAL_SELECTION
 from sparse_compile.patterns.base import Pattern
@@ -52,7 +53,8 @@ def make_data(call: Call) -> Data:
     made = [PATTERN_TABLE(key, *table, *lengths, device) for table in tables]
     if not text:
         return made, []
-    return made, ops.LAYOUT(made, NO_READS, list(sizes), *lengths, kv_heads, text, device, [])
+    where: tuple[Any, ...] = text, device, [], told_apart()
+    return made, ops.LAYOUT(made, NO_READS, list(sizes), *lengths, kv_heads, *where)
 
 
 def data_of(pattern: Pattern | None, call: Call) -> Data:
@@ -78,6 +80,42 @@ def data_of(pattern: Pattern | None, call: Call) -> Data:
             _KEPT.popitem(last=False)
     _KEPT.move_to_end(where)
     return kept[1]
+
+
+#: What of a mask is given with its tables: lengths, heads of the keys, sizes, spec and device.
+GivenCall = tuple[tuple[int, int, int, int], int, tuple[int, ...], str, torch.device]
+
+
+def given_data(tables: Sequence[Tensor], call: GivenCall) -> Data:
+    """Tables of their own memory, and the lists of the blocks; calls share them while nothing
+    writes to the tables.
+
+    Args:
+        tables: the tensors ``t0, t1, ...``, in the dtypes of the mask.
+        call: see :data:`GivenCall`.
+    """
+    plain = all(type(tensor) is Tensor for tensor in tables)
+    if torch.compiler.is_compiling() or not tables or not plain or _is_recorded(call[-1]):
+        return _given_data(tables, call)
+    states = tuple(state_of(tensor) for tensor in tables)
+    if None in states:
+        return _given_data(tables, call)
+    # That a state is one of the same memory can only be told while that lives.
+    memories = tuple(tensor.untyped_storage() for tensor in tables)
+    known, key = memory_of(tables[0]), ("given", call, states, torch.is_inference_mode_enabled())
+    found = known.get(key)
+    if found is None or [memory() for memory in found[0]] != [*memories]:
+        found = tuple(map(weakref.ref, memories)), _given_data(tables, call)
+        known[key] = found
+    data: Data = found[1]
+    return data
+
+
+def _given_data(tables: Sequence[Tensor], call: GivenCall) -> Data:
+    lengths, kv_heads, sizes, text, device = call
+    like = torch.contiguous_format
+    own = [tensor.detach().clone(memory_format=like) for tensor in tables]
+    return own, ops.LAYOUT(own, NO_READS, list(sizes), *lengths, kv_heads, text, device, [])
 
 
 def canonical_of(index: Tensor, units: int, device: torch.device) -> tuple[Tensor, Tensor]:

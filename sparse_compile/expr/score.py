@@ -75,8 +75,13 @@ class ScoreProgram:
     @functools.cached_property
     def tables(self) -> frozenset[int]:
         """The numbers of the tables that it reads."""
-        nodes = self.value.atoms(sympy.Function)
-        return frozenset(table_index(node) for node in nodes if is_table(node))
+        return frozenset(map(table_index, self.table_lookups))
+
+    @functools.cached_property
+    def table_lookups(self) -> tuple[sympy.Basic, ...]:
+        """Every distinct lookup of a table, in a stable order."""
+        found = {node for node in self.value.atoms(sympy.Function) if is_table(node)}
+        return tuple(sorted(found, key=lambda node: (table_index(node), str(node))))
 
     @functools.cached_property
     def lookups(self) -> tuple[sympy.Basic, ...]:

@@ -60,6 +60,7 @@ def layout(
     spec: str,
     device: torch.device,
     lists: Sequence[Tensor],
+    apart: Tensor | None = None,
 ) -> list[Tensor]:
     """The data of a mask: tables of bits, and the lists of its blocks.
 
@@ -79,6 +80,7 @@ def layout(
         spec: the text of an :class:`AttentionSpec`.
         device: where the layout will be used.
         lists: index and count of each part of blocks that a selection names.
+        apart: what tells calls apart that are equal, see :func:`told_apart`; not read.
 
     Returns:
         for each of ``reads`` its table of bits; then the lists of the parts of blocks, see

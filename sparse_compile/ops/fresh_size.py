@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 
 def fresh_size() -> torch.SymInt:
@@ -24,6 +25,15 @@ def fresh_size() -> torch.SymInt:
     size: torch.SymInt = shape_env.create_unbacked_symint()
     torch._check(size >= 0)  # type: ignore[no-untyped-call]
     return size
+
+
+def told_apart() -> torch.Tensor | None:
+    """An argument that no two calls share which are traced, and none elsewhere.
+
+    AOTAutograd merges calls with equal arguments, and forgets that nodes below know the sizes of
+    the one that goes by its own symbols. It never merges ``aten.empty``.
+    """
+    return None if get_proxy_mode() is None else torch.empty(0)
 
 
 @contextlib.contextmanager

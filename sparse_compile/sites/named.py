@@ -19,6 +19,9 @@ _VERSION = 2
 #: In the place of the key of what selects: index and count are given; an index is given, of which
 #: lists are made; the mask is a tensor, which is given.
 LISTS, INDEX, TENSOR = "lists", "index", "tensor"
+#: In the place of the key of what makes tables: they are given, and behind them the tensors that
+#: the score program reads.
+GIVEN = "given"
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class NamedPart:
     Attributes:
         mask: its predicate; reads all the tables that it has.
         key: of what makes its tables, see :func:`sparse_compile.sites.annotation.bound_mask_named`;
-            empty where there are none.
+            empty where there are none; or :data:`GIVEN`.
     """
 
     mask: MaskExpr

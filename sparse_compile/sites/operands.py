@@ -66,7 +66,9 @@ class MaskOperand:
             ``"factor"``: numbers, which scores are multiplied with, or divided by.
         fill: the score of masked entries for ``keep`` and ``drop``; unused for others. A Node when
             the program passes a 0-dim tensor.
-        then: what happens to the fill, or to what is added, afterwards, in order.
+        times: what is added is multiplied with it.
+        then: what happens to the scores afterwards, in order: what later operands have, too, comes
+            last.
         curved: whether the scores go through a curve afterwards, so that no mask may be in it.
         axes: of the scores that it is applied to, as of an :class:`Operand`; empty: as the site
             says.
@@ -76,6 +78,7 @@ class MaskOperand:
     node: Node
     role: str
     fill: float | Node = float("-inf")
+    times: float = 1.0
     then: tuple[Change, ...] = ()
     curved: bool = False
     axes: tuple[str, ...] = ()
@@ -83,6 +86,7 @@ class MaskOperand:
 
     def changed(self, value: float) -> float:
         """What becomes of a fill, or of a number that is added."""
+        value *= self.times
         for change in self.then:
             value = change(value)
         return value

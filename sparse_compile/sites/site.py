@@ -312,7 +312,7 @@ class LiftedMask:
     Attributes:
         mask: the predicate, all mask operands and ``is_causal`` ANDed.
         empty_rows: what a fully masked row yields in the original program. ``ZERO`` also when no
-            row can be empty.
+            row can be empty, or where there are ``fallbacks``.
         program: a functional ATen graph from ``leaves`` to ``(*tables, *dense, *sizes)``, and then
             the index and count of ``selection``; None when the mask reads no run-time data beyond
             the lengths.
@@ -329,6 +329,9 @@ class LiftedMask:
         visited: what is visited in the example that was compiled with; None where the mask depends
             on lengths alone, or on values that only a call has.
         unselected: why what an index selects is in ``mask`` instead; empty where nothing is.
+        fallbacks: what queries attend to that have no key, which no policy describes: each to keys
+            of the first that has some for it, with the ``score`` of that. ``empty_rows`` of the
+            last says what those yield that have keys in none.
         otherwise: the same mask with what ``selection`` names in a mask tensor, or why that cannot
             be read; None unless a threshold selects, which can be said either way.
     """
@@ -346,6 +349,7 @@ class LiftedMask:
     score: ScoreProgram | None = None
     learned: Computed | None = None
     visited: Visited | None = None
+    fallbacks: tuple[LiftedMask, ...] = ()
     otherwise: LiftedMask | Rejection | None = None
 
     @property

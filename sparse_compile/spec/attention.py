@@ -27,9 +27,6 @@ class EmptyRows(str, Enum):
             overwritten, so Q and K get no gradient.
         MEAN_ADDED: the mean of V, as *adding* finfo.min gives. The scores are absorbed by rounding,
             but autograd still sends the softmax gradient through them to Q and K.
-        ATTENDED: the same for scores that are not linear in q·k, or have a bias that is trained. No
-            executor knows it: the rewritten graph attends a second time, for these rows alone.
-        HALVED: as ATTENDED, with half of the gradients: those of a maximum of two equal numbers.
     """
 
     ZERO = "zero"
@@ -37,13 +34,6 @@ class EmptyRows(str, Enum):
     NAN_ADDED = "nan_added"
     MEAN = "mean"
     MEAN_ADDED = "mean_added"
-    ATTENDED = "attended"
-    HALVED = "halved"
-
-    @property
-    def is_executed(self) -> bool:
-        """Whether executors know it; the others are a matter of the rewritten graph."""
-        return self not in (EmptyRows.ATTENDED, EmptyRows.HALVED)
 
 
 #: Of the text of a spec; graphs with another are not read.
@@ -110,8 +100,6 @@ class AttentionSpec:
         return replace(self, mask=whole, coverage=parts)
 
     def __post_init__(self) -> None:
-        if not self.empty_rows.is_executed:
-            raise ValueError(f"no executor knows rows that are {self.empty_rows.value}")
         if self.coverage != (*self.views, *self.units):
             raise ValueError("parts of blocks come before parts of units")
 

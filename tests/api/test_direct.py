@@ -229,6 +229,25 @@ def test_few_layouts_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(direct_data._KEPT) == direct_data._MOST
 
 
+@pytest.mark.parametrize("pattern", [None, DOCUMENTS], ids=["tensor", "documents"])
+def test_equal_masks_of_one_graph_in_plain_inductor(pattern: P.Pattern | None) -> None:
+    """AOTAutograd merges equal calls, but not the sizes of what they return."""
+
+    def twice(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        first = sparse_compile.attention(q, k, v, mask > 0 if pattern is None else pattern)
+        return sparse_compile.attention(first, k, v, mask > 0 if pattern is None else pattern)
+
+    mask = torch.rand(1, 1, N, N) - 0.4
+    given = operands()
+    run = torch.compile(twice, backend="inductor", fullgraph=True)
+    results = []
+    for function in (run, twice):
+        out = function(*given, mask)
+        results.append([out, *torch.autograd.grad(out.square().sum(), given)])
+    for ours, wanted in zip(*results, strict=True):
+        assert relative_error(ours, wanted) < 1e-5
+
+
 @pytest.mark.parametrize("backend", [None, "aot_eager", "inductor", "sparse_compile"])
 def test_no_layout_is_scheduled_again_from_its_packed_form(
     backend: str | None, monkeypatch: pytest.MonkeyPatch

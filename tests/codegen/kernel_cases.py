@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import sympy
 import torch
@@ -386,7 +385,14 @@ def scoring(
     if case.score is None:
         return None
     data = ScoreData(_coordinates(case, device), *case.n, tables, case.sizes, learned)
-    return partial(evaluate_score, case.score, data=data)
+    absorbed, program = case.score.absorbed, replace(case.score, absorbed=False)
+
+    def moved(scores: Tensor) -> Tensor:
+        value = evaluate_score(program, scores, data=data)
+        # Of absorbed scores there are gradients alone.
+        return value - value.detach() if absorbed else value
+
+    return moved
 
 
 def _dense_eager(

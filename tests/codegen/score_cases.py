@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import sympy
 import torch
+from torch import Tensor
 
 from sparse_compile.expr import (
     KV,
@@ -13,6 +14,7 @@ from sparse_compile.expr import (
     N_Q,
     SCORE,
     B,
+    FloorDiv,
     H,
     MaskExpr,
     Q,
@@ -34,6 +36,12 @@ STRANGE = ScoreProgram(
     - sympy.sqrt(1 + SCORE**2) * 0.1
 )
 
+#: Scores that count alike, of which some have gradients.
+HALF_MOVED = ScoreProgram(
+    sympy.Piecewise((SCORE, sympy.Ne(T0(B, KV), 0) & (KV < Q)), (SCORE / 2, KV < 20), (0, True)),
+    absorbed=True,
+)
+
 W0, W1, W2, W3, W4 = map(learned, range(5))
 
 
@@ -45,6 +53,25 @@ def _learned(dtype: str) -> ScoreProgram:
     near, all_pairs = W0(H, KV - Q + N_Q - 1), W4() if dtype == "float32" else sympy.S.Half
     value = SCORE * sympy.exp(W3(Q) / 4) + near + sympy.tanh(W1(B, KV))
     return ScoreProgram(value + W2(H, Q, KV) * all_pairs, (dtype,) * 5)
+
+
+def _last_keys(case: Case, device: torch.device) -> list[Tensor]:
+    """int32 [B]: the last key of each batch entry; one has none."""
+    return [torch.arange(case.batch, device=device, dtype=torch.int32) * 40 - 1]
+
+
+def _by_distance(case: Case, device: torch.device) -> list[Tensor]:
+    """[2, Nq + Nkv + 1], for two groups of heads."""
+    generator = torch.Generator().manual_seed(3)
+    numbers = torch.randn(2, sum(case.n) + 1, generator=generator)
+    return [numbers.to(device, case.dtype)]
+
+
+def _of_blocks(last: sympy.Expr, dtype: str) -> ScoreProgram:
+    """Biases by distance, where queries behind ``last`` count as that one, as in LongT5."""
+    head = FloorDiv(H, 2)
+    near, behind = W0(head, KV - Q + N_Q), W0(head, KV - last + N_Q)
+    return ScoreProgram(SCORE + sympy.Piecewise((near, Q <= last), (behind, True)), (dtype,))
 
 
 CASES = [
@@ -62,8 +89,29 @@ CASES = [
     replace(
         _BY_NAME["strided in two views"], score=_learned("float32"), learned=biases, heads=(2, 1)
     ),
+    Case(
+        "learned, behind the last block",
+        MaskExpr(sympy.Le(KV, T0(B)), ("int32",)),
+        heads=(4, 2),
+        batch=3,
+        n=(70, 69),
+        tables=_last_keys,
+        score=_of_blocks(T0(B), "float32"),
+        learned=_by_distance,
+    ),
+    Case(
+        "learned, behind the last key",
+        EVERYTHING,
+        heads=(4, 2),
+        n=(130, 129),
+        score=_of_blocks(N_KV - 1, "bfloat16"),
+        learned=_by_distance,
+        dtype=torch.bfloat16,
+    ),
     Case("dropout", CAUSAL, heads=(4, 2), batch=2, dropout=0.3),
     Case("dropout and biases", CAUSAL, score=_learned("float32"), learned=biases, dropout=0.1),
+    Case("even, without gradients", CAUSAL, score=ScoreProgram(sympy.S.Zero, absorbed=True)),
+    replace(_BY_NAME["padding"], score=HALF_MOVED, dtype=torch.float32),
     replace(_BY_NAME["strided in two views"], dropout=0.5),
     replace(_BY_NAME["empty rows"], dropout=0.1),
     Case("softcap", CAUSAL, heads=(6, 2), dims=(72, 40), score=softcap(2.0)),

@@ -22,7 +22,19 @@ from sparse_compile.codegen.triton.aot import compile_ahead_of_time, compiled
 from sparse_compile.codegen.triton.blocks.sections import first_token_function
 from sparse_compile.codegen.triton.blocks.source import kernel_of
 from sparse_compile.codegen.triton.blocks.tiles import tiles_for
-from sparse_compile.expr import KV, B, FloorDiv, FloorMod, H, MaskExpr, Q, table
+from sparse_compile.expr import (
+    KV,
+    SCORE,
+    B,
+    FloorDiv,
+    FloorMod,
+    H,
+    MaskExpr,
+    Q,
+    ScoreProgram,
+    learned,
+    table,
+)
 from sparse_compile.expr import size_symbol as size
 from sparse_compile.spec import AttentionSpec, KernelSpec
 from sparse_compile.spec.view import Order, View, natural
@@ -68,6 +80,16 @@ def test_same_spec_gives_same_bytes_in_every_process() -> None:
         check=True,
     )
     assert other.stdout == f"{digest()}\n"
+
+
+def test_tables_that_the_score_alone_reads_are_parameters() -> None:
+    score = ScoreProgram(SCORE + learned(0)(T0(FloorDiv(Q, 8), FloorDiv(KV, 8)), H), ("float32",))
+    attention = AttentionSpec(replace(CAUSAL, tables=("int64",)), score=score)
+    kernel = kernel_of(KernelSpec(attention, 64, 64, "bfloat16", "sm_90"))
+    for entry in kernel.entries:
+        read = "merge" not in entry.name
+        assert ("t0" in {one.name for one in entry.parameters}) == read, entry.name
+    assert "t0           table, int64, 2 dimensions" in kernel.source
 
 
 def test_header_names_the_mask_and_where_it_came_from() -> None:

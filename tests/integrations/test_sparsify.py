@@ -1,4 +1,4 @@
-"""Longformer, LED and BigBird mean what transformers' own code means, values and gradients."""
+"""Sparsified models mean what transformers' own code means, values and gradients."""
 
 from __future__ import annotations
 
@@ -24,7 +24,16 @@ import sparse_compile
 from sparse_compile.errors import NothingToSparsify, WeightsNeeded
 from sparse_compile.integrations.transformers import sparsify
 from sparse_compile.integrations.transformers.bigbird_blocks import Draw, columns_of
-from tests.integrations.tiny_models import assert_same, batch, bigbird, led, longformer, sparse
+from tests.integrations.tiny_models import (
+    Named,
+    assert_same,
+    batch,
+    bigbird,
+    led,
+    longformer,
+    longt5,
+    sparse,
+)
 
 GLOBAL: dict[str, Any] = {
     "none": None,
@@ -133,7 +142,7 @@ def test_models_with_heads() -> None:
 
 
 def test_parameters_stay_what_they_are() -> None:
-    for model in (longformer(), led(), bigbird()):
+    for model in (longformer(), led(), bigbird(), longt5(), longt5("transient-global")):
         before = [(name, id(value)) for name, value in model.named_parameters()]
         state, names = model.state_dict(), [name for name, _ in model.named_modules()]
         assert sparsify(model) is model
@@ -253,7 +262,7 @@ def test_compiled_in_one_graph(name: str) -> None:
     torch._dynamo.reset()
     model = make()
     other = torch.compile(sparse(model), backend="sparse_compile", fullgraph=True)
-    assert_same(model, _Named(other), given)
+    assert_same(model, Named(other), given)
 
 
 @pytest.mark.parametrize("name", COMPILED)
@@ -267,20 +276,6 @@ def test_masks_are_read_from_the_graph(name: str) -> None:
     for site in own:
         assert site.rewritten
         assert "tensor [" not in str(site)
-
-
-class _Named(nn.Module):
-    """A compiled module under the names of its parameters."""
-
-    def __init__(self, compiled: Any) -> None:
-        super().__init__()
-        self.compiled = compiled
-
-    def forward(self, **given: Any) -> Any:
-        return self.compiled(**given)
-
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
-        return self.compiled._orig_mod.named_parameters(*args, **kwargs)
 
 
 def test_a_copy_is_its_own() -> None:

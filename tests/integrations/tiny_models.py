@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     BigBirdConfig,
     BigBirdModel,
@@ -15,6 +15,9 @@ from transformers import (
     LEDModel,
     LongformerConfig,
     LongformerModel,
+    LongT5Config,
+    LongT5EncoderModel,
+    LongT5Model,
 )
 
 from sparse_compile.integrations.transformers import sparsify
@@ -76,6 +79,30 @@ def bigbird(**settings: Any) -> Any:
     return BigBirdModel(config).eval()
 
 
+def longt5(kind: str = "local", whole: bool = False, **settings: Any) -> Any:
+    """The encoder, or the ``whole`` model; with attention of a ``kind``, blocks of 5 and of 4."""
+    torch.manual_seed(0)
+    sizes = {"local_radius": 4, "global_block_size": 4, "relative_attention_max_distance": 16}
+    config = LongT5Config(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        d_kv=8,
+        d_ff=32,
+        num_layers=3,
+        num_decoder_layers=1,
+        num_heads=2,
+        relative_attention_num_buckets=8,
+        encoder_attention_type=kind,
+        decoder_start_token_id=0,
+        **{"dropout_rate": 0.0, **sizes, **settings},
+    )
+    model = (LongT5Model if whole else LongT5EncoderModel)(config).eval()
+    for name, parameter in model.named_parameters():
+        if "relative_attention_bias" in name:
+            torch.nn.init.normal_(parameter)
+    return model
+
+
 def sparse(model: Any) -> Any:
     """A copy that is sparsified."""
     return sparsify(copy.deepcopy(model))
@@ -126,3 +153,17 @@ def assert_same(model: Any, other: Any, given: Any) -> None:
         assert got is not None
         error, size = (got - expected).abs().max(), expected.abs().max()
         assert error <= 2e-5 * (1 + size), (name, error, size)
+
+
+class Named(nn.Module):
+    """A compiled module under the names of its parameters."""
+
+    def __init__(self, compiled: Any) -> None:
+        super().__init__()
+        self.compiled = compiled
+
+    def forward(self, **given: Any) -> Any:
+        return self.compiled(**given)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        return self.compiled._orig_mod.named_parameters(*args, **kwargs)

@@ -91,7 +91,8 @@ def attention_of(site: AttentionSite, env: dict[Node, Any]) -> Tensor:
             fill = env[mask.fill] if isinstance(mask.fill, Node) else mask.fill
             masked = ~value if mask.role == "keep" else value
             assert masked.dtype is torch.bool
-            scores = torch.where(masked, torch.as_tensor(fill, dtype=torch.float64), scores)
+            fill = torch.as_tensor(mask.changed(float(fill)), dtype=torch.float64)
+            scores = torch.where(masked, fill, scores)
     columns = 0
     if site.sinks is not None:
         sinks = env[site.sinks].detach().double()

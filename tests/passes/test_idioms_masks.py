@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy
 import pytest
@@ -23,6 +24,7 @@ from tests.passes.idioms import (
     causal,
     left,
     qkv,
+    right,
     visible,
 )
 
@@ -216,6 +218,79 @@ def test_a_mask_in_a_buffer() -> None:
     assert assert_rewritten(Buffered(), *qkv()).mask == "tensor [1, 1, 40, 40]"
 
 
+def layout_of(heads: int) -> Tensor:
+    """Which blocks of 8 are attended to, bool [heads, 5, 5]; each attends to itself."""
+    kept = torch.rand(heads, N // 8, N // 8, generator=torch.Generator().manual_seed(0)) < 0.4
+    return kept | torch.eye(N // 8, dtype=torch.bool)
+
+
+def blocks_by_index(layout: Tensor) -> Tensor:
+    at = torch.arange(N)
+    return layout[:, at[:, None] // 8, at // 8]
+
+
+def blocks_by_head(layout: Tensor) -> Tensor:
+    at = torch.arange(N)
+    return layout[torch.arange(H)[:, None, None], at[:, None] // 8, at[None] // 8]
+
+
+@pytest.mark.parametrize("heads", [1, H])
+@pytest.mark.parametrize("made", [blocks_by_index, blocks_by_head], ids=lambda f: f.__name__)
+def test_a_table_of_blocks(made: Callable[[Tensor], Tensor], heads: int) -> None:
+    """It is read as it is, and no tensor of all pairs exists."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor, layout: Tensor) -> Tensor:
+        keep = made(layout.expand(H, -1, -1)) & causal()
+        return (q @ k.mT * 0.25).masked_fill(~keep, LOW).softmax(-1) @ v
+
+    shown = assert_rewritten(program, *qkv(), layout_of(heads)).mask
+    head = "h" if heads > 1 else "0"
+    assert shown == f"kv <= q and t0[{head}, q // 8, kv // 8] != 0"
+
+
+def test_numbers_of_blocks() -> None:
+    """A table of integers that is compared, for queries that come last."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor, level: Tensor) -> Tensor:
+        n_q, n_kv = q.shape[2], k.shape[2]
+        at = torch.arange(n_q)[:, None] + n_kv - n_q
+        return sdpa(q, k, v, level[at // 8, torch.arange(n_kv) // 8] > 2)
+
+    level = torch.arange(25, dtype=torch.int32).view(5, 5) * 7 % 9
+    shown = assert_rewritten(program, *qkv(n_q=16), level).mask
+    assert shown.startswith("t0[")
+    assert "kv // 8" in shown
+
+
+def test_a_table_of_pairs_is_a_tensor() -> None:
+    def by_token(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+        at = torch.arange(N)
+        return sdpa(q, k, v, seen[0, at[:, None], at])
+
+    def by_kind(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+        kind = seen[0, 0].cumsum(0)
+        return sdpa(q, k, v, seen[0][kind[:, None], kind])
+
+    seen = torch.rand(1, N, N, generator=torch.Generator().manual_seed(1)) < 0.5
+    for program in (by_token, by_kind):
+        assert assert_rewritten(program, *qkv(), seen).mask == "tensor [1, 1, 40, 40]"
+
+
+def test_elements_of_a_tensor() -> None:
+    """A table without axes; and one of bits that index another."""
+
+    def gated(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+        return (q @ k.mT).masked_fill(~(causal() | seen[0, 2, 3]), LOW).softmax(-1) @ v
+
+    def by_bits(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+        kind = seen[0, 0].long()
+        return (q @ k.mT).masked_fill(~seen[0][kind[:, None], kind], LOW).softmax(-1) @ v
+
+    seen = torch.rand(1, N, N, generator=torch.Generator().manual_seed(1)) < 0.5
+    assert assert_rewritten(gated, *qkv(), seen).mask == "kv <= q or t0[] != 0"
+    assert_rewritten(by_bits, *qkv(), seen)
+
+
 def test_a_length_that_changes() -> None:
     def program(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
         at = torch.arange(q.shape[2])
@@ -246,8 +321,20 @@ def low_of_fp32(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
     return scores.softmax(-1).to(q.dtype) @ v
 
 
-def one_minus_ones(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
-    return (q @ k.mT * 0.25 + (1 - pad[:, None, None]) * torch.finfo(q.dtype).min).softmax(-1) @ v
+def one_minus_half(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+    """As BERT did: a mask where the padding is 0 or 1."""
+    inverted = 1 - pad[:, None, None].to(q.dtype)
+    return (q @ k.mT * 0.25 + inverted * torch.finfo(q.dtype).min).softmax(-1) @ v
+
+
+def one_minus_bools(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+    return one_minus_half(q, k, v, pad != 0)
+
+
+def one_minus_filled_half(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+    inverted = 1.0 - pad[:, None, None].to(dtype=q.dtype)
+    low = torch.finfo(q.dtype).min
+    return (q @ k.mT * 0.25 + inverted.masked_fill(inverted.bool(), low)).softmax(-1) @ v
 
 
 def filled_half(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
@@ -258,16 +345,35 @@ def sdpa_half(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
     return sdpa(q, k, v, visible(pad))
 
 
-HALF = [low_added, low_filled, low_of_fp32, filled_half, sdpa_half]
+OF_PADDING = [low_of_fp32, one_minus_half, one_minus_bools, one_minus_filled_half]
+HALF = [low_added, low_filled, filled_half, sdpa_half, *OF_PADDING]
 
 
 @pytest.mark.parametrize("program", HALF, ids=lambda program: program.__name__)
 def test_bfloat16(program: Program) -> None:
     mask = assert_rewritten(program, *qkv(), left(), dtype=torch.bfloat16).mask
-    assert mask == ("t0[b, kv] != 0" if program is low_of_fp32 else PADDED)
+    assert mask == ("t0[b, kv] != 0" if program in OF_PADDING else PADDED)
 
 
-@pytest.mark.parametrize("program", [low_of_fp32, filled_half], ids=lambda p: p.__name__)
+@pytest.mark.parametrize("program", [one_minus_half, one_minus_bools, one_minus_filled_half])
+def test_bfloat16_where_an_entry_is_padding(program: Program) -> None:
+    """All its rows are the mean of the values, and have gradients."""
+    pad = (torch.arange(N) < torch.tensor([[N], [0]])).long()
+    assert_rewritten(program, *qkv(), pad, dtype=torch.bfloat16)
+
+
+def test_integers_that_are_no_bits() -> None:
+    """Two hides less than nothing: it is a bias like any other."""
+    pad = (torch.arange(N) * 7 % 3).repeat(B, 1)
+    given = [x.detach() for x in qkv()]
+    site = assert_rewritten(one_minus_half, *given, pad, dtype=torch.bfloat16)
+    assert site.mask == "t0[b, kv] != 0"
+    assert site.score.startswith("score + w0(b, kv)")
+
+
+@pytest.mark.parametrize(
+    "program", [low_of_fp32, filled_half, low_filled], ids=lambda p: p.__name__
+)
 def test_float16(program: Program) -> None:
     assert_rewritten(program, *qkv(), left(), dtype=torch.float16)
 
@@ -280,11 +386,15 @@ def test_the_least_float16_where_no_row_is_fully_masked() -> None:
     assert assert_rewritten(program, *qkv(), dtype=torch.float16).mask == CAUSAL
 
 
-@pytest.mark.parametrize("program", [low_added, low_filled], ids=lambda p: p.__name__)
+@pytest.mark.parametrize(
+    "program", [low_added, one_minus_half, one_minus_bools], ids=lambda p: p.__name__
+)
 def test_the_least_float16_absorbs_nothing(program: Program) -> None:
+    """A sum with it is rounded to multiples of 32, or is minus infinity."""
     given = [x.detach().half() for x in qkv()]
-    site = assert_left("float16 scores with finfo.min", program, *given, left())
+    site = assert_left("adds finfo.min to float16 scores", program, *given, left())
     assert 'float("-inf")' in site.hint
+    assert_rewritten(program, *given, right(), dtype=torch.float16, finite_fill="minus_inf")
 
 
 # What is left, and why ------------------------------------------------------------------------
@@ -318,22 +428,9 @@ def gpt_neo(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
     return (scores + torch.where(pad[:, None, None].bool(), 0.0, LOW)).softmax(-1) @ v
 
 
-def two_minima(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
-    """Their sum is -inf, which a row may hold beside finite ones."""
-    scores = q @ k.mT + torch.where(causal(), 0.0, LOW)
-    return (scores + torch.where(pad[:, None, None].bool(), 0.0, LOW)).softmax(-1) @ v
-
-
-@pytest.mark.parametrize("program", [gpt_neo, two_minima], ids=lambda p: p.__name__)
-def test_two_masks_where_rows_may_be_fully_masked(program: Program) -> None:
-    site = assert_left("masks several times, in different ways", program, *qkv(), left())
-    assert "bool" in site.hint
-
-
-@pytest.mark.parametrize("program", [gpt_neo, two_minima], ids=lambda p: p.__name__)
-def test_two_masks_where_no_row_can_be(program: Program) -> None:
+def test_two_masks_where_no_row_can_be_fully_masked() -> None:
     def full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return program(q, k, v, torch.ones(B, N, dtype=torch.int64))
+        return gpt_neo(q, k, v, torch.ones(B, N, dtype=torch.int64))
 
     assert assert_rewritten(full, *qkv()).mask == CAUSAL
 

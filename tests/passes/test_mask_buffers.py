@@ -274,12 +274,10 @@ class Added(Holding):
 
 
 @pytest.mark.parametrize("fill", [float("-inf"), torch.finfo(torch.float32).min])
-@pytest.mark.parametrize(("parameter", "trained"), [(False, False), (True, False), (True, True)])
-def test_a_floating_mask_stays_with_what_to_write_instead(
-    fill: float, parameter: bool, trained: bool
-) -> None:
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_mask_in_a_parameter_stays_with_what_to_write_instead(fill: float, trained: bool) -> None:
     """What it holds later could be a bias, or rows without a key: its graph cannot know."""
-    model, decisions = Added(fill, parameter, trained), list[Decision]()
+    model, decisions = Added(fill, True, trained), list[Decision]()
     run = compiled(model, decisions, {})
     agrees(model, run)
     (rejection,) = decisions
@@ -289,6 +287,18 @@ def test_a_floating_mask_stays_with_what_to_write_instead(
     with torch.no_grad():
         model.bias[5] = fill
     agrees(model, run)
+
+
+@pytest.mark.parametrize("fill", [float("-inf"), torch.finfo(torch.float32).min])
+def test_a_floating_mask_in_a_buffer_is_a_mask_and_a_bias(fill: float) -> None:
+    model, decisions = Added(fill, False), list[Decision]()
+    run = compiled(model, decisions, {})
+    agrees(model, run)
+    model.bias[7] += torch.randn(N)
+    agrees(model, run)
+    model.bias[5] = fill
+    agrees(model, run)
+    assert all(isinstance(decision, Plan) for decision in decisions)
 
 
 def test_a_parameter_that_is_a_bias_is_rewritten() -> None:

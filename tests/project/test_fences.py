@@ -17,6 +17,7 @@ from sparse_compile.api import annotate as annotate_module
 from sparse_compile.codegen.repeated import Bound
 from sparse_compile.expr import KV, B, MaskExpr
 from sparse_compile.expr import table as lookup
+from sparse_compile.flex.record import record
 from sparse_compile.spec import AttentionSpec
 
 
@@ -45,6 +46,30 @@ def test_fresh_size_works_where_dynamo_forbids_dynamic_output_shapes(allowed: bo
         (packed,) = torch.ops.sparse_compile.layout(*args)
     assert isinstance(packed.shape[0], torch.SymInt)
     assert packed.shape[0] >= 0
+
+
+def test_dynamo_traces_what_writes_down_functions() -> None:
+    """flex/record.py: a TorchFunctionMode sees all that is done with numbers, lookups by them and
+    comparisons with sizes that are known by name only among it; the text is a constant.
+    """
+    torch._dynamo.reset()
+    ids, texts = torch.zeros(2, 9, dtype=torch.int64), []
+    note = torch.compiler.assume_constant_result(lambda text: texts.append(text) or len(text))
+
+    def write(ids: torch.Tensor, n: int) -> torch.Tensor:
+        def mask(b: object, h: object, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+            return (ids[b, q] == ids[b][kv]) & (kv != n) & (q * 2 > kv)
+
+        found = record(mask, None, torch.device("cpu"))
+        return ids + note(found.text) + sum(found.sizes)
+
+    write(ids, 3)
+    compiled = torch.compile(write, backend="eager", fullgraph=True)
+    for n in (3, 4, 5):
+        compiled(ids, n)
+    plain, static, dynamic = texts
+    assert static == plain
+    assert dynamic == plain.replace("ne(v3,3)", "ne(v3,s0)")
 
 
 def test_annotations_reach_the_captured_graph() -> None:

@@ -26,7 +26,7 @@ SOURCES = sorted(
 #: Folders from the innermost outwards: each imports only those before it.
 ORDER = (
     *("errors", "expr", "spec", "patterns", "layout", "selection", "sites", "codegen", "ops"),
-    *("passes", "api", "integrations", "backend", "inspect", "cli"),
+    *("passes", "api", "flex", "integrations", "backend", "inspect", "cli"),
 )
 RANK = {name: number for number, name in enumerate(ORDER)}
 RANK |= {"reference": RANK["expr"], "options": RANK["spec"]}
@@ -151,9 +151,9 @@ def is_public(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
 
 
 def has_a_schema(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """Whether it is an operator or a kernel: their parameters are all flat."""
+    """Whether it is an operator or a kernel, whose parameters are all flat; or one of torch's."""
     decorators = [ast.unparse(decorator).partition("(")[0] for decorator in function.decorator_list]
-    schemas = ("operator", "triton.jit", "gluon.jit")
+    schemas = ("operator", "triton.jit", "gluon.jit", "like_torch")
     return any(decorator.endswith(schemas) for decorator in decorators)
 
 

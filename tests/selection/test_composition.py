@@ -323,7 +323,7 @@ def test_a_wide_selection_leaves_nothing_to_merge() -> None:
     assert str(parts.selected and parts.selected.expr) == "kv <= q"
 
 
-@pytest.mark.parametrize("policy", [one for one in EmptyRows if one.is_executed])
+@pytest.mark.parametrize("policy", EmptyRows)
 def test_rows_without_keys_keep_their_policy(policy: EmptyRows) -> None:
     """Of a static and a selected part together: neither alone decides which rows are empty."""
     static, rest = (KV <= Q) & (Q < 20), (Q >= 10) & (Q < 60) & ~((KV <= Q) & (Q < 20))

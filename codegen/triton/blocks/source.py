@@ -36,8 +36,8 @@ from sparse_compile.codegen.triton.text import (
     query,
 )
 from sparse_compile.codegen.triton.tile import Tile
-from sparse_compile.expr import KV, MaskExpr, Q, table_index
-from sparse_compile.spec import KernelSpec
+from sparse_compile.expr import KV, Q, table_index
+from sparse_compile.spec import AttentionSpec, KernelSpec
 from sparse_compile.spec.view import View
 
 
@@ -121,14 +121,15 @@ def kernel_of(spec: KernelSpec) -> Kernel:
     return Kernel(spec.name, "\n\n".join(parts), entries)
 
 
-def direct_lookups(mask: MaskExpr) -> set[tuple[int, int, str]]:
+def direct_lookups(spec: AttentionSpec) -> set[tuple[int, int, str]]:
     """Where tables are indexed by a plain ``q`` or ``kv``: table, dimension, coordinate.
 
     The kernels then require the table to reach as far as the coordinate does.
     """
+    of_score = () if spec.score is None else spec.score.table_lookups
     return {
         (table_index(lookup), axis, str(arg))
-        for lookup in mask.lookups
+        for lookup in (*spec.mask.lookups, *of_score)
         for axis, arg in enumerate(lookup.args)
         if arg in (Q, KV)
     }

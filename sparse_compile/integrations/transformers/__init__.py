@@ -1,7 +1,7 @@
 """What this library does for models of transformers.
 
 Importing it makes ``attn_implementation="sparse_compile"`` known, see :func:`register`.
-:func:`sparsify` is for Longformer, LED and BigBird, which are sparse by hand.
+:func:`sparsify` is for Longformer, LED, BigBird and LongT5, which are sparse by hand.
 
 >>> from sparse_compile.integrations import transformers as _
 >>> from transformers import AttentionInterface

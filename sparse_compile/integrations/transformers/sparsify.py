@@ -8,9 +8,10 @@ from torch import nn
 from transformers.models.big_bird import modeling_big_bird
 from transformers.models.led import modeling_led
 from transformers.models.longformer import modeling_longformer
+from transformers.models.longt5 import modeling_longt5
 
 from sparse_compile.errors import NothingToSparsify
-from sparse_compile.integrations.transformers import bigbird, led, longformer
+from sparse_compile.integrations.transformers import bigbird, led, longformer, longt5
 from sparse_compile.integrations.transformers.refusals import refuse_weights
 from sparse_compile.integrations.transformers.windowed import WindowAndGlobal
 
@@ -21,22 +22,32 @@ _ATTENTION: dict[type[nn.Module], type[nn.Module]] = {
     modeling_longformer.LongformerSelfAttention: longformer.LongformerSelfAttention,
     modeling_led.LEDEncoderSelfAttention: led.LEDEncoderSelfAttention,
     modeling_big_bird.BigBirdBlockSparseAttention: bigbird.BigBirdBlockSparseAttention,
+    modeling_longt5.LongT5LocalAttention: longt5.LongT5LocalAttention,
+    modeling_longt5.LongT5TransientGlobalAttention: longt5.LongT5TransientGlobalAttention,
 }
 #: What holds them and prepares their masks.
 _AROUND: dict[type[nn.Module], type[nn.Module]] = {
     modeling_longformer.LongformerModel: longformer.LongformerModel,
     modeling_led.LEDEncoder: led.LEDEncoder,
     modeling_big_bird.BigBirdModel: bigbird.BigBirdModel,
+    modeling_longt5.LongT5Stack: longt5.LongT5Stack,
 }
+#: Those that have dropout on their weights.
+_DROPS = (
+    WindowAndGlobal,
+    longt5.LongT5LocalAttention,
+    longt5.LongT5TransientGlobalAttention,
+)
 
 
 def sparsify(model: Model, *, attention_dropout: bool = True) -> Model:
     """Have this library compute the attention that a model of transformers does in chunks.
 
-    For Longformer, the encoder of LED, and BigBird with ``attention_type="block_sparse"``. Its
-    modules are changed in place: parameters, their names, hooks and devices stay, and so do the
-    results on tokens that are no padding, and the gradients. Under torch.compile such a model is
-    one graph, and this library's backend plans its attention as any other.
+    For Longformer, the encoders of LED and LongT5, and BigBird with
+    ``attention_type="block_sparse"``. Its modules are changed in place: parameters, their names,
+    hooks and devices stay, and so do the results on tokens that are no padding, and the gradients.
+    Under torch.compile such a model is one graph, with any backend. This library's plans its
+    attention as any other; that of LongT5 has biases, and is in the graph as it will run.
 
     Args:
         model: with any head, or a part of a model.
@@ -63,8 +74,8 @@ def sparsify(model: Model, *, attention_dropout: bool = True) -> Model:
     if not found:
         raise NothingToSparsify(
             f"sparse_compile: {type(model).__name__} has no attention to sparsify. Pass a "
-            "Longformer, an LED, or a BigBird with attention_type='block_sparse' that is not "
-            "sparsified yet. The attention of other models is found by torch.compile(model, "
+            "Longformer, an LED, a LongT5, or a BigBird with attention_type='block_sparse' that is "
+            "not sparsified yet. The attention of other models is found by torch.compile(model, "
             "backend='sparse_compile') as it is."
         )
     config = getattr(model, "config", None)
@@ -73,6 +84,6 @@ def sparsify(model: Model, *, attention_dropout: bool = True) -> Model:
         kind = {**_ATTENTION, **_AROUND}.get(type(module))
         if kind is not None:
             module.__class__ = kind
-        if isinstance(module, WindowAndGlobal) and not attention_dropout:
+        if isinstance(module, _DROPS) and not attention_dropout:
             cast(Any, module).dropout = 0.0
     return model

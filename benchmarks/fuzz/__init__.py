@@ -1,0 +1,1 @@
+"""Random attention programs, compiled and compared with themselves run eagerly: the fuzzer."""

@@ -1,0 +1,426 @@
+"""Whole models side by side: their correctness first, then times and peak memory, in one run.
+
+All peers get the same weights, rounded to the dtype that is measured. The truth is a run of them in
+fp32, without TF32, by a :class:`Truth`: outputs and gradients of each peer are compared with it
+before anything is timed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import signal
+import statistics
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Inputs = dict[str, Tensor]
+Row = dict[str, Any]
+
+#: A peer may be so many times as far from the truth as the first that runs; FlexAttention's rule.
+TOLERANCE = 1.1
+#: What Inductor is called; tests replace it.
+INDUCTOR = "inductor"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """How a model is run.
+
+    Attributes:
+        name: shown in results.
+        build: makes the model in fp32 on a device, always with the same weights.
+        backend: of torch.compile; empty to run it eagerly.
+        options: of the backend.
+        ours: whether this library computes it.
+        ways: arguments of calls and names of functions that torch.compile ignores; each is tried
+            until one of them trains.
+        after: measured only if the peer of this name failed.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    backend: str = ""
+    options: dict[str, Any] | None = None
+    ours: bool = False
+    ways: tuple[Way, ...] = field(default_factory=lambda: (Way(),))
+    after: str = ""
+
+
+@dataclass(frozen=True)
+class Way:
+    """What is tried to make a peer run.
+
+    Attributes:
+        arguments: of its calls, besides the inputs.
+        quiet: whether torch.compile ignores warnings in the code that it traces, at which it would
+            break the graph: transformers' block masks are then made in compiled code.
+    """
+
+    arguments: dict[str, Any] = field(default_factory=dict)
+    quiet: bool = False
+
+    @contextlib.contextmanager
+    def tried(self) -> Iterator[None]:
+        """Within it torch.compile traces this way."""
+        ignored = getattr(torch._dynamo.config, "ignore_logging_functions", None)
+        if not self.quiet or ignored is None:
+            yield
+            return
+        with torch._dynamo.config.patch(ignore_logging_functions={*ignored, warnings.warn}):
+            yield
+
+
+#: Of transformers' flex_attention: block masks in the graph, else outside; with fewer stages where
+#: the default kernel asks for more shared memory than there is.
+FLEX_WAYS = (
+    Way(quiet=True),
+    Way(),
+    Way({"kernel_options": {"BLOCK_M": 64, "BLOCK_N": 64, "num_stages": 1}}, quiet=True),
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model, its inputs and its peers.
+
+    Attributes:
+        name: of the model.
+        truth: makes the model in fp32 whose results are the truth.
+        peers: what is compared; the first of them that runs is the yardstick.
+        inputs: of a call, on a device.
+        trained: whether a training step is timed, too.
+        bars: the least speed-ups: over any other peer, and over the first one.
+        facts: written into each row.
+    """
+
+    name: str
+    truth: Callable[[], nn.Module]
+    peers: tuple[Peer, ...]
+    inputs: Inputs
+    trained: bool = True
+    bars: tuple[float, float] = (1.05, 1.05)
+    facts: Row = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How everything is measured.
+
+    Attributes:
+        device: ``"cuda"`` or ``"cpu"``.
+        dtype: of the weights of all peers.
+        seconds: for one problem, all peers together; what comes too late is not measured.
+        calls: that are timed.
+    """
+
+    device: str = "cuda"
+    dtype: torch.dtype = torch.bfloat16
+    seconds: float = 240.0
+    calls: int = 7
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a model gives: its output, and the gradients of its parameters; on the CPU, fp32."""
+
+    out: Tensor
+    gradients: dict[str, Tensor]
+
+
+class OutOfTime(Exception):
+    """The seconds of a problem are over."""
+
+
+def compared(
+    problem: Problem, setting: Setting, note: Callable[[Row], None] = lambda row: None
+) -> list[Row]:
+    """All peers of a problem.
+
+    Args:
+        problem: the model.
+        setting: how it is measured.
+        note: gets each row when it is known.
+    """
+    until = time.monotonic() + setting.seconds
+    truth, why = _attempt(lambda: _truth(problem, setting), until)
+    rows: list[Row] = []
+    for peer in problem.peers:
+        earlier = next((row for row in rows if row["peer"] == peer.after), None)
+        if earlier is not None and not _failed(earlier):
+            continue
+        row: Row = {"model": problem.name, "peer": peer.name, **problem.facts}
+        if truth is None:
+            row["unchecked"] = f"the truth is not known: {why}"
+        row |= _best_way(problem, peer, setting, truth, until)
+        rows.append(row)
+        note(row)
+    return rows
+
+
+def verdict(problem: Problem, rows: list[Row]) -> Row:
+    """How our peers stand: speed-ups, and whether they are as close to the truth as others."""
+    own = {peer.name for peer in problem.peers if peer.ours}
+    others = [row for row in rows if row["peer"] not in own]
+    found: Row = {"model": problem.name, "bars": list(problem.bars)}
+    for row in (row for row in rows if row["peer"] in own):
+        mine: Row = {}
+        for what in ("forward", "step"):
+            time_of = f"{what}_ms"
+            if time_of not in row:
+                continue
+            known = [other[time_of] for other in others if time_of in other]
+            if known:
+                mine[f"{what}_over_best"] = round(min(known) / row[time_of], 3)
+            if others and time_of in others[0]:
+                mine[f"{what}_over_first"] = round(others[0][time_of] / row[time_of], 3)
+        reached = [
+            value >= problem.bars[0 if name.endswith("best") else 1] for name, value in mine.items()
+        ]
+        mine["exact"] = _is_exact(row, others)
+        mine["met"] = bool(reached) and all(reached) and mine["exact"] is not False
+        found[row["peer"]] = mine
+    return found
+
+
+def _is_exact(row: Row, others: list[Row]) -> bool | None:
+    """Whether errors are at most those of the yardstick, a little more; None if not known."""
+    judged: list[bool] = []
+    for what in ("forward_error", "gradient_error"):
+        known = [other[what] for other in others if what in other]
+        if what in row and known:
+            judged.append(row[what] <= TOLERANCE * known[0] + 1e-5)
+    return all(judged) if judged else None
+
+
+def _failed(row: Row) -> bool:
+    return any(key.startswith("no_") for key in row)
+
+
+def _best_way(
+    problem: Problem, peer: Peer, setting: Setting, truth: Results | None, until: float
+) -> Row:
+    """The first way that gives all that is asked for; else the one that gives most."""
+    best: Row = {}
+    for number, way in enumerate(peer.ways):
+        with way.tried():
+            row = _measured(problem, replace(peer, ways=(way,)), setting, truth, until)
+        if len(peer.ways) > 1:
+            row["way"] = number
+        if not best or sum(k.endswith("_ms") for k in row) > sum(k.endswith("_ms") for k in best):
+            best = row
+        if not _failed(row) or time.monotonic() > until:
+            break
+    return best
+
+
+def _measured(
+    problem: Problem, peer: Peer, setting: Setting, truth: Results | None, until: float
+) -> Row:
+    """One peer, one way: what it gives is compared, and then timed."""
+    _clean()
+    row: Row = {}
+    made, why = _attempt(lambda: _Run(problem, peer, setting), until)
+    if made is None:
+        return {"no_forward": why}
+    phases: list[tuple[str, Callable[[], Any]]] = [("forward", made.forward)]
+    phases += [("step", made.step)] if problem.trained else []
+    for what, call in phases:
+        began = time.perf_counter()
+        given, why = _attempt(call, until)
+        if why:
+            row[f"no_{what}"] = why
+            break
+        row[f"{what}_compile_s"] = round(time.perf_counter() - began, 1)
+        if truth is not None:
+            row |= _errors(what, given, made, truth)
+        del given
+        times, why = _attempt(lambda call=call: _timed(call, setting), until)
+        if why:
+            row[f"no_{what}"] = why
+            break
+        row |= {f"{what}_{key}": value for key, value in (times or {}).items()}
+    made.module = None
+    del made
+    _clean()
+    return row
+
+
+class _Run:
+    """A model under a peer, with its calls."""
+
+    def __init__(self, problem: Problem, peer: Peer, setting: Setting) -> None:
+        module = peer.build().to(setting.dtype)
+        self.module: nn.Module | None = module.train(problem.trained)
+        call: Any = module
+        if peer.backend:
+            backend = INDUCTOR if peer.backend == "inductor" else peer.backend
+            call = torch.compile(module, backend=backend, options=peer.options)
+        self._call = functools.partial(call, **problem.inputs, **peer.ways[0].arguments)
+
+    def forward(self) -> Tensor:
+        """The output, without gradients."""
+        with torch.no_grad():
+            out: Tensor = self._call()[0]
+        return out
+
+    def step(self) -> Tensor:
+        """Forward and backward of a weighted sum of the output, which is returned."""
+        assert self.module is not None
+        self.module.zero_grad(set_to_none=True)
+        out: Tensor = self._call()[0]
+        loss_of(out, out.dtype).backward()
+        return out.detach()
+
+
+def loss_of(out: Tensor, dtype: torch.dtype) -> Tensor:
+    """A sum of the output with fixed random weights: behind a norm, squares have no gradients.
+
+    Args:
+        out: [B, ...].
+        dtype: in which the weights are drawn, the same for all that is compared.
+    """
+    generator = torch.Generator(out.device).manual_seed(1)
+    weights = torch.randn(out.shape[1:], generator=generator, device=out.device, dtype=dtype)
+    return (out.float() * weights.float()).sum() / out[0].numel() ** 0.5
+
+
+def _truth(problem: Problem, setting: Setting) -> Results:
+    """Output and gradients in fp32, from weights in the dtype that is measured.
+
+    Some sequences at a time, since fp32 takes more memory; the loss is a sum over them.
+    """
+    _clean()
+    module = problem.truth().to(setting.dtype).float().train(problem.trained)
+    outs = []
+    for inputs in _eighths(problem.inputs):
+        with torch.set_grad_enabled(problem.trained):
+            out = module(**inputs)[0]
+        if problem.trained:
+            loss_of(out, setting.dtype).backward()
+        outs.append(out.detach().cpu())
+        del out
+    return Results(torch.cat(outs), _gradients(module) if problem.trained else {})
+
+
+def _eighths(inputs: Inputs) -> Iterator[Inputs]:
+    """Inputs of an eighth of the batch each, or of one entry, floating ones in fp32."""
+    whole = {name: x.float() if x.is_floating_point() else x for name, x in inputs.items()}
+    batch = len(next(iter(whole.values())))
+    step = max(1, batch // 8)
+    for first in range(0, batch, step):
+        yield {name: x[first : first + step] for name, x in whole.items()}
+
+
+def _gradients(module: nn.Module) -> dict[str, Tensor]:
+    named = module.named_parameters()
+    return {name: p.grad.detach().float().cpu() for name, p in named if p.grad is not None}
+
+
+def _errors(what: str, out: Tensor, run: _Run, truth: Results) -> Row:
+    """Relative errors: of the output; or of all gradients together, and of the worst parameter."""
+    if what == "forward":
+        return {"forward_error": _relative(out.float().cpu(), truth.out)}
+    assert run.module is not None
+    found = _gradients(run.module)
+    run.module.zero_grad(set_to_none=True)
+    pairs = {name: (found.get(name, torch.zeros(())), t) for name, t in truth.gradients.items()}
+    sizes = {name: float(t.norm()) for name, (_, t) in pairs.items()}
+    apart = {name: float((g - t).norm()) for name, (g, t) in pairs.items()}
+    total = sum(size**2 for size in sizes.values()) ** 0.5
+    row: Row = {"gradient_error": sum(e**2 for e in apart.values()) ** 0.5 / max(total, 1e-30)}
+    # Of those that matter: a gradient that is all rounding is as wrong as any.
+    shares = {n: apart[n] / size for n, size in sizes.items() if size > 1e-3 * max(sizes.values())}
+    if shares:
+        name = max(shares, key=lambda n: shares[n])
+        row["worst_gradient"] = [name, shares[name]]
+    return row
+
+
+def _relative(found: Tensor, truth: Tensor) -> float:
+    return float((found - truth).norm() / truth.norm())
+
+
+def _timed(call: Callable[[], Any], setting: Setting) -> Row:
+    """Median milliseconds of some calls after two, all of them, and the peak of memory in GiB."""
+    on_gpu, times = setting.device == "cuda", []
+    for number in range(setting.calls + 2):
+        if on_gpu:
+            torch.cuda.synchronize()
+            if number == 2:
+                torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        call()
+        if on_gpu:
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - began) * 1e3)
+        if number > 3 and sum(times) > 2e4:
+            break
+    row: Row = {"ms": round(statistics.median(times[2:]), 3)}
+    row["spread_ms"] = [round(min(times[2:]), 3), round(max(times[2:]), 3)]
+    if on_gpu:
+        row["gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+    return row
+
+
+def _attempt(call: Callable[[], Any], until: float) -> tuple[Any, str]:
+    """What a call returns, and why not; nothing of what failed stays in memory."""
+    try:
+        with _limited(until):
+            return call(), ""
+    except torch.OutOfMemoryError:
+        why = "out of memory"
+    except OutOfTime:
+        why = "out of time"
+    except Exception as error:
+        why = _told(error)
+    _free()
+    return None, why
+
+
+def _told(error: Exception) -> str:
+    """An error in a line; torch.compile wraps those of what it runs."""
+    text = "".join(traceback.format_exception_only(error)).strip()
+    if "out of memory" in text.lower():
+        return "out of memory"
+    if OutOfTime.__name__ in text:
+        return "out of time"
+    return text.splitlines()[0][:300]
+
+
+@contextlib.contextmanager
+def _limited(until: float) -> Iterator[None]:
+    """Raise :class:`OutOfTime` in what runs too long, as far as Python is asked there."""
+    left = until - time.monotonic()
+    if left <= 0:
+        raise OutOfTime
+
+    def stop(*_: Any) -> None:
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, left)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _clean() -> None:
+    torch._dynamo.reset()
+    _free()
+
+
+def _free() -> None:
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()

@@ -1,0 +1,66 @@
+"""What the fuzzer found, in its plainest form."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # where a plain `pytest` does not look
+
+from benchmarks.fuzz.__main__ import run
+from benchmarks.fuzz.idiom import Numbers
+from benchmarks.fuzz.program import Added, Joined, Piece, Program, Sizes
+
+EMPTY = (Joined(Piece("rows are empty")),)
+TEMPERATURE = (Piece("temperature"),)
+
+EQUAL = {
+    "sinks of grouped heads": Program(sizes=Sizes(H=4, G=2), product="grouped einsum", sinks=True),
+    "sinks of windows": Program(sizes=Sizes(B=3, H=4, G=4, rank=5), sinks=True, grad=True),
+    # Rows whose keys all are in other regions: -100 and what else is added are one sum.
+    "a sum that is added in float16": Program(
+        dtype="float16",
+        biases=(Added(Piece("pairs")), Added(Piece("regions", Numbers(c=3)))),
+        masks=(Joined(Piece("strided", Numbers(c=1))),),
+        grad=True,
+    ),
+    "distances that are added in bfloat16": Program(
+        sizes=Sizes(NQ=64, NK=64), dtype="bfloat16", biases=(Added(Piece("distance")),), grad=True
+    ),
+    "zeros like scores that were written to": Program(
+        steps=(Piece("in place"),), masks=(Joined(Piece("arange")),), hiding="added zeros"
+    ),
+    "zeros like what follows from them": Program(
+        steps=(Piece("in place"), Piece("number")),
+        masks=(Joined(Piece("arange")),),
+        hiding="added zeros",
+    ),
+    "a number and one of the call": Program(
+        steps=(Piece("times"), Piece("number of a tensor"), Piece("divided"), Piece("softcap")),
+        masks=(Joined(Piece("padding")),),
+        grad=True,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_rewritten_and_equal(name: str) -> None:
+    result = run(EQUAL[name])
+    assert result.wrong == ""
+    assert result.left == ("",)
+
+
+#: In training: eager's gradient is NaN.
+NAN = {
+    "a temperature": Program(steps=TEMPERATURE, masks=EMPTY, hiding="added", grad=True),
+    "a bias": Program(biases=(Added(Piece("pairs")),), masks=EMPTY, hiding="added", grad=True),
+}
+
+
+@pytest.mark.parametrize("name", NAN)
+def test_what_is_trained_beside_rows_of_nan(name: str) -> None:
+    result = run(NAN[name])
+    assert result.wrong == ""
+    assert "has gradients of NaN" in result.left[0]
