@@ -381,9 +381,11 @@ READS: dict[str, tuple[tuple[sympy.Expr, ...], tuple[int, ...]]] = {
 }
 
 
-def scored(indices: tuple[sympy.Expr, ...], given: list[Tensor]) -> Tensor:
+def scored(
+    indices: tuple[sympy.Expr, ...], given: list[Tensor], mask: sympy.Basic = sympy.true
+) -> Tensor:
     program = ScoreProgram(SCORE + learned(0)(*indices), ("float32",))
-    plain, _ = choose_views(MaskExpr(sympy.Le(KV, Q)), ProblemShape(1, 2, N, N))
+    plain, _ = choose_views(MaskExpr(mask), ProblemShape(1, 2, N, N))
     spec = replace(plain, score=program).text
     x = heads(1, 2, N, D)
     lists = LAYOUT([], NO_READS, [], 1, 2, N, N, 2, spec, x.device, [])
@@ -404,6 +406,17 @@ def test_scores_that_read_beyond_a_tensor_are_an_error(name: str) -> None:
         scored(indices, [table[None]])
     with pytest.raises(BadShape, match="got 0 learned tensors, and its spec reads 1"):
         scored(indices, [])
+
+
+def test_what_a_mask_hides_may_be_beyond_a_tensor() -> None:
+    """A window has no bias beyond its ends."""
+    window = sympy.And(KV - Q <= 4, Q - KV <= 4)
+    table, index = heads(2, 9), (H, KV - Q + 4)
+    whole = torch.zeros(2, 2 * N - 1)
+    whole[:, N - 5 : N + 4] = table
+    torch.testing.assert_close(
+        scored(index, [table], window), scored((H, KV - Q + N - 1), [whole], window)
+    )
 
 
 def test_scores_that_read_before_a_tensor_are_an_error() -> None:
