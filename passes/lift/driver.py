@@ -129,7 +129,10 @@ def _lift(
     trained = [one for one in biases.found if is_trained(site.masks[one.mark])]
     linear = (program is None or program.derivative == 1) and not trained
     empty = of_empty_rows(masks, keeps, predicate, simplify, options.finite_fill, linear)
-    if empty.policy is EmptyRows.NAN_ADDED and not all(_is_chosen(masks, one) for one in trained):
+    # Rows of -inf that a buffer may hold one day are NaN all the same, with all but this gradient.
+    known = not any(keep.data for keep in keeps)
+    reached = not all(_is_chosen(masks, one) for one in trained)
+    if empty.policy is EmptyRows.NAN_ADDED and known and reached:
         raise Refused(
             "rows may be fully masked by adding -inf: then what is trained beside has gradients of "
             "NaN, which are not followed",

@@ -478,7 +478,6 @@ def test_integers_are_not_attention() -> None:
 
 def test_scales_known_at_run_time_are_rejected_in_combination() -> None:
     cases = (
-        lambda q, k, v, s: (q @ k.mT * 0.5 * s).softmax(-1) @ v,
         lambda q, k, v, s: (q @ k.mT * s * s).softmax(-1) @ v,
         lambda q, k, v, s: ((q @ k.mT).masked_fill(~causal(), -INF) * s).softmax(-1) @ v,
     )
