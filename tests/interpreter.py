@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import triton.experimental.gluon.language  # noqa: F401  wraps what it finds: not what is replaced
 import triton.language as tl
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter

@@ -64,3 +64,12 @@ def test_what_is_trained_beside_rows_of_nan(name: str) -> None:
     result = run(NAN[name])
     assert result.wrong == ""
     assert "has gradients of NaN" in result.left[0]
+
+
+def test_places_that_follow_from_sizes_of_the_call() -> None:
+    """The heads of a bias are split by sizes that are symbols: they reached the executor once."""
+    bias = Added(Piece("curve of a bias", Numbers(c=16)), how="minus")
+    sizes = Sizes(H=4, G=2)
+    result = run(Program(sizes=sizes, product="grouped einsum", biases=(bias,), dynamic=True))
+    assert result.wrong == ""
+    assert "sizes that are only known at run time" in result.left[0]
