@@ -14,7 +14,7 @@ import sympy
 import torch
 from torch.fx import GraphModule, Node
 
-from sparse_compile.expr import COORDINATES, KV, N_Q, SCORE, B, H, Q, ScoreProgram, learned
+from sparse_compile.expr import COORDINATES, KV, N_KV, N_Q, SCORE, B, H, Q, ScoreProgram, learned
 from sparse_compile.passes.graph_edit import example_value
 from sparse_compile.passes.lift.emit import Emitter
 from sparse_compile.passes.lift.lift import Lifter
@@ -243,3 +243,13 @@ def _piecewise(cases: Cases) -> sympy.Expr:
     if not first:
         return last
     return sympy.Piecewise(*((value, c) for c, value in first), (last, True))
+
+
+def check_sizes(program: ScoreProgram | None) -> None:
+    """That no lookup of a score program has a size in it that only a call knows."""
+    free = set() if program is None else program.value.free_symbols
+    if free - {SCORE, *COORDINATES, N_Q, N_KV}:
+        raise Refused(
+            "it adds a bias at places that follow from sizes that are only known at run time",
+            "compile it with dynamic=False, or mark those sizes with torch._dynamo.mark_static",
+        )

@@ -12,21 +12,18 @@ import torch
 from torch.fx import Node
 
 from sparse_compile.expr import (
-    COORDINATES,
     KV,
     N_KV,
     N_Q,
-    SCORE,
     B,
     H,
     MaskExpr,
     Q,
-    ScoreProgram,
     size_symbol,
 )
 from sparse_compile.options import Options
 from sparse_compile.passes.graph_edit import dimension
-from sparse_compile.passes.lift.biases import Bias, Biases, contributions
+from sparse_compile.passes.lift.biases import Bias, Biases, check_sizes, contributions
 from sparse_compile.passes.lift.bounds import Ranges
 from sparse_compile.passes.lift.data_masks import is_kept, with_hidden
 from sparse_compile.passes.lift.emit import Emitter
@@ -154,7 +151,7 @@ def _lift(
         # What is hidden may have been chosen by `where`, and then gets no gradient.
         biases = _biases(masks, lifter, keeps, direct=True)
         program = biases.program()
-    _check_sizes(program)
+    check_sizes(program)
     fills = tuple(fill for keep in keeps for fill in keep.fills)
     learned = biases.computed()
     _check_finite(masks, lifter, keeps, examples)
@@ -182,16 +179,6 @@ def _lift(
     except Refused as refused:
         otherwise = refused.at()
     return replace(lifted, otherwise=otherwise)
-
-
-def _check_sizes(program: ScoreProgram | None) -> None:
-    """That no lookup of a score program has a size in it that only a call knows."""
-    free = set() if program is None else program.value.free_symbols
-    if free - {SCORE, *COORDINATES, N_Q, N_KV}:
-        raise Refused(
-            "it adds a bias at places that follow from sizes that are only known at run time",
-            "compile it with dynamic=False, or mark those sizes with torch._dynamo.mark_static",
-        )
 
 
 def _lifter(part: Slice) -> Lifter:
