@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,15 @@ from transformers.masking_utils import eager_mask
 NAME = "in_parts"
 #: Scores that exist at a time.
 _MOST = 2**28
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """What is done to the products; ``first`` is the place of the first query if it is causal."""
+
+    scale: float
+    softcap: float | None
+    first: int | None
 
 
 def attend(
@@ -32,14 +42,14 @@ def attend(
     causal = attention_mask is None and n > 1 and bool(getattr(module, "is_causal", False))
     if given.get("is_causal") is not None and attention_mask is None:
         causal = bool(given["is_causal"])
-    scores = query.shape[-1] ** -0.5 if scaling is None else scaling, given.get("softcap")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     parts = []
     for first in range(0, n, step):
         rows = slice(first, min(first + step, n))
         added = [_of_rows(x, rows) for x in (attention_mask, given.get("position_bias"))]
         part = query[:, :, rows], key, value, *added, given.get("s_aux")
-        start = first if causal else None
-        parts.append(checkpoint(_part, *part, *scores, start, use_reentrant=False))
+        rule = _Rule(scale, given.get("softcap"), first if causal else None)
+        parts.append(checkpoint(_part, *part, rule, use_reentrant=False))
     return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
 
 
@@ -54,22 +64,20 @@ def _part(
     mask: Tensor | None,
     bias: Tensor | None,
     sinks: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    first: int | None,
+    rule: _Rule,
 ) -> Tensor:
-    """Some queries' attention; ``first`` is the place of the first of them if it is causal."""
-    scores = q @ k.mT * scale
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
+    """Some queries' attention."""
+    scores = q @ k.mT * rule.scale
+    if rule.softcap:
+        scores = rule.softcap * torch.tanh(scores / rule.softcap)
     if bias is not None:
         scores = scores + bias
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:
         scores = scores + mask[..., : k.shape[2]]
-    if first is not None:
-        places = torch.arange(first, first + q.shape[2], device=q.device)[:, None]
+    if rule.first is not None:
+        places = torch.arange(rule.first, rule.first + q.shape[2], device=q.device)[:, None]
         hidden = torch.arange(k.shape[2], device=q.device) > places
         scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
     if sinks is not None:

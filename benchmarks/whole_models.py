@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
-import signal
 import statistics
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -21,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from benchmarks.attempts import attempted, clean
 
 Inputs = dict[str, Tensor]
 Row = dict[str, Any]
@@ -136,10 +135,6 @@ class Results:
     gradients: dict[str, Tensor]
 
 
-class OutOfTime(Exception):
-    """The seconds of a problem are over."""
-
-
 def compared(
     problem: Problem, setting: Setting, note: Callable[[Row], None] = lambda row: None
 ) -> list[Row]:
@@ -151,7 +146,7 @@ def compared(
         note: gets each row when it is known.
     """
     until = time.monotonic() + setting.seconds
-    truth, why = _attempt(lambda: _truth(problem, setting), until)
+    truth, why = attempted(lambda: _truth(problem, setting), until)
     rows: list[Row] = []
     for peer in problem.peers:
         earlier = next((row for row in rows if row["peer"] == peer.after), None)
@@ -226,16 +221,16 @@ def _measured(
     problem: Problem, peer: Peer, setting: Setting, truth: Results | None, until: float
 ) -> Row:
     """One peer, one way: what it gives is compared, and then timed."""
-    _clean()
+    clean()
     row: Row = {}
-    made, why = _attempt(lambda: _Run(problem, peer, setting), until)
+    made, why = attempted(lambda: _Run(problem, peer, setting), until)
     if made is None:
         return {"no_forward": why}
     phases: list[tuple[str, Callable[[], Any]]] = [("forward", made.forward)]
     phases += [("step", made.step)] if problem.trained else []
     for what, call in phases:
         began = time.perf_counter()
-        given, why = _attempt(call, until)
+        given, why = attempted(call, until)
         if why:
             row[f"no_{what}"] = why
             break
@@ -243,14 +238,14 @@ def _measured(
         if truth is not None:
             row |= _errors(what, given, made, truth)
         del given
-        times, why = _attempt(lambda call=call: _timed(call, setting), until)
+        times, why = attempted(lambda call=call: _timed(call, setting), until)
         if why:
             row[f"no_{what}"] = why
             break
         row |= {f"{what}_{key}": value for key, value in (times or {}).items()}
     made.module = None
     del made
-    _clean()
+    clean()
     return row
 
 
@@ -298,7 +293,7 @@ def _truth(problem: Problem, setting: Setting) -> Results:
 
     Some sequences at a time, since fp32 takes more memory; the loss is a sum over them.
     """
-    _clean()
+    clean()
     module = problem.truth().to(setting.dtype).float().train(problem.trained)
     outs = []
     for inputs in _eighths(problem.inputs):
@@ -369,58 +364,3 @@ def _timed(call: Callable[[], Any], setting: Setting) -> Row:
     if on_gpu:
         row["gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
     return row
-
-
-def _attempt(call: Callable[[], Any], until: float) -> tuple[Any, str]:
-    """What a call returns, and why not; nothing of what failed stays in memory."""
-    try:
-        with _limited(until):
-            return call(), ""
-    except torch.OutOfMemoryError:
-        why = "out of memory"
-    except OutOfTime:
-        why = "out of time"
-    except Exception as error:
-        why = _told(error)
-    _free()
-    return None, why
-
-
-def _told(error: Exception) -> str:
-    """An error in a line; torch.compile wraps those of what it runs."""
-    text = "".join(traceback.format_exception_only(error)).strip()
-    if "out of memory" in text.lower():
-        return "out of memory"
-    if OutOfTime.__name__ in text:
-        return "out of time"
-    return text.splitlines()[0][:300]
-
-
-@contextlib.contextmanager
-def _limited(until: float) -> Iterator[None]:
-    """Raise :class:`OutOfTime` in what runs too long, as far as Python is asked there."""
-    left = until - time.monotonic()
-    if left <= 0:
-        raise OutOfTime
-
-    def stop(*_: Any) -> None:
-        raise OutOfTime
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, left)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def _clean() -> None:
-    torch._dynamo.reset()
-    _free()
-
-
-def _free() -> None:
-    if torch.cuda.is_available():
-        gc.collect()
-        torch.cuda.empty_cache()

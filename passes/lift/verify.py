@@ -21,7 +21,7 @@ from sparse_compile.passes.lift.kept import is_topk_index
 from sparse_compile.passes.lift.masks import Keep, SiteMasks
 from sparse_compile.passes.lift.prefix import CannotRun, Prefix, bytes_of, prefix_of
 from sparse_compile.passes.lift.slice import Slicer
-from sparse_compile.passes.lift.value import Unliftable
+from sparse_compile.passes.lift.value import ABSORBING, Unliftable
 from sparse_compile.selection.chunks import chunks
 from sparse_compile.sites.site import LiftedMask, Refused, Visited
 
@@ -89,7 +89,7 @@ def verify(asked: Question, verify_bytes: int, slicer: Slicer) -> Visited | None
         )
     leaves = {leaf: example_of(leaf, examples) for leaf in masks.part.leaves}
     prefix = _prefix(masks, examples, slicer)
-    pairs = _check(asked, prefix, leaves)
+    pairs = _check(asked, prefix, leaves, moderate=masks.need_gradients)
     if prefix is not None and prefix.beside > _MOST_RANDOM:
         prefix = None
     for draw in draws(leaves.values()) if needed <= _MOST_RANDOM else ():
@@ -114,12 +114,16 @@ class _NotComputed(Refused):
     """The program's own operators failed."""
 
 
-def _check(asked: Question, prefix: Prefix | None, leaves: Mapping[Node, Any]) -> Visited:
+def _check(
+    asked: Question, prefix: Prefix | None, leaves: Mapping[Node, Any], moderate: bool = False
+) -> Visited:
     """Compare for some values of the leaves; the pairs in blocks, for each query."""
     try:
         tensors = _tensors(asked, prefix, leaves)
         kept = _kept(asked, tensors)
         _compare_biases(asked, leaves, tensors)
+        if moderate:
+            _check_moderate(asked, tensors)
         fallen = [_fallen(asked, tensors, ways) for ways in asked.ways]
     except Refused:
         raise
@@ -248,6 +252,18 @@ def _compare_biases(asked: Question, leaves: Mapping[Node, Any], tensors: Sequen
                     "internal check failed: a bias as understood differs from the program's",
                     "please report this bias",
                 )
+
+
+def _check_moderate(asked: Question, tensors: Sequence[Any]) -> None:
+    """Raise where the example adds so much that the log-sum-exp of a row is that number alone.
+
+    ``(1 - m) * min`` does, where m is 2: how many keys share the weight is lost to the backward.
+    """
+    if any(bool((tensors[one.mark] > -ABSORBING).any()) for one in asked.biases):
+        raise Refused(
+            "it adds numbers as large as 1e30 to scores, whose gradients are lost to rounding",
+            "pass a mask of 0 and 1, or of bools",
+        )
 
 
 def _check_fills(mask: Tensor, fills: Sequence[float]) -> None:

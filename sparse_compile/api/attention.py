@@ -21,12 +21,9 @@ from sparse_compile.expr import COORDINATES, MaskExpr
 from sparse_compile.layout.from_dense import NO_READS, DenseRead
 from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.layout.views.split_views import rounded
+from sparse_compile.ops.composite import composed_of
 from sparse_compile.ops.fresh_size import told_apart
-from sparse_compile.ops.masked import (
-    MASKED_ATTENTION,
-    MASKED_ATTENTION_AND_LSE,
-    composed_of,
-)
+from sparse_compile.ops.masked import MASKED_ATTENTION, MASKED_ATTENTION_AND_LSE
 from sparse_compile.ops.operands import WIDEST, WIDEST_UNITS, check_operands
 from sparse_compile.ops.untraced import untraced
 from sparse_compile.passes.decide.pick import views_for
@@ -259,8 +256,8 @@ def _pattern_data(
     return spec, tables, lists
 
 
-composed_of("masked_attention", _direct)
-composed_of("masked_attention_and_lse", _with_lse)
+composed_of(MASKED_ATTENTION, _direct)
+composed_of(MASKED_ATTENTION_AND_LSE, _with_lse)
 
 
 def _fits_blocks(q: Tensor, v: Tensor, index: Tensor, units: tuple[int, int]) -> bool:

@@ -219,7 +219,8 @@ def _list(name: str) -> property:
         return found
 
     def write(self: BlockMask, value: Tensor | None) -> None:
-        self._lists, self._said = self.lists._replace(**{name: value}), True  # type: ignore[arg-type]
+        others = self.lists._asdict() | {name: value}
+        self._lists, self._said = Lists(**others), True
 
     return property(read, write, doc=f"As torch has it: {name}.")
 

@@ -65,12 +65,12 @@ class Lists(NamedTuple):
 
     def to(self, device: torch.device) -> Lists:
         """The same on a device."""
-        return Lists(*(None if one is None else one.to(device) for one in self))  # type: ignore[arg-type]
+        return Lists._make(None if one is None else one.to(device) for one in self)
 
     def part(self, index: tuple[Any, ...]) -> Lists:
         """Those of a part by batch, head and block of queries."""
         own = (None if one is None else one[index] for one in self[:4])
-        return with_transposed(Lists(*own))  # type: ignore[arg-type]
+        return with_transposed(Lists._make([*own, *[None] * 4]))
 
     def cropped(self, grid: tuple[int, int]) -> Lists:
         """The upper left corner."""
@@ -268,7 +268,7 @@ def lists_of(
                 index.view(*sizes, lines, width),
             ]
         sides += pairs
-    return Lists(*sides)  # type: ignore[arg-type]
+    return Lists._make(sides)
 
 
 def picture(

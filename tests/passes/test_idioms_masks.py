@@ -369,6 +369,7 @@ def test_integers_that_are_no_bits() -> None:
     site = assert_rewritten(one_minus_half, *given, pad, dtype=torch.bfloat16)
     assert site.mask == "t0[b, kv] != 0"
     assert site.score.startswith("score + w0(b, kv)")
+    assert_left("numbers as large as 1e30", one_minus_half, *qkv(), pad)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ from sparse_compile import ops
 from sparse_compile.expr import MaskExpr, ScoreProgram
 from sparse_compile.layout.from_dense import NO_READS
 from sparse_compile.layout.superset import ProblemShape
-from sparse_compile.ops.scored import SCORED_ATTENTION, composed_of
+from sparse_compile.ops.composite import composed_of
+from sparse_compile.ops.scored import SCORED_ATTENTION
 from sparse_compile.ops.untraced import untraced
 from sparse_compile.passes.decide.pick import views_for
 
@@ -86,7 +87,7 @@ def _composed(
     return out, lse
 
 
-composed_of(_composed)
+composed_of(SCORED_ATTENTION, _composed)
 
 
 @functools.lru_cache(maxsize=64)
