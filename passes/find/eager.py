@@ -128,7 +128,7 @@ def _zeroed(changes: Changes, masks: tuple[MaskOperand, ...]) -> str:
 
 
 def _check_sinks(sunk: Sunk, sides: _Sides, output: Node, flow: Dataflow) -> None:
-    if sides.split is not None:
+    if sides.split is not None or len(values.shape(sunk.join)) != len(sides.score_axes):
         raise Refused(
             "attention sinks are columns of scores of merged batches and heads",
             "keep the scores [B, H, N, N]",

@@ -73,3 +73,10 @@ def test_places_that_follow_from_sizes_of_the_call() -> None:
     result = run(Program(sizes=sizes, product="grouped einsum", biases=(bias,), dynamic=True))
     assert result.wrong == ""
     assert "sizes that are only known at run time" in result.left[0]
+
+
+def test_sinks_of_merged_heads_without_a_mask() -> None:
+    """Nothing else says that the scores have other axes than the products."""
+    result = run(Program(sizes=Sizes(B=2, H=4, G=4), product="bmm, viewed", sinks=True))
+    assert result.wrong == ""
+    assert "sinks are columns of scores of merged batches" in result.left[0]
