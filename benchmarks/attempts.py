@@ -8,6 +8,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,10 +18,17 @@ class OutOfTime(Exception):
     """The seconds of a problem are over."""
 
 
-def attempted(call: Callable[[], Any], until: float) -> tuple[Any, str]:
+@dataclass
+class Budget:
+    """Seconds that calls may take together; what passes between them does not count."""
+
+    left: float
+
+
+def attempted(call: Callable[[], Any], budget: Budget) -> tuple[Any, str]:
     """What a call returns, and why not; nothing of what failed stays in memory."""
     try:
-        with _limited(until):
+        with _limited(budget):
             return call(), ""
     except torch.OutOfMemoryError:
         why = "out of memory"
@@ -43,22 +51,23 @@ def _told(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _limited(until: float) -> Iterator[None]:
+def _limited(budget: Budget) -> Iterator[None]:
     """Raise :class:`OutOfTime` in what runs too long, as far as Python is asked there."""
-    left = until - time.monotonic()
-    if left <= 0:
+    if budget.left <= 0:
         raise OutOfTime
+    began = time.monotonic()
 
     def stop(*_: Any) -> None:
         raise OutOfTime
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, left)
+    signal.setitimer(signal.ITIMER_REAL, budget.left)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        budget.left -= time.monotonic() - began
 
 
 def clean() -> None:

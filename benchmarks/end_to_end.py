@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from torch import nn
 
 from benchmarks import fp32_attention
 from benchmarks.environment import write_json
+from benchmarks.together import compared_together
 from benchmarks.whole_models import (
     FLEX_WAYS,
     Inputs,
@@ -244,6 +245,8 @@ def arguments(words: Sequence[str] | None, names: Sequence[str], doc: str) -> ar
     parser.add_argument("--json", help="rows and verdicts are added to this file after each model")
     parser.add_argument("--seconds", type=float, default=280.0, help="for each model")
     parser.add_argument("--calls", type=int, default=7, help="that are timed")
+    parser.add_argument("--kernels", type=int, default=0, help="to name, those that take most time")
+    parser.add_argument("--jobs", type=int, default=1, help="peers that are prepared at a time")
     parser.add_argument("--tiny", action="store_true", help="to test the benchmark itself")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default)
@@ -253,16 +256,28 @@ def arguments(words: Sequence[str] | None, names: Sequence[str], doc: str) -> ar
 
 def measure(args: argparse.Namespace, problem: Callable[..., Problem]) -> list[Row]:
     """Everything that was asked for; the verdicts."""
-    setting = Setting(args.device, seconds=args.seconds, calls=args.calls)
+    setting = Setting(args.device, seconds=args.seconds, calls=args.calls, kernels=args.kernels)
+    given = args.device, args.tiny, args.forced
+    makers = {name: functools.partial(problem, name, *given) for name in args.only}
     verdicts = []
-    for name in args.only:
-        asked = problem(name, args.device, args.tiny, args.forced)
-        rows = compared(asked, setting, note=lambda row: print(row, flush=True))
+    for asked, rows in _compared(makers, setting, args.jobs):
         verdicts.append(verdict(asked, rows))
         print(verdicts[-1], flush=True)
         if args.json:
-            add_to_json(args.json, name, rows, verdicts[-1])
+            add_to_json(args.json, asked.name, rows, verdicts[-1])
     return verdicts
+
+
+def _compared(
+    makers: dict[str, Callable[[], Problem]], setting: Setting, jobs: int
+) -> Iterator[tuple[Problem, list[Row]]]:
+    """Problems with their rows, which are printed; together if there may be several jobs."""
+    note = functools.partial(print, flush=True)
+    if jobs > 1:
+        yield from compared_together(makers, setting, jobs, note)
+        return
+    for asked in (make() for make in makers.values()):
+        yield asked, compared(asked, setting, note)
 
 
 def add_to_json(path: str, name: str, rows: list[Row], judged: Row) -> None:

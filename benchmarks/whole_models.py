@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.attempts import attempted, clean
+from benchmarks.attempts import Budget, attempted, clean, free
+from benchmarks.turns import Turns
 
 Inputs = dict[str, Tensor]
 Row = dict[str, Any]
@@ -119,12 +120,16 @@ class Setting:
         dtype: of the weights of all peers.
         seconds: for one problem, all peers together; what comes too late is not measured.
         calls: that are timed.
+        kernels: so many that take most of a call are named, on a GPU.
+        turns: with other processes that use the same GPU.
     """
 
     device: str = "cuda"
     dtype: torch.dtype = torch.bfloat16
     seconds: float = 240.0
     calls: int = 7
+    kernels: int = 0
+    turns: Turns = field(default_factory=Turns)
 
 
 @dataclass(frozen=True)
@@ -145,20 +150,30 @@ def compared(
         setting: how it is measured.
         note: gets each row when it is known.
     """
-    until = time.monotonic() + setting.seconds
-    truth, why = attempted(lambda: _truth(problem, setting), until)
+    budget = Budget(setting.seconds)
+    truth, why = attempted(lambda: truth_of(problem, setting), budget)
     rows: list[Row] = []
     for peer in problem.peers:
-        earlier = next((row for row in rows if row["peer"] == peer.after), None)
-        if earlier is not None and not _failed(earlier):
+        if stands_aside(peer, rows):
             continue
-        row: Row = {"model": problem.name, "peer": peer.name, **problem.facts}
-        if truth is None:
-            row["unchecked"] = f"the truth is not known: {why}"
-        row |= _best_way(problem, peer, setting, truth, until)
-        rows.append(row)
-        note(row)
+        rows.append(row_of(problem, peer, setting, truth, why, budget))
+        note(rows[-1])
     return rows
+
+
+def stands_aside(peer: Peer, rows: list[Row]) -> bool:
+    """Whether a peer is not measured since that for which it would stand in did not fail."""
+    return any(row["peer"] == peer.after and not _failed(row) for row in rows)
+
+
+def row_of(
+    problem: Problem, peer: Peer, setting: Setting, truth: Results | None, why: str, budget: Budget
+) -> Row:
+    """What is known of one peer; ``why`` says why the truth is not known, if it is not."""
+    row: Row = {"model": problem.name, "peer": peer.name, **problem.facts}
+    if truth is None:
+        row["unchecked"] = f"the truth is not known: {why}"
+    return row | _best_way(problem, peer, setting, truth, budget)
 
 
 def verdict(problem: Problem, rows: list[Row]) -> Row:
@@ -201,51 +216,59 @@ def _failed(row: Row) -> bool:
 
 
 def _best_way(
-    problem: Problem, peer: Peer, setting: Setting, truth: Results | None, until: float
+    problem: Problem, peer: Peer, setting: Setting, truth: Results | None, budget: Budget
 ) -> Row:
     """The first way that gives all that is asked for; else the one that gives most."""
     best: Row = {}
     for number, way in enumerate(peer.ways):
         with way.tried():
-            row = _measured(problem, replace(peer, ways=(way,)), setting, truth, until)
+            row = _measured(problem, replace(peer, ways=(way,)), setting, truth, budget)
         if len(peer.ways) > 1:
             row["way"] = number
         if not best or sum(k.endswith("_ms") for k in row) > sum(k.endswith("_ms") for k in best):
             best = row
-        if not _failed(row) or time.monotonic() > until:
+        if not _failed(row) or budget.left <= 0:
             break
     return best
 
 
 def _measured(
-    problem: Problem, peer: Peer, setting: Setting, truth: Results | None, until: float
+    problem: Problem, peer: Peer, setting: Setting, truth: Results | None, budget: Budget
 ) -> Row:
     """One peer, one way: what it gives is compared, and then timed."""
     clean()
+    with setting.turns.shared():
+        made, why = attempted(lambda: _Run(problem, peer, setting), budget)
+        if made is None:
+            return {"no_forward": why}
+        row = _prepared(made, truth, budget)
+        free()
+    with setting.turns.alone():
+        if setting.turns.path and "out of memory" in row.values():  # others may have held it
+            row = _prepared(made, truth, budget)
+        for what, call in made.phases():
+            if f"no_{what}" in row:
+                break
+            times, why = attempted(lambda call=call: _timed(call, setting), budget)
+            row |= {f"{what}_{key}": value for key, value in (times or {f"no_{what}": why}).items()}
+        made.module = None
+        del made
+        clean()
+    return row
+
+
+def _prepared(made: _Run, truth: Results | None, budget: Budget) -> Row:
+    """A first call of each kind, which is compiled and compared with the truth."""
     row: Row = {}
-    made, why = attempted(lambda: _Run(problem, peer, setting), until)
-    if made is None:
-        return {"no_forward": why}
-    phases: list[tuple[str, Callable[[], Any]]] = [("forward", made.forward)]
-    phases += [("step", made.step)] if problem.trained else []
-    for what, call in phases:
+    for what, call in made.phases():
         began = time.perf_counter()
-        given, why = attempted(call, until)
+        given, why = attempted(call, budget)
         if why:
             row[f"no_{what}"] = why
             break
         row[f"{what}_compile_s"] = round(time.perf_counter() - began, 1)
         if truth is not None:
             row |= _errors(what, given, made, truth)
-        del given
-        times, why = attempted(lambda call=call: _timed(call, setting), until)
-        if why:
-            row[f"no_{what}"] = why
-            break
-        row |= {f"{what}_{key}": value for key, value in (times or {}).items()}
-    made.module = None
-    del made
-    clean()
     return row
 
 
@@ -253,6 +276,7 @@ class _Run:
     """A model under a peer, with its calls."""
 
     def __init__(self, problem: Problem, peer: Peer, setting: Setting) -> None:
+        self.trained = problem.trained
         module = peer.build().to(setting.dtype)
         self.module: nn.Module | None = module.train(problem.trained)
         call: Any = module
@@ -260,6 +284,11 @@ class _Run:
             backend = INDUCTOR if peer.backend == "inductor" else peer.backend
             call = torch.compile(module, backend=backend, options=peer.options)
         self._call = functools.partial(call, **problem.inputs, **peer.ways[0].arguments)
+
+    def phases(self) -> list[tuple[str, Callable[[], Tensor]]]:
+        """Names of what is measured, and its calls."""
+        known: list[tuple[str, Callable[[], Tensor]]] = [("forward", self.forward)]
+        return [*known, ("step", self.step)] if self.trained else known
 
     def forward(self) -> Tensor:
         """The output, without gradients."""
@@ -288,7 +317,7 @@ def loss_of(out: Tensor, dtype: torch.dtype) -> Tensor:
     return (out.float() * weights.float()).sum() / out[0].numel() ** 0.5
 
 
-def _truth(problem: Problem, setting: Setting) -> Results:
+def truth_of(problem: Problem, setting: Setting) -> Results:
     """Output and gradients in fp32, from weights in the dtype that is measured.
 
     Some sequences at a time, since fp32 takes more memory; the loss is a sum over them.
@@ -363,4 +392,18 @@ def _timed(call: Callable[[], Any], setting: Setting) -> Row:
     row["spread_ms"] = [round(min(times[2:]), 3), round(max(times[2:]), 3)]
     if on_gpu:
         row["gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+        if setting.kernels:
+            row["kernels"] = _kernels(call, setting.kernels)
     return row
+
+
+def _kernels(call: Callable[[], Any], most: int) -> list[list[Any]]:
+    """Names, milliseconds and numbers of launches of the kernels that take most of a call."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        call()
+        torch.cuda.synchronize()
+    events = sorted(seen.key_averages(), key=lambda event: -event.self_device_time_total)
+    return [
+        [event.key[:60], round(event.self_device_time_total / 1e3, 3), event.count]
+        for event in events[:most]
+    ]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[2]))  # where a plain `pytest` does not look
 
 from benchmarks import end_to_end, fp32_attention, sparsified, whole_models
+from benchmarks.together import compared_together
 from benchmarks.whole_models import Peer, Problem, Setting, Way, compared, verdict
 
 SETTING = Setting("cpu", calls=1)
@@ -103,6 +106,28 @@ def test_time_is_limited() -> None:
     assert time.monotonic() - began < 4
 
 
+def test_peers_are_prepared_together() -> None:
+    """In processes: each row is there, a stand-in only where it is wanted, the dead are told of."""
+    makers = {"well": _well, "dead": _dead}
+    found = {asked.name: rows for asked, rows in compared_together(makers, SETTING, 3)}
+    assert [row["peer"] for row in found["well"]] == ["right", "wrong"]
+    assert found["well"][0]["forward_error"] < 0.01 < found["well"][1]["forward_error"]
+    assert found["well"][0]["step_ms"] > 0
+    assert [row["peer"] for row in found["dead"]] == ["dies", "stand-in"]
+    assert found["dead"][0]["no_forward"] == "its process died"
+    assert found["dead"][1]["forward_ms"] > 0
+
+
+def _well() -> Problem:
+    peers = Peer("right", Scaled), Peer("stand-in", Scaled, after="right")
+    return replace(problem(*peers, Peer("wrong", partial(Scaled, 1.75))), name="well")
+
+
+def _dead() -> Problem:
+    peers = Peer("dies", partial(os._exit, 1)), Peer("stand-in", Scaled, after="dies")
+    return replace(problem(*peers), name="dead")
+
+
 @pytest.mark.parametrize("name", end_to_end.MODELS)
 def test_truth_is_what_transformers_computes(name: str) -> None:
     """In fp32 both are the same, so what is compared with it is compared with the model."""
@@ -122,7 +147,7 @@ def _inputs(model: end_to_end.Model) -> dict[str, Any]:
 def test_truth_of_a_batch_in_parts() -> None:
     """Sixteen entries, two at a time: outputs side by side, and the gradients of their sum."""
     asked = Problem("scaled", Scaled, (), {"x": torch.rand(16, 3)})
-    found = whole_models._truth(asked, Setting("cpu", torch.float32))
+    found = whole_models.truth_of(asked, Setting("cpu", torch.float32))
     module = Scaled()
     out = module(**asked.inputs)[0]
     whole_models.loss_of(out, torch.float32).backward()
