@@ -31,6 +31,7 @@ from sparse_compile.passes.restrict import (
 )
 from sparse_compile.passes.rewrite.lists import hold_layouts, remember_given, share_lists
 from sparse_compile.passes.rewrite.rewriter import Rewriter
+from sparse_compile.passes.rewrite.scored import write_out_scored
 from sparse_compile.passes.rewrite.shadows import settle
 from sparse_compile.passes.stays_dense import find_dense, warn_of
 from sparse_compile.sites.plan import Plan, Trace
@@ -133,7 +134,8 @@ def rewrite(gm: GraphModule, traces: Sequence[Trace], options: Options) -> None:
             rewriter.apply(trace.decided)
         elif trace.decided.unmet:
             raise _restriction_failed(trace.decided)
-    if not any(isinstance(trace.decided, Plan) for trace in traces):
+    written_out = write_out_scored(gm)
+    if not written_out and not any(isinstance(trace.decided, Plan) for trace in traces):
         return
     rewriter.finish()
     share_lists(gm)

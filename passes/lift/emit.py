@@ -13,6 +13,7 @@ from torch.fx import Graph, Node
 
 from sparse_compile.expr import COORDINATES, is_table, table_index
 from sparse_compile.expr.fold import JOINS, NAMES, fold, joined
+from sparse_compile.ops.looked_up import LOOKED_UP
 from sparse_compile.passes.graph_edit import with_axes
 from sparse_compile.passes.lift.lift import Lifter
 from sparse_compile.passes.lift.slice import made_of
@@ -294,7 +295,8 @@ class _Writer:
         if self._is_plain(exprs, sizes):
             return self._place(node, dtype, exprs)
         indices = [self._index(arg, size) for arg, size in zip(args, sizes, strict=True)]
-        return self._call(dtype, aten.index.Tensor, node, indices)
+        trained = dtype.is_floating_point and isinstance(source, Node)  # or may be
+        return self._call(dtype, LOOKED_UP if trained else aten.index.Tensor, node, indices)
 
     def _is_plain(self, exprs: Sequence[sympy.Expr], sizes: Sequence[sympy.Expr]) -> bool:
         named = [(expr, size) for expr, size in zip(exprs, sizes, strict=True) if size != 1]

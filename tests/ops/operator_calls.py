@@ -219,9 +219,18 @@ def pattern_calls(problem: Problem) -> Iterator[Call]:
     yield OPS.check_promise, (q, [mask], n_kv, key, plan)
 
 
+def lookup_calls(problem: Problem) -> Iterator[Call]:
+    """A number for each bucket of distances and head."""
+    table = torch.randn(5, problem.batch + 1, dtype=problem.dtype)
+    indices = [torch.arange(problem.n_q) % 5, torch.arange(problem.batch)[:, None]]
+    yield OPS.looked_up, (table, indices)
+    grad = torch.randn(problem.batch, problem.n_q, dtype=problem.dtype)
+    yield OPS.looked_up_backward, (grad, indices, list(table.shape))
+
+
 def all_calls(problem: Problem) -> Iterator[Call]:
     """Calls of every operator."""
-    for calls in (block_calls, selected_calls, listing_calls, pattern_calls):
+    for calls in (block_calls, selected_calls, listing_calls, pattern_calls, lookup_calls):
         yield from calls(problem)
 
 

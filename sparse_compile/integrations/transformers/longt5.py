@@ -8,7 +8,7 @@ torch.compile captures does not break. The decoder stays as it is.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
@@ -49,6 +49,19 @@ class Tokens:
     """
 
     real: Tensor | None
+    _last: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+    def last(self, size: int) -> Tensor | None:
+        """int32 [B]: the last block of ``size`` tokens whose last token is real; None if all are.
+
+        The same tensor for all layers, so that they can share what follows from it.
+        """
+        if self.real is None:
+            return None
+        if size not in self._last:
+            ends = self.real[:, size - 1 :: size]
+            self._last[size] = ends.sum(1, dtype=torch.int32) - 1
+        return self._last[size]
 
     def without_padding(self, x: Tensor) -> Tensor:
         """``x`` [B, N, ...], 0 at padding."""
@@ -252,10 +265,8 @@ def _sides(
     second ones another, and a bias depends on the distance of blocks alone.
     """
     size, length = attention.global_block_size, hidden.shape[1]
-    rows, last = -(-length // size), None
-    if tokens.real is not None:
-        # Blocks whose last token is real; the tokens behind them belong to the last of these.
-        last = tokens.real[:, size - 1 :: size].sum(1, dtype=torch.int32) - 1
+    rows = -(-length // size)
+    last = tokens.last(size)  # the tokens behind it belong to it
     sums = attention.global_input_layer_norm(_sums(tokens.without_padding(hidden), size, last))
     k, v = _split(attention.k(sums), attention), _split(attention.v(sums), attention)
     batch, heads, _, features = query.shape

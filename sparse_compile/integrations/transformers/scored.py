@@ -7,24 +7,16 @@ queries to different keys become one.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from sparse_compile import ops
-from sparse_compile.expr import MaskExpr, ScoreProgram
 from sparse_compile.layout.from_dense import NO_READS
-from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.ops.composite import composed_of
 from sparse_compile.ops.scored import SCORED_ATTENTION
-from sparse_compile.ops.untraced import untraced
-from sparse_compile.passes.decide.pick import views_for
-
-#: Lengths that views are chosen for, which is a matter of cost alone.
-_USUAL = ProblemShape(1, 1, 4096, 4096)
+from sparse_compile.passes.rewrite.scored import scored_specs
 
 
 def attend(
@@ -80,19 +72,11 @@ def _composed(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     (q, k, v), device = operands, operands[0].device
-    spec = _spec(mask, score, device.type)
     lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
-    lists = ops.LAYOUT(list(tables), NO_READS, [], *lengths, k.shape[1], spec, device, [])
-    out, lse = ops.ATTENTION(q, k, v, list(learned), list(tables), [], lists, scale, spec)
+    of_layout, of_attention = scored_specs(mask, score, device.type)
+    lists = ops.LAYOUT(list(tables), NO_READS, [], *lengths, k.shape[1], of_layout, device, [])
+    out, lse = ops.ATTENTION(q, k, v, list(learned), list(tables), [], lists, scale, of_attention)
     return out, lse
 
 
 composed_of(SCORED_ATTENTION, _composed)
-
-
-@functools.lru_cache(maxsize=64)
-@untraced
-def _spec(mask: str, score: str, device: str) -> str:
-    """The text of the spec of both."""
-    spec, _ = views_for(MaskExpr.parse(mask), device, _USUAL)
-    return replace(spec, score=ScoreProgram.parse(score)).text
