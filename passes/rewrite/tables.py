@@ -71,12 +71,16 @@ def _inline(
     copies = dict(zip(program.graph.find_nodes(op="placeholder"), leaves, strict=True))
     fake_mode = fake_mode_of(gm.graph.nodes)
     place = place_for(gm.graph, leaves)
+    # A fake mode does not let numbers out of a GPU.
+    held = {str(node.target) for node in program.graph.find_nodes(op="get_attr")}
+    literals = {name: getattr(program, name).tolist() for name in held}
     while place in cache.inserted:  # Programs that stand here already may be of use.
         place = place.next
     with gm.graph.inserting_before(place), fake_mode, unbound_sizes(fake_mode):
         for node in program.graph.nodes:
             if node.op == "get_attr":
-                copies[node] = _literal(gm.graph, getattr(program, str(node.target)))
+                name = str(node.target)
+                copies[node] = _literal(gm.graph, getattr(program, name), literals[name])
                 copies[node].meta["example_value"] = _value(copies[node])
             elif node.op == "call_function":
                 copies[node] = _called(node, copies, gm, place, cache)
@@ -102,10 +106,10 @@ def _called(
     return made
 
 
-def _literal(graph: Graph, value: torch.Tensor) -> Node:
+def _literal(graph: Graph, value: torch.Tensor, numbers: Any) -> Node:
     """A constant as the call that makes it: torch.compile knows no other kind in this graph."""
     options: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
-    return graph.call_function(torch.tensor, (value.tolist(),), options)
+    return graph.call_function(torch.tensor, (numbers,), options)
 
 
 def _value(node: Node) -> Any:

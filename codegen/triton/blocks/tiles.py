@@ -29,13 +29,13 @@ def _by_tma(m: int, n: int, warps: int, stages: int) -> Tile:
     return Tile(m, n, warps, stages, descriptors=True)
 
 
-# Keyed by feature dimension, rounded up. sm_90: swept on an H200 at 64 and 128, where two programs
-# of four warps share a multiprocessor and hide each other's latencies; 256 and the other tables are
-# chosen by registers, spills and shared memory.
+# Keyed by feature dimension, rounded up. sm_90: swept on an H200; at 64 and 128 two programs of
+# four warps share a multiprocessor and hide each other's latencies. The other tables are chosen by
+# registers, spills and shared memory.
 _HALF_SM90 = {
     64: Tiles(_by_tma(64, 128, 4, 2), _by_tma(64, 64, 4, 3), _by_tma(64, 64, 4, 3)),
     128: Tiles(_by_tma(64, 64, 4, 3), _by_tma(64, 64, 4, 2), _by_tma(64, 64, 4, 2)),
-    256: Tiles(_by_tma(128, 64, 8, 2), _by_tma(64, 64, 8, 2), _by_tma(32, 64, 8, 2)),
+    256: Tiles(_by_tma(128, 32, 8, 2), _by_tma(64, 64, 4, 2), _by_tma(64, 64, 8, 2)),
 }
 # Random blocks that are listed: what is read of K and V has to serve more queries. Swept likewise.
 _LISTED_SM90 = {

@@ -8,6 +8,7 @@ queries to different keys become one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from sparse_compile import ops
 from sparse_compile.layout.from_dense import NO_READS
 from sparse_compile.ops.composite import composed_of
+from sparse_compile.ops.fresh_size import told_apart
 from sparse_compile.ops.scored import SCORED_ATTENTION
 from sparse_compile.passes.rewrite.scored import scored_specs
 
@@ -74,7 +76,8 @@ def _composed(
     (q, k, v), device = operands, operands[0].device
     lengths = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
     of_layout, of_attention = scored_specs(mask, score, device.type)
-    lists = ops.LAYOUT(list(tables), NO_READS, [], *lengths, k.shape[1], of_layout, device, [])
+    where: tuple[Any, ...] = of_layout, device, [], told_apart()
+    lists = ops.LAYOUT(list(tables), NO_READS, [], *lengths, k.shape[1], *where)
     out, lse = ops.ATTENTION(q, k, v, list(learned), list(tables), [], lists, scale, of_attention)
     return out, lse
 
