@@ -47,7 +47,7 @@ def _told(error: Exception) -> str:
         return "out of memory"
     if OutOfTime.__name__ in text:
         return "out of time"
-    return text.splitlines()[0][:300]
+    return " ".join(text.split())[:400]
 
 
 @contextlib.contextmanager
@@ -77,7 +77,8 @@ def clean() -> None:
 
 
 def free() -> None:
-    """Give the memory of the GPU back."""
+    """Give the memory of the GPU back, if it still works."""
     if torch.cuda.is_available():
         gc.collect()
-        torch.cuda.empty_cache()
+        with contextlib.suppress(torch.AcceleratorError):
+            torch.cuda.empty_cache()

@@ -3,7 +3,8 @@
 Peers: transformers' own code under Inductor, or eager where Inductor cannot compile it; the
 sparsified model under this library's backend, and under Inductor. Random weights, bf16, no dropout;
 what each gives, gradients included, is compared with transformers' own code in fp32 before it is
-timed. BigBird draws its random blocks in training mode alone, so everything runs in that.
+timed. BigBird draws its random blocks in training mode alone, so everything runs in that. The last
+peer leaves the attention out: no attention makes these models faster than that.
 
     python -m benchmarks.sparsified --only longformer_4096 --json sparsified_h200.json
 
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.end_to_end import arguments, measure
 from benchmarks.whole_models import Inputs, Peer, Problem, Row
@@ -81,8 +82,8 @@ class Model:
     marked: bool = False
     part: str = ""
 
-    def build(self, n: int, sparsified: bool, device: str, tiny: bool) -> nn.Module:
-        """In fp32, with the same weights each time."""
+    def build(self, n: int, way: str, device: str, tiny: bool) -> nn.Module:
+        """In fp32, with the same weights each time; ``way`` is one of :data:`WAYS`."""
         settings = self.settings | (self.tiny if tiny else {})
         if self.length is not None:
             settings |= {self.length[0]: n + self.length[1]}
@@ -91,7 +92,7 @@ class Model:
             config = getattr(transformers, self.config)(**settings)
             whole: nn.Module = getattr(transformers, self.kind)(config)
         made = whole.get_submodule(self.part)
-        return sparsify(made) if sparsified else made
+        return WAYS[way](made)
 
     def inputs(self, batch: int, n: int, device: str) -> Inputs:
         """Of a call; without padding."""
@@ -103,6 +104,34 @@ class Model:
             found["global_attention_mask"][:, 0] = 1
         return found
 
+
+def _without_attention(model: nn.Module) -> nn.Module:
+    """A model whose attention is the sum of its projections: all the rest of it remains."""
+    for module in sparsify(model).modules():
+        if module.extra_repr() == _SPARSIFIED:
+            module.forward = functools.partial(_projected, module)  # type: ignore[method-assign]
+    return model
+
+
+def _projected(module: Any, hidden_states: Tensor, *_: Any, **given: Any) -> tuple[Any, ...]:
+    names = [n for n in _PROJECTIONS if hasattr(module, n)]
+    total = sum(getattr(module, name)(hidden_states) for name in names)
+    if not hasattr(module, "q"):
+        return total, None
+    # What the layers of LongT5 hand on.
+    return module.o(total), hidden_states.new_zeros(1, 1)
+
+
+_SPARSIFIED = "by sparse_compile"
+_PROJECTIONS = [
+    *("query", "key", "value", "query_global", "key_global", "value_global", "q", "k", "v")
+]
+#: What is made of a model.
+WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "as it is": lambda model: model,
+    "sparsified": sparsify,
+    "without attention": _without_attention,
+}
 
 MODELS = {
     "longformer": Model(
@@ -178,18 +207,20 @@ def problem_of(name: str, device: str, tiny: bool, forced: bool = False) -> Prob
     if tiny:
         n, batch = 96, 2
 
-    def built(sparsified: bool) -> Callable[[], nn.Module]:
-        return functools.partial(model.build, n, sparsified, device, tiny)
+    def built(way: str) -> Callable[[], nn.Module]:
+        return functools.partial(model.build, n, way, device, tiny)
 
+    hf, ours, rest = map(built, WAYS)
     peers = (
-        Peer("hf, inductor", built(False), "inductor"),
-        Peer("hf, eager", built(False), after="hf, inductor"),
-        Peer("sparsified, sparse_compile", built(True), "sparse_compile", options, ours=True),
-        Peer("sparsified, inductor", built(True), "inductor", ours=True),
+        Peer("hf, inductor", hf, "inductor"),
+        Peer("hf, eager", hf, after="hf, inductor"),
+        Peer("sparsified, sparse_compile", ours, "sparse_compile", options, ours=True),
+        Peer("sparsified, inductor", ours, "inductor", ours=True),
+        Peer("without attention, inductor", rest, "inductor", limit=True),
     )
     facts = {"n": n, "batch": batch}
     inputs = model.inputs(batch, n, device)
-    return Problem(name, built(False), peers, inputs, bars=(3.0, 3.0), facts=facts)
+    return Problem(name, hf, peers, inputs, bars=(3.0, 3.0), facts=facts)
 
 
 def main(words: Sequence[str] | None = None) -> list[Row]:

@@ -20,7 +20,15 @@ import torch
 from benchmarks import fp32_attention
 from benchmarks.attempts import Budget, attempted
 from benchmarks.turns import Turns
-from benchmarks.whole_models import Problem, Row, Setting, row_of, stands_aside, truth_of
+from benchmarks.whole_models import (
+    Problem,
+    Row,
+    Setting,
+    best_way,
+    row_of,
+    stands_aside,
+    truth_of,
+)
 
 #: Makes a problem; processes that are started can be told of it.
 Maker = Callable[[], Problem]
@@ -89,9 +97,16 @@ def _problem(
 
     def measured(number: int) -> None:
         peer = problem.peers[number]
-        row = pool.call(_measured, make, number, setting, truth)
         died: Row = {"model": problem.name, "peer": peer.name, "no_forward": "its process died"}
-        rows[number] = row or died
+        # Each way in a process of its own: what fails on a GPU may leave nothing that works.
+        rows[number] = best_way(
+            peer,
+            lambda one: (
+                pool.call(_measured, make, number, peer.ways.index(one.ways[0]), setting, truth)
+                or died
+            ),
+            lambda: True,
+        )
         note(rows[number])
 
     numbers = range(len(problem.peers))
@@ -111,10 +126,12 @@ def _keep_truth(make: Maker, setting: Setting, file: str) -> None:
     torch.save(found, file)
 
 
-def _measured(make: Maker, number: int, setting: Setting, file: str) -> Row:
-    """A peer of a problem, by its number."""
+def _measured(make: Maker, number: int, way: int, setting: Setting, file: str) -> Row:
+    """A peer of a problem and one of its ways, by their numbers."""
     truth, why = None, "its process died"
     if Path(file).exists():
         truth, why = torch.load(file, weights_only=False)
     problem, budget = make(), Budget(setting.seconds)
-    return row_of(problem, problem.peers[number], setting, truth, why, budget)
+    peer = problem.peers[number]
+    peer = replace(peer, ways=(peer.ways[way],))
+    return row_of(problem, peer, setting, truth, why, budget)

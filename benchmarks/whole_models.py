@@ -44,6 +44,7 @@ class Peer:
         ways: arguments of calls and names of functions that torch.compile ignores; each is tried
             until one of them trains.
         after: measured only if the peer of this name failed.
+        limit: whether it leaves the attention out: no attention makes the model faster than that.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Peer:
     ours: bool = False
     ways: tuple[Way, ...] = field(default_factory=lambda: (Way(),))
     after: str = ""
+    limit: bool = False
 
 
 @dataclass(frozen=True)
@@ -173,25 +175,23 @@ def row_of(
     row: Row = {"model": problem.name, "peer": peer.name, **problem.facts}
     if truth is None:
         row["unchecked"] = f"the truth is not known: {why}"
-    return row | _best_way(problem, peer, setting, truth, budget)
+    truth = None if peer.limit else truth
+    return row | best_way(
+        peer,
+        lambda one: _measured(problem, one, setting, truth, budget),
+        lambda: budget.left > 0,
+    )
 
 
 def verdict(problem: Problem, rows: list[Row]) -> Row:
     """How our peers stand: speed-ups, and whether they are as close to the truth as others."""
-    own = {peer.name for peer in problem.peers if peer.ours}
-    others = [row for row in rows if row["peer"] not in own]
+    own, limits = ({peer.name for peer in problem.peers if f(peer)} for f in (_is_ours, _is_limit))
+    others = [row for row in rows if row["peer"] not in own | limits]
     found: Row = {"model": problem.name, "bars": list(problem.bars)}
+    for limit in (row for row in rows if row["peer"] in limits):
+        found["limits"] = _speedups(limit, others)
     for row in (row for row in rows if row["peer"] in own):
-        mine: Row = {}
-        for what in ("forward", "step"):
-            time_of = f"{what}_ms"
-            if time_of not in row:
-                continue
-            known = [other[time_of] for other in others if time_of in other]
-            if known:
-                mine[f"{what}_over_best"] = round(min(known) / row[time_of], 3)
-            if others and time_of in others[0]:
-                mine[f"{what}_over_first"] = round(others[0][time_of] / row[time_of], 3)
+        mine = _speedups(row, others)
         reached = [
             value >= problem.bars[0 if name.endswith("best") else 1] for name, value in mine.items()
         ]
@@ -199,6 +199,29 @@ def verdict(problem: Problem, rows: list[Row]) -> Row:
         mine["met"] = bool(reached) and all(reached) and mine["exact"] is not False
         found[row["peer"]] = mine
     return found
+
+
+def _is_ours(peer: Peer) -> bool:
+    return peer.ours
+
+
+def _is_limit(peer: Peer) -> bool:
+    return peer.limit
+
+
+def _speedups(row: Row, others: list[Row]) -> Row:
+    """How much faster a peer is than the fastest of others, and than the first of them."""
+    mine: Row = {}
+    for what in ("forward", "step"):
+        time_of = f"{what}_ms"
+        if time_of not in row:
+            continue
+        known = [other[time_of] for other in others if time_of in other]
+        if known:
+            mine[f"{what}_over_best"] = round(min(known) / row[time_of], 3)
+        if others and time_of in others[0]:
+            mine[f"{what}_over_first"] = round(others[0][time_of] / row[time_of], 3)
+    return mine
 
 
 def _is_exact(row: Row, others: list[Row]) -> bool | None:
@@ -215,19 +238,23 @@ def _failed(row: Row) -> bool:
     return any(key.startswith("no_") for key in row)
 
 
-def _best_way(
-    problem: Problem, peer: Peer, setting: Setting, truth: Results | None, budget: Budget
-) -> Row:
-    """The first way that gives all that is asked for; else the one that gives most."""
+def best_way(peer: Peer, measure: Callable[[Peer], Row], is_time: Callable[[], bool]) -> Row:
+    """The first way that gives all that is asked for; else the one that gives most.
+
+    Args:
+        peer: with its ways.
+        measure: measures it with one of them.
+        is_time: whether another may be tried.
+    """
     best: Row = {}
     for number, way in enumerate(peer.ways):
         with way.tried():
-            row = _measured(problem, replace(peer, ways=(way,)), setting, truth, budget)
+            row = measure(replace(peer, ways=(way,)))
         if len(peer.ways) > 1:
             row["way"] = number
         if not best or sum(k.endswith("_ms") for k in row) > sum(k.endswith("_ms") for k in best):
             best = row
-        if not _failed(row) or budget.left <= 0:
+        if not _failed(row) or not is_time():
             break
     return best
 

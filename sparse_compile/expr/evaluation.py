@@ -280,5 +280,6 @@ def _with_numbers(
     device = next(iter(symbols.values())).device
     scalars = {"n_q": n_q, "n_kv": n_kv, **{f"s{i}": size for i, size in enumerate(sizes)}}
     for name, value in scalars.items():
-        symbols[name] = torch.tensor(value, dtype=torch.int64, device=device)
+        # Not torch.tensor, which would copy from the host, and wait.
+        symbols[name] = torch.full((), value, dtype=torch.int64, device=device)
     return symbols

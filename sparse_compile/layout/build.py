@@ -5,7 +5,8 @@ once and cached. What the tables hold (documents, padding) and which batch entry
 is settled on the device, by tensor operations that never wait for a result: the room of every line
 is known from the superset.
 
-Where there are generated kernels these do it all. A layout with a wrong block gives wrong results
+Where there are generated kernels these do it all; for one that torch's operations make they start
+three kernels instead of a hundred. A layout with a wrong block gives wrong results
 that look right. On an H200, kernels that computed ``max(low, -high, 0)`` for ``|x| <= 0`` listed
 blocks as if ``-high`` were not there, though in Triton's interpreter the same kernels agree with
 the CPU. That form is no longer generated (:mod:`sparse_compile.layout.canonical`), and all masks of
@@ -242,6 +243,25 @@ def device_layout(problem: Problem, tables: Sequence[Tensor], device: torch.devi
     if trusted:
         return _by_kernels(problem, tables, device)
     return _by_cpu(problem, tables).to(device)
+
+
+def quick_layout(
+    problem: Problem, tables: Sequence[Tensor], device: torch.device
+) -> BlockLayout | None:
+    """The layout of a problem by kernels that the host does not wait for, if that is possible.
+
+    Nothing is known of how many blocks lines visit but what the predicate leaves possible.
+    """
+    builder = BUILDERS.get(device)
+    # Kernels are compared with the CPU for each value of a size, and those may change in each call.
+    if builder is None or problem.sizes or not builder.has_room(problem):
+        return None
+    try:
+        made = device_layout(problem, tables, device)
+    except ValueError:  # more entries than kernels can number
+        return None
+    rows, cols = (replace(lists, load=None) for lists in (made.rows, made.cols))
+    return problem.layout(rows, cols)
 
 
 def _agrees(problem: Problem, tables: Sequence[Tensor], device: torch.device) -> bool:

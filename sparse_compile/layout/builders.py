@@ -51,6 +51,7 @@ class DeviceBuilder:
 
     Attributes:
         layout: the blocks of a problem with its tables; the host may wait.
+        has_room: whether it waits for nothing, since there is room for every block.
         read_dense: ``(words, kinds, biased)`` of a dense mask with entries, for blocks of so many
             queries and keys, see :func:`sparse_compile.layout.from_dense.read_dense_in_torch`;
             None where no kernel reads it.
@@ -59,6 +60,7 @@ class DeviceBuilder:
     """
 
     layout: Callable[[Problem, Sequence[Tensor], torch.device], BlockLayout]
+    has_room: Callable[[Problem], bool]
     read_dense: Callable[[Tensor, int, int], tuple[Tensor, Tensor, Tensor] | None]
     compacted: Callable[[Tensor, Tensor], tuple[BlockLists, BlockLists, bool]]
 

@@ -130,6 +130,7 @@ class Rates:
         row: for a query in visited blocks, in pairs: it is brought there, and its result back.
         written_out: how many times ``dense`` a softmax costs that is written out.
         rows: so many queries cost as much as one.
+        keys: so many keys cost a dense call as much as one.
         looked_up: how many times ``sparse`` a pair costs whose mask is looked up.
         scores: of what happens to scores.
     """
@@ -146,6 +147,7 @@ class Rates:
     row: int
     written_out: float
     rows: int
+    keys: int
     looked_up: float
     scores: ScoreRates
 
@@ -155,22 +157,22 @@ class Rates:
 RATES = {
     ("cpu", False): Rates(
         *(5e-5, 7e-4, 0, 4e-3, 5e-5, 1.5e-4, 1.3e-9),
-        *(2.5e-11, 2.4e-11, 128, 1.8, 8, 1.2),
+        *(2.5e-11, 2.4e-11, 128, 1.8, 8, 1, 1.2),
         ScoreRates(4.0),
     ),
     ("cpu", True): Rates(
         *(2.5e-4, 2.2e-3, 0, 4e-3, 5e-5, 5e-4, 1.3e-9),
-        *(8.7e-11, 1e-10, 128, 1.4, 8, 1.2),
+        *(8.7e-11, 1e-10, 128, 1.4, 8, 1, 1.2),
         ScoreRates(4.0),
     ),
     ("cuda", False): Rates(
         *(1e-4, 1e-4, 2e-4, 1.8e-3, 0, 0, 5e-13),
-        *(8.6e-15, 6e-15, 16, 3, 100, 8),
+        *(8.6e-15, 6e-15, 16, 3, 100, 128, 8),
         ScoreRates(2.4, 2.4e-12, 7e-12),
     ),
     ("cuda", True): Rates(
         *(7.5e-4, 7.5e-4, 8e-4, 1.8e-3, 0, 0, 5e-13),
-        *(3e-14, 2.1e-14, 16, 3, 100, 5.5),
+        *(3e-14, 2.1e-14, 16, 3, 100, 128, 5.5),
         ScoreRates(2.2, 2.4e-12, 7e-12, 8e-12),
     ),
 }
@@ -194,7 +196,7 @@ def dense(target: Target, work: Workload) -> Candidate:
     """The program's own attention: every pair, with its mask as a tensor."""
     rates = RATES[target.kind, work.trained]
     factor = rates.written_out if work.written_out else 1
-    seconds = _pairs(target, work, work.n_kv) * rates.dense * factor
+    seconds = _pairs(target, work, max(work.n_kv, rates.keys)) * rates.dense * factor
     what = f"all {work.n_kv} pairs per query"
     bias = work.added * rates.scores.added + work.made * rates.scores.made
     bias += work.added_trained * rates.scores.learned

@@ -13,7 +13,7 @@ from torch import Tensor
 from sparse_compile.expr import MaskExpr, evaluate
 from sparse_compile.layout import superset
 from sparse_compile.layout.block_layout import PARTIAL, BlockLayout, Load
-from sparse_compile.layout.build import build_layout, candidates, device_layout
+from sparse_compile.layout.build import build_layout, candidates, device_layout, quick_layout
 from sparse_compile.layout.listed import listed_load
 from sparse_compile.layout.schedule import Schedule, make_schedule
 from sparse_compile.layout.superset import Problem, ProblemShape
@@ -226,13 +226,21 @@ def build_views(
     device, numbers = torch.device(device), tuple(map(int, sizes))
     views = []
     for problem in problems_of(spec, shape, numbers):
-        # Narrow ones have room for every possible block, so that nothing waits for counts.
-        listed = not problem.is_static and superset.is_narrow(problem)
-        if device.type == "cuda" and (counted or not listed):
-            views.append(device_layout(problem, tables, device))
-        else:
-            views.append(build_layout(problem, tables, device))
+        views.append(_view(problem, tables, device, counted))
     return Layout(spec, tuple(views), shape.batch, shape.heads, tuple(tables), numbers)
+
+
+def _view(
+    problem: Problem, tables: Sequence[Tensor], device: torch.device, counted: bool
+) -> BlockLayout:
+    # Narrow ones have room for every possible block, so that nothing waits for counts.
+    listed = not problem.is_static and superset.is_narrow(problem)
+    if device.type != "cuda":
+        return build_layout(problem, tables, device)
+    if counted or not listed:
+        return device_layout(problem, tables, device)
+    quick = quick_layout(problem, tables, device)
+    return build_layout(problem, tables, device) if quick is None else quick
 
 
 def mask_pairs(

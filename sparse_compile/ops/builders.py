@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sparse_compile.codegen.triton.layout.build import DeviceProblem
+from sparse_compile.codegen.triton.layout.build import DeviceProblem, has_room
 from sparse_compile.codegen.triton.selection.choose import chooser
 from sparse_compile.codegen.triton.selection.index_scores import scorer
 from sparse_compile.codegen.triton.selection.window_scores import WindowScores, fits
@@ -19,7 +19,8 @@ from sparse_compile.selection.builders import Windows
 
 def hand_in() -> None:
     """Let layouts and selections of tensors on a GPU be made by kernels."""
-    of_layouts.BUILDERS.give("cuda", of_layouts.DeviceBuilder(_layout, _read_dense, _compacted))
+    layouts = of_layouts.DeviceBuilder(_layout, has_room, _read_dense, _compacted)
+    of_layouts.BUILDERS.give("cuda", layouts)
     selections = of_selections.DeviceBuilder(chooser, scorer, _window_scores)
     of_selections.BUILDERS.give("cuda", selections)
 

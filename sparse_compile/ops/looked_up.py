@@ -6,13 +6,13 @@ of which wait for one another, in an order that differs from run to run.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparse_compile.codegen.added_up import added_up
 from sparse_compile.ops.registered import operator
 
 
@@ -38,17 +38,9 @@ def _like_gradient(grad: Tensor, sizes: Sequence[int]) -> Tensor:
 
 @operator(_like_gradient)
 def looked_up_backward(grad: Tensor, indices: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-    """The gradient of a table of these sizes; sums are in fp32, or the dtype of ``grad`` if wider.
-
-    What an element got is sorted first, and then added up in that order.
-    """
-    place = torch.zeros((), dtype=torch.int64, device=grad.device)
-    for index, size in zip(indices, sizes, strict=True):
-        place = place * size + index
-    dtype = torch.promote_types(grad.dtype, torch.float32)
-    given = grad.to(dtype).reshape(-1, 1), place.expand(grad.shape).flatten()
-    found: Tensor = torch.ops.aten.embedding_dense_backward(*given, math.prod(sizes), -1, False)
-    return found.reshape(list(sizes)).to(grad.dtype)
+    """The gradient of a table; sums are in fp32, or the dtype of ``grad`` if that is wider."""
+    wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+    return added_up(wide, indices, sizes).to(grad.dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -85,6 +85,20 @@ def test_ways_are_tried_until_one_trains() -> None:
     assert "step_ms" in row
 
 
+def test_what_no_attention_could_save_is_no_rival() -> None:
+    class Late(Scaled):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+            time.sleep(0.1)
+            return super().forward(x)
+
+    peers = Peer("first", Late), Peer("ours", Scaled, ours=True), Peer("rest", Scaled, limit=True)
+    asked = replace(problem(*peers), trained=False)
+    judged = verdict(asked, compared(asked, SETTING))
+    assert judged["limits"]["forward_over_first"] > 10
+    assert judged["ours"]["forward_over_best"] > 10
+    assert list(judged) == ["model", "bars", "limits", "ours"]
+
+
 def test_another_peer_stands_in_for_one_that_failed() -> None:
     stand_in = Peer("stand-in", Scaled, after="first")
     rows = compared(problem(Peer("first", Scaled), stand_in), SETTING)
@@ -111,6 +125,7 @@ def test_peers_are_prepared_together() -> None:
     makers = {"well": _well, "dead": _dead}
     found = {asked.name: rows for asked, rows in compared_together(makers, SETTING, 3)}
     assert [row["peer"] for row in found["well"]] == ["right", "wrong"]
+    assert found["well"][1]["way"] == 1
     assert found["well"][0]["forward_error"] < 0.01 < found["well"][1]["forward_error"]
     assert found["well"][0]["step_ms"] > 0
     assert [row["peer"] for row in found["dead"]] == ["dies", "stand-in"]
@@ -120,7 +135,8 @@ def test_peers_are_prepared_together() -> None:
 
 def _well() -> Problem:
     peers = Peer("right", Scaled), Peer("stand-in", Scaled, after="right")
-    return replace(problem(*peers, Peer("wrong", partial(Scaled, 1.75))), name="well")
+    ways = Way({"fails": True}), Way()
+    return replace(problem(*peers, Peer("wrong", partial(Scaled, 1.75), ways=ways)), name="well")
 
 
 def _dead() -> Problem:
@@ -189,6 +205,9 @@ def test_sparsified(name: str) -> None:
     asked = sparsified.problem_of(name, "cpu", True)
     peers = tuple(replace(peer, backend="") for peer in asked.peers)
     rows = {row["peer"]: row for row in compared(replace(asked, peers=peers), SETTING)}
+    limit = rows.pop("without attention, inductor")
+    assert limit["step_ms"] > 0
+    assert "forward_error" not in limit
     assert list(rows) == ["hf, inductor", "sparsified, sparse_compile", "sparsified, inductor"]
     for row in rows.values():
         assert row["forward_error"] < 0.05
@@ -199,6 +218,6 @@ def test_sparsified(name: str) -> None:
 @pytest.mark.parametrize("name", sparsified.CASES)
 def test_cases_are_sparse_by_hand(name: str) -> None:
     kind, n = sparsified.CASES[name]
-    made = sparsified.MODELS[kind].build(n, True, "meta", False)
+    made = sparsified.MODELS[kind].build(n, "sparsified", "meta", False)
     layers = [m for m in made.modules() if m.extra_repr() == "by sparse_compile"]
     assert len(layers) == sparsified.LAYERS

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import sympy
 import torch
 
 from sparse_compile.codegen.triton.layout import build
 from sparse_compile.codegen.triton.layout.build import DeviceProblem
-from sparse_compile.expr import KV, MaskExpr, Q
+from sparse_compile.expr import KV, B, MaskExpr, Q, table
+from sparse_compile.expr.nodes import size_symbol
 from sparse_compile.layout import build as host
 from sparse_compile.layout.builders import BUILDERS
 from sparse_compile.layout.superset import Problem, ProblemShape
@@ -91,3 +93,28 @@ def test_kernels_that_are_wrong_are_not_used(monkeypatch: pytest.MonkeyPatch) ->
     assert torch.equal(layout.kinds(), host._by_cpu(problem, []).kinds())
     assert layout.rows.load is not None
     assert layout.cols.load is not None
+
+
+def test_kernels_that_nobody_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padding in two sequences: the blocks are the CPU's, and no load is known."""
+    monkeypatch.setattr(host, "_TRUSTED", {})
+    serve_the_cpu(BUILDERS, monkeypatch)
+    mask = MaskExpr(WINDOW.predicate & sympy.Ne(table(0)(B, KV), 0), ("bool",))
+    real = torch.arange(100) < torch.tensor([[70], [100]])
+    problem = Problem.of(mask, ProblemShape(2, 3, 100, 100), (8, 8))
+    layout = host.quick_layout(problem, [real], CPU)
+    assert layout is not None
+    assert torch.equal(layout.kinds(), host._by_cpu(problem, [real]).kinds())
+    assert layout.rows.load is None
+    assert layout.cols.load is None
+    packed = problem.unpacked(layout.pack())
+    assert torch.equal(packed.kinds(), layout.kinds())
+
+
+def test_some_layouts_are_not_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no room for all blocks, and where kernels would be tried in each call."""
+    serve_the_cpu(BUILDERS, monkeypatch)
+    mask = MaskExpr((KV <= Q) & (Q - KV < size_symbol(0)), n_sizes=1)
+    sized = Problem.of(mask, ProblemShape(1, 1, 100, 100), (8, 8), (20,))
+    assert host.quick_layout(sized, [], CPU) is None
+    assert host.quick_layout(window(8 << 14), [], CPU) is None

@@ -16,6 +16,7 @@ import sympy
 import torch
 from torch import Tensor
 
+from sparse_compile.codegen.added_up import added_up
 from sparse_compile.codegen.call import AttentionCall
 from sparse_compile.codegen.runtime.generated import fill
 from sparse_compile.codegen.triton.text import learned as text
@@ -155,7 +156,9 @@ def _scattered(
     call: AttentionCall, one: Looked, left: Tensor, shape: torch.Size, lowest: int
 ) -> Tensor:
     """The sums by the indices of a lookup; ``lowest`` is the first distance."""
-    rank, device, result = left.dim(), left.device, left.new_zeros(shape)
+    if B not in one.lookup.free_symbols and left.shape[0] > 1:
+        left = left.sum(0, keepdim=True)
+    rank, device = left.dim(), left.device
     places = [_leading(n, axis, rank, device) for axis, n in enumerate(left.shape)]
     where = {"b": places[0], "h": places[1], "q": places[2], "kv": places[-1]}
     if one.sums is Sums.DISTANCES:
@@ -164,9 +167,7 @@ def _scattered(
     indices = [
         at.clamp(0, n - 1) for at, n in zip(indices_at(one.lookup, data), shape, strict=True)
     ]
-    # Deterministic: it sorts, unlike index_add.
-    at = tuple(index.expand(left.shape) for index in indices)
-    return result.index_put_(at, left, accumulate=True)
+    return added_up(left, indices, shape)
 
 
 def _leading(n: int, axis: int, rank: int, device: torch.device) -> Tensor:

@@ -129,6 +129,15 @@ def _loaded(key: Key) -> tuple[Mapping[str, Launcher], tuple[Lookup, ...]]:
     return launchers_of(module_of(key)), lookups_of(key)
 
 
+def has_room(problem: Problem) -> bool:
+    """Whether the first launches have room for all blocks of a problem, by rows and by columns."""
+    rows, cols = problem.grid
+    return all(
+        _width(problem.classes * lines, across) >= across
+        for lines, across in ((rows, cols), (cols, rows))
+    )
+
+
 def _width(lines: int, across: int) -> int:
     """Blocks of each line that the first launch has room for: all, or few, or none; even."""
     for width in (across, _WIDTH):
