@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -46,7 +45,7 @@ class Shift:
 
 @dataclass(frozen=True)
 class OwnMaximum:
-    """The maximum of each row was subtracted from it, which softmax ignores."""
+    """The maximum of each row was subtracted from it, which softmax alone would ignore."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +121,8 @@ def fold(
             folding.value += 0 if plain and not sunk else number(step.value)
         elif isinstance(step, OwnMaximum):
             _check_ignored(steps[at:][1:], sunk)
+            if not all(isinstance(later, (Shift, OwnMaximum)) for later in steps[at:][1:]):
+                folding.centred()
         else:
             _FOLDS[type(step)](folding, step)
     program = None if folding.value == SCORE else ScoreProgram(folding.value)
@@ -189,7 +190,7 @@ class _Folding:
 
     def _change(self, change: Change, times: float = 1.0) -> None:
         """What is done to the scores after they were masked."""
-        if times == 1.0 and change.rounded is None and change.least == -math.inf:
+        if change == Change():
             return
         if times <= 0 and self.masks:
             raise Refused("the scores are masked before they are scaled", "scale them first")
@@ -202,6 +203,10 @@ class _Folding:
     def floored(self, step: Floored) -> None:
         """What masks with -inf masks with a finite number then."""
         self._change(Change(least=step.least, shares=step.shares))
+
+    def centred(self) -> None:
+        """Rows that are masked as a whole are 0 then, or NaN."""
+        self._change(Change(centred=True))
 
     def masked(self, step: Masked) -> None:
         """An operand; what it adds, or multiplies with, has a name in the program."""

@@ -22,6 +22,7 @@ from sparse_compile.passes.lift.masks import Keep, SiteMasks, aligned
 from sparse_compile.passes.lift.slice import call_name, made_of
 from sparse_compile.passes.lift.tabulated import DISTANCE, Span, settled, symbols_of
 from sparse_compile.passes.lift.value import (
+    ABSORBING,
     DIMS,
     Case,
     Cases,
@@ -37,6 +38,11 @@ from sparse_compile.sites.site import Computed, Refused
 
 #: What is added to scores as a mask is larger, unless it is a logarithm.
 _HUGE = 1e4
+_MAY_MASK = Refused(
+    "it adds a bias that may be a mask: its values are only known at run time, and may be as low "
+    "as a mask's",
+    "write the mask with torch.where or masked_fill on a bool tensor",
+)
 
 
 @dataclass(frozen=True)
@@ -79,8 +85,7 @@ class Biases:
 
     def add(self, mark: int, operand: MaskOperand, cases: Cases) -> None:
         """What an operand contributes, given its element over the coordinates."""
-        if not example_value(operand.node).requires_grad:
-            self._check_moderate(cases)
+        self._check_moderate(cases, bool(example_value(operand.node).requires_grad))
         cases = self._unfolded(cases)
         symbols = symbols_of(cases)
         if _is_beyond_integers(cases) or (self.direct and _reads_data(cases)):
@@ -93,21 +98,31 @@ class Biases:
             axes = tuple(c for c in COORDINATES if c in symbols)
             self._computed(mark, operand, cases, axes, axes)
 
-    def _check_moderate(self, cases: Cases) -> None:
+    def _check_moderate(self, cases: Cases, trained: bool) -> None:
         """That data that is added holds no masks: nothing huge goes into it, and no logarithm.
 
-        What a row yields that has nothing else would depend on these numbers.
+        What a row yields that has nothing else would depend on these numbers. What is trained may
+        be low, as far as scores can be told apart then.
         """
-        for lookup in {at for _, value in cases for at in _lookups(value)}:
-            node = self.lifter.node_of(lookup)
-            for made in () if node is None or node in self.lifter.strange else made_of(node):
-                numbers = [arg for arg in made.args if isinstance(arg, float)]
-                if call_name(made) == "log" or any(abs(n) >= _HUGE for n in numbers):
-                    raise Refused(
-                        "it adds a bias that may be a mask: its values are only known at run time, "
-                        "and may be as low as a mask's",
-                        "write the mask with torch.where or masked_fill on a bool tensor",
-                    )
+        if any(map(_is_masking, (value for _, value in cases))):
+            raise _MAY_MASK
+        most = _HUGE if not trained or self.masks.dtype.itemsize < 4 else -ABSORBING
+        for made in self._made_of(cases):
+            numbers = [arg for arg in made.args if isinstance(arg, float)]
+            is_log = call_name(made) == "log" and not trained
+            if is_log or any(abs(n) >= most for n in numbers):
+                raise _MAY_MASK
+
+    def _made_of(self, cases: Cases) -> set[Node]:
+        """What computes the data of some cases, but for numbers by which parts of it are hidden."""
+        front = self.lifter.nodes_of({at for _, value in cases for at in _lookups(value)})
+        found: set[Node] = set()
+        while front:
+            node = front.pop()
+            sources = self.lifter.sources.get(node)
+            found |= set(made_of(node) if sources is None else ())
+            front |= sources or set()
+        return found
 
     def _unfolded(self, cases: Cases) -> Cases:
         """Cases whose values are lookups by distance, where arithmetic can be said so."""
@@ -224,6 +239,20 @@ def _lookups(value: Value) -> set[sympy.Basic]:
     if isinstance(value, sympy.Basic):
         found = value.atoms(sympy.core.function.AppliedUndef)
     return found
+
+
+def _is_masking(value: Value) -> bool:
+    """Whether a sum has a number in it that drowns scores, but for ``(1 - m) * min``.
+
+    That is split where m is 0 or 1 (:mod:`.masks`), and nobody has an m that is neither.
+    """
+    if not isinstance(value, sympy.Basic):
+        return False
+    if all(abs(n) < -ABSORBING for n in value.atoms(sympy.Integer)):
+        return False
+    lookups = _lookups(value)
+    slopes = [sympy.expand(value).coeff(lookup) for lookup in lookups]
+    return len(slopes) != 1 or not slopes[0].is_number or abs(slopes[0]) < -ABSORBING
 
 
 def _reads_data(cases: Cases) -> bool:

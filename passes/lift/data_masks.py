@@ -17,6 +17,7 @@ from torch.fx import Node
 from sparse_compile.passes.lift.lift import Lifter
 from sparse_compile.passes.lift.masks import Keep, SiteMasks, at_coordinates
 from sparse_compile.passes.lift.value import ABSORBING
+from sparse_compile.sites.operands import Change
 from sparse_compile.sites.site import Refused
 
 aten = torch.ops.aten
@@ -40,7 +41,7 @@ def with_hidden(masks: SiteMasks, lifter: Lifter, mark: int, keep: Keep) -> Keep
         Refused: what is done to the scores later may leave a masked one some weight.
     """
     operand, dtype = masks.site.masks[mark], masks.dtype_at(mark)
-    moved = any(change.rounded or change.least > -math.inf for change in operand.then)
+    moved = any(change != Change(times=change.times) for change in operand.then)
     changed = operand.role != "add" or operand.curved or operand.times != 1.0 or moved
     if changed or keep.hidden or dtype == torch.float16:
         raise Refused(

@@ -19,7 +19,7 @@ import torch
 
 from sparse_compile.expr import KV, SCORE, Q, learned
 from sparse_compile.expr.score import number
-from sparse_compile.passes.lift.hidden import State, states_of
+from sparse_compile.passes.lift.hidden import State, check_centred, states_of
 from sparse_compile.passes.lift.masks import Keep, SiteMasks, fill_kind, is_trained
 from sparse_compile.passes.lift.simplify import Simplifier
 from sparse_compile.sites.site import Refused
@@ -115,6 +115,7 @@ def of_empty_rows(
     if several and any(keep.data for keep in keeps):
         raise _DIFFERENT  # The best of its numbers may be hidden by another mask.
     states = states_of(masks, keeps, simplify)
+    check_centred(masks, keeps, states)
     _check_known(masks, states)
     trained = masks.need_gradients and finite_fill != "minus_inf"
     reading = _Reading(masks, keeps, predicate, simplify, states, trained)

@@ -31,7 +31,10 @@ class State:
     Attributes:
         fills: the number by which each operand hides them; None: it does not.
         condition: which pairs these are, over ``b, h, q, kv``.
-        score: what their score is; None: that depends on what it would be otherwise.
+        score: what their score is, in a row of these alone; None: that depends on what it would be
+            otherwise.
+        centred: what it was when the maximum of such a row, itself, was subtracted from it; None:
+            it was not.
         shares: how much of the gradient of that reaches the scaled products; then what each operand
             adds.
     """
@@ -40,6 +43,7 @@ class State:
     condition: sympy.Basic
     score: float | None
     shares: tuple[float, ...]
+    centred: float | None = None
 
     @property
     def first(self) -> int:
@@ -70,11 +74,28 @@ def states_of(masks: SiteMasks, keeps: Sequence[Keep], simplify: Simplifier) -> 
     return tuple(found)
 
 
+def check_centred(masks: SiteMasks, keeps: Sequence[Keep], states: Sequence[State]) -> None:
+    """That rows of hidden pairs are known, whose maximum was subtracted before something else.
+
+    Raises:
+        Refused: it depends on what else there is in a row what becomes of its scores.
+    """
+    counts = [sum(change.centred for change in operand.then) for operand in masks.site.masks]
+    late = [keep for keep, n in zip(keeps, counts, strict=True) if n < max(counts)]
+    several = len({state.centred for state in states}) > 1
+    if several or any(keep.hidden or keep.bias is not None for keep in late):
+        raise Refused(
+            "the maximum of the scores is subtracted between masks, or before masked scores are "
+            "raised, and rows may be fully masked: it makes them 0 or NaN",
+            "leave it out: softmax ignores it",
+        )
+
+
 def _followed(
     masks: SiteMasks, keeps: Sequence[Keep], fills: Sequence[float | None]
-) -> tuple[float | None, tuple[float, ...]]:
-    """The score of a hidden pair, and what its gradient reaches, operand by operand."""
-    operands, score, shares = masks.site.masks, None, [1.0]
+) -> tuple[float | None, tuple[float, ...], float | None]:
+    """The score of a hidden pair, what its gradient reaches, operand by operand, and a maximum."""
+    operands, score, shares, centred = masks.site.masks, None, [1.0], None
     for at, (operand, keep, fill) in enumerate(zip(operands, keeps, fills, strict=True)):
         if fill is not None and operand.role != "add":
             score, shares = fill, [0.0] * len(shares)
@@ -85,8 +106,11 @@ def _followed(
         shares.append(1.0)
         later = operands[at + 1].then if at + 1 < len(operands) else ()
         for change in operand.then[: len(operand.then) - len(later)]:
+            centred = score if change.centred else centred
             score, shares = _changed(score, shares, change)
-    return score, tuple(shares)
+    # Softmax makes NaN of a row of -inf, too.
+    score = -math.inf if score is not None and math.isnan(score) else score
+    return score, tuple(shares), centred
 
 
 def _sum(score: float | None, fill: float, dtype: torch.dtype) -> float | None:
@@ -103,6 +127,12 @@ def _changed(
     """A known score after a change, and the gradient that gets through a floor."""
     if score is None:
         return None, shares
+    if change.centred:
+        return score - score, shares
+    if math.isnan(score):
+        # Of two that are compared NaN has the gradient; a clamp keeps it back.
+        stays = change.shares or change.least == -math.inf
+        return score, shares if stays else [0.0] * len(shares)
     before = score * change.times
     if before < change.least:
         shares = [0.0] * len(shares)

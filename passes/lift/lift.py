@@ -16,13 +16,8 @@ from sparse_compile.expr import table_index
 from sparse_compile.passes.lift.bounds import Ranges
 from sparse_compile.passes.lift.builders import BUILDERS
 from sparse_compile.passes.lift.constants import recognise
-from sparse_compile.passes.lift.scalars import (
-    RULES,
-    cast,
-    cast_bits,
-    elementwise,
-    elementwise_partly,
-)
+from sparse_compile.passes.lift.partly import cast_partly, elementwise_partly
+from sparse_compile.passes.lift.scalars import RULES, cast, elementwise
 from sparse_compile.passes.lift.simplify import Simplifier
 from sparse_compile.passes.lift.slice import call_name, made_of
 from sparse_compile.passes.lift.tabulated import Tabulated, by_distance, elements_of
@@ -45,7 +40,6 @@ _LARGEST_EXPRESSION = 4000
 
 _HANDLERS: dict[str, Handler] = {**VIEWS, **BUILDERS}
 _CASTS = ("_to_copy", "convert_element_type")
-_HALF = (torch.float16, torch.bfloat16)
 
 
 class Lifter:
@@ -61,8 +55,8 @@ class Lifter:
         self.gm = gm
         self.leaves = dict(zip(gm.graph.find_nodes(op="placeholder"), leaves, strict=True))
         self.data: dict[int, Node | Tabulated] = {}
-        #: Nodes that are read only where what they follow from is neither 0 nor 1.
-        self.strange: set[Node] = set()
+        #: Nodes that are read only where they follow from data, and which these are.
+        self.sources: dict[Node, set[Node]] = {}
         self._opaque = opaque_nodes(gm)
         self._values: dict[Node, Any] = {}
         self._numbers: dict[Node, Any] = {}
@@ -224,11 +218,8 @@ class Lifter:
         return reindexed(tensor, shape, indices)
 
     def _partly(self, node: Node, name: str, shape: Shape, dtype: torch.dtype) -> Lifted:
-        """A node in half precision whose element is known where integers that it reads are 0 or 1.
-
-        ``(1 - m) * min`` hides keys if m is 0 or 1; other integers need not be what they were.
-        """
-        if dtype not in _HALF or not isinstance(node.target, torch._ops.OpOverload):
+        """A node whose element is known in some cases, and what it computes elsewhere."""
+        if not dtype.is_floating_point or not isinstance(node.target, torch._ops.OpOverload):
             raise Unliftable(f"{name} has no symbolic meaning")
         args = [self._argument(arg) for arg in node.args]
         args = [align(arg, len(shape)) if isinstance(arg, Lifted) else arg for arg in args]
@@ -237,12 +228,12 @@ class Lifter:
         own = self._read(node, dtype, indices)
         assert not isinstance(own, sympy.Basic)
         if name in _CASTS:
-            element = cast_bits(args[0], dtype, own)
+            element = cast_partly(args[0], dtype, own)
         elif _is_elementwise(node.target, name):
-            element = elementwise_partly(node.target, args, kwargs, own)
+            element = elementwise_partly(node.target, args, kwargs, dtype, own)
         else:
             raise Unliftable(f"{name} has no symbolic meaning")
-        self.strange.add(node)
+        self.sources[node] = self.nodes_of(_lookups(args))
         return self._checked(Lifted(shape, dtype, element))
 
     def _tabulated(self, node: Node, name: str, shape: Shape, dtype: torch.dtype) -> Lifted:
@@ -306,6 +297,14 @@ class Lifter:
         letter = "m" if dtype == torch.bool else "f" if dtype.is_floating_point else "i"
         value = sympy.Function(f"{letter}{number}", integer=True)(*indices)
         return sympy.Ne(value, 0) if dtype == torch.bool else single(value)
+
+
+def _lookups(args: Iterable[Any]) -> set[sympy.Basic]:
+    """The lookups of data in the values of arguments."""
+    tensors = (arg for arg in args if isinstance(arg, Lifted) and arg.dtype != torch.bool)
+    values = (value for tensor in tensors for _, value in tensor.cases)
+    symbolic = (value for value in values if isinstance(value, sympy.Basic))
+    return {at for value in symbolic for at in value.atoms(sympy.core.function.AppliedUndef)}
 
 
 def _size(value: Any) -> sympy.Expr:

@@ -19,7 +19,6 @@ from sparse_compile.expr import FloorDiv, FloorMod
 from sparse_compile.passes.lift.value import (
     ABSORBING,
     Case,
-    Cases,
     Element,
     Lifted,
     Number,
@@ -62,27 +61,6 @@ def elementwise(
     return merged(results)
 
 
-def elementwise_partly(
-    op: OpOverload, args: Sequence[Lifted | Value], kwargs: Mapping[str, Any], own: Cases
-) -> Element:
-    """The same where it follows from numbers; elsewhere ``own``, the element as it is computed."""
-    if not any(isinstance(arg, Lifted) and _is_mixed(arg) for arg in args):
-        raise Unliftable("nothing is known of its element")
-    cases = [arg.cases if isinstance(arg, Lifted) else ((sympy.true, arg),) for arg in args]
-    dtypes = tuple(arg.dtype if isinstance(arg, Lifted) else None for arg in args)
-    return merged(
-        (condition, own[0][1] if any(map(_is_data, values)) else _run(op, values, dtypes, kwargs))
-        for condition, values in combinations(cases)
-    )
-
-
-def _is_mixed(tensor: Lifted) -> bool:
-    """Whether an element is known in some cases, and data in others."""
-    if tensor.dtype == torch.bool or not tensor.is_float_data:
-        return False
-    return any(not isinstance(value, sympy.Basic) for _, value in tensor.cases)
-
-
 def _masked_data(op: OpOverload, args: Sequence[Lifted | Value], dtype: torch.dtype) -> Element:
     """Floating data to which a mask is added: 0, or what absorbs it."""
     data, mask = sorted(args, key=lambda a: not (isinstance(a, Lifted) and a.is_float_data))
@@ -95,13 +73,11 @@ def _masked_data(op: OpOverload, args: Sequence[Lifted | Value], dtype: torch.dt
         if isinstance(number, sympy.Basic) or not (number == 0 or number <= ABSORBING):
             raise Unliftable("it computes with floating data")
         if not isinstance(value, sympy.Basic):
-            value = _run(op, (value, number), (dtype, dtype), {})
-        results.append((condition, value if number == 0 or not _is_data(value) else number))
+            value = run(op, (value, number), (dtype, dtype), {})
+        elif number != 0:
+            value = number
+        results.append((condition, value))
     return merged(results)
-
-
-def _is_data(value: Value) -> bool:
-    return isinstance(value, sympy.Basic)
 
 
 def cast(tensor: Lifted, dtype: torch.dtype) -> Element:
@@ -113,22 +89,6 @@ def cast(tensor: Lifted, dtype: torch.dtype) -> Element:
     if dtype == torch.bool:
         return sympy.Or(*(sympy.And(c, truth(v)) for c, v in tensor.cases))
     return merged((c, cast_value(v, tensor.dtype, dtype)) for c, v in tensor.cases)
-
-
-def cast_bits(tensor: Lifted, dtype: torch.dtype, own: Cases) -> Element:
-    """The element of ``tensor.to(dtype)`` where integers are 0 or 1; elsewhere ``own``."""
-    if tensor.dtype.is_floating_point:
-        raise Unliftable("nothing is known of its element")
-    found: list[Case] = []
-    for condition, value in tensor.cases:
-        if not isinstance(value, sympy.Basic):
-            found.append((condition, cast_value(value, tensor.dtype, dtype)))
-            continue
-        for bit in (0, 1):
-            found.append((sympy.And(condition, sympy.Eq(value, bit)), float(bit)))
-        rest = sympy.And(condition, sympy.Ne(value, 0), sympy.Ne(value, 1))
-        found.append((rest, own[0][1]))
-    return merged(found)
 
 
 def cast_value(value: Value, source: torch.dtype, target: torch.dtype) -> Value:
@@ -155,7 +115,10 @@ def _apply(
 ) -> Result:
     constant = not any(isinstance(v, sympy.Basic) for v in (*values, *kwargs.values()))
     if constant:
-        return _run(op, values, dtypes, kwargs)
+        return run(op, values, dtypes, kwargs)
+    number = absorbing(name, values, dtypes, kwargs, dtype)
+    if number is not None:
+        return number
     rule = RULES.get(name)
     if rule is None:
         raise Unliftable(f"{op} of positions has no rule")
@@ -166,17 +129,62 @@ def _apply(
     return rule(*(_whole(value) for value in values), **kwargs)
 
 
+def absorbing(
+    name: str,
+    values: Sequence[Value],
+    dtypes: Sequence[torch.dtype | None],
+    kwargs: Mapping[str, Any],
+    dtype: torch.dtype,
+) -> Number | None:
+    """The sum of two values of which one is a number that absorbs the other; None: it does not.
+
+    Args:
+        name: of the operator.
+        values: its arguments.
+        dtypes: of these.
+        kwargs: its other arguments.
+        dtype: that it computes in.
+    """
+    if name != "add" or kwargs.get("alpha", 1) != 1 or not dtype.is_floating_point:
+        return None
+    for (own, other), kind in ((values, dtypes[1]), (values[::-1], dtypes[0])):
+        if isinstance(own, sympy.Basic) or not isinstance(other, sympy.Basic):
+            continue
+        number, most = torch.tensor(own, dtype=dtype), _largest(other, kind)
+        absorbed = bool(number - most == number) and bool(number + most == number)
+        if number <= ABSORBING and absorbed:
+            known: Number = number.item()
+            return known
+    return None
+
+
+def _largest(value: sympy.Basic, dtype: torch.dtype | None) -> float:
+    """More than a value ever is; of floating data, which is scores, what is absorbed anyway."""
+    most = 2.0**63
+    if dtype is None or not dtype.is_floating_point:
+        return most
+    lookups = value.atoms(sympy.core.function.AppliedUndef)
+    if any(str(lookup.func.__name__)[0] == "f" for lookup in lookups):
+        return 0.0
+    if value.has(sympy.Pow):
+        return math.inf
+    # Whole numbers in fp32, which do not overflow: each is a sum of products of one of int64.
+    numbers = [float(min(abs(int(n)), 1 << 200)) for n in value.atoms(sympy.Integer) if n != 0]
+    return most * len(list(sympy.preorder_traversal(value))) * math.prod(numbers)
+
+
 def _require_exact(dtype: torch.dtype) -> None:
     if dtype not in _EXACT:
         raise Unliftable(f"{dtype} does not hold positions exactly")
 
 
-def _run(
+def run(
     op: OpOverload,
     values: tuple[Number, ...],
     dtypes: tuple[torch.dtype | None, ...],
     kwargs: Mapping[str, Any],
 ) -> Number:
+    """The result of an operator for numbers, which are of tensors where they have a dtype."""
     args = [
         value if dtype is None else torch.tensor(value, dtype=dtype)
         for value, dtype in zip(values, dtypes, strict=True)

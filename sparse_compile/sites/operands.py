@@ -101,15 +101,18 @@ class Change:
         rounded: to this dtype; None: they are not.
         least: they are at least this.
         shares: whether of two equal ones, the score and the least, each gets half of the gradient.
+        centred: whether the maximum of each row is subtracted from it before. Where a row has
+            scores that are not masked, masked ones are what they were.
     """
 
     times: float = 1.0
     rounded: torch.dtype | None = None
     least: float = float("-inf")
     shares: bool = False
+    centred: bool = False
 
     def __call__(self, value: float) -> float:
-        """What becomes of a number."""
+        """What becomes of a number, in a row that has others."""
         value = max(value * self.times, self.least) if self.times != 1.0 else max(value, self.least)
         if self.rounded is not None:
             value = float(torch.tensor(value, dtype=torch.float64).to(self.rounded))
