@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,37 @@ EQUAL = {
         masks=(Joined(Piece("arange")),),
         hiding="added zeros",
     ),
+    # What is added is in another dtype than the mask, and so is the sum: it was read as a bias,
+    # whose minimum is a row's whole log-sum-exp.
+    "a mask that is added to integers": Program(
+        product="sdpa",
+        biases=(Added(Piece("integers")),),
+        masks=(Joined(Piece("tril")), Joined(Piece("strided", Numbers(c=1)))),
+        hiding="added",
+        fill="least",
+        grad=True,
+    ),
+    "a mask that is added to what is trained in bfloat16": Program(
+        product="sdpa",
+        dtype="bfloat16",
+        biases=(Added(Piece("pairs")),),
+        masks=EMPTY,
+        hiding="added",
+        fill="least",
+        grad=True,
+    ),
+    "infinity that is added to what is trained in float16": Program(
+        product="module",
+        dtype="float16",
+        biases=(Added(Piece("all")),),
+        masks=(Joined(Piece("tril")),),
+        hiding="added",
+        grad=True,
+    ),
+    "a maximum before a floor": Program(masks=EMPTY, late=("maximum", "floor"), grad=True),
+    "a maximum before a floor that ties": Program(
+        masks=EMPTY, hiding="added", fill="least", late=("maximum", "floor"), grad=True
+    ),
     "a number and one of the call": Program(
         steps=(Piece("times"), Piece("number of a tensor"), Piece("divided"), Piece("softcap")),
         masks=(Joined(Piece("padding")),),
@@ -56,6 +88,16 @@ def test_rewritten_and_equal(name: str) -> None:
 NAN = {
     "a temperature": Program(steps=TEMPERATURE, masks=EMPTY, hiding="added", grad=True),
     "a bias": Program(biases=(Added(Piece("pairs")),), masks=EMPTY, hiding="added", grad=True),
+    # Eager's output is NaN, too, which what was read as a bias did not yield.
+    "a bias in the mask": Program(
+        product="module",
+        softmax="function",
+        dtype="float16",
+        biases=(Added(Piece("all")),),
+        masks=EMPTY,
+        hiding="added",
+        grad=True,
+    ),
 }
 
 
@@ -64,6 +106,15 @@ def test_what_is_trained_beside_rows_of_nan(name: str) -> None:
     result = run(NAN[name])
     assert result.wrong == ""
     assert "has gradients of NaN" in result.left[0]
+
+
+def test_the_least_number_of_float16_beside_what_is_trained() -> None:
+    """It does not absorb what it is added to: rows without keys have a softmax over the rest."""
+    bias = Added(Piece("pairs"))
+    program = Program(product="sdpa", dtype="float16", biases=(bias,), masks=EMPTY, grad=True)
+    result = run(replace(program, hiding="added", fill="least"))
+    assert result.wrong == ""
+    assert "may be as low as a mask's" in result.left[0]
 
 
 def test_places_that_follow_from_sizes_of_the_call() -> None:

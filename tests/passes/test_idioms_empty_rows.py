@@ -250,12 +250,14 @@ def apart(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
 
 def test_rows_of_which_nothing_is_left() -> None:
     """NaN, and so are the gradients of what they are made of."""
-    given = qkv()
     pad = (torch.arange(N) < torch.tensor([[N], [0]])).long()
-    fast = Compiled(apart)
-    for ours, truth in zip(
-        outcome(fast, [*given, pad]), outcome(apart, [*given, pad]), strict=True
-    ):
+    assert_equal_with_nan(apart, *qkv(), pad)
+
+
+def assert_equal_with_nan(program: Program, *given: Tensor) -> None:
+    """That it is rewritten, with NaN where eager has it."""
+    fast = Compiled(program)
+    for ours, truth in zip(outcome(fast, given), outcome(program, given), strict=True):
         assert ours is not None
         assert truth is not None
         assert torch.equal(ours.isnan(), truth.isnan())
@@ -272,6 +274,102 @@ def test_infinity_that_is_added_and_that_is_filled_in() -> None:
         ).softmax(-1) @ v
 
     assert_left("masks several times, in different ways", program, *qkv(), left())
+
+
+# The maximum of a row that is masked as a whole -----------------------------------------------
+
+
+def less_maximum(scores: Tensor) -> Tensor:
+    return scores - scores.amax(-1, keepdim=True)
+
+
+def raised(scores: Tensor) -> Tensor:
+    return torch.max(scores, torch.tensor(LOW))
+
+
+def hidden(pad: Tensor, number: float = LOW) -> Tensor:
+    return torch.where(visible(pad), 0.0, number)
+
+
+#: Such a row is 0 then, which no floor raises, or NaN.
+CENTRED: dict[str, Program] = {
+    "filled": lambda q, k, v, pad: (
+        raised(less_maximum((q @ k.mT).masked_fill(~visible(pad), LOW))).softmax(-1) @ v
+    ),
+    "added": lambda q, k, v, pad: raised(less_maximum(q @ k.mT + hidden(pad))).softmax(-1) @ v,
+    "added, clamped": lambda q, k, v, pad: (
+        less_maximum(q @ k.mT + hidden(pad)).clamp(min=LOW).softmax(-1) @ v
+    ),
+    "infinity": lambda q, k, v, pad: (
+        raised(less_maximum((q @ k.mT).masked_fill(~visible(pad), -INF))).softmax(-1) @ v
+    ),
+    "infinity, clamped": lambda q, k, v, pad: (
+        less_maximum((q @ k.mT).masked_fill(~visible(pad), -INF)).clamp(min=LOW).softmax(-1) @ v
+    ),
+    "infinity, added": lambda q, k, v, pad: (
+        raised(less_maximum(q @ k.mT + hidden(pad, -INF))).softmax(-1) @ v
+    ),
+    "infinity, added and clamped": lambda q, k, v, pad: (
+        less_maximum(q @ k.mT + hidden(pad, -INF)).clamp(min=LOW).softmax(-1) @ v
+    ),
+    "infinity twice": lambda q, k, v, pad: (
+        raised(
+            less_maximum((q @ k.mT).masked_fill(~causal(), -INF).masked_fill(~padded(pad), -INF))
+        ).softmax(-1)
+        @ v
+    ),
+    "nothing follows": lambda q, k, v, pad: (
+        less_maximum(torch.where(close(), q @ k.mT, LOW) + padding(pad)).softmax(-1) @ v
+    ),
+}
+
+
+def padded(pad: Tensor) -> Tensor:
+    return pad[:, None, None].bool()
+
+
+@pytest.mark.parametrize("name", CENTRED)
+def test_a_maximum_before_a_floor(name: str) -> None:
+    assert_equal_with_nan(CENTRED[name], *qkv(), left())
+
+
+def test_a_maximum_before_a_rounding_that_overflows() -> None:
+    """The least number of fp32 is minus infinity in bf16, where the maximum is still in it."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+        scores = less_maximum((q @ k.mT).masked_fill(~visible(pad), LOW)).bfloat16()
+        return scores.softmax(-1, dtype=torch.float32) @ v
+
+    q, k, v = (x.detach() for x in qkv())
+    fast = Compiled(program)
+    (ours,) = outcome(fast, [q, k, v, left()])
+    assert ours is not None
+    assert all(site.rewritten for site in fast.sites)
+    assert relative_error(ours[1, :, :7], v[1].mean(-2, keepdim=True).expand(-1, 7, -1)) <= 1e-6
+
+
+#: What the maximum is depends on the row, and so does what comes of the rest.
+UNKNOWN: dict[str, Program] = {
+    "two numbers": lambda q, k, v, pad: (
+        raised(
+            less_maximum(torch.where(close(), q @ k.mT, -INF).masked_fill(~padded(pad), LOW))
+        ).softmax(-1)
+        @ v
+    ),
+    "a mask": lambda q, k, v, pad: (
+        (less_maximum(torch.where(close(), q @ k.mT, LOW)) + padding(pad)).softmax(-1) @ v
+    ),
+    "a bias": lambda q, k, v, pad: (
+        (less_maximum((q @ k.mT).masked_fill(~visible(pad), LOW)) - torch.arange(N) / 8).softmax(-1)
+        @ v
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_a_maximum_between(name: str) -> None:
+    site = assert_left("maximum of the scores is subtracted", UNKNOWN[name], *qkv(), left())
+    assert "leave it out" in site.hint
 
 
 # Biases that are trained ----------------------------------------------------------------------
