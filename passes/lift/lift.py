@@ -22,6 +22,7 @@ from sparse_compile.passes.lift.simplify import Simplifier
 from sparse_compile.passes.lift.slice import call_name, made_of
 from sparse_compile.passes.lift.tabulated import Tabulated, by_distance, elements_of
 from sparse_compile.passes.lift.value import (
+    ABSORBING,
     DIMS,
     Element,
     Lifted,
@@ -347,8 +348,10 @@ def _computes_with(node: Node, data: set[Node]) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload) or name in _HANDLERS:
         return False
     others = [source for source in node.all_input_nodes if source not in data]
-    if name == "add" and len(others) == 1 and not any(map(_of_windows, made_of(others[0]))):
-        return False  # of a mask, perhaps
+    if name == "add" and len(others) == 1:
+        mask = made_of(others[0])  # perhaps
+        if not any(map(_of_windows, mask)) or any(map(_absorbs, mask)):
+            return False
     if name not in _CASTS and not _is_elementwise(node.target, name):
         return False
     return any(source in data for source in node.all_input_nodes)
@@ -358,6 +361,11 @@ def _of_windows(node: Node) -> bool:
     """Whether a tensor has more axes than scores: as masks of windows, which take long to read."""
     value = node.meta.get("val")
     return isinstance(value, torch.Tensor) and value.dim() > 4
+
+
+def _absorbs(node: Node) -> bool:
+    """Whether a node reads a number that hides what it is added to: a bias that is none."""
+    return any(isinstance(arg, float) and arg <= ABSORBING for arg in node.args)
 
 
 def _is_elementwise(op: torch._ops.OpOverload, name: str) -> bool:

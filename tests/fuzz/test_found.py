@@ -65,6 +65,16 @@ EQUAL = {
         hiding="added",
         grad=True,
     ),
+    # Masks of more axes than scores were not read beside a bias, as those of windows are not.
+    "a mask of five axes": Program(
+        sizes=Sizes(B=2, H=2, G=2, rank=5),
+        product="sdpa",
+        biases=(Added(Piece("pairs of heads")),),
+        masks=(Joined(Piece("documents")), Joined(Piece("strided", Numbers(c=4)))),
+        hiding="added",
+        fill="least",
+        grad=True,
+    ),
     "a maximum before a floor": Program(masks=EMPTY, late=("maximum", "floor"), grad=True),
     "a maximum before a floor that ties": Program(
         masks=EMPTY, hiding="added", fill="least", late=("maximum", "floor"), grad=True
