@@ -57,7 +57,7 @@ class _Pool:
 
 
 def _answer(sender: connection.Connection, function: Callable[..., Any], *given: Any) -> None:
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # there are processes enough
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "4"  # there are processes enough
     fp32_attention.register()
     sender.send(function(*given))
 
@@ -78,7 +78,8 @@ def compared_together(
     """
     pool = _Pool(BoundedSemaphore(jobs))
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(makers)) as threads:
-        setting = replace(setting, turns=Turns(str(Path(folder, "turns"))))
+        if not setting.turns.path:
+            setting = replace(setting, turns=Turns(str(Path(folder, "turns"))))
         running = [
             threads.submit(_problem, pool, make, setting, str(Path(folder, name)), note)
             for name, make in makers.items()
