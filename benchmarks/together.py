@@ -122,8 +122,15 @@ def _problem(
 def _keep_truth(make: Maker, setting: Setting, file: str) -> None:
     """Compute the truth of a problem, or why that is not possible, and write it to a file."""
     problem = make()
-    with setting.turns.alone():
+    # One after the other, but beside peers that are prepared: a truth that waited for all of these
+    # would let its own peers wait.
+    turns = setting.turns
+    one_by_one = Turns(f"{turns.path}.truths")
+    with one_by_one.alone(), turns.shared():
         found = attempted(lambda: truth_of(problem, setting), Budget(setting.seconds))
+    if found[1] == "out of memory":  # others may have held it
+        with turns.alone():
+            found = attempted(lambda: truth_of(problem, setting), Budget(setting.seconds))
     torch.save(found, file)
 
 
