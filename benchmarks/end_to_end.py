@@ -16,7 +16,7 @@ import argparse
 import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from torch import nn
 from benchmarks import fp32_attention
 from benchmarks.environment import write_json
 from benchmarks.together import compared_together
+from benchmarks.turns import Turns
 from benchmarks.whole_models import (
     FLEX_WAYS,
     Inputs,
@@ -250,6 +251,8 @@ def arguments(words: Sequence[str] | None, names: Sequence[str], doc: str) -> ar
     parser.add_argument("--calls", type=int, default=7, help="that are timed")
     parser.add_argument("--kernels", type=int, default=0, help="to name, those that take most time")
     parser.add_argument("--jobs", type=int, default=1, help="peers that are prepared at a time")
+    parser.add_argument("--turns", default="", help="a file that runs share which share the GPU")
+    parser.add_argument("--skip", nargs="+", default=[], metavar="PEER", help="that are left out")
     parser.add_argument("--tiny", action="store_true", help="to test the benchmark itself")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default)
@@ -260,8 +263,12 @@ def arguments(words: Sequence[str] | None, names: Sequence[str], doc: str) -> ar
 def measure(args: argparse.Namespace, problem: Callable[..., Problem]) -> list[Row]:
     """Everything that was asked for; the verdicts."""
     setting = Setting(args.device, seconds=args.seconds, calls=args.calls, kernels=args.kernels)
+    setting = replace(setting, turns=Turns(args.turns))
     given = args.device, args.tiny, args.forced
-    makers = {name: functools.partial(problem, name, *given) for name in args.only}
+    makers = {
+        name: functools.partial(_of_some_peers, functools.partial(problem, name, *given), args.skip)
+        for name in args.only
+    }
     verdicts = []
     for asked, rows in _compared(makers, setting, args.jobs):
         verdicts.append(verdict(asked, rows))
@@ -269,6 +276,11 @@ def measure(args: argparse.Namespace, problem: Callable[..., Problem]) -> list[R
         if args.json:
             add_to_json(args.json, asked.name, rows, verdicts[-1])
     return verdicts
+
+
+def _of_some_peers(make: Callable[[], Problem], skipped: Sequence[str]) -> Problem:
+    made = make()
+    return replace(made, peers=tuple(peer for peer in made.peers if peer.name not in skipped))
 
 
 def _compared(

@@ -57,7 +57,7 @@ class _Pool:
 
 
 def _answer(sender: connection.Connection, function: Callable[..., Any], *given: Any) -> None:
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # there are processes enough
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "4"  # there are processes enough
     fp32_attention.register()
     sender.send(function(*given))
 
@@ -78,7 +78,8 @@ def compared_together(
     """
     pool = _Pool(BoundedSemaphore(jobs))
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(makers)) as threads:
-        setting = replace(setting, turns=Turns(str(Path(folder, "turns"))))
+        if not setting.turns.path:
+            setting = replace(setting, turns=Turns(str(Path(folder, "turns"))))
         running = [
             threads.submit(_problem, pool, make, setting, str(Path(folder, name)), note)
             for name, make in makers.items()
@@ -121,8 +122,15 @@ def _problem(
 def _keep_truth(make: Maker, setting: Setting, file: str) -> None:
     """Compute the truth of a problem, or why that is not possible, and write it to a file."""
     problem = make()
-    with setting.turns.alone():
+    # One after the other, but beside peers that are prepared: a truth that waited for all of these
+    # would let its own peers wait.
+    turns = setting.turns
+    one_by_one = Turns(f"{turns.path}.truths")
+    with one_by_one.alone(), turns.shared():
         found = attempted(lambda: truth_of(problem, setting), Budget(setting.seconds))
+    if found[1] == "out of memory":  # others may have held it
+        with turns.alone():
+            found = attempted(lambda: truth_of(problem, setting), Budget(setting.seconds))
     torch.save(found, file)
 
 

@@ -20,6 +20,7 @@ from sparse_compile.codegen.entry import (
     sizes,
     strides,
 )
+from sparse_compile.codegen.triton.blocks.learned import Sums, looked_up
 from sparse_compile.codegen.triton.blocks.sections import Described, across, described_views
 from sparse_compile.codegen.triton.blocks.tiles import Tiles
 from sparse_compile.codegen.triton.tile import Tile, padded
@@ -166,7 +167,8 @@ def _learned(spec: KernelSpec, tile: Tile) -> Entry:
     gone = {"items", "n_items", "heavy"}
     lines = [tuple(p for p in line if p.name not in gone) for line in entry.lines]
     at = next(n for n, line in enumerate(lines) if any(p.name == "rows" for p in line))
-    lines[at] += sizes("tiles")
+    bands = [one.number for one in looked_up(spec.attention) if one.sums is Sums.DISTANCES]
+    lines[at] += sizes("tiles", *(f"{name}_{i}" for i in bands for name in ("places", "offset")))
     return replace(entry, lines=tuple(lines))
 
 

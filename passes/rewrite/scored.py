@@ -6,38 +6,15 @@ layout of its own. Here layers can have one together.
 
 from __future__ import annotations
 
-import functools
 import operator
-from dataclasses import replace
 from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from sparse_compile.expr import MaskExpr, ScoreProgram
 from sparse_compile.layout.from_dense import NO_READS
-from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.ops import ATTENTION, LAYOUT
-from sparse_compile.ops.scored import SCORED_ATTENTION
-from sparse_compile.ops.untraced import untraced
-from sparse_compile.passes.decide.pick import views_for
+from sparse_compile.ops.scored import SCORED_ATTENTION, scored_specs
 from sparse_compile.passes.graph_edit import Inserter, device_of, example_value
-
-#: Lengths that views are chosen for, which is a matter of cost alone.
-_USUAL = ProblemShape(1, 1, 4096, 4096)
-
-
-@functools.lru_cache(maxsize=64)
-@untraced
-def scored_specs(mask: str, score: str, device: str) -> tuple[str, str]:
-    """The texts of the specs of a layout, and of attention over it.
-
-    Args:
-        mask: the text of a :class:`MaskExpr`.
-        score: that of a :class:`ScoreProgram`.
-        device: the kind of device it is for.
-    """
-    spec, _ = views_for(MaskExpr.parse(mask), device, _USUAL)
-    return spec.text, replace(spec, score=ScoreProgram.parse(score)).text
 
 
 def write_out_scored(gm: GraphModule) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import sympy
@@ -67,6 +68,20 @@ def _by_distance(case: Case, device: torch.device) -> list[Tensor]:
     return [numbers.to(device, case.dtype)]
 
 
+def _few(*shape: int) -> Callable[[Case, torch.device], list[Tensor]]:
+    """One tensor of this shape."""
+
+    def made(case: Case, device: torch.device) -> list[Tensor]:
+        numbers = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+        return [numbers.to(device, case.dtype)]
+
+    return made
+
+
+def _distances(lookup: sympy.Expr) -> ScoreProgram:
+    return ScoreProgram(SCORE + lookup, ("float32",))
+
+
 def _of_blocks(last: sympy.Expr, dtype: str) -> ScoreProgram:
     """Biases by distance, where queries behind ``last`` count as that one, as in LongT5."""
     head = FloorDiv(H, 2)
@@ -107,6 +122,40 @@ CASES = [
         score=_of_blocks(N_KV - 1, "bfloat16"),
         learned=_by_distance,
         dtype=torch.bfloat16,
+    ),
+    # Distances that the tensor does not have count as the nearest that it has.
+    Case(
+        "learned, nearer than the mask",
+        MaskExpr((KV <= Q + 9) & (Q - KV < 50)),
+        heads=(4, 2),
+        batch=2,
+        n=(70, 100),
+        score=_distances(W0(H, KV - Q + 7)),
+        learned=_few(4, 12),
+    ),
+    Case(
+        "learned, the highest distance first",
+        CAUSAL,
+        heads=(4, 2),
+        batch=2,
+        n=(90, 70),
+        score=_distances(W0(FloorDiv(H, 2), Q - KV - 20)),
+        learned=_few(2, 30),
+    ),
+    Case(
+        "learned, of pairs of distances",
+        EVERYTHING,
+        n=(70, 75),
+        score=_distances(W0(FloorDiv(KV - Q + N_Q, 2))),
+        learned=_few(73),
+    ),
+    Case(
+        "learned, for each entry",
+        CAUSAL,
+        batch=2,
+        n=(40, 40),
+        score=_distances(W0(B, KV - Q + N_Q - 1)),
+        learned=_few(2, 40),
     ),
     Case("dropout", CAUSAL, heads=(4, 2), batch=2, dropout=0.3),
     Case("dropout and biases", CAUSAL, score=_learned("float32"), learned=biases, dropout=0.1),

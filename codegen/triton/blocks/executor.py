@@ -15,7 +15,7 @@ from sparse_compile.codegen.attend import Gradients
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.codegen.entry import labelled
 from sparse_compile.codegen.triton import calls
-from sparse_compile.codegen.triton.blocks.learned import Looked, looked_up, total
+from sparse_compile.codegen.triton.blocks.learned import Looked, Sums, looked_up, total
 from sparse_compile.codegen.triton.calls import Prepared, Running
 from sparse_compile.codegen.triton.entries import axis_of, merge_of
 from sparse_compile.codegen.triton.tile import Tile, padded
@@ -256,19 +256,27 @@ def _learned(running: Running, wanted: Sequence[int]) -> list[Tensor]:
     lines = [views[own[0]].grid[0] for own in sections]
     tiles = max(lines) * subtiles
     left = {
-        one.number: torch.zeros(
-            one.shape(call, tiles, tile.m), dtype=torch.float32, device=call.q.device
-        )
+        one.number: torch.zeros(one.shape(call, tiles), dtype=torch.float32, device=call.q.device)
         for one in asked
     }
     given = {f"SUM_{one.number}": left.get(one.number) for one in looked}
-    own = {f"WANT_{one.number}": one in asked for one in looked}
+    own = {f"WANT_{one.number}": one in asked for one in looked} | _bands(call, looked)
     batch, heads, _, _ = call.shape
     for number, section in enumerate(sections):
         grid = lines[number] * subtiles, heads, batch
         values = {**given, **own, **_list_values(call.blocks, "q", section), "tiles": tiles}
         running.start(labelled("backward_learned", number), grid, values)
-    return [_sum_of(call, i, asked, left, tile.m) for i in wanted]
+    return [_sum_of(call, i, asked, left) for i in wanted]
+
+
+def _bands(call: AttentionCall, looked: Sequence[Looked]) -> dict[str, int]:
+    """Where distances are placed, as values of parameters."""
+    found: dict[str, int] = {}
+    for one in looked:
+        if one.sums is Sums.DISTANCES:
+            band = one.band(call)
+            found |= {f"places_{one.number}": band.places, f"offset_{one.number}": band.offset}
+    return found
 
 
 def _sum_of(
@@ -276,14 +284,11 @@ def _sum_of(
     number: int,
     looked: Sequence[Looked],
     left: Mapping[int, Tensor],
-    extent: int,
 ) -> Tensor:
     """The gradient of a learned tensor, from what its lookups left."""
     of = call.learned[number]
     parts = [
-        total(call, one, left[one.number], extent)
-        for one in looked
-        if table_index(one.lookup) == number
+        total(call, one, left[one.number]) for one in looked if table_index(one.lookup) == number
     ]
     found = functools.reduce(torch.add, parts) if parts else of.new_zeros(of.shape)
     return found.to(of.dtype)

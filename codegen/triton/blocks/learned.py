@@ -8,6 +8,7 @@ number for each pair.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -20,7 +21,7 @@ from sparse_compile.codegen.added_up import added_up
 from sparse_compile.codegen.call import AttentionCall
 from sparse_compile.codegen.runtime.generated import fill
 from sparse_compile.codegen.triton.text import learned as text
-from sparse_compile.expr import KV, B, H, Q, indices_at, table_index
+from sparse_compile.expr import KV, N_KV, N_Q, B, H, Q, indices_at, table_index
 from sparse_compile.spec import AttentionSpec
 
 
@@ -30,7 +31,8 @@ class Sums(Enum):
     Attributes:
         QUERIES: over the keys, for each query.
         KEYS: over the queries of a tile, for each key.
-        DISTANCES: over the pairs of a tile of one distance ``kv - q``.
+        DISTANCES: over the pairs of a tile of one distance ``kv - q``, by the places of a
+            :class:`Band`, and then over those of the distances before and behind these.
         PAIRS: over nothing.
     """
 
@@ -59,18 +61,55 @@ class Looked:
         body = fill(template, N=str(self.number)).splitlines()
         return [f"if WANT_{self.number}:", *(f"    {line}" for line in body)]
 
-    def shape(self, call: AttentionCall, tiles: int, extent: int) -> tuple[int, ...]:
+    def shape(self, call: AttentionCall, tiles: int) -> tuple[int, ...]:
         """Of what the programs leave: fp32 [B, Hq, ...]."""
         batch, heads, n_q, n_kv = call.shape
         rest = {
             Sums.QUERIES: (n_q,),
             Sums.KEYS: (tiles, n_kv),
-            Sums.DISTANCES: (tiles, n_kv + 2 * extent),
+            Sums.DISTANCES: (tiles, self.band(call).places + 2),
             Sums.PAIRS: (n_q, n_kv),
         }
         return batch, heads, *rest[self.sums]
 
+    def band(self, call: AttentionCall) -> Band:
+        """The places of distances, for a lookup of them."""
+        sizes = tuple(call.learned[table_index(self.lookup)].shape)
+        return _band(self.lookup, *call.shape[2:], sizes)
 
+
+@dataclass(frozen=True)
+class Band:
+    """The places of distances ``kv - q``, one after the other.
+
+    Attributes:
+        places: how many there are.
+        offset: the place of distance 0.
+        dim: the dimension of the tensor whose indices the places are; None if they are those of
+            all distances that there are.
+        falling: whether it has the highest distance first.
+    """
+
+    places: int
+    offset: int
+    dim: int | None = None
+    falling: bool = False
+
+
+@functools.lru_cache(maxsize=256)
+def _band(lookup: sympy.Basic, n_q: int, n_kv: int, sizes: tuple[int, ...]) -> Band:
+    """Of a lookup in a tensor of these sizes."""
+    dims = [d for d, arg in enumerate(lookup.args) if arg.free_symbols & {Q, KV}]
+    for sign in (1, -1) if len(dims) == 1 else ():
+        rest = sympy.expand(lookup.args[dims[0]] - sign * (KV - Q))
+        known = rest.xreplace({N_Q: sympy.Integer(n_q), N_KV: sympy.Integer(n_kv)})
+        if known.is_Integer:
+            size, at = sizes[dims[0]], int(known)
+            return Band(size, at if sign == 1 else size - 1 - at, dims[0], sign == -1)
+    return Band(max(n_q + n_kv - 1, 0), n_q - 1)
+
+
+@functools.lru_cache(maxsize=64)
 def looked_up(spec: AttentionSpec) -> tuple[Looked, ...]:
     """The lookups of an attention."""
     program = spec.score
@@ -96,53 +135,51 @@ def lines_of(looked: Sequence[Looked]) -> dict[str, list[str]]:
     """Lines before the loop, in it and after it, by the names of holes."""
     start, step, end = [], [], []
     for one in looked:
-        if one.sums is Sums.QUERIES:
-            start += one.lines(text.QUERIES_BEFORE)
-            end += one.lines(text.QUERIES_AFTER)
+        around = {
+            Sums.QUERIES: (text.QUERIES_BEFORE, text.QUERIES_AFTER),
+            Sums.DISTANCES: (text.DISTANCES_BEFORE, text.DISTANCES_AFTER),
+        }
+        if one.sums in around:
+            before, after = around[one.sums]
+            start += one.lines(before)
+            end += one.lines(after)
         step += one.lines(one.sums.value)
     return {"START": start, "LEARNED": step, "EARLIER": end}
 
 
-def total(call: AttentionCall, one: Looked, left: Tensor, extent: int) -> Tensor:
+def total(call: AttentionCall, one: Looked, left: Tensor) -> Tensor:
     """The gradient of what a lookup reads, fp32, from what the programs left.
 
     Args:
         call: the attention.
         one: the lookup.
         left: as :meth:`Looked.shape` says.
-        extent: queries of a tile.
     """
-    lowest = 0
-    if one.sums is Sums.DISTANCES:
-        lowest = -left.shape[2] * extent
-        left = _by_distance(left, extent)
-    elif one.sums is Sums.KEYS:
+    if one.sums in (Sums.KEYS, Sums.DISTANCES):
         left = left.sum(2)
+    if one.sums is Sums.DISTANCES:
+        left = _with_ends(left, one.band(call))
     shape = call.learned[table_index(one.lookup)].shape
-    plain = _plain(one, left, shape)
-    return _scattered(call, one, left, shape, lowest) if plain is None else plain
+    plain = _plain(call, one, left, shape)
+    return _scattered(call, one, left, shape) if plain is None else plain
 
 
-def _by_distance(left: Tensor, extent: int) -> Tensor:
-    """[B, H, tiles, n_kv + 2 * extent] as sums over tiles for each distance, lowest first.
-
-    Entry i of tile t is of the distance i - (t + 1) * extent.
-    """
-    tiles, width = left.shape[2:]
-    lead = left.shape[:2]
-    padded = torch.nn.functional.pad(left.flip(2), (0, -width % extent))
-    blocks = padded.reshape(*lead, tiles, -1, extent)
-    count = blocks.shape[3] + tiles
-    # Tile t is moved t tiles to the right: a view of rows that are one shorter.
-    moved = torch.nn.functional.pad(blocks, (0, 0, 0, tiles)).flatten(2, 3)
-    moved = moved[:, :, : tiles * (count - 1)].reshape(*lead, tiles, count - 1, extent)
-    return moved.sum(2).flatten(2)
+def _with_ends(left: Tensor, band: Band) -> Tensor:
+    """[..., places + 2] as [..., places], in the order of the tensor: ends get what is beyond."""
+    found = left[..., : band.places]
+    if band.places:
+        found[..., 0] += left[..., -2]
+        found[..., -1] += left[..., -1]
+    return found.flip(-1) if band.falling else found
 
 
-def _plain(one: Looked, left: Tensor, shape: torch.Size) -> Tensor | None:
+def _plain(call: AttentionCall, one: Looked, left: Tensor, shape: torch.Size) -> Tensor | None:
     """The sums over what a lookup does not name, where it names coordinates as they are."""
-    names = {Sums.QUERIES: (B, H, Q), Sums.KEYS: (B, H, KV), Sums.PAIRS: (B, H, Q, KV)}
-    axes, named = names.get(one.sums, ()), [arg for arg in one.lookup.args if arg != 0]
+    axes: tuple[sympy.Symbol, ...] = _AXES.get(one.sums, ())
+    args = list(one.lookup.args)
+    if one.sums is Sums.DISTANCES and (dim := one.band(call).dim) is not None:
+        args[dim], axes = KV, (B, H, KV)
+    named = [arg for arg in args if arg != 0]
     if len(set(named)) < len(named) or not set(named) <= set(axes):
         return None
     gone = [dim for dim, axis in enumerate(axes) if axis not in named]
@@ -152,22 +189,24 @@ def _plain(one: Looked, left: Tensor, shape: torch.Size) -> Tensor | None:
     return left.reshape(shape).contiguous() if left.numel() == shape.numel() else None
 
 
-def _scattered(
-    call: AttentionCall, one: Looked, left: Tensor, shape: torch.Size, lowest: int
-) -> Tensor:
-    """The sums by the indices of a lookup; ``lowest`` is the first distance."""
+#: The axes of what is left for a lookup.
+_AXES = {Sums.QUERIES: (B, H, Q), Sums.KEYS: (B, H, KV), Sums.PAIRS: (B, H, Q, KV)}
+
+
+def _scattered(call: AttentionCall, one: Looked, left: Tensor, shape: torch.Size) -> Tensor:
+    """The sums by the indices of a lookup."""
     if B not in one.lookup.free_symbols and left.shape[0] > 1:
         left = left.sum(0, keepdim=True)
     rank, device = left.dim(), left.device
     places = [_leading(n, axis, rank, device) for axis, n in enumerate(left.shape)]
     where = {"b": places[0], "h": places[1], "q": places[2], "kv": places[-1]}
     if one.sums is Sums.DISTANCES:
-        where |= {"q": torch.zeros_like(places[2]), "kv": places[2] + lowest}
-    data = call.score_data(where)
-    indices = [
-        at.clamp(0, n - 1) for at, n in zip(indices_at(one.lookup, data), shape, strict=True)
-    ]
-    return added_up(left, indices, shape)
+        where |= {"q": torch.zeros_like(places[2]), "kv": places[2] - one.band(call).offset}
+    indices = indices_at(one.lookup, call.score_data(where))
+    if one.sums is Sums.DISTANCES and (dim := one.band(call).dim) is not None:
+        indices[dim] = places[2]
+    within = [at.clamp(0, n - 1) for at, n in zip(indices, shape, strict=True)]
+    return added_up(left, within, shape)
 
 
 def _leading(n: int, axis: int, rank: int, device: torch.device) -> Tensor:

@@ -77,16 +77,29 @@ earlier = tl.load(at, mask=kv < n_kv, other=0.0)
 tl.store(at, earlier + tl.sum(grad_score * by_$N, 0)[None, :], mask=kv < n_kv)
 """
 
-#: For one that reads the distance: sums over the diagonals of the tile, added to those of others.
+#: For one that reads the distance: sums over the diagonals of the tile. What belongs before the
+#: first place of a distance is added up apart, and so is what belongs behind the last.
+DISTANCES_BEFORE = """\
+early_$N, late_$N = tl.zeros([TILE_N], tl.float32), tl.zeros([TILE_N], tl.float32)
+"""
 DISTANCES = """\
 rolled = roll_rows(grad_score * by_$N)
 column = tl.arange(0, TILE_N)
 before = tl.arange(0, TILE_M)[:, None] + column[None, :] < TILE_N
-at = SUM_$N + (place * tiles + tl.program_id(0)) * (n_kv + TILE_M + TILE_N) + kv0 + TILE_M + column
-far = tl.sum(tl.where(before, 0.0, rolled), 0)
-tl.store(at - TILE_N, tl.load(at - TILE_N) + far)
-near = tl.sum(tl.where(before, rolled, 0.0), 0)
-tl.store(at, tl.load(at) + near)
+row_of = SUM_$N + (place * tiles + tl.program_id(0)) * (places_$N + 2)
+at = kv0 - first + offset_$N + column
+for half in tl.static_range(2):
+    sums = tl.sum(tl.where(before == (half == 1), rolled, 0.0), 0)
+    there = at + (half - 1) * TILE_N
+    inside = (there >= 0) & (there < places_$N)
+    tl.store(row_of + there, tl.load(row_of + there, mask=inside, other=0.0) + sums, mask=inside)
+    early_$N += tl.where(there < 0, sums, 0.0)
+    late_$N += tl.where(there >= places_$N, sums, 0.0)
+"""
+DISTANCES_AFTER = """\
+row_of = SUM_$N + (place * tiles + tl.program_id(0)) * (places_$N + 2) + places_$N
+tl.store(row_of, tl.load(row_of) + tl.sum(early_$N, 0))
+tl.store(row_of + 1, tl.load(row_of + 1) + tl.sum(late_$N, 0))
 """
 
 #: For any other: one number for each pair. Another view may visit pairs that this one hides.

@@ -17,8 +17,7 @@ from sparse_compile import ops
 from sparse_compile.layout.from_dense import NO_READS
 from sparse_compile.ops.composite import composed_of
 from sparse_compile.ops.fresh_size import told_apart
-from sparse_compile.ops.scored import SCORED_ATTENTION
-from sparse_compile.passes.rewrite.scored import scored_specs
+from sparse_compile.ops.scored import SCORED_ATTENTION, scored_specs
 
 
 def attend(
