@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -13,6 +14,9 @@ import sparse_compile
 from sparse_compile.codegen import attend
 from sparse_compile.errors import BadShape, WeightsNeeded
 from sparse_compile.integrations.transformers import sparsify
+from sparse_compile.ops import ATTENTION, LAYOUT
+from sparse_compile.options import Options
+from sparse_compile.passes import pipeline
 from tests.integrations.tiny_models import Named, assert_same, batch, longt5, sparse
 
 KINDS = ("local", "transient-global")
@@ -207,6 +211,23 @@ def test_other_lengths_need_no_other_graph(kind: str) -> None:
     for n in (29, 42, 55):
         assert_same(model, Named(compiled), batch(n, 11))
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize(("kind", "count"), [("local", 1), ("transient-global", 2)])
+def test_layers_share_their_layouts(kind: str, count: int) -> None:
+    """Under this library's backend; the attention of each layer is there, and has no other."""
+    torch._dynamo.reset()
+    nodes: Counter[Any] = Counter()
+
+    def rewritten(gm: Any, inputs: Any) -> Any:
+        pipeline.run(gm, inputs, Options())
+        nodes.update(node.target for node in gm.graph.nodes)
+        return gm.forward
+
+    model = longt5(kind)
+    compiled = torch.compile(sparse(model), backend=rewritten, fullgraph=True)
+    assert_same(model, Named(compiled), batch(29, 11))
+    assert (nodes[LAYOUT], nodes[ATTENTION]) == (count, 3 * count)
 
 
 @pytest.mark.parametrize("kind", KINDS)
