@@ -20,7 +20,7 @@ import torch
 from sparse_compile.expr import KV, SCORE, Q, learned
 from sparse_compile.expr.score import number
 from sparse_compile.passes.lift.hidden import State, check_centred, states_of
-from sparse_compile.passes.lift.masks import Keep, SiteMasks, fill_kind, is_trained
+from sparse_compile.passes.lift.masks import Keep, SiteMasks, is_trained, kind_of
 from sparse_compile.passes.lift.simplify import Simplifier
 from sparse_compile.sites.site import Refused
 from sparse_compile.spec import EmptyRows
@@ -104,7 +104,7 @@ def of_empty_rows(
     site, nothing = masks.site, Outcome(EmptyRows.ZERO)
     if site.kind == "call":
         return nothing
-    fills = {fill: fill_kind(fill, masks.dtype) for keep in keeps for fill in keep.fills}
+    fills = {fill: kind for keep in keeps for fill, kind in _kinds(keep, masks.dtype)}
     assumed = _check_finite(fills, finite_fill)
     # With a sink, a row without keys gives all its weight to that, and yields 0.
     if assumed or site.sinks is not None or never_empty(predicate, masks.lengths, simplify):
@@ -125,6 +125,14 @@ def of_empty_rows(
     if policy is not None and not site.dropout:
         return Outcome(policy)
     return reading.levels()
+
+
+def _kinds(keep: Keep, dtype: torch.dtype) -> list[tuple[float, str]]:
+    """How the numbers act by which an operand hides."""
+    raw = [float(value) for _, value in keep.hidden]
+    before = raw if len(raw) == len(keep.fills) else keep.fills
+    pairs = zip(keep.fills, before, strict=True)
+    return [(fill, kind_of(fill, number, dtype)) for fill, number in pairs]
 
 
 def _check_known(masks: SiteMasks, states: Sequence[State]) -> None:

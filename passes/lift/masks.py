@@ -37,6 +37,9 @@ Places = tuple[sympy.Expr, ...]
 #: The coordinates of scores, by the names of their axes.
 COORDINATES = {"b": B, "h": H, "q": Q, "kv": KV}
 
+#: As low as this, the least float16 leaves no weight whatever it is scaled by.
+_LOW_HALF = -1e4
+
 
 @dataclass(frozen=True)
 class SiteMasks:
@@ -203,6 +206,16 @@ def fill_kind(fill: float, dtype: torch.dtype) -> str:
     return "absorbing" if rounded <= ABSORBING else "finite"
 
 
+def kind_of(fill: float, raw: float, dtype: torch.dtype) -> str:
+    """:func:`fill_kind` of a number, ``raw``, that has become ``fill`` where softmax sees it.
+
+    The least float16 stays what it is when scores are scaled later, as they are then as well.
+    """
+    if fill_kind(raw, dtype) == "half" and fill <= _LOW_HALF:
+        return "half"
+    return fill_kind(fill, dtype)
+
+
 def read_operand(
     operand: MaskOperand, tensor: Lifted, fill: Lifted | None, masks: SiteMasks, assumed: float
 ) -> Keep:
@@ -326,7 +339,7 @@ def _says_zero(condition: sympy.Basic, value: sympy.Expr) -> bool:
 def _masks(operand: MaskOperand, value: Number, dtype: torch.dtype, assumed: float) -> bool:
     """Whether scores to which a number is added have no weight."""
     changed = operand.changed(float(value))
-    return (fill_kind(changed, dtype) != "finite" and changed < 0) or changed <= assumed
+    return (kind_of(changed, float(value), dtype) != "finite" and changed < 0) or changed <= assumed
 
 
 def _is_in(value: Value, numbers: Sequence[float]) -> bool:

@@ -127,6 +127,16 @@ def test_the_least_number_of_float16_beside_what_is_trained() -> None:
     assert "may be as low as a mask's" in result.left[0]
 
 
+def test_the_least_number_of_float16_before_a_scale() -> None:
+    """It was read as a bias, of -32752; eager rounds to float16, and has the mean."""
+    program = Program(dtype="float16", masks=EMPTY, hiding="added", fill="least")
+    result = run(replace(program, late=("scaled",)))
+    assert result.wrong == ""
+    assert "adds finfo.min to float16 scores" in result.left[0]
+    masked = run(replace(program, hiding="masked_fill", late=("scaled",)))
+    assert (masked.wrong, masked.left) == ("", ("",))
+
+
 def test_places_that_follow_from_sizes_of_the_call() -> None:
     """The heads of a bias are split by sizes that are symbols: they reached the executor once."""
     bias = Added(Piece("curve of a bias", Numbers(c=16)), how="minus")
