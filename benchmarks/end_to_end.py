@@ -28,6 +28,7 @@ from benchmarks import fp32_attention
 from benchmarks.environment import write_json
 from benchmarks.together import compared_together
 from benchmarks.turns import Turns
+from benchmarks.verdicts import verdict
 from benchmarks.whole_models import (
     FLEX_WAYS,
     Inputs,
@@ -36,7 +37,6 @@ from benchmarks.whole_models import (
     Row,
     Setting,
     compared,
-    verdict,
 )
 
 

@@ -105,21 +105,29 @@ class Model:
         return found
 
 
+class _Projected(nn.Module):
+    """In the place of an attention that is sparsified: the sum of its projections."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention: Any = attention
+        self.names = [name for name in _PROJECTIONS if hasattr(attention, name)]
+
+    def forward(self, hidden_states: Tensor, *_: Any, **given: Any) -> tuple[Any, ...]:
+        total = sum(getattr(self.attention, name)(hidden_states) for name in self.names)
+        if not hasattr(self.attention, "o"):
+            return total, None
+        # What the layers of LongT5 hand on.
+        return self.attention.o(total), hidden_states.new_zeros(1, 1)
+
+
 def _without_attention(model: nn.Module) -> nn.Module:
-    """A model whose attention is the sum of its projections: all the rest of it remains."""
-    for module in sparsify(model).modules():
-        if module.extra_repr() == _SPARSIFIED:
-            module.forward = functools.partial(_projected, module)  # type: ignore[method-assign]
-    return model
-
-
-def _projected(module: Any, hidden_states: Tensor, *_: Any, **given: Any) -> tuple[Any, ...]:
-    names = [n for n in _PROJECTIONS if hasattr(module, n)]
-    total = sum(getattr(module, name)(hidden_states) for name in names)
-    if not hasattr(module, "q"):
-        return total, None
-    # What the layers of LongT5 hand on.
-    return module.o(total), hidden_states.new_zeros(1, 1)
+    """A model without attention: all the rest of it remains."""
+    made = sparsify(model)
+    found = [name for name, module in made.named_modules() if module.extra_repr() == _SPARSIFIED]
+    for name in found:
+        made.set_submodule(name, _Projected(made.get_submodule(name)))
+    return made
 
 
 _SPARSIFIED = "by sparse_compile"

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-#: Numbers are added up in so many parts, side by side.
+#: Numbers are added up in so many parts, side by side, each of at least as many numbers.
 _PARTS = 256
 #: Elements that the results of all parts may have together.
 _MOST = 1 << 22
@@ -40,7 +40,7 @@ def added_up(numbers: Tensor, indices: Sequence[Tensor], sizes: Sequence[int]) -
     total = math.prod(sizes)
     parts = max(1, min(_PARTS, _MOST // max(total, 1), flat.numel() // _PARTS))
     if parts > 1:
-        # Neighbours tend to belong together, so each part gets every so-manieth number.
+        # Neighbours tend to belong together, so they go to different parts.
         place = place + torch.arange(flat.numel(), device=flat.device) % parts * total
     found = flat.new_zeros(parts * total).index_put_((place,), flat, accumulate=True)
     return found.view(parts, *sizes).sum(0) if parts > 1 else found.view(list(sizes))

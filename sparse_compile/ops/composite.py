@@ -12,13 +12,14 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from sparse_compile.ops.fresh_size import unbound_sizes
 
-_LIBRARY: Any = torch.library.Library("sparse_compile", "FRAGMENT")  # type: ignore[no-untyped-call]
+_NAMESPACE = "sparse_compile"
 
 
 def defined(schema: str) -> Any:
     """The operator of a schema, as nodes of a graph call it."""
-    _LIBRARY.define(schema)
-    return getattr(torch.ops.sparse_compile, schema.partition("(")[0]).default
+    name, bracket, rest = schema.partition("(")
+    torch.library.define(f"{_NAMESPACE}::{name}", bracket + rest)
+    return getattr(torch.ops.sparse_compile, name).default
 
 
 def composed_of(operator: Any, attend: Callable[..., Any]) -> None:
@@ -35,4 +36,4 @@ def composed_of(operator: Any, attend: Callable[..., Any]) -> None:
         with unbound_sizes(getattr(q, "fake_mode", None)) if asked else contextlib.nullcontext():
             return attend((q, k, v), *rest)
 
-    _LIBRARY.impl(operator.name().partition("::")[2], composed, "CompositeImplicitAutograd")
+    torch.library.impl(operator.name(), "CompositeImplicitAutograd", composed)

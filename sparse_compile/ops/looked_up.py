@@ -6,6 +6,7 @@ of which wait for one another, in an order that differs from run to run.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,8 +18,7 @@ from sparse_compile.ops.registered import operator
 
 
 def _like_looked_up(table: Tensor, indices: Sequence[Tensor]) -> Tensor:
-    whole = torch.broadcast_tensors(*indices)[0]  # type: ignore[no-untyped-call]
-    return table.new_empty(whole.shape)
+    return table.new_empty(functools.reduce(torch.add, indices).shape)
 
 
 @operator(_like_looked_up)

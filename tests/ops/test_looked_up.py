@@ -39,7 +39,6 @@ def test_no_lookups() -> None:
     assert torch.equal(table.grad, torch.zeros(7, 3))
 
 
-def test_second_table_is_left_alone() -> None:
-    """Nothing but the table has a gradient, and none is made for one that is not trained."""
+def test_a_table_that_is_not_trained_has_no_gradient() -> None:
     table, indices, _ = problem(torch.float32)
     assert not LOOKED_UP(table.detach(), indices).requires_grad
