@@ -19,7 +19,7 @@ from sparse_compile.passes.graph_edit import example_value
 from sparse_compile.passes.lift.emit import Emitter
 from sparse_compile.passes.lift.lift import Lifter
 from sparse_compile.passes.lift.masks import Keep, SiteMasks, aligned
-from sparse_compile.passes.lift.slice import call_name, made_of
+from sparse_compile.passes.lift.slice import call_name, made_of, values_of
 from sparse_compile.passes.lift.tabulated import DISTANCE, Span, settled, symbols_of
 from sparse_compile.passes.lift.value import (
     ABSORBING,
@@ -120,7 +120,7 @@ class Biases:
         while front:
             node = front.pop()
             sources = self.lifter.sources.get(node)
-            found |= set(made_of(node) if sources is None else ())
+            found |= set(made_of(node, follow=values_of) if sources is None else ())
             front |= sources or set()
         return found
 

@@ -7,7 +7,7 @@ the write makes it what it is. A write counts if it happens before the attention
 from __future__ import annotations
 
 import operator
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,8 @@ SOURCES = frozenset(
 )
 #: Those whose results say nothing of the values of their first argument.
 LIKE = frozenset("new_zeros new_ones new_full zeros_like ones_like full_like".split())
+#: Those that say where values of their first argument are looked up with the others.
+_LOOKS_UP = frozenset("gather index _unsafe_index index_select embedding take".split())
 VMAP = "_vmap_increment_nesting"
 _OPENING = {VMAP: "vmap", "_enter_autocast": "autocast"}
 _CLOSING = {"_vmap_decrement_nesting": "vmap", "_exit_autocast": "autocast"}
@@ -299,8 +301,19 @@ def call_name(node: Node) -> str:
     return str(target) if isinstance(target, str) else str(getattr(target, "__name__", target))
 
 
+def values_of(node: Node) -> list[Node]:
+    """What the values of a node come from, rather than where they are looked up."""
+    sources = node.all_input_nodes
+    if call_name(node) not in _LOOKS_UP:
+        return sources
+    return [source for source in sources if source is node.args[0]]
+
+
 def made_of(
-    node: Node, known: Container[Node] = (), opaque: Container[Node] = ()
+    node: Node,
+    known: Container[Node] = (),
+    opaque: Container[Node] = (),
+    follow: Callable[[Node], Iterable[Node]] = lambda reader: reader.all_input_nodes,
 ) -> dict[Node, None]:
     """A node and all that it is computed from.
 
@@ -308,11 +321,12 @@ def made_of(
         node: the node.
         known: what counts no more, nor what it is computed from.
         opaque: what counts, but not what it is computed from.
+        follow: what of that a node is computed from counts.
     """
     found, front = {node: None}, [node]
     while front:
         reader = front.pop()
-        sources = () if reader in opaque else reader.all_input_nodes
+        sources = () if reader in opaque else follow(reader)
         new = [source for source in sources if source not in found and source not in known]
         found |= dict.fromkeys(new)
         front += new

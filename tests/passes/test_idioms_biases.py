@@ -298,6 +298,31 @@ def test_deberta() -> None:
     assert site.mask == "t0[b, kv] != 0"
 
 
+def products_of_buckets(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, pad: Tensor) -> Tensor:
+    """The logarithm says where a product is looked up, not what it is."""
+    there = bucket(distance(), both=True).expand(B, H, N, N)
+    scores = q @ k.mT + torch.gather(q @ keys.mT, -1, there)
+    return scores.masked_fill(~visible(pad), LOW).softmax(-1) @ v
+
+
+def test_products_of_buckets_for_inference() -> None:
+    assert_rewritten(products_of_buckets, *qkv(), *tensors((32, D)), right())
+    given = [x.detach() for x in (*qkv(), *tensors((32, D)))]
+    assert_rewritten(products_of_buckets, *given, right())
+
+
+def logarithms_of_products(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, pad: Tensor) -> Tensor:
+    """A logarithm of what is looked up may be as low as a mask."""
+    weights = torch.log((q @ keys.mT).relu())
+    scores = q @ k.mT + torch.gather(weights, -1, bucket(distance(), both=True).expand(B, H, N, N))
+    return scores.masked_fill(~visible(pad), LOW).softmax(-1) @ v
+
+
+def test_logarithms_of_products_are_left() -> None:
+    given = [x.detach() for x in (*qkv(), *tensors((32, D)))]
+    assert_left("it adds a bias that may be a mask", logarithms_of_products, *given, right())
+
+
 def products_with_distances(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """As Shaw: a product of queries and embedded distances."""
     relative = torch.einsum("bhid,ijd->bhij", q, bias[distance() + N - 1])
