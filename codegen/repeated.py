@@ -1,9 +1,10 @@
 """Calls that are repeated: what the first one asked for and started, without what it looked up.
 
-The first call of its kind is watched. If all that it did was to ask for memory and to start kernels
-that are prepared, then a call of the same kind does the same with other addresses: it allocates and
-launches, and nothing else. What else a call may do (a copy of an operand, zeros for rows that no
-block reaches, a selection that is unpacked) is seen, and such calls take the whole way each time.
+The first call of its kind is watched. If all that it did was to ask for memory, some of it filled
+with zeros, and to start kernels that are prepared, then a call of the same kind does the same with
+other addresses: it allocates and launches, and nothing else. What else a call may do (a copy of an
+operand, an order for a strided view, a selection that is unpacked) is seen, and such calls take the
+whole way each time.
 
 Calls are of one kind if all that the host can know of them is equal: shapes, strides, dtypes,
 devices and alignments of tensors, shapes of lists, and all other arguments. An executor decides on
@@ -32,6 +33,8 @@ _ALLOCATIONS = (
     torch.ops.aten.new_empty.default,
     torch.ops.aten.new_empty_strided.default,
 )
+#: Those of which it is filled with zeros.
+_ZEROS = (torch.ops.aten.zeros.default, torch.ops.aten.new_zeros.default)
 #: The first call of a kind may still make what later ones find; so many are watched.
 _WATCHED = 3
 #: Addresses whose descriptors a launch keeps.
@@ -111,17 +114,24 @@ class Memory:
     Attributes:
         shape, strides, dtype: of it.
         new: makes one from these, on the device.
+        zero: whether it is filled with zeros.
     """
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: torch.dtype
     new: Callable[..., Tensor]
+    zero: bool = False
 
     @staticmethod
-    def like(t: Tensor) -> Memory:
+    def like(t: Tensor, zero: bool = False) -> Memory:
         """That of a tensor."""
-        return Memory(tuple(t.shape), t.stride(), t.dtype, allocator(t.device))
+        return Memory(tuple(t.shape), t.stride(), t.dtype, allocator(t.device), zero)
+
+    def made(self) -> Tensor:
+        """One like it. Nothing has happened in a call before its tensors are made."""
+        found = self.new(self.shape, self.strides, self.dtype)
+        return found.zero_() if self.zero else found
 
     @property
     def is_whole(self) -> bool:
@@ -255,7 +265,7 @@ class Repeat:
         if device.type == "cuda" and number != torch.cuda.current_device():
             with torch.cuda.device(device):
                 return self(addresses, device)
-        made = [memory.new(memory.shape, memory.strides, memory.dtype) for memory in self.memory]
+        made = [memory.made() for memory in self.memory]
         addresses += [t.data_ptr() for t in made]
         for launch in self.launches:
             launch(addresses, number)
@@ -269,13 +279,15 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has n
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # nor here
         self.made: list[Tensor] = []
+        self.zeros: set[int] = set()
         self.started: list[tuple[Any, tuple[int, ...], list[Any]]] = []
         self.did_more = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
-        if func in _ALLOCATIONS:
+        if func in _ALLOCATIONS or func in _ZEROS:
             self.made.append(found)
+            self.zeros |= {found.data_ptr()} if func in _ZEROS else set()
         elif not func.is_view:
             self.did_more = True
         return found
@@ -299,7 +311,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has n
             launches = [Bound.of(*seen, partial(_place, sources)) for seen in self.started]
         except _Unknown:
             return None
-        memory = tuple(map(Memory.like, [*returned, *others]))
+        made = [*returned, *others]
+        memory = tuple(Memory.like(t, t.data_ptr() in self.zeros) for t in made)
         if not all(one.is_whole for one in memory):
             return None
         return Repeat(memory, tuple(launches), (len(returned), type(results)))

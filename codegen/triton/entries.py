@@ -22,7 +22,7 @@ from sparse_compile.codegen.entry import (
 )
 from sparse_compile.codegen.triton.blocks.learned import Sums, looked_up
 from sparse_compile.codegen.triton.blocks.sections import Described, across, described_views
-from sparse_compile.codegen.triton.blocks.tiles import Tiles
+from sparse_compile.codegen.triton.blocks.tiles import Tiles, tile_of_learned
 from sparse_compile.codegen.triton.tile import Tile, padded
 from sparse_compile.expr import MaskExpr, ScoreProgram, table_index
 from sparse_compile.spec import AttentionSpec, KernelSpec
@@ -49,7 +49,6 @@ def entries_of(spec: KernelSpec, tiles: Tiles) -> tuple[Entry, ...]:
         half("Q", "K", "V", "OUT", "GRAD_OUT")
         + single("LSE", "GRAD_LSE", "STATISTICS")
         + half("GRAD_Q")
-        + single("PART_GRAD_Q")
     )
     by_key = (
         half("Q", "K", "V", "GRAD_OUT")
@@ -60,18 +59,26 @@ def entries_of(spec: KernelSpec, tiles: Tiles) -> tuple[Entry, ...]:
     found: tuple[Entry, ...] = (
         _loop("forward", spec, tiles.forward, ahead),
         _merge_forward(spec),
-        _loop("backward_query", spec, tiles.backward_query, by_query, HAS_GRAD_LSE=True),
+        _loop(
+            "backward_query",
+            spec,
+            tiles.backward_query,
+            by_query + single("PART_GRAD_Q"),
+            HAS_GRAD_LSE=True,
+        ),
         _merge_sum("merge_query", spec),
         _loop("backward_key_value", spec, tiles.backward_key_value, by_key),
         _merge_sum("merge_key_value", spec),
     )
-    if learned_ranks(spec.attention.score):
-        found += (_learned(spec, tiles.backward_learned),)
-    return tuple(
+    learned = bool(learned_ranks(spec.attention.score))
+    if learned:
+        found += (_learned(spec, tile_of_learned(spec, tiles), by_query),)
+    of_sections = tuple(
         entry.of_section(number, _of_others(spec, axis_of(entry.name), own, entry.tile))
         for entry in found
         for number, own in enumerate(spec.attention.sections(axis_of(entry.name)))
     )
+    return (*of_sections, _merge_learned()) if learned else of_sections
 
 
 def _of_others(
@@ -155,14 +162,20 @@ def _loop(name: str, spec: KernelSpec, tile: Tile, tensors: Line, **own: Any) ->
     return Entry(name, lines, tile.options, tile)
 
 
-def _learned(spec: KernelSpec, tile: Tile) -> Entry:
-    """The gradients of learned tensors: what it leaves, and whether, for each of their lookups."""
+def _learned(spec: KernelSpec, tile: Tile, by_query: Line) -> Entry:
+    """The gradients of queries and of learned tensors.
+
+    Args:
+        spec: of the module.
+        tile: what a program holds.
+        by_query: what the kernel of queries alone takes. This one takes beside it what it leaves
+            for each lookup, and whether.
+    """
     assert spec.attention.score is not None
     lookups = range(len(spec.attention.score.lookups))
-    read = pointers(spec.dtype, "Q", "K", "V", "GRAD_OUT") + pointers("float32", "STATISTICS")
     left = pointers("float32", *(f"SUM_{n}" for n in lookups))
     own: dict[str, Any] = {f"WANT_{n}": True for n in lookups}
-    entry = _loop("backward_learned", spec, tile, read + left, **own)
+    entry = _loop("backward_learned", spec, tile, by_query + left, HAS_GRAD_LSE=True, **own)
     # It goes through every line as a whole: no worklist, but the number of tiles of queries.
     gone = {"items", "n_items", "heavy"}
     lines = [tuple(p for p in line if p.name not in gone) for line in entry.lines]
@@ -176,6 +189,15 @@ def _merge_forward(spec: KernelSpec) -> Entry:
     parts, out = pointers("float32", "PART_OUT", "PART_LSE"), pointers(spec.dtype, "OUT")
     given = parts + out + pointers("float32", "LSE") + pointers("int32", "merges")
     return Entry("merge_forward", (given, *strided(out), sizes("n_q"), *constants(SECTION=0)))
+
+
+def _merge_learned() -> Entry:
+    """Of a tensor of any dtype."""
+    rows = sizes("blocks", "width", "n_x", "kept_h", "kept_r")
+    rows += sizes("n_added", "added_b", "added_h", "added_r")
+    steps = sizes(*(f"step_{axis}" for axis in "0bhrx"))
+    given = pointers("float32", "SUM", "GRAD")
+    return Entry("merge_learned", (given, rows, steps, *constants(ENDS=True, ROWS=64, COLUMNS=64)))
 
 
 def _merge_sum(name: str, spec: KernelSpec) -> Entry:

@@ -31,7 +31,7 @@ class PrintedScore:
         factor: what turns a score into an exponent of 2.
         before: assignments that belong before the loop.
         value: lines that turn the products ``score`` of a tile into scores.
-        slope: the same, and leave the derivatives in ``slope``, or ``by_0, by_1, ...``.
+        slope: the same, and leave the derivatives in ``slope``, and in ``by_0, by_1, ...``.
         coordinates: which of ``b, h, q, kv`` the lines read.
         helpers: as in :class:`sparse_compile.codegen.triton.predicate.Printed`.
         shown: lines of a module's description.
@@ -70,13 +70,13 @@ class Scoring:
         """For a kernel whose loop runs over ``loop_axis``, and what it covers of the mask.
 
         Args:
-            learned: whether it is one that computes the gradients of learned tensors.
+            learned: whether it is one that computes the gradients of learned tensors as well.
         """
         printed, program = print_predicate(mask, loop_axis), attention.score
         slopes = {"slope": program.derivative} if program else {}
         if learned and program:
             by = enumerate(program.lookups)
-            slopes = {f"by_{n}": program.derivative_by(lookup) for n, lookup in by}
+            slopes |= {f"by_{n}": program.derivative_by(lookup) for n, lookup in by}
         score = print_score(program, mask.tables, loop_axis, printed, slopes)
         return Scoring(score, printed)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from sparse_compile.codegen.generators import Generators, executor
 from sparse_compile.codegen.repeated import REPEATS, Repeat
 from sparse_compile.codegen.runtime.launch import Launcher, Refused
 from sparse_compile.codegen.triton import calls
+from sparse_compile.expr import KV, N_Q, SCORE, H, Q, ScoreProgram, learned
 from sparse_compile.layout import schedule
 from sparse_compile.layout.lists import lists_of
 from sparse_compile.ops.attention import attention, attention_backward
@@ -24,6 +26,7 @@ from tests.handed_in import worklists_on_the_cpu
 
 #: Worklists are cached by lengths: lines are split at one of them alone.
 N, N_SPLIT = 96, 112
+BY_DISTANCE = ScoreProgram(SCORE + learned(0)(H, KV - Q + N_Q - 1), ("float32",))
 Started = list[tuple[tuple[int, ...], list[Any]]]
 CPU = torch.device("cpu")
 
@@ -143,6 +146,30 @@ def test_a_repeated_call_does_what_the_whole_way_does(
     assert (len(whole_way[0]) > 3) == are_split  # what is split is merged
     assert run(second) == whole_way
     assert run(first) == whole_way
+
+
+def test_gradients_of_learned_tensors_are_repeated(started: Started) -> None:
+    problem, bias = Problem(P.SlidingWindow(20, 0)), torch.randn(4, 2 * N - 1)
+    spec = replace(problem.layout.spec, score=BY_DISTANCE).text
+    out, lse = problem.forward()
+
+    def run() -> list[Any]:
+        started.clear()
+        grads = attention_backward(
+            *(problem.grad, None, out, lse, problem.q, problem.k, problem.v, [bias], [], []),
+            *(problem.lists, 0.5, spec, [0]),
+        )
+        assert grads[3].shape == bias.shape
+        return problem.named(started, [out, lse, bias, *grads])
+
+    REPEATS.clear()
+    whole_way = run()
+    (found,) = REPEATS.values()
+    assert isinstance(found, Repeat)
+    # Queries and biases, keys and values, and what adds up the sums, which begin as zeros.
+    assert len(whole_way) == 3
+    assert [memory.zero for memory in found.memory] == [False] * 4 + [False, True]
+    assert run() == whole_way
 
 
 def test_what_is_repeated_holds_no_memory(started: Started) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ from sparse_compile.codegen.attend import Gradients
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.codegen.entry import labelled
 from sparse_compile.codegen.triton import calls
-from sparse_compile.codegen.triton.blocks.learned import Looked, Sums, looked_up, total
+from sparse_compile.codegen.triton.blocks.gradients import gradient_of
+from sparse_compile.codegen.triton.blocks.learned import Looked, Sums, looked_up
 from sparse_compile.codegen.triton.calls import Prepared, Running
 from sparse_compile.codegen.triton.entries import axis_of, merge_of
 from sparse_compile.codegen.triton.tile import Tile, padded
@@ -235,18 +235,29 @@ def backward(call: AttentionCall, result: AttentionResult) -> Gradients:
         running.given["STATISTICS"] = statistics
         by_query, by_key = blocks.passes
         taken = {"LSE": lse, "GRAD_LSE": calls.single(result.grad_lse, lse), "GRAD_Q": dq}
-        by_query.run(running, taken, lse)
+        others: list[Tensor] = []
+        if result.wanted:
+            others = _with_learned(running, taken, result.wanted)
+        else:
+            by_query.run(running, taken, lse)
         by_key.run(running, {"GRAD_K": dk, "GRAD_V": dv, **_in_order(blocks, statistics, n_q)}, lse)
         sign = prepared.operands.sign
-        others = _learned(running, result.wanted) if result.wanted else []
         return dq if sign == 1 else dq.mul_(sign), dk, dv, *others
 
     key = "backward", has_grad_lse, *calls.key_of(call, *read.values())
     return calls.served(key, prepare, run, q.device)
 
 
-def _learned(running: Running, wanted: Sequence[int]) -> list[Tensor]:
-    """The gradients of learned tensors, after those of queries, whose statistics they read."""
+def _with_learned(
+    running: Running, taken: Mapping[str, Tensor], wanted: Sequence[int]
+) -> list[Tensor]:
+    """The gradients of queries, for which there is room, and those of learned tensors.
+
+    Args:
+        running: the call.
+        taken: what the kernel of queries takes.
+        wanted: numbers of learned tensors.
+    """
     call, spec = running.call, running.call.spec
     tile: Tile = running.tile("backward_learned")
     looked = looked_up(spec)
@@ -259,14 +270,14 @@ def _learned(running: Running, wanted: Sequence[int]) -> list[Tensor]:
         one.number: torch.zeros(one.shape(call, tiles), dtype=torch.float32, device=call.q.device)
         for one in asked
     }
-    given = {f"SUM_{one.number}": left.get(one.number) for one in looked}
+    sums = {f"SUM_{one.number}": left.get(one.number) for one in looked}
     own = {f"WANT_{one.number}": one in asked for one in looked} | _bands(call, looked)
     batch, heads, _, _ = call.shape
     for number, section in enumerate(sections):
         grid = lines[number] * subtiles, heads, batch
-        values = {**given, **own, **_list_values(call.blocks, "q", section), "tiles": tiles}
+        values = {**taken, **sums, **own, **_list_values(call.blocks, "q", section), "tiles": tiles}
         running.start(labelled("backward_learned", number), grid, values)
-    return [_sum_of(call, i, asked, left) for i in wanted]
+    return [gradient_of(running, i, asked, left) for i in wanted]
 
 
 def _bands(call: AttentionCall, looked: Sequence[Looked]) -> dict[str, int]:
@@ -277,21 +288,6 @@ def _bands(call: AttentionCall, looked: Sequence[Looked]) -> dict[str, int]:
             band = one.band(call)
             found |= {f"places_{one.number}": band.places, f"offset_{one.number}": band.offset}
     return found
-
-
-def _sum_of(
-    call: AttentionCall,
-    number: int,
-    looked: Sequence[Looked],
-    left: Mapping[int, Tensor],
-) -> Tensor:
-    """The gradient of a learned tensor, from what its lookups left."""
-    of = call.learned[number]
-    parts = [
-        total(call, one, left[one.number]) for one in looked if table_index(one.lookup) == number
-    ]
-    found = functools.reduce(torch.add, parts) if parts else of.new_zeros(of.shape)
-    return found.to(of.dtype)
 
 
 def _gradient(of: Tensor, complete: bool) -> Tensor:

@@ -1,9 +1,9 @@
-"""Gradients of learned tensors: what a kernel leaves for each lookup, and how that is added up.
+"""Gradients of learned tensors: what a kernel leaves for each lookup.
 
 A program must write where no other does, or the order of sums, and so their last bits, would be a
 matter of chance. So for each lookup it leaves sums over what the lookup does not name, by tile of
 queries, in a tensor of its own; what remains to be added up is small, but for tensors that have a
-number for each pair.
+number for each pair (:mod:`sparse_compile.codegen.triton.blocks.gradients`).
 """
 
 from __future__ import annotations
@@ -14,14 +14,11 @@ from dataclasses import dataclass
 from enum import Enum
 
 import sympy
-import torch
-from torch import Tensor
 
-from sparse_compile.codegen.added_up import added_up
 from sparse_compile.codegen.call import AttentionCall
 from sparse_compile.codegen.runtime.generated import fill
 from sparse_compile.codegen.triton.text import learned as text
-from sparse_compile.expr import KV, N_KV, N_Q, B, H, Q, indices_at, table_index
+from sparse_compile.expr import KV, N_KV, N_Q, Q, table_index
 from sparse_compile.spec import AttentionSpec
 
 
@@ -144,71 +141,4 @@ def lines_of(looked: Sequence[Looked]) -> dict[str, list[str]]:
             start += one.lines(before)
             end += one.lines(after)
         step += one.lines(one.sums.value)
-    return {"START": start, "LEARNED": step, "EARLIER": end}
-
-
-def total(call: AttentionCall, one: Looked, left: Tensor) -> Tensor:
-    """The gradient of what a lookup reads, fp32, from what the programs left.
-
-    Args:
-        call: the attention.
-        one: the lookup.
-        left: as :meth:`Looked.shape` says.
-    """
-    if one.sums in (Sums.KEYS, Sums.DISTANCES):
-        left = left.sum(2)
-    if one.sums is Sums.DISTANCES:
-        left = _with_ends(left, one.band(call))
-    shape = call.learned[table_index(one.lookup)].shape
-    plain = _plain(call, one, left, shape)
-    return _scattered(call, one, left, shape) if plain is None else plain
-
-
-def _with_ends(left: Tensor, band: Band) -> Tensor:
-    """[..., places + 2] as [..., places], in the order of the tensor: ends get what is beyond."""
-    found = left[..., : band.places]
-    if band.places:
-        found[..., 0] += left[..., -2]
-        found[..., -1] += left[..., -1]
-    return found.flip(-1) if band.falling else found
-
-
-def _plain(call: AttentionCall, one: Looked, left: Tensor, shape: torch.Size) -> Tensor | None:
-    """The sums over what a lookup does not name, where it names coordinates as they are."""
-    axes: tuple[sympy.Symbol, ...] = _AXES.get(one.sums, ())
-    args = list(one.lookup.args)
-    if one.sums is Sums.DISTANCES and (dim := one.band(call).dim) is not None:
-        args[dim], axes = KV, (B, H, KV)
-    named = [arg for arg in args if arg != 0]
-    if len(set(named)) < len(named) or not set(named) <= set(axes):
-        return None
-    gone = [dim for dim, axis in enumerate(axes) if axis not in named]
-    kept = [axis for axis in axes if axis in named]
-    left = left.sum(gone) if gone else left
-    left = left.permute([kept.index(axis) for axis in named])
-    return left.reshape(shape).contiguous() if left.numel() == shape.numel() else None
-
-
-#: The axes of what is left for a lookup.
-_AXES = {Sums.QUERIES: (B, H, Q), Sums.KEYS: (B, H, KV), Sums.PAIRS: (B, H, Q, KV)}
-
-
-def _scattered(call: AttentionCall, one: Looked, left: Tensor, shape: torch.Size) -> Tensor:
-    """The sums by the indices of a lookup."""
-    if B not in one.lookup.free_symbols and left.shape[0] > 1:
-        left = left.sum(0, keepdim=True)
-    rank, device = left.dim(), left.device
-    places = [_leading(n, axis, rank, device) for axis, n in enumerate(left.shape)]
-    where = {"b": places[0], "h": places[1], "q": places[2], "kv": places[-1]}
-    if one.sums is Sums.DISTANCES:
-        where |= {"q": torch.zeros_like(places[2]), "kv": places[2] - one.band(call).offset}
-    indices = indices_at(one.lookup, call.score_data(where))
-    if one.sums is Sums.DISTANCES and (dim := one.band(call).dim) is not None:
-        indices[dim] = places[2]
-    within = [at.clamp(0, n - 1) for at, n in zip(indices, shape, strict=True)]
-    return added_up(left, within, shape)
-
-
-def _leading(n: int, axis: int, rank: int, device: torch.device) -> Tensor:
-    """0 to n - 1 along an axis of tensors of some rank."""
-    return torch.arange(n, device=device).view([-1 if d == axis else 1 for d in range(rank)])
+    return {"START": start, "LEARNED": step, "STORE": end}

@@ -45,7 +45,7 @@ class _Texts(Protocol):
     """The templates of a kernel; ``STEP`` is what it does with a block.
 
     The first section accumulates from ``START`` and later ones from ``CONTINUE``, which add
-    ``EARLIER`` at the end.
+    ``EARLIER`` at the end; ``STORE`` is where some write their results.
     """
 
     KERNEL: str
@@ -54,6 +54,7 @@ class _Texts(Protocol):
     START: str
     CONTINUE: str
     EARLIER: str
+    STORE: str
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,7 @@ def kernel_of(spec: KernelSpec) -> Kernel:
     if _LEARNED.name in entry:
         own = entry[_LEARNED.name]
         parts.append(_Text(_LEARNED, spec, own.tile, by_learned).kernel(own))
+        parts.append(entry["merge_learned"].text(merge.LEARNED))
     return Kernel(spec.name, "\n\n".join(parts), entries)
 
 
@@ -237,6 +239,7 @@ class _Text:
             "EARLIER": texts.EARLIER if is_later else "",
             "LOAD_STATISTICS": query.LOAD_KNOWN if known else query.LOAD_STATISTICS,
             "STATISTICS": "" if known else query.STATISTICS,
+            "STORE": texts.STORE,
         }
         return fill(
             texts.SECTION,
@@ -246,8 +249,8 @@ class _Text:
             FIRST_BLOCK=fill(loops.FIRST_BLOCK, V=str(first_view)).splitlines(),
             VIEWS="\n\n".join(views).splitlines(),
             **{
-                **{n: fill(text, WIDE=holes["WIDE"]).splitlines() for n, text in parts.items()},
-                **self._of_learned("START", "EARLIER"),
+                n: [*fill(text, WIDE=holes["WIDE"]).splitlines(), *self._learned(n)]
+                for n, text in parts.items()
             },
             **holes,
             **self._operand_bases(),
@@ -278,12 +281,11 @@ class _Text:
         several = self.definition is _LEARNED and not is_first
         return ["tl.debug_barrier()"] if several else []
 
-    def _of_learned(self, *holes: str) -> dict[str, list[str]]:
-        """What some holes of the kernel of learned tensors are filled with."""
+    def _learned(self, hole: str) -> list[str]:
+        """What the kernel of learned tensors has in a hole beside what others have there."""
         if self.definition is not _LEARNED:
-            return {}
-        lines = lines_of(looked_up(self.spec.attention))
-        return {hole: lines[hole] for hole in holes}
+            return []
+        return lines_of(looked_up(self.spec.attention)).get(hole, [])
 
     def _lists(self, number: int) -> list[str]:
         """Lines that find the lists of a line of a view."""
@@ -312,7 +314,7 @@ class _Text:
             ],
             SLOPE=score.apply_slope,
             **self._drop(),
-            **self._of_learned("LEARNED"),
+            LEARNED=self._learned("LEARNED"),
             MASK=masking,
             PRECISION=precision(self.spec),
             **{f"LOAD_{operand.name}": operand.load(blocks) for operand in kernel.operands},

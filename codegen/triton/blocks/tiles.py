@@ -17,13 +17,6 @@ class Tiles:
     backward_query: Tile
     backward_key_value: Tile
 
-    @property
-    def backward_learned(self) -> Tile:
-        """As that of queries, and square: it adds up along diagonals."""
-        tile = self.backward_query
-        extent = min(tile.m, tile.n)
-        return replace(tile, m=extent, n=extent)
-
 
 def _by_tma(m: int, n: int, warps: int, stages: int) -> Tile:
     return Tile(m, n, warps, stages, descriptors=True)
@@ -83,6 +76,17 @@ def tiles_for(spec: KernelSpec) -> Tiles:
             for tile in (tiles.forward, tiles.backward_query, tiles.backward_key_value)
         )
     )
+
+
+def tile_of_learned(spec: KernelSpec, tiles: Tiles) -> Tile:
+    """As that of queries, and square: sums are made along its diagonals.
+
+    What it holds beside that has no room in the registers of four warps where rows are wide.
+    """
+    tile = tiles.backward_query
+    extent, wide = min(tile.m, tile.n), max(spec.head_dim, spec.value_dim) > 64
+    warps = max(tile.warps, 8) if wide and extent >= 64 else tile.warps
+    return replace(tile, m=extent, n=extent, warps=warps)
 
 
 def _chosen(spec: KernelSpec) -> Tiles:

@@ -67,4 +67,4 @@ out = out.to(tl.float32)
 """
 
 #: Nothing is left for the end.
-EARLIER = ""
+EARLIER = STORE = ""

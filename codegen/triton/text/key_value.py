@@ -88,3 +88,6 @@ grad_k += earlier.to(tl.float32)
 earlier = load_tile(GRAD_V, first, row$WIDE, n_kv, VALUE_DIM, VALUE_DIM, VALUE_PAD)
 grad_v += earlier.to(tl.float32)
 """
+
+#: The end is the same for all.
+STORE = ""

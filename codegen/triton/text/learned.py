@@ -1,12 +1,16 @@
-"""The backward kernel of learned tensors: what each score gives to the numbers that it reads.
+"""The backward kernel of queries where learned tensors want gradients as well.
 
-A program holds a tile of queries and writes to memory that no other one does, so results are the
-same bits at each call; :mod:`sparse_compile.codegen.triton.blocks.learned` adds them up.
+It is :mod:`sparse_compile.codegen.triton.text.query`, and leaves what each score gives to the
+numbers that it reads. A program holds a tile of queries, goes through all of their keys, and writes
+to memory that no other one does, so results are the same bits at each call;
+:mod:`sparse_compile.codegen.triton.blocks.gradients` adds them up.
 """
+
+from sparse_compile.codegen.triton.text import query
 
 KERNEL = '''\
 $SIGNATURE
-    """The gradients of what scores look up, before they are added up.
+    """GRAD_Q and STATISTICS as backward_query; the gradients of what scores look up, in parts.
 
     $BUFFERS
     """
@@ -16,6 +20,10 @@ $SIGNATURE
     Q = head(Q, b, h, q_stride_b, q_stride_h)
     GRAD_OUT = head(GRAD_OUT, b, h, grad_out_stride_b, grad_out_stride_h)
     place = (b * q_heads + h).to(tl.int64)
+    OUT = head(OUT, b, h, out_stride_b, out_stride_h)
+    LSE += place * n_q
+    GRAD_LSE += place * n_q
+    GRAD_Q += place * n_q * HEAD_DIM
     LOG_SUM = STATISTICS + place * rows
     DELTA = LOG_SUM + (batch * q_heads).to(tl.int64) * rows
     lo, hi = 0, 2147483647
@@ -25,43 +33,20 @@ $SIGNATURE
     $SECTIONS
 '''
 
-SECTION = """\
-# $TITLE
-$LISTS
-first = $FIRST
-row = $ROW
-query = load_tile(Q, first, row$WIDE, n_q, q_stride_n, HEAD_DIM, HEAD_PAD)
-grad_out = load_tile(
-    GRAD_OUT, first, row$WIDE, n_q, grad_out_stride_n, VALUE_DIM, VALUE_PAD
-)
-lse = tl.load(LOG_SUM + first + row, mask=first + row < n_q, other=float("inf"))
-delta = tl.load(DELTA + first + row, mask=first + row < n_q, other=0.0)
-q = (first + row)[:, None]
-$START
-$FIRST_BLOCK
+SECTION, STEP, START = query.SECTION, query.STEP, query.START
+EARLIER = query.EARLIER
 
-$VIEWS
-
-$EARLIER
+CONTINUE = """\
+# Add to what earlier sections found for these queries.
+grad_q = load_tile(GRAD_Q, first, row$WIDE, n_q, HEAD_DIM, HEAD_DIM, HEAD_PAD)
+grad_q = grad_q.to(tl.float32) / scale
 """
 
-STEP = """\
-key = $LOAD_K
-score = tl.dot(query, key.T$PRECISION)
-$SCORE
-$MASK
-weight = tl.exp2(score * factor - lse[:, None])
-value = $LOAD_V
-grad_weight = tl.dot(grad_out, value.T$PRECISION)
-$DROP
-grad_score = weight * (grad_weight - delta[:, None])
-$LEARNED
+STORE = """\
+store_tile(GRAD_Q, grad_q, first, row$WIDE, n_q, HEAD_DIM, HEAD_DIM, HEAD_PAD)
 """
 
-#: Of each lookup there is one of the following.
-START = CONTINUE = EARLIER = ""
-
-#: For a lookup that names no key: sums over the keys.
+#: Of each lookup there is one of the following. For one that names no key: sums over the keys.
 QUERIES_BEFORE = "sum_$N = tl.zeros([TILE_M], tl.float32)"
 QUERIES = "sum_$N += tl.sum(grad_score * by_$N, 1)"
 QUERIES_AFTER = """\

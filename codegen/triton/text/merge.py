@@ -1,4 +1,4 @@
-"""Kernels that put together the parts of split lines."""
+"""Kernels that put together what others left in parts: of split lines, of learned tensors."""
 
 FORWARD = '''\
 $SIGNATURE
@@ -46,4 +46,33 @@ $SIGNATURE
     for part in range(0, parts):
         total += load_part(PART, slot + part, sub, h, b, heads, batch, TILE, PAD, SUBTILES)
     store_tile(GRAD, total, first, row, n_$AXIS, DIM, DIM, PAD)
+'''
+
+LEARNED = '''\
+$SIGNATURE
+    """Add up what backward_learned left of a lookup, each time in the same order.
+
+    SUM is [B, Hq, tiles, width] or alike. Along each of the first three axes kept_* groups of
+    added_* neighbours stand, which are added up; groups that all belong to one number are told as
+    one. ENDS: behind the n_x numbers of a row stand what belongs to the first of them, and to the
+    last.
+    """
+    block, kept = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    b, h, r = kept // kept_r // kept_h, kept // kept_r % kept_h, kept % kept_r
+    x = (block * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(0, n_added, ROWS):
+        added = (first + tl.arange(0, ROWS))[:, None]
+        row_b = b * added_b + added // added_r // added_h
+        row_h = h * added_h + added // added_r % added_h
+        row = (row_b * kept_h * added_h + row_h) * kept_r * added_r
+        row += r * added_r + added % added_r
+        at = SUM + row.to(tl.int64) * width
+        total += tl.load(at + x, mask=(added < n_added) & (x < n_x), other=0.0)
+        if ENDS:
+            total += tl.load(at + n_x + x * 0, mask=(added < n_added) & (x == 0), other=0.0)
+            last = (added < n_added) & (x == n_x - 1)
+            total += tl.load(at + n_x + 1 + x * 0, mask=last, other=0.0)
+    place = b.to(tl.int64) * step_b + h * step_h + r.to(tl.int64) * step_r + x * step_x + step_0
+    tl.store(GRAD + place, tl.sum(total, 0)[None, :].to(GRAD.dtype.element_ty), mask=x < n_x)
 '''

@@ -42,10 +42,7 @@ $STATISTICS
 $VIEWS
 
 grad_q *= scale
-if slot < 0:
-    store_tile(GRAD_Q, grad_q, first, row$WIDE, n_q, HEAD_DIM, HEAD_DIM, HEAD_PAD)
-else:
-    store_part(PART_GRAD_Q, grad_q, slot, sub, h, b, q_heads, batch, SUBTILES)
+$STORE
 """
 
 STEP = """\
@@ -58,6 +55,7 @@ value = $LOAD_V
 grad_weight = tl.dot(grad_out, value.T$PRECISION)
 $DROP
 grad_score = weight * (grad_weight - delta[:, None])
+$LEARNED
 $SLOPE
 grad_q = tl.dot(grad_score.to(key.dtype), key, grad_q$PRECISION)
 """
@@ -75,6 +73,13 @@ grad_q = grad_q.to(tl.float32) / scale
 
 #: Nothing is left for the end.
 EARLIER = ""
+
+STORE = """\
+if slot < 0:
+    store_tile(GRAD_Q, grad_q, first, row$WIDE, n_q, HEAD_DIM, HEAD_DIM, HEAD_PAD)
+else:
+    store_part(PART_GRAD_Q, grad_q, slot, sub, h, b, q_heads, batch, SUBTILES)
+"""
 
 LOAD_STATISTICS = """\
 out = load_tile(OUT, first, row$WIDE, n_q, out_stride_n, VALUE_DIM, VALUE_PAD)
