@@ -344,8 +344,11 @@ class _RealPrinter(_Printer):
         return _lookup(f"w{index}", args, exprs, _REAL, ".to(tl.float32)")
 
     def symbol(self, name: str) -> Term:
-        if name == "score":
-            return Term((name,), axes=frozenset({"q", "kv"}), bits=_REAL)
+        pairs = frozenset({"q", "kv"})
+        if name == "score" or name.startswith("near_"):
+            return Term((name,), axes=pairs, bits=_REAL)
+        if name == "distance":
+            return Term((name,), axes=pairs, bits=COORDINATE_BITS + 1)
         return super().symbol(name)
 
     def real(self, value: sympy.Number) -> Term:

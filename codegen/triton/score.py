@@ -19,8 +19,11 @@ from sparse_compile.codegen.triton.predicate import (
     real_terms,
     subterms,
 )
-from sparse_compile.expr import COORDINATES, MaskExpr, ScoreProgram
+from sparse_compile.expr import COORDINATES, KV, MaskExpr, Q, ScoreProgram
 from sparse_compile.spec import AttentionSpec
+
+#: Stands for the distances ``kv - q`` of a tile, one after the other.
+DISTANCE = sympy.Symbol("distance", integer=True)
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class PrintedScore:
         value: lines that turn the products ``score`` of a tile into scores.
         slope: the same, and leave the derivatives in ``slope``, and in ``by_0, by_1, ...``.
         coordinates: which of ``b, h, q, kv`` the lines read.
+        by_distance: whether they read ``distance``, those of a tile.
         helpers: as in :class:`sparse_compile.codegen.triton.predicate.Printed`.
         shown: lines of a module's description.
     """
@@ -42,6 +46,7 @@ class PrintedScore:
     value: tuple[str, ...] = ()
     slope: tuple[str, ...] = ()
     coordinates: frozenset[str] = frozenset()
+    by_distance: bool = False
     helpers: frozenset[str] = frozenset()
     shown: tuple[str, ...] = ()
 
@@ -65,19 +70,24 @@ class Scoring:
 
     @staticmethod
     def of(
-        attention: AttentionSpec, mask: MaskExpr, loop_axis: str, learned: bool = False
+        attention: AttentionSpec,
+        mask: MaskExpr,
+        loop_axis: str,
+        learned: bool = False,
+        tiled: bool = False,
     ) -> Scoring:
         """For a kernel whose loop runs over ``loop_axis``, and what it covers of the mask.
 
         Args:
             learned: whether it is one that computes the gradients of learned tensors as well.
+            tiled: whether its queries are neighbours in tokens, and its keys.
         """
         printed, program = print_predicate(mask, loop_axis), attention.score
         slopes = {"slope": program.derivative} if program else {}
         if learned and program:
             by = enumerate(program.lookups)
             slopes |= {f"by_{n}": program.derivative_by(lookup) for n, lookup in by}
-        score = print_score(program, mask.tables, loop_axis, printed, slopes)
+        score = print_score(program, mask.tables, loop_axis, printed, slopes, tiled)
         return Scoring(score, printed)
 
     @property
@@ -102,6 +112,7 @@ def print_score(
     loop_axis: str,
     mask: Printed,
     slopes: Mapping[str, sympy.Expr],
+    tiled: bool = False,
 ) -> PrintedScore:
     """Source of a program for a kernel whose loop runs over ``loop_axis`` (``"q"`` or ``"kv"``).
 
@@ -111,6 +122,7 @@ def print_score(
         loop_axis: ``"q"`` or ``"kv"``.
         mask: as it is printed in the same loop, whose names are taken.
         slopes: derivatives, by what they are called.
+        tiled: whether what depends on distances alone is read once for each of a tile.
 
     >>> from sparse_compile.expr import softcap
     >>> capped, nothing = softcap(50.0), Printed((), (), "", frozenset())
@@ -123,9 +135,16 @@ def print_score(
     """
     if program is None:
         return PrintedScore()
-    value, *found = real_terms(tables, program.value, *slopes.values())
+    near = {one: f"near_{n}" for n, one in enumerate(filter(of_distance, program.lookups))}
+    near = near if tiled else {}
+    spread = {one: sympy.Symbol(name) for one, name in near.items()}
+    exprs = [expr.xreplace(spread) for expr in (program.value, *slopes.values())]
+    value, *found = real_terms(tables, *exprs)
     taken = [line.partition(" = ")[0] for line in (*mask.before, *mask.inside)]
-    before, inside, names = named_terms((value, *found), loop_axis, "s", taken)
+    taken += near.values()
+    distances, reads, read = _read_by_distance(tables, near, loop_axis, taken)
+    before, inside, names = named_terms((value, *found), loop_axis, "s", [*taken, *read])
+    before, inside = (*distances, *before), (*reads, *inside)
     last = f"score = {names.get(value, value.text(names))}"
     if program.absorbed:
         last = "score *= 0.0  # absorbed by what was added"
@@ -134,6 +153,7 @@ def print_score(
         for name, slope in zip(slopes, found, strict=True)
     ]
     needed = {names.get(term) for term in subterms(value)}
+    needed |= {*read, *near.values()}
     alone = [line for line in inside if line.partition(" = ")[0] in needed]
     pieces = {piece for root in (value, *found) for t in subterms(root) for piece in t.pieces}
     return PrintedScore(
@@ -142,6 +162,34 @@ def print_score(
         value=("score *= scale", *alone, last),
         slope=("score *= scale", *inside, *derivatives, last),
         coordinates=frozenset(c.name for c in COORDINATES if c.name in pieces),
+        by_distance=bool(near),
         helpers=helpers_in(*before, *inside, *derivatives, last),
         shown=(f"score    {program}",),
     )
+
+
+def of_distance(lookup: sympy.Basic) -> bool:
+    """Whether a lookup names queries and keys, and of them nothing but their distance."""
+    if not {Q, KV} <= lookup.free_symbols:
+        return False
+    # Coordinates as the query and a distance: where the query is gone, that is all it names.
+    return not any(sympy.expand(arg.xreplace({KV: KV + Q})).has(Q) for arg in lookup.args)
+
+
+def _read_by_distance(
+    tables: Sequence[str], near: Mapping[sympy.Basic, str], loop_axis: str, taken: Sequence[str]
+) -> tuple[tuple[str, ...], tuple[str, ...], list[str]]:
+    """Lines that read what depends on distances, for each of a tile, and spread it over the tile.
+
+    Returns:
+        those before the loop, those in it, and the names that they give.
+    """
+    first = {KV: DISTANCE, Q: sympy.Integer(0)}
+    tile = "TILE_M, TILE_N" if loop_axis == "kv" else "TILE_N, TILE_M"
+    terms = real_terms(tables, *(lookup.xreplace(first) for lookup in near)) if near else []
+    before, inside, names = named_terms(terms, loop_axis, "s", taken)
+    spread = [
+        f"{name} = spread({names[term]}, {tile})"
+        for term, name in zip(terms, near.values(), strict=True)
+    ]
+    return before, (*inside, *spread), list(names.values())

@@ -17,6 +17,7 @@ import sympy
 
 from sparse_compile.codegen.call import AttentionCall
 from sparse_compile.codegen.runtime.generated import fill
+from sparse_compile.codegen.triton.score import of_distance
 from sparse_compile.codegen.triton.text import learned as text
 from sparse_compile.expr import KV, N_KV, N_Q, Q, table_index
 from sparse_compile.spec import AttentionSpec
@@ -123,9 +124,7 @@ def _sums(lookup: sympy.Basic, plain: bool) -> Sums:
         return Sums.QUERIES
     if Q not in named:
         return Sums.KEYS
-    # Coordinates as the first query and a distance: where the query is gone, that is all it names.
-    shifted = [sympy.expand(arg.xreplace({KV: KV + Q})) for arg in lookup.args]
-    return Sums.DISTANCES if plain and not any(s.has(Q) for s in shifted) else Sums.PAIRS
+    return Sums.DISTANCES if plain and of_distance(lookup) else Sums.PAIRS
 
 
 def lines_of(looked: Sequence[Looked]) -> dict[str, list[str]]:

@@ -92,9 +92,8 @@ def kernel_of(spec: KernelSpec) -> Kernel:
     entries = entries_of(spec, tiles_for(spec))
     entry = {one.name: one for one in reversed(entries)}
     attention = spec.attention
-    masks = [attention.part_mask(view) for view in attention.parts]
-    scorings = {axis: [Scoring.of(attention, mask, axis) for mask in masks] for axis in ("kv", "q")}
-    by_learned = [Scoring.of(attention, mask, "kv", learned=True) for mask in masks]
+    scorings = {axis: _scorings(attention, axis) for axis in ("kv", "q")}
+    by_learned = _scorings(attention, "kv", learned=True)
     every = [one for over in (*scorings.values(), by_learned) for one in over]
     helpers = frozenset().union(*(one.helpers for one in every))
     if any(one.sums is Sums.DISTANCES for one in looked_up(attention)):
@@ -121,6 +120,20 @@ def kernel_of(spec: KernelSpec) -> Kernel:
         parts.append(_Text(_LEARNED, spec, own.tile, by_learned).kernel(own))
         parts.append(entry["merge_learned"].text(merge.LEARNED))
     return Kernel(spec.name, "\n\n".join(parts), entries)
+
+
+def _scorings(attention: AttentionSpec, loop_axis: str, learned: bool = False) -> list[Scoring]:
+    """What becomes of the products of a tile, in each view."""
+    return [
+        Scoring.of(
+            attention,
+            attention.part_mask(view),
+            loop_axis,
+            learned,
+            tiled=view.q.is_natural and view.kv.is_natural,
+        )
+        for view in attention.parts
+    ]
 
 
 def direct_lookups(spec: AttentionSpec) -> set[tuple[int, int, str]]:
@@ -261,6 +274,16 @@ class _Text:
         attention = self.spec.attention
         return axis in score.coordinates or bool(attention.dropout or self.definition is _LEARNED)
 
+    def _distances(self) -> str:
+        """Line that says which distances there are in a tile; for lines of keys the highest first.
+
+        They are a few more than that, a power of two.
+        """
+        places = f"tl.arange(0, {2 * max(self.tile.m, self.tile.n)})"
+        if self.lines == "q":
+            return f"distance = kv0 - first - (TILE_M - 1) + {places}"
+        return f"distance = first - q0 + (TILE_N - 1) - {places}"
+
     def _drop(self) -> dict[str, list[str] | str]:
         """What drops weights, or the gradients of those that were dropped."""
         dropout, by_key = self.spec.attention.dropout, self.lines == "kv"
@@ -310,6 +333,7 @@ class _Text:
             kernel.texts.STEP,
             SCORE=[
                 *([coordinates] if self._is_placed(score, axis) else []),
+                *([self._distances()] if score.by_distance else []),
                 *(score.value if kernel.name == "forward" else score.slope),
             ],
             SLOPE=score.apply_slope,

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import sympy
+
+from sparse_compile.codegen.triton.score import of_distance
 from sparse_compile.codegen.triton.tile import Tile, padded
 from sparse_compile.expr import KV
-from sparse_compile.spec import KernelSpec
+from sparse_compile.spec import AttentionSpec, KernelSpec
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,7 @@ def tiles_for(spec: KernelSpec) -> Tiles:
     """
     block_q, block_kv = spec.attention.block_q, spec.attention.block_kv
     tiles = _chosen(spec)
-    score = spec.attention.score
-    lookups = (*spec.attention.mask.lookups, *(score.lookups if score else ()))
-    if any(lookup.has(KV) for lookup in lookups):
+    if any(lookup.has(KV) for lookup in _of_pairs(spec.attention)):
         # Addresses and entries of a table take registers, for every key of a tile.
         tiles = replace(tiles, forward=replace(tiles.forward, n=min(tiles.forward.n, 64)))
     return Tiles(
@@ -87,6 +88,13 @@ def tile_of_learned(spec: KernelSpec, tiles: Tiles) -> Tile:
     extent, wide = min(tile.m, tile.n), max(spec.head_dim, spec.value_dim) > 64
     warps = max(tile.warps, 8) if wide and extent >= 64 else tile.warps
     return replace(tile, m=extent, n=extent, warps=warps)
+
+
+def _of_pairs(attention: AttentionSpec) -> tuple[sympy.Basic, ...]:
+    """The lookups that are made for each pair of a tile, rather than for each distance."""
+    of_score = attention.score.lookups if attention.score else ()
+    tiled = all(view.q.is_natural and view.kv.is_natural for view in attention.parts)
+    return *attention.mask.lookups, *(n for n in of_score if not (tiled and of_distance(n)))
 
 
 def _chosen(spec: KernelSpec) -> Tiles:

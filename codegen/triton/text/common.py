@@ -189,6 +189,14 @@ def roll_rows(x):
     row, column = tl.arange(0, EXTENT)[:, None], tl.arange(0, EXTENT)[None, :]
     return tl.gather(x, (row + column) % EXTENT, 1)
 ''',
+    "spread": '''\
+@triton.jit
+def spread(near, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tile that holds the same along each diagonal, from what they hold, the lowest first."""
+    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
+    place = tl.reshape(column - row + (ROWS - 1), [ROWS * COLUMNS])
+    return tl.reshape(tl.gather(near, place, 0), [ROWS, COLUMNS])
+''',
     "table_offset": '''\
 @triton.jit
 def table_offset(i, size, stride):
