@@ -16,12 +16,15 @@ from sparse_compile.codegen.triton.aot import compiled
 from sparse_compile.codegen.triton.blocks.source import kernel_of
 from sparse_compile.expr import (
     KV,
+    N_Q,
     SCORE,
+    H,
     MaskExpr,
     Q,
     ScoreProgram,
     evaluate_score,
     evaluate_slope,
+    learned,
     softcap,
     table,
 )
@@ -147,6 +150,21 @@ def test_kernels_compile_ahead_of_time(arch: str) -> None:
     assert set(used) == set(loops)
     assert used["forward"].spills == used["backward_query"].spills == 0
     assert "score    50*tanh(score/50)" in kernel.source
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_biases_of_distances_compile_ahead_of_time(arch: str) -> None:
+    score = ScoreProgram(SCORE + learned(0)(H, KV - Q + N_Q - 1), ("bfloat16",))
+    kernel = kernel_of(KernelSpec(AttentionSpec(CAUSAL, score=score), 64, 64, "bfloat16", arch))
+    loops = ("forward", "backward_query", "backward_key_value", "backward_learned")
+    entries = tuple(one for one in kernel.entries if one.label in (*loops, "merge_learned"))
+    used = compiled(replace(kernel, entries=entries), arch, GROUP=2).resources
+    # Elsewhere Dk and Dv, and what leaves sums, need a few registers more than there are.
+    assert all(one.spills <= (0 if arch == "sm_90" else 128) for one in used.values())
+    # A tile reads a bias once for each of its distances.
+    assert kernel.source.count("near_0 = spread(w0_at, ") == len(loops)
+    assert kernel.source.count("tl.load(w0 ") == len(loops)
 
 
 def test_a_kernel_without_a_program_has_its_scale_in_the_exponent() -> None:
