@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +13,9 @@ from sparse_compile import patterns as P
 from sparse_compile.codegen.repeated import REPEATS, Repeat
 from sparse_compile.codegen.runtime import direct
 from sparse_compile.codegen.triton import calls
+from sparse_compile.expr import KV, N_Q, SCORE, H, Q, ScoreProgram, learned
+from sparse_compile.layout.lists import lists_of
+from sparse_compile.ops.attention import attention, attention_backward
 from tests.tolerance import assert_close_as_eager
 
 #: Whose queries are put in order, for the backward of a view.
@@ -65,6 +70,29 @@ def test_values_of_repeated_calls(
         assert_close_as_eager(name, *three)
     forward_and_backward = [type(repeat) is Repeat for repeat in REPEATS.values()]
     assert forward_and_backward == [True, mask is not STRIDED]
+    calls.forget()
+
+
+def test_gradients_of_biases_are_repeated() -> None:
+    layout = MASKS["window"].layout(1000, 1000, batch=2, heads=4, block=(128, 128))
+    by_distance = ScoreProgram(SCORE + learned(0)(H, KV - Q + N_Q - 1), ("float16",))
+    spec = replace(layout.spec, score=by_distance).text
+    lists = lists_of(layout, 2, torch.device("cuda"))
+    q, k, v, grad = operands(0, torch.float16)
+    bias = torch.randn(4, 1999, device="cuda", dtype=torch.float16)
+    out, lse = attention(q, k, v, [bias], [], [], lists, 0.125, spec)
+
+    def gradients() -> list[Tensor]:
+        found: list[Tensor] = attention_backward(
+            grad, None, out, lse, q, k, v, [bias], [], [], lists, 0.125, spec, [0]
+        )
+        return found
+
+    calls.forget()
+    first, *others = (gradients() for _ in range(4))
+    assert [type(repeat) for repeat in REPEATS.values()] == [Repeat]
+    for again in others:
+        torch.testing.assert_close(again, first, atol=0, rtol=0)
     calls.forget()
 
 
