@@ -89,6 +89,16 @@ def test_sums_are_added_up_by_a_kernel(lookup: sympy.Basic, sizes: tuple[int, ..
     torch.testing.assert_close(half.float(), found, rtol=2**-7, atol=0)  # truncated here
 
 
+@pytest.mark.parametrize(
+    "lookup, sizes", [(W0(B, H, Q, KV), (2, 6, 70, 90)), (W0(B, H, Q), (2, 6, 70))], ids=str
+)
+def test_all_of_the_sums_are_not_copied(lookup: sympy.Basic, sizes: tuple[int, ...]) -> None:
+    running, one, left = _asked(lookup, sizes)
+    found = gradients._total(running, one, left, torch.float32)
+    assert found.data_ptr() == left.data_ptr()
+    assert torch.equal(found, left.view(sizes))
+
+
 @pytest.mark.parametrize("lookup, sizes", OTHERS, ids=str)
 def test_computed_indices_are_no_axes(lookup: sympy.Basic, sizes: tuple[int, ...]) -> None:
     running, one, left = _asked(lookup, sizes)
