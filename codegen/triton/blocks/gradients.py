@@ -102,9 +102,9 @@ class Merge:
         if found is None or 0 in extents:
             return None
         (*steps, step_x), group = found
-        if falling:
-            return Merge(extents, (*steps, -step_x), group, left.shape[-1], (n_x - 1) * step_x)
-        return Merge(extents, (*steps, step_x), group, left.shape[-1])
+        first = (n_x - 1) * step_x if falling else 0
+        last = -step_x if falling else step_x
+        return Merge(extents, (*steps, last), group, left.shape[-1], first)
 
     def is_all(self, left: Tensor) -> bool:
         """Whether what is left is the gradient, as it stands."""

@@ -73,6 +73,7 @@ $SIGNATURE
             total += tl.load(at + n_x + x * 0, mask=(added < n_added) & (x == 0), other=0.0)
             last = (added < n_added) & (x == n_x - 1)
             total += tl.load(at + n_x + 1 + x * 0, mask=last, other=0.0)
-    place = b.to(tl.int64) * step_b + h * step_h + r.to(tl.int64) * step_r + x * step_x + step_0
+    place = b.to(tl.int64) * step_b + h.to(tl.int64) * step_h + r.to(tl.int64) * step_r + step_0
+    place += x.to(tl.int64) * step_x
     tl.store(GRAD + place, tl.sum(total, 0)[None, :].to(GRAD.dtype.element_ty), mask=x < n_x)
 '''
