@@ -9,7 +9,7 @@ from typing import Any
 from sparse_compile.codegen.runtime.generated import fill
 from sparse_compile.codegen.triton.entries import learned_ranks, table_ranks
 from sparse_compile.codegen.triton.score import PrintedScore
-from sparse_compile.codegen.triton.text.common import HELPERS, SOFTMAX_STEP
+from sparse_compile.codegen.triton.text.common import FEWER_BITS, HELPERS, SOFTMAX_STEP
 from sparse_compile.codegen.triton.tile import padded
 from sparse_compile.spec import AttentionSpec
 
@@ -50,7 +50,9 @@ def head(
         LOADED=interpreted if spec.arch == "interpreter" else "tile",
         **holes,
     )
-    return [text, *(HELPERS[name] for name in sorted(helpers))]
+    few = spec.dtype == "bfloat16" and spec.arch.startswith("sm_")
+    texts = HELPERS | FEWER_BITS if few else HELPERS
+    return [text, *(texts[name] for name in sorted(helpers))]
 
 
 def where(spec: Any) -> list[str]:

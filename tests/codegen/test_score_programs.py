@@ -149,7 +149,14 @@ def test_kernels_compile_ahead_of_time(arch: str) -> None:
     used = compiled(replace(kernel, entries=entries), arch, GROUP=2).resources
     assert set(used) == set(loops)
     assert used["forward"].spills == used["backward_query"].spills == 0
+    assert all("tanh.approx" in one.ptx for one in used.values())
     assert "score    50*tanh(score/50)" in kernel.source
+
+
+@pytest.mark.parametrize("dtype, arch", [("float16", "sm_90"), ("bfloat16", "interpreter")])
+def test_tanh_has_the_bits_of_operands(dtype: str, arch: str) -> None:
+    attention = AttentionSpec(CAUSAL, score=softcap(50.0))
+    assert "tanh.approx" not in kernel_of(KernelSpec(attention, 32, 32, dtype, arch)).source
 
 
 @pytest.mark.slow
