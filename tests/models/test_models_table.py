@@ -18,8 +18,8 @@ from benchmarks.models.zoo import ENTRIES, version
 from tests.rotation import commits
 
 ROOT = Path(__file__).parents[2]
-#: A minute or two of a core, each.
-PARTS = 32
+#: Half a minute of a core, or one, each.
+PARTS = 64
 
 
 @functools.cache
