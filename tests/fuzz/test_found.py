@@ -18,6 +18,21 @@ EMPTY = (Joined(Piece("rows are empty")),)
 TEMPERATURE = (Piece("temperature"),)
 
 EQUAL = {
+    # Of rounded outputs, what scores are multiplied with and made of has more than they have.
+    "a temperature of steep scores": Program(
+        sizes=Sizes(NQ=18, NK=77, D=20, E=8),
+        steps=(Piece("clamped temperature"),),
+        softmax="method",
+        grad=True,
+    ),
+    "the projections of few tokens": Program(
+        sizes=Sizes(B=2, NQ=10, NK=13, D=8, E=8),
+        dtype="bfloat16",
+        product="module",
+        softmax="function",
+        masks=(Joined(Piece("chunks after padding", Numbers(c=13))),),
+        grad=True,
+    ),
     "sinks of grouped heads": Program(sizes=Sizes(H=4, G=2), product="grouped einsum", sinks=True),
     "sinks of windows": Program(sizes=Sizes(B=3, H=4, G=4, rank=5), sinks=True, grad=True),
     # Rows whose keys all are in other regions: -100 and what else is added are one sum.

@@ -77,7 +77,8 @@ def test_gradients_of_biases_are_repeated() -> None:
     layout = MASKS["window"].layout(1000, 1000, batch=2, heads=4, block=(128, 128))
     by_distance = ScoreProgram(SCORE + learned(0)(H, KV - Q + N_Q - 1), ("float16",))
     spec = replace(layout.spec, score=by_distance).text
-    lists = lists_of(layout, 2, torch.device("cuda"))
+    cuda = torch.device("cuda")
+    lists = [t.to(cuda) for t in lists_of(layout, 2, cuda)]
     q, k, v, grad = operands(0, torch.float16)
     bias = torch.randn(4, 1999, device="cuda", dtype=torch.float16)
     out, lse = attention(q, k, v, [bias], [], [], lists, 0.125, spec)
