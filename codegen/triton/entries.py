@@ -196,8 +196,9 @@ def _merge_learned() -> Entry:
     rows = sizes("blocks", "width", "n_x", "kept_h", "kept_r")
     rows += sizes("n_added", "added_b", "added_h", "added_r")
     steps = sizes(*(f"step_{axis}" for axis in "0bhrx"))
-    given = pointers("float32", "SUM", "GRAD")
-    return Entry("merge_learned", (given, rows, steps, *constants(ENDS=True, ROWS=64, COLUMNS=64)))
+    given = pointers("float32", "SUM", "GRAD") + pointers("int32", "AHEAD")
+    own = constants(ENDS=True, FAR=True, ROWS=64, COLUMNS=64)
+    return Entry("merge_learned", (given, rows, steps, *own))
 
 
 def _merge_sum(name: str, spec: KernelSpec) -> Entry:

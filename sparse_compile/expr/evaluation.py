@@ -48,24 +48,31 @@ class _Dense:
     def __init__(
         self,
         symbols: Mapping[str, Tensor],
+        numbers: Mapping[str, int],
         tables: Sequence[Tensor],
         learned: Sequence[Tensor] = (),
     ) -> None:
-        self.symbols, self.tables, self._learned = symbols, tables, learned
+        self.symbols, self.numbers = symbols, numbers
+        self.tables, self._learned = tables, learned
         self.device = next(iter(symbols.values())).device
 
     def integer(self, value: int) -> Tensor:
-        return torch.tensor(value, dtype=torch.int64, device=self.device)
+        return self._number(value, torch.int64)
 
     def real(self, value: sympy.Number) -> Tensor:
         # Without axes, it takes the precision of what it meets.
-        return torch.tensor(float(value), dtype=torch.float64, device=self.device)
+        return self._number(float(value), torch.float64)
 
     def boolean(self, value: bool) -> Tensor:
-        return torch.tensor(value, device=self.device)
+        return self._number(value, torch.bool)
 
     def symbol(self, name: str) -> Tensor:
-        return self.symbols[name]
+        found = self.symbols.get(name)
+        return self.integer(self.numbers[name]) if found is None else found
+
+    def _number(self, value: float, dtype: torch.dtype) -> Tensor:
+        # Not torch.tensor, which would copy from the host, and wait.
+        return torch.full((), value, dtype=dtype, device=self.device)
 
     def table(self, index: int, args: Sequence[Tensor], exprs: Sequence[sympy.Expr]) -> Tensor:
         found = looked_up(self.tables[index], args)
@@ -118,8 +125,8 @@ def evaluate(
     >>> evaluate(MaskExpr(KV <= Q), {"q": q, "kv": kv}, 3, 3).int().tolist()
     [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
     """
-    symbols = _with_numbers(coordinates, n_q, n_kv, sizes)
-    return fold(mask.predicate, _Dense(symbols, tables))
+    numbers = _numbers(n_q, n_kv, sizes)
+    return fold(mask.predicate, _Dense(coordinates, numbers, tables))
 
 
 def grid(device: torch.device, **axes: range) -> dict[str, Tensor]:
@@ -261,25 +268,17 @@ def _mixed(x: Tensor) -> Tensor:
     return x ^ x >> 16
 
 
-def indices_at(lookup: sympy.Basic, data: ScoreData) -> list[Tensor]:
-    """The indices of a lookup of a score program, which may lie outside of its tensor."""
-    return _values_at(data, {}, *lookup.args)
+def indices_at(indices: Sequence[sympy.Expr], data: ScoreData) -> list[Tensor]:
+    """Indices of a lookup of a score program, which may lie outside of its tensor."""
+    return _values_at(data, {}, *indices)
 
 
 def _values_at(data: ScoreData, scores: Mapping[str, Tensor], *exprs: sympy.Expr) -> list[Tensor]:
     tensors = {**scores, **data.coordinates}
-    symbols = _with_numbers(tensors, data.n_q, data.n_kv, data.sizes)
-    return fold_real(_Dense(symbols, data.tables, data.learned), *exprs)
+    numbers = _numbers(data.n_q, data.n_kv, data.sizes)
+    return fold_real(_Dense(tensors, numbers, data.tables, data.learned), *exprs)
 
 
-def _with_numbers(
-    tensors: Mapping[str, Tensor], n_q: int, n_kv: int, sizes: Sequence[int]
-) -> dict[str, Tensor]:
-    """The tensors, and the lengths and sizes as tensors beside them."""
-    symbols = dict(tensors)
-    device = next(iter(symbols.values())).device
-    scalars = {"n_q": n_q, "n_kv": n_kv, **{f"s{i}": size for i, size in enumerate(sizes)}}
-    for name, value in scalars.items():
-        # Not torch.tensor, which would copy from the host, and wait.
-        symbols[name] = torch.full((), value, dtype=torch.int64, device=device)
-    return symbols
+def _numbers(n_q: int, n_kv: int, sizes: Sequence[int]) -> dict[str, int]:
+    """The lengths and sizes by their names."""
+    return {"n_q": n_q, "n_kv": n_kv, **{f"s{i}": size for i, size in enumerate(sizes)}}

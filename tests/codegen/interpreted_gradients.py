@@ -26,6 +26,7 @@ from sparse_compile.expr import (
     ScoreData,
     ScoreProgram,
     learned,
+    table,
 )
 from sparse_compile.spec import AttentionSpec, KernelSpec
 
@@ -48,6 +49,8 @@ PLAIN = [
     (W0(Q, H), (70, 6)),
     (W0(FloorDiv(H, 2)), (3,)),
     (W0(), ()),
+    (W0(H, KV + 5 * B), (6, 97)),
+    (W0(KV - table(0)(B) + N_Q - 60, FloorDiv(H, 2)), (100, 3)),
 ]
 #: Lookups that compute indices, or do not reach all of the tensor.
 OTHERS = [
@@ -62,9 +65,11 @@ OTHERS = [
 
 def _asked(lookup: sympy.Basic, sizes: tuple[int, ...]) -> tuple[Any, Any, torch.Tensor]:
     """A call, the lookup, and what a kernel might have left of it."""
-    spec = AttentionSpec(MaskExpr(KV <= Q), score=ScoreProgram(SCORE + lookup, ("float32",)))
+    mask = MaskExpr(KV <= Q + table(0)(B), ("int32",))
+    spec = AttentionSpec(mask, score=ScoreProgram(SCORE + lookup, ("float32",)))
     call = SimpleNamespace(shape=SHAPE, learned=[torch.zeros(sizes)])
-    call.score_data = lambda where: ScoreData(where, *SHAPE[2:], learned=call.learned)
+    tables = [torch.tensor([10, 3], dtype=torch.int32)]
+    call.score_data = lambda where: ScoreData(where, *SHAPE[2:], tables, learned=call.learned)
     launchers = kernels_of(KernelSpec(spec, 32, 32, "float32", "interpreter"))
     values = {"SECTION": 0}
 

@@ -1,8 +1,8 @@
 """Gradients of learned tensors, from the sums that a kernel left of each lookup.
 
-Where a lookup names coordinates as they are, a kernel adds up the rest in one launch. Where it
-computes indices, they are computed once more, and sums that belong to one number are added up in
-the order in which they stand.
+Where a lookup names coordinates as they are, a kernel adds up the rest in one launch; a key may be
+so far from its number as the batch entry says. Where a lookup computes other indices, they are
+computed once more, and sums that belong to one number are added up in the order in which they stand.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 import torch
@@ -20,7 +20,7 @@ from sparse_compile.codegen.added_up import added_up
 from sparse_compile.codegen.call import AttentionCall
 from sparse_compile.codegen.triton.blocks.learned import Band, Looked, Sums
 from sparse_compile.codegen.triton.calls import Running
-from sparse_compile.expr import KV, B, FloorDiv, H, Q, indices_at, table_index
+from sparse_compile.expr import KV, N_KV, N_Q, B, FloorDiv, H, Q, indices_at, table_index
 
 #: What the axes of sums are, [b, h, r, x]; None: tiles, or nothing.
 _AXES: dict[Sums, tuple[sympy.Symbol | None, ...]] = {
@@ -64,7 +64,9 @@ def _total(running: Running, one: Looked, left: Tensor, dtype: torch.dtype) -> T
     found = torch.empty(sizes, dtype=dtype, device=left.device)
     programs, values = merge.launch
     values |= {"ENDS": one.sums is Sums.DISTANCES}
-    running.start("merge_learned", (programs,), {"SUM": left, "GRAD": found}, **values)
+    ahead = left.view(torch.int32) if merge.ahead is None else merge.ahead
+    given = {"SUM": left, "GRAD": found, "AHEAD": ahead}
+    running.start("merge_learned", (programs,), given, **values)
     return found
 
 
@@ -73,12 +75,13 @@ class Merge:
     """How sums [b, h, r, x] are added up by one launch.
 
     Attributes:
-        extents: of the sums.
+        extents: of the sums; along x, of the tensor.
         steps: how far apart neighbours along each axis are in the tensor; 0 for those that are
             added up.
         group: so many neighbouring heads are added up.
         width: how far apart rows of sums are.
         first: where the first number of a row belongs.
+        ahead: int32 [b], how far ahead of its sum along x a number is; None: it is where that is.
     """
 
     extents: tuple[int, ...]
@@ -86,6 +89,7 @@ class Merge:
     group: int
     width: int
     first: int = 0
+    ahead: Tensor | None = None
 
     @staticmethod
     def of(call: AttentionCall, one: Looked, left: Tensor, sizes: tuple[int, ...]) -> Merge | None:
@@ -97,6 +101,10 @@ class Merge:
             if band.dim is None:
                 return None
             n_x, falling, args[band.dim] = band.places, band.falling, KV
+        far = _far(one, args)
+        if far is not None:
+            dim, apart = far
+            n_x, args[dim] = sizes[dim], KV
         extents = *left.shape[:2], left.shape[2] if left.dim() == 4 else 1, n_x
         found = _steps(args, axes, sizes, extents)
         if found is None or 0 in extents:
@@ -104,10 +112,13 @@ class Merge:
         (*steps, step_x), group = found
         first = (n_x - 1) * step_x if falling else 0
         last = -step_x if falling else step_x
-        return Merge(extents, (*steps, last), group, left.shape[-1], first)
+        merge = Merge(extents, (*steps, last), group, left.shape[-1], first)
+        return merge if far is None else replace(merge, ahead=_ahead(call, apart))
 
     def is_all(self, left: Tensor) -> bool:
         """Whether what is left is the gradient, as it stands."""
+        if self.ahead is not None:
+            return False
         steps = left.stride() if left.dim() == 4 else (*left.stride()[:2], 1, left.stride(2))
         axes = zip(self.extents, self.steps, steps, strict=True)
         return left.shape[-1] == self.extents[3] and all(n == 1 or a == b for n, a, b in axes)
@@ -115,11 +126,11 @@ class Merge:
     @property
     def launch(self) -> tuple[int, dict[str, int]]:
         """How many programs there are, and values of parameters."""
-        extents, width = self.extents, self.width
-        if not self.steps[3]:
+        extents, steps, width = self._with_long_rows()
+        if not steps[3]:
             # All of a row is added up, which is one of queries: as if it were a column.
             extents, width = (*extents[:2], extents[3], 1), 1
-        kept = [n if step else 1 for n, step in zip(extents[:3], self.steps[:3], strict=True)]
+        kept = [n if step else 1 for n, step in zip(extents[:3], steps[:3], strict=True)]
         kept[1] //= self.group
         added = [n // k for n, k in zip(extents[:3], kept, strict=True)]
         n_x, n_added = extents[3], math.prod(added)
@@ -127,9 +138,34 @@ class Merge:
         blocks = -(-n_x // columns)
         values = {"blocks": blocks, "width": width, "n_x": n_x, "n_added": n_added}
         values |= {"kept_h": kept[1], "kept_r": kept[2], "added_h": added[1], "added_r": added[2]}
-        values |= {f"step_{axis}": step for axis, step in zip("bhrx", self.steps, strict=True)}
+        values |= {f"step_{axis}": step for axis, step in zip("bhrx", steps, strict=True)}
         values |= {"step_0": self.first, "added_b": added[0], "ROWS": rows, "COLUMNS": columns}
-        return blocks * math.prod(kept), values
+        return blocks * math.prod(kept), values | {"FAR": self.ahead is not None}
+
+    def _with_long_rows(self) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+        """Extents, steps and width; rows that follow one another here and there are one."""
+        (*outer, n_r, n_x), (*steps, step_r, step_x) = self.extents, self.steps
+        if n_r == 1 or not step_x or step_r != n_x * step_x or self.width != n_x:
+            return self.extents, self.steps, self.width
+        return (*outer, 1, n_r * n_x), (*steps, 0, step_x), n_r * n_x
+
+
+def _far(one: Looked, args: Sequence[sympy.Basic]) -> tuple[int, sympy.Basic] | None:
+    """The dimension that keys index from afar, and how far, which batch entries tell apart."""
+    dims = [d for d, arg in enumerate(args) if arg.has(KV)]
+    if one.sums is not Sums.KEYS or len(dims) != 1:
+        return None
+    apart = sympy.expand(args[dims[0]] - KV)
+    return (dims[0], apart) if apart.free_symbols & {B, H, KV} <= {B} and apart != 0 else None
+
+
+def _ahead(call: AttentionCall, apart: sympy.Basic) -> Tensor:
+    """int32 [b]."""
+    batch, _, n_q, n_kv = call.shape
+    device = call.learned[0].device
+    known = apart.xreplace({N_Q: sympy.Integer(n_q), N_KV: sympy.Integer(n_kv)})
+    (found,) = indices_at([known], call.score_data({"b": torch.arange(batch, device=device)}))
+    return found.to(torch.int32).expand(batch).contiguous()
 
 
 def _steps(
@@ -169,7 +205,7 @@ def _scattered(call: AttentionCall, one: Looked, left: Tensor, sizes: tuple[int,
     where = {"b": places[0], "h": places[1], "q": places[2], "kv": places[-1]}
     if one.sums is Sums.DISTANCES:
         where |= {"q": torch.zeros_like(places[2]), "kv": places[2] - one.band(call).offset}
-    indices = indices_at(one.lookup, call.score_data(where))
+    indices = indices_at(one.lookup.args, call.score_data(where))
     if one.sums is Sums.DISTANCES and (dim := one.band(call).dim) is not None:
         indices[dim] = places[2]
     within = [at.clamp(0, n - 1) for at, n in zip(indices, sizes, strict=True)]
