@@ -20,7 +20,7 @@ from sparse_compile.codegen.entry import (
     sizes,
     strides,
 )
-from sparse_compile.codegen.triton.blocks.learned import Sums, looked_up
+from sparse_compile.codegen.triton.blocks.learned import looked_up
 from sparse_compile.codegen.triton.blocks.sections import Described, across, described_views
 from sparse_compile.codegen.triton.blocks.tiles import Tiles, tile_of_learned
 from sparse_compile.codegen.triton.tile import Tile, padded
@@ -180,8 +180,8 @@ def _learned(spec: KernelSpec, tile: Tile, by_query: Line) -> Entry:
     gone = {"items", "n_items", "heavy"}
     lines = [tuple(p for p in line if p.name not in gone) for line in entry.lines]
     at = next(n for n, line in enumerate(lines) if any(p.name == "rows" for p in line))
-    bands = [one.number for one in looked_up(spec.attention) if one.sums is Sums.DISTANCES]
-    lines[at] += sizes("tiles", *(f"{name}_{i}" for i in bands for name in ("places", "offset")))
+    placed = (name for one in looked_up(spec.attention) for name in one.parameters)
+    lines[at] += sizes("tiles", *placed)
     return replace(entry, lines=tuple(lines))
 
 
@@ -196,9 +196,8 @@ def _merge_learned() -> Entry:
     rows = sizes("blocks", "width", "n_x", "kept_h", "kept_r")
     rows += sizes("n_added", "added_b", "added_h", "added_r")
     steps = sizes(*(f"step_{axis}" for axis in "0bhrx"))
-    given = pointers("float32", "SUM", "GRAD") + pointers("int32", "AHEAD")
-    own = constants(ENDS=True, FAR=True, ROWS=64, COLUMNS=64)
-    return Entry("merge_learned", (given, rows, steps, *own))
+    given = pointers("float32", "SUM", "GRAD")
+    return Entry("merge_learned", (given, rows, steps, *constants(ENDS=True, ROWS=64, COLUMNS=64)))
 
 
 def _merge_sum(name: str, spec: KernelSpec) -> Entry:

@@ -6,6 +6,7 @@ A kernel without a program works on raw products, and the scale is part of the e
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -34,7 +35,8 @@ class PrintedScore:
         factor: what turns a score into an exponent of 2.
         before: assignments that belong before the loop.
         value: lines that turn the products ``score`` of a tile into scores.
-        slope: the same, and leave the derivatives in ``slope``, and in ``by_0, by_1, ...``.
+        slope: the same, and leave the derivatives in ``slope``, and in ``by_0, by_1, ...``; how far
+            numbers are apart from their keys in ``apart_0, apart_1, ...``.
         coordinates: which of ``b, h, q, kv`` the lines read.
         by_distance: whether they read ``distance``, those of a tile.
         helpers: as in :class:`sparse_compile.codegen.triton.predicate.Printed`.
@@ -87,6 +89,8 @@ class Scoring:
         if learned and program:
             by = enumerate(program.lookups)
             slopes |= {f"by_{n}": program.derivative_by(lookup) for n, lookup in by}
+            aparts = {f"apart_{n}": apart_of(lookup) for n, lookup in enumerate(program.lookups)}
+            slopes |= {name: one.by for name, one in aparts.items() if one}
         score = print_score(program, mask.tables, loop_axis, printed, slopes, tiled)
         return Scoring(score, printed)
 
@@ -174,6 +178,36 @@ def of_distance(lookup: sympy.Basic) -> bool:
         return False
     # Coordinates as the query and a distance: where the query is gone, that is all it names.
     return not any(sympy.expand(arg.xreplace({KV: KV + Q})).has(Q) for arg in lookup.args)
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Where the number of a key is, if not where the key is.
+
+    Attributes:
+        dim: the dimension of the tensor that keys index.
+        by: how far behind the key.
+    """
+
+    dim: int
+    by: sympy.Basic
+
+
+@functools.lru_cache(maxsize=256)
+def apart_of(lookup: sympy.Basic) -> Apart | None:
+    """For a lookup that names keys but no queries: one index is a key and what it does not change.
+
+    >>> from sparse_compile.expr import H, learned
+    >>> apart_of(learned(0)(H, KV + 7))
+    Apart(dim=1, by=7)
+    >>> apart_of(learned(0)(H, KV)) is apart_of(learned(0)(H, 2 * KV)) is None
+    True
+    """
+    dims = [d for d, arg in enumerate(lookup.args) if KV in arg.free_symbols]
+    if Q in lookup.free_symbols or len(dims) != 1:
+        return None
+    by = sympy.expand(lookup.args[dims[0]] - KV)
+    return None if by == 0 or KV in by.free_symbols else Apart(dims[0], by)
 
 
 def _read_by_distance(

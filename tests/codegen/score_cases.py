@@ -123,6 +123,16 @@ CASES = [
         learned=_by_distance,
         dtype=torch.bfloat16,
     ),
+    Case(
+        "learned, apart from keys that the tensor does not have",
+        MaskExpr(sympy.Le(KV, T0(B)), ("int32",)),
+        heads=(4, 2),
+        batch=3,
+        n=(70, 69),
+        tables=_last_keys,
+        score=ScoreProgram(SCORE + W0(FloorDiv(H, 2), KV - T0(B) + 40), ("float32",)),
+        learned=_by_distance,
+    ),
     # Distances that the tensor does not have count as the nearest that it has.
     Case(
         "learned, nearer than the mask",

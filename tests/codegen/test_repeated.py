@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from torch import Tensor
 
@@ -26,7 +27,6 @@ from tests.handed_in import worklists_on_the_cpu
 
 #: Worklists are cached by lengths: lines are split at one of them alone.
 N, N_SPLIT = 96, 112
-BY_DISTANCE = ScoreProgram(SCORE + learned(0)(H, KV - Q + N_Q - 1), ("float32",))
 Started = list[tuple[tuple[int, ...], list[Any]]]
 CPU = torch.device("cpu")
 
@@ -148,9 +148,15 @@ def test_a_repeated_call_does_what_the_whole_way_does(
     assert run(first) == whole_way
 
 
-def test_gradients_of_learned_tensors_are_repeated(started: Started) -> None:
-    problem, bias = Problem(P.SlidingWindow(20, 0)), torch.randn(4, 2 * N - 1)
-    spec = replace(problem.layout.spec, score=BY_DISTANCE).text
+@pytest.mark.parametrize(
+    "place, places", [(KV - Q + N_Q - 1, 2 * N - 1), (KV + N_Q - 5, 2 * N)], ids=str
+)
+def test_gradients_of_learned_tensors_are_repeated(
+    started: Started, place: sympy.Expr, places: int
+) -> None:
+    problem, bias = Problem(P.SlidingWindow(20, 0)), torch.randn(4, places)
+    score = ScoreProgram(SCORE + learned(0)(H, place), ("float32",))
+    spec = replace(problem.layout.spec, score=score).text
     out, lse = problem.forward()
 
     def run() -> list[Any]:

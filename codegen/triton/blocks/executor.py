@@ -15,7 +15,7 @@ from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.codegen.entry import labelled
 from sparse_compile.codegen.triton import calls
 from sparse_compile.codegen.triton.blocks.gradients import gradient_of
-from sparse_compile.codegen.triton.blocks.learned import Looked, Sums, looked_up
+from sparse_compile.codegen.triton.blocks.learned import looked_up
 from sparse_compile.codegen.triton.calls import Prepared, Running
 from sparse_compile.codegen.triton.entries import axis_of, merge_of
 from sparse_compile.codegen.triton.tile import Tile, padded
@@ -271,23 +271,15 @@ def _with_learned(
         for one in asked
     }
     sums = {f"SUM_{one.number}": left.get(one.number) for one in looked}
-    own = {f"WANT_{one.number}": one in asked for one in looked} | _bands(call, looked)
+    own: dict[str, int] = {f"WANT_{one.number}": one in asked for one in looked}
+    for one in looked:
+        own |= one.placed(call)
     batch, heads, _, _ = call.shape
     for number, section in enumerate(sections):
         grid = lines[number] * subtiles, heads, batch
         values = {**taken, **sums, **own, **_list_values(call.blocks, "q", section), "tiles": tiles}
         running.start(labelled("backward_learned", number), grid, values)
     return [gradient_of(running, i, asked, left) for i in wanted]
-
-
-def _bands(call: AttentionCall, looked: Sequence[Looked]) -> dict[str, int]:
-    """Where distances are placed, as values of parameters."""
-    found: dict[str, int] = {}
-    for one in looked:
-        if one.sums is Sums.DISTANCES:
-            band = one.band(call)
-            found |= {f"places_{one.number}": band.places, f"offset_{one.number}": band.offset}
-    return found
 
 
 def _gradient(of: Tensor, complete: bool) -> Tensor:

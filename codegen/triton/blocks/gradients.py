@@ -1,8 +1,8 @@
 """Gradients of learned tensors, from the sums that a kernel left of each lookup.
 
-Where a lookup names coordinates as they are, a kernel adds up the rest in one launch; a key may be
-so far from its number as the batch entry says. Where a lookup computes other indices, they are
-computed once more, and sums that belong to one number are added up in the order in which they stand.
+Where a lookup names coordinates as they are, a kernel adds up the rest in one launch. Where it
+computes indices, they are computed once more, and sums that belong to one number are added up in
+the order in which they stand.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import sympy
 import torch
@@ -20,12 +20,13 @@ from sparse_compile.codegen.added_up import added_up
 from sparse_compile.codegen.call import AttentionCall
 from sparse_compile.codegen.triton.blocks.learned import Band, Looked, Sums
 from sparse_compile.codegen.triton.calls import Running
-from sparse_compile.expr import KV, N_KV, N_Q, B, FloorDiv, H, Q, indices_at, table_index
+from sparse_compile.expr import KV, B, FloorDiv, H, Q, indices_at, table_index
 
 #: What the axes of sums are, [b, h, r, x]; None: tiles, or nothing.
 _AXES: dict[Sums, tuple[sympy.Symbol | None, ...]] = {
     Sums.QUERIES: (B, H, None, Q),
     Sums.KEYS: (B, H, None, KV),
+    Sums.APART: (B, H, None, KV),
     Sums.DISTANCES: (B, H, None, KV),
     Sums.PAIRS: (B, H, Q, KV),
 }
@@ -63,10 +64,8 @@ def _total(running: Running, one: Looked, left: Tensor, dtype: torch.dtype) -> T
         return left.view(sizes)
     found = torch.empty(sizes, dtype=dtype, device=left.device)
     programs, values = merge.launch
-    values |= {"ENDS": one.sums is Sums.DISTANCES}
-    ahead = left.view(torch.int32) if merge.ahead is None else merge.ahead
-    given = {"SUM": left, "GRAD": found, "AHEAD": ahead}
-    running.start("merge_learned", (programs,), given, **values)
+    values |= {"ENDS": one.is_placed}
+    running.start("merge_learned", (programs,), {"SUM": left, "GRAD": found}, **values)
     return found
 
 
@@ -75,13 +74,12 @@ class Merge:
     """How sums [b, h, r, x] are added up by one launch.
 
     Attributes:
-        extents: of the sums; along x, of the tensor.
+        extents: of the sums.
         steps: how far apart neighbours along each axis are in the tensor; 0 for those that are
             added up.
         group: so many neighbouring heads are added up.
         width: how far apart rows of sums are.
         first: where the first number of a row belongs.
-        ahead: int32 [b], how far ahead of its sum along x a number is; None: it is where that is.
     """
 
     extents: tuple[int, ...]
@@ -89,22 +87,17 @@ class Merge:
     group: int
     width: int
     first: int = 0
-    ahead: Tensor | None = None
 
     @staticmethod
     def of(call: AttentionCall, one: Looked, left: Tensor, sizes: tuple[int, ...]) -> Merge | None:
         """For what is left of a lookup in a tensor of some sizes; None if it computes indices."""
         args, axes = list(one.lookup.args), _AXES[one.sums]
         n_x, falling = left.shape[-1], False
-        if one.sums is Sums.DISTANCES:
+        if one.is_placed:
             band = one.band(call)
             if band.dim is None:
                 return None
             n_x, falling, args[band.dim] = band.places, band.falling, KV
-        far = _far(one, args)
-        if far is not None:
-            dim, apart = far
-            n_x, args[dim] = sizes[dim], KV
         extents = *left.shape[:2], left.shape[2] if left.dim() == 4 else 1, n_x
         found = _steps(args, axes, sizes, extents)
         if found is None or 0 in extents:
@@ -112,13 +105,10 @@ class Merge:
         (*steps, step_x), group = found
         first = (n_x - 1) * step_x if falling else 0
         last = -step_x if falling else step_x
-        merge = Merge(extents, (*steps, last), group, left.shape[-1], first)
-        return merge if far is None else replace(merge, ahead=_ahead(call, apart))
+        return Merge(extents, (*steps, last), group, left.shape[-1], first)
 
     def is_all(self, left: Tensor) -> bool:
         """Whether what is left is the gradient, as it stands."""
-        if self.ahead is not None:
-            return False
         steps = left.stride() if left.dim() == 4 else (*left.stride()[:2], 1, left.stride(2))
         axes = zip(self.extents, self.steps, steps, strict=True)
         return left.shape[-1] == self.extents[3] and all(n == 1 or a == b for n, a, b in axes)
@@ -140,7 +130,7 @@ class Merge:
         values |= {"kept_h": kept[1], "kept_r": kept[2], "added_h": added[1], "added_r": added[2]}
         values |= {f"step_{axis}": step for axis, step in zip("bhrx", steps, strict=True)}
         values |= {"step_0": self.first, "added_b": added[0], "ROWS": rows, "COLUMNS": columns}
-        return blocks * math.prod(kept), values | {"FAR": self.ahead is not None}
+        return blocks * math.prod(kept), values
 
     def _with_long_rows(self) -> tuple[tuple[int, ...], tuple[int, ...], int]:
         """Extents, steps and width; rows that follow one another here and there are one."""
@@ -148,24 +138,6 @@ class Merge:
         if n_r == 1 or not step_x or step_r != n_x * step_x or self.width != n_x:
             return self.extents, self.steps, self.width
         return (*outer, 1, n_r * n_x), (*steps, 0, step_x), n_r * n_x
-
-
-def _far(one: Looked, args: Sequence[sympy.Basic]) -> tuple[int, sympy.Basic] | None:
-    """The dimension that keys index from afar, and how far, which batch entries tell apart."""
-    dims = [d for d, arg in enumerate(args) if arg.has(KV)]
-    if one.sums is not Sums.KEYS or len(dims) != 1:
-        return None
-    apart = sympy.expand(args[dims[0]] - KV)
-    return (dims[0], apart) if apart.free_symbols & {B, H, KV} <= {B} and apart != 0 else None
-
-
-def _ahead(call: AttentionCall, apart: sympy.Basic) -> Tensor:
-    """int32 [b]."""
-    batch, _, n_q, n_kv = call.shape
-    device = call.learned[0].device
-    known = apart.xreplace({N_Q: sympy.Integer(n_q), N_KV: sympy.Integer(n_kv)})
-    (found,) = indices_at([known], call.score_data({"b": torch.arange(batch, device=device)}))
-    return found.to(torch.int32).expand(batch).contiguous()
 
 
 def _steps(
@@ -194,19 +166,19 @@ def _steps(
 
 def _scattered(call: AttentionCall, one: Looked, left: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """The sums by the indices of a lookup, fp32."""
-    if one.sums in (Sums.KEYS, Sums.DISTANCES):
+    if one.is_placed or one.sums is Sums.KEYS:
         left = left.sum(2)
-    if one.sums is Sums.DISTANCES:
+    if one.is_placed:
         left = _with_ends(left, one.band(call))
     if B not in one.lookup.free_symbols and left.shape[0] > 1:
         left = left.sum(0, keepdim=True)
     rank, device = left.dim(), left.device
     places = [_leading(n, axis, rank, device) for axis, n in enumerate(left.shape)]
     where = {"b": places[0], "h": places[1], "q": places[2], "kv": places[-1]}
-    if one.sums is Sums.DISTANCES:
+    if one.is_placed:
         where |= {"q": torch.zeros_like(places[2]), "kv": places[2] - one.band(call).offset}
     indices = indices_at(one.lookup.args, call.score_data(where))
-    if one.sums is Sums.DISTANCES and (dim := one.band(call).dim) is not None:
+    if one.is_placed and (dim := one.band(call).dim) is not None:
         indices[dim] = places[2]
     within = [at.clamp(0, n - 1) for at, n in zip(indices, sizes, strict=True)]
     return added_up(left, within, sizes)

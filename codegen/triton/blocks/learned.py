@@ -17,7 +17,7 @@ import sympy
 
 from sparse_compile.codegen.call import AttentionCall
 from sparse_compile.codegen.runtime.generated import fill
-from sparse_compile.codegen.triton.score import of_distance
+from sparse_compile.codegen.triton.score import apart_of, of_distance
 from sparse_compile.codegen.triton.text import learned as text
 from sparse_compile.expr import KV, N_KV, N_Q, Q, table_index
 from sparse_compile.spec import AttentionSpec
@@ -29,13 +29,15 @@ class Sums(Enum):
     Attributes:
         QUERIES: over the keys, for each query.
         KEYS: over the queries of a tile, for each key.
-        DISTANCES: over the pairs of a tile of one distance ``kv - q``, by the places of a
-            :class:`Band`, and then over those of the distances before and behind these.
+        APART: the same, by the places of a :class:`Band`, and then over those of the keys before
+            and behind these.
+        DISTANCES: over the pairs of a tile of one distance ``kv - q``, by places likewise.
         PAIRS: over nothing.
     """
 
     QUERIES = text.QUERIES
     KEYS = text.KEYS
+    APART = text.APART
     DISTANCES = text.DISTANCES
     PAIRS = text.PAIRS
 
@@ -54,6 +56,23 @@ class Looked:
     lookup: sympy.Basic
     sums: Sums
 
+    @property
+    def is_placed(self) -> bool:
+        """Whether sums are by the places of a band."""
+        return self.sums in (Sums.APART, Sums.DISTANCES)
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Of a kernel that leaves such sums, how many places there are, and which is the first."""
+        names = {Sums.APART: ("places",), Sums.DISTANCES: ("places", "offset")}
+        return tuple(f"{name}_{self.number}" for name in names.get(self.sums, ()))
+
+    def placed(self, call: AttentionCall) -> dict[str, int]:
+        """Values of these."""
+        band = self.band(call) if self.is_placed else None
+        values = (band.places, band.offset) if band else ()
+        return dict(zip(self.parameters, values, strict=False))
+
     def lines(self, template: str) -> list[str]:
         """A template for it, in a kernel that may be told to leave it out."""
         body = fill(template, N=str(self.number)).splitlines()
@@ -65,20 +84,23 @@ class Looked:
         rest = {
             Sums.QUERIES: (n_q,),
             Sums.KEYS: (tiles, n_kv),
-            Sums.DISTANCES: (tiles, self.band(call).places + 2),
             Sums.PAIRS: (n_q, n_kv),
         }
-        return batch, heads, *rest[self.sums]
+        placed = (tiles, self.band(call).places + 2) if self.is_placed else ()
+        return batch, heads, *rest.get(self.sums, placed)
 
     def band(self, call: AttentionCall) -> Band:
-        """The places of distances, for a lookup of them."""
+        """The places of sums that have some."""
         sizes = tuple(call.learned[table_index(self.lookup)].shape)
+        apart = apart_of(self.lookup)
+        if apart is not None:
+            return Band(sizes[apart.dim], 0, apart.dim)
         return _band(self.lookup, *call.shape[2:], sizes)
 
 
 @dataclass(frozen=True)
 class Band:
-    """The places of distances ``kv - q``, one after the other.
+    """The places of numbers for distances ``kv - q``, or for keys, one after the other.
 
     Attributes:
         places: how many there are.
@@ -123,7 +145,7 @@ def _sums(lookup: sympy.Basic, plain: bool) -> Sums:
     if KV not in named:
         return Sums.QUERIES
     if Q not in named:
-        return Sums.KEYS
+        return Sums.APART if apart_of(lookup) else Sums.KEYS
     return Sums.DISTANCES if plain and of_distance(lookup) else Sums.PAIRS
 
 
@@ -133,7 +155,8 @@ def lines_of(looked: Sequence[Looked]) -> dict[str, list[str]]:
     for one in looked:
         around = {
             Sums.QUERIES: (text.QUERIES_BEFORE, text.QUERIES_AFTER),
-            Sums.DISTANCES: (text.DISTANCES_BEFORE, text.DISTANCES_AFTER),
+            Sums.APART: (text.APART_BEFORE, text.PLACES_AFTER),
+            Sums.DISTANCES: (text.DISTANCES_BEFORE, text.PLACES_AFTER),
         }
         if one.sums in around:
             before, after = around[one.sums]

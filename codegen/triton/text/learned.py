@@ -62,6 +62,20 @@ earlier = tl.load(at, mask=kv < n_kv, other=0.0)
 tl.store(at, earlier + tl.sum(grad_score * by_$N, 0)[None, :], mask=kv < n_kv)
 """
 
+#: For one whose index is a key and what no pair changes: the same, by the places of its numbers.
+APART_BEFORE = """\
+early_$N, late_$N = tl.zeros([1, TILE_N], tl.float32), tl.zeros([1, TILE_N], tl.float32)
+"""
+APART = """\
+sums = tl.sum(grad_score * by_$N, 0)[None, :]
+row_of = SUM_$N + (place * tiles + tl.program_id(0)) * (places_$N + 2)
+there = kv + apart_$N
+inside = (there >= 0) & (there < places_$N) & (kv < n_kv)
+tl.store(row_of + there, tl.load(row_of + there, mask=inside, other=0.0) + sums, mask=inside)
+early_$N += tl.where(there < 0, sums, 0.0)
+late_$N += tl.where((there >= places_$N) & (kv < n_kv), sums, 0.0)
+"""
+
 #: For one that reads the distance: sums over the diagonals of the tile. What belongs before the
 #: first place of a distance is added up apart, and so is what belongs behind the last.
 DISTANCES_BEFORE = """\
@@ -81,10 +95,10 @@ for half in tl.static_range(2):
     early_$N += tl.where(there < 0, sums, 0.0)
     late_$N += tl.where(there >= places_$N, sums, 0.0)
 """
-DISTANCES_AFTER = """\
+PLACES_AFTER = """\
 row_of = SUM_$N + (place * tiles + tl.program_id(0)) * (places_$N + 2) + places_$N
-tl.store(row_of, tl.load(row_of) + tl.sum(early_$N, 0))
-tl.store(row_of + 1, tl.load(row_of + 1) + tl.sum(late_$N, 0))
+tl.store(row_of, tl.load(row_of) + tl.sum(early_$N))
+tl.store(row_of + 1, tl.load(row_of + 1) + tl.sum(late_$N))
 """
 
 #: For any other: one number for each pair. Another view may visit pairs that this one hides.

@@ -55,7 +55,7 @@ $SIGNATURE
     SUM is [B, Hq, tiles, width] or alike. Along each of the first three axes kept_* groups of
     added_* neighbours stand, which are added up; groups that all belong to one number are told as
     one. ENDS: behind the n_x numbers of a row stand what belongs to the first of them, and to the
-    last. FAR: a number of batch entry b is AHEAD[b] ahead of its sum.
+    last.
     """
     block, kept = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     b, h, r = kept // kept_r // kept_h, kept // kept_r % kept_h, kept % kept_r
@@ -68,11 +68,7 @@ $SIGNATURE
         row = (row_b * kept_h * added_h + row_h) * kept_r * added_r
         row += r * added_r + added % added_r
         at = SUM + row.to(tl.int64) * width
-        of = x
-        if FAR:
-            of = x - tl.load(AHEAD + row_b, mask=added < n_added, other=0)
-        there = (added < n_added) & (x < n_x) & (of >= 0) & (of < width)
-        total += tl.load(at + of, mask=there, other=0.0)
+        total += tl.load(at + x, mask=(added < n_added) & (x < n_x), other=0.0)
         if ENDS:
             total += tl.load(at + n_x + x * 0, mask=(added < n_added) & (x == 0), other=0.0)
             last = (added < n_added) & (x == n_x - 1)
