@@ -1,7 +1,7 @@
 """How long the first training step of a model takes to compile, against Inductor, from cold caches.
 
 python -m benchmarks.compile_time --out benchmarks/results/compile_time.json
-python -m benchmarks.compile_time --survey --jobs 8 --threads 1 --repeats 1
+python -m benchmarks.compile_time --survey --jobs 2 --threads 1 --repeats 1 --out FILE
 
 The second measures the models of the survey, which are smaller, instead of those of this file.
 
@@ -184,17 +184,25 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--measure", nargs=2, metavar=("MODEL", "WHAT"), help="in this process")
-    parser.add_argument("--out", help="path of the JSON file")
+    parser.add_argument("--out", help="path of the JSON file; models that it has are kept")
     return parser.parse_args(argv)
 
 
 def names(args: argparse.Namespace) -> list[str]:
     """Of the models to measure."""
-    known = [n for n in ENTRIES if version(ENTRIES[n].package)] if args.survey else list(_CONFIGS)
-    unknown = set(args.only or ()) - set(known)
+    every = [n for n in ENTRIES if version(ENTRIES[n].package)] if args.survey else list(_CONFIGS)
+    unknown = set(args.only or ()) - set(every)
     if unknown:
-        raise SystemExit(f"unknown models {sorted(unknown)}; known are {', '.join(known)}")
-    return args.only or known
+        raise SystemExit(f"unknown models {sorted(unknown)}; known are {', '.join(every)}")
+    return args.only or every
+
+
+def known(path: str | None) -> list[Row]:
+    """The rows that a file has: their models are not measured again."""
+    if not path or not Path(path).exists():
+        return []
+    found: list[Row] = json.loads(Path(path).read_text())["rows"]
+    return found
 
 
 def main() -> None:
@@ -208,9 +216,10 @@ def main() -> None:
         runs = [what for _ in range(args.repeats) for what in (*BACKENDS, EXPLAIN)]
         return [in_fresh_process(name, what, args.threads, args.survey) for what in runs]
 
-    rows: list[Row] = []
+    rows = known(args.out)
+    left = [name for name in names(args) if name not in {row["model"] for row in rows}]
     with ThreadPoolExecutor(args.jobs) as pool:
-        for found in pool.map(measured, names(args)):
+        for found in pool.map(measured, left):
             rows += found
             print(printed(summary(found)[0]), flush=True)
             if args.out:

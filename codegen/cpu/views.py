@@ -122,7 +122,7 @@ class _Reordered:
     def of(part: View, view: BlockLayout, spec: AttentionSpec) -> _Reordered:
         """The problem of a view."""
         lengths = view.n_q, view.n_kv
-        if part.q.is_natural and part.kv.is_natural:
+        if part.is_natural:
             alone = replace(spec, mask=spec.part_mask(part), coverage=())
             return _Reordered(view, alone, *map(_Side, lengths))
         q, kv = places_of(part.q, view.n_q), places_of(part.kv, view.n_kv)

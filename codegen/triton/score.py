@@ -139,6 +139,54 @@ def print_score(
     """
     if program is None:
         return PrintedScore()
+    named = _named(program, tables, loop_axis, mask, slopes, tiled)
+    last = f"score = {named.value}"
+    if program.absorbed:
+        last = "score *= 0.0  # absorbed by what was added"
+    alone = [line for line in named.inside if line.partition(" = ")[0] in named.needed]
+    return PrintedScore(
+        factor="LOG2_E",
+        before=named.before,
+        value=("score *= scale", *alone, last),
+        slope=("score *= scale", *named.inside, *named.slopes, last),
+        coordinates=named.coordinates,
+        by_distance=named.by_distance,
+        helpers=helpers_in(*named.before, *named.inside, *named.slopes, last),
+        shown=(f"score    {program}",),
+    )
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A program and its slopes, with lines for what they share and look up.
+
+    Attributes:
+        before, inside: these lines, before the loop and in it.
+        value: the score.
+        slopes: lines of the slopes.
+        needed: names of lines that the score alone needs.
+        coordinates: which of ``b, h, q, kv`` are read.
+        by_distance: whether something is read once for each distance of a tile.
+    """
+
+    before: tuple[str, ...]
+    inside: tuple[str, ...]
+    value: str
+    slopes: tuple[str, ...]
+    needed: frozenset[str]
+    coordinates: frozenset[str]
+    by_distance: bool
+
+
+def _named(
+    program: ScoreProgram,
+    tables: Sequence[str],
+    loop_axis: str,
+    mask: Printed,
+    slopes: Mapping[str, sympy.Expr],
+    tiled: bool,
+) -> _Named:
+    """For arguments of :func:`print_score`."""
     near = {one: f"near_{n}" for n, one in enumerate(filter(of_distance, program.lookups))}
     near = near if tiled else {}
     spread = {one: sympy.Symbol(name) for one, name in near.items()}
@@ -148,27 +196,19 @@ def print_score(
     taken += near.values()
     distances, reads, read = _read_by_distance(tables, near, loop_axis, taken)
     before, inside, names = named_terms((value, *found), loop_axis, "s", [*taken, *read])
-    before, inside = (*distances, *before), (*reads, *inside)
-    last = f"score = {names.get(value, value.text(names))}"
-    if program.absorbed:
-        last = "score *= 0.0  # absorbed by what was added"
-    derivatives = [
-        f"{name} = {names.get(slope, slope.text(names))}"
-        for name, slope in zip(slopes, found, strict=True)
-    ]
-    needed = {names.get(term) for term in subterms(value)}
-    needed |= {*read, *near.values()}
-    alone = [line for line in inside if line.partition(" = ")[0] in needed]
     pieces = {piece for root in (value, *found) for t in subterms(root) for piece in t.pieces}
-    return PrintedScore(
-        factor="LOG2_E",
-        before=before,
-        value=("score *= scale", *alone, last),
-        slope=("score *= scale", *inside, *derivatives, last),
-        coordinates=frozenset(c.name for c in COORDINATES if c.name in pieces),
-        by_distance=bool(near),
-        helpers=helpers_in(*before, *inside, *derivatives, last),
-        shown=(f"score    {program}",),
+    return _Named(
+        (*distances, *before),
+        (*reads, *inside),
+        names.get(value, value.text(names)),
+        tuple(
+            f"{name} = {names.get(slope, slope.text(names))}"
+            for name, slope in zip(slopes, found, strict=True)
+        ),
+        frozenset(names[term] for term in subterms(value) if term in names)
+        | {*read, *near.values()},
+        frozenset(c.name for c in COORDINATES if c.name in pieces),
+        bool(near),
     )
 
 

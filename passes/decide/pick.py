@@ -142,7 +142,7 @@ def _learns(plan: Plan) -> tuple[bool, int]:
 
 def _does_more(spec: AttentionSpec) -> bool:
     """Whether a call puts something in order, or mends its empty rows, beside its kernels."""
-    plain = all(order.is_natural for part in spec.parts for order in (part.q, part.kv))
+    plain = all(part.is_natural for part in spec.parts)
     return not plain or spec.empty_rows is not EmptyRows.ZERO
 
 

@@ -155,6 +155,11 @@ class View:
     listed: bool = False
 
     @property
+    def is_natural(self) -> bool:
+        """Whether its blocks are runs of tokens."""
+        return self.q.is_natural and self.kv.is_natural
+
+    @property
     def fields(self) -> list[Any]:
         """What :meth:`of_fields` makes the view of; plain values for JSON."""
         return [to_text(self.predicate), self.q.fields, self.kv.fields, self.listed]

@@ -135,7 +135,7 @@ def looked_up(spec: AttentionSpec) -> tuple[Looked, ...]:
     program = spec.score
     if program is None:
         return ()
-    plain = all(view.q.is_natural and view.kv.is_natural for view in spec.parts)
+    plain = all(view.is_natural for view in spec.parts)
     lookups = enumerate(program.lookups)
     return tuple(Looked(n, lookup, _sums(lookup, plain)) for n, lookup in lookups)
 

@@ -283,7 +283,7 @@ OVER_QUERIES = (
 
 def title(view: View, number: int, of: int) -> str:
     """What a view is, in a comment."""
-    plain = view.q.is_natural and view.kv.is_natural
+    plain = view.is_natural
     what = "plain order" if plain else f"queries in {view.q}, keys in {view.kv}"
     return f"View {number} of {of}: {what}."
 

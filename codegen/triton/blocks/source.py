@@ -130,7 +130,7 @@ def _scorings(attention: AttentionSpec, loop_axis: str, learned: bool = False) -
             attention.part_mask(view),
             loop_axis,
             learned,
-            tiled=view.q.is_natural and view.kv.is_natural,
+            tiled=view.is_natural,
         )
         for view in attention.parts
     ]

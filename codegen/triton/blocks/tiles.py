@@ -93,7 +93,7 @@ def tile_of_learned(spec: KernelSpec, tiles: Tiles) -> Tile:
 def _of_pairs(attention: AttentionSpec) -> tuple[sympy.Basic, ...]:
     """The lookups that are made for each pair of a tile, rather than for each distance."""
     of_score = attention.score.lookups if attention.score else ()
-    tiled = all(view.q.is_natural and view.kv.is_natural for view in attention.parts)
+    tiled = all(view.is_natural for view in attention.parts)
     return *attention.mask.lookups, *(n for n in of_score if not (tiled and of_distance(n)))
 
 

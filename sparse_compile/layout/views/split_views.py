@@ -81,7 +81,7 @@ class Split:
     @property
     def is_plain(self) -> bool:
         """Whether it is the whole mask in plain order."""
-        return len(self.views) == 1 and self.views[0].q.is_natural and self.views[0].kv.is_natural
+        return len(self.views) == 1 and self.views[0].is_natural
 
 
 @functools.lru_cache(maxsize=256)
