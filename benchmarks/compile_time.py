@@ -1,9 +1,10 @@
 """How long the first training step of a model takes to compile, against Inductor, from cold caches.
 
 python -m benchmarks.compile_time --out benchmarks/results/compile_time.json
-python -m benchmarks.compile_time --survey --jobs 2 --threads 1 --repeats 1 --out FILE
+python -m benchmarks.compile_time --survey --threads 1 --repeats 1 --keep --out FILE
 
-The second measures the models of the survey, which are smaller, instead of those of this file.
+The second measures the models of the survey, which are smaller, instead of those of this file, and
+goes on where an interrupted run ended.
 
 Every measurement is a process of its own with empty caches; backends alternate, so that a busy
 machine disturbs both alike. Processor seconds, which count the compilers that Inductor starts, say
@@ -184,7 +185,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--measure", nargs=2, metavar=("MODEL", "WHAT"), help="in this process")
-    parser.add_argument("--out", help="path of the JSON file; models that it has are kept")
+    parser.add_argument("--out", help="path of the JSON file")
+    parser.add_argument(
+        "--keep", action="store_true", help="what the file has, and measure the rest"
+    )
     return parser.parse_args(argv)
 
 
@@ -198,7 +202,11 @@ def names(args: argparse.Namespace) -> list[str]:
 
 
 def known(path: str | None) -> list[Row]:
-    """The rows that a file has: their models are not measured again."""
+    """The rows that a file has; none if there is no file.
+
+    >>> known(None)
+    []
+    """
     if not path or not Path(path).exists():
         return []
     found: list[Row] = json.loads(Path(path).read_text())["rows"]
@@ -216,7 +224,7 @@ def main() -> None:
         runs = [what for _ in range(args.repeats) for what in (*BACKENDS, EXPLAIN)]
         return [in_fresh_process(name, what, args.threads, args.survey) for what in runs]
 
-    rows = known(args.out)
+    rows = known(args.out) if args.keep else []
     left = [name for name in names(args) if name not in {row["model"] for row in rows}]
     with ThreadPoolExecutor(args.jobs) as pool:
         for found in pool.map(measured, left):

@@ -39,6 +39,9 @@ _ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
 _NOTHING = 1e-6
 #: A learned temperature is the exponential of this at most.
 _HOTTEST = 1.5
+#: Of the terms that cancel, what is allowed for in half precision, where all of it would hide
+#: gradients that are wrong by half.
+_HALF = 0.2
 
 Program = Callable[..., Tensor]
 Values = dict[str, Tensor | None]
@@ -223,7 +226,8 @@ def _cancelled(name: str, truths: Values, given: dict[str, Tensor]) -> float:
     if name in ("q", "k"):
         return apart * _row(k if name == "q" else q)
     beside = _norm(q) * _norm(truths["q"]) if truths["q"] is not None else 0.0
-    return max(beside, apart * _norm(q) * _row(k) * _steepest(given))
+    steep = _steepest(given) if q.dtype is torch.float32 else _HALF
+    return max(beside, apart * _norm(q) * _row(k) * steep)
 
 
 def _row(x: Tensor) -> float:

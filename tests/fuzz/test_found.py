@@ -5,14 +5,16 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # where a plain `pytest` does not look
 
 from benchmarks.fuzz.__main__ import run
+from benchmarks.fuzz.check import SEEDS, compared, values
 from benchmarks.fuzz.idiom import Numbers
-from benchmarks.fuzz.program import Added, Joined, Piece, Program, Sizes
+from benchmarks.fuzz.program import Added, Joined, Piece, Program, Sizes, source
 
 EMPTY = (Joined(Piece("rows are empty")),)
 TEMPERATURE = (Piece("temperature"),)
@@ -107,6 +109,26 @@ def test_rewritten_and_equal(name: str) -> None:
     result = run(EQUAL[name])
     assert result.wrong == ""
     assert result.left == ("",)
+
+
+@pytest.mark.parametrize(
+    "name, off, tensor",
+    [
+        ("a temperature of steep scores", 1.01, "temperature"),
+        ("the projections of few tokens", 1.1, "w_in"),
+    ],
+)
+def test_what_cancels_hides_no_mistake(name: str, off: float, tensor: str) -> None:
+    names: dict[str, Any] = {}
+    exec(source(EQUAL[name]), names)
+    given = names["inputs"](SEEDS[1])
+    eager = values(names["program"], given, True)
+    found = eager[tensor]
+    assert found is not None
+    assert bool(found.any())
+    assert compared(eager, eager, names["program"], given, True) == ""
+    wrong = {**eager, tensor: found * off}
+    assert tensor in compared(wrong, eager, names["program"], given, True)
 
 
 #: In training: eager's gradient is NaN.
