@@ -32,7 +32,10 @@ class Executor(Protocol):
         ...
 
     def backward(self, call: AttentionCall, result: AttentionResult) -> Gradients:
-        """``(dq, dk, dv, *wanted)`` in the dtypes and shapes of q, k, v and of learned tensors."""
+        """``(dq, dk, dv, *wanted)`` in the dtypes and shapes of q, k, v and of learned tensors.
+
+        The first three are stored as [B, N, H, D], by token.
+        """
         ...
 
 

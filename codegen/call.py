@@ -33,6 +33,7 @@ class AttentionCall:
         spec: the mask, and the parts that cover it.
         learned: the tensors ``w0, w1, ...`` that its score program reads; they may have gradients.
         layout: the blocks to visit; None where ``lists`` tell.
+        whole: whether it is all of an attention, rather than a piece of one.
     """
 
     q: Tensor
@@ -45,6 +46,7 @@ class AttentionCall:
     spec: AttentionSpec
     learned: tuple[Tensor, ...] = ()
     layout: Layout | None = None
+    whole: bool = True
 
     def pieces(self) -> list[AttentionCall]:
         """What one executor each computes: all blocks together, and every part of units alone."""
@@ -57,7 +59,8 @@ class AttentionCall:
             first = next(starts) if spec.units else 0
             lists = self.lists[first : first + 2] if spec.units else self.lists[:packed]
             tables = [self.tables[number] for number in used]
-            pieces.append(replace(self, tables=tables, lists=lists, spec=spec))
+            made = replace(self, tables=tables, lists=lists, spec=spec, whole=False)
+            pieces.append(made)
         return pieces
 
     @property

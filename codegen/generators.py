@@ -31,7 +31,7 @@ _GENERATORS = (
 )
 #: What runs attention to blocks, and to units, by kind of device.
 _EXECUTORS = {
-    ("blocks", "cuda"): "sparse_compile.codegen.triton.blocks.executor",
+    ("blocks", "cuda"): "sparse_compile.codegen.triton.by_length",
     ("blocks", "cpu"): "sparse_compile.codegen.cpu.views",
     ("units", "cuda"): "sparse_compile.codegen.triton.selected.executor",
     ("units", "cpu"): "sparse_compile.codegen.cpu.selected",

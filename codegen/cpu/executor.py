@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparse_compile.codegen import by_token
 from sparse_compile.codegen.attend import Gradients
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.codegen.cpu import flash
@@ -80,7 +81,7 @@ def backward(call: AttentionCall, result: AttentionResult) -> Gradients:
     """Gradients of :func:`forward`.
 
     Returns:
-        dq, dk and dv: contiguous, in the shapes of q, k and v; then those of the learned tensors
+        dq, dk and dv: by token, in the shapes of q, k and v; then those of the learned tensors
         that are wanted. The same bits at each call.
     """
     q, k, v, (layout,) = call.q, call.k, call.v, call.blocks.views
@@ -110,7 +111,7 @@ def backward(call: AttentionCall, result: AttentionResult) -> Gradients:
         for piece, bias in _pieces(plans, part, mask, keys[0], backward=True, held=held):
             _accumulate(piece, part, rows, keys, bias, score.at(part, piece))
     grads = ((dq, q), (dk, k), (dv, v))
-    dq, dk, dv = (dx[..., : x.shape[2], : x.shape[3]].to(x.dtype).contiguous() for dx, x in grads)
+    dq, dk, dv = (by_token.stored(dx, x) for dx, x in grads)
     return dq, dk, dv, *score.learned_gradients()
 
 

@@ -15,6 +15,7 @@ import sympy
 import torch
 from torch import Tensor
 
+from sparse_compile.codegen import by_token
 from sparse_compile.codegen.attend import Gradients, add, merge
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.codegen.cpu import careful, executor
@@ -53,7 +54,8 @@ def _sums(call: AttentionCall, result: AttentionResult) -> Gradients:
         dq, dk, dv, *learned = found
         grads.append((at.q.put_back(dq), at.kv.put_back(dk), at.kv.put_back(dv), *learned))
     dq, dk, dv, *learned = add(grads)
-    return *(total.to(call.q.dtype).contiguous() for total in (dq, dk, dv)), *learned
+    sums = (dq, call.q), (dk, call.k), (dv, call.v)
+    return *(by_token.stored(total, of) for total, of in sums), *learned
 
 
 def _in_order(at: _Reordered, call: AttentionCall) -> tuple[Tensor, Tensor]:

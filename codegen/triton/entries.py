@@ -78,7 +78,7 @@ def entries_of(spec: KernelSpec, tiles: Tiles) -> tuple[Entry, ...]:
         for entry in found
         for number, own in enumerate(spec.attention.sections(axis_of(entry.name)))
     )
-    return (*of_sections, _merge_learned()) if learned else of_sections
+    return (*of_sections, merge_learned()) if learned else of_sections
 
 
 def _of_others(
@@ -191,7 +191,7 @@ def _merge_forward(spec: KernelSpec) -> Entry:
     return Entry("merge_forward", (given, *strided(out), sizes("n_q"), *constants(SECTION=0)))
 
 
-def _merge_learned() -> Entry:
+def merge_learned() -> Entry:
     """Of a tensor of any dtype."""
     rows = sizes("blocks", "width", "n_x", "kept_h", "kept_r")
     rows += sizes("n_added", "added_b", "added_h", "added_r")

@@ -35,7 +35,7 @@ class Term:
     Attributes:
         pieces: alternating literal text and operands; a name replaces an operand's text.
         precedence: how tightly the text binds.
-        axes: which of ``q`` and ``kv`` it varies with.
+        axes: which of ``b``, ``q`` and ``kv`` it varies with.
         bits: signed magnitude in bits; more than 31 means the value is int64, _REAL that it is
             fp32.
         named: whether it deserves a line of its own: a lookup or a helper call.
@@ -89,7 +89,7 @@ class Printed:
 
 
 def print_predicate(mask: MaskExpr, loop_axis: str) -> Printed:
-    """Source of ``mask`` for a kernel whose loop runs over ``loop_axis`` (``"q"`` or ``"kv"``).
+    """Source of ``mask`` for a kernel whose loop runs over ``loop_axis`` (``"q"``, ``"kv"`` or ``"b"``).
 
     >>> from sparse_compile.expr import KV, Q
     >>> print_predicate(MaskExpr((KV <= Q) & (Q - KV < 8)), "kv").keep
@@ -195,7 +195,7 @@ class _Printer:
         return Term((str(value),))
 
     def symbol(self, name: str) -> Term:
-        axes = frozenset({name} & {"q", "kv"})
+        axes = frozenset({name} & {"b", "q", "kv"})
         return Term((name,), axes=axes, bits=_INT32_BITS if name[0] == "s" else COORDINATE_BITS)
 
     def table(self, index: int, args: Sequence[Term], exprs: Sequence[sympy.Expr]) -> Term:
@@ -330,7 +330,7 @@ def _widened(terms: list[Term], bits: int) -> tuple[list[Term], int]:
         # Evaluation runs from left to right: all of it happens in int64.
         return sorted(terms, key=lambda t: t.bits <= _INT32_BITS), min(bits, _INT64_BITS)
     tensors = [term for term in terms if not term.text().lstrip("-").isdigit()]
-    narrow = min(tensors, key=lambda t: (len(t.axes), t.text()))
+    narrow = min(tensors, key=lambda t: (len(t.axes - {"b"}), t.text()))
     wide = Term((*_wrap(narrow, _ATOM), ".to(tl.int64)"), _ATOM, narrow.axes, _INT32_BITS + 1)
     rest = list(terms)
     rest.remove(narrow)  # once: in q * q it stands twice
@@ -344,7 +344,7 @@ class _RealPrinter(_Printer):
         return _lookup(f"w{index}", args, exprs, _REAL, ".to(tl.float32)")
 
     def symbol(self, name: str) -> Term:
-        pairs = frozenset({"q", "kv"})
+        pairs = frozenset({"b", "q", "kv"})
         if name == "score" or name.startswith("near_"):
             return Term((name,), axes=pairs, bits=_REAL)
         if name == "distance":

@@ -123,7 +123,7 @@ def _kind(
     return read, lists, (len(learned), len(tables), *sizes, *others)
 
 
-@operator(_like_attention, by_token=True, kind=_kind)
+@operator(_like_attention, by_token=1, kind=_kind)
 def attention(
     q: Tensor,
     k: Tensor,
@@ -174,7 +174,8 @@ def attention(
 def _like_gradients(
     q: Tensor, k: Tensor, v: Tensor, learned: Sequence[Tensor], wanted: Sequence[int]
 ) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t in (q, k, v, *(learned[i] for i in wanted))]
+    by_token = (t.new_empty(t.transpose(1, 2).shape).transpose(1, 2) for t in (q, k, v))
+    return [*by_token, *(learned[i].new_empty(learned[i].shape) for i in wanted)]
 
 
 def _kind_backward(
@@ -185,7 +186,7 @@ def _kind_backward(
     return [*read, grad_out, grad_lse, out, lse], lists, (others, wanted)
 
 
-@operator(_like_gradients, kind=_kind_backward)
+@operator(_like_gradients, by_token=3, kind=_kind_backward)
 def attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -202,7 +203,9 @@ def attention_backward(
     spec: str,
     wanted: Sequence[int],
 ) -> list[Tensor]:
-    """Gradients of :func:`attention`: of q, k, v and ``wanted`` of the learned tensors, contiguous.
+    """Gradients of :func:`attention`: of q, k, v and ``wanted`` of the learned tensors.
+
+    Those of q, k and v are stored as its result is, by token; the others are contiguous.
 
     Other arguments are those of :func:`attention`, its results and their gradients.
     """

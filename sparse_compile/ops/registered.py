@@ -2,7 +2,7 @@
 
 Inductor compiles code for the strides that a fake has: a result of other strides, such as a slice
 of what a kernel padded, crashes it or is misread. Two rules serve all operators: results are
-contiguous, and that of an attention is stored by tokens.
+contiguous, and that of an attention is stored by tokens, as are its gradients.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def operator(
     fake: Callable[..., Any],
     *,
     recorded: bool = True,
-    by_token: bool = False,
+    by_token: int = 0,
     kind: Callable[..., Kind] | None = None,
 ) -> Callable[[Callable[..., Any]], CustomOpDef]:
     """Register a function as ``sparse_compile::<its name>``; it changes none of its arguments.
@@ -43,8 +43,9 @@ def operator(
         fake: makes fake results from those of the operator's arguments that it names.
         recorded: whether a CUDA graph may hold it; one would replay what the first call found out
             on the host, or in tensors that are no arguments.
-        by_token: whether its first result, [B, H, N, D], is stored as [B, N, H, D]: what a
-            projection back to [B, N, H * D] reads.
+        by_token: so many of its first results, [B, H, N, D], are stored as [B, N, H, D]: what a
+            projection back to [B, N, H * D] reads, and what the gradient of one that made
+            [B, N, H * D] does.
         kind: of calls that are repeated, see :mod:`sparse_compile.codegen.repeated`.
     """
 
@@ -88,12 +89,11 @@ def fake_lists(like: Tensor, rows: Sequence[Any], room: Any) -> tuple[Tensor, Te
 _BY_TOKEN = (0, 2, 1, 3)
 
 
-def _stored(results: Any, by_token: bool) -> Any:
+def _stored(results: Any, by_token: int) -> Any:
     if isinstance(results, Tensor):
         return _in_order(results)
-    first, *rest = results
-    first = _in_order(first, _BY_TOKEN if by_token else ())
-    return type(results)([first, *map(_in_order, rest)])
+    ahead = [_in_order(t, _BY_TOKEN) for t in results[:by_token]]
+    return type(results)([*ahead, *map(_in_order, results[by_token:])])
 
 
 def _in_order(t: Tensor, axes: Sequence[int] = ()) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_compile.codegen import by_token
 from sparse_compile.codegen.attend import Gradients
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.codegen.entry import labelled
@@ -209,7 +210,7 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def backward(call: AttentionCall, result: AttentionResult) -> Gradients:
-    """Gradients of :func:`forward`: ``(dq, dk, dv, *wanted)``, contiguous, in their dtypes."""
+    """Gradients of :func:`forward`: ``(dq, dk, dv, *wanted)``, in their dtypes."""
     _check_layout(call)
     q, k, v = call.q, call.k, call.v
     if not q.numel() or not k.numel():
@@ -284,7 +285,7 @@ def _with_learned(
 
 def _gradient(of: Tensor, complete: bool) -> Tensor:
     """Room for a gradient; zeros where no section reaches every row."""
-    return torch.empty(of.shape, dtype=of.dtype, device=of.device) if complete else calls.zeros(of)
+    return by_token.room_like(of, torch.empty if complete else torch.zeros)
 
 
 def _statistics(lse: Tensor, rows: int, filled: bool) -> Tensor:

@@ -23,6 +23,7 @@ from sparse_compile.codegen.triton.blocks.sections import (
     title,
 )
 from sparse_compile.codegen.triton.blocks.tiles import tiles_for
+from sparse_compile.codegen.triton.dropped import dropped
 from sparse_compile.codegen.triton.entries import axis_of, entries_of, merge_of
 from sparse_compile.codegen.triton.filled import escaped, head, precision
 from sparse_compile.codegen.triton.score import PrintedScore, Scoring
@@ -287,17 +288,14 @@ class _Text:
     def _drop(self) -> dict[str, list[str] | str]:
         """What drops weights, or the gradients of those that were dropped."""
         dropout, by_key = self.spec.attention.dropout, self.lines == "kv"
+        if not by_key:
+            is_forward = self.definition.name == "forward"
+            return {"DROP": dropped(dropout, "weight" if is_forward else "grad_weight")}
         if dropout is None:
-            rest: dict[str, list[str] | str] = {"KEPT": "weight", "DROP_GRAD": []}
-            return {"DROP": [], **(rest if by_key else {})}
-        factor = repr(dropout.factor)
-        stay = f"stay = stays(w{dropout.seed}, b, h, q, kv, {dropout.threshold})"
-        if by_key:
-            kept = f"kept = tl.where(stay, weight * {factor}, 0.0)"
-            grad = f"grad_weight = tl.where(stay, grad_weight * {factor}, 0.0)"
-            return {"DROP": [stay, kept], "KEPT": "kept", "DROP_GRAD": [grad]}
-        what = "weight" if self.definition.name == "forward" else "grad_weight"
-        return {"DROP": [stay, f"{what} = tl.where(stay, {what} * {factor}, 0.0)"]}
+            return {"DROP": [], "KEPT": "weight", "DROP_GRAD": []}
+        stay, grad = dropped(dropout, "grad_weight")
+        kept = f"kept = tl.where(stay, weight * {dropout.factor!r}, 0.0)"
+        return {"DROP": [stay, kept], "KEPT": "kept", "DROP_GRAD": [grad]}
 
     def _between(self, is_first: bool) -> list[str]:
         """What stands before a view: sums over keys are added to those of earlier views."""

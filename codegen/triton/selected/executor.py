@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_compile.codegen import by_token
 from sparse_compile.codegen.attend import Gradients
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
 from sparse_compile.codegen.cpu import selected as gathered
@@ -240,7 +241,7 @@ def backward(call: AttentionCall, result: AttentionResult) -> Gradients:
     read = {"OUT": result.out, "GRAD_OUT": result.grad_out.to(call.q.dtype)}
 
     def run(prepared: Prepared, _: None) -> Gradients:
-        dq = torch.empty(call.q.shape, dtype=call.q.dtype, device=call.q.device)
+        dq = by_token.room_like(call.q)
         dk, dv = (calls.zeros(t, torch.float32) for t in (call.k, call.v))
         lse = result.lse.contiguous()
         tensors = {
@@ -258,7 +259,8 @@ def backward(call: AttentionCall, result: AttentionResult) -> Gradients:
             grid = work["n_work"] * subtiles, call.groups, call.q.shape[0]
             launch.start("backward_key_value", grid, {**work, **tensors})
         sign = prepared.operands.sign
-        return dq if sign == 1 else dq.mul_(sign), dk.to(call.k.dtype), dv.to(call.v.dtype)
+        dk, dv = by_token.stored(dk, call.k), by_token.stored(dv, call.v)
+        return dq if sign == 1 else dq.mul_(sign), dk, dv
 
     def prepare() -> tuple[Prepared, None]:
         return _prepared(call, "backward", (read, {})), None

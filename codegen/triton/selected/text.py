@@ -244,7 +244,7 @@ $SIGNATURE
         grad_score = (weight * (grad_weight - delta[:, None])$SLOPE).to(key.dtype)
         $GRAD_Q
         $ADD_GRADS
-    GRAD_Q += b.to(tl.int64) * q_heads * n_q * HEAD_DIM
+    GRAD_Q += b.to(tl.int64) * n_q * q_heads * HEAD_DIM
     $STORE_GRAD_Q
 '''
 
@@ -270,7 +270,7 @@ OF_PARTS = {
     "GRAD_Q": ("", "grad_q$X = tl.dot(grad_score, key$X, grad_q$X$PRECISION)"),
     "STORE_GRAD_Q": (
         "GRAD_Q",
-        "store_rows($BASE, grad_q$X * scale, heads, token, n_q * HEAD_DIM, HEAD_DIM, exist, $DIM)",
+        "store_rows($BASE, grad_q$X * scale, heads, token, HEAD_DIM, q_heads * HEAD_DIM, exist, $DIM)",
     ),
     "ADD_GRAD_K": (
         "GRAD_K",

@@ -10,9 +10,10 @@ $SIGNATURE
     number, lo, hi, slot, sub, kv_head, b = work(items, n_items, heavy, kv_heads, batch, SUBTILES)
     K = head(K, b, kv_head, k_stride_b, k_stride_h)
     V = head(V, b, kv_head, v_stride_b, v_stride_h)
-    place = (b * kv_heads + kv_head).to(tl.int64) * n_kv
+    place = b.to(tl.int64) * n_kv * kv_heads + kv_head
     GRAD_K += place * HEAD_DIM
     GRAD_V += place * VALUE_DIM
+    k_row, v_row = kv_heads * HEAD_DIM, kv_heads * VALUE_DIM  # rows of all heads
     factor = $FACTOR
     $SECTIONS
 '''
@@ -47,8 +48,8 @@ for shared in range(0, GROUP):
 grad_k *= scale
 if slot < 0:
     $EARLIER
-    store_tile(GRAD_K, grad_k, first, row$WIDE, n_kv, HEAD_DIM, HEAD_DIM, HEAD_PAD)
-    store_tile(GRAD_V, grad_v, first, row$WIDE, n_kv, VALUE_DIM, VALUE_DIM, VALUE_PAD)
+    store_tile(GRAD_K, grad_k, first, row$WIDE, n_kv, k_row, HEAD_DIM, HEAD_PAD)
+    store_tile(GRAD_V, grad_v, first, row$WIDE, n_kv, v_row, VALUE_DIM, VALUE_PAD)
 else:
     store_part(PART_GRAD_K, grad_k, slot, sub, kv_head, b, kv_heads, batch, SUBTILES)
     store_part(PART_GRAD_V, grad_v, slot, sub, kv_head, b, kv_heads, batch, SUBTILES)
@@ -83,9 +84,9 @@ CONTINUE = START
 #: At the end: to start from these would keep too much in registers.
 EARLIER = """\
 # What earlier sections found for these keys.
-earlier = load_tile(GRAD_K, first, row$WIDE, n_kv, HEAD_DIM, HEAD_DIM, HEAD_PAD)
+earlier = load_tile(GRAD_K, first, row$WIDE, n_kv, k_row, HEAD_DIM, HEAD_PAD)
 grad_k += earlier.to(tl.float32)
-earlier = load_tile(GRAD_V, first, row$WIDE, n_kv, VALUE_DIM, VALUE_DIM, VALUE_PAD)
+earlier = load_tile(GRAD_V, first, row$WIDE, n_kv, v_row, VALUE_DIM, VALUE_PAD)
 grad_v += earlier.to(tl.float32)
 """
 

@@ -23,7 +23,7 @@ $SIGNATURE
     OUT = head(OUT, b, h, out_stride_b, out_stride_h)
     LSE += place * n_q
     GRAD_LSE += place * n_q
-    GRAD_Q += place * n_q * HEAD_DIM
+    GRAD_Q += (b.to(tl.int64) * n_q * q_heads + h) * HEAD_DIM
     LOG_SUM = STATISTICS + place * rows
     DELTA = LOG_SUM + (batch * q_heads).to(tl.int64) * rows
     lo, hi = 0, 2147483647
@@ -38,12 +38,12 @@ EARLIER = query.EARLIER
 
 CONTINUE = """\
 # Add to what earlier sections found for these queries.
-grad_q = load_tile(GRAD_Q, first, row$WIDE, n_q, HEAD_DIM, HEAD_DIM, HEAD_PAD)
+grad_q = load_tile(GRAD_Q, first, row$WIDE, n_q, q_heads * HEAD_DIM, HEAD_DIM, HEAD_PAD)
 grad_q = grad_q.to(tl.float32) / scale
 """
 
 STORE = """\
-store_tile(GRAD_Q, grad_q, first, row$WIDE, n_q, HEAD_DIM, HEAD_DIM, HEAD_PAD)
+store_tile(GRAD_Q, grad_q, first, row$WIDE, n_q, q_heads * HEAD_DIM, HEAD_DIM, HEAD_PAD)
 """
 
 #: Of each lookup there is one of the following. For one that names no key: sums over the keys.

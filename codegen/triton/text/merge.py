@@ -31,7 +31,7 @@ $SIGNATURE
 
 SUM = '''\
 $SIGNATURE
-    """Add up the parts of split lines; GRAD is [B, heads, n_$AXIS, DIM]."""
+    """Add up the parts of split lines; GRAD is [B, n_$AXIS, heads, DIM]."""
     $SHAPE
     sub, h, b = tl.program_id(0) % SUBTILES, tl.program_id(1), tl.program_id(2)
     heads, batch = tl.num_programs(1), tl.num_programs(2)
@@ -39,13 +39,13 @@ $SIGNATURE
     number, slot, parts = tl.load(merge), tl.load(merge + 1), tl.load(merge + 2)
     $ROWS
     row = row.to(tl.int64)
-    GRAD += (b * heads + h).to(tl.int64) * n_$AXIS * DIM
+    GRAD += (b.to(tl.int64) * n_$AXIS * heads + h) * DIM
     total = tl.zeros([TILE, PAD], tl.float32)
     if SECTION > 0:
-        total += load_tile(GRAD, first, row, n_$AXIS, DIM, DIM, PAD).to(tl.float32)
+        total += load_tile(GRAD, first, row, n_$AXIS, heads * DIM, DIM, PAD).to(tl.float32)
     for part in range(0, parts):
         total += load_part(PART, slot + part, sub, h, b, heads, batch, TILE, PAD, SUBTILES)
-    store_tile(GRAD, total, first, row, n_$AXIS, DIM, DIM, PAD)
+    store_tile(GRAD, total, first, row, n_$AXIS, heads * DIM, DIM, PAD)
 '''
 
 LEARNED = '''\

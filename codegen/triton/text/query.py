@@ -15,7 +15,7 @@ $SIGNATURE
     OUT = head(OUT, b, h, out_stride_b, out_stride_h)
     LSE += place * n_q
     GRAD_LSE += place * n_q
-    GRAD_Q += place * n_q * HEAD_DIM
+    GRAD_Q += (b.to(tl.int64) * n_q * q_heads + h) * HEAD_DIM
     LOG_SUM = STATISTICS + place * rows
     DELTA = LOG_SUM + (batch * q_heads).to(tl.int64) * rows
     $K_BASE
@@ -67,7 +67,7 @@ grad_q = tl.zeros([TILE_M, HEAD_PAD], tl.float32)
 CONTINUE = """\
 # Add to what earlier sections found for these queries; merge_query does so for split lines.
 exist = tl.where(slot < 0, n_q, 0)
-grad_q = load_tile(GRAD_Q, first, row$WIDE, exist, HEAD_DIM, HEAD_DIM, HEAD_PAD)
+grad_q = load_tile(GRAD_Q, first, row$WIDE, exist, q_heads * HEAD_DIM, HEAD_DIM, HEAD_PAD)
 grad_q = grad_q.to(tl.float32) / scale
 """
 
@@ -76,7 +76,7 @@ EARLIER = ""
 
 STORE = """\
 if slot < 0:
-    store_tile(GRAD_Q, grad_q, first, row$WIDE, n_q, HEAD_DIM, HEAD_DIM, HEAD_PAD)
+    store_tile(GRAD_Q, grad_q, first, row$WIDE, n_q, q_heads * HEAD_DIM, HEAD_DIM, HEAD_PAD)
 else:
     store_part(PART_GRAD_Q, grad_q, slot, sub, h, b, q_heads, batch, SUBTILES)
 """
