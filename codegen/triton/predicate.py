@@ -89,7 +89,7 @@ class Printed:
 
 
 def print_predicate(mask: MaskExpr, loop_axis: str) -> Printed:
-    """Source of ``mask`` for a kernel whose loop runs over ``loop_axis`` (``"q"``, ``"kv"`` or ``"b"``).
+    """Source of ``mask`` for a kernel that loops over ``loop_axis``: ``"q"``, ``"kv"``, ``"b"``.
 
     >>> from sparse_compile.expr import KV, Q
     >>> print_predicate(MaskExpr((KV <= Q) & (Q - KV < 8)), "kv").keep

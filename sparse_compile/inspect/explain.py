@@ -11,7 +11,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -38,6 +38,9 @@ from sparse_compile.sites.plan import Plan, Trace
 from sparse_compile.sites.site import AttentionSite, LiftedMask, Rejection
 from sparse_compile.spec import AttentionSpec, KernelSpec
 from sparse_compile.spec.target import Target
+
+if TYPE_CHECKING:
+    from sparse_compile.codegen.triton.short.spec import ShortKernelSpec
 
 _NOTHING_SKIPPED = "in this call every block holds an allowed pair, so nothing is skipped"
 
@@ -206,12 +209,21 @@ def _utilisation(plan: Plan, layout: Layout | None) -> float | None:
     return layout.utilisation(members, workers_of(device_of(plan.site.q.node)))
 
 
-def kernel_spec(plan: Plan, arch: str, piece: AttentionSpec | None = None) -> KernelSpec:
+def kernel_spec(
+    plan: Plan, arch: str, piece: AttentionSpec | None = None
+) -> KernelSpec | ShortKernelSpec:
     """What determines the kernel of a piece of a plan, or its first, on ``"sm_90"`` and so on."""
-    site = plan.site
+    from sparse_compile.codegen.triton.short.spec import short_spec
+
+    site, attention = plan.site, piece or plan.spec.pieces[0][0]
     dtype = str(example_value(site.output.node).dtype).removeprefix("torch.")
     dims = expected(site.q, "d"), expected(site.v, "d")
-    return KernelSpec(piece or plan.spec.pieces[0][0], *dims, dtype, arch)
+    if len(plan.spec.pieces) == 1:
+        lengths, heads = ((expected(site.q, a), expected(site.k, a)) for a in ("n", "h"))
+        short = short_spec(attention, lengths, heads, dims, dtype, arch)
+        if short is not None:
+            return short
+    return KernelSpec(attention, *dims, dtype, arch)
 
 
 #: A graph, and what became of its attentions.

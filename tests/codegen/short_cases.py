@@ -22,9 +22,7 @@ def _shortened(case: Case) -> Case:
     """As many queries and keys as fit a tile, and as many key heads as heads."""
     n_q, n_kv = min(case.n[0], 37), min(case.n[1], LONGEST)
     heads = case.heads[0]
-    return replace(
-        case, n=(n_q, n_kv), heads=(heads, heads), views=(), batch=max(case.batch, 3)
-    )
+    return replace(case, n=(n_q, n_kv), heads=(heads, heads), views=(), batch=max(case.batch, 3))
 
 
 def _is_short(case: Case) -> bool:

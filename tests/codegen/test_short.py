@@ -21,9 +21,7 @@ PLAIN = AttentionSpec(MaskExpr(KV <= Q))
 
 
 def _biased(lookup: sympy.Expr) -> AttentionSpec:
-    return AttentionSpec(
-        MaskExpr(sympy.true), score=ScoreProgram(SCORE + lookup, ("bfloat16",))
-    )
+    return AttentionSpec(MaskExpr(sympy.true), score=ScoreProgram(SCORE + lookup, ("bfloat16",)))
 
 
 WINDOWS = _biased(W0(0, H, Q, KV))
@@ -54,8 +52,8 @@ def test_what_one_tile_does_not_hold() -> None:
     assert not is_short(_call(PLAIN, n=(49, 65)))
     assert not is_short(_call(PLAIN, n=(0, 49)))
     assert not is_short(_call(PLAIN, heads=(4, 2)))
-    assert not is_short(_call(PLAIN, dims=(32, 160)))
-    assert not is_short(_call(PLAIN, dims=(80, 32), dtype=torch.float32))
+    assert not is_short(_call(PLAIN, dims=(32, 80)))
+    assert not is_short(_call(PLAIN, dims=(40, 32), dtype=torch.float32))
     assert not is_short(replace(_call(PLAIN), whole=False))
     # Sums by distance are made by other kernels.
     assert not is_short(_call(_biased(W0(H, KV - Q + N_Q - 1))))
@@ -79,12 +77,20 @@ def test_the_same_spec_gives_the_same_bytes() -> None:
     assert generators().choose(spec).generator == "triton"
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
-@pytest.mark.parametrize("dim", [32, 64, 128])
-@pytest.mark.parametrize("spec", [PLAIN, WINDOWS, ENTRIES], ids=["plain", "windows", "entries"])
+@pytest.mark.parametrize(
+    ("spec", "dim", "arch"),
+    [
+        (PLAIN, 64, 90),
+        (WINDOWS, 32, 90),
+        (WINDOWS, 64, 80),
+        (WINDOWS, 64, 100),
+        (ENTRIES, 32, 90),
+        (ENTRIES, 64, 90),
+    ],
+)
 def test_compiles_ahead_of_time(spec: AttentionSpec, dim: int, arch: int) -> None:
     made = ShortKernelSpec(spec, dim, dim, "bfloat16", f"sm_{arch}", 64, 64)
     for name, used in compile_ahead_of_time(made).items():
-        assert used.shared <= 160 * 1024, name
-        # Biases of pairs and their gradients are kept from entry to entry.
-        assert used.spills <= (0 if name != "backward" else 1024), (name, used.spills)
+        assert used.shared <= 96 * 1024, name
+        # Biases of pairs, and the sums of their gradients, are kept from entry to entry.
+        assert used.spills <= 512, (name, used.spills)

@@ -270,7 +270,11 @@ OF_PARTS = {
     "GRAD_Q": ("", "grad_q$X = tl.dot(grad_score, key$X, grad_q$X$PRECISION)"),
     "STORE_GRAD_Q": (
         "GRAD_Q",
-        "store_rows($BASE, grad_q$X * scale, heads, token, HEAD_DIM, q_heads * HEAD_DIM, exist, $DIM)",
+        """\
+store_rows(
+    $BASE, grad_q$X * scale, heads, token, HEAD_DIM, q_heads * HEAD_DIM, exist, $DIM
+)
+""",
     ),
     "ADD_GRAD_K": (
         "GRAD_K",

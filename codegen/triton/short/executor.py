@@ -23,7 +23,7 @@ from sparse_compile.spec.target import Target
 
 #: Programs for each that a GPU runs at a time: with more of them, fewer batch entries share what
 #: scores add; with fewer, the last ones leave it idle for longer.
-_ROUNDS = 4
+_ROUNDS = 2
 
 
 class _Programs(NamedTuple):
@@ -97,6 +97,7 @@ def _prepared(
 ) -> tuple[Prepared, _Programs]:
     """For calls like this one; tensors as for :meth:`Prepared.of`."""
     spec = spec_of(call, calls.dtype_of(call), Target.of(call.q.device).arch)
+    assert spec is not None
     programs = _Programs.of(call)
     values |= {"heads": call.q.shape[1], "each": programs.each}
     return Prepared.of(spec, call, direction, (read, written), values), programs

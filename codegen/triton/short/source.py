@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from sparse_compile.codegen.entry import Entry, Kernel
-from sparse_compile.codegen.runtime.generated import fill
 from sparse_compile.codegen.triton.blocks.learned import Looked, looked_up
 from sparse_compile.codegen.triton.dropped import dropped
 from sparse_compile.codegen.triton.filled import head, precision

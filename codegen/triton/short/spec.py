@@ -14,7 +14,7 @@ from sparse_compile.spec.attention import kernel_name
 #: Up to so many queries, and keys, a tile holds them all.
 LONGEST = 64
 #: Up to so many features, by whether they are of 32 bits: five tiles stay in registers.
-_WIDEST = {True: 64, False: 128}
+_WIDEST = {True: 32, False: 64}
 
 
 @dataclass(frozen=True)
@@ -66,17 +66,39 @@ def why_not_short(attention: AttentionSpec, dims: tuple[int, int], single: bool)
     return ""
 
 
+def short_spec(
+    attention: AttentionSpec,
+    lengths: tuple[int, int],
+    heads: tuple[int, int],
+    dims: tuple[int, int],
+    dtype: str,
+    arch: str,
+) -> ShortKernelSpec | None:
+    """What determines the kernels of a whole attention; None if these do not compute it.
+
+    Args:
+        attention: the mask and the score.
+        lengths: queries and keys.
+        heads: query heads and key heads.
+        dims: features of q and k, and of v.
+        dtype, arch: as in :class:`sparse_compile.spec.KernelSpec`.
+    """
+    few = 0 < min(lengths) and max(lengths) <= LONGEST
+    if not few or heads[0] != heads[1] or why_not_short(attention, dims, dtype == "float32"):
+        return None
+    tiles = padded(lengths[0]), padded(lengths[1])
+    return ShortKernelSpec(attention, *dims, dtype, arch, *tiles)
+
+
+def spec_of(call: AttentionCall, dtype: str, arch: str) -> ShortKernelSpec | None:
+    """That of a call."""
+    if not call.whole:
+        return None
+    (_, heads, n_q, dim), (_, kv_heads, n_kv, width) = call.q.shape, call.v.shape
+    return short_spec(call.spec, (n_q, n_kv), (heads, kv_heads), (dim, width), dtype, arch)
+
+
 def is_short(call: AttentionCall) -> bool:
     """Whether these kernels compute a call."""
-    (_, heads, n_q, _), (_, kv_heads, n_kv, _) = call.q.shape, call.k.shape
-    few = 0 < n_q <= LONGEST and 0 < n_kv <= LONGEST
-    if not (call.whole and few and heads == kv_heads):
-        return False
-    dims = call.q.shape[3], call.v.shape[3]
-    return not why_not_short(call.spec, dims, call.q.element_size() > 2)
-
-
-def spec_of(call: AttentionCall, dtype: str, arch: str) -> ShortKernelSpec:
-    """For such a call."""
-    tiles = padded(call.q.shape[2]), padded(call.k.shape[2])
-    return ShortKernelSpec(call.spec, call.q.shape[3], call.v.shape[3], dtype, arch, *tiles)
+    single = call.q.element_size() > 2
+    return spec_of(call, "float32" if single else "bfloat16", "") is not None
