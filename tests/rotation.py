@@ -17,6 +17,7 @@ PARTS: dict[str, int] = {
     "test_choose_aot": 8,
     "test_selected_source": 18,
     "test_triton_source": 18,
+    "test_short": 2,
     "test_windows_aot": 6,
     # Kernels in Triton's interpreter.
     "interpreted_choose": 3,
@@ -26,6 +27,7 @@ PARTS: dict[str, int] = {
     "interpreted_operators": 8,
     "interpreted_scores": 12,
     "interpreted_selected": 5,
+    "interpreted_short": 6,
     "interpreted_union": 3,
     # Models, and programs through torch.compile.
     "test_annotations": 5,

@@ -25,6 +25,7 @@ ONE_IN = {
     "interpreted_operators": 29,
     "interpreted_scores": 10,
     "interpreted_selected": 13,
+    "interpreted_short": 15,
     "interpreted_union": 0,
     "interpreted_windows": 4,
     # Kernels compiled ahead of time: 1 to 10 s each.
@@ -32,6 +33,7 @@ ONE_IN = {
     "test_device_layout": 5,
     "test_from_dense": 9,
     "test_selected_source": 40,
+    "test_short": 4,
     "test_triton_source": 12,
     "test_windows_aot": 0,
     # Models through torch.compile: 0.5 to 2 s each, those of transformers more.
