@@ -185,15 +185,3 @@ def _compile_errors() -> tuple[type[Exception], ...]:
     from triton.runtime.errors import OutOfResources, PTXASError
 
     return CompilationError, OutOfResources, PTXASError
-
-
-@functools.lru_cache(maxsize=1)
-def descriptor_class() -> Any:
-    """Triton's host descriptor without its checks, which operands are made to pass."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    class Unchecked(TensorDescriptor):  # type: ignore[misc]  # triton has no types
-        def __post_init__(self) -> None:
-            pass
-
-    return Unchecked

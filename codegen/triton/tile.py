@@ -16,6 +16,9 @@ class Tile:
         warps: warps per program.
         stages: depth of the software pipeline.
         descriptors: load the tiles of the loop by tensor descriptors (TMA) instead of pointers.
+        together: neighbours along a line that one program works on.
+        resident: whether a program takes one piece of work after another: there is one for each
+            multiprocessor then.
     """
 
     m: int
@@ -23,6 +26,8 @@ class Tile:
     warps: int
     stages: int
     descriptors: bool = False
+    together: int = 1
+    resident: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
