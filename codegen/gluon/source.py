@@ -7,8 +7,9 @@ from dataclasses import replace
 import sympy
 
 from sparse_compile.codegen.entry import Entry, Kernel
-from sparse_compile.codegen.gluon import text, versions
+from sparse_compile.codegen.gluon import text
 from sparse_compile.codegen.gluon.entries import GluonTile, forward_entry
+from sparse_compile.codegen.runtime import gluon_names
 from sparse_compile.codegen.triton.blocks.source import kernel_of
 from sparse_compile.codegen.triton.filled import escaped, filled, legend, where
 from sparse_compile.codegen.triton.predicate import print_predicate
@@ -52,9 +53,9 @@ def _source(spec: KernelSpec, entry: Entry) -> str:
         SIZES=", ".join(sizes),
         COORDINATES=coordinates,
         MASKING=masking,
-        TILE_LOAD=versions.tile_load(),
-        TILE_STORE=versions.tile_store(),
-        BARRIER=versions.barrier(),
+        TILE_LOAD=gluon_names.tile_load(),
+        TILE_STORE=gluon_names.tile_store(),
+        BARRIER=gluon_names.barrier(),
         ROLES=[f"(multiply, (given, {role}))," for role in _ROLES[: tile.together]],
         WARPS=", ".join(["4"] * len(workers) + ["1"]),
         REGISTERS=", ".join([str(tile.registers)] * len(workers) + [str(_LOADER)]),

@@ -168,7 +168,7 @@ def kind(argument: Any) -> Any:
     if argument is None or isinstance(argument, (bool, float)):
         return type(argument)
     # A tensor descriptor.
-    return argument.base.dtype, tuple(argument.block_shape)
+    return type(argument), argument.base.dtype, tuple(argument.block_shape)
 
 
 @functools.lru_cache(maxsize=1)

@@ -34,6 +34,16 @@ class Tile:
         """What the compiler is told."""
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
+    def programs(self, tiles: int, workers: int) -> int:
+        """How many are started for so many tiles, on so many multiprocessors.
+
+        >>> alone, three = Tile(64, 64, 4, 2), Tile(64, 64, 4, 2, True, 3, True)
+        >>> alone.programs(900, 132), three.programs(900, 132), three.programs(90, 132)
+        (900, 132, 30)
+        """
+        pieces = tiles // self.together
+        return min(pieces, workers) if self.resident else pieces
+
     def extent(self, axis: str) -> int:
         """Tokens of the side ``"q"`` or ``"kv"``."""
         return self.m if axis == "q" else self.n

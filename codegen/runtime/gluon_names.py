@@ -1,7 +1,7 @@
 """Gluon is experimental: names that differ between the versions of Triton, in one place.
 
-``tests/codegen/test_gluon_source.py`` and ``tests/codegen/test_selected_source.py`` compile what uses
-them.
+``tests/codegen/test_gluon_source.py`` and ``tests/codegen/test_selected_source.py`` compile what
+uses them.
 """
 
 from __future__ import annotations
