@@ -71,6 +71,6 @@ def is_descriptor(argument: Any) -> bool:
 
 def remaker(descriptor: Any) -> Callable[[Any], Any]:
     """Makes the same descriptor of another base; it does not keep this one's."""
-    kind = type(descriptor)
+    kind: Any = type(descriptor)
     rest = {f.name: getattr(descriptor, f.name) for f in fields(descriptor) if f.name != "base"}
     return functools.partial(kind, **rest)
