@@ -46,6 +46,7 @@ HEAD_DIM, VALUE_DIM = gl.constexpr($HEAD_DIM), gl.constexpr($VALUE_DIM)
 GROUPS = gl.constexpr($GROUPS)  # warpgroups that multiply
 ROWS, KEYS = gl.constexpr(64), gl.constexpr($KEYS)  # queries of a warpgroup, keys of a block
 STAGES = gl.constexpr($STAGES)  # blocks of keys and of values in shared memory
+SECTION = gl.constexpr(64)  # members that an item is handed out for at a time
 FIRST_GROUP, SECOND_GROUP, THIRD_GROUP = map(gl.constexpr, range(3))
 MEMBER, LINE, SLOT, FIRST, LO, MID, HI, FIELDS = map(gl.constexpr, range(8))  # of a note
 LOG2_E, LN_2 = gl.constexpr(1.4426950408889634), gl.constexpr(0.6931471805599453)
@@ -145,18 +146,18 @@ def softmax_step(score, peak, total, scale, PARTIAL: gl.constexpr):
 
 
 @gluon.jit
-def work_of(number, items, n_items, heavy, q_heads, batch):
-    """The item and the member (b * q_heads + h) with a number, as in the kernels beside this one.
+def work_of(number, items, n_items, q_heads, batch):
+    """The item and the member (b * q_heads + h) with a number.
 
-    The first ``heavy`` items are handed out for all heads before the others, so that nothing long
-    starts late; the others head by head, so that programs share what they read.
+    Items are sorted, those with most to do first, and each is handed out for all members before the
+    next one, so that neighbours in number have as much to do. There are sections of members, since
+    what they read together should stay in the cache.
     """
     members = q_heads * batch
-    each = gl.maximum(n_items - heavy, 1)
-    rest = number - heavy * members
-    index = gl.where(rest < 0, number // members, heavy + rest % each)
-    member = gl.where(rest < 0, number % members, rest // each)
-    return items + index * 4, member
+    section = number // (n_items * SECTION)
+    inside = number - section * (n_items * SECTION)
+    size = gl.minimum(SECTION, members - section * SECTION)
+    return items + inside // size * 4, section * SECTION + inside % size
 
 
 @gluon.jit
@@ -183,15 +184,18 @@ def load(tiles, shared, barriers, worklist, lists, sizes, GROUP: gl.constexpr):
     Q_TILES, K_TILES, V_TILES = tiles
     queries, keys, values, notes = shared
     query_full, query_empty, key_full, value_full, pair_empty, note_full = barriers
-    items, n_items, heavy, q_heads, batch = worklist
+    items, n_items, q_heads, batch = worklist
     start, counts, index, room, lines, batches, heads = lists
+    # Who has the first of a round has the last of the next one: all get as much to do.
+    programs = gl.num_programs(0)
     number = gl.program_id(0)
+    mirrored = 2 * (programs - number) - 1
     place = 0
     stage = 0
     phase = 1
     query_phase = 1
     while number < n_items * q_heads * batch:
-        item, member = work_of(number, items, n_items, heavy, q_heads, batch)
+        item, member = work_of(number, items, n_items, q_heads, batch)
         line = gl.load(item)
         h = member % q_heads
         b = member // q_heads
@@ -241,7 +245,8 @@ def load(tiles, shared, barriers, worklist, lists, sizes, GROUP: gl.constexpr):
             full = value_full.index(earlier_stage)
             mbarrier.expect(full, V_TILES.block_type.nbytes)
             tma.$TILE_LOAD(V_TILES, [b, key_head, earlier, 0], full, values.index(earlier_stage))
-        number += gl.num_programs(0)
+        number += mirrored
+        mirrored = 2 * programs - mirrored
     note(notes, place, MEMBER, -1)
     mbarrier.arrive(note_full.index(place), count=1)
 
@@ -298,7 +303,7 @@ def multiply(given, NUMBER: gl.constexpr):
     OUT_TILES, results, LSE, parts, shared, barriers, worklist, lists, sizes, scale = given
     queries, keys, values, notes = shared
     query_full, query_empty, key_full, value_full, pair_empty, note_full = barriers
-    items, n_items, heavy, q_heads, batch = worklist
+    items, n_items, q_heads, batch = worklist
     start, counts, index, room, lines, batches, heads = lists
     n_q = sizes[0]
     query = queries.index(NUMBER).reshape([ROWS, HEAD_DIM])
@@ -423,7 +428,7 @@ $SIGNATURE
 
     shared = (queries, keys, values, notes)
     barriers = (query_full, query_empty, key_full, value_full, pair_empty, note_full)
-    worklist = (items, n_items, heavy, q_heads, batch)
+    worklist = (items, n_items, q_heads, batch)
     lists = (start_0, counts_0, index_0, room_0, lines_0, batches_0, heads_0)
     sizes = ($SIZES)
     parts = (PART_OUT, PART_LSE)
