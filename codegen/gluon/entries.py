@@ -65,9 +65,7 @@ def forward_entry(spec: KernelSpec) -> Entry:
             _described(spec, "OUT", tile.m, spec.value_dim),
         ),
         pointers("float32", "LSE", "PART_OUT", "PART_LSE"),
-        lists("items")
-        + sizes("n_items", "q_heads", "batch", "n_q", "n_kv")
-        + number("scale"),
+        lists("items") + sizes("n_items", "q_heads", "batch", "n_q", "n_kv") + number("scale"),
         view_lists(0),
         sizes(*(f"s{i}" for i in range(spec.attention.mask.n_sizes))),
         *constants(GROUP=1),
