@@ -1,4 +1,4 @@
-"""The forward in Gluon on a GPU: values and gradients, the same bits twice, calls that repeat it."""
+"""The forward in Gluon on a GPU: values, gradients, the same bits twice, repeated calls."""
 
 from __future__ import annotations
 
