@@ -7,8 +7,12 @@ from dataclasses import replace
 import sympy
 
 from sparse_compile.codegen.entry import Entry, Kernel
-from sparse_compile.codegen.gluon import text
 from sparse_compile.codegen.gluon.entries import GluonTile, forward_entry
+from sparse_compile.codegen.gluon.text.head import HEADER
+from sparse_compile.codegen.gluon.text.kernel import KERNEL
+from sparse_compile.codegen.gluon.text.load import LOAD
+from sparse_compile.codegen.gluon.text.multiply import MULTIPLY
+from sparse_compile.codegen.gluon.text.softmax import SOFTMAX
 from sparse_compile.codegen.runtime import gluon_names
 from sparse_compile.codegen.triton.blocks.source import kernel_of
 from sparse_compile.codegen.triton.filled import escaped, filled, legend, where
@@ -33,7 +37,7 @@ def _source(spec: KernelSpec, entry: Entry) -> str:
     tile = entry.tile
     assert isinstance(tile, GluonTile)
     head = filled(
-        text.HEADER,
+        HEADER,
         spec,
         NAME=f"{spec.name}_gluon",
         MASK=escaped(str(spec.attention.mask)),
@@ -49,7 +53,7 @@ def _source(spec: KernelSpec, entry: Entry) -> str:
     coordinates, masking = _masking(spec)
     workers = range(1, tile.together)
     kernels = entry.text(
-        text.KERNELS,
+        "\n\n".join((SOFTMAX, LOAD, MULTIPLY, KERNEL)),
         SIZES=", ".join(sizes),
         COORDINATES=coordinates,
         MASKING=masking,
