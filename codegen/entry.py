@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
+from sparse_compile.codegen.runtime.descriptors import placement
 from sparse_compile.codegen.runtime.generated import fill, load_module
 
 #: What Triton calls dtypes.
@@ -57,6 +58,7 @@ class Parameter:
         block: shape of the tiles of a descriptor.
         tensor: what a descriptor describes, of four dimensions.
         radices: of the digits that the third of these is taken apart into; none if it is not.
+        placed: whether a descriptor says how a tile lies in shared memory, as those of Gluon do.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Parameter:
     block: tuple[int, ...] = ()
     tensor: str = ""
     radices: tuple[int, ...] = ()
+    placed: bool = False
 
     @property
     def text(self) -> str:
@@ -77,7 +80,9 @@ class Parameter:
         """What Triton calls its type, when compiling ahead of time."""
         short = SHORT[self.dtype]
         if self.kind is Kind.DESCRIPTOR:
-            return f"tensordesc<{short}[{', '.join(map(str, self.block))}]>"
+            shape = ", ".join(map(str, self.block))
+            place = f",{placement(self.block, self.dtype)!r}" if self.placed else ""
+            return f"tensordesc<{short}[{shape}]{place}>"
         if self.is_constant:
             return "constexpr"
         return f"*{short}" if self.kind in (Kind.POINTER, Kind.LIST) else short

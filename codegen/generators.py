@@ -21,11 +21,14 @@ import torch
 
 from sparse_compile.codegen.entry import Kernel
 from sparse_compile.errors import NoKernel
+from sparse_compile.layout.superset import ProblemShape
+from sparse_compile.spec import AttentionSpec
 from sparse_compile.spec.block_shape import BlockShape
 from sparse_compile.spec.target import Target
 
 #: In the order in which they are asked; ``:`` stands before the object of the module.
 _GENERATORS = (
+    "sparse_compile.codegen.gluon.generator:GLUON",
     "sparse_compile.codegen.triton.generator:TRITON",
     "sparse_compile.codegen.cpu.generator:CPU",
 )
@@ -46,12 +49,24 @@ class ShapeNeed:
         target: where the attention will run.
         head_dim, value_dim: features of q and k, and of v; 0 where they are not known.
         dtype: of the operands; empty where it is not known.
+        attention: its mask and what becomes of scores, in blocks of any shape; None: nothing is
+            known of them.
+        shape: of the problem; None where it is not known.
+        trained: whether its gradients will be computed.
     """
 
     target: Target
     head_dim: int = 0
     value_dim: int = 0
     dtype: str = ""
+    attention: AttentionSpec | None = None
+    shape: ProblemShape | None = None
+    trained: bool = False
+
+    @staticmethod
+    def on(device: torch.device | str) -> ShapeNeed:
+        """Of anything, on a device or a type of device."""
+        return ShapeNeed(Target.of(torch.device(device)))
 
 
 class Generator(Protocol):
@@ -150,5 +165,5 @@ def generators() -> Generators:
 
 @functools.lru_cache(maxsize=64)
 def block_shapes(device: torch.device | str) -> tuple[BlockShape, ...]:
-    """The block shapes to choose from on a device, or a type of device."""
-    return generators().block_shapes(ShapeNeed(Target.of(torch.device(device))))
+    """The block shapes to choose from on a device, or a type of device, whatever is computed."""
+    return generators().block_shapes(ShapeNeed.on(device))

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sparse_compile.codegen.runtime.descriptors import is_descriptor, remaker
 from sparse_compile.codegen.runtime.direct import STREAM, Start, allocator, start_of
-from sparse_compile.codegen.runtime.launch import descriptor_class, watcher, watching
+from sparse_compile.codegen.runtime.launch import watcher, watching
 
 #: Operators that ask for memory, and give it as it is.
 _ALLOCATIONS = (
@@ -150,10 +151,6 @@ class _Address:
         return self.address
 
 
-def _descriptor(shape: list[int], strides: list[int], block: list[int], base: Any) -> Any:
-    return descriptor_class()(base, shape, strides, block)
-
-
 @dataclass(frozen=True, eq=False)
 class Described:
     """A descriptor that a launch fills in.
@@ -220,10 +217,8 @@ class Bound:
         for place, argument in zip(start.places, arguments, strict=True):
             if isinstance(argument, Tensor):
                 pointers.append((place, *place_of(argument)))
-            elif isinstance(argument, descriptor_class()):
-                tiles = argument.shape, argument.strides, argument.block_shape
-                make = partial(_descriptor, *tiles)
-                where = place_of(argument.base)
+            elif is_descriptor(argument):
+                where, make = place_of(argument.base), remaker(argument)
                 described.append(Described(place, *where, make, argument.base.dtype, next(encode)))
         return Bound(start, pointers, described)
 

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import torch
 
-from sparse_compile.codegen.runtime.launch import descriptor_class
+from sparse_compile.codegen.runtime.descriptors import is_descriptor
 
 #: Versions of Triton whose launcher is known.
 _KNOWN = ("3.6.",)
@@ -52,9 +52,9 @@ def start_of(compiled: Any, grid: tuple[int, ...], arguments: Sequence[Any]) -> 
         grid: programs along three dimensions.
         arguments: of a launch, in order.
     """
-    descriptors = [one for one in arguments if isinstance(one, descriptor_class())]
+    descriptors = [one for one in arguments if is_descriptor(one)]
     # What is filled in is not kept: it holds the memory of one call.
-    kept = [None if isinstance(a, (torch.Tensor, descriptor_class())) else a for a in arguments]
+    kept = [None if isinstance(a, torch.Tensor) or is_descriptor(a) else a for a in arguments]
     if not _is_known() or compiled.run.global_scratch_size or compiled.run.profile_scratch_size:
         itself: list[Callable[[Any], Any]] = [lambda descriptor: descriptor] * len(descriptors)
         whole = list(range(len(kept)))
@@ -75,7 +75,7 @@ def start_of(compiled: Any, grid: tuple[int, ...], arguments: Sequence[Any]) -> 
     encode: list[Callable[[Any], Any]] = []
     for argument, constant in zip(arguments, kept, strict=True):
         places.append(len(all_of_it))
-        if isinstance(argument, descriptor_class()):
+        if is_descriptor(argument):
             meta = next(metas)
             all_of_it += [None, *make_tensordesc_arg(argument, meta)[1:]]
             encode.append(partial(_encoded, make_tensordesc_arg, meta))

@@ -168,7 +168,7 @@ def kind(argument: Any) -> Any:
     if argument is None or isinstance(argument, (bool, float)):
         return type(argument)
     # A tensor descriptor.
-    return argument.base.dtype, tuple(argument.block_shape)
+    return type(argument), argument.base.dtype, tuple(argument.block_shape)
 
 
 @functools.lru_cache(maxsize=1)
@@ -185,15 +185,3 @@ def _compile_errors() -> tuple[type[Exception], ...]:
     from triton.runtime.errors import OutOfResources, PTXASError
 
     return CompilationError, OutOfResources, PTXASError
-
-
-@functools.lru_cache(maxsize=1)
-def descriptor_class() -> Any:
-    """Triton's host descriptor without its checks, which operands are made to pass."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    class Unchecked(TensorDescriptor):  # type: ignore[misc]  # triton has no types
-        def __post_init__(self) -> None:
-            pass
-
-    return Unchecked

@@ -15,12 +15,12 @@ from sparse_compile.codegen.call import AttentionCall
 from sparse_compile.codegen.entry import Kind, Parameter
 from sparse_compile.codegen.generators import generators
 from sparse_compile.codegen.repeated import REPEATS, kept
+from sparse_compile.codegen.runtime.descriptors import described_tiles
 from sparse_compile.codegen.runtime.launch import (
     DTYPE_NAMES,
     Launcher,
     Refused,
     current,
-    descriptor_class,
     launchers_of,
     strides,
     table_values,
@@ -114,7 +114,8 @@ def described(parameter: Parameter, t: Tensor) -> Any:
     digits = [math.prod(radices[k:]) for k in range(len(radices) + 1)]
     shape = [first, second, n // digits[0], *radices, last]
     strides = [*outer, *(digit * step for digit in digits), inner]
-    return descriptor_class()(t, shape, strides, list(parameter.block))
+    placed = parameter.dtype if parameter.placed else ""
+    return described_tiles(t, shape, strides, parameter.block, placed)
 
 
 def single(grad_lse: Tensor | None, unused: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ def _of_others(
     if tile is None:
         return frozenset()
     others = [number for number in range(len(spec.attention.parts)) if number not in own]
-    lines = [line for v in others for line in (_view_lists(v), _in_order(v))]
+    lines = [line for v in others for line in (view_lists(v), _in_order(v))]
     lines += [
         _described(spec, across(axis), one)
         for one in described_views(spec, across(axis), tile)
@@ -153,7 +153,7 @@ def _loop(name: str, spec: KernelSpec, tile: Tile, tensors: Line, **own: Any) ->
         tensors,
         *strided(tensors),
         work + rows + number("scale"),
-        *map(_view_lists, range(len(attention.parts))),
+        *map(view_lists, range(len(attention.parts))),
         *map(_in_order, others),
         *(_described(spec, across(axis), v) for v in described_views(spec, across(axis), tile)),
         *data_lines(attention),
@@ -206,7 +206,7 @@ def _merge_sum(name: str, spec: KernelSpec) -> Entry:
     return Entry(name, (given + sizes(f"n_{axis_of(name)}"), *width))
 
 
-def _view_lists(number: int) -> Line:
+def view_lists(number: int) -> Line:
     """The lists of a view, their room, and their lines and classes."""
     shape = sizes(*(f"{name}_{number}" for name in ("room", "lines", "batches", "heads")))
     return lists(f"start_{number}", f"counts_{number}", f"index_{number}") + shape

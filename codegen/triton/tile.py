@@ -16,6 +16,9 @@ class Tile:
         warps: warps per program.
         stages: depth of the software pipeline.
         descriptors: load the tiles of the loop by tensor descriptors (TMA) instead of pointers.
+        together: neighbours along a line that one program works on.
+        resident: whether a program takes one piece of work after another: there is one for each
+            multiprocessor then.
     """
 
     m: int
@@ -23,11 +26,23 @@ class Tile:
     warps: int
     stages: int
     descriptors: bool = False
+    together: int = 1
+    resident: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
         """What the compiler is told."""
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+
+    def programs(self, tiles: int, workers: int) -> int:
+        """How many are started for so many tiles, on so many multiprocessors.
+
+        >>> alone, three = Tile(64, 64, 4, 2), Tile(64, 64, 4, 2, True, 3, True)
+        >>> alone.programs(900, 132), three.programs(900, 132), three.programs(90, 132)
+        (900, 132, 30)
+        """
+        pieces = tiles // self.together
+        return min(pieces, workers) if self.resident else pieces
 
     def extent(self, axis: str) -> int:
         """Tokens of the side ``"q"`` or ``"kv"``."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from sparse_compile.codegen.generators import block_shapes
+from sparse_compile.codegen.generators import ShapeNeed, generators
 from sparse_compile.expr import KV, B, H, MaskExpr, Q
 from sparse_compile.layout.cost import Candidate, Coverage, Workload, blocks, cheapest, dense, lists
 from sparse_compile.layout.superset import ProblemShape
@@ -97,9 +97,23 @@ class Price:
         """Pairs in blocks that the predicate leaves possible, for each query."""
         if plan.split is not None and rounded(work.n_kv) == rounded(expected(plan.site.k, "n")):
             return plan.split.cost.total  # the choice of views has asked already
-        block = plan.spec.block_q, plan.spec.block_kv
-        _, split = views_for(plan.lifted.mask, self.target.kind, shape_of(work), block)
+        block, whole = (plan.spec.block_q, plan.spec.block_kv), plan.spec.of_blocks
+        attention = replace(whole, mask=plan.lifted.mask)
+        need = self.need(plan.site, attention, work)
+        _, split = views_for(plan.lifted.mask, need, shape_of(work), block)
         return split.cost.total
+
+    def need(self, site: AttentionSite, attention: AttentionSpec, work: Workload) -> ShapeNeed:
+        """What block shapes are asked for.
+
+        Args:
+            site: the attention.
+            attention: what it means, in blocks of any shape.
+            work: what there is to do.
+        """
+        dims = expected(site.q, "d"), expected(site.v, "d")
+        dtype = str(example_value(site.q.node).dtype).removeprefix("torch.")
+        return ShapeNeed(self.target, *dims, dtype, attention, shape_of(work), work.trained)
 
 
 def shape_of(work: Workload) -> ProblemShape:
@@ -108,10 +122,10 @@ def shape_of(work: Workload) -> ProblemShape:
 
 
 def views_for(
-    mask: MaskExpr, kind: str, shape: ProblemShape, block: tuple[int, int] | None = None
+    mask: MaskExpr, need: ShapeNeed, shape: ProblemShape, block: tuple[int, int] | None = None
 ) -> tuple[AttentionSpec, Split]:
-    """:func:`choose_views` among the block shapes for a kind of device."""
-    return choose_views(mask, shape, block, block_shapes(kind))
+    """:func:`choose_views` among the block shapes that there are kernels for."""
+    return choose_views(mask, shape, block, generators().block_shapes(need))
 
 
 def grows(site: AttentionSite) -> bool:

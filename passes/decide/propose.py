@@ -130,8 +130,10 @@ class _Proposer:
 
     def _spec(self, mask: LiftedMask) -> tuple[AttentionSpec, Split]:
         """What to compute, in the views that cost least at the lengths of the example."""
-        shape = shape_of(Price.work_of(self.trace.site))
-        spec, split = views_for(mask.mask, self.price.target.kind, shape, self.options.block)
+        site = self.trace.site
+        work, whole = Price.work_of(site), self._meant(AttentionSpec(mask.mask), mask)
+        need = self.price.need(site, whole, work)
+        spec, split = views_for(mask.mask, need, shape_of(work), self.options.block)
         return self._meant(spec, mask), split
 
     # What a pattern selects -----------------------------------------------------------------------

@@ -16,6 +16,7 @@ from sparse_compile import ops
 from sparse_compile.api.data import data_of, given_data, tables_of
 from sparse_compile.api.plan import Direct, capped, name_at_once, name_of, planned
 from sparse_compile.api.select import lists_of, selected_of
+from sparse_compile.codegen.generators import ShapeNeed
 from sparse_compile.errors import BadDevice, BadShape, PatternMisuse
 from sparse_compile.expr import COORDINATES, MaskExpr
 from sparse_compile.layout.from_dense import NO_READS, DenseRead
@@ -303,7 +304,7 @@ def _plan_of_tensor(shared: tuple[bool, ...], device: str, text: str) -> tuple[s
     axes = tuple("" if one else name for one, name in zip(shared, names, strict=True))
     read = DenseRead(0, axes)
     expr = MaskExpr(sympy.Ne(read.bit, 0), ("int32",))
-    spec, _ = views_for(expr, device, ProblemShape(1, 1, _UNKNOWN, _UNKNOWN))
+    spec, _ = views_for(expr, ShapeNeed.on(device), ProblemShape(1, 1, _UNKNOWN, _UNKNOWN))
     return replace(spec, score=NamedMask.parse(text).score).text, DenseRead.text([read])
 
 

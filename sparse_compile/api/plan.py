@@ -14,8 +14,9 @@ import sympy
 import torch
 from torch import Tensor
 
+from sparse_compile.codegen.generators import ShapeNeed
 from sparse_compile.errors import PatternMisuse
-from sparse_compile.expr import KV, Q, ScoreProgram
+from sparse_compile.expr import KV, MaskExpr, Q, ScoreProgram
 from sparse_compile.expr import score as score_programs
 from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.ops.selection import name_selecting
@@ -88,7 +89,7 @@ def planned(text: str, device: str, shape: ProblemShape, sunk: bool = False) -> 
     SDPA knows no score programs, and does not return what sinks (``sunk``) need.
     """
     named = NamedMask.parse(text)
-    static = None if named.static is None else views_for(named.static.mask, device, shape)[0]
+    static = None if named.static is None else _in_views(named.static.mask, device, shape)
     if named.selected is None:
         assert static is not None
         causal = bool(static.mask.predicate == sympy.Le(KV, Q))
@@ -103,6 +104,10 @@ def planned(text: str, device: str, shape: ProblemShape, sunk: bool = False) -> 
     if are_blocks(*units, device):
         blocks = _scored(AttentionSpec.of_listed_blocks(expr, *units), named.score)
     return Direct("", spec, blocks)
+
+
+def _in_views(mask: MaskExpr, device: str, shape: ProblemShape) -> AttentionSpec:
+    return views_for(mask, ShapeNeed.on(device), shape)[0]
 
 
 def _scored(spec: AttentionSpec, score: ScoreProgram | None) -> str:

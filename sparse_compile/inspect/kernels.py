@@ -86,7 +86,8 @@ def _of_parts(plan: Plan, site: Examined, arch: str) -> Iterator[Kernel]:
     for piece, _ in plan.spec.pieces:
         of_blocks = kernel_spec(plan, arch, piece)
         if not piece.units:
-            yield generators().choose(of_blocks).kernel
+            kernel = generators().choose(of_blocks).kernel
+            yield from (kernel, *kernel.beside)
             continue
         widths = of_blocks.head_dim, of_blocks.value_dim, of_blocks.dtype
         lists = 1 if site.chosen is None else site.chosen.index.shape[1]

@@ -163,6 +163,11 @@ class AttentionSpec:
         split += [self._alone((part,)) for part in self.units]
         return tuple(piece._trimmed() for piece in split)
 
+    @property
+    def of_blocks(self) -> AttentionSpec:
+        """The whole mask by blocks in plain order."""
+        return replace(self, coverage=())
+
     def _alone(self, parts: tuple[View | Units, ...]) -> AttentionSpec:
         predicate = sympy.Or(*(part.predicate for part in parts))
         mask = MaskExpr(predicate, self.mask.tables, self.mask.n_sizes)

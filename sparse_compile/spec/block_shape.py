@@ -24,10 +24,11 @@ GPU_SHAPES = (BlockShape(64, 64), BlockShape(32, 32, 1.6), BlockShape(16, 16, 3.
 
 
 def given_shape(block: tuple[int, int], shapes: tuple[BlockShape, ...]) -> BlockShape:
-    """The shape that a user asked for; a pair costs what it does in blocks as narrow.
+    """The shape that a user asked for; if it is no other, a pair costs as in blocks as narrow.
 
     >>> given_shape((128, 32), GPU_SHAPES).cost, given_shape((128, 128), GPU_SHAPES).cost
     (1.6, 1)
     """
-    costs = {min(shape.q, shape.kv): shape.cost for shape in shapes}
-    return BlockShape(*block, costs.get(min(block), 1))
+    known = {(shape.q, shape.kv): shape for shape in shapes}
+    costs = {shape.q: shape.cost for shape in shapes if shape.q == shape.kv}
+    return known.get(block) or BlockShape(*block, costs.get(min(block), 1))

@@ -283,6 +283,7 @@ def _split_in_the_second_section() -> Case:
 
 CASES += [
     *_views(),
+    Case("blocks that are no power of two", CAUSAL, n=(400, 400), heads=(2, 1), block=(192, 128)),
     Case(
         "global tokens, split",
         MaskExpr((sympy.Abs(Q - KV) <= 4) | (Q < 3) | (KV < 3)),

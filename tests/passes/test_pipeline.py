@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule
 
+from sparse_compile.codegen.generators import generators
 from sparse_compile.options import Options
 from sparse_compile.passes import pipeline
 from sparse_compile.passes.lift import driver
 from sparse_compile.sites.plan import Plan, Trace
 from sparse_compile.sites.site import LiftedMask, Rejection
+from sparse_compile.spec import KernelSpec
 from sparse_compile.spec.target import Target
 
 N = 128
@@ -142,3 +144,23 @@ def test_a_target_that_is_not_here() -> None:
     assert isinstance(trace.decision, Plan)
     assert trace.decision.executor == "triton"
     assert trace.target == gpu
+
+
+@pytest.mark.parametrize(("width", "blocks"), [(1500, (192, 128)), (128, (64, 64))])
+def test_block_shapes_follow_what_kernels_there_are(width: int, blocks: tuple[int, int]) -> None:
+    """Long lists get the blocks of the forward in Gluon; those of a narrow window are smaller."""
+
+    def banded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        i, j = torch.arange(2048)[:, None], torch.arange(2048)
+        mask = (j <= i) & (i - j < width)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    given = [torch.randn(1, 16, 2048, 64, dtype=torch.bfloat16) for _ in range(3)]
+    gpu = Target("cuda", "sm_90", 132)
+    with torch.no_grad():
+        (trace,) = traces_of(banded, *given, target=gpu, decide="sparse")
+    assert isinstance(trace.decision, Plan)
+    spec = trace.decision.spec
+    assert (spec.block_q, spec.block_kv) == blocks
+    kernel = KernelSpec(spec, 64, 64, "bfloat16", "sm_90")
+    assert generators().choose(kernel).generator == ("gluon" if blocks[0] == 192 else "triton")

@@ -15,6 +15,7 @@ from torch.fx.traceback import annotate
 import sparse_compile
 from sparse_compile.api import annotate as annotate_module
 from sparse_compile.codegen.repeated import Bound
+from sparse_compile.codegen.runtime.descriptors import described_tiles
 from sparse_compile.expr import KV, B, MaskExpr
 from sparse_compile.expr import table as lookup
 from sparse_compile.flex.record import record
@@ -132,6 +133,12 @@ def test_launches_tell_apart_what_triton_compiles_for(specialize: bool) -> None:
         for m in matrices
         for rows in (32, 64)
     ]
+    descriptors += [
+        described_tiles(m, list(m.shape), list(m.stride()), (rows, 64), placed)
+        for m, dtype in zip(matrices, ("float32", "float32", "float16"), strict=True)
+        for rows in (32, 64)
+        for placed in ("", dtype)
+    ]
     values = [*integers, *tensors, None, True, False, 0.5, 1.0, *descriptors]
     found: dict[object, object] = {}
     for value in values:
@@ -248,7 +255,7 @@ def test_the_launcher_of_triton_is_known(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(type(triton.runtime.driver), "active", with_streams)
 
     tensor = torch.zeros(8, 8)
-    descriptor = direct.descriptor_class()(tensor, [8, 8], [8, 1], [8, 8])
+    descriptor = described_tiles(tensor, [8, 8], [8, 1], (8, 8))
     # As CudaLauncher.__call__ does, whose hooks and scratch there are none of.
     before = (3, 1, 1, 71, 11, False, True, None, None, (4, 1, 0), None, None, None)
     assert len(before) == driver._BASE_ARGS_FORMAT_LEN

@@ -38,15 +38,15 @@ class Pass:
         name: of the kernel.
         axis: side of its lines, ``"q"`` or ``"kv"``.
         sections: the views of each.
-        extent: tokens of a tile.
-        subtiles: programs to a line.
+        tile: what its programs hold.
+        subtiles: tiles to a line.
         widths: of the rows of its results, by name.
     """
 
     name: str
     axis: str
     sections: tuple[tuple[int, ...], ...]
-    extent: int
+    tile: Tile
     subtiles: int
     widths: Mapping[str, int]
 
@@ -54,8 +54,8 @@ class Pass:
     def of(name: str, spec: AttentionSpec, tile: Tile, widths: Mapping[str, int]) -> Pass:
         """That of a kernel of a spec."""
         axis = axis_of(name)
-        extent, block = tile.extent(axis), spec.block_q if axis == "q" else spec.block_kv
-        return Pass(name, axis, spec.sections(axis), extent, block // extent, widths)
+        block = spec.block_q if axis == "q" else spec.block_kv
+        return Pass(name, axis, spec.sections(axis), tile, block // tile.extent(axis), widths)
 
     def run(self, running: Running, tensors: Mapping[str, Tensor], unused: Tensor) -> None:
         """Launch it.
@@ -67,9 +67,10 @@ class Pass:
         """
         batch, heads = running.call.q.shape[0], self._heads(running.call)
         for section, (given, work) in enumerate(self._sections(running)):
-            programs = self.subtiles * batch * heads
-            parts = self._parts(work.slots * programs, unused)
-            grid = (work.items.shape[0] * programs,)
+            tiles = self.subtiles * batch * heads
+            parts = self._parts(work.slots * tiles, unused)
+            workers = Target.of(running.call.q.device).workers
+            grid = (self.tile.programs(work.items.shape[0] * tiles, workers),)
             running.start(labelled(self.name, section), grid, {**tensors, **given, **parts})
             if work.slots:
                 of_merge = work.merges.shape[0] * self.subtiles, heads, batch
@@ -100,7 +101,7 @@ class Pass:
             return {f"PART_{name}": unused for name in self.widths}
         return {
             f"PART_{name}": torch.empty(
-                (slots, self.extent, padded(width) if width > 1 else 1),
+                (slots, self.tile.extent(self.axis), padded(width) if width > 1 else 1),
                 dtype=torch.float32,
                 device=unused.device,
             )
@@ -216,7 +217,9 @@ def backward(call: AttentionCall, result: AttentionResult) -> Gradients:
     if not q.numel() or not k.numel():
         return tuple(map(calls.zeros, (q, k, v, *(call.learned[i] for i in result.wanted))))
     has_grad_lse, n_q = result.grad_lse is not None, q.shape[2]
-    rows = (n_q // 128 + 1) * 128  # at least one that does not exist
+    # At least one that does not exist, and all that blocks stick out by.
+    unit = math.lcm(128, call.spec.block_q)
+    rows = (n_q // unit + 1) * unit
     read = {"OUT": result.out, "GRAD_OUT": result.grad_out.to(q.dtype)}
 
     def prepare() -> tuple[Prepared, _Blocks]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import sympy
@@ -114,7 +115,7 @@ def _chosen(spec: KernelSpec) -> Tiles:
 
 
 def _within(tile: Tile, block_q: int, block_kv: int) -> Tile:
-    m, n = min(tile.m, block_q), min(tile.n, block_kv)
+    m, n = math.gcd(tile.m, block_q), math.gcd(tile.n, block_kv)
     warps = tile.warps
     while warps > 1 and m * n < warps * 512 and (m, n) != (tile.m, tile.n):
         warps //= 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from sparse_compile.codegen.entry import Kernel
+from sparse_compile.codegen.runtime import gluon_names
 from sparse_compile.codegen.triton.filled import escaped, where
 from sparse_compile.codegen.triton.predicate import print_predicate
 from sparse_compile.codegen.triton.selected.entries import latent_entry
@@ -52,26 +53,8 @@ def latent_kernel(spec: SelectedKernelSpec) -> Kernel:
         MEMBERS=str(spec.members),
         BEFORE=list(printed.before) if printed.keep else [],
         MASK=keep,
-        BARRIER=_barrier(),
-        ASYNC_LOAD=_async_load(),
+        BARRIER=gluon_names.barrier(),
+        ASYNC_LOAD=gluon_names.async_load(),
     )
     text = text.replace("tl.", "gl.").replace("@triton.jit", "@gluon.jit")
     return Kernel(name, text, (entry,))
-
-
-# Gluon is experimental: names that differ between the versions of Triton, in one place.
-# ``tests/codegen/test_selected_source.py`` compiles what uses them.
-
-
-def _barrier() -> str:
-    """The barrier of all threads of a program: ``thread_barrier`` up to Triton 3.6."""
-    from triton.experimental.gluon import language
-
-    return "thread_barrier" if hasattr(language, "thread_barrier") else "barrier"
-
-
-def _async_load() -> str:
-    """The copy from global to shared memory: another name since Triton 3.9."""
-    from triton.experimental.gluon.language.nvidia.ampere import async_copy
-
-    return "async_load" if hasattr(async_copy, "async_load") else "async_copy_global_to_shared"

@@ -1,0 +1,1 @@
+"""Generated kernels in Gluon, for Hopper."""

@@ -1,0 +1,1 @@
+"""Templates of the forward on Hopper, in Gluon: warps that load, and warpgroups that multiply."""
