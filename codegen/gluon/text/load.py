@@ -80,8 +80,9 @@ def load(tiles, shared, barriers, worklist, lists, sizes, GROUP: gl.constexpr):
             tma.$TILE_LOAD(Q_TILES, [b, h, row, 0], query_full, queries.index(group))
         blocks = index + of * room + first
         key_head = h // GROUP
+        # Not the stage itself: of two names of one value a loop would carry only one.
         earlier = 0
-        earlier_stage = stage
+        earlier_stage = 0
         for at in range(lo, hi):
             kv0 = gl.load(blocks + at) * KEYS
             mbarrier.wait(pair_empty.index(stage), phase)
