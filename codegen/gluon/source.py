@@ -101,9 +101,13 @@ def depends_on_distances(predicate: sympy.Basic) -> bool:
 
     >>> depends_on_distances((KV <= Q) & (Q - KV < 8)), depends_on_distances((KV <= Q) | (KV < 8))
     (True, False)
+    >>> depends_on_distances((KV <= Q) & ((Q - KV < 8) | (KV < 8)))
+    False
     """
-    moved = predicate.xreplace({KV: KV + Q})
-    return not any(sympy.expand(one).has(Q) for one in _sides(moved))
+    # Of any sign: what is never negative would make comparisons true that are not.
+    query, distance = sympy.Dummy(integer=True), sympy.Dummy(integer=True)
+    moved = predicate.xreplace({Q: query, KV: query + distance})
+    return not any(sympy.expand(one).has(query) for one in _sides(moved))
 
 
 def _sides(predicate: sympy.Basic) -> list[sympy.Basic]:
