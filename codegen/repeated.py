@@ -292,10 +292,11 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has n
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # nor here
         self.made: list[Tensor] = []
-        self.zeros: set[int] = set()
-        #: What is copied, and the copies by their addresses.
+        #: Addresses of zeros.
+        self.zeros: set[int | None] = set()
+        #: What is copied, and by the addresses of copies what they are of.
         self.constants: list[Tensor] = []
-        self.copies: dict[int, Tensor] = {}
+        self.copies: dict[int | None, Tensor] = {}
         self.started: list[tuple[Any, tuple[int, ...], list[Any]]] = []
         self.did_more = False
 
@@ -334,12 +335,15 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has n
         except _Unknown:
             return None
         made = [*returned, *others]
-        memory = tuple(
-            Memory.like(t, t.data_ptr() in self.zeros, self.copies.get(t.data_ptr())) for t in made
-        )
+        memory = tuple(map(self._memory, made))
         if not all(one.is_whole for one in memory):
             return None
         return Repeat(memory, tuple(launches), (len(returned), type(results)))
+
+    def _memory(self, made: Tensor) -> Memory:
+        # Tensors without elements have no address that would tell them apart.
+        address = made.data_ptr() if made.numel() else None
+        return Memory.like(made, address in self.zeros, self.copies.get(address))
 
 
 class _Unknown(Exception):

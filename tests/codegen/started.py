@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_compile.codegen import attend, repeated
 from sparse_compile.codegen.generators import executor
+from sparse_compile.codegen.runtime import direct
 from sparse_compile.codegen.runtime.launch import Launcher
 from sparse_compile.codegen.triton import calls
 from tests.handed_in import worklists_on_the_cpu
@@ -44,6 +45,7 @@ def noting(workers: int = 8) -> Iterator[Started]:
         patch.setattr(Launcher, "launched", launched)
         patch.setattr(attend, "executor", lambda family, device: executor(family, "cuda"))
         patch.setattr(repeated, "DEVICES", ("cpu",))
+        patch.setattr(direct, "_KNOWN", ())  # nothing here has what a C function takes
         calls.forget()
         yield notes
         calls.forget()
