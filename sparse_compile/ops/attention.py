@@ -49,21 +49,17 @@ def _kind_of_layout(
     tables: Sequence[Tensor],
     reads: str,
     sizes: Sequence[int],
-    batch: int,
-    heads: int,
-    n_q: int,
-    n_kv: int,
-    kv_heads: int,
-    spec: str,
-    device: torch.device,
-    lists: Sequence[Tensor],
+    *rest: Any,
     apart: Tensor | None = None,
 ) -> Kind:
+    numbers, lists = rest[:_LISTS], rest[_LISTS]
     if reads != NO_READS or lists:
         return [], [], ()  # mask tensors are counted, or looked up, and selections sorted
-    devices = tuple([t.device for t in tables])
-    lengths = batch, heads, n_q, n_kv, kv_heads
-    return tables, [], (devices, tuple(sizes), lengths, spec, device)
+    return tables, [], (tuple([t.device for t in tables]), *sizes, numbers)
+
+
+#: How many arguments of :func:`layout` stand between its sizes and its lists.
+_LISTS = 7
 
 
 # Layouts are cached across calls and their lengths are only known at run time: neither may live in
