@@ -1,14 +1,14 @@
 """Calls that are repeated: what the first one asked for and started, without what it looked up.
 
 The first call of its kind is watched. If all that it did was to ask for memory, some of it filled
-with zeros, and to start kernels that are prepared, then a call of the same kind does the same with
-other addresses: it allocates and launches, and nothing else. What else a call may do (a copy of an
-operand, an order for a strided view, a selection that is unpacked) is seen, and such calls take the
-whole way each time.
+with zeros or with what :func:`copied` copies, and to start kernels that are prepared, then a call
+of the same kind does the same with other addresses: it allocates and launches, and nothing else.
+What else a call may do (a copy of an operand, an order for a strided view, a selection that is
+unpacked, waiting for the device) is seen, and such calls take the whole way each time.
 
 Calls are of one kind if all that the host can know of them is equal: shapes, strides, dtypes,
-devices and alignments of tensors, shapes of lists, and all other arguments. An executor decides on
-nothing else, since it never waits for a device.
+devices and alignments of tensors, shapes of lists, and all other arguments. What does not wait for
+a device can decide on nothing else.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ _ALLOCATIONS = (
 )
 #: Those of which it is filled with zeros.
 _ZEROS = (torch.ops.aten.zeros.default, torch.ops.aten.new_zeros.default)
+_CLONE = torch.ops.aten.clone.default
 #: The first call of a kind may still make what later ones find; so many are watched.
 _WATCHED = 3
 #: Addresses whose descriptors a launch keeps.
@@ -63,17 +64,18 @@ def repeated(kind: Callable[..., Kind]) -> Callable[[Callable[..., Any]], Callab
     """Have calls of a function that runs kernels repeated.
 
     Args:
-        kind: of the same arguments: the tensors that it computes from, the first on the device; the
-            lists that it follows, contiguous; and all others.
+        kind: of the same arguments: the tensors that it computes from, the first on the device, or
+            none for a call that is not repeated; the lists that it follows, contiguous; and all
+            others.
     """
 
     def decorate(run: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(run)
-        def call(*args: Any) -> Any:
-            tensors, lists, others = kind(*args)
-            first = tensors[0]
+        def call(*args: Any, **named: Any) -> Any:
+            tensors, lists, others = kind(*args, **named)
+            first = tensors[0] if tensors else None
             if first is None or first.device.type not in DEVICES or watcher.current is not None:
-                return run(*args)  # nothing to repeat, or a part of what is watched
+                return run(*args, **named)  # nothing to repeat, or a part of what is watched
             addresses, known = _known(tensors)
             key = run, others, first.device, known, tuple([t.shape for t in lists])
             found = REPEATS.get(key)
@@ -81,16 +83,23 @@ def repeated(kind: Callable[..., Kind]) -> Callable[[Callable[..., Any]], Callab
                 addresses += [t.data_ptr() for t in lists]
                 return found(addresses, first.device)
             if found == _WATCHED:
-                return run(*args)
+                return run(*args, **named)
             watch = _Watch()
             with watch, watching(watch):
-                results = run(*args)
+                results = run(*args, **named)
             kept(REPEATS, key, watch.repeat([*tensors, *lists], results) or (found or 0) + 1)
             return results
 
         return call
 
     return decorate
+
+
+def copied(constant: Tensor) -> Tensor:
+    """A copy of a tensor that is never written to, and is the same for all calls of a kind."""
+    if watcher.current is not None:
+        watcher.current.constants.append(constant)
+    return constant.clone()
 
 
 def _known(tensors: Sequence[Tensor | None]) -> tuple[list[int], Hashable]:
@@ -116,6 +125,7 @@ class Memory:
         shape, strides, dtype: of it.
         new: makes one from these, on the device.
         zero: whether it is filled with zeros.
+        constant: what it is a copy of, if it is one.
     """
 
     shape: tuple[int, ...]
@@ -123,15 +133,18 @@ class Memory:
     dtype: torch.dtype
     new: Callable[..., Tensor]
     zero: bool = False
+    constant: Tensor | None = field(default=None, compare=False)
 
     @staticmethod
-    def like(t: Tensor, zero: bool = False) -> Memory:
+    def like(t: Tensor, zero: bool = False, constant: Tensor | None = None) -> Memory:
         """That of a tensor."""
-        return Memory(tuple(t.shape), t.stride(), t.dtype, allocator(t.device), zero)
+        return Memory(tuple(t.shape), t.stride(), t.dtype, allocator(t.device), zero, constant)
 
     def made(self) -> Tensor:
         """One like it. Nothing has happened in a call before its tensors are made."""
         found = self.new(self.shape, self.strides, self.dtype)
+        if self.constant is not None:
+            return found.copy_(self.constant)
         return found.zero_() if self.zero else found
 
     @property
@@ -274,7 +287,11 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has n
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # nor here
         self.made: list[Tensor] = []
-        self.zeros: set[int] = set()
+        #: Addresses of zeros.
+        self.zeros: set[int | None] = set()
+        #: What is copied, and by the addresses of copies what they are of.
+        self.constants: list[Tensor] = []
+        self.copies: dict[int | None, Tensor] = {}
         self.started: list[tuple[Any, tuple[int, ...], list[Any]]] = []
         self.did_more = False
 
@@ -283,6 +300,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has n
         if func in _ALLOCATIONS or func in _ZEROS:
             self.made.append(found)
             self.zeros |= {found.data_ptr()} if func in _ZEROS else set()
+        elif func is _CLONE and self.constants and args[0] is self.constants[-1]:
+            self.made.append(found)
+            self.copies[found.data_ptr()] = args[0]
         elif not func.is_view:
             self.did_more = True
         return found
@@ -296,6 +316,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has n
         """
         returned = [results] if isinstance(results, Tensor) else list(results)
         others = [t for t in self.made if all(t.data_ptr() != r.data_ptr() for r in returned)]
+        own = {t.data_ptr() for t in self.made}
+        if not all(t.data_ptr() in own for t in returned):
+            return None  # a result that an earlier call made
         sources = [*given, *returned, *others]
         addresses = [t.data_ptr() for t in sources if t is not None and t.numel()]
         known = len(set(addresses)) == len(addresses)
@@ -307,10 +330,15 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has n
         except _Unknown:
             return None
         made = [*returned, *others]
-        memory = tuple(Memory.like(t, t.data_ptr() in self.zeros) for t in made)
+        memory = tuple(map(self._memory, made))
         if not all(one.is_whole for one in memory):
             return None
         return Repeat(memory, tuple(launches), (len(returned), type(results)))
+
+    def _memory(self, made: Tensor) -> Memory:
+        # Tensors without elements have no address that would tell them apart.
+        address = made.data_ptr() if made.numel() else None
+        return Memory.like(made, address in self.zeros, self.copies.get(address))
 
 
 class _Unknown(Exception):

@@ -176,6 +176,19 @@ class BlockGrid:
         )
         return self.layout(rows(), cols)
 
+    def unfilled(self, room: int, device: torch.device) -> BlockLayout:
+        """Lists that hold anything yet, as views of one vector that :meth:`BlockLayout.pack` gives.
+
+        Args:
+            room: for so many blocks of each class, in each direction.
+            device: where they are.
+        """
+        fixed = sum(sum(_fixed(lines, self.classes)) for lines in self.grid)
+        size = fixed + len(self.grid) * self.classes * _aligned(room)
+        packed = torch.empty(size, dtype=torch.int32, device=device)
+        rows, cols = (unpacked_lists(packed, self.grid, self.classes, side) for side in (0, 1))
+        return replace(self.layout(rows, cols), packed=packed)
+
 
 @dataclass(frozen=True)
 class BlockLayout(BlockGrid):
@@ -185,11 +198,13 @@ class BlockLayout(BlockGrid):
         rows: for each query block, its key blocks.
         columns: what :attr:`cols` holds, or what makes it: a forward needs the rows alone.
         listed: whether a selection names the blocks: others may hold pairs that the mask allows.
+        packed: what :meth:`pack` gives, if the lists are views of one that nobody else has.
     """
 
     rows: BlockLists
     columns: BlockLists | Callable[[], BlockLists] = field(repr=False)
     listed: bool = False
+    packed: Tensor | None = field(default=None, repr=False, compare=False)
 
     @functools.cached_property
     def cols(self) -> BlockLists:
@@ -241,7 +256,7 @@ class BlockLayout(BlockGrid):
     def to(self, device: torch.device | str) -> BlockLayout:
         """The same layout on another device."""
         rows, cols = (lists.to(device) for lists in (self.rows, self.cols))
-        return replace(self, rows=rows, columns=cols)
+        return replace(self, rows=rows, columns=cols, packed=None)
 
     def pack(self) -> Tensor:
         """All lists in one int32 vector, so that a layout is one tensor in a graph.
@@ -249,8 +264,11 @@ class BlockLayout(BlockGrid):
         Layout of the vector: ``rows.start, rows.counts, cols.start, cols.counts, rows.index,
         cols.index``, the last two with the same room; so :meth:`unpacked` knows where each begins
         without reading anything from the device. Where a selection names the blocks, the columns
-        are left out. Each begins at a multiple of 16 bytes, as kernels are compiled for.
+        are left out. Each begins at a multiple of 16 bytes, as kernels are compiled for; what is
+        between them holds anything.
         """
+        if self.packed is not None:
+            return self.packed
         both = (self.rows,) if self.listed else (self.rows, self.cols)
         room = max(lists.index.shape[1] for lists in both)
         room = room if self.listed else _aligned(room)
@@ -278,6 +296,11 @@ def _filling(part: Tensor, filler: Tensor) -> Tensor:
     return filler[: _aligned(part.numel()) - part.numel()]
 
 
+def _fixed(lines: int, classes: int) -> tuple[int, int]:
+    """Numbers that the start and the counts of one direction take in a packed vector."""
+    return _aligned(lines + 1), _aligned(classes * lines * 2)
+
+
 def unpacked_lists(packed: Tensor, lines: tuple[int, ...], classes: int, side: int) -> BlockLists:
     """One direction of the lists in a vector of :meth:`BlockLayout.pack`, as views of it.
 
@@ -288,7 +311,7 @@ def unpacked_lists(packed: Tensor, lines: tuple[int, ...], classes: int, side: i
         side: the direction: 0 for rows, 1 for columns.
     """
     n = lines[side]
-    fixed = [(_aligned(n + 1), _aligned(classes * n * 2)) for n in lines]
+    fixed = [_fixed(n, classes) for n in lines]
     first, last = sum(map(sum, fixed[:side])), sum(map(sum, fixed))
     start = packed[first : first + n + 1]
     first += fixed[side][0]

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -223,6 +223,7 @@ def _rectangles(problem: Problem, bounds: BlockBounds, number: int) -> Rectangle
 _BLOCKS, _MEMBERS = 300, 2
 
 _TRUSTED: dict[tuple[Any, ...], bool] = {}
+_Make = Callable[[Problem, Sequence[Tensor], torch.device], BlockLayout]
 
 
 def device_layout(problem: Problem, tables: Sequence[Tensor], device: torch.device) -> BlockLayout:
@@ -230,19 +231,9 @@ def device_layout(problem: Problem, tables: Sequence[Tensor], device: torch.devi
 
     The host may wait for the number of blocks.
     """
-    key = problem.text, problem.q, problem.kv, problem.sizes, device
-    trusted = _TRUSTED.get(key)
-    if trusted is None:
-        trusted = _TRUSTED[key] = _agrees(problem, tables, device)
-        if not trusted:
-            warnings.warn(
-                f"sparse_compile: on {device} the generated kernels do not list the blocks of "
-                f"{problem.mask} rightly, so the CPU lists them. Report this as a bug.",
-                stacklevel=2,
-            )
-    if trusted:
-        return _by_kernels(problem, tables, device)
-    return _by_cpu(problem, tables).to(device)
+    builder = BUILDERS.get(device)
+    assert builder is not None, device
+    return _checked(builder.layout, problem, tables, device)
 
 
 def quick_layout(
@@ -257,14 +248,31 @@ def quick_layout(
     if builder is None or problem.sizes or not builder.has_room(problem):
         return None
     try:
-        made = device_layout(problem, tables, device)
+        return _checked(builder.packed, problem, tables, device)
     except ValueError:  # more entries than kernels can number
         return None
-    rows, cols = (replace(lists, load=None) for lists in (made.rows, made.cols))
-    return problem.layout(rows, cols)
 
 
-def _agrees(problem: Problem, tables: Sequence[Tensor], device: torch.device) -> bool:
+def _checked(
+    make: _Make, problem: Problem, tables: Sequence[Tensor], device: torch.device
+) -> BlockLayout:
+    """What ``make`` makes by kernels if they are right, else what the CPU makes."""
+    key = make, problem.text, problem.q, problem.kv, problem.sizes, device
+    trusted = _TRUSTED.get(key)
+    if trusted is None:
+        trusted = _TRUSTED[key] = _agrees(make, problem, tables, device)
+        if not trusted:
+            warnings.warn(
+                f"sparse_compile: on {device} the generated kernels do not list the blocks of "
+                f"{problem.mask} rightly, so the CPU lists them. Report this as a bug.",
+                stacklevel=3,
+            )
+    if trusted:
+        return make(problem, tables, device)
+    return _by_cpu(problem, tables).to(device)
+
+
+def _agrees(make: _Make, problem: Problem, tables: Sequence[Tensor], device: torch.device) -> bool:
     small = replace(
         problem,
         n_q=_small(problem.q, problem.n_q),
@@ -272,7 +280,7 @@ def _agrees(problem: Problem, tables: Sequence[Tensor], device: torch.device) ->
         batches=min(problem.batches, _MEMBERS),
         heads=min(problem.heads, _MEMBERS),
     )
-    found, wanted = _by_kernels(small, tables, device), _by_cpu(small, tables)
+    found, wanted = make(small, tables, device), _by_cpu(small, tables)
     return all(
         torch.equal(mine.cpu(), its)
         for c in range(small.classes)
@@ -285,12 +293,6 @@ def _small(order: Order, n: int) -> int:
     """A length of two and a half boxes along the first digit, or of _BLOCKS blocks if longer."""
     tokens = max(5 * order.box[0] * order.strides[0] // 2, _BLOCKS * order.block)
     return min(n, tokens - 3)
-
-
-def _by_kernels(problem: Problem, tables: Sequence[Tensor], device: torch.device) -> BlockLayout:
-    builder = BUILDERS.get(device)
-    assert builder is not None, device
-    return builder.layout(problem, tables, device)
 
 
 def _by_cpu(problem: Problem, tables: Sequence[Tensor]) -> BlockLayout:

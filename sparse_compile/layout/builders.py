@@ -51,7 +51,9 @@ class DeviceBuilder:
 
     Attributes:
         layout: the blocks of a problem with its tables; the host may wait.
-        has_room: whether it waits for nothing, since there is room for every block.
+        packed: the same where there is room for every block: the host waits for nothing, and what
+            :meth:`BlockLayout.pack` gives is made at once.
+        has_room: whether there is.
         read_dense: ``(words, kinds, biased)`` of a dense mask with entries, for blocks of so many
             queries and keys, see :func:`sparse_compile.layout.from_dense.read_dense_in_torch`;
             None where no kernel reads it.
@@ -60,6 +62,7 @@ class DeviceBuilder:
     """
 
     layout: Callable[[Problem, Sequence[Tensor], torch.device], BlockLayout]
+    packed: Callable[[Problem, Sequence[Tensor], torch.device], BlockLayout]
     has_room: Callable[[Problem], bool]
     read_dense: Callable[[Tensor, int, int], tuple[Tensor, Tensor, Tensor] | None]
     compacted: Callable[[Tensor, Tensor], tuple[BlockLists, BlockLists, bool]]

@@ -14,6 +14,7 @@ from sparse_compile.expr import MaskExpr, evaluate
 from sparse_compile.layout import superset
 from sparse_compile.layout.block_layout import PARTIAL, BlockLayout, Load
 from sparse_compile.layout.build import build_layout, candidates, device_layout, quick_layout
+from sparse_compile.layout.builders import BUILDERS
 from sparse_compile.layout.listed import listed_load
 from sparse_compile.layout.schedule import Schedule, make_schedule
 from sparse_compile.layout.superset import Problem, ProblemShape
@@ -34,7 +35,7 @@ class Layout:
         tables: the tensors that the mask reads.
         sizes: the integers that it reads.
         worklists: the schedules of the sections over queries and then of those over keys, of each
-            the two tensors of :meth:`Schedule.pack`; empty where they are made when asked for.
+            the two tensors of :attr:`Schedule.packed`; empty where they are made when asked for.
     """
 
     spec: AttentionSpec
@@ -235,7 +236,7 @@ def _view(
 ) -> BlockLayout:
     # Narrow ones have room for every possible block, so that nothing waits for counts.
     listed = not problem.is_static and superset.is_narrow(problem)
-    if device.type != "cuda":
+    if BUILDERS.get(device) is None:
         return build_layout(problem, tables, device)
     if counted or not listed:
         return device_layout(problem, tables, device)

@@ -1,16 +1,16 @@
 """The lists of a call of attention to blocks: its layout, as int32 tensors that a graph can hold.
 
 For each view one vector of blocks. On a GPU the worklists of the kernels follow, for each section
-over queries and then for each over keys the two tensors of :meth:`Schedule.pack`. What the host has
-to know of them is in their shapes, so whoever gets them neither asks the device nor looks anything
-up.
+over queries and then for each over keys the two tensors of :attr:`Schedule.packed`. What the host
+has to know of them is in their shapes, so whoever gets them neither asks the device nor looks
+anything up.
 """
 
 from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,20 +28,27 @@ _MOST = 16
 _ASSEMBLED: OrderedDict[Hashable, Layout] = OrderedDict()
 
 
-def lists_of(layout: Layout, kv_heads: int, device: torch.device) -> list[Tensor]:
+def lists_of(
+    layout: Layout,
+    kv_heads: int,
+    device: torch.device,
+    copied: Callable[[Tensor], Tensor] = torch.clone,
+) -> list[Tensor]:
     """The lists of a layout, in memory of their own.
 
     Args:
         layout: of the blocks of a mask.
         kv_heads: number of key heads.
         device: where the attention runs.
+        copied: copies a worklist, which follows from what the host knows.
     """
     lists = [view.pack() for view in layout.views]
     if device.type in _WITH_WORKLISTS:
         for axis, heads in (("q", layout.heads), ("kv", kv_heads)):
             members, workers = layout.batch * heads, workers_of(device)
             for work in layout.schedules(axis, members, workers, device):
-                lists += work.pack()
+                items_and_merges, numbers = work.packed
+                lists += copied(items_and_merges), numbers.new_empty(numbers.shape)
     return lists
 
 

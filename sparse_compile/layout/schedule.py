@@ -52,8 +52,9 @@ class Schedule:
     slots: int
     load: Load | None = None
 
-    def pack(self) -> tuple[Tensor, Tensor]:
-        """The worklist as tensors of their own, so that a graph can hold it.
+    @functools.cached_property
+    def packed(self) -> tuple[Tensor, Tensor]:
+        """The worklist as two tensors, so that a graph can hold it; made once, so copy them.
 
         Returns:
             int32 [4 * n + 3 * m], items and then merges; and one without elements, whose shape
@@ -65,7 +66,7 @@ class Schedule:
 
     @staticmethod
     def unpack(both: Tensor, numbers: Tensor) -> Schedule:
-        """Views into what :meth:`pack` made; no copy, no synchronisation."""
+        """Views into what :attr:`packed` holds; no copy, no synchronisation."""
         m, slots, heavy, _ = numbers.shape
         merges = 3 * m
         items = both[: both.numel() - merges].view(-1, 4)

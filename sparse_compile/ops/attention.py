@@ -18,10 +18,10 @@ from torch import Tensor
 
 from sparse_compile.codegen import attend, empty_rows
 from sparse_compile.codegen.call import AttentionCall, AttentionResult
-from sparse_compile.codegen.repeated import Kind
+from sparse_compile.codegen.repeated import Kind, copied
 from sparse_compile.expr import WORD
 from sparse_compile.layout import Layout, build_views
-from sparse_compile.layout.from_dense import DenseCall, DenseRead
+from sparse_compile.layout.from_dense import NO_READS, DenseCall, DenseRead
 from sparse_compile.layout.lists import count_worklists, listed_views, lists_of, static_lists
 from sparse_compile.layout.superset import ProblemShape
 from sparse_compile.ops.fresh_size import fresh_size
@@ -45,9 +45,26 @@ def _like_layout(reads: str, n_q: int, n_kv: int, spec: str, device: torch.devic
     return made + [torch.empty(shape, dtype=torch.int32, device=device) for shape in shapes]
 
 
+def _kind_of_layout(
+    tables: Sequence[Tensor],
+    reads: str,
+    sizes: Sequence[int],
+    *rest: Any,
+    apart: Tensor | None = None,
+) -> Kind:
+    numbers, lists = rest[:_LISTS], rest[_LISTS]
+    if reads != NO_READS or lists:
+        return [], [], ()  # mask tensors are counted, or looked up, and selections sorted
+    return tables, [], (tuple([t.device for t in tables]), *sizes, numbers)
+
+
+#: How many arguments of :func:`layout` stand between its sizes and its lists.
+_LISTS = 7
+
+
 # Layouts are cached across calls and their lengths are only known at run time: neither may live in
 # the memory of a CUDA graph. Inductor records graphs around this operator, not over it.
-@operator(_like_layout, recorded=False)
+@operator(_like_layout, recorded=False, kind=_kind_of_layout)
 def layout(
     tables: Sequence[Tensor],
     reads: str,
@@ -99,7 +116,7 @@ def layout(
         return [t.clone() for t in static_lists(parsed, shape, kv_heads, numbers, device)]
     else:
         built = build_views(parsed, shape, tables, sizes, device, counted=False)
-    return words + ([] if built is None else lists_of(built, kv_heads, device))
+    return words + ([] if built is None else lists_of(built, kv_heads, device, copied))
 
 
 def _like_attention(q: Tensor, k: Tensor, v: Tensor, spec: str) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from sparse_compile.selection.builders import Windows
 
 def hand_in() -> None:
     """Let layouts and selections of tensors on a GPU be made by kernels."""
-    layouts = of_layouts.DeviceBuilder(_layout, has_room, _read_dense, _compacted)
+    layouts = of_layouts.DeviceBuilder(_layout, _packed, has_room, _read_dense, _compacted)
     of_layouts.BUILDERS.give("cuda", layouts)
     selections = of_selections.DeviceBuilder(chooser, scorer, _window_scores)
     of_selections.BUILDERS.give("cuda", selections)
@@ -28,6 +28,10 @@ def hand_in() -> None:
 def _layout(problem: Problem, tables: Sequence[Tensor], device: torch.device) -> BlockLayout:
     made = DeviceProblem.of(problem, tables, device)
     return problem.layout(made.rows(), made.cols)
+
+
+def _packed(problem: Problem, tables: Sequence[Tensor], device: torch.device) -> BlockLayout:
+    return DeviceProblem.of(problem, tables, device).packed()
 
 
 def _read_dense(mask: Tensor, block_q: int, block_kv: int) -> tuple[Tensor, Tensor, Tensor] | None:

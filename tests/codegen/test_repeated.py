@@ -14,50 +14,26 @@ import torch
 from torch import Tensor
 
 from sparse_compile import patterns as P
-from sparse_compile.codegen import attend, repeated
-from sparse_compile.codegen.generators import Generators, executor
+from sparse_compile.codegen import repeated
+from sparse_compile.codegen.generators import Generators
 from sparse_compile.codegen.repeated import REPEATS, Repeat
 from sparse_compile.codegen.runtime.launch import Launcher, Refused
-from sparse_compile.codegen.triton import calls
 from sparse_compile.expr import KV, N_Q, SCORE, H, Q, ScoreProgram, learned
 from sparse_compile.layout import schedule
 from sparse_compile.layout.lists import lists_of
 from sparse_compile.ops.attention import attention, attention_backward
-from tests.handed_in import worklists_on_the_cpu
+from tests.codegen.started import Started, is_address, noting
 
 #: Worklists are cached by lengths: lines are split at one of them alone.
 N, N_SPLIT = 96, 112
-Started = list[tuple[tuple[int, ...], list[Any]]]
 CPU = torch.device("cpu")
 
 
-class Kernel:
-    """What Triton compiled, which only notes what it is started with."""
-
-    def __init__(self, notes: Started) -> None:
-        self.notes = notes
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *arguments: self.notes.append((grid, list(arguments)))
-
-
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[Started]:
+def started() -> Iterator[Started]:
     """The kernels of a GPU for tensors on the CPU: what they are started with, and nothing more."""
-    notes: Started = []
-
-    def launched(self: Launcher, grid: tuple[int, ...], arguments: Sequence[Any]) -> Kernel:
-        plain = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-        notes.append(((*grid, 1, 1)[:3], plain))
-        return Kernel(notes)
-
-    monkeypatch.setattr(Launcher, "launched", launched)
-    monkeypatch.setattr(attend, "executor", lambda family, device: executor(family, "cuda"))
-    monkeypatch.setattr(repeated, "DEVICES", ("cpu",))
-    calls.forget()
-    with worklists_on_the_cpu(workers=8):
+    with noting() as notes:
         yield notes
-    calls.forget()
 
 
 class Problem:
@@ -97,13 +73,9 @@ class Problem:
             names |= {t.data_ptr() + 4 * i: f"list {number}, {i}" for i in range(t.numel())}
         # What else is an address is that of memory of the call itself.
         return [
-            (grid, [names.get(a, "scratch" if _is_address(a) else a) for a in arguments])
+            (grid, [names.get(a, "scratch" if is_address(a) else a) for a in arguments])
             for grid, arguments in started
         ]
-
-
-def _is_address(argument: Any) -> bool:
-    return isinstance(argument, int) and argument > 1 << 32
 
 
 MASKS: dict[str, Callable[[int], P.Pattern]] = {

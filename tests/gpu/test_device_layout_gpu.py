@@ -16,7 +16,7 @@ from sparse_compile.codegen.triton.layout.build import DeviceProblem
 from sparse_compile.expr import KV, B, FloorDiv, FloorMod, MaskExpr, Q, table
 from sparse_compile.layout.superset import Problem, ProblemShape
 from sparse_compile.spec.view import Order, natural
-from tests.layout.device_cases import CASES, DeviceCase, check, near, residues
+from tests.layout.device_cases import CASES, DeviceCase, check, check_packed, near, residues
 
 DOCUMENTS = sympy.Eq(table(0)(B, Q), table(0)(B, KV))
 NAMES = ("window", "global tokens", "documents", "per-head window", "whole axis", "all at once")
@@ -38,6 +38,18 @@ PATTERNS: dict[str, tuple[Any, Order]] = {
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_gpu_lists_what_the_cpu_lists(case: DeviceCase) -> None:
     check(replace(case, span=None), torch.device("cuda"))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_lists_in_one_vector(case: DeviceCase) -> None:
+    check_packed(replace(case, span=None), torch.device("cuda"))
+
+
+@pytest.mark.parametrize("n", [1000, 4096])
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_long_lists_in_one_vector(case: DeviceCase, n: int) -> None:
+    small = replace(case, n_q=n, n_kv=n + 77, q=natural(64), kv=natural(32), size=300, span=None)
+    check_packed(small, torch.device("cuda"))
 
 
 @pytest.mark.parametrize("case", LARGE, ids=str)

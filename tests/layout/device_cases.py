@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch import Tensor
 
-from sparse_compile.codegen.triton.layout.build import DeviceProblem
+from sparse_compile.codegen.triton.layout.build import DeviceProblem, has_room
 from sparse_compile.expr import KV, B, FloorDiv, FloorMod, H, MaskExpr, Q, size_symbol, table
 from sparse_compile.layout.block_layout import BlockLists
 from sparse_compile.layout.build import build_layout
@@ -149,3 +149,21 @@ def check(case: DeviceCase, device: torch.device) -> None:
         assert bool((lists.start.diff().cpu() >= load.lines).all())
         used = lists.counts.sum((1, 2))
         assert bool((lists.index.count_nonzero(1) <= used).all()), "unused room is not 0"
+
+
+def check_packed(case: DeviceCase, device: torch.device) -> None:
+    """The lists that are made in one vector are those of the CPU, and all of the vector."""
+    shape = ProblemShape(case.batch, case.heads, case.n_q, case.n_kv)
+    given = Problem.of(case.mask, shape, (case.q, case.kv), [case.size])
+    assert has_room(given)
+    expected = build_layout(given, case.tables(torch.device("cpu")))
+    made = DeviceProblem.of(given, case.tables(device), device, case.span).packed()
+    again = given.unpacked(made.pack())
+    for lists, wanted in ((again.rows, expected.rows), (again.cols, expected.cols)):
+        assert torch.equal(lists.counts.cpu(), wanted.counts)
+        for mine, its in zip(entries(lists), entries(wanted), strict=True):
+            assert torch.equal(mine, its)
+        used = lists.counts.sum((1, 2))
+        assert bool((lists.index.count_nonzero(1) <= used).all()), "unused room is not 0"
+    for mine, its in zip((again.rows, again.cols), (made.rows, made.cols), strict=True):
+        assert [t.data_ptr() for t in mine.tensors()] == [t.data_ptr() for t in its.tensors()]

@@ -14,7 +14,7 @@ from sparse_compile.layout import build as host
 from sparse_compile.layout.builders import BUILDERS
 from sparse_compile.layout.superset import Problem, ProblemShape
 from tests.handed_in import serve_the_cpu
-from tests.layout.device_cases import CASES, DeviceCase, check
+from tests.layout.device_cases import CASES, DeviceCase, check, check_packed
 
 pytestmark = pytest.mark.usefixtures("interpreted_kernels")
 
@@ -40,6 +40,14 @@ def test_lines_that_visit_more_than_there_is_room_for(
     check(case, CPU)
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in CROWDED], ids=str)
+def test_lists_in_one_vector(case: DeviceCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written is the vector alone: nothing fills it before."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **named: empty(*args, **named).fill_(77))
+    check_packed(case, CPU)
+
+
 def test_no_room_is_taken_where_lines_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "_MOST_PLACES", 100)
     rows = DeviceProblem.of(window(400), [], CPU).rows()
@@ -55,6 +63,10 @@ def test_nothing_to_attend_to() -> None:
     assert rows.index.shape == (1, 0)
     assert cols.counts.shape == (1, 0, 2)
     assert cols.start.tolist() == [0]
+    packed = given.unpacked(problem.packed().pack())
+    assert packed.rows.counts.tolist() == [[[0, 0]] * 3]
+    assert packed.rows.index.shape == (1, 0)
+    assert packed.rows.start.tolist() == [0] * 4
 
 
 WINDOW = MaskExpr((KV <= Q) & (Q - KV < 20))

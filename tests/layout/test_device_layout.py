@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sparse_compile.codegen.entry import Entry, Kind
 from sparse_compile.codegen.triton.aot import compiled
 from sparse_compile.codegen.triton.layout.key import LONGEST, Key
 from sparse_compile.codegen.triton.layout.printed import Code, printed
@@ -61,6 +63,29 @@ def test_the_kernels_compile(name: str, arch: int) -> None:
     assert set(kernel.resources) in (lists, lists | {"read_tables"})
     for used in kernel.resources.values():
         assert "st.global" in used.ptx
+        assert ".local" not in used.ptx
+
+
+@pytest.mark.parametrize("name", ["all at once", "boxes"])
+def test_the_kernels_compile_for_hosts_that_wait_for_nothing(name: str) -> None:
+    """They are given no place for totals, and add nothing up."""
+    kernel = module_of(key_of(NAMED[name]))
+    listing = [entry for entry in kernel.entries if entry.name.startswith("list_")]
+    assert len(listing) == 2
+
+    def without_totals(entry: Entry) -> Entry:
+        lines = (
+            tuple(replace(p, kind=Kind.CONSTANT) if p.name == "totals" else p for p in line)
+            for line in entry.lines
+        )
+        return replace(entry, lines=tuple(lines))
+
+    found = compiled(replace(kernel, entries=tuple(map(without_totals, listing))), 90).resources
+    whole = compiled(kernel, 90).resources
+    for label, used in found.items():
+        assert "atom." in whole[label].ptx or "red." in whole[label].ptx
+        assert "atom." not in used.ptx
+        assert "red." not in used.ptx
         assert ".local" not in used.ptx
 
 

@@ -47,7 +47,8 @@ def module_of(key: Key) -> Kernel:
 
 def _entries(key: Key, side: str) -> tuple[Entry, Entry]:
     """The kernel that counts and lists, and the one that lists where there is room for all."""
-    found = lists("counts", "start", "index") + sizes("width") + lists("totals", dtype="int64")
+    found = lists("counts", "start", "index") + sizes("width", "room")
+    found += lists("totals", dtype="int64")
     given = lists("index", "start", "counts") + sizes("room")
     shape = _SCALARS, *_data_lines(key)
     listing = Entry(f"list_{side}", (found, *shape), _ONE_WARP)

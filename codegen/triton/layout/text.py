@@ -178,9 +178,10 @@ def write_$LISTS(
 $LIST_SIGNATURE
     """Count the blocks that class c visits in a line, and list at most ``width`` of them.
 
-    counts[c, line] = how many are PARTIAL and how many FULL; totals = how many of both all lines
-    have together, and the most that any has. index[c, line * width :] = the blocks, if they are no
-    more than ``width``; start[line] = line * width.
+    counts[c, line] = how many are PARTIAL and how many FULL; totals, if somebody waits for them =
+    how many of both all lines have together, and the most that any has. index[c, line * width :] =
+    the blocks, if they are no more than ``width``, and 0 up to the next line; start[line] = line *
+    width. ``room`` is the length of index[c].
     """
     line, c, lines = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
     b, h = c // heads, c % heads
@@ -220,16 +221,19 @@ $LIST_SIGNATURE
             n_full += full.to(tl.int32)
             k = next_span(some, k)
     n_partial, n_full = tl.sum(n_partial, 0), tl.sum(n_full, 0)
-    here = c.to(tl.int64) * lines + line
-    tl.store(counts + here * 2, n_partial)
-    tl.store(counts + here * 2 + 1, n_full)
-    tl.atomic_add(totals, (n_partial + n_full).to(tl.int64))
-    tl.atomic_max(totals + 1, (n_partial + n_full).to(tl.int64))
+    n = n_partial + n_full
+    to = counts + (c.to(tl.int64) * lines + line) * 2
+    tl.store(to, n_partial)
+    tl.store(to + 1, n_full)
+    if totals is not None:
+        tl.atomic_add(totals, n.to(tl.int64))
+        tl.atomic_max(totals + 1, n.to(tl.int64))
     if c == 0:
         tl.store(start + line, line * width)
         tl.store(start + line + 1, (line + 1) * width)
-    if n_partial + n_full <= width:
-        to = index + here * width
+    index += c.to(tl.int64) * room
+    if n <= width:
+        to = index + line * width
         write_$LISTS(
             to,
             to + n_partial,
@@ -242,6 +246,10 @@ $LIST_SIGNATURE
             n_kv,
             $DATA
         )
+    # Behind the last line there may be room that belongs to none.
+    end = tl.where(line == lines - 1, room, (line + 1) * width)
+    for first in range(line * width + n, end, SPAN):
+        tl.store(index + first + lanes, 0, mask=first + lanes < end)
 
 
 $FILL_SIGNATURE
