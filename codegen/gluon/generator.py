@@ -17,7 +17,7 @@ from sparse_compile.spec.block_shape import GPU_SHAPES, BlockShape
 
 #: What a pair costs in its blocks, times that in the Triton kernel's of 64 x 64; and where a
 #: backward, which costs as much in these as in those, is two and a half times the forward.
-_PAIR, _TRAINED = 0.85, 0.95
+_PAIR, _TRAINED = 0.8, 0.94
 #: Fewer queries may leave too much of their last block empty.
 _FEWEST = 1024
 
