@@ -92,5 +92,6 @@ def test_compiles_ahead_of_time(spec: AttentionSpec, dim: int, arch: int) -> Non
     made = ShortKernelSpec(spec, dim, dim, "bfloat16", f"sm_{arch}", 64, 64)
     for name, used in compile_ahead_of_time(made).items():
         assert used.shared <= 96 * 1024, name
-        # Biases of pairs, and the sums of their gradients, are kept from entry to entry.
-        assert used.spills <= 512, (name, used.spills)
+        # Biases of pairs, and the sums of their gradients, are kept from entry to entry; what sm_80
+        # multiplies is in registers as well.
+        assert used.spills <= (640 if arch == 80 else 256), (name, used.spills)

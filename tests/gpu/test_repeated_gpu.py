@@ -68,7 +68,9 @@ def test_values_of_repeated_calls(
     eager, exact = (dense(mask, tensors, kind) for kind in (dtype, torch.float64))
     for name, *three in zip(("out", "dq", "dk", "dv"), found, eager, exact, strict=True):
         assert_close_as_eager(name, *three)
-    forward_and_backward = [type(repeat) is Repeat for repeat in REPEATS.values()]
+    # A layout of tables is made, and kept, by the first call of all.
+    attended = {key: one for key, one in REPEATS.items() if key[0].__name__ != "layout"}
+    forward_and_backward = [type(repeat) is Repeat for repeat in attended.values()]
     assert forward_and_backward == [True, mask is not STRIDED]
     calls.forget()
 

@@ -77,7 +77,8 @@ def load(tiles, shared, barriers, worklist, lists, sizes, GROUP: gl.constexpr):
         mbarrier.expect(query_full, Q_TILES.block_type.nbytes * GROUPS)
         for group in gl.static_range(GROUPS):
             row = line * (GROUPS * ROWS) + group * ROWS
-            tma.$TILE_LOAD(Q_TILES, [b, h, row, 0], query_full, queries.index(group))
+            part = queries.index(group)
+            tma.$TILE_LOAD(Q_TILES, [b, h, row, 0], query_full, part)
         blocks = index + of * room + first
         key_head = h // GROUP
         # Not the stage itself: of two names of one value a loop would carry only one.
@@ -101,7 +102,8 @@ def load(tiles, shared, barriers, worklist, lists, sizes, GROUP: gl.constexpr):
             mbarrier.wait(pair_empty.index(stage), phase)
             full = value_full.index(earlier_stage)
             mbarrier.expect(full, V_TILES.block_type.nbytes)
-            tma.$TILE_LOAD(V_TILES, [b, key_head, earlier, 0], full, values.index(earlier_stage))
+            to = values.index(earlier_stage)
+            tma.$TILE_LOAD(V_TILES, [b, key_head, earlier, 0], full, to)
         number += mirrored
         mirrored = 2 * programs - mirrored
     note(notes, place, MEMBER, -1)
